@@ -1,0 +1,48 @@
+"""LoHa (low-rank Hadamard product) fine-tuning for any JAX model.
+
+    params = loha_jax.inject(params, loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "value"]), key=key)
+    apply = loha_jax.adapt(model.apply)            # the same function, without ever building ΔW
+    trainable, frozen = loha_jax.partition(params)  # for jax.grad and optax
+
+Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.
+"""
+
+from loha_jax.adapt import adapt
+from loha_jax.config import LoHaConfig
+from loha_jax.dropout import dropout
+from loha_jax.explain import explain
+from loha_jax.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
+from loha_jax.inject import inject
+from loha_jax.layout_inference import infer_layouts
+from loha_jax.layouts import Layout
+from loha_jax.merge import merge, unload
+from loha_jax.partition import adapter_names, combine, partition, set_adapter, trainable_mask
+from loha_jax.summary import summary
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Factors",
+    "LoHaConfig",
+    "LoHaWeight",
+    "Layout",
+    "SavedWeight",
+    "adapt",
+    "adapter_names",
+    "combine",
+    "dropout",
+    "explain",
+    "hada_weight",
+    "hada_weight_cp",
+    "infer_layouts",
+    "inject",
+    "khatri_rao_columns",
+    "khatri_rao_rows",
+    "merge",
+    "partition",
+    "set_adapter",
+    "summary",
+    "trainable_mask",
+    "unload",
+]

@@ -1,0 +1,43 @@
+"""Every difference between JAX versions, each with the version in a comment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+
+Literal = jex.Literal
+
+
+def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
+    """Evaluates one equation of a jaxpr on `values`, keeping its name stack and context.
+
+    A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params` returns has changed
+    (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
+    """
+    variables, inputs = [], []
+    for var, value in zip(eqn.invars, values, strict=True):
+        if not isinstance(var, Literal) and var not in variables:
+            variables.append(var)
+            inputs.append(value)
+    jaxpr = jex.Jaxpr((), variables, eqn.outvars, [eqn], eqn.effects, _debug_info(variables, eqn.outvars))
+    return jax.core.eval_jaxpr(jaxpr, (), *inputs)
+
+
+def _debug_info(inputs: list[Any], outputs: list[Any]) -> Any:
+    return jex.DebugInfo("loha_jax", "loha_jax", ("",) * len(inputs), ("",) * len(outputs))
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """`(jaxpr, consts)` of a ClosedJaxpr (0.10) or of a Jaxpr that carries its constants (0.12)."""
+    return jaxpr.jaxpr, list(jaxpr.consts)
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and carries among the operands of a scan equation."""
+    if "num_consts" in params:  # 0.10
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # 0.12: a tree of (consts, carry, xs)
+    return len(consts), len(carry)

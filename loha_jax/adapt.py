@@ -1,0 +1,160 @@
+"""`adapt`: runs a model on an adapted tree without ever building ΔW."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from loha_jax.interpreter import Options, densify, evaluate
+from loha_jax.kernel_view import KernelView
+from loha_jax.products import STRATEGIES
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def adapt(
+    fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool = True, forward_mode: bool = False
+) -> F:
+    """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
+
+    `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
+    are computed on the factors, all others as they are. This works for Linen, NNX, Equinox, Haiku and hand-written
+    models, through jit, scan (stacked kernels too), while, cond, remat, vmap, grad, custom_jvp and custom_vjp, and for
+    kernels that are transposed, reshaped, sliced, cast or used twice. Whatever it does not know gets the dense
+    weight: slower, never wrong; `explain` lists where.
+
+    Args:
+        fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)
+            stays as it is. Weights that it closes over, rather than takes, are not seen.
+        strategy: "auto" chooses per product between "factored" (x·W + (x·KB)·KA, no array of the kernel's shape) and
+            "fused" (x·(W + ΔW), ΔW built once and rebuilt in the backward pass) by their FLOPs; "dense" keeps ΔW. Or
+            `{regex: strategy}` by torch module name (fullmatch), "auto" for the rest.
+        training: whether "auto" counts the backward pass. False for inference.
+        forward_mode: plain products that `jax.jvp` can differentiate, at some cost in speed; without it adapted
+            products are `jax.custom_vjp`.
+
+    Returns:
+        A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
+
+    Raises:
+        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`.
+
+    Example:
+        >>> import jax.numpy as jnp, loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> adapt(lambda p, x: x @ p["q"]["kernel"])(params, jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    options = make_options(strategy, training, forward_mode)
+
+    @functools.wraps(fn)
+    def adapted(*args, **kwargs):
+        return run(fn, args, kwargs, options)
+
+    adapted.__loha_jax__ = (fn, options)  # type: ignore[attr-defined]  # read by `explain`
+    return adapted  # type: ignore[return-value]
+
+
+def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
+    """Checks the arguments of `adapt`."""
+    for name in (strategy,) if isinstance(strategy, str) else strategy.values():
+        if name not in STRATEGIES:
+            raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
+    if not isinstance(strategy, str):
+        strategy = tuple((re.compile(pattern), chosen) for pattern, chosen in strategy.items())  # type: ignore[assignment]
+    return Options(strategy, training, forward_mode)
+
+
+def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:
+    """Calls `fn` with the adapted leaves of its arguments as views."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    named = options.observer is not None or not isinstance(options.strategy, str)
+    arrays: list[Any] = []  # what fn is traced with
+    values: list[Any] = []  # what its jaxpr is evaluated on
+    positions: list[int] = []
+    originals: dict[int, LoHaWeight] = {}
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, SavedWeight):
+            leaf = leaves[position] = leaf.__jax_array__()
+        if isinstance(leaf, LoHaWeight):
+            originals[len(arrays)] = leaf
+            value = _view(leaf, options, named)
+        elif isinstance(leaf, jax.Array | np.ndarray):
+            value = leaf
+        else:
+            continue
+        positions.append(position)
+        values.append(value)
+        arrays.append(value.kernel if isinstance(value, KernelView) else value)
+    if not originals:
+        args, kwargs = treedef.unflatten(leaves)
+        return fn(*args, **kwargs)
+    return trace_and_evaluate(fn, leaves, treedef, positions, arrays, values, originals, options)
+
+
+def trace_and_evaluate(
+    fn: Callable[..., Any],
+    leaves: list[Any],
+    treedef: Any,
+    positions: list[int],
+    arrays: list[Any],
+    values: list[Any],
+    originals: Mapping[int, Any],
+    options: Options,
+) -> Any:
+    """Traces `fn` with `arrays` at `positions` of its flat arguments and evaluates the jaxpr on `values`.
+
+    An output that is one of the adapted inputs is that leaf again (`originals`, by position among `arrays`), so that a
+    function that returns its parameters returns them adapted.
+    """
+    out_tree: Any = None
+    static_outputs: dict[int, Any] = {}
+
+    def flat(*arrays):
+        nonlocal out_tree
+        filled = list(leaves)
+        for position, array in zip(positions, arrays, strict=True):
+            filled[position] = array
+        args, kwargs = treedef.unflatten(filled)
+        outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        for n, output in enumerate(outputs):
+            if not isinstance(output, jax.Array | np.ndarray | float | int | complex):
+                static_outputs[n] = output
+        return [o for n, o in enumerate(outputs) if n not in static_outputs]
+
+    closed = jax.make_jaxpr(flat)(*arrays)
+    results = evaluate(closed.jaxpr, closed.consts, values, options)
+    returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
+    dynamic = iter(
+        returned[var] if _hashable_in(var, returned) else densify(value, options, "return", "the function returns it")
+        for var, value in zip(closed.jaxpr.outvars, results, strict=True)
+    )
+    count = len(results) + len(static_outputs)
+    return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
+
+
+def _hashable_in(var: Any, mapping: Mapping[Any, Any]) -> bool:
+    return any(var is key for key in mapping)
+
+
+def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
+    """The leaf as a view; the plain kernel where no adapter is active, the dense weight where it has spatial axes."""
+    leaf.shape  # a leaf of one half of `partition` says so  # noqa: B018
+    if not leaf.active_adapters:
+        return jax.lax.stop_gradient(leaf.kernel)
+    if leaf.layout.axes("k"):
+        # Convolutions: `KernelView` has no spatial atoms yet.
+        dense = leaf.dense(forward_mode=options.forward_mode)
+        if options.observer is not None:
+            name, shape = leaf.label, leaf.shape
+            options.observer.dense(name, shape, "conv_general_dilated", "convolutions are dense", options.times)
+        return dense
+    return KernelView.of(leaf, leaf.label if named else "")
+

@@ -1,0 +1,476 @@
+"""`inject`: the same tree, with each targeted kernel replaced by a `LoHaWeight`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loha_jax.config import LoHaConfig
+from loha_jax.init import factor_shapes, init_factors
+from loha_jax.layouts import Layout, default_layout
+from loha_jax.matching import (
+    EXCLUDED,
+    match_pattern,
+    match_pattern_key,
+    match_target,
+    near_misses,
+    no_match_message,
+    resolve_target_modules,
+)
+from loha_jax.naming import Names, is_kernel_leaf, module_name, path_parts, stack_names, torch_parameter
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
+
+Layouts = Mapping[str, str | Layout]
+
+
+def inject(
+    params: Any,
+    config: LoHaConfig,
+    *,
+    key: jax.Array,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds a LoHa adapter to a tree of parameters.
+
+    Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
+    never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`. The tree can be used at once:
+    `model.apply({"params": inject(params, config, key=key)}, x)` gives the adapted model's output, and
+    `loha_jax.adapt(model.apply)` gives it without building ΔW. Injecting again with another name adds an adapter,
+    which becomes the active one.
+
+    Args:
+        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module. A tree of
+            `jax.ShapeDtypeStruct` gives a tree of shapes, as under `jax.eval_shape`.
+        config: what to adapt and how.
+        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the adapter's name.
+        adapter_name: PEFT's name of the adapter; may not contain a dot.
+        names: torch module names where they differ from the tree's: a function of the default name (the path joined
+            with dots, less "params" and "kernel"), or `{regex: template}`; see `loha_jax.naming.stack_names`.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels that are not Dense, 2-D
+            or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
+        model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
+
+    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), float64 beside float64.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
+            kernel's layout is ambiguous, two leaves have one name, or the adapter's name is taken or unusable.
+
+    Warns:
+        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
+
+    Mirrors PEFT's `get_peft_model` and `add_adapter`.
+
+    Example:
+        >>> params = {"layer": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}}}
+        >>> adapted = inject(params, LoHaConfig(r=2, target_modules=["query"]), key=jax.random.key(0))
+        >>> adapted["layer"]["query"]["kernel"].adapters["default"].hada_w1_a.shape
+        (4, 2)
+    """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        def build(params):
+            return inject(
+                params, config, key=key, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+            )
+
+        return jax.eval_shape(build, params)
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        return _initial_factors(target, key, config)
+
+    plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
+    return apply_plan(params, plan, adapter_name, make_factors, lambda saved, kernel: jnp.array(kernel, copy=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel that the config targets: all that is known before its factors exist."""
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    layout: Layout
+    shape: tuple[int, ...]
+    dtype: Any
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    cp: bool
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the kernel's stack axes."""
+        return self.layout.sizes("s", self.shape)
+
+    def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        """PEFT's shapes of the factors of one of its modules."""
+        out, in_, *spatial = self.layout.torch_shape(self.shape)[len(self.stack) :]
+        return factor_shapes(out, in_, spatial, r, self.cp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A leaf of a module in `modules_to_save`."""
+
+    path: tuple[str, ...]
+    name: str
+    layout: Layout | None
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `inject` would do to a tree: the adapted kernels and the saved leaves by flat position."""
+
+    config: LoHaConfig
+    targets: dict[int, Target]
+    saved: dict[int, Saved]
+
+
+def plan_injection(
+    params: Any,
+    config: LoHaConfig,
+    *,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Plan:
+    """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
+    tree = _Tree(params, names, layouts)
+    modules = sorted(tree.modules)
+    linear = [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
+    config_matched = dataclasses.replace(
+        config, target_modules=resolve_target_modules(config, modules, linear, model_type)
+    )
+
+    targets: dict[int, Target] = {}
+    excluded: list[str] = []
+    matched: list[str] = []
+    misfits: list[str] = []
+    candidates: list[str] = []
+    for position in tree.weights:
+        candidate_names = tree.names_of(position, config_matched)
+        candidates += candidate_names
+        hits = [match_target(name, config_matched) for name in candidate_names]
+        excluded += [name for name, hit in zip(candidate_names, hits, strict=True) if hit == EXCLUDED]
+        wanted = [hit is True for hit in hits]
+        if not any(wanted):
+            continue
+        leaf = tree.leaves[position]
+        if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
+            continue
+        layout = tree.layout(position)
+        spatial = layout.sizes("k", leaf.shape)
+        chosen = list(zip(candidate_names, wanted, strict=True))
+        matched += [name for name, want in chosen if want]
+        targets[position] = Target(
+            path=tree.paths[position],
+            names=tuple(candidate_names),
+            layout=layout,
+            shape=tuple(leaf.shape),
+            dtype=leaf.dtype,
+            ranks=tuple(match_pattern(n, config.rank_pattern, config.r) if want else 0 for n, want in chosen),
+            alphas=tuple(match_pattern(n, config.alpha_pattern, config.alpha) for n, _ in chosen),
+            cp=config.use_effective_conv2d and any(size != 1 for size in spatial),
+        )
+    if misfits:
+        raise ValueError(
+            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a floating "
+            f"dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
+        )
+    if not targets:
+        raise ValueError(no_match_message(config_matched, candidates, excluded))
+    _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
+    saved = _plan_saved(tree, config_matched, targets)
+    _warn_unmatched(config, config_matched, modules, matched, excluded)
+    return Plan(config_matched, targets, saved)
+
+
+def apply_plan(
+    params: Any,
+    plan: Plan,
+    adapter_name: str,
+    make_factors: Callable[[Target], dict[str, jax.Array]],
+    make_copy: Callable[[Saved, jax.Array], jax.Array],
+) -> Any:
+    """Puts the leaves of `plan` into a tree, with factors and copies made by the two functions."""
+    _check_adapter_name(adapter_name, params)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
+    for position, target in plan.targets.items():
+        leaf = leaves[position]
+        tensors = make_factors(target)
+        cp = {} if target.cp else {"hada_t1": None, "hada_t2": None}
+        scaling = [a / r if r else 0.0 for a, r in zip(target.alphas, target.ranks, strict=True)]
+        dtype = jnp.promote_types(tensors["hada_w1_a"].dtype, jnp.float32)
+        factors = Factors(
+            **tensors,
+            **cp,
+            scaling=jnp.array(scaling, dtype).reshape(target.stack),
+            ranks=target.ranks,
+            alphas=target.alphas,
+            config=plan.config,
+        )
+        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
+        leaves[position] = LoHaWeight(
+            kernel=kernel,
+            adapters={**adapters, adapter_name: factors},
+            layout=target.layout,
+            names=target.names,
+            active=(adapter_name,),
+        )
+    for position, saved in plan.saved.items():
+        leaf = leaves[position]
+        original, copies = (leaf.original, leaf.copies) if isinstance(leaf, SavedWeight) else (leaf, {})
+        leaves[position] = SavedWeight(
+            original=original,
+            copies={**copies, adapter_name: make_copy(saved, original)},
+            layout=saved.layout,
+            name=saved.name,
+            active=(adapter_name,),
+        )
+    for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
+        if is_adapted(leaf) and leaf.active != (adapter_name,):
+            leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
+    return treedef.unflatten(leaves)
+
+
+def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
+    """Factors are float32 unless the kernel is wider, as PEFT's `autocast_adapter_dtype=True` leaves them."""
+    return jnp.promote_types(kernel_dtype, jnp.float32)
+
+
+def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+    scheme = config.init_weights
+    dtype = factor_dtype(target.dtype)
+    if len(set(target.ranks)) == 1:
+        stacked = init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype)
+    else:
+        per_module = []
+        for name, r in zip(target.names, target.ranks, strict=True):
+            tensors = init_factors(key, [name], target.shapes(r), scheme, dtype) if r else {}
+            per_module.append({n: t[0] for n, t in tensors.items()})
+        stacked = stack_factors(per_module, target, dtype)
+    return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
+
+
+def stack_factors(
+    per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any
+) -> dict[str, jax.Array]:
+    """Factors of the modules of one kernel, stacked and padded with zeros to the largest rank; {} where rank is 0."""
+    padded = target.shapes(max(target.ranks))
+    stacked = {}
+    for name, shape in padded.items():
+        rows = []
+        for tensors in per_module:
+            value = jnp.asarray(tensors[name], dtype) if tensors else jnp.zeros(shape, dtype)
+            rows.append(jnp.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]))
+        stacked[name] = jnp.stack(rows)
+    return stacked
+
+
+class _Tree:
+    """The leaves of a tree with their paths, names and layouts."""
+
+    def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
+        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+        self.given_names = names
+        self.given_layouts = {re.compile(p): w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
+        self.paths: list[tuple[str, ...]] = []
+        self.leaves: list[Any] = []
+        self.weights: list[int] = []  # positions of the leaf that stands for its module
+        self.kernels: set[int] = set()  # those that can be adapted
+        self.names: dict[int, str] = {}
+        self._layouts: dict[int, Layout] = {}
+        for position, (path, leaf) in enumerate(flat):
+            parts = path_parts(path)
+            self.paths.append(parts)
+            self.leaves.append(leaf)
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+                continue
+            self.names[position] = module_name(parts)
+            if is_kernel_leaf(parts) and leaf.ndim >= 2:
+                self.kernels.add(position)
+                self.weights.append(position)
+        with_kernel = {self.names[n] for n in self.weights}
+        for position, name in self.names.items():  # normalisation layers: modules without a kernel
+            parts = self.paths[position]
+            if position not in self.kernels and name not in with_kernel and parts[-1] in ("scale", "weight"):
+                self.weights.append(position)
+        self.weights.sort()
+        self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
+        self.modules = {
+            ".".join(name.split(".")[: n + 1]) for name in self.names.values() for n in range(name.count(".") + 1)
+        }
+
+    def layout(self, position: int) -> Layout:
+        """The kernel's layout: given, kept from an earlier adapter, or the default.
+
+        Raises:
+            ValueError: it is ambiguous, or the given one does not fit the kernel.
+        """
+        if position not in self._layouts:
+            self._layouts[position] = self._find_layout(position)
+        return self._layouts[position]
+
+    def _find_layout(self, position: int) -> Layout:
+        leaf, name = self.leaves[position], self.names[position]
+        for pattern, layout in self.given_layouts.items():
+            if pattern.fullmatch(name):
+                if layout.ndim != leaf.ndim:
+                    raise ValueError(
+                        f"layouts[{pattern.pattern!r}] = {layout.word!r} describes {layout.ndim} axes, the kernel of "
+                        f"{name} has shape {tuple(leaf.shape)}"
+                    )
+                return layout
+        if is_adapted(leaf) and leaf.layout is not None:
+            return leaf.layout
+        if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
+            return Layout("oi")  # [vocabulary, features]: the lm_head that is tied to it has out = vocabulary
+        return default_layout(leaf.shape, self.paths[position], self.shape_at)
+
+    def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
+        """The torch module names of a weight. An ambiguous layout is an error only for a kernel that may be targeted."""
+        leaf = self.leaves[position]
+        if isinstance(leaf, LoHaWeight):
+            return leaf.names
+        default = self.names[position]
+        if position not in self.kernels:
+            return stack_names(default, (), self.given_names) if self.given_names is not None else (default,)
+        try:
+            layout = self.layout(position)
+        except ValueError:
+            if any(match_target(name, config) is True for name in self.possible_names(position)):
+                raise
+            return (default,)
+        return stack_names(default, layout.sizes("s", leaf.shape), self.given_names)
+
+    def possible_names(self, position: int) -> list[str]:
+        """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""
+        default, shape = self.names[position], self.leaves[position].shape
+        possible = [default]
+        for stack in ((), (1,), (1, 1)):
+            try:
+                possible += stack_names(default, stack, self.given_names)
+            except ValueError:  # a template for another number of indices
+                continue
+        if self.given_names is not None:
+            try:
+                possible += stack_names(default, shape[:1], self.given_names)
+            except ValueError:
+                pass
+        return possible
+
+    def linear_names(self, position: int) -> tuple[str, ...]:
+        """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
+        kernel that `layouts` knows (`infer_layouts` names those that the model multiplies with).
+        """
+        given = any(pattern.fullmatch(self.names[position]) for pattern in self.given_layouts)
+        if not given and self.paths[position][-1] not in ("kernel", "w", "weight"):
+            return ()
+        try:
+            layout = self.layout(position)
+        except ValueError:
+            return (self.names[position],)  # named by all-linear, hence an error that says how to settle it
+        if layout.axes("k"):
+            return ()
+        return stack_names(self.names[position], layout.sizes("s", self.leaves[position].shape), self.given_names)
+
+
+def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
+    entries = config.all_modules_to_save
+    saved: dict[int, Saved] = {}
+    used: set[str] = set()
+    for position in tree.names:
+        hits = {entry for name in tree.possible_names(position) for entry in _entries_above(name, entries)}
+        if position in targets or not hits:
+            continue
+        layout = tree.layout(position) if position in tree.kernels else None
+        shape = tuple(tree.leaves[position].shape)
+        if layout and layout.axes("s"):
+            raise ValueError(
+                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which holds a "
+                f"stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
+            )
+        (module,) = stack_names(tree.names[position], (), tree.given_names)
+        if own := _entries_above(module, entries):
+            used.update(own)
+            name = f"{module}.{torch_parameter(tree.paths[position])}"
+            saved[position] = Saved(tree.paths[position], name, layout, shape)
+    _require_distinct([(s.name, s.path) for s in saved.values()])
+    unused = [entry for entry in config.modules_to_save or () if entry not in used]
+    if unused:
+        warnings.warn(
+            f"modules_to_save={unused} match no module and nothing is saved for them."
+            + near_misses(unused, sorted(tree.modules)),
+            UserWarning,
+            stacklevel=4,
+        )
+    return saved
+
+
+def _entries_above(name: str, entries: Sequence[str]) -> list[str]:
+    """The entries of `modules_to_save` that name the module `name` or one that contains it."""
+    ancestors = [".".join(name.split(".")[: n + 1]) for n in range(name.count(".") + 1)]
+    return [e for e in entries if any(a == e or a.endswith(f".{e}") for a in ancestors)]
+
+
+def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    for name, path in named:
+        if name in seen:
+            raise ValueError(
+                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and {'.'.join(path)}. Give `names=` "
+                "that tells them apart, or exclude one."
+            )
+        seen[name] = path
+
+
+def _warn_unmatched(
+    config: LoHaConfig, resolved: LoHaConfig, modules: list[str], matched: list[str], excluded: list[str]
+) -> None:
+    """PEFT's warnings for patterns that match nothing, and one that PEFT lacks: for unmatched list entries."""
+    if config.target_modules is not None and not isinstance(resolved.target_modules, str):
+        entries = sorted(resolved.target_modules or ())
+        unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
+        if unused:
+            warnings.warn(
+                f"target_modules={unused} match no module; the other entries do." + near_misses(unused, modules),
+                UserWarning,
+                stacklevel=4,
+            )
+    if config.exclude_modules and not excluded:
+        shown = config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules)
+        warnings.warn(
+            f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
+            "was set correctly.",
+            UserWarning,
+            stacklevel=4,
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        used = {match_pattern_key(name, patterns) for name in matched}
+        unused = [p for p in patterns if p not in used and not any(match_pattern_key(n, [p]) for n in matched)]
+        if unused:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _check_adapter_name(adapter_name: str, params: Any) -> None:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or "/" in adapter_name:
+        raise ValueError(f"An adapter's name is a non-empty string without '.' and '/', got {adapter_name!r}")
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        held = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies if isinstance(leaf, SavedWeight) else {}
+        if adapter_name in held:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists.")

@@ -1,0 +1,335 @@
+"""`KernelView`: an adapted kernel as it looks at one point of a traced function.
+
+A model rarely multiplies with the kernel as it is stored: it is transposed, reshaped, sliced, cast, or one layer is
+taken from a stack. A view follows these without forming ΔW. Each axis of the kernel is made of *atoms*, indivisible
+runs of stack, in or out positions; structural operations permute, group, split and cut atoms, and the factors follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loha_jax.hadamard import hada_weight
+from loha_jax.weight import Factors, LoHaWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Atom:
+    """A run of positions along one axis of the stored kernel.
+
+    Attributes:
+        kind: "s" (stack), "i" (in), "o" (out), "b" (added by broadcasting), "?" (not known yet: layout inference).
+        size: number of positions.
+        axis: axis of the stored kernel, -1 for "b".
+    """
+
+    kind: str
+    size: int
+    axis: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatFactors:
+    """One flat adapter of a view: `[*s, out, r]` and `[*s, r, in]`, one leading axis per stack atom."""
+
+    w1_a: Any
+    w1_b: Any
+    w2_a: Any
+    w2_b: Any
+    scaling: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KernelView:
+    """A kernel with its adapters, seen through structural operations.
+
+    Attributes:
+        kernel: the base weight, with the operations applied.
+        factors: the active adapters.
+        atoms: all atoms; those of one kind stand in the order in which PEFT's tensors flatten them.
+        dims: for each axis of `kernel`, the atoms (of size > 1) it is made of, outermost first.
+        name: the module's name, for reports; empty where none is made, so that equal layers share traces.
+    """
+
+    kernel: Any
+    factors: tuple[FlatFactors, ...]
+    atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
+    dims: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(default="", metadata={"static": True})
+
+    @classmethod
+    def of(cls, leaf: LoHaWeight, name: str = "") -> KernelView:
+        """The view of a leaf as it is stored. Its layout has no spatial axes."""
+        layout = leaf.layout.strip(leaf.kernel.ndim)
+        shape = leaf.kernel.shape
+        order = layout.order
+        kinds = {axis: kind for kind in "soi" for axis in layout.axes(kind)}
+        atoms = tuple(Atom(kinds[axis], shape[axis], axis) for axis in order)
+        dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
+
+        def flat(f: Factors) -> FlatFactors:
+            return FlatFactors(
+                f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, lax.stop_gradient(f.scaling)
+            )
+
+        factors = tuple(flat(f) for f in leaf.active_adapters)
+        return cls(lax.stop_gradient(leaf.kernel), factors, atoms, dims, name)
+
+    @classmethod
+    def unknown(cls, kernel: Any, name: str) -> KernelView:
+        """The view of a plain array whose layout is to be inferred."""
+        atoms = tuple(Atom("?", size, axis) for axis, size in enumerate(kernel.shape))
+        return cls(kernel, (), atoms, tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms)), name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the view."""
+        return self.kernel.shape
+
+    def of_kind(self, kind: str) -> list[int]:
+        """The atoms of one kind, in flattening order."""
+        return [n for n, atom in enumerate(self.atoms) if atom.kind == kind]
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the stack atoms: the leading axes of the factors."""
+        return tuple(self.atoms[n].size for n in self.of_kind("s"))
+
+    # --- structural operations: each returns the new view, or None where a view cannot follow -------------------------
+
+    def transpose(self, permutation: Sequence[int]) -> KernelView:
+        """`lax.transpose`."""
+        dims = tuple(self.dims[axis] for axis in permutation)
+        return dataclasses.replace(self, kernel=lax.transpose(self.kernel, permutation), dims=dims)
+
+    def convert(self, dtype: Any) -> KernelView | None:
+        """`lax.convert_element_type`; the factors keep their dtype."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return None
+        return dataclasses.replace(self, kernel=lax.convert_element_type(self.kernel, dtype))
+
+    def squeeze(self, dimensions: Sequence[int]) -> KernelView:
+        """`lax.squeeze`."""
+        dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
+        return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
+
+    def broadcast_in_dim(self, shape: Sequence[int], broadcast_dimensions: Sequence[int]) -> KernelView:
+        """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, hold atoms of kind "b"."""
+        atoms, dims = list(self.atoms), []
+        for axis, size in enumerate(shape):
+            source = broadcast_dimensions.index(axis) if axis in broadcast_dimensions else None
+            if source is not None and self.shape[source] == size:
+                dims.append(self.dims[source])
+            elif size == 1:
+                dims.append(())
+            else:
+                dims.append((len(atoms),))
+                atoms.append(Atom("b", size, -1))
+        kernel = lax.broadcast_in_dim(self.kernel, shape, broadcast_dimensions)
+        return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
+
+    def reshape(self, shape: Sequence[int]) -> KernelView | None:
+        """`lax.reshape`: regroups atoms, splitting those that a new axis ends within."""
+        queue = [n for atoms in self.dims for n in atoms]
+        view, dims = self, []
+        for size in shape:
+            group: list[int] = []
+            while size > 1:
+                atom = queue.pop(0)
+                have = view.atoms[atom].size
+                if size % have == 0:
+                    group.append(atom)
+                    size //= have
+                elif have % size == 0:
+                    view = view._split(atom, size)
+                    queue = [atom + 1] + [n + (n > atom) for n in queue]
+                    dims = [tuple(n + (n > atom) for n in d) for d in dims]
+                    group = [n + (n > atom) for n in group] + [atom]
+                    size = 1
+                else:
+                    return None
+            dims.append(tuple(group))
+        return dataclasses.replace(view, kernel=lax.reshape(self.kernel, shape), dims=tuple(dims))
+
+    def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None) -> KernelView | None:
+        """`lax.slice`."""
+        strides = strides or (1,) * len(starts)
+        view = self
+        for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+            if (start, limit, stride) == (0, self.shape[axis], 1):
+                continue
+            cut = view.cut(axis, lambda x, at, a=start, b=limit, c=stride: lax.slice_in_dim(x, a, b, c, at))
+            if cut is None:
+                return None
+            view = cut
+        return view
+
+    def dynamic_slice(self, starts: Sequence[Any], sizes: Sequence[int]) -> KernelView | None:
+        """`lax.dynamic_slice`."""
+        view = self
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if size == self.shape[axis]:
+                continue
+            cut = view.cut(axis, lambda x, at, a=start, n=size: lax.dynamic_slice_in_dim(x, a, n, at))
+            if cut is None:
+                return None
+            view = cut
+        return view
+
+    def scaled(self, factor: Any, operation: Callable[[Any, Any], Any]) -> KernelView:
+        """The kernel multiplied or divided by a scalar."""
+        factors = tuple(dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors)
+        return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
+
+    def map_kernel(self, operation: Callable[[Any], Any]) -> KernelView:
+        """An operation on the kernel that changes neither values nor axes (a copy, a sharding constraint)."""
+        return dataclasses.replace(self, kernel=operation(self.kernel))
+
+    def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
+        """Applies `operation(array, axis)`, which keeps some positions of an axis, to the kernel and its factors.
+
+        None where the axis is made of several atoms: their positions cannot be told apart.
+        """
+        if len(self.dims[axis]) != 1:
+            return None
+        (atom,) = self.dims[axis]
+        kernel = operation(self.kernel, axis)
+        view = self._map_atom(atom, operation, kernel.shape[axis])
+        dims = list(view.dims)
+        if kernel.shape[axis] == 1:
+            dims[axis] = ()
+        return dataclasses.replace(view, kernel=kernel, dims=tuple(dims))
+
+    def take_leading(self) -> tuple[int | None, KernelView] | None:
+        """Prepares the view to be scanned over its leading axis.
+
+        Returns:
+            The atom that the scan takes away (None for an axis of size 1, which no atom stands for) and the view with
+            that atom's axis first in every factor; or None where the leading axis is an in or out axis.
+        """
+        if not self.dims[0]:
+            return None, self
+        (atom, *more) = self.dims[0]
+        if more or self.atoms[atom].kind not in "sb?":
+            return None
+        if self.atoms[atom].kind != "s":
+            return atom, self
+        at = self.of_kind("s").index(atom)
+        factors = jax.tree.map(lambda x: jnp.moveaxis(x, at, 0), self.factors)
+        return atom, dataclasses.replace(self, factors=factors)
+
+    def without_leading(self, atom: int | None) -> KernelView:
+        """The view inside the scan: the leading axis and its atom are gone."""
+        if atom is None:
+            return dataclasses.replace(self, dims=self.dims[1:])
+        dims = tuple(tuple(n - (n > atom) for n in d) for d in self.dims[1:])
+        return dataclasses.replace(self, atoms=self.atoms[:atom] + self.atoms[atom + 1 :], dims=dims)
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def dense(self, *, forward_mode: bool = False) -> jax.Array:
+        """The view as a plain array: base plus ΔW, in the base's dtype, added in float32 or better."""
+        if not self.factors:
+            return self.kernel
+        atoms = [n for kind in "soi" for n in self.of_kind(kind) if self.atoms[n].size > 1]
+        total = None
+        for f in self.factors:
+            dtype = jnp.promote_types(f.w1_a.dtype, jnp.float32)
+            tensors = (x.astype(dtype) for x in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+            delta = hada_weight(*tensors, f.scaling, forward_mode=forward_mode)
+            total = delta if total is None else total + delta
+        assert total is not None
+        total = total.reshape([self.atoms[n].size for n in atoms])
+        present = [n for d in self.dims for n in d]
+        total = jnp.transpose(total, [atoms.index(n) for n in present if self.atoms[n].kind != "b"])
+        total = total.reshape([1 if self.atoms[n].kind == "b" else self.atoms[n].size for n in present])
+        total = jnp.broadcast_to(total, [self.atoms[n].size for n in present]).reshape(self.shape)
+        wide = jnp.promote_types(self.kernel.dtype, total.dtype)
+        return (self.kernel.astype(wide) + total.astype(wide)).astype(self.kernel.dtype)
+
+    def rows(self, axis: int, gather: Callable[[Any], Any], *, forward_mode: bool) -> jax.Array | None:
+        """ΔW at some positions of one in or out axis (an embedding lookup): only the rows that are read are formed.
+
+        Args:
+            axis: of the view.
+            gather: takes those positions from axis 0 of a matrix: `[n, r]` to `[*positions, r]`.
+            forward_mode: plain products that `jax.jvp` can differentiate.
+
+        Returns:
+            `[*positions, *other axes]`, or None where the view has stack axes or the axis is not all of in or out.
+        """
+        if self.of_kind("s") or self.of_kind("b") or len(self.dims[axis]) != 1:
+            return None
+        (atom,) = self.dims[axis]
+        kind = self.atoms[atom].kind
+        if any(self.atoms[n].size > 1 for n in self.of_kind(kind) if n != atom):
+            return None
+        others = [n for n in self.of_kind("i" if kind == "o" else "o") if self.atoms[n].size > 1]
+        total, positions = None, ()
+        for f in self.factors:
+            tables, whole = (f.w1_a, f.w2_a), (f.w1_b, f.w2_b)
+            if kind == "i":
+                tables, whole = tuple(x.T for x in whole), tuple(x.T for x in tables)
+            rows = [gather(table) for table in tables]
+            positions = rows[0].shape[:-1]
+            flat = [row.reshape(-1, row.shape[-1]) for row in rows]
+            delta = hada_weight(flat[0], whole[0], flat[1], whole[1], f.scaling, forward_mode=forward_mode)
+            total = delta if total is None else total + delta
+        assert total is not None
+        total = total.reshape(-1, *(self.atoms[n].size for n in others))
+        rest = [d for n, d in enumerate(self.dims) if n != axis]
+        total = jnp.transpose(total, [0, *(1 + others.index(n) for d in rest for n in d)])
+        return total.reshape(*positions, *(size for n, size in enumerate(self.shape) if n != axis))
+
+    # --- atoms --------------------------------------------------------------------------------------------------------
+
+    def _map_atom(self, atom: int, operation: Callable[[Any, int], Any], size: int) -> KernelView:
+        """Applies an operation to the axis of one atom in every factor that has it."""
+        kind = self.atoms[atom].kind
+        at = self.of_kind(kind).index(atom)
+        stack = self.stack_shape
+        inner = [self.atoms[n].size for n in self.of_kind(kind)]
+
+        def a(x):
+            y = operation(x.reshape(*stack, *inner, x.shape[-1]), len(stack) + at)
+            return y.reshape(*stack, -1, x.shape[-1])
+
+        def b(x):
+            y = operation(x.reshape(*stack, x.shape[-2], *inner), len(stack) + 1 + at)
+            return y.reshape(*stack, x.shape[-2], -1)
+
+        factors = self.factors
+        if kind == "s":
+            factors = jax.tree.map(lambda x: operation(x, at), factors)
+        elif kind == "o":
+            factors = tuple(dataclasses.replace(f, w1_a=a(f.w1_a), w2_a=a(f.w2_a)) for f in factors)
+        elif kind == "i":
+            factors = tuple(dataclasses.replace(f, w1_b=b(f.w1_b), w2_b=b(f.w2_b)) for f in factors)
+        atoms = list(self.atoms)
+        atoms[atom] = dataclasses.replace(atoms[atom], size=size)
+        return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
+
+    def _split(self, atom: int, outer: int) -> KernelView:
+        """Splits an atom in two that stand one after the other; `dims` is left to the caller."""
+        old = self.atoms[atom]
+        inner = old.size // outer
+        atoms = [*self.atoms[:atom], *(dataclasses.replace(old, size=n) for n in (outer, inner)), *self.atoms[atom + 1 :]]
+        factors = self.factors
+        if old.kind == "s":
+            at = self.of_kind("s").index(atom)
+            factors = jax.tree.map(lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors)
+        return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
+
+
+def size_of(view: KernelView, atoms: Sequence[int]) -> int:
+    """Product of the sizes of some atoms."""
+    return math.prod(view.atoms[n].size for n in atoms)

@@ -1,0 +1,188 @@
+"""`Layout`: a word that says what each axis of a JAX kernel is, and folds PEFT's tensors into that kernel.
+
+PEFT stores everything in torch's orientation: a linear weight is `[out, in]`, a convolution's `[out, in, *spatial]`.
+A JAX kernel can have its axes in any order and number. Only this module knows how the two correspond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+_TOKEN = re.compile(r"([siok])(\d*)")
+_MAX_SPATIAL = 64  # no convolution of a published model is wider; a 4-D kernel that is, is no convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What each axis of a kernel is, one letter per axis.
+
+    `s` stack (layers of a scan, experts: one independent adapter per index), `i` in, `o` out, `k` spatial. Several axes
+    of one kind flatten in the order in which they stand, or, where letters carry an index, in the order of the indices.
+
+    Args:
+        word: e.g. "io" (Dense), "oi" (torch, Equinox), "ioo" (DenseGeneral query), "iio" (attention output),
+            "kkio" (Conv), "sio" (Dense stacked by a scan), "soio" (fused key/value einsum), "i1 i0 o".
+
+    Raises:
+        ValueError: a letter is unknown, `i` or `o` is missing, or only some of one kind carry an index.
+
+    Example:
+        >>> Layout("ioo").fold(jnp.zeros((12, 5)), (5, 3, 4)).shape
+        (5, 3, 4)
+    """
+
+    word: str
+
+    def __post_init__(self) -> None:
+        word = self.word.replace(" ", "")
+        tokens = _TOKEN.findall(word)
+        if "".join(a + b for a, b in tokens) != word or not tokens:
+            raise ValueError(
+                f"{self.word!r} is not a layout: write one letter per axis out of s (stack), i (in), o (out) and "
+                "k (spatial), each with an index if need be, e.g. 'io', 'kkio', 'sio' or 'i1 i0 o'"
+            )
+        kinds = [a for a, _ in tokens]
+        for kind, name in (("i", "in"), ("o", "out")):
+            if kind not in kinds:
+                raise ValueError(f"The layout {self.word!r} has no {name} axis ({kind!r})")
+        for kind in "siok":
+            indices = [b for a, b in tokens if a == kind]
+            if any(indices) and sorted(indices) != sorted(map(str, range(len(indices)))):
+                raise ValueError(f"The layout {self.word!r} must number all of its {kind!r} axes, from 0")
+        object.__setattr__(self, "word", " ".join(a + b for a, b in tokens) if re.search(r"\d", word) else word)
+
+    def __str__(self) -> str:
+        return self.word
+
+    @functools.cached_property
+    def _tokens(self) -> list[tuple[str, str]]:
+        return _TOKEN.findall(self.word)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self._tokens)
+
+    def axes(self, kind: str) -> tuple[int, ...]:
+        """The kernel's axes of one kind ('s', 'i', 'o' or 'k'), in the order in which they flatten."""
+        found = [(int(index) if index else n, n) for n, (k, index) in enumerate(self._tokens) if k == kind]
+        return tuple(n for _, n in sorted(found))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The kernel's axes in torch's order: stack, out, in, spatial."""
+        return self.axes("s") + self.axes("o") + self.axes("i") + self.axes("k")
+
+    def sizes(self, kind: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the axes of one kind, in flattening order."""
+        return tuple(shape[axis] for axis in self.axes(kind))
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """`[*stack, out, in, *spatial]` of a kernel of this `shape`."""
+        if len(shape) != self.ndim:
+            raise ValueError(f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape {tuple(shape)}")
+        return (
+            *self.sizes("s", shape),
+            math.prod(self.sizes("o", shape)),
+            math.prod(self.sizes("i", shape)),
+            *self.sizes("k", shape),
+        )
+
+    def fold(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Folds a torch-shaped array `[*stack, out, in, *spatial]` into a kernel of this `shape`."""
+        permuted = delta.reshape([shape[axis] for axis in self.order])
+        inverse = sorted(range(self.ndim), key=self.order.__getitem__)
+        return jnp.transpose(permuted, inverse)
+
+    def unfold(self, kernel: jax.Array) -> jax.Array:
+        """The inverse of `fold`: a kernel as `[*stack, out, in, *spatial]`."""
+        return jnp.transpose(kernel, self.order).reshape(self.torch_shape(kernel.shape))
+
+    def strip(self, ndim: int) -> Layout:
+        """The layout of the kernel inside a scan or vmap, which has taken the leading stack axes away.
+
+        Raises:
+            ValueError: the axes that are missing are not stack axes.
+        """
+        missing = self.ndim - ndim
+        if missing == 0:
+            return self
+        if missing < 0 or any(axis >= len(self.axes("s")) for axis in range(missing)) or not set(
+            range(missing)
+        ) <= set(self.axes("s")):
+            raise ValueError(
+                f"A kernel with the layout {self.word!r} has {ndim} axes here. Only leading stack axes ('s') can be "
+                "taken away by a scan or vmap over an adapted tree; scan over another axis inside the function given "
+                "to `loha_jax.adapt`."
+            )
+        kept = self._tokens[missing:]
+        stack = sorted(int(index) for kind, index in kept if kind == "s" and index)
+        return Layout("".join(k + (str(stack.index(int(n))) if k == "s" and n else n) for k, n in kept))
+
+
+def default_layout(
+    shape: Sequence[int], path: Sequence[str], shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> Layout:
+    """The layout of a kernel where nothing else says it: 2-D `io`, Flax attention, 4-D and 5-D convolutions.
+
+    Args:
+        shape: the kernel's shape.
+        path: its tree path as strings, e.g. ("attn", "query", "kernel").
+        shape_at: shapes of all leaves by path; the bias beside the kernel and the other kernels of an attention module
+            decide between what a shape alone leaves open.
+
+    Raises:
+        ValueError: the kernel could be several things; the message names them and how to settle it.
+    """
+    ndim = len(shape)
+    if ndim == 2:
+        return Layout("io")
+    if attention := _attention_layout(tuple(shape), tuple(path), shape_at):
+        return attention
+    bias = shape_at.get((*path[:-1], "bias"), shape_at.get((*path[:-1], "b")))
+    if ndim in (4, 5) and max(shape[: ndim - 2]) <= _MAX_SPATIAL and (bias is None or bias == tuple(shape[-1:])):
+        return Layout("k" * (ndim - 2) + "io")
+    candidates = {
+        3: "'sio' (a Dense stacked by a scan), 'ioo' or 'iio' (DenseGeneral), 'kio' (Conv1d), 'oio' (einsum)",
+        4: "'kkio' (Conv2d), 'sioo' or 'siio' (DenseGeneral stacked by a scan), 'skio' (stacked Conv1d), 'soio' "
+        "(fused einsum)",
+    }.get(ndim, "any order of s (stack), i (in), o (out) and k (spatial)")
+    name = ".".join(path)
+    raise ValueError(
+        f"The kernel {name} of shape {tuple(shape)} could be several things: {candidates}. Settle it with "
+        f"layouts={{r'{re.escape('.'.join(path[:-1]) or name)}': '...'}}, or let the model say it with "
+        "layouts=loha_jax.infer_layouts(fn, params, *args)."
+    )
+
+
+def _attention_layout(
+    shape: tuple[int, ...], path: tuple[str, ...], shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> Layout | None:
+    """`ioo`/`iio` for Flax's MultiHeadDotProductAttention, `sioo`/`siio` for one stacked by a scan."""
+    if len(path) < 2 or path[-2] not in ("query", "key", "value", "out") or len(shape) not in (3, 4):
+        return None
+    parent, leaf = path[:-2], path[-1]
+    query, out = shape_at.get((*parent, "query", leaf)), shape_at.get((*parent, "out", leaf))
+    if query is None or out is None or not len(query) == len(out) == len(shape):
+        return None
+
+    def fits(stacked: bool) -> bool:
+        n = int(stacked)
+        if query[:n] != out[:n] or query[n + 1 :] != out[n:-1]:
+            return False
+        bias = shape_at.get((*parent, "query", "bias"))
+        return bias is None or bias == query[:n] + query[n + 1 :]
+
+    stacked = len(shape) == 4
+    if not fits(stacked):
+        return None
+    if not stacked and shape_at.get((*parent, "query", "bias")) is None and len({*query, *out}) == 1:
+        return None  # (n, n, n): three Dense layers stacked by a scan look the same
+    return Layout(("s" if stacked else "") + ("iio" if path[-2] == "out" else "ioo"))

@@ -1,0 +1,86 @@
+"""`merge` and `unload`: from an adapted tree back to plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loha_jax.partition import adapter_names
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+
+
+def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = False) -> Any:
+    """Plain arrays with the adapters added in: `W + Σ ΔW` in W's dtype, added in float32 or better.
+
+    Args:
+        params: an adapted tree.
+        adapters: names of the adapters to merge, in order; the active ones by default. The others are left out.
+        safe: refuse results that are not finite. Reads the values, so not under `jax.jit`.
+
+    Returns:
+        The tree that the model started from, ready to serve; leaves of `modules_to_save` are the trained copies.
+        To unmerge, keep the tree you had.
+
+    Raises:
+        ValueError: no leaf has an adapter of that name, or (`safe`) a merged weight holds NaN or infinity; the message
+            names the modules.
+
+    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)`.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> merge(params)["q"]["kernel"].tolist()[0]
+        [1.0, 1.0, 1.0]
+    """
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
+    known = adapter_names(params)
+    if unknown := [name for name in adapters or () if name not in known]:
+        raise ValueError(f"Adapter {unknown[0]} not found. The tree has: {', '.join(known) or 'none'}.")
+    broken: list[str] = []
+
+    def plain(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            chosen = leaf.active if adapters is None else adapters
+            merged = leaf.dense(tuple(name for name in chosen if name in leaf.adapters))
+            if safe and not jnp.isfinite(merged).all():
+                broken.extend(leaf.names)
+            return merged
+        if isinstance(leaf, SavedWeight):
+            chosen = leaf.active if adapters is None else adapters
+            return next((leaf.copies[name] for name in reversed(chosen) if name in leaf.copies), leaf.original)
+        return leaf
+
+    result = jax.tree.map(plain, params, is_leaf=is_adapted)
+    if broken:
+        raise ValueError(
+            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
+            f"{', '.join(adapters if adapters is not None else known)} seems to be broken; the tree is unchanged."
+        )
+    return result
+
+
+def unload(params: Any) -> Any:
+    """The base model's tree, as it was before `inject`: the very same arrays.
+
+    PEFT's `unload` keeps the trained copies of `modules_to_save`; `merge(params)` has those.
+
+    Example:
+        >>> import loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
+        True
+    """
+
+    def base(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            return leaf.kernel
+        return leaf.original if isinstance(leaf, SavedWeight) else leaf
+
+    return jax.tree.map(base, params, is_leaf=is_adapted)

@@ -1,0 +1,124 @@
+"""Dotted module names of the leaves of a parameter tree: what `target_modules` matches and what PEFT's keys hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
+"""How `inject` takes names: a function of the default name, or `{regex: template}`."""
+
+KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")
+"""Leaf names that stand for the module that holds them."""
+
+_OTHER_LEAVES = {"bias", "b", "scale", "offset", "mean", "var"}
+_WRAPPERS = ("value", "raw_value")  # what holds the array inside an nnx.Variable or an nn.Partitioned box
+_COLLECTIONS = ("params", "batch_stats")
+_CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
+
+
+def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
+    """A `jax.tree_util` key path as strings, without the attribute that only boxes the array."""
+    parts: list[str] = []
+    for key in path:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(key, attribute):
+                parts.append(str(getattr(key, attribute)))
+                break
+        else:
+            parts.append(str(key))
+    while len(parts) > 1 and parts[-1] in _WRAPPERS and getattr(path[-1], "name", None) is not None:
+        parts.pop()
+    return tuple(parts)
+
+
+def is_kernel_leaf(parts: Sequence[str]) -> bool:
+    """Whether a leaf can hold a kernel, by its name: biases and normalisation scales can not."""
+    return parts[-1] not in _OTHER_LEAVES
+
+
+def module_name(parts: Sequence[str]) -> str:
+    """The default dotted module name of a leaf.
+
+    The path joined with dots, less a leading collection ("params") and a trailing "kernel", "embedding", "w" or
+    "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as dots.
+
+    Example:
+        >>> module_name(("params", "encoder", "layer", "0", "query", "kernel"))
+        'encoder.layer.0.query'
+    """
+    parts = list(parts)
+    if len(parts) > 1 and parts[0] in _COLLECTIONS:
+        parts = parts[1:]
+    if len(parts) > 1 and (parts[-1] in KERNEL_LEAVES or parts[-1] in _OTHER_LEAVES):
+        parts = parts[:-1]
+    return re.sub(r"/~/|/", ".", ".".join(parts))
+
+
+def torch_parameter(parts: Sequence[str]) -> str:
+    """The name of a leaf inside its torch module: kernel, scale and embedding are `weight`, mean is `running_mean`."""
+    last = parts[-1]
+    if last in KERNEL_LEAVES or last == "scale":
+        return "weight"
+    return {"b": "bias", "offset": "bias", "mean": "running_mean", "var": "running_var"}.get(last, last)
+
+
+def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
+    """The torch module names of a leaf, one per stack index in row-major order.
+
+    Without `names`, a stack index follows the first part of the name that is called like a container of layers
+    ("layers", "blocks", "h", "ScanBlock_0", …), or else the first part.
+
+    Args:
+        name: the default name (`module_name`).
+        stack: sizes of the stack axes; () for a kernel that is one module.
+        names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups). A stacked leaf takes
+            a list with one name per index, or one name with `{}` (or `{0}`, `{1}`) where the stack indices go.
+
+    Raises:
+        ValueError: the number of names is not the number of stack indices, or they are not distinct.
+
+    Example:
+        >>> stack_names("layers.q", (2,), {r"layers\\.(.*)": r"model.layers.{}.\\1"})
+        ('model.layers.0.q', 'model.layers.1.q')
+    """
+    given = _given_name(name, names)
+    count = int(np.prod(stack, dtype=int))
+    if given is None:
+        if not stack:
+            return (name,)
+        parts = name.split(".")
+        at = next((n for n, part in enumerate(parts[:-1]) if _CONTAINER.fullmatch(part)), 0)
+        if len(parts) == 1:
+            return tuple(".".join([*_indices(index), name]) for index in np.ndindex(*stack))
+        return tuple(".".join([*parts[: at + 1], *_indices(i), *parts[at + 1 :]]) for i in np.ndindex(*stack))
+    if isinstance(given, str):
+        result = tuple(given.format(*index) for index in np.ndindex(*stack)) if stack else (given,)
+    else:
+        result = tuple(given)
+    if len(result) != count or len(set(result)) != count:
+        raise ValueError(
+            f"`names` gives {name} {given!r}, but its kernel holds {count} module(s), one per index of its stack axes "
+            f"{tuple(stack)}: give a list of {count} names, or one name with {{}} where the index goes"
+        )
+    return result
+
+
+def _indices(index: Sequence[int]) -> Iterator[str]:
+    return (str(n) for n in index)
+
+
+def _given_name(name: str, names: Names | None) -> str | Sequence[str] | None:
+    if names is None:
+        return None
+    if callable(names):
+        return names(name)
+    for pattern, template in names.items():
+        if found := re.fullmatch(pattern, name):
+            if isinstance(template, str):
+                return found.expand(template)
+            return [found.expand(t) for t in template]
+    return None

@@ -1,0 +1,272 @@
+"""Products with an adapted kernel: factored (no ΔW), fused (ΔW rebuilt, not kept), and what each costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loha_jax.hadamard import khatri_rao_columns, recompute_vjp
+from loha_jax.kernel_view import KernelView, size_of
+
+STRATEGIES = ("auto", "factored", "fused", "dense")
+
+
+def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str, precision: Any = None) -> jax.Array:
+    """A two-operand einsum as one `dot_general` with the operands in this order, accumulated in float32 or better.
+
+    Labels in both operands and in `out` are batch axes; those in both and not in `out` are contracted. Unlike
+    `jnp.einsum`, it never swaps the operands: XLA:CPU runs some orientations several times faster than others.
+    """
+    batch = [c for c in a_labels if c in b_labels and c in out]
+    summed = [c for c in a_labels if c in b_labels and c not in out]
+    numbers = (
+        (tuple(map(a_labels.index, summed)), tuple(map(b_labels.index, summed))),
+        (tuple(map(a_labels.index, batch)), tuple(map(b_labels.index, batch))),
+    )
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    result = lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
+    labels = [*batch, *(c for c in a_labels if c not in b_labels), *(c for c in b_labels if c not in a_labels)]
+    order = [labels.index(c) for c in out]
+    return result if order == sorted(order) else lax.transpose(result, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+    """Axis labels of x, KB, x·KB, KA and the result.
+
+    b batch stack, n rows of x, c contracted stack, f free stack, i contracted, o free, R = Σr².
+    """
+
+    x: str
+    kb: str
+    h: str
+    ka: str
+    y: str
+
+
+def _factored_forward(labels: _Labels, precision, x, kb, ka):
+    h = contract(x.astype(kb.dtype), labels.x, kb, labels.kb, labels.h, precision)
+    return contract(h, labels.h, ka, labels.ka, labels.y, precision), (x, kb, ka, h)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _factored(labels: _Labels, precision, x, kb, ka):
+    return _factored_forward(labels, precision, x, kb, ka)[0]
+
+
+def _factored_backward(labels: _Labels, precision, residuals, g):
+    # The order of the operands is the point: dhᵀ@x and hᵀ@g, with R leading, run fast on XLA:CPU.
+    x, kb, ka, h = residuals
+    dh = contract(g, labels.y, ka, labels.ka, labels.h, precision)
+    dx = contract(dh, labels.h, kb, labels.kb, labels.x, precision)
+    dkb = contract(dh, labels.h, x.astype(kb.dtype), labels.x, labels.kb, precision)
+    dka = contract(h, labels.h, g, labels.y, labels.ka, precision)
+    return dx.astype(x.dtype), dkb, dka
+
+
+_factored.defvjp(_factored_forward, _factored_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general` of a plain array with a `KernelView`, its axes sorted by what they mean.
+
+    Attributes:
+        kernel_first: whether the kernel is the left operand.
+        batch, contracted, free: the view's stack atoms by their part in the product.
+        main, rest: its in and its out atoms, contracted and free; the other way round where `swapped`.
+        swapped: the kernel's out axes are contracted (x @ Wᵀ of an `io` kernel, a tied embedding, an input gradient).
+        params: of the `dot_general`, without the dimension numbers.
+        kernel_dims, x_dims: (contracted, batch) axes of the two operands, pairwise.
+        rows: number of rows of x per batch stack index.
+    """
+
+    kernel_first: bool
+    batch: tuple[int, ...]
+    contracted: tuple[int, ...]
+    free: tuple[int, ...]
+    main: tuple[int, ...]
+    rest: tuple[int, ...]
+    swapped: bool
+    params: Any
+    kernel_dims: tuple[tuple[int, ...], tuple[int, ...]]
+    x_dims: tuple[tuple[int, ...], tuple[int, ...]]
+    rows: int
+
+    @classmethod
+    def of(cls, view: KernelView, x: Any, kernel_first: bool, params: dict[str, Any]) -> Product | str:
+        """Sorts the axes, or says why the product has no factored form."""
+        (lc, rc), (lb, rb) = params["dimension_numbers"]
+        kernel_dims, x_dims = ((tuple(lc), tuple(lb)), (tuple(rc), tuple(rb)))
+        if not kernel_first:
+            kernel_dims, x_dims = x_dims, kernel_dims
+        in_contracted = [n for d in kernel_dims[0] for n in view.dims[d]]
+        in_batch = [n for d in kernel_dims[1] for n in view.dims[d]]
+        in_free = [n for d, atoms in enumerate(view.dims) if d not in kernel_dims[0] + kernel_dims[1] for n in atoms]
+
+        def kinds(atoms):
+            return {view.atoms[n].kind for n in atoms}
+
+        if kinds(in_batch) - {"s", "b"}:
+            return "a batch axis is an in or out axis of the kernel"
+        if "b" in kinds(in_contracted) | kinds(in_free):
+            return "the kernel is broadcast along a contracted or free axis"
+        if {"i", "o"} <= kinds(in_contracted):
+            return "in and out axes are contracted together"
+        swapped = "o" in kinds(in_contracted)
+        main, rest = ("o", "i") if swapped else ("i", "o")
+        if main in kinds(in_free) or rest in kinds(in_contracted):
+            return "only some of the in or out axes are contracted"
+        big = {kind: tuple(n for n in view.of_kind(kind) if view.atoms[n].size > 1) for kind in "sio"}
+        rows = x.size // max(math.prod(x.shape[d] for d in x_dims[0] + x_dims[1]), 1)
+        return cls(
+            kernel_first=kernel_first,
+            batch=tuple(n for n in big["s"] if n in in_batch),
+            contracted=tuple(n for n in big["s"] if n in in_contracted),
+            free=tuple(n for n in big["s"] if n in in_free),
+            main=big[main],
+            rest=big[rest],
+            swapped=swapped,
+            params={k: v for k, v in params.items() if k != "dimension_numbers"},
+            kernel_dims=kernel_dims,
+            x_dims=x_dims,
+            rows=rows * size_of(view, [n for n in in_batch if view.atoms[n].kind == "b"]),
+        )
+
+    def dot(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The plain product with some kernel of the view's shape."""
+        operands = (kernel, x) if self.kernel_first else (x, kernel)
+        pairs = [(k, v) if self.kernel_first else (v, k) for k, v in zip(self.kernel_dims, self.x_dims, strict=True)]
+        return lax.dot_general(*operands, tuple(pairs), **self.params)
+
+    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool) -> jax.Array:
+        """base + (x KB) KA, without forming ΔW."""
+        base = self.dot(x, view.kernel)
+        kb, ka = self._khatri_rao(view, x.dtype)
+        x_groups, x_rows = self._group_x(x, view)
+        c = "c" if self.contracted else ""
+        f = "f" if self.free else ""
+        b = "b" if self.batch else ""
+        i = "i" if self.main else ""
+        o = "o" if self.rest else ""
+        labels = _Labels(x=f"{b}n{c}{i}", kb=f"{b}{c}{f}R{i}", h=f"{b}{c}n{f}R", ka=f"{b}{c}{f}R{o}", y=f"{b}{f}n{o}")
+        args = (labels, self.params.get("precision"), x_groups, kb, ka)
+        delta = _factored_forward(*args)[0] if forward_mode else _factored(*args)
+        delta = self._ungroup(delta, view, x_rows)
+        return (base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta).astype(base.dtype)
+
+    def fused(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """x (W + ΔW), with ΔW formed once, not kept, and rebuilt in the backward pass."""
+        return recompute_vjp(lambda x, view: self.dot(x, view.dense(forward_mode=True)))(x, view)
+
+    # --- costs --------------------------------------------------------------------------------------------------------
+
+    def costs(self, view: KernelView, training: bool) -> dict[str, float]:
+        """FLOPs of the frozen product ("base") and what each strategy adds to it."""
+        into, out = size_of(view, self.main), size_of(view, self.rest)
+        modules = size_of(view, self.batch + self.contracted + self.free)
+        ranks = [f.w1_a.shape[-1] for f in view.factors]
+        squared, plain = sum(r * r for r in ranks), sum(ranks)
+        passes = 3 if training else 1
+        base = 2.0 * self.rows * into * out * modules
+        build = (4.0 * plain + 4 * len(ranks)) * into * out * modules
+        return {
+            "base": base * (2 if training else 1),
+            "factored": passes * squared * (into + out) * modules * (2.0 * self.rows + 2),
+            # training: the weight gradient, ΔW again, and the factors' gradients from it
+            "fused": base + 4 * build if training else build,
+        }
+
+    def choose(self, view: KernelView, training: bool) -> str:
+        """The cheaper of factored and fused."""
+        costs = self.costs(view, training)
+        return "factored" if costs["factored"] <= costs["fused"] else "fused"
+
+    def temporary_bytes(self, view: KernelView, strategy: str) -> int:
+        """Bytes of the largest array that the strategy adds to the frozen product."""
+        if strategy == "factored":
+            squared = sum(f.w1_a.shape[-1] ** 2 for f in view.factors)
+            widest = max(size_of(view, self.main), size_of(view, self.rest), self.rows)
+            return 4 * squared * widest * size_of(view, self.batch + self.contracted + self.free)
+        return 4 * math.prod(view.shape)
+
+    # --- axes ---------------------------------------------------------------------------------------------------------
+
+    def _khatri_rao(self, view: KernelView, x_dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """KB `[b, c, f, R, main]` and KA `[b, c, f, R, rest]` (absent groups left out), scaled, adapters side by side."""
+        order = self.batch + self.contracted + self.free
+        stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
+        sizes = [size_of(view, group) for group in (self.batch, self.contracted, self.free) if group]
+        pairs = []
+        for f in view.factors:
+            dtype = jnp.promote_types(jnp.promote_types(f.w1_a.dtype, x_dtype), jnp.float32)
+            ka = khatri_rao_columns(*(jnp.swapaxes(w.astype(dtype), -1, -2) for w in (f.w1_a, f.w2_a)))
+            kb = khatri_rao_columns(f.w1_b.astype(dtype), f.w2_b.astype(dtype))
+            pairs.append((kb, ka * f.scaling.astype(dtype)[..., None, None]))
+        kb, ka = (jnp.concatenate(side, -2) if len(pairs) > 1 else side[0] for side in zip(*pairs, strict=True))
+
+        def arrange(k: jax.Array, has_axis: bool) -> jax.Array:
+            k = k.reshape(*(view.atoms[n].size for n in stack), *k.shape[-2:])
+            k = jnp.transpose(k, [*(stack.index(n) for n in order), len(stack), len(stack) + 1])
+            return k.reshape(*sizes, k.shape[-2], *((k.shape[-1],) if has_axis else ()))
+
+        if self.swapped:
+            kb, ka = ka, kb
+        return arrange(kb, bool(self.main)), arrange(ka, bool(self.rest))
+
+    def _x_layout(self, x_shape: tuple[int, ...], view: KernelView) -> list[tuple[str, int, int]]:
+        """x's axes, contracted and batch ones split into atoms: ("atom", atom, size) or ("row", axis, size)."""
+        kernel_axis = {
+            xd: kd for x_side, k_side in zip(self.x_dims, self.kernel_dims, strict=True)
+            for xd, kd in zip(x_side, k_side, strict=True)
+        }
+        result: list[tuple[str, int, int]] = []
+        for axis, size in enumerate(x_shape):
+            if axis in kernel_axis:
+                result += [("atom", n, view.atoms[n].size) for n in view.dims[kernel_axis[axis]]]
+            else:
+                result.append(("row", axis, size))
+        return result
+
+    def _group_x(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, list[tuple[str, int, int]]]:
+        """x as `[b, n, c, main]` and the axes that make up n."""
+        axes = self._x_layout(x.shape, view)
+        rows = [a for a in axes if a[0] == "row" or view.atoms[a[1]].kind == "b"]
+        position = {a[:2]: n for n, a in enumerate(axes)}
+        groups = [self.batch, None, self.contracted, self.main]
+        order, sizes = [], []
+        for group in groups:
+            if group is None:
+                order += [position[a[:2]] for a in rows]
+                sizes.append(math.prod(a[2] for a in rows))
+            elif group:
+                order += [position["atom", n] for n in group]
+                sizes.append(size_of(view, group))
+        expanded = x.reshape([a[2] for a in axes])
+        if order != sorted(order):
+            expanded = jnp.transpose(expanded, order)
+        return expanded.reshape(sizes), rows
+
+    def _ungroup(self, delta: jax.Array, view: KernelView, rows: list[tuple[str, int, int]]) -> jax.Array:
+        """`[b, f, n, rest]` as `dot_general` orders its result: batch, free of the left, free of the right operand."""
+        have = [("atom", n) for n in self.batch + self.free] + [a[:2] for a in rows] + [("atom", n) for n in self.rest]
+        size = {a[:2]: a[2] for a in rows} | {("atom", n): atom.size for n, atom in enumerate(view.atoms)}
+        contracted, batch = self.kernel_dims
+        batch_out = [("atom", n) for d in batch for n in view.dims[d]]
+        kernel_out = [("atom", n) for d, a in enumerate(view.dims) if d not in contracted + batch for n in a]
+        row_out = [a[:2] for a in rows if a[0] == "row"]
+        want = batch_out + (kernel_out + row_out if self.kernel_first else row_out + kernel_out)
+        delta = delta.reshape([size[a] for a in have])
+        order = [have.index(a) for a in want]
+        if order != sorted(order):
+            delta = jnp.transpose(delta, order)
+        batch_shape = [view.shape[d] for d in batch]
+        kernel_shape = [n for d, n in enumerate(view.shape) if d not in contracted + batch]
+        row_shape = [a[2] for a in rows if a[0] == "row"]
+        return delta.reshape(batch_shape + (kernel_shape + row_shape if self.kernel_first else row_shape + kernel_shape))

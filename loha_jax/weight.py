@@ -1,0 +1,283 @@
+"""The leaves that an adapted tree holds: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
+
+Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with the
+adapted weight, with no wrapper and no knowledge of this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from loha_jax.config import LoHaConfig
+from loha_jax.hadamard import hada_weight, hada_weight_cp
+from loha_jax.init import FACTOR_NAMES
+from loha_jax.layouts import Layout
+
+
+class ArrayLike:
+    """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`."""
+
+    def __jax_array__(self) -> jax.Array:
+        raise NotImplementedError
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.__jax_array__(), dtype)
+
+    @property
+    def _frozen(self) -> jax.Array:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self._frozen.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weight."""
+        return self._frozen.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self._frozen.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self._frozen.size
+
+    @property
+    def T(self) -> jax.Array:
+        """The adapted weight, transposed."""
+        return self.__jax_array__().T
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index) -> jax.Array:
+        return self.__jax_array__()[index]
+
+    def astype(self, dtype) -> jax.Array:
+        """The adapted weight in another dtype."""
+        return self.__jax_array__().astype(dtype)
+
+    def reshape(self, *shape, **kwargs) -> jax.Array:
+        """The adapted weight in another shape."""
+        return self.__jax_array__().reshape(*shape, **kwargs)
+
+    def transpose(self, *axes) -> jax.Array:
+        """The adapted weight with its axes permuted."""
+        return self.__jax_array__().transpose(*axes)
+
+    def __matmul__(self, other):
+        return self.__jax_array__() @ other
+
+    def __rmatmul__(self, other):
+        return other @ self.__jax_array__()
+
+    def __add__(self, other):
+        return self.__jax_array__() + other
+
+    def __radd__(self, other):
+        return other + self.__jax_array__()
+
+    def __sub__(self, other):
+        return self.__jax_array__() - other
+
+    def __rsub__(self, other):
+        return other - self.__jax_array__()
+
+    def __mul__(self, other):
+        return self.__jax_array__() * other
+
+    def __rmul__(self, other):
+        return other * self.__jax_array__()
+
+    def __truediv__(self, other):
+        return self.__jax_array__() / other
+
+    def __neg__(self):
+        return -self.__jax_array__()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
+
+    Attributes:
+        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` beside cores.
+        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` beside cores.
+        hada_t1, hada_t2: cores `[*stack, r, r, *spatial]` (Conv1d: a trailing 1), or None.
+        scaling: alpha/r as an array, `()` or `[*stack]`; not trained.
+        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one module). Where ranks
+            differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
+            index that the config does not target.
+        config: the config that made the adapter.
+    """
+
+    hada_w1_a: Any
+    hada_w1_b: Any
+    hada_w2_a: Any
+    hada_w2_b: Any
+    hada_t1: Any
+    hada_t2: Any
+    scaling: Any
+    ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    alphas: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+    config: LoHaConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def is_cp(self) -> bool:
+        """Whether the adapter has cores (`use_effective_conv2d`, for kernels larger than 1)."""
+        return self.hada_t1 is not None
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The trained arrays by PEFT's names."""
+        return {name: value for name in FACTOR_NAMES if (value := getattr(self, name)) is not None}
+
+    def delta(self, *, forward_mode: bool = False) -> jax.Array:
+        """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
+
+        The result has at least float32; see `hada_weight` and `hada_weight_cp`.
+        """
+        dtype = jnp.promote_types(self.hada_w1_a.dtype, jnp.float32)
+        t = {name: value.astype(dtype) for name, value in self.tensors.items()}
+        scaling = lax.stop_gradient(self.scaling)
+        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        if self.is_cp:
+            names = ("hada_t1", "hada_w1_a", "hada_w1_b", "hada_t2", "hada_w2_a", "hada_w2_b")
+            return hada_weight_cp(*(t[n] for n in names), scaling, forward_mode=forward_mode)
+        return hada_weight(*(t[n] for n in names), scaling, forward_mode=forward_mode)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoHaWeight(ArrayLike):
+    """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
+
+    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in float32 or better. The
+    kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is never formed.
+
+    Attributes:
+        kernel: the base weight, unchanged (the first leaf: Flax checks its shape).
+        adapters: `Factors` by adapter name.
+        layout: what each axis of the kernel is.
+        names: torch module names, one per stack index.
+        active: the adapters that count, in order.
+
+    Example:
+        >>> import loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> leaf = loha_jax.inject({"q": {"kernel": jnp.ones((3, 4))}}, config, key=jax.random.key(0))["q"]["kernel"]
+        >>> leaf.shape, (jnp.ones((5, 3)) @ leaf).shape
+        ((3, 4), (5, 4))
+    """
+
+    kernel: Any
+    adapters: dict[str, Factors]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def _frozen(self) -> jax.Array:
+        if self.kernel is None:
+            raise ValueError(
+                f"The LoHaWeight of {self.names[0]} holds no kernel: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+        return self.kernel
+
+    @property
+    def label(self) -> str:
+        """The module's name for a person: the first and the last of a stack."""
+        return self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
+
+    @property
+    def active_adapters(self) -> tuple[Factors, ...]:
+        """The active adapters that this kernel has, in order."""
+        return tuple(self.adapters[name] for name in self.active if name in self.adapters)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dense()
+
+    def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
+        """`kernel + Σ ΔW`, in the kernel's shape and dtype.
+
+        Args:
+            adapters: which ones to add; the active ones by default.
+            forward_mode: plain products that `jax.jvp` can differentiate.
+
+        Raises:
+            ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
+        """
+        kernel = lax.stop_gradient(self._frozen)
+        chosen = self.active_adapters if adapters is None else tuple(self.adapters[name] for name in adapters)
+        if not chosen:
+            return kernel
+        layout = self.layout.strip(kernel.ndim)
+        stack = layout.sizes("s", kernel.shape)
+        total = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        for factors in chosen:
+            if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
+                raise ValueError(
+                    f"The adapter of {self.names[0]} has the stack axes {factors.hada_w1_a.shape[:-2]}, its kernel "
+                    f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an axis "
+                    "that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
+                )
+            total += layout.fold(factors.delta(forward_mode=forward_mode), kernel.shape)
+        return total.astype(kernel.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SavedWeight(ArrayLike):
+    """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
+
+    As an array it is the copy of the last active adapter that has one, else the original, which gets no gradient.
+
+    Attributes:
+        original: the base parameter.
+        copies: trained copies by adapter name.
+        layout: of a kernel, or None for a parameter that torch stores with the same axes.
+        name: torch parameter name, e.g. "classifier.weight".
+        active: the adapters that count.
+    """
+
+    original: Any
+    copies: dict[str, Any]
+    layout: Layout | None = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+    active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def _frozen(self) -> jax.Array:
+        if self.original is None:
+            raise ValueError(
+                f"The SavedWeight of {self.name} holds no original: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+        return self.original
+
+    @property
+    def active_copy(self) -> str | None:
+        """The adapter whose copy is in use, or None."""
+        return next((name for name in reversed(self.active) if name in self.copies), None)
+
+    def __jax_array__(self) -> jax.Array:
+        name = self.active_copy
+        return lax.stop_gradient(self._frozen) if name is None else self.copies[name]
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
+    return isinstance(leaf, LoHaWeight | SavedWeight)

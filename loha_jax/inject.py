@@ -258,14 +258,17 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
         for name, r in zip(target.names, target.ranks, strict=True):
             tensors = init_factors(key, [name], target.shapes(r), scheme, dtype) if r else {}
             per_module.append({n: t[0] for n, t in tensors.items()})
-        stacked = stack_factors(per_module, target, dtype)
+        return stack_factors(per_module, target, dtype)
     return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
 
 
 def stack_factors(
     per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any
 ) -> dict[str, jax.Array]:
-    """Factors of the modules of one kernel, stacked and padded with zeros to the largest rank; {} where rank is 0."""
+    """PEFT's tensors of each module of one kernel (none where its rank is 0) as `Factors` holds them.
+
+    They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
+    """
     padded = target.shapes(max(target.ranks))
     stacked = {}
     for name, shape in padded.items():
@@ -273,7 +276,7 @@ def stack_factors(
         for tensors in per_module:
             value = jnp.asarray(tensors[name], dtype) if tensors else jnp.zeros(shape, dtype)
             rows.append(jnp.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]))
-        stacked[name] = jnp.stack(rows)
+        stacked[name] = jnp.stack(rows).reshape(*target.stack, *shape)
     return stacked
 
 
@@ -406,7 +409,9 @@ def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) 
             name = f"{module}.{torch_parameter(tree.paths[position])}"
             saved[position] = Saved(tree.paths[position], name, layout, shape)
     _require_distinct([(s.name, s.path) for s in saved.values()])
-    unused = [entry for entry in config.modules_to_save or () if entry not in used]
+    # A sequence classifier's head is called "classifier" or "score"; PEFT's files name both.
+    optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
+    unused = [entry for entry in config.modules_to_save or () if entry not in used and entry not in optional]
     if unused:
         warnings.warn(
             f"modules_to_save={unused} match no module and nothing is saved for them."

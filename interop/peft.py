@@ -248,6 +248,8 @@ def from_peft_state_dict(
     Raises:
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
+    # PEFT writes inference_mode=true always; what a tree holds can always be trained.
+    config = dataclasses.replace(config, inference_mode=False)
     plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
     given = {_module_key(key): key for key in state}
     counters = {k: v for k, v in given.items() if k.endswith(".num_batches_tracked")}
@@ -283,7 +285,7 @@ def from_peft_state_dict(
         return stack_factors(per_module, target, factor_dtype(target.dtype))
 
     def make_copy(saved: Any, original: jax.Array) -> jax.Array:
-        value = jnp.asarray(np.asarray(state[given[saved.name]]), original.dtype)
+        value = jnp.asarray(state[given[saved.name]]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
         return saved.layout.fold(value, saved.shape) if saved.layout else value
 
     params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy)

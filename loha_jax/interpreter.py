@@ -417,7 +417,8 @@ def _custom_derivative(eqn, values, options):
         return [densify(o, options, name, "a function with its own derivative returns the weight") for o in outputs]
 
     def dense(values):
-        quiet = dataclasses.replace(options, observer=None)
+        # JAX differentiates a custom_jvp forwards, whatever the user asked for.
+        quiet = dataclasses.replace(options, observer=None, forward_mode=name == "custom_jvp_call")
         return bind_equation(eqn, [densify(v, quiet, name, "its derivative") for v in values])
 
     if name == "custom_jvp_call":

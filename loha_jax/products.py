@@ -119,7 +119,8 @@ class Product:
             return "the kernel is broadcast along a contracted or free axis"
         if {"i", "o"} <= kinds(in_contracted):
             return "in and out axes are contracted together"
-        swapped = "o" in kinds(in_contracted)
+        # Axes of size 1 have no atoms: an in or out side that is nowhere in sight may stand on either side.
+        swapped = "o" in kinds(in_contracted) or ("i" in kinds(in_free) and "o" not in kinds(in_free))
         main, rest = ("o", "i") if swapped else ("i", "o")
         if main in kinds(in_free) or rest in kinds(in_contracted):
             return "only some of the in or out axes are contracted"

@@ -1,0 +1,275 @@
+"""Files that PEFT wrote, read and written back; what is checked before anything changes."""
+
+import json
+import shutil
+import stat
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_samples import LINEAR, NAMES, Sample, torch_value
+from safetensors.numpy import load_file, save_file
+
+import loha_jax
+from loha_jax import LoHaConfig, LoHaWeight, interop
+from loha_jax.weight import is_adapted
+
+MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_seqcls": "bert"}
+
+
+def load(sample, **kwargs):
+    return interop.load_peft(
+        sample.adapter, sample.params(), layouts=sample.layouts, model_type=MODEL_TYPES.get(sample.name), **kwargs
+    )
+
+
+def at(tree, dotted):
+    for part in dotted.split("."):
+        tree = tree[part]
+    return tree
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_weights_are_pefts(name):
+    sample = Sample(name)
+    merged = loha_jax.merge(load(sample))
+    bound = 1e-5 if "bf16" not in name else 0  # the same single rounding to bfloat16
+    for module in sample.meta["layers"]:
+        want = sample.io[f"merged_weight::{module}"]
+        got = torch_value(at(merged, module)["kernel"]).astype(np.float32)
+        np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max())
+        assert at(merged, module)["kernel"].dtype == sample.base[f"{module}.weight"].dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_adapter_is_written_back_bit_for_bit(name, tmp_path):
+    sample = Sample(name)
+    interop.save_peft(tmp_path, load(sample))
+    if name == "linear_bin":  # PEFT's file is a pickle; ours is always safetensors
+        ours = load_file(tmp_path / "adapter_model.safetensors")
+        assert ours.keys() == sample.state.keys()
+        assert all(np.array_equal(ours[key], sample.state[key]) for key in ours)
+    else:
+        theirs = (sample.adapter / "adapter_model.safetensors").read_bytes()
+        assert (tmp_path / "adapter_model.safetensors").read_bytes() == theirs
+    theirs = json.loads((sample.adapter / "adapter_config.json").read_text())
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    for config in (theirs, ours):  # PEFT writes sets in the order of its hash seed
+        for key in ("target_modules", "modules_to_save"):
+            if isinstance(config[key], list):
+                config[key] = sorted(config[key])
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_state_dicts_keep_pefts_keys_and_values(name):
+    sample = Sample(name)
+    ours = interop.to_peft_state_dict(load(sample))
+    assert list(ours) != []
+    for key, want in sample.state.items():
+        np.testing.assert_array_equal(ours[key], want)
+        assert ours[key].dtype == want.dtype
+
+
+def simple(tmp_path, **kwargs):
+    base = {"lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, "lin1": {"kernel": jnp.ones((4, 2))}}
+    config = LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False, **kwargs)
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    interop.save_peft(tmp_path, params)
+    return base, params
+
+
+def test_named_adapters_have_folders_of_their_own(tmp_path):
+    base, params = simple(tmp_path)
+    params = loha_jax.inject(params, LoHaConfig(r=1, target_modules=["lin1"]), key=jax.random.key(1), adapter_name="style")
+    interop.save_peft(tmp_path / "both", params)
+    files = sorted(str(p.relative_to(tmp_path / "both")) for p in (tmp_path / "both").rglob("*") if p.is_file())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "style/adapter_config.json", "style/adapter_model.safetensors"]
+    again = interop.load_peft(tmp_path / "both" / "style", interop.load_peft(tmp_path / "both", base), adapter_name="style")
+    assert loha_jax.adapter_names(again) == ("default", "style")
+    for name in ("default", "style"):
+        one, two = interop.to_peft_state_dict(params, name), interop.to_peft_state_dict(again, name)
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[k], two[k]) for k in one)
+    interop.save_peft(tmp_path / "one", params, adapters=["style"])
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["style"]
+    with pytest.raises(FileNotFoundError, match=r"there is one in its sub-folder\(s\) style"):
+        interop.load_peft(tmp_path / "one", base)
+    with pytest.raises(ValueError, match="the tree has no 'zzz'"):
+        interop.save_peft(tmp_path, params, adapters=["zzz"])
+    with pytest.raises(ValueError, match="Say which adapter: the tree has default, style"):
+        interop.to_peft_state_dict(params)
+
+
+def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
+    base, _ = simple(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    state["base_model.model.other.hada_w1_a"] = state.pop("base_model.model.lin0.hada_w1_a")
+    state["base_model.model.lin1.hada_w2_b"] = np.zeros((2, 5), np.float32)
+    save_file(state, path)
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        interop.load_peft(tmp_path, base)
+    message = str(error.value)
+    assert str(path) in message
+    assert "unexpected keys (1): base_model.model.other.hada_w1_a" in message
+    assert "missing keys (1): base_model.model.lin0.hada_w1_a" in message
+    assert "misshapen (1): base_model.model.lin1.hada_w2_b: [2, 5] in the file, [2, 4] in the model" in message
+
+
+def test_a_rank_that_the_config_does_not_say_is_an_error(tmp_path):
+    base, params = simple(tmp_path)
+    state = interop.to_peft_state_dict(params)
+    with pytest.raises(ValueError, match=r"misshapen \(8\)"):
+        interop.from_peft_state_dict(state, LoHaConfig(r=3, target_modules=["lin0", "lin1"]), base)
+
+
+@pytest.mark.parametrize("rename", [
+    lambda key: key.removeprefix("base_model.model."),
+    lambda key: f"{key}.default",
+    lambda key: f"{key.removeprefix('base_model.model.')}.style",
+])
+def test_keys_without_the_prefix_or_with_an_adapters_name_load(tmp_path, rename):
+    base, params = simple(tmp_path)
+    state = {rename(key): value for key, value in interop.to_peft_state_dict(params).items()}
+    loaded = interop.from_peft_state_dict(state, LoHaConfig(r=2, target_modules=["lin0", "lin1"]), base)
+    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\0\0\0\0\0\0\0{}"])
+def test_broken_files_are_named(tmp_path, content):
+    base, _ = simple(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        interop.load_peft(tmp_path, base)
+
+
+def test_missing_files_are_named(tmp_path):
+    base, _ = simple(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Can't find 'adapter_config.json' at"):
+        interop.load_peft(tmp_path / "nowhere", base)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'adapter_model\.safetensors' or 'adapter_model\.bin'"):
+        interop.load_peft(tmp_path, base)
+
+
+def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
+    sample = Sample("llama_lm_head_targeted")
+    params = sample.params()
+    kernel = params["lm_head"]["kernel"]
+    same = interop.load_peft(sample.adapter, params)
+    assert same["lm_head"]["kernel"].kernel is kernel
+    params["lm_head"]["kernel"] = jnp.zeros_like(kernel)
+    replaced = interop.load_peft(sample.adapter, params)
+    np.testing.assert_array_equal(replaced["lm_head"]["kernel"].kernel, kernel)
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_integer_counters_survive_with_or_without_a_leaf_for_them(leave_out, tmp_path):
+    sample = Sample("modules_to_save")
+    params = sample.params()
+    if leave_out:
+        del params["bn"]["num_batches_tracked"]
+    interop.save_peft(tmp_path, interop.load_peft(sample.adapter, params))
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == (sample.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, monkeypatch):
+    base, params = simple(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    more = jax.tree.map(lambda x: x + 1, params)
+    with pytest.raises(OSError, match="No space left"):
+        interop.save_peft(tmp_path, more)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    interop.save_peft(tmp_path, more)
+    assert {p.name for p in tmp_path.iterdir()} == set(before)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    assert stat.S_IMODE((tmp_path / "adapter_model.safetensors").stat().st_mode) & 0o444
+    del base
+
+
+def test_nothing_is_written_where_nothing_can_be(tmp_path):
+    _, params = simple(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        interop.save_peft(tmp_path / "adapter_config.json", params)
+    with pytest.raises(ValueError, match="no adapter to save"):
+        interop.save_peft(tmp_path / "new", loha_jax.unload(params))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_conv3d_is_refused_by_name():
+    config = LoHaConfig(r=1, target_modules=["c"])
+    params = loha_jax.inject({"c": {"kernel": jnp.ones((3, 3, 3, 2, 4))}}, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="c is a convolution over 3 axes"):
+        interop.to_peft_state_dict(params)
+
+
+def test_patterns_whose_order_matters_are_written_so_that_sorting_does_no_harm(tmp_path):
+    base = {"layers": {str(n): {"q": {"kernel": jnp.ones((3, 4))}} for n in range(2)}}
+    # Sorted, "layers.0.q" comes before "q" and would win.
+    config = LoHaConfig(r=2, alpha=1, target_modules=["q"], alpha_pattern={"q": 2, "layers.0.q": 40}, init_weights=False)
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    interop.save_peft(tmp_path, params)
+    loaded = interop.load_peft(tmp_path, base)
+    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
+
+
+def test_stacks_are_written_as_the_modules_they_hold(tmp_path):
+    base = {"layers": {"q": {"kernel": jax.random.normal(jax.random.key(1), (3, 4, 5))}}}
+    config = LoHaConfig(
+        r=2, target_modules=["q"], rank_pattern={"layers.2.q": 3}, init_weights=False,
+        layers_to_transform=[0, 2], layers_pattern="layers",
+    )
+    params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"layers.q": "sio"})
+    state = interop.to_peft_state_dict(params)
+    shapes = {key.removeprefix("base_model.model."): value.shape for key, value in state.items() if "w1_" in key}
+    assert shapes == {
+        "layers.0.q.hada_w1_a": (5, 2), "layers.0.q.hada_w1_b": (2, 4),
+        "layers.2.q.hada_w1_a": (5, 3), "layers.2.q.hada_w1_b": (3, 4),
+    }
+    interop.save_peft(tmp_path, params)
+    loaded = interop.load_peft(tmp_path, base, layouts={"layers.q": "sio"})
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    unrolled = {"layers": {str(n): {"q": {"kernel": base["layers"]["q"]["kernel"][n]}} for n in range(3)}}
+    apart = loha_jax.merge(interop.load_peft(tmp_path, unrolled))
+    for n in range(3):
+        np.testing.assert_array_equal(apart["layers"][str(n)]["q"]["kernel"], loha_jax.merge(params)["layers"]["q"]["kernel"][n])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
+    base, _ = simple(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    low = {k: np.asarray(jnp.asarray(v, dtype)) for k, v in load_file(path).items()}
+    save_file(low, path)
+    leaf = interop.load_peft(tmp_path, base)["lin0"]["kernel"]
+    assert leaf.adapters["default"].hada_w1_a.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        leaf.adapters["default"].hada_w1_a, low["base_model.model.lin0.hada_w1_a"].astype(np.float32)
+    )
+
+
+def test_transposed_arrays_are_written_in_c_order(tmp_path):
+    _, params = simple(tmp_path)
+    leaf = params["lin0"]["kernel"]
+    turned = interop.files.safetensors_bytes({"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))}, {})
+    (tmp_path / "x").write_bytes(turned)
+    np.testing.assert_array_equal(load_file(tmp_path / "x")["x"], np.arange(6.0).reshape(2, 3))
+    assert isinstance(leaf, LoHaWeight)
+    assert is_adapted(leaf)
+
+
+def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
+    base, _ = simple(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'LORA' adapter"):
+        interop.load_peft(tmp_path, base)
+    shutil.rmtree(tmp_path)

@@ -1,5 +1,5 @@
 """Exchange with PyTorch: PEFT's adapter folders and state dicts."""
 
-from loha_jax.interop.peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
+from .peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
 
 __all__ = ["from_peft_state_dict", "load_peft", "save_peft", "to_peft_state_dict"]

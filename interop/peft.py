@@ -20,17 +20,18 @@ import numpy as np
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import Layouts, Plan, Target, apply_plan, factor_dtype, plan_injection, stack_factors
-from loha_jax.interop.files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 from loha_jax.matching import match_pattern
 from loha_jax.naming import Names
 from loha_jax.partition import adapter_names
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+
 PREFIX = "base_model.model."
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 
-# Modules whose base weight PEFT writes beside the adapter when the config targets them (`save_embedding_layers="auto"`).
+# Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -65,7 +66,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     chosen = known if adapters is None else tuple(adapters)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(
-            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; it has {list(known)}."
+            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; "
+            f"it has {list(known)}."
         )
     if not chosen:
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
@@ -122,7 +124,9 @@ def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
         )
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
     tensors = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.tensors.items()}
-    target = Target((), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp)
+    target = Target(
+        (), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp
+    )
     state: dict[str, np.ndarray] = {}
     for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
         for part, shape in (target.shapes(r) if r else {}).items():
@@ -273,7 +277,9 @@ def from_peft_state_dict(
     ]
     if problems:
         raise ValueError(
-            "the adapter and the model do not fit; nothing was loaded. " + "; ".join(problems) + ". The model's modules are "
+            "the adapter and the model do not fit; nothing was loaded. "
+            + "; ".join(problems)
+            + ". The model's modules are "
             "named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are transposed."
         )
 
@@ -289,8 +295,12 @@ def from_peft_state_dict(
         return saved.layout.fold(value, saved.shape) if saved.layout else value
 
     params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy)
-    return _with_extras(params, adapter_name, {k: state[given[k]] for k in optional if k in given},
-                        {k: int(state[key]) for k, key in carried.items()})
+    return _with_extras(
+        params,
+        adapter_name,
+        {k: state[given[k]] for k in optional if k in given},
+        {k: int(state[key]) for k, key in carried.items()},
+    )
 
 
 def _module_key(key: str) -> str:
@@ -323,9 +333,7 @@ def _base_layer_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _with_extras(
-    params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
-) -> Any:
+def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]) -> Any:
     """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
 
     def update(leaf: Any) -> Any:
@@ -345,7 +353,9 @@ def _with_extras(
             kernel = leaf.layout.fold(jnp.asarray(flat.reshape(weights.shape)), leaf.kernel.shape)
             return dataclasses.replace(leaf, kernel=kernel)
         if isinstance(leaf, SavedWeight):
-            own = tuple((adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted)
+            own = tuple(
+                (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
+            )
             noted.update(k for _, k, _ in own)
             return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
         return leaf

@@ -24,9 +24,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Factors",
+    "Layout",
     "LoHaConfig",
     "LoHaWeight",
-    "Layout",
     "SavedWeight",
     "adapt",
     "adapter_names",

@@ -18,9 +18,7 @@ from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def adapt(
-    fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool = True, forward_mode: bool = False
-) -> F:
+def adapt(fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool = True, forward_mode: bool = False) -> F:
     """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
 
     `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
@@ -157,4 +155,3 @@ def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
             options.observer.dense(name, shape, "conv_general_dilated", "convolutions are dense", options.times)
         return dense
     return KernelView.of(leaf, leaf.label if named else "")
-

@@ -213,9 +213,8 @@ class LoHaConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             if given.get(name) is None:
                 given.pop(name, None)
-        if not isinstance(given.get("init_weights", True), bool | str):  # PEFT uses it for its truth only
-            given["init_weights"] = bool(given["init_weights"])
-        elif isinstance(given.get("init_weights"), str) and given["init_weights"] not in INIT_SCHEMES:
+        scheme = given.get("init_weights", True)
+        if not isinstance(scheme, bool) and scheme not in INIT_SCHEMES:  # PEFT uses it for its truth only
             given["init_weights"] = bool(given["init_weights"])
         return cls(**given)
 

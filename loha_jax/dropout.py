@@ -24,8 +24,8 @@ def dropout(params: Any, key: jax.Array) -> Any:
         key: JAX PRNG key, a new one for every step. The same key gives the same masks whatever the tree's order.
 
     Returns:
-        The tree, with other values in `hada_w1_a` where a config asks for dropout. Where all rows of a module are dropped,
-        its update is zero (PEFT divides 0 by 0 there).
+        The tree, with other values in `hada_w1_a` where a config asks for dropout. Where all rows of a module are
+        dropped, its update is zero (PEFT divides 0 by 0 there).
 
     Mirrors the training mode of PEFT's LoHa layers; draws come from JAX, so masks differ from torch's.
 

@@ -1,7 +1,7 @@
 """The weight update of LoHa, ΔW = (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, and its exact low-rank form.
 
-Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the backward pass rebuilds what it
-needs. Products of bfloat16 and float16 factors are accumulated in float32.
+Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the backward pass rebuilds what
+it needs. Products of bfloat16 and float16 factors are accumulated in float32.
 
 The Hadamard product of two rank-r matrices is a matrix of rank r² with known factors (the row-wise and column-wise
 Khatri-Rao products): ΔW = KA @ KB exactly. `loha_jax.adapt` computes x·ΔW from them without forming ΔW.
@@ -11,6 +11,8 @@ Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +54,11 @@ def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
     return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b))
 
 
-def recompute_vjp(fn):
+def recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`fn` as a `custom_vjp` whose residuals are its arguments: the backward pass runs `fn` again.
 
-    The barrier keeps XLA from merging the two runs, which would keep what the first one built.
+    The barrier asks XLA not to merge the two runs, which would keep what the first one built. (XLA:CPU drops barriers
+    before it merges equal subexpressions, so there it may keep it all the same.)
     """
     wrapped = jax.custom_vjp(fn)
 
@@ -153,10 +156,14 @@ def hada_weight_cp(
             and t.shape[: n + 2] == (*w_a.shape[: n + 1], w_b.shape[n])
         ):
             raise ValueError(
-                f"hada_t{name} {t.shape}, hada_w{name}_a {w_a.shape} and hada_w{name}_b {w_b.shape} do not fit: expected "
-                "[r, r, *spatial], [r, out] and [r, in]"
+                f"hada_t{name} {t.shape}, hada_w{name}_a {w_a.shape} and hada_w{name}_b {w_b.shape} do not fit: "
+                "expected [r, r, *spatial], [r, out] and [r, in]"
             )
-    if w1_a.shape[-1] != w2_a.shape[-1] or w1_b.shape[-1] != w2_b.shape[-1] or t1.shape[w1_a.ndim :] != t2.shape[w1_a.ndim :]:
+    if (
+        w1_a.shape[-1] != w2_a.shape[-1]
+        or w1_b.shape[-1] != w2_b.shape[-1]
+        or t1.shape[w1_a.ndim :] != t2.shape[w1_a.ndim :]
+    ):
         raise ValueError(
             f"The two factors differ in shape: out {w1_a.shape[-1]} and {w2_a.shape[-1]}, in {w1_b.shape[-1]} and "
             f"{w2_b.shape[-1]}, spatial {t1.shape[w1_a.ndim :]} and {t2.shape[w1_a.ndim :]}"
@@ -188,5 +195,6 @@ def _check_shapes(*, w1_a, w1_b, w2_a, w2_b) -> None:
             )
     if w1_a.shape[:-1] != w2_a.shape[:-1] or w1_b.shape[-1] != w2_b.shape[-1]:
         raise ValueError(
-            f"The two factors differ in shape: {w1_a.shape[:-1]} x {w1_b.shape[-1]} and {w2_a.shape[:-1]} x {w2_b.shape[-1]}"
+            f"The two factors differ in shape: {w1_a.shape[:-1]} x {w1_b.shape[-1]} and "
+            f"{w2_a.shape[:-1]} x {w2_b.shape[-1]}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import warnings
@@ -59,7 +60,7 @@ def inject(
             or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
 
-    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), float64 beside float64.
+    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), else float64.
 
     Raises:
         ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
@@ -78,6 +79,7 @@ def inject(
         (4, 2)
     """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+
         def build(params):
             return inject(
                 params, config, key=key, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
@@ -184,8 +186,8 @@ def plan_injection(
         )
     if misfits:
         raise ValueError(
-            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a floating "
-            f"dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
+            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a "
+            f"floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
         )
     if not targets:
         raise ValueError(no_match_message(config_matched, candidates, excluded))
@@ -262,9 +264,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
     return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
 
 
-def stack_factors(
-    per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any
-) -> dict[str, jax.Array]:
+def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:
     """PEFT's tensors of each module of one kernel (none where its rank is 0) as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
@@ -286,7 +286,9 @@ class _Tree:
     def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
-        self.given_layouts = {re.compile(p): w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
+        self.given_layouts = {
+            re.compile(p): w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()
+        }
         self.paths: list[tuple[str, ...]] = []
         self.leaves: list[Any] = []
         self.weights: list[int] = []  # positions of the leaf that stands for its module
@@ -341,7 +343,7 @@ class _Tree:
         return default_layout(leaf.shape, self.paths[position], self.shape_at)
 
     def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
-        """The torch module names of a weight. An ambiguous layout is an error only for a kernel that may be targeted."""
+        """The torch module names of a weight; an ambiguous layout is an error only where it may be targeted."""
         leaf = self.leaves[position]
         if isinstance(leaf, LoHaWeight):
             return leaf.names
@@ -366,10 +368,8 @@ class _Tree:
             except ValueError:  # a template for another number of indices
                 continue
         if self.given_names is not None:
-            try:
+            with contextlib.suppress(ValueError):
                 possible += stack_names(default, shape[:1], self.given_names)
-            except ValueError:
-                pass
         return possible
 
     def linear_names(self, position: int) -> tuple[str, ...]:
@@ -400,8 +400,8 @@ def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) 
         shape = tuple(tree.leaves[position].shape)
         if layout and layout.axes("s"):
             raise ValueError(
-                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which holds a "
-                f"stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
+                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which "
+                f"holds a stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
             )
         (module,) = stack_names(tree.names[position], (), tree.given_names)
         if own := _entries_above(module, entries):
@@ -433,8 +433,8 @@ def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
     for name, path in named:
         if name in seen:
             raise ValueError(
-                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and {'.'.join(path)}. Give `names=` "
-                "that tells them apart, or exclude one."
+                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and {'.'.join(path)}. Give "
+                "`names=` that tells them apart, or exclude one."
             )
         seen[name] = path
 

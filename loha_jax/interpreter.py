@@ -351,9 +351,7 @@ def _scan(eqn, values, options):
         ys = [densify(o, inner, "scan", "a scan returns the weight") for o in outputs[n_carry:]]
         return [densify(o, inner, "scan", "a loop's carry") for o in new], ys
 
-    moving, ys = lax.scan(
-        body, moving, leaves, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
-    )
+    moving, ys = lax.scan(body, moving, leaves, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     rest = iter(moving)
     return [*(c if keep else next(rest) for c, keep in zip(carry, fixed, strict=True)), *ys]
 
@@ -366,7 +364,9 @@ def _while(eqn, values, options):
     body_jaxpr, body_consts = open_jaxpr(p["body_jaxpr"])
     cond_args, body_args, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
     fixed = [body_jaxpr.outvars[n] is body_jaxpr.invars[n_body + n] for n in range(len(carry))]
-    carry = [c if keep else densify(c, options, "while", "a loop's carry") for c, keep in zip(carry, fixed, strict=True)]
+    carry = [
+        c if keep else densify(c, options, "while", "a loop's carry") for c, keep in zip(carry, fixed, strict=True)
+    ]
 
     def fill(moving):
         rest = iter(moving)

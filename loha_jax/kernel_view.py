@@ -77,9 +77,7 @@ class KernelView:
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
 
         def flat(f: Factors) -> FlatFactors:
-            return FlatFactors(
-                f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, lax.stop_gradient(f.scaling)
-            )
+            return FlatFactors(f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, lax.stop_gradient(f.scaling))
 
         factors = tuple(flat(f) for f in leaf.active_adapters)
         return cls(lax.stop_gradient(leaf.kernel), factors, atoms, dims, name)
@@ -244,8 +242,8 @@ class KernelView:
         total = None
         for f in self.factors:
             dtype = jnp.promote_types(f.w1_a.dtype, jnp.float32)
-            tensors = (x.astype(dtype) for x in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
-            delta = hada_weight(*tensors, f.scaling, forward_mode=forward_mode)
+            a1, b1, a2, b2 = (x.astype(dtype) for x in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+            delta = hada_weight(a1, b1, a2, b2, f.scaling, forward_mode=forward_mode)
             total = delta if total is None else total + delta
         assert total is not None
         total = total.reshape([self.atoms[n].size for n in atoms])
@@ -322,7 +320,11 @@ class KernelView:
         """Splits an atom in two that stand one after the other; `dims` is left to the caller."""
         old = self.atoms[atom]
         inner = old.size // outer
-        atoms = [*self.atoms[:atom], *(dataclasses.replace(old, size=n) for n in (outer, inner)), *self.atoms[atom + 1 :]]
+        atoms = [
+            *self.atoms[:atom],
+            *(dataclasses.replace(old, size=n) for n in (outer, inner)),
+            *self.atoms[atom + 1 :],
+        ]
         factors = self.factors
         if old.kind == "s":
             at = self.of_kind("s").index(atom)

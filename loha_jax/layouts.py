@@ -87,7 +87,9 @@ class Layout:
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """`[*stack, out, in, *spatial]` of a kernel of this `shape`."""
         if len(shape) != self.ndim:
-            raise ValueError(f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape {tuple(shape)}")
+            raise ValueError(
+                f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape {tuple(shape)}"
+            )
         return (
             *self.sizes("s", shape),
             math.prod(self.sizes("o", shape)),
@@ -114,9 +116,11 @@ class Layout:
         missing = self.ndim - ndim
         if missing == 0:
             return self
-        if missing < 0 or any(axis >= len(self.axes("s")) for axis in range(missing)) or not set(
-            range(missing)
-        ) <= set(self.axes("s")):
+        if (
+            missing < 0
+            or any(axis >= len(self.axes("s")) for axis in range(missing))
+            or not set(range(missing)) <= set(self.axes("s"))
+        ):
             raise ValueError(
                 f"A kernel with the layout {self.word!r} has {ndim} axes here. Only leading stack axes ('s') can be "
                 "taken away by a scan or vmap over an adapted tree; scan over another axis inside the function given "

@@ -22,9 +22,7 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
     **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    **dict.fromkeys(
-        ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value",)
-    ),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value",)),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
     "blip-2": ("q", "v", "q_proj", "v_proj"),
     "deberta-v2": ("query_proj", "value_proj"),
@@ -205,7 +203,9 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
     )
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform
-        message += f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
+        message += (
+            f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
+        )
         if config.layers_pattern is not None:
             message += f" You also specified 'layers_pattern': {config.layers_pattern}."
     return message + near_misses(targets, names)

@@ -38,8 +38,8 @@ def partition(params: Any) -> tuple[Any, Any]:
     mask = trainable_mask(params)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "Nothing in this tree is trained: it holds no active adapter. Call `loha_jax.inject(params, config, key=...)` "
-            "or `loha_jax.set_adapter(params, names)` first."
+            "Nothing in this tree is trained: it holds no active adapter. Call `loha_jax.inject(params, config, "
+            "key=...)` or `loha_jax.set_adapter(params, names)` first."
         )
     trainable = jax.tree.map(lambda x, train: x if train else None, params, mask)
     frozen = jax.tree.map(lambda x, train: None if train else x, params, mask)
@@ -63,8 +63,8 @@ def combine(trainable: Any, frozen: Any) -> Any:
     def pick(path, a, b):
         if a is not None and b is not None:
             raise ValueError(
-                f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes the two halves of one "
-                "`partition`."
+                f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes the two halves of "
+                "one `partition`."
             )
         return b if a is None else a
 
@@ -74,7 +74,8 @@ def combine(trainable: Any, frozen: Any) -> Any:
 def trainable_mask(params: Any) -> Any:
     """The tree with True where an array is trained and False elsewhere, for optax.
 
-    `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too: see the example.
+    `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too, as in the
+    example.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax, optax

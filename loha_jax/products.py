@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from loha_jax.hadamard import khatri_rao_columns, recompute_vjp
-from loha_jax.kernel_view import KernelView, size_of
+from loha_jax.kernel_view import FlatFactors, KernelView, size_of
 
 STRATEGIES = ("auto", "factored", "fused", "dense")
 
@@ -37,40 +37,104 @@ def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str,
 
 
 @dataclasses.dataclass(frozen=True)
-class _Labels:
-    """Axis labels of x, KB, x·KB, KA and the result.
+class _Factored:
+    """The factored product (x KB) KA of arrays whose axes are grouped; hashable, so that equal layers share traces.
 
-    b batch stack, n rows of x, c contracted stack, f free stack, i contracted, o free, R = Σr².
+    Axis labels: b batch stack, n rows of x, c contracted stack, f free stack, i contracted, o free, R = Σr².
+
+    Attributes:
+        b, c, f, i, o: the labels of the groups that are there, "" for the others.
+        stack: permutation of the factors' stack axes to b, c, f, and the shape they take.
+        swapped: the kernel's out axes are contracted.
+        dtype: of the factors' products.
+        precision: of the `dot_general`.
     """
 
-    x: str
-    kb: str
-    h: str
-    ka: str
-    y: str
+    b: str
+    c: str
+    f: str
+    i: str
+    o: str
+    stack_order: tuple[int, ...]
+    stack_shape: tuple[int, ...]
+    swapped: bool
+    dtype: Any
+    precision: Any
+
+    @property
+    def x(self) -> str:
+        return f"{self.b}n{self.c}{self.i}"
+
+    @property
+    def kb(self) -> str:
+        return f"{self.b}{self.c}{self.f}R{self.i}"
+
+    @property
+    def ka(self) -> str:
+        return f"{self.b}{self.c}{self.f}R{self.o}"
+
+    @property
+    def h(self) -> str:
+        return f"{self.b}{self.c}n{self.f}R"
+
+    @property
+    def y(self) -> str:
+        return f"{self.b}{self.f}n{self.o}"
+
+    def khatri_rao(self, factors: tuple[FlatFactors, ...]) -> tuple[jax.Array, jax.Array]:
+        """KB and KA of all adapters side by side, the second one scaled."""
+        pairs = []
+        for f in factors:
+            a1, b1, a2, b2 = (w.astype(self.dtype) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+            ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
+            scaling = f.scaling.astype(self.dtype)
+            pairs.append((khatri_rao_columns(b1, b2), ka * scaling.reshape(*scaling.shape, 1, 1)))
+        kb, ka = (jnp.concatenate(side, -2) if len(pairs) > 1 else side[0] for side in zip(*pairs, strict=True))
+        if self.swapped:
+            kb, ka = ka, kb
+        return self._arrange(kb, self.i), self._arrange(ka, self.o)
+
+    def _arrange(self, k: jax.Array, label: str) -> jax.Array:
+        *stack, r, n = k.shape
+        if stack:
+            k = k.reshape(*(size for size in stack if size > 1), r, n)
+            k = jnp.transpose(k, [*self.stack_order, k.ndim - 2, k.ndim - 1])
+        return k.reshape(*self.stack_shape, r, *((n,) if label else ()))
+
+    def run(self, x: jax.Array, factors: tuple[FlatFactors, ...]) -> tuple[jax.Array, jax.Array]:
+        """The product and x KB."""
+        kb, ka = self.khatri_rao(factors)
+        h = contract(x.astype(self.dtype), self.x, kb, self.kb, self.h, self.precision)
+        return contract(h, self.h, ka, self.ka, self.y, self.precision), h
+
+    def pull_back(self, x, factors, h, g):
+        """Cotangents of x and the factors.
+
+        The order of the operands is the point: dhᵀ@x and hᵀ@g, with R leading, run fast on XLA:CPU.
+        """
+        (kb, ka), to_factors = jax.vjp(self.khatri_rao, factors)
+        dh = contract(g, self.y, ka, self.ka, self.h, self.precision)
+        dx = contract(dh, self.h, kb, self.kb, self.x, self.precision)
+        dkb = contract(dh, self.h, x.astype(self.dtype), self.x, self.kb, self.precision)
+        dka = contract(h, self.h, g, self.y, self.ka, self.precision)
+        return dx.astype(x.dtype), *to_factors((dkb, dka))
 
 
-def _factored_forward(labels: _Labels, precision, x, kb, ka):
-    h = contract(x.astype(kb.dtype), labels.x, kb, labels.kb, labels.h, precision)
-    return contract(h, labels.h, ka, labels.ka, labels.y, precision), (x, kb, ka, h)
+_run = jax.jit(_Factored.run, static_argnums=0)
+_pull_back = jax.jit(_Factored.pull_back, static_argnums=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _factored(labels: _Labels, precision, x, kb, ka):
-    return _factored_forward(labels, precision, x, kb, ka)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _factored(product: _Factored, x, factors):
+    return _run(product, x, factors)[0]
 
 
-def _factored_backward(labels: _Labels, precision, residuals, g):
-    # The order of the operands is the point: dhᵀ@x and hᵀ@g, with R leading, run fast on XLA:CPU.
-    x, kb, ka, h = residuals
-    dh = contract(g, labels.y, ka, labels.ka, labels.h, precision)
-    dx = contract(dh, labels.h, kb, labels.kb, labels.x, precision)
-    dkb = contract(dh, labels.h, x.astype(kb.dtype), labels.x, labels.kb, precision)
-    dka = contract(h, labels.h, g, labels.y, labels.ka, precision)
-    return dx.astype(x.dtype), dkb, dka
+def _factored_forward(product: _Factored, x, factors):
+    y, h = _run(product, x, factors)
+    return y, (x, factors, h)
 
 
-_factored.defvjp(_factored_forward, _factored_backward)
+_factored.defvjp(_factored_forward, lambda product, residuals, g: _pull_back(product, *residuals, g))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +207,30 @@ class Product:
     def dot(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The plain product with some kernel of the view's shape."""
         operands = (kernel, x) if self.kernel_first else (x, kernel)
-        pairs = [(k, v) if self.kernel_first else (v, k) for k, v in zip(self.kernel_dims, self.x_dims, strict=True)]
-        return lax.dot_general(*operands, tuple(pairs), **self.params)
+        left, right = (self.kernel_dims, self.x_dims) if self.kernel_first else (self.x_dims, self.kernel_dims)
+        numbers = ((left[0], right[0]), (left[1], right[1]))
+        return lax.dot_general(*operands, numbers, **self.params)
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool) -> jax.Array:
         """base + (x KB) KA, without forming ΔW."""
         base = self.dot(x, view.kernel)
-        kb, ka = self._khatri_rao(view, x.dtype)
         x_groups, x_rows = self._group_x(x, view)
-        c = "c" if self.contracted else ""
-        f = "f" if self.free else ""
-        b = "b" if self.batch else ""
-        i = "i" if self.main else ""
-        o = "o" if self.rest else ""
-        labels = _Labels(x=f"{b}n{c}{i}", kb=f"{b}{c}{f}R{i}", h=f"{b}{c}n{f}R", ka=f"{b}{c}{f}R{o}", y=f"{b}{f}n{o}")
-        args = (labels, self.params.get("precision"), x_groups, kb, ka)
-        delta = _factored_forward(*args)[0] if forward_mode else _factored(*args)
+        groups = (self.batch, self.contracted, self.free)
+        stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
+        dtype = jnp.result_type(x.dtype, jnp.float32, *(f.w1_a.dtype for f in view.factors))
+        product = _Factored(
+            *("bcf"[n] if group else "" for n, group in enumerate(groups)),
+            i="i" if self.main else "",
+            o="o" if self.rest else "",
+            stack_order=tuple(stack.index(n) for group in groups for n in group),
+            stack_shape=tuple(size_of(view, group) for group in groups if group),
+            swapped=self.swapped,
+            dtype=dtype,
+            precision=self.params.get("precision"),
+        )
+        delta: Any = (
+            product.run(x_groups, view.factors)[0] if forward_mode else _factored(product, x_groups, view.factors)
+        )
         delta = self._ungroup(delta, view, x_rows)
         return (base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta).astype(base.dtype)
 
@@ -199,32 +271,11 @@ class Product:
 
     # --- axes ---------------------------------------------------------------------------------------------------------
 
-    def _khatri_rao(self, view: KernelView, x_dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """KB `[b, c, f, R, main]` and KA `[b, c, f, R, rest]` (absent groups left out), scaled, adapters side by side."""
-        order = self.batch + self.contracted + self.free
-        stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
-        sizes = [size_of(view, group) for group in (self.batch, self.contracted, self.free) if group]
-        pairs = []
-        for f in view.factors:
-            dtype = jnp.promote_types(jnp.promote_types(f.w1_a.dtype, x_dtype), jnp.float32)
-            ka = khatri_rao_columns(*(jnp.swapaxes(w.astype(dtype), -1, -2) for w in (f.w1_a, f.w2_a)))
-            kb = khatri_rao_columns(f.w1_b.astype(dtype), f.w2_b.astype(dtype))
-            pairs.append((kb, ka * f.scaling.astype(dtype)[..., None, None]))
-        kb, ka = (jnp.concatenate(side, -2) if len(pairs) > 1 else side[0] for side in zip(*pairs, strict=True))
-
-        def arrange(k: jax.Array, has_axis: bool) -> jax.Array:
-            k = k.reshape(*(view.atoms[n].size for n in stack), *k.shape[-2:])
-            k = jnp.transpose(k, [*(stack.index(n) for n in order), len(stack), len(stack) + 1])
-            return k.reshape(*sizes, k.shape[-2], *((k.shape[-1],) if has_axis else ()))
-
-        if self.swapped:
-            kb, ka = ka, kb
-        return arrange(kb, bool(self.main)), arrange(ka, bool(self.rest))
-
     def _x_layout(self, x_shape: tuple[int, ...], view: KernelView) -> list[tuple[str, int, int]]:
         """x's axes, contracted and batch ones split into atoms: ("atom", atom, size) or ("row", axis, size)."""
         kernel_axis = {
-            xd: kd for x_side, k_side in zip(self.x_dims, self.kernel_dims, strict=True)
+            xd: kd
+            for x_side, k_side in zip(self.x_dims, self.kernel_dims, strict=True)
             for xd, kd in zip(x_side, k_side, strict=True)
         }
         result: list[tuple[str, int, int]] = []
@@ -270,4 +321,6 @@ class Product:
         batch_shape = [view.shape[d] for d in batch]
         kernel_shape = [n for d, n in enumerate(view.shape) if d not in contracted + batch]
         row_shape = [a[2] for a in rows if a[0] == "row"]
-        return delta.reshape(batch_shape + (kernel_shape + row_shape if self.kernel_first else row_shape + kernel_shape))
+        return delta.reshape(
+            batch_shape + (kernel_shape + row_shape if self.kernel_first else row_shape + kernel_shape)
+        )

@@ -52,7 +52,16 @@ class Summary:
     def __str__(self) -> str:
         header = ("module", "kind", "adapter", "shape", "layout", "r", "parameters", "active")
         cells = [
-            (r.module, r.kind, r.adapter, "x".join(map(str, r.shape)), r.layout, r.r, f"{r.parameters:,}", str(r.active))
+            (
+                r.module,
+                r.kind,
+                r.adapter,
+                "x".join(map(str, r.shape)),
+                r.layout,
+                r.r,
+                f"{r.parameters:,}",
+                str(r.active),
+            )
             for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
@@ -85,8 +94,10 @@ def summary(params: Any) -> Summary:
                         tuple(leaf.shape),
                         leaf.layout.word,
                         str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
-                        sum(_true_size(t.shape, factors.ranks, t.shape[: len(factors.scaling.shape)], n, factors.is_cp)
-                            for n, t in factors.tensors.items()),
+                        sum(
+                            _true_size(t.shape, factors.ranks, t.shape[: len(factors.scaling.shape)], n, factors.is_cp)
+                            for n, t in factors.tensors.items()
+                        ),
                         name in leaf.active,
                     )
                 )
@@ -94,13 +105,11 @@ def summary(params: Any) -> Summary:
             for name, copy in leaf.copies.items():
                 word = leaf.layout.word if leaf.layout else "-"
                 rows.append(
-                    AdapterRow(leaf.name, "saved", name, tuple(copy.shape), word, "-", copy.size, name == leaf.active_copy)
+                    AdapterRow(
+                        leaf.name, "saved", name, tuple(copy.shape), word, "-", copy.size, name == leaf.active_copy
+                    )
                 )
-    frozen = sum(
-        math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(unload(params))
-        if hasattr(leaf, "shape")
-    )
+    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
     trained = sum(row.parameters for row in rows if row.active)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
 

@@ -1,7 +1,7 @@
-"""The leaves that an adapted tree holds: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
+"""The leaves of an adapted tree: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
 
-Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with the
-adapted weight, with no wrapper and no knowledge of this library.
+Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with
+the adapted weight, with no wrapper and no knowledge of this library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import hada_weight, hada_weight_cp
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
-
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
@@ -154,13 +153,14 @@ class Factors:
         The result has at least float32; see `hada_weight` and `hada_weight_cp`.
         """
         dtype = jnp.promote_types(self.hada_w1_a.dtype, jnp.float32)
-        t = {name: value.astype(dtype) for name, value in self.tensors.items()}
+        w1_a, w1_b, w2_a, w2_b = (
+            w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+        )
         scaling = lax.stop_gradient(self.scaling)
-        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        if self.is_cp:
-            names = ("hada_t1", "hada_w1_a", "hada_w1_b", "hada_t2", "hada_w2_a", "hada_w2_b")
-            return hada_weight_cp(*(t[n] for n in names), scaling, forward_mode=forward_mode)
-        return hada_weight(*(t[n] for n in names), scaling, forward_mode=forward_mode)
+        if not self.is_cp:
+            return hada_weight(w1_a, w1_b, w2_a, w2_b, scaling, forward_mode=forward_mode)
+        t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
+        return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scaling, forward_mode=forward_mode)
 
 
 @jax.tree_util.register_dataclass
@@ -235,8 +235,8 @@ class LoHaWeight(ArrayLike):
             if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
                 raise ValueError(
                     f"The adapter of {self.names[0]} has the stack axes {factors.hada_w1_a.shape[:-2]}, its kernel "
-                    f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an axis "
-                    "that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
+                    f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
+                    "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
                 )
             total += layout.fold(factors.delta(forward_mode=forward_mode), kernel.shape)
         return total.astype(kernel.dtype)

@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
-
 from loha_jax.interop.files import read_safetensors, read_torch_pickle
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent / "data" / "peft"
 NAMES = sorted(path.name for path in ROOT.iterdir() if path.is_dir())
@@ -48,6 +48,8 @@ class Sample:
     @cached_property
     def state(self):
         path = self.adapter / "adapter_model.safetensors"
+        if not path.exists():
+            pytest.importorskip("torch", reason="a .bin file is a torch pickle; the main test run has torch")
         return read_safetensors(path) if path.exists() else read_torch_pickle(self.adapter / "adapter_model.bin")
 
     @property

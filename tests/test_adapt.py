@@ -52,7 +52,9 @@ def check(fn, params, *args, strategies=("factored", "fused"), dense=(), plain=T
 
     expected, expected_gradient = value_and_gradient(lambda p, *a: fn(loha_jax.merge(p), *a))
     frozen_output = jax.jit(lambda p: fn(loha_jax.unload(p), *args))(params)
-    moved = [np.abs(np.asarray(a) - b).max() for a, b in zip(*map(jax.tree.leaves, (expected, frozen_output)), strict=True)]
+    moved = [
+        np.abs(np.asarray(a) - b).max() for a, b in zip(*map(jax.tree.leaves, (expected, frozen_output)), strict=True)
+    ]
     assert max(moved) > 1e-3
     applied = {strategy: loha_jax.adapt(fn, strategy=strategy) for strategy in strategies} | ({"": fn} if plain else {})
     for apply in applied.values():
@@ -64,7 +66,7 @@ def check(fn, params, *args, strategies=("factored", "fused"), dense=(), plain=T
     assert not explanation.unused, str(explanation)
 
 
-# --- a table of ways to use a kernel: (function of (w, x), kernel shape, layout, x shape, primitives that densify) -----
+# --- ways to use a kernel: (function of (w, x), kernel shape, layout, x shape, primitives that densify) ---
 
 einsum = jnp.einsum
 USES = {
@@ -84,30 +86,48 @@ USES = {
     "experts": (lambda w, x: einsum("eti,eio->eto", x, w), (3, 4, 6), "sio", (3, 5, 4), ()),
     "experts, one input": (lambda w, x: einsum("ti,eio->teo", x, w), (3, 4, 6), "sio", (5, 4), ()),
     "experts, summed": (lambda w, x: einsum("eti,eio->to", x, w), (3, 4, 6), "sio", (3, 5, 4), ()),
-    "experts, all ways": (
-        lambda w, x: einsum("abti,abcio->atoc", x, w), (2, 3, 2, 4, 6), "sssio", (2, 3, 5, 4), ()),
+    "experts, all ways": (lambda w, x: einsum("abti,abcio->atoc", x, w), (2, 3, 2, 4, 6), "sssio", (2, 3, 5, 4), ()),
     "two stack axes": (lambda w, x: einsum("abti,baio->abto", x, w), (3, 2, 4, 6), "ssio", (2, 3, 5, 4), ()),
     "reshape joins out": (lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), "ioo", (5, 4), ()),
     "reshape splits out": (lambda w, x: einsum("td,dhk->thk", x, w.reshape(4, 2, 3)), (4, 6), "io", (5, 4), ()),
     "reshape splits in": (lambda w, x: einsum("thk,hkd->td", x, w.reshape(2, 2, 6)), (4, 6), "io", (5, 2, 2), ()),
     "reshape joins stack": (
-        lambda w, x: einsum("eti,eio->eto", x, w.reshape(6, 4, 3)), (2, 3, 4, 3), "ssio", (6, 5, 4), ()),
+        lambda w, x: einsum("eti,eio->eto", x, w.reshape(6, 4, 3)),
+        (2, 3, 4, 3),
+        "ssio",
+        (6, 5, 4),
+        (),
+    ),
     "reshape splits stack": (
-        lambda w, x: einsum("abti,abio->abto", x, w.reshape(2, 3, 4, 3)), (6, 4, 3), "sio", (2, 3, 5, 4), ()),
+        lambda w, x: einsum("abti,abio->abto", x, w.reshape(2, 3, 4, 3)),
+        (6, 4, 3),
+        "sio",
+        (2, 3, 5, 4),
+        (),
+    ),
     "reshape mixes": (lambda w, x: x @ w.reshape(6, 4), (4, 6), "io", (5, 6), ("reshape",)),
     "slice of out": (lambda w, x: x @ w[:, 1:5:2], (4, 6), "io", (5, 4), ()),
     "slice of in": (lambda w, x: x @ w[2:], (6, 4), "io", (5, 4), ()),
     "slice of one out axis": (lambda w, x: einsum("td,dhk->thk", x, w[:, :, 1:]), (4, 2, 3), "ioo", (5, 4), ()),
     "split in three": (lambda w, x: sum(x @ p for p in jnp.split(w, 3, axis=1)), (4, 6), "io", (5, 4), ()),
     "one of a stack": (lambda w, x: x @ w[1], (3, 4, 6), "sio", (5, 4), ()),
-    "one of a stack, dynamic": (
-        lambda w, x: x @ w[jnp.argmax(jnp.zeros(2)) + 1], (3, 4, 6), "sio", (5, 4), ()),
+    "one of a stack, dynamic": (lambda w, x: x @ w[jnp.argmax(jnp.zeros(2)) + 1], (3, 4, 6), "sio", (5, 4), ()),
     "dynamic slice": (lambda w, x: x @ jax.lax.dynamic_slice(w, (0, x.ndim), (4, 3)), (4, 6), "io", (5, 4), ()),
     "new axes": (lambda w, x: (x[None] @ w[None])[0], (4, 6), "io", (5, 4), ()),
     "broadcast over a batch": (
-        lambda w, x: einsum("bti,bio->bto", x, jnp.broadcast_to(w, (2, 4, 6))), (4, 6), "io", (2, 5, 4), ()),
+        lambda w, x: einsum("bti,bio->bto", x, jnp.broadcast_to(w, (2, 4, 6))),
+        (4, 6),
+        "io",
+        (2, 5, 4),
+        (),
+    ),
     "cast there and back": (
-        lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32) * 0 + x @ w, (4, 6), "io", (5, 4), ()),
+        lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32) * 0 + x @ w,
+        (4, 6),
+        "io",
+        (5, 4),
+        (),
+    ),
     "scaled": (lambda w, x: x @ (0.5 * w) + x @ (w / 3.0), (4, 6), "io", (5, 4), ()),
     "used twice": (lambda w, x: (x @ w) @ w.T, (4, 6), "io", (5, 4), ()),
     "product of two": (lambda w, x: x @ (w @ w.T), (4, 6), "io", (5, 4), ("dot_general",)),
@@ -116,8 +136,7 @@ USES = {
     "columns of an embedding": (lambda w, x: jnp.take(w, jnp.arange(3), axis=1), (4, 7), "io", (1,), ()),
     "tied embedding": (lambda w, x: jnp.tanh(w[jnp.arange(5) % 3]) @ w.T, (7, 4), "oi", (1,), ()),
     "sum of squares": (lambda w, x: (w**2).sum() + x @ w, (4, 6), "io", (5, 4), ("integer_pow",)),
-    "stop_gradient elsewhere": (
-        lambda w, x: x @ w + jax.lax.stop_gradient(x @ w), (4, 6), "io", (5, 4), ()),
+    "stop_gradient elsewhere": (lambda w, x: x @ w + jax.lax.stop_gradient(x @ w), (4, 6), "io", (5, 4), ()),
     "one row in": (lambda w, x: x @ w, (1, 6), "io", (5, 1), ()),
     "one column out": (lambda w, x: x @ w, (4, 1), "io", (5, 4), ()),
     "one head": (lambda w, x: einsum("bthk,hkd->btd", x, w), (1, 3, 4), "iio", (2, 5, 1, 3), ()),
@@ -148,23 +167,28 @@ CONTROL = {
     "jit returns the weight": lambda w, x: x @ jax.jit(lambda w: w.T)(w).T,
     "scan with a constant": lambda w, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), c.sum()), x, None, length=3),
     "scan carries the weight along": lambda w, x: jax.lax.scan(
-        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), None, length=3)[0][0],
+        lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), None, length=3
+    )[0][0],
     "scan over broadcast copies": lambda w, x: jax.lax.scan(
-        lambda c, v: (jnp.tanh(c @ v), None), x, jnp.broadcast_to(w, (3, *w.shape)))[0],
+        lambda c, v: (jnp.tanh(c @ v), None), x, jnp.broadcast_to(w, (3, *w.shape))
+    )[0],
     "reversed, unrolled scan": lambda w, x: jax.lax.scan(
-        lambda c, t: (jnp.tanh(c @ w + t), c), x, jnp.arange(4.0), reverse=True, unroll=2),
+        lambda c, t: (jnp.tanh(c @ w + t), c), x, jnp.arange(4.0), reverse=True, unroll=2
+    ),
     "fori_loop": lambda w, x: jax.lax.fori_loop(0, 3, lambda _, c: jnp.tanh(c @ w), x),
     "cond": lambda w, x: jax.lax.cond(x.sum() > 0, lambda c: c @ w, lambda c: c @ w.T * 2, x),
     "switch": lambda w, x: jax.lax.switch(1, [lambda c: c, lambda c: c @ w], x),
     "remat": lambda w, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x),
     "remat with a policy": lambda w, x: jax.checkpoint(
-        lambda w, x: jnp.tanh(x @ w), policy=jax.checkpoint_policies.dots_saveable)(w, x),
+        lambda w, x: jnp.tanh(x @ w), policy=jax.checkpoint_policies.dots_saveable
+    )(w, x),
     "vmap": lambda w, x: jax.vmap(lambda row: row @ w)(x),
     "vmap over the weight's columns": lambda w, x: jax.vmap(lambda c: x @ c, in_axes=1, out_axes=1)(w),
     "grad inside": lambda w, x: jax.grad(lambda x: jnp.tanh(x @ w).sum())(x),
     "jvp inside": lambda w, x: jax.jvp(lambda x: jnp.tanh(x @ w), (x,), (x,))[1],
     "hessian-vector product inside": lambda w, x: jax.grad(
-        lambda x: jnp.vdot(jax.grad(lambda x: jnp.tanh(x @ w).sum())(x), x))(x),
+        lambda x: jnp.vdot(jax.grad(lambda x: jnp.tanh(x @ w).sum())(x), x)
+    )(x),
 }
 
 
@@ -179,7 +203,9 @@ def test_control_flow_and_transformations_inside(name):
 def test_while_loop_forward():
     def fn(p, x):
         w = jnp.asarray(p["m"]["kernel"])
-        return jax.lax.while_loop(lambda c: (c[0] < 3) & (jnp.abs(c[1] @ w).max() < 1e6), lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
+        return jax.lax.while_loop(
+            lambda c: (c[0] < 3) & (jnp.abs(c[1] @ w).max() < 1e6), lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)
+        )[1]
 
     params = adapted({"m": {"kernel": normal(4, 4)}}, None, ["m"])
     x = normal(5, 4, seed=1)
@@ -221,7 +247,9 @@ def test_custom_derivatives_of_the_user_are_kept(fn):
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
     check(lambda p, x: fn(jnp.asarray(p["m"]["kernel"]), x), params, normal(5, 4, seed=1))
     plain = jax.grad(lambda x: fn(jnp.asarray(loha_jax.merge(params)["m"]["kernel"]), x).sum())(normal(5, 4, seed=1))
-    ours = jax.grad(lambda x: loha_jax.adapt(lambda p, x: fn(p["m"]["kernel"], x))(params, x).sum())(normal(5, 4, seed=1))
+    ours = jax.grad(lambda x: loha_jax.adapt(lambda p, x: fn(p["m"]["kernel"], x))(params, x).sum())(
+        normal(5, 4, seed=1)
+    )
     assert_close(ours, plain, 2e-5)
 
 
@@ -238,12 +266,21 @@ def test_two_adapters_share_one_product():
 
 
 def test_unequal_ranks_in_a_scanned_stack():
-    params = adapted({"layers": {"kernel": normal(3, 4, 4)}}, {"layers": "sio"}, r"layers\.[02]|[02]\.layers", rank_pattern={"2.layers": 5})
+    params = adapted(
+        {"layers": {"kernel": normal(3, 4, 4)}},
+        {"layers": "sio"},
+        r"layers\.[02]|[02]\.layers",
+        rank_pattern={"2.layers": 5},
+    )
     assert params["layers"]["kernel"].adapters["default"].ranks == (3, 0, 5)
-    check(lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), x, jnp.asarray(p["layers"]["kernel"]))[0], params, normal(5, 4))
+    check(
+        lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), x, jnp.asarray(p["layers"]["kernel"]))[0],
+        params,
+        normal(5, 4),
+    )
 
 
-# --- whole models ------------------------------------------------------------------------------------------------------
+# --- whole models ---
 
 
 class Block(nn.Module):
@@ -281,7 +318,9 @@ def test_scanned_transformer_equals_the_unrolled_one_with_the_same_factors():
     x = normal(2, 6, 8, seed=3)
     scanned, unrolled = Transformer(True), Transformer(False)
     stacked = scanned.init(KEY, x)["params"]
-    apart = {f"layers_{n}": jax.tree.map(lambda v, n=n: v[n], stacked["layers"]) for n in range(3)} | {"head": stacked["head"]}
+    apart = {f"layers_{n}": jax.tree.map(lambda v, n=n: v[n], stacked["layers"]) for n in range(3)} | {
+        "head": stacked["head"]
+    }
     config = LoHaConfig(r=2, target_modules=["query", "up"], init_weights=False)
     one = loha_jax.inject(stacked, config, key=KEY, layouts={"layers.up": "sio"})
     two = loha_jax.inject(apart, config, key=KEY, names={r"layers_(\d)\.(.*)": r"layers.\1.\2"})
@@ -342,7 +381,9 @@ def test_bfloat16_follows_pefts_dtype_rule():
     assert y.dtype == jnp.bfloat16
     # PEFT: (base(x)[bf16] + F.linear(x.float(), dW fp32)).to(bf16)
     f = params["m"]["kernel"].adapters["default"]
-    delta = (np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b)) * (np.asarray(f.hada_w2_a) @ np.asarray(f.hada_w2_b)) * 2
+    delta = (
+        (np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b)) * (np.asarray(f.hada_w2_a) @ np.asarray(f.hada_w2_b)) * 2
+    )
     base = np.asarray(x, np.float64) @ np.asarray(params["m"]["kernel"].kernel, np.float64)
     expected = base + np.asarray(x, np.float64) @ delta.T
     # Two roundings to bfloat16, of the base's product (XLA may skip that one) and of the sum: half of 2**-7 each.
@@ -390,7 +431,7 @@ def test_arguments_that_are_no_arrays_stay_as_they_are():
 
 def test_parameters_that_are_returned_are_returned_adapted():
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
-    out, same = loha_jax.adapt(lambda p, x: (x @ p["m"]["kernel"], p))(params, normal(5, 4))
+    _, same = loha_jax.adapt(lambda p, x: (x @ p["m"]["kernel"], p))(params, normal(5, 4))
     assert same["m"]["kernel"] is params["m"]["kernel"]
     transposed = loha_jax.adapt(lambda p: p["m"]["kernel"].T)(params)
     assert_close(transposed, loha_jax.merge(params)["m"]["kernel"].T, 2e-5)

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import pickle
 
-import peft
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,39 +9,6 @@ from peft_samples import NAMES, Sample
 
 from loha_jax import LoHaConfig
 from loha_jax.config import TASK_TYPES
-
-
-def peft_json(folder, **kwargs):
-    """The text that the real PEFT writes for a config."""
-    config = peft.LoHaConfig(**kwargs)
-    config.save_pretrained(folder)
-    return (folder / "adapter_config.json").read_text()
-
-
-def test_fields_and_defaults_are_pefts():
-    theirs = {f.name: f for f in dataclasses.fields(peft.LoHaConfig)}
-    ours = {f.name: f for f in dataclasses.fields(LoHaConfig)}
-    assert list(ours) == list(theirs)
-    default, reference = LoHaConfig(), peft.LoHaConfig()
-    for name in ours:
-        want = getattr(reference, name)
-        assert getattr(default, name) == (want.value if name == "peft_type" else want), name
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"r": 4, "alpha": 1.5, "target_modules": ["q"], "modules_to_save": ["head", "norm"]},
-        {"target_modules": r".*\.(q|v)", "exclude_modules": "x.*", "task_type": "CAUSAL_LM"},
-        {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": ["h", "layers"]},
-        {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h", "use_effective_conv2d": True},
-        {"rank_pattern": {"z": 3, "a": 2}, "alpha_pattern": {"^q": 7}, "init_weights": False, "rank_dropout": 0.1},
-        {"module_dropout": 0.25, "inference_mode": True, "revision": "main", "base_model_name_or_path": "org/base"},
-    ],
-)
-def test_json_is_pefts_letter_for_letter(tmp_path, kwargs):
-    assert LoHaConfig(**kwargs).to_json() == peft_json(tmp_path, **kwargs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +90,7 @@ def test_what_peft_reads_is_read():
 
 
 def test_a_folder_without_a_config_or_with_a_broken_one_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Can't find 'adapter_config.json' at"):
+    with pytest.raises(FileNotFoundError, match=r"Can't find 'adapter_config\.json' at"):
         LoHaConfig.from_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"r": 0}')
     with pytest.raises(ValueError, match=r"adapter_config\.json: `r` should be"):
@@ -149,7 +115,9 @@ def test_any_config_survives_json(kwargs):
     assert LoHaConfig.from_json(config.to_json()).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize(("task_type", "heads"), [("SEQ_CLS", ("classifier", "score")), ("QUESTION_ANS", ("qa_outputs",)), ("CAUSAL_LM", ())])
+@pytest.mark.parametrize(
+    ("task_type", "heads"), [("SEQ_CLS", ("classifier", "score")), ("QUESTION_ANS", ("qa_outputs",)), ("CAUSAL_LM", ())]
+)
 def test_task_types_add_their_heads_once(task_type, heads):
     config = LoHaConfig(task_type=task_type, modules_to_save=[*heads[:1], "norm"])
     assert sorted(config.all_modules_to_save) == sorted({*heads, "norm"})

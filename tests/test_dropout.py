@@ -56,7 +56,11 @@ def test_module_dropout_drops_everything_or_nothing_without_rescaling():
 
 def test_rates_and_independence_over_steps_and_layers():
     params = params_with(out=500, rank_dropout=0.2)
-    kept = {(name, seed): (delta(loha_jax.dropout(params, jax.random.key(seed)), name) != 0)[0] for name in "qv" for seed in (0, 1)}
+    kept = {
+        (name, seed): (delta(loha_jax.dropout(params, jax.random.key(seed)), name) != 0)[0]
+        for name in "qv"
+        for seed in (0, 1)
+    }
     for mask in kept.values():
         assert stats.binomtest(int(mask.sum()), 500, 0.8).pvalue > 1e-3
     for a, b in ((("q", 0), ("v", 0)), (("q", 0), ("q", 1))):

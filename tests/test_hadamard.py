@@ -1,17 +1,15 @@
-"""Values against numpy, gradients against JAX's float64 autodiff of the formula and torch's."""
+"""Values against numpy, gradients against JAX's float64 autodiff of the formula."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft.tuners.loha.layer import HadaWeight, HadaWeightCP
 
 from loha_jax import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
 
-sizes = st.integers(1, 6)
+sizes = st.sampled_from([1, 2, 5])
 
 
 def normal(seed, *shape):
@@ -57,36 +55,6 @@ def test_hada_weight_cp_and_its_gradients_equal_autodiff_in_float64(o, i, r, spa
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (*cp_factors(o, i, r, spatial), np.array(0.6))]
         assert_same_derivatives(hada_weight_cp, plain_cp, args)
-
-
-def test_hada_weight_equals_pefts_function(x64):
-    arrays = flat_factors(7, 5, 3)
-    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-    theirs = HadaWeight.apply(*tensors, torch.tensor(2.5, dtype=torch.float64))
-    cotangent = normal(5, 7, 5)
-    theirs.backward(torch.tensor(cotangent))
-    ours, pullback = jax.vjp(lambda *a: hada_weight(*a, 2.5), *map(jnp.asarray, arrays))
-    np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-12)
-    for got, want in zip(pullback(jnp.asarray(cotangent)), tensors, strict=True):
-        np.testing.assert_allclose(got, want.grad, rtol=1e-10)
-
-
-def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
-    arrays = cp_factors(4, 5, 3, (3, 2))
-    scale = torch.tensor(1.5, dtype=torch.float64)
-    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-    theirs = HadaWeightCP.apply(*tensors, scale)
-    t1, a1, b1, t2, a2, b2 = tensors
-    formula = torch.einsum("ijkl,jr,ip->prkl", t1, b1, a1) * torch.einsum("ijkl,jr,ip->prkl", t2, b2, a2) * scale
-    cotangent = normal(5, *formula.shape)
-    true = torch.autograd.grad(formula, tensors, torch.tensor(cotangent))
-    pefts = torch.autograd.grad(theirs, tensors, torch.tensor(cotangent))
-    ours, pullback = jax.vjp(lambda *a: hada_weight_cp(*a, 1.5), *map(jnp.asarray, arrays))
-    np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-12)
-    for got, want in zip(pullback(jnp.asarray(cotangent)), true, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-10)
-    # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the documentation must say so.
-    assert [bool(torch.allclose(p, t)) for p, t in zip(pefts, true, strict=True)] == [True, False, True] * 2
 
 
 @given(sizes, sizes, sizes)

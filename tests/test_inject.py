@@ -138,7 +138,11 @@ def test_configs_that_fit_nothing_are_errors(config, message):
         (LoHaConfig(target_modules=["query", "valeu"]), UserWarning, r"target_modules=\['valeu'\].*'value'"),
         (LoHaConfig(target_modules=["query"], exclude_modules=["nothere"]), UserWarning, "no modules were excluded"),
         (LoHaConfig(target_modules=["query"], modules_to_save=["hed"]), UserWarning, r"modules_to_save=\['hed'\]"),
-        (LoHaConfig(target_modules=["query"], rank_pattern={"zzz": 2}), RuntimeWarning, r"rank_pattern keys.*\['zzz'\]"),
+        (
+            LoHaConfig(target_modules=["query"], rank_pattern={"zzz": 2}),
+            RuntimeWarning,
+            r"rank_pattern keys.*\['zzz'\]",
+        ),
         (LoHaConfig(target_modules=["query"], alpha_pattern={"zzz": 2}), RuntimeWarning, "alpha_pattern keys"),
     ],
 )
@@ -258,7 +262,12 @@ def llama_shapes(layers=80, d=8192, kv=1024, mlp=28672):
             "embed_tokens": {"embedding": jax.ShapeDtypeStruct((128256, d), jnp.bfloat16)},
             "layers": {
                 str(n): {
-                    "self_attn": {"q_proj": kernel(d, d), "k_proj": kernel(d, kv), "v_proj": kernel(d, kv), "o_proj": kernel(d, d)},
+                    "self_attn": {
+                        "q_proj": kernel(d, d),
+                        "k_proj": kernel(d, kv),
+                        "v_proj": kernel(d, kv),
+                        "o_proj": kernel(d, d),
+                    },
                     "mlp": {"gate_proj": kernel(d, mlp), "up_proj": kernel(d, mlp), "down_proj": kernel(mlp, d)},
                     "input_layernorm": {"weight": jax.ShapeDtypeStruct((d,), jnp.bfloat16)},
                 }

@@ -16,8 +16,13 @@ USES = {
     "scan": (lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0], (3, 4, 4), (5, 4), "sio"),
     "scan of one": (lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0], (1, 4, 4), (5, 4), "sio"),
     "scanned query": (
-        lambda w, x: jax.lax.scan(lambda c, v: (jnp.einsum("td,dhk->thk", c, v).sum(2) @ jnp.ones((2, 4)), None), x, w)[0],
-        (3, 4, 2, 3), (5, 4), "sioo"),
+        lambda w, x: jax.lax.scan(lambda c, v: (jnp.einsum("td,dhk->thk", c, v).sum(2) @ jnp.ones((2, 4)), None), x, w)[
+            0
+        ],
+        (3, 4, 2, 3),
+        (5, 4),
+        "sioo",
+    ),
     "indexed": (lambda w, x: x @ w[0] + x @ w[1], (2, 4, 6), (5, 4), "sio"),
     "reshaped": (lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), (5, 4), "ioo"),
     "remat and jit": (lambda w, x: jax.checkpoint(jax.jit(lambda w, x: x @ w))(w, x), (4, 6), (5, 4), "io"),
@@ -27,7 +32,10 @@ USES = {
     "one head": (lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (4, 1, 3), (2, 3, 4), "ioo"),
     "conv": (
         lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-        (3, 3, 4, 6), (2, 5, 5, 4), "kkio"),
+        (3, 3, 4, 6),
+        (2, 5, 5, 4),
+        "kkio",
+    ),
     "torch conv": (lambda w, x: jax.lax.conv(x, w, (1, 1), "SAME"), (6, 4, 3, 3), (2, 4, 5, 5), "oikk"),
 }
 

@@ -46,7 +46,14 @@ def test_fold_inverts_unfold_for_any_word(letters, data):
 
 @pytest.mark.parametrize(
     ("word", "message"),
-    [("", "not a layout"), ("ix", "not a layout"), ("ii", "no out axis"), ("so", "no in axis"), ("i1 i o", "must number all"), ("i0 i2 o", "from 0")],
+    [
+        ("", "not a layout"),
+        ("ix", "not a layout"),
+        ("ii", "no out axis"),
+        ("so", "no in axis"),
+        ("i1 i o", "must number all"),
+        ("i0 i2 o", "from 0"),
+    ],
 )
 def test_words_that_are_no_layout(word, message):
     with pytest.raises(ValueError, match=message):
@@ -58,7 +65,9 @@ def test_a_layout_of_another_rank_is_refused():
         Layout("io").torch_shape((1, 2, 3))
 
 
-@pytest.mark.parametrize(("word", "ndim", "inner"), [("sio", 2, "io"), ("ssio", 3, "sio"), ("s1 s0 i o", 3, "s0io"), ("io", 2, "io")])
+@pytest.mark.parametrize(
+    ("word", "ndim", "inner"), [("sio", 2, "io"), ("ssio", 3, "sio"), ("s1 s0 i o", 3, "s0io"), ("io", 2, "io")]
+)
 def test_a_scan_strips_leading_stack_axes(word, ndim, inner):
     assert Layout(word).strip(ndim) == Layout(inner)
 

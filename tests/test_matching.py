@@ -1,13 +1,11 @@
 import json
 from functools import cache
 
-import peft
 import pytest
 from peft_samples import ROOT
 
 from loha_jax import LoHaConfig
 from loha_jax.matching import (
-    DEFAULT_TARGET_MODULES,
     find_minimal_target_modules,
     match_pattern_key,
     match_target,
@@ -43,14 +41,6 @@ def test_every_case_of_pefts_rank_and_alpha_patterns():
 def test_every_case_of_pefts_minimal_target_modules():
     for case in cases()["minimal_target_modules"]:
         assert find_minimal_target_modules(case["targets"], case["others"]) == set(case["result"])
-
-
-def test_default_targets_are_pefts():
-    theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-    ours = {k: v if isinstance(v, str) else list(v) for k, v in DEFAULT_TARGET_MODULES.items()}
-    assert {k: v if isinstance(v, str) else sorted(v) for k, v in ours.items()} == {
-        k: v if isinstance(v, str) else sorted(v) for k, v in theirs.items()
-    }
 
 
 MODULES = [f"model.layers.{n}.{part}" for n in range(12) for part in ("q", "k", "mlp.up")]

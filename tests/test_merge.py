@@ -62,7 +62,7 @@ def test_merge_checks_names():
     _, params = two_adapters()
     with pytest.raises(TypeError, match="adapters should be a list of strings, got 'one'"):
         loha_jax.merge(params, "one")
-    with pytest.raises(ValueError, match="Adapter zzz not found. The tree has: one, two"):
+    with pytest.raises(ValueError, match=r"Adapter zzz not found\. The tree has: one, two"):
         loha_jax.merge(params, ["zzz"])
 
 

@@ -49,7 +49,11 @@ def jax_forward(params, x):
 
 
 configs = st.fixed_dictionaries(
-    {"target_modules": st.sampled_from([["q"], ["q", "mlp"], r".*\.[12]\.(q|mlp)", "all-linear", ["layers.1.q", "head"]])},
+    {
+        "target_modules": st.sampled_from(
+            [["q"], ["q", "mlp"], r".*\.[12]\.(q|mlp)", "all-linear", ["layers.1.q", "head"]]
+        )
+    },
     optional={
         "r": st.integers(1, 4),
         "alpha": st.one_of(st.integers(1, 9), st.floats(0.25, 8)),
@@ -145,4 +149,6 @@ def test_gradients_equal_pefts():
         ours = interop.to_peft_state_dict(loha_jax.combine(gradient, frozen))
         assert ours.keys() == theirs.keys()
         for key in ours:
-            np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-4 * np.abs(theirs[key]).max(), err_msg=key)
+            np.testing.assert_allclose(
+                ours[key], theirs[key], rtol=0, atol=1e-4 * np.abs(theirs[key]).max(), err_msg=key
+            )

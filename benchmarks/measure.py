@@ -74,9 +74,7 @@ def machine() -> dict[str, Any]:
         "devices": [d.device_kind for d in jax.devices()],
         "python": platform.python_version(),
         "packages": packages,
-        "command": " ".join(
-            ["python -m", *[Path(sys.argv[0]).stem and f"benchmarks.{Path(sys.argv[0]).stem}"], *sys.argv[1:]]
-        ),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

@@ -192,6 +192,13 @@ def plan_injection(
     if not targets:
         raise ValueError(no_match_message(config_matched, candidates, excluded))
     _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
+    used = {tree.layout_pattern(position) for position in tree.kernels}
+    if unused := [pattern for pattern in tree.given_layouts if pattern not in used]:
+        warnings.warn(
+            f"layouts={unused} match no kernel." + near_misses(unused, sorted(tree.names.values())),
+            UserWarning,
+            stacklevel=3,
+        )
     saved = _plan_saved(tree, config_matched, targets)
     _warn_unmatched(config, config_matched, modules, matched, excluded)
     return Plan(config_matched, targets, saved)
@@ -286,9 +293,7 @@ class _Tree:
     def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
-        self.given_layouts = {
-            re.compile(p): w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()
-        }
+        self.given_layouts = {p: w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
         self.paths: list[tuple[str, ...]] = []
         self.leaves: list[Any] = []
         self.weights: list[int] = []  # positions of the leaf that stands for its module
@@ -326,16 +331,23 @@ class _Tree:
             self._layouts[position] = self._find_layout(position)
         return self._layouts[position]
 
+    def layout_pattern(self, position: int) -> str | None:
+        """The key of `layouts` that names a kernel, itself or as a regular expression for the whole name."""
+        name = self.names[position]
+        if name in self.given_layouts:
+            return name
+        return next((pattern for pattern in self.given_layouts if re.fullmatch(pattern, name)), None)
+
     def _find_layout(self, position: int) -> Layout:
         leaf, name = self.leaves[position], self.names[position]
-        for pattern, layout in self.given_layouts.items():
-            if pattern.fullmatch(name):
-                if layout.ndim != leaf.ndim:
-                    raise ValueError(
-                        f"layouts[{pattern.pattern!r}] = {layout.word!r} describes {layout.ndim} axes, the kernel of "
-                        f"{name} has shape {tuple(leaf.shape)}"
-                    )
-                return layout
+        if (pattern := self.layout_pattern(position)) is not None:
+            layout = self.given_layouts[pattern]
+            if layout.ndim != leaf.ndim:
+                raise ValueError(
+                    f"layouts[{pattern!r}] = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
+                    f"shape {tuple(leaf.shape)}"
+                )
+            return layout
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
         if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
@@ -376,8 +388,7 @@ class _Tree:
         """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
         kernel that `layouts` knows (`infer_layouts` names those that the model multiplies with).
         """
-        given = any(pattern.fullmatch(self.names[position]) for pattern in self.given_layouts)
-        if not given and self.paths[position][-1] not in ("kernel", "w", "weight"):
+        if self.layout_pattern(position) is None and self.paths[position][-1] not in ("kernel", "w", "weight"):
             return ()
         try:
             layout = self.layout(position)

@@ -490,6 +490,13 @@ def test_strategies_by_module_name_and_unknown_ones():
         loha_jax.adapt(fn, strategy="quick")
 
 
+def test_shapes_alone_can_be_explained():
+    params = jax.eval_shape(lambda: adapted({"m": {"kernel": jnp.ones((64, 64))}}, None, ["m"]))
+    x = jax.ShapeDtypeStruct((128, 64), jnp.float32)
+    (use,) = loha_jax.explain(lambda p, x: x @ p["m"]["kernel"], params, x).uses
+    assert (use.strategy, use.rows, use.flops) == ("factored", 128, 2 * 2 * 128 * 64 * 64)
+
+
 def test_convolutions_are_dense_for_now_and_right():
     params = adapted({"c": {"kernel": normal(3, 3, 4, 6)}}, None, ["c"])
     fn = lambda p, x: nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["c"]}, x)  # noqa: E731

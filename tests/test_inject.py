@@ -242,6 +242,17 @@ def test_ambiguous_kernels_matter_only_when_targeted():
         loha_jax.inject(base, LoHaConfig(target_modules=["odd"]), key=KEY, layouts={"odd": "io"})
 
 
+def test_layouts_are_found_by_name_or_regular_expression_and_reported_when_they_match_nothing():
+    base = {"a": {"q": {"kernel": jnp.ones((2, 3, 4))}}, "b": {"q": {"kernel": jnp.ones((2, 3, 4))}}}
+    config = LoHaConfig(r=1, target_modules=["q"])
+    params = loha_jax.inject(base, config, key=KEY, layouts={r"\w\.q": "ioo", "a.q": "iio"})
+    assert params["a"]["q"]["kernel"].layout.word == "iio"
+    assert params["b"]["q"]["kernel"].layout.word == "ioo"
+    with pytest.warns(UserWarning, match=r"layouts=\['c\.q'\] match no kernel\..*'q'") as caught:
+        loha_jax.inject(base, config, key=KEY, layouts={r"[ab]\.q": "ioo", "c.q": "io"})
+    assert [w.filename for w in caught] == [__file__]
+
+
 def test_two_kernels_of_one_name_are_an_error():
     base = {"a": {"kernel": jnp.ones((3, 3))}, "b": {"kernel": jnp.ones((3, 3))}}
     with pytest.raises(ValueError, match="Two kernels have the module name 'same'"):

@@ -3,7 +3,7 @@
     python -m benchmarks.trace_and_compile [--layers 12 --repeats 5] [--json FILE]
 
 A Linen Transformer of BERT-base's size (12 layers, width 768, all linears, r=8, 4 x 128 tokens), by shapes alone:
-nothing is run. "plain" applies the unmodified model to the adapted tree, where each LoHa leaf builds W + ΔW inside its layer.
+nothing is run. "plain" applies the unmodified model to the adapted tree; each LoHa leaf builds W + ΔW inside its layer.
 """
 
 import argparse

@@ -19,10 +19,11 @@ import numpy as np
 
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
-from loha_jax.inject import Layouts, Plan, Target, apply_plan, factor_dtype, plan_injection, stack_factors
+from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.naming import Names
 from loha_jax.partition import adapter_names
+from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically

@@ -1,0 +1,337 @@
+"""What a config would adapt in a tree: names, layouts, ranks and alphas, settled before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loha_jax.config import LoHaConfig
+from loha_jax.init import factor_shapes
+from loha_jax.layouts import Layout, default_layout
+from loha_jax.matching import (
+    EXCLUDED,
+    match_pattern,
+    match_pattern_key,
+    match_target,
+    near_misses,
+    no_match_message,
+    resolve_target_modules,
+)
+from loha_jax.naming import Names, is_kernel_leaf, module_name, path_parts, stack_names, torch_parameter
+from loha_jax.weight import LoHaWeight, is_adapted
+
+Layouts = Mapping[str, "str | Layout"]
+"""How `inject` takes layouts: by default dotted name, or by a regular expression for the whole of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel that the config targets: all that is known before its factors exist."""
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    layout: Layout
+    shape: tuple[int, ...]
+    dtype: Any
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    cp: bool
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the kernel's stack axes."""
+        return self.layout.sizes("s", self.shape)
+
+    def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        """PEFT's shapes of the factors of one of its modules."""
+        out, in_, *spatial = self.layout.torch_shape(self.shape)[len(self.stack) :]
+        return factor_shapes(out, in_, spatial, r, self.cp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A leaf of a module in `modules_to_save`."""
+
+    path: tuple[str, ...]
+    name: str
+    layout: Layout | None
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `inject` would do to a tree: the adapted kernels and the saved leaves by flat position."""
+
+    config: LoHaConfig
+    targets: dict[int, Target]
+    saved: dict[int, Saved]
+
+
+def plan_injection(
+    params: Any,
+    config: LoHaConfig,
+    *,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Plan:
+    """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
+    tree = _Tree(params, names, layouts)
+    modules = sorted(tree.modules)
+    linear = [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
+    config_matched = dataclasses.replace(
+        config, target_modules=resolve_target_modules(config, modules, linear, model_type)
+    )
+
+    targets: dict[int, Target] = {}
+    excluded: list[str] = []
+    matched: list[str] = []
+    misfits: list[str] = []
+    candidates: list[str] = []
+    for position in tree.weights:
+        candidate_names = tree.names_of(position, config_matched)
+        candidates += candidate_names
+        hits = [match_target(name, config_matched) for name in candidate_names]
+        excluded += [name for name, hit in zip(candidate_names, hits, strict=True) if hit == EXCLUDED]
+        wanted = [hit is True for hit in hits]
+        if not any(wanted):
+            continue
+        leaf = tree.leaves[position]
+        if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
+            continue
+        layout = tree.layout(position)
+        spatial = layout.sizes("k", leaf.shape)
+        chosen = list(zip(candidate_names, wanted, strict=True))
+        matched += [name for name, want in chosen if want]
+        targets[position] = Target(
+            path=tree.paths[position],
+            names=tuple(candidate_names),
+            layout=layout,
+            shape=tuple(leaf.shape),
+            dtype=leaf.dtype,
+            ranks=tuple(match_pattern(n, config.rank_pattern, config.r) if want else 0 for n, want in chosen),
+            alphas=tuple(match_pattern(n, config.alpha_pattern, config.alpha) for n, _ in chosen),
+            cp=config.use_effective_conv2d and any(size != 1 for size in spatial),
+        )
+    if misfits:
+        raise ValueError(
+            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a "
+            f"floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
+        )
+    if not targets:
+        raise ValueError(no_match_message(config_matched, candidates, excluded))
+    _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
+    used = {tree.layout_pattern(position) for position in tree.kernels}
+    if unused := [pattern for pattern in tree.given_layouts if pattern not in used]:
+        warnings.warn(
+            f"layouts={unused} match no kernel." + near_misses(unused, sorted(tree.names.values())),
+            UserWarning,
+            stacklevel=3,
+        )
+    saved = _plan_saved(tree, config_matched, targets)
+    _warn_unmatched(config, config_matched, modules, matched, excluded)
+    return Plan(config_matched, targets, saved)
+
+
+class _Tree:
+    """The leaves of a tree with their paths, names and layouts."""
+
+    def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
+        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+        self.given_names = names
+        self.given_layouts = {p: w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
+        self.paths: list[tuple[str, ...]] = []
+        self.leaves: list[Any] = []
+        self.weights: list[int] = []  # positions of the leaf that stands for its module
+        self.kernels: set[int] = set()  # those that can be adapted
+        self.names: dict[int, str] = {}
+        self._layouts: dict[int, Layout] = {}
+        for position, (path, leaf) in enumerate(flat):
+            parts = path_parts(path)
+            self.paths.append(parts)
+            self.leaves.append(leaf)
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+                continue
+            self.names[position] = module_name(parts)
+            if is_kernel_leaf(parts) and leaf.ndim >= 2:
+                self.kernels.add(position)
+                self.weights.append(position)
+        with_kernel = {self.names[n] for n in self.weights}
+        for position, name in self.names.items():  # normalisation layers: modules without a kernel
+            parts = self.paths[position]
+            if position not in self.kernels and name not in with_kernel and parts[-1] in ("scale", "weight"):
+                self.weights.append(position)
+        self.weights.sort()
+        self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
+        self.modules = {
+            ".".join(name.split(".")[: n + 1]) for name in self.names.values() for n in range(name.count(".") + 1)
+        }
+
+    def layout(self, position: int) -> Layout:
+        """The kernel's layout: given, kept from an earlier adapter, or the default.
+
+        Raises:
+            ValueError: it is ambiguous, or the given one does not fit the kernel.
+        """
+        if position not in self._layouts:
+            self._layouts[position] = self._find_layout(position)
+        return self._layouts[position]
+
+    def layout_pattern(self, position: int) -> str | None:
+        """The key of `layouts` that names a kernel, itself or as a regular expression for the whole name."""
+        name = self.names[position]
+        if name in self.given_layouts:
+            return name
+        return next((pattern for pattern in self.given_layouts if re.fullmatch(pattern, name)), None)
+
+    def _find_layout(self, position: int) -> Layout:
+        leaf, name = self.leaves[position], self.names[position]
+        if (pattern := self.layout_pattern(position)) is not None:
+            layout = self.given_layouts[pattern]
+            if layout.ndim != leaf.ndim:
+                raise ValueError(
+                    f"layouts[{pattern!r}] = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
+                    f"shape {tuple(leaf.shape)}"
+                )
+            return layout
+        if is_adapted(leaf) and leaf.layout is not None:
+            return leaf.layout
+        if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
+            return Layout("oi")  # [vocabulary, features]: the lm_head that is tied to it has out = vocabulary
+        return default_layout(leaf.shape, self.paths[position], self.shape_at)
+
+    def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
+        """The torch module names of a weight; an ambiguous layout is an error only where it may be targeted."""
+        leaf = self.leaves[position]
+        if isinstance(leaf, LoHaWeight):
+            return leaf.names
+        default = self.names[position]
+        if position not in self.kernels:
+            return stack_names(default, (), self.given_names) if self.given_names is not None else (default,)
+        try:
+            layout = self.layout(position)
+        except ValueError:
+            if any(match_target(name, config) is True for name in self.possible_names(position)):
+                raise
+            return (default,)
+        return stack_names(default, layout.sizes("s", leaf.shape), self.given_names)
+
+    def possible_names(self, position: int) -> list[str]:
+        """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""
+        default, shape = self.names[position], self.leaves[position].shape
+        possible = [default]
+        for stack in ((), (1,), (1, 1)):
+            try:
+                possible += stack_names(default, stack, self.given_names)
+            except ValueError:  # a template for another number of indices
+                continue
+        if self.given_names is not None:
+            with contextlib.suppress(ValueError):
+                possible += stack_names(default, shape[:1], self.given_names)
+        return possible
+
+    def linear_names(self, position: int) -> tuple[str, ...]:
+        """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
+        kernel that `layouts` knows (`infer_layouts` names those that the model multiplies with).
+        """
+        if self.layout_pattern(position) is None and self.paths[position][-1] not in ("kernel", "w", "weight"):
+            return ()
+        try:
+            layout = self.layout(position)
+        except ValueError:
+            return (self.names[position],)  # named by all-linear, hence an error that says how to settle it
+        if layout.axes("k"):
+            return ()
+        return stack_names(self.names[position], layout.sizes("s", self.leaves[position].shape), self.given_names)
+
+
+def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
+    entries = config.all_modules_to_save
+    saved: dict[int, Saved] = {}
+    used: set[str] = set()
+    for position in tree.names:
+        hits = {entry for name in tree.possible_names(position) for entry in _entries_above(name, entries)}
+        if position in targets or not hits:
+            continue
+        layout = tree.layout(position) if position in tree.kernels else None
+        shape = tuple(tree.leaves[position].shape)
+        if layout and layout.axes("s"):
+            raise ValueError(
+                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which "
+                f"holds a stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
+            )
+        (module,) = stack_names(tree.names[position], (), tree.given_names)
+        if own := _entries_above(module, entries):
+            used.update(own)
+            name = f"{module}.{torch_parameter(tree.paths[position])}"
+            saved[position] = Saved(tree.paths[position], name, layout, shape)
+    _require_distinct([(s.name, s.path) for s in saved.values()])
+    # A sequence classifier's head is called "classifier" or "score"; PEFT's files name both.
+    optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
+    unused = [entry for entry in config.modules_to_save or () if entry not in used and entry not in optional]
+    if unused:
+        warnings.warn(
+            f"modules_to_save={unused} match no module and nothing is saved for them."
+            + near_misses(unused, sorted(tree.modules)),
+            UserWarning,
+            stacklevel=4,
+        )
+    return saved
+
+
+def _entries_above(name: str, entries: Sequence[str]) -> list[str]:
+    """The entries of `modules_to_save` that name the module `name` or one that contains it."""
+    ancestors = [".".join(name.split(".")[: n + 1]) for n in range(name.count(".") + 1)]
+    return [e for e in entries if any(a == e or a.endswith(f".{e}") for a in ancestors)]
+
+
+def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    for name, path in named:
+        if name in seen:
+            raise ValueError(
+                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and {'.'.join(path)}. Give "
+                "`names=` that tells them apart, or exclude one."
+            )
+        seen[name] = path
+
+
+def _warn_unmatched(
+    config: LoHaConfig, resolved: LoHaConfig, modules: list[str], matched: list[str], excluded: list[str]
+) -> None:
+    """PEFT's warnings for patterns that match nothing, and one that PEFT lacks: for unmatched list entries."""
+    if config.target_modules is not None and not isinstance(resolved.target_modules, str):
+        entries = sorted(resolved.target_modules or ())
+        unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
+        if unused:
+            warnings.warn(
+                f"target_modules={unused} match no module; the other entries do." + near_misses(unused, modules),
+                UserWarning,
+                stacklevel=4,
+            )
+    if config.exclude_modules and not excluded:
+        shown = config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules)
+        warnings.warn(
+            f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
+            "was set correctly.",
+            UserWarning,
+            stacklevel=4,
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        used = {match_pattern_key(name, patterns) for name in matched}
+        unused = [p for p in patterns if p not in used and not any(match_pattern_key(n, [p]) for n in matched)]
+        if unused:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )

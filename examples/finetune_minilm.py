@@ -61,7 +61,7 @@ LOHA = loha_jax.LoHaConfig(
     modules_to_save=["classifier"],
 )
 LARGEST_DIFFERENCE = 1e-4  # that the logits of PEFT may have from ours
-QUICK = (1200, 400, 600)  # training, validation and test sentences of --quick
+QUICK = (800, 300, 500)  # training, validation and test sentences of --quick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +306,8 @@ def main() -> int:
     console.print(INTRODUCTION)
     try:
         settings = Settings(epochs=options.epochs, learning_rate=options.learning_rate, seed=options.seed)
+        if options.quick:
+            settings = dataclasses.replace(settings, validations=2)
         run(settings, options.out, options.quick)
     except RuntimeError as error:
         console.print(f"\n{error}", style="red", markup=False)

@@ -13,9 +13,9 @@ from loha_jax.adapt import trace_and_evaluate
 from loha_jax.interpreter import Options
 from loha_jax.kernel_view import KernelView
 from loha_jax.layouts import Layout
+from loha_jax.merge import unload
 from loha_jax.naming import is_kernel_leaf, module_name, path_parts
 from loha_jax.products import Product
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
 def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -41,18 +41,13 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         ...               {"head": {"w": jnp.ones((3, 5))}}, jnp.ones((2, 5)))
         {'head': 'oi'}
     """
-    flat, params_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    plain = [_plain(leaf) for _, leaf in flat]
-    leaves, treedef = jax.tree.flatten(((params_tree.unflatten(plain), *args), kwargs))
+    base = unload(params)
+    leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
     candidates: dict[int, str] = {}
-    position = 0
-    for (path, _), leaf in zip(flat, plain, strict=True):
-        if leaf is None:
-            continue
+    for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):
         parts = path_parts(path)
         if _is_array(leaf) and len(leaf.shape) >= 2 and is_kernel_leaf(parts):
             candidates[position] = module_name(parts)
-        position += 1
     dynamic = [n for n, leaf in enumerate(leaves) if _is_array(leaf)]
     roles = _Roles({name: len(leaves[n].shape) for n, name in candidates.items()})
 
@@ -66,12 +61,6 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
     return {name: layout for name in candidates.values() if (layout := roles.layout(name))}
-
-
-def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, LoHaWeight):
-        return leaf.kernel
-    return leaf.original if isinstance(leaf, SavedWeight) else leaf
 
 
 def _is_array(leaf: Any) -> bool:

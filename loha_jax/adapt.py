@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -12,13 +13,21 @@ import numpy as np
 
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
-from loha_jax.products import STRATEGIES
+from loha_jax.operations import STRATEGIES
+from loha_jax.per_example import run_per_example
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def adapt(fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool = True, forward_mode: bool = False) -> F:
+def adapt(
+    fn: F,
+    *,
+    strategy: str | Mapping[str, str] = "auto",
+    training: bool = True,
+    forward_mode: bool = False,
+    adapter_index: Any = None,
+) -> F:
     """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
 
     `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
@@ -36,12 +45,20 @@ def adapt(fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool =
         training: whether "auto" counts the backward pass. False for inference.
         forward_mode: plain products that `jax.jvp` can differentiate, at some cost in speed; without it adapted
             products are `jax.custom_vjp`.
+        adapter_index: `[batch]` integers, one per row: the row runs through that one of the active adapters
+            (`set_adapter` says which, in order), -1 through the base model. The adapters have equal ranks and targets
+            (one that lacks a module leaves it as it is). Rows are the entries along the first axis of every array of
+            that length in the arguments that hold no adapted leaf; other arrays are the same for all rows. Results are
+            those of calling `fn` row by row, each a batch of one, concatenated; scalars come one per row. All
+            products are factored, and no ΔW is built; base products run once for the whole batch.
 
     Returns:
         A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
 
     Raises:
-        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`.
+        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`,
+            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, or no
+            argument has rows.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax
@@ -54,7 +71,10 @@ def adapt(fn: F, *, strategy: str | Mapping[str, str] = "auto", training: bool =
 
     @functools.wraps(fn)
     def adapted(*args, **kwargs):
-        return run(fn, args, kwargs, options)
+        if adapter_index is None:
+            return run(fn, args, kwargs, options)
+        by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
+        return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
 
     adapted.__loha_jax__ = (fn, options)  # type: ignore[attr-defined]  # read by `explain`
     return adapted  # type: ignore[return-value]
@@ -143,15 +163,8 @@ def _hashable_in(var: Any, mapping: Mapping[Any, Any]) -> bool:
 
 
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
-    """The leaf as a view; the plain kernel where no adapter is active, the dense weight where it has spatial axes."""
+    """The leaf as a view; the plain kernel where no adapter is active."""
     leaf.shape  # a leaf of one half of `partition` says so  # noqa: B018
     if not leaf.active_adapters:
         return jax.lax.stop_gradient(leaf.kernel)
-    if leaf.layout.axes("k"):
-        # Convolutions: `KernelView` has no spatial atoms yet.
-        dense = leaf.dense(forward_mode=options.forward_mode)
-        if options.observer is not None:
-            name, shape = leaf.label, leaf.shape
-            options.observer.dense(name, shape, "conv_general_dilated", "convolutions are dense", options.times)
-        return dense
     return KernelView.of(leaf, leaf.label if named else "")

@@ -12,7 +12,7 @@ import numpy as np
 
 from loha_jax.adapt import make_options, run
 from loha_jax.kernel_view import KernelView
-from loha_jax.products import Product
+from loha_jax.operations import Operation
 from loha_jax.weight import LoHaWeight, is_adapted
 
 
@@ -103,18 +103,18 @@ class _Recorder:
     def scanned(self, view: KernelView, atom: int | None) -> None:
         pass
 
-    def product(self, view: KernelView, product: Product, strategy: str, times: int) -> None:
-        costs = product.costs(view, self.training)
+    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+        costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
                 view.name,
-                "dot_general",
+                operation.primitive,
                 view.shape,
-                product.rows * times,
+                operation.rows * times,
                 strategy,
                 costs["base"] * times,
                 costs["factored" if strategy == "factored" else "fused"] * times,
-                product.temporary_bytes(view, strategy),
+                operation.temporary_bytes(view, strategy),
             )
         )
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from loha_jax.xla_hints import alone
 
 Scale = jax.Array | float
 
@@ -54,27 +55,19 @@ def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
     return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b))
 
 
-def recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`fn` as a `custom_vjp` whose residuals are its arguments: the backward pass runs `fn` again.
-
-    The barrier asks XLA not to merge the two runs, which would keep what the first one built. (XLA:CPU drops barriers
-    before it merges equal subexpressions, so there it may keep it all the same.)
-    """
+def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`fn`, whose last argument is the scale, as a `custom_vjp` that keeps its arguments alone and runs twice."""
     wrapped = jax.custom_vjp(fn)
 
-    def forward(*args):
-        return fn(*args), args
-
     def backward(args, cotangent):
-        args, cotangent = lax.optimization_barrier((args, cotangent))
-        return jax.vjp(fn, *args)[1](cotangent)
+        return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[-1])
 
-    wrapped.defvjp(forward, backward)
+    wrapped.defvjp(lambda *args: (fn(*args), args), backward)
     return wrapped
 
 
-_weight = recompute_vjp(_plain_weight)
-_weight_cp = recompute_vjp(_plain_weight_cp)
+_weight = _recompute_vjp(_plain_weight)
+_weight_cp = _recompute_vjp(_plain_weight_cp)
 
 
 def hada_weight(

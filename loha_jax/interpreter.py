@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from loha_jax._compat import Literal, bind_equation, open_jaxpr, scan_counts
+from loha_jax.convolutions import Convolution
+from loha_jax.kept_inputs import Kept, find_recipe
 from loha_jax.kernel_view import KernelView
+from loha_jax.operations import Operation
 from loha_jax.products import Product
 
 
@@ -30,8 +33,8 @@ class Observer(Protocol):
     def scanned(self, view: KernelView, atom: int | None) -> None:
         """A scan takes the leading axis apart: this atom, or None for an axis of size 1."""
 
-    def product(self, view: KernelView, product: Product, strategy: str, times: int) -> None:
-        """A product is computed by this strategy, `times` times (the trip count of the scans around it)."""
+    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+        """A product or convolution is computed by this strategy, `times` times (the scans around it)."""
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         """Single positions of an axis are read (an embedding lookup)."""
@@ -71,12 +74,21 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], options: Op
     def read(var: Any) -> Any:
         return var.val if isinstance(var, Literal) else env[var]
 
+    def kept(var: Any) -> Kept:
+        recipe = None if isinstance(var, Literal) else find_recipe(var, producers)
+        if recipe is None:
+            return Kept.whole(read(var))
+        return Kept(tuple(map(read, recipe.anchors)), recipe.build, True)
+
+    producers: dict[Any, Any] = {}  # equations without a view, by their only output
     for eqn in jaxpr.eqns:
         values = [read(var) for var in eqn.invars]
         if any(isinstance(value, KernelView) for value in values):
-            outputs = _evaluate_equation(eqn, values, options)
+            outputs = _evaluate_equation(eqn, values, options, kept)
         else:
             outputs = bind_equation(eqn, values)
+            if len(eqn.outvars) == 1:
+                producers[eqn.outvars[0]] = eqn
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
@@ -90,7 +102,7 @@ def densify(value: Any, options: Options, primitive: str, reason: str) -> Any:
     return value.dense(forward_mode=options.forward_mode)
 
 
-Rule = Callable[[Any, list[Any], Options], "list[Any] | str"]
+Rule = Callable[[Any, list[Any], Options], "list[Any] | _Computation | str"]
 _RULES: dict[str, Rule] = {}
 
 
@@ -102,7 +114,7 @@ def _rule(*primitives: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _evaluate_equation(eqn: Any, values: list[Any], options: Options) -> list[Any]:
+def _evaluate_equation(eqn: Any, values: list[Any], options: Options, kept: Callable[[Any], Kept]) -> list[Any]:
     name = eqn.primitive.name
     rule = _RULES.get(name)
     if options.observer is not None and (rule is None or name in _READERS):
@@ -112,6 +124,8 @@ def _evaluate_equation(eqn: Any, values: list[Any], options: Options) -> list[An
     reason = "no rule for this primitive"
     if rule is not None:
         result = rule(eqn, values, options)
+        if isinstance(result, _Computation):
+            result = [result.run(kept, options)]
         if not isinstance(result, str):
             return result
         reason = result
@@ -132,9 +146,12 @@ def _transpose(eqn, values, options):
 
 @_rule("reshape")
 def _reshape(eqn, values, options):
-    if len(values) != 1 or eqn.params.get("dimensions") is not None:
-        return "a reshape of dynamic shape or with permuted axes"
-    return _view_or(values[0].reshape(eqn.params["new_sizes"]), "the reshape mixes in, out or stack axes")
+    if len(values) != 1:
+        return "a reshape of dynamic shape"
+    view, permutation = values[0], eqn.params.get("dimensions")
+    if permutation is not None:
+        view = view.transpose(permutation)
+    return _view_or(view.reshape(eqn.params["new_sizes"]), "the reshape mixes in, out or stack axes")
 
 
 @_rule("squeeze")
@@ -152,6 +169,11 @@ def _broadcast_in_dim(eqn, values, options):
 @_rule("convert_element_type")
 def _convert_element_type(eqn, values, options):
     return _view_or(values[0].convert(eqn.params["new_dtype"]), "a cast to a dtype that is not floating")
+
+
+@_rule("rev")
+def _rev(eqn, values, options):
+    return [values[0].rev(eqn.params["dimensions"])]
 
 
 @_rule("slice")
@@ -206,7 +228,7 @@ def _scale(eqn, values, options):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-_READERS = ("dot_general", "gather")
+_READERS = ("dot_general", "conv_general_dilated", "gather")
 
 
 @_rule("dot_general")
@@ -223,18 +245,45 @@ def _dot_general(eqn, values, options):
     product = Product.of(view, x, kernel_first, eqn.params)
     if isinstance(product, str):
         return product
-    strategy = _strategy(options.strategy, view.name)
-    if strategy == "auto":
-        strategy = product.choose(view, options.training)
-    if strategy == "fused" and options.forward_mode:
-        strategy = "dense"  # without a custom_vjp the two are the same
-    if options.observer is not None:
-        options.observer.product(view, product, strategy, options.times)
-    if strategy == "factored":
-        return [product.factored(x, view, options.forward_mode)]
-    if strategy == "fused":
-        return [product.fused(x, view)]
-    return [product.dot(x, view.dense(forward_mode=options.forward_mode))]
+    return _Computation(product, view, x, eqn.invars[int(kernel_first)])
+
+
+@_rule("conv_general_dilated")
+def _conv_general_dilated(eqn, values, options):
+    x, view = values
+    if not isinstance(view, KernelView) or isinstance(x, KernelView):
+        return "the weight is what a convolution slides over"
+    if not view.factors:
+        return bind_equation(eqn, [x, view.kernel])
+    convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
+    if isinstance(convolution, str):
+        return convolution
+    return _Computation(convolution, view, x, eqn.invars[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Computation:
+    """An operation that a rule has understood, on its operands; `x_var` is the plain one's variable."""
+
+    operation: Operation
+    view: KernelView
+    x: Any
+    x_var: Any
+
+    def run(self, kept: Callable[[Any], Kept], options: Options) -> jax.Array:
+        operation, view, x = self.operation, self.view, self.x
+        strategy = _strategy(options.strategy, view.name)
+        if strategy == "auto":
+            strategy = operation.choose(view, options.training)
+        if strategy == "fused" and options.forward_mode:
+            strategy = "dense"  # without a custom_vjp the two are the same
+        if options.observer is not None:
+            options.observer.computed(view, operation, strategy, options.times)
+        if strategy == "factored":
+            return operation.factored(x, view, options.forward_mode, kept(self.x_var))
+        if strategy == "fused":
+            return operation.fused(x, view)
+        return operation.apply(x, view.dense(forward_mode=options.forward_mode))
 
 
 def _strategy(strategy: Any, name: str) -> str:

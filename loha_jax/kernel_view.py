@@ -2,7 +2,8 @@
 
 A model rarely multiplies with the kernel as it is stored: it is transposed, reshaped, sliced, cast, or one layer is
 taken from a stack. A view follows these without forming ΔW. Each axis of the kernel is made of *atoms*, indivisible
-runs of stack, in or out positions; structural operations permute, group, split and cut atoms, and the factors follow.
+runs of stack, in, out or spatial positions; structural operations permute, group, split and cut atoms, and the factors
+follow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Atom:
     """A run of positions along one axis of the stored kernel.
 
     Attributes:
-        kind: "s" (stack), "i" (in), "o" (out), "b" (added by broadcasting), "?" (not known yet: layout inference).
+        kind: "s" (stack), "i" (in), "o" (out), "k" (spatial), "b" (added by broadcasting), "?" (not known yet: layout
+            inference).
         size: number of positions.
         axis: axis of the stored kernel, -1 for "b".
     """
@@ -37,14 +39,49 @@ class Atom:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FlatFactors:
-    """One flat adapter of a view: `[*s, out, r]` and `[*s, r, in]`, one leading axis per stack atom."""
+class ViewFactors:
+    """One adapter of a view, with one leading axis per stack atom.
+
+    Attributes:
+        w1_a, w2_a: `[*s, out, r]`.
+        w1_b, w2_b: `[*s, r, in·prod(spatial)]`, or `[*s, r, in]` beside cores.
+        t1, t2: cores `[*s, r, r, prod(spatial)]` of a convolution in CP form, or None.
+        scaling: `[*s]`.
+    """
 
     w1_a: Any
     w1_b: Any
     w2_a: Any
     w2_b: Any
+    t1: Any
+    t2: Any
     scaling: Any
+
+    @property
+    def r(self) -> int:
+        """The rank of both factors."""
+        return self.w1_a.shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the factors' products are computed in: float32 or better."""
+        return jnp.promote_types(self.w1_a.dtype, jnp.float32)
+
+    def astype(self, dtype: Any) -> ViewFactors:
+        """All arrays in another dtype."""
+        return jax.tree.map(lambda w: w.astype(dtype), self)
+
+    def flat(self) -> ViewFactors:
+        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        if self.t1 is None:
+            return self
+        f = self.astype(self.dtype)
+
+        def b(core, w_b):
+            w = jnp.einsum("...pqk,...qi->...pik", core, w_b)
+            return w.reshape(*w.shape[:-2], -1)
+
+        return dataclasses.replace(f, w1_b=b(f.t1, f.w1_b), w2_b=b(f.t2, f.w2_b), t1=None, t2=None)
 
 
 @jax.tree_util.register_dataclass
@@ -61,25 +98,32 @@ class KernelView:
     """
 
     kernel: Any
-    factors: tuple[FlatFactors, ...]
+    factors: tuple[ViewFactors, ...]
     atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
     dims: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(default="", metadata={"static": True})
 
     @classmethod
     def of(cls, leaf: LoHaWeight, name: str = "") -> KernelView:
-        """The view of a leaf as it is stored. Its layout has no spatial axes."""
+        """The view of a leaf as it is stored."""
         layout = leaf.layout.strip(leaf.kernel.ndim)
         shape = leaf.kernel.shape
         order = layout.order
-        kinds = {axis: kind for kind in "soi" for axis in layout.axes(kind)}
+        kinds = {axis: kind for kind in "soik" for axis in layout.axes(kind)}
         atoms = tuple(Atom(kinds[axis], shape[axis], axis) for axis in order)
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
 
-        def flat(f: Factors) -> FlatFactors:
-            return FlatFactors(f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, lax.stop_gradient(f.scaling))
+        stack = layout.sizes("s", shape)
 
-        factors = tuple(flat(f) for f in leaf.active_adapters)
+        def view_factors(f: Factors) -> ViewFactors:
+            a1, a2, t1, t2 = f.hada_w1_a, f.hada_w2_a, f.hada_t1, f.hada_t2
+            if f.is_cp:
+                a1, a2 = jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2)
+                r = a1.shape[-1]
+                t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
+            return ViewFactors(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, lax.stop_gradient(f.scaling))
+
+        factors = tuple(view_factors(f) for f in leaf.active_adapters)
         return cls(lax.stop_gradient(leaf.kernel), factors, atoms, dims, name)
 
     @classmethod
@@ -96,6 +140,10 @@ class KernelView:
     def of_kind(self, kind: str) -> list[int]:
         """The atoms of one kind, in flattening order."""
         return [n for n, atom in enumerate(self.atoms) if atom.kind == kind]
+
+    def of_side(self, side: str) -> list[int]:
+        """The atoms of the factors' in or out side, as they flatten: spatial atoms follow the in ones."""
+        return self.of_kind("i") + self.of_kind("k") if side == "i" else self.of_kind(side)
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
@@ -188,6 +236,17 @@ class KernelView:
         factors = tuple(dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors)
         return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
 
+    def rev(self, dimensions: Sequence[int]) -> KernelView:
+        """`lax.rev`."""
+        view = dataclasses.replace(self, kernel=lax.rev(self.kernel, dimensions))
+        for atom in (n for axis in dimensions for n in self.dims[axis]):
+            view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
+        return view
+
+    def flat(self) -> KernelView:
+        """The same view with flat factors only."""
+        return dataclasses.replace(self, factors=tuple(f.flat() for f in self.factors))
+
     def map_kernel(self, operation: Callable[[Any], Any]) -> KernelView:
         """An operation on the kernel that changes neither values nor axes (a copy, a sharding constraint)."""
         return dataclasses.replace(self, kernel=operation(self.kernel))
@@ -238,16 +297,20 @@ class KernelView:
         """The view as a plain array: base plus ΔW, in the base's dtype, added in float32 or better."""
         if not self.factors:
             return self.kernel
-        atoms = [n for kind in "soi" for n in self.of_kind(kind) if self.atoms[n].size > 1]
+        present = [n for d in self.dims for n in d]
+        # ΔW is built in the orientation of the view, to be transposed as little as possible.
+        sides = "sio" if [self.atoms[n].kind for n in present if self.atoms[n].kind in "io"][:1] == ["i"] else "soi"
+        atoms = [n for side in sides for n in self.of_side(side) if self.atoms[n].size > 1]
         total = None
         for f in self.factors:
-            dtype = jnp.promote_types(f.w1_a.dtype, jnp.float32)
-            a1, b1, a2, b2 = (x.astype(dtype) for x in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+            f = f.flat().astype(f.dtype)
+            a1, b1, a2, b2 = f.w1_a, f.w1_b, f.w2_a, f.w2_b
+            if sides == "sio":
+                a1, b1, a2, b2 = (jnp.swapaxes(w, -1, -2) for w in (b1, a1, b2, a2))
             delta = hada_weight(a1, b1, a2, b2, f.scaling, forward_mode=forward_mode)
             total = delta if total is None else total + delta
         assert total is not None
         total = total.reshape([self.atoms[n].size for n in atoms])
-        present = [n for d in self.dims for n in d]
         total = jnp.transpose(total, [atoms.index(n) for n in present if self.atoms[n].kind != "b"])
         total = total.reshape([1 if self.atoms[n].kind == "b" else self.atoms[n].size for n in present])
         total = jnp.broadcast_to(total, [self.atoms[n].size for n in present]).reshape(self.shape)
@@ -265,7 +328,7 @@ class KernelView:
         Returns:
             `[*positions, *other axes]`, or None where the view has stack axes or the axis is not all of in or out.
         """
-        if self.of_kind("s") or self.of_kind("b") or len(self.dims[axis]) != 1:
+        if self.of_kind("s") or self.of_kind("b") or self.of_kind("k") or len(self.dims[axis]) != 1:
             return None
         (atom,) = self.dims[axis]
         kind = self.atoms[atom].kind
@@ -293,25 +356,27 @@ class KernelView:
     def _map_atom(self, atom: int, operation: Callable[[Any, int], Any], size: int) -> KernelView:
         """Applies an operation to the axis of one atom in every factor that has it."""
         kind = self.atoms[atom].kind
-        at = self.of_kind(kind).index(atom)
         stack = self.stack_shape
-        inner = [self.atoms[n].size for n in self.of_kind(kind)]
 
-        def a(x):
-            y = operation(x.reshape(*stack, *inner, x.shape[-1]), len(stack) + at)
-            return y.reshape(*stack, -1, x.shape[-1])
+        def mapped(x: jax.Array, axis: int, side: list[int]) -> jax.Array:
+            """`operation` on the atom's axis, where `axis` of x is made of the atoms of `side`."""
+            inner = [self.atoms[n].size for n in side]
+            y = operation(x.reshape(*x.shape[:axis], *inner, *x.shape[axis + 1 :]), axis + side.index(atom))
+            return y.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
-        def b(x):
-            y = operation(x.reshape(*stack, x.shape[-2], *inner), len(stack) + 1 + at)
-            return y.reshape(*stack, x.shape[-2], -1)
+        def change(f: ViewFactors) -> ViewFactors:
+            if kind == "s":
+                return jax.tree.map(lambda x: operation(x, self.of_kind("s").index(atom)), f)
+            if kind == "o":
+                names, axis, side = ("w1_a", "w2_a"), len(stack), self.of_kind("o")
+            elif kind == "k" and f.t1 is not None:
+                names, axis, side = ("t1", "t2"), len(stack) + 2, self.of_kind("k")
+            else:
+                names, axis = ("w1_b", "w2_b"), len(stack) + 1
+                side = self.of_kind("i") if f.t1 is not None else self.of_side("i")
+            return dataclasses.replace(f, **{name: mapped(getattr(f, name), axis, side) for name in names})
 
-        factors = self.factors
-        if kind == "s":
-            factors = jax.tree.map(lambda x: operation(x, at), factors)
-        elif kind == "o":
-            factors = tuple(dataclasses.replace(f, w1_a=a(f.w1_a), w2_a=a(f.w2_a)) for f in factors)
-        elif kind == "i":
-            factors = tuple(dataclasses.replace(f, w1_b=b(f.w1_b), w2_b=b(f.w2_b)) for f in factors)
+        factors = self.factors if kind in "b?" else tuple(change(f) for f in self.factors)
         atoms = list(self.atoms)
         atoms[atom] = dataclasses.replace(atoms[atom], size=size)
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))

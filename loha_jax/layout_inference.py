@@ -15,7 +15,7 @@ from loha_jax.kernel_view import KernelView
 from loha_jax.layouts import Layout
 from loha_jax.merge import unload
 from loha_jax.naming import is_kernel_leaf, module_name, path_parts
-from loha_jax.products import Product
+from loha_jax.operations import Operation
 
 
 def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -115,7 +115,7 @@ class _Roles:
             return ones[stored_ones.index(axis)]
         return "s"
 
-    def product(self, view: KernelView, product: Product, strategy: str, times: int) -> None:
+    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
         pass
 
     def rows(self, view: KernelView, count: int, times: int) -> None:

@@ -1,20 +1,18 @@
-"""Products with an adapted kernel: factored (no ΔW), fused (ΔW rebuilt, not kept), and what each costs."""
+"""Products (`dot_general`) with an adapted kernel: factored (no ΔW), and what it costs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.hadamard import khatri_rao_columns, recompute_vjp
-from loha_jax.kernel_view import FlatFactors, KernelView, size_of
-
-STRATEGIES = ("auto", "factored", "fused", "dense")
+from loha_jax.hadamard import khatri_rao_columns
+from loha_jax.kernel_view import KernelView, ViewFactors, size_of
+from loha_jax.operations import Operation
 
 
 def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str, precision: Any = None) -> jax.Array:
@@ -81,7 +79,7 @@ class _Factored:
     def y(self) -> str:
         return f"{self.b}{self.f}n{self.o}"
 
-    def khatri_rao(self, factors: tuple[FlatFactors, ...]) -> tuple[jax.Array, jax.Array]:
+    def khatri_rao(self, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """KB and KA of all adapters side by side, the second one scaled."""
         pairs = []
         for f in factors:
@@ -101,11 +99,29 @@ class _Factored:
             k = jnp.transpose(k, [*self.stack_order, k.ndim - 2, k.ndim - 1])
         return k.reshape(*self.stack_shape, r, *((n,) if label else ()))
 
-    def run(self, x: jax.Array, factors: tuple[FlatFactors, ...]) -> tuple[jax.Array, jax.Array]:
+    def run(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """The product and x KB."""
+        if x.shape[0] < min(f.r for f in factors) and (self.x, self.y) == ("ni", "no"):
+            return self._run_few_rows(x, factors)
         kb, ka = self.khatri_rao(factors)
         h = contract(x.astype(self.dtype), self.x, kb, self.kb, self.h, self.precision)
         return contract(h, self.h, ka, self.ka, self.y, self.precision), h
+
+    def _run_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
+        """The same for fewer rows than ranks, as in decoding: smaller without KB and KA, and then as cheap.
+
+        (x KB)[n, p, q] = Σ_i x[n, i] b1[p, i] b2[q, i], and likewise for KA.
+        """
+        y, hs = jnp.zeros((), self.dtype), []
+        for f in factors:
+            f = f.astype(self.dtype)
+            a1, b1, a2, b2 = jnp.swapaxes(f.w1_a, -1, -2), f.w1_b, jnp.swapaxes(f.w2_a, -1, -2), f.w2_b
+            if self.swapped:
+                a1, b1, a2, b2 = b1, a1, b2, a2
+            h = contract(x.astype(self.dtype)[:, None, :] * b1, "npi", b2, "qi", "npq", self.precision)
+            y = y + (contract(h, "npq", a2, "qo", "npo", self.precision) * a1).sum(1) * f.scaling
+            hs.append(h.reshape(x.shape[0], -1))
+        return y, jnp.concatenate(hs, 1) if len(hs) > 1 else hs[0]
 
     def pull_back(self, x, factors, h, g):
         """Cotangents of x and the factors.
@@ -117,28 +133,15 @@ class _Factored:
         dx = contract(dh, self.h, kb, self.kb, self.x, self.precision)
         dkb = contract(dh, self.h, x.astype(self.dtype), self.x, self.kb, self.precision)
         dka = contract(h, self.h, g, self.y, self.ka, self.precision)
-        return dx.astype(x.dtype), *to_factors((dkb, dka))
+        return dx, *to_factors((dkb, dka))
 
 
 _run = jax.jit(_Factored.run, static_argnums=0)
 _pull_back = jax.jit(_Factored.pull_back, static_argnums=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _factored(product: _Factored, x, factors):
-    return _run(product, x, factors)[0]
-
-
-def _factored_forward(product: _Factored, x, factors):
-    y, h = _run(product, x, factors)
-    return y, (x, factors, h)
-
-
-_factored.defvjp(_factored_forward, lambda product, residuals, g: _pull_back(product, *residuals, g))
-
-
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Product(Operation):
     """A `dot_general` of a plain array with a `KernelView`, its axes sorted by what they mean.
 
     Attributes:
@@ -150,6 +153,8 @@ class Product:
         kernel_dims, x_dims: (contracted, batch) axes of the two operands, pairwise.
         rows: number of rows of x per batch stack index.
     """
+
+    primitive: ClassVar[str] = "dot_general"
 
     kernel_first: bool
     batch: tuple[int, ...]
@@ -175,7 +180,7 @@ class Product:
         in_free = [n for d, atoms in enumerate(view.dims) if d not in kernel_dims[0] + kernel_dims[1] for n in atoms]
 
         def kinds(atoms):
-            return {view.atoms[n].kind for n in atoms}
+            return {"i" if view.atoms[n].kind == "k" else view.atoms[n].kind for n in atoms}
 
         if kinds(in_batch) - {"s", "b"}:
             return "a batch axis is an in or out axis of the kernel"
@@ -188,7 +193,7 @@ class Product:
         main, rest = ("o", "i") if swapped else ("i", "o")
         if main in kinds(in_free) or rest in kinds(in_contracted):
             return "only some of the in or out axes are contracted"
-        big = {kind: tuple(n for n in view.of_kind(kind) if view.atoms[n].size > 1) for kind in "sio"}
+        big = {side: tuple(n for n in view.of_side(side) if view.atoms[n].size > 1) for side in "sio"}
         rows = x.size // max(math.prod(x.shape[d] for d in x_dims[0] + x_dims[1]), 1)
         return cls(
             kernel_first=kernel_first,
@@ -204,39 +209,43 @@ class Product:
             rows=rows * size_of(view, [n for n in in_batch if view.atoms[n].kind == "b"]),
         )
 
-    def dot(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The plain product with some kernel of the view's shape."""
         operands = (kernel, x) if self.kernel_first else (x, kernel)
         left, right = (self.kernel_dims, self.x_dims) if self.kernel_first else (self.x_dims, self.kernel_dims)
         numbers = ((left[0], right[0]), (left[1], right[1]))
         return lax.dot_general(*operands, numbers, **self.params)
 
-    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool) -> jax.Array:
-        """base + (x KB) KA, without forming ΔW."""
-        base = self.dot(x, view.kernel)
-        x_groups, x_rows = self._group_x(x, view)
+    def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, jax.Array]:
+        """(x KB) KA, of all adapters together; and x KB."""
+        view = view.flat()
+        delta, h = _run(self._steps(x, view), self._group_x(x, view), view.factors)
+        return self._ungroup(delta, x, view), h
+
+    def pull_back(self, x: jax.Array, view: KernelView, h: jax.Array, g: jax.Array) -> tuple[jax.Array, Any]:
+        """Cotangents of x and of the factors."""
+        factors, from_flat = jax.vjp(lambda factors: tuple(f.flat() for f in factors), view.factors)
+        view = dataclasses.replace(view, factors=factors)
+        steps = self._steps(x, view)
+        groups, from_groups = jax.vjp(lambda x: self._group_x(x.astype(steps.dtype), view), x.astype(steps.dtype))
+        delta = jax.eval_shape(lambda: _run(steps, groups, factors)[0])
+        (g,) = jax.linear_transpose(lambda delta: self._ungroup(delta, x, view), delta)(g.astype(delta.dtype))
+        dx, dfactors = _pull_back(steps, groups, factors, h, g)
+        return *from_groups(dx), *from_flat(dfactors)
+
+    def _steps(self, x: jax.Array, view: KernelView) -> _Factored:
         groups = (self.batch, self.contracted, self.free)
         stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
-        dtype = jnp.result_type(x.dtype, jnp.float32, *(f.w1_a.dtype for f in view.factors))
-        product = _Factored(
+        return _Factored(
             *("bcf"[n] if group else "" for n, group in enumerate(groups)),
             i="i" if self.main else "",
             o="o" if self.rest else "",
             stack_order=tuple(stack.index(n) for group in groups for n in group),
             stack_shape=tuple(size_of(view, group) for group in groups if group),
             swapped=self.swapped,
-            dtype=dtype,
+            dtype=jnp.result_type(x.dtype, jnp.float32, *(f.w1_a.dtype for f in view.factors)),
             precision=self.params.get("precision"),
         )
-        delta: Any = (
-            product.run(x_groups, view.factors)[0] if forward_mode else _factored(product, x_groups, view.factors)
-        )
-        delta = self._ungroup(delta, view, x_rows)
-        return (base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta).astype(base.dtype)
-
-    def fused(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """x (W + ΔW), with ΔW formed once, not kept, and rebuilt in the backward pass."""
-        return recompute_vjp(lambda x, view: self.dot(x, view.dense(forward_mode=True)))(x, view)
 
     # --- costs --------------------------------------------------------------------------------------------------------
 
@@ -244,7 +253,7 @@ class Product:
         """FLOPs of the frozen product ("base") and what each strategy adds to it."""
         into, out = size_of(view, self.main), size_of(view, self.rest)
         modules = size_of(view, self.batch + self.contracted + self.free)
-        ranks = [f.w1_a.shape[-1] for f in view.factors]
+        ranks = [f.r for f in view.factors]
         squared, plain = sum(r * r for r in ranks), sum(ranks)
         passes = 3 if training else 1
         base = 2.0 * self.rows * into * out * modules
@@ -256,15 +265,10 @@ class Product:
             "fused": base + 4 * build if training else build,
         }
 
-    def choose(self, view: KernelView, training: bool) -> str:
-        """The cheaper of factored and fused."""
-        costs = self.costs(view, training)
-        return "factored" if costs["factored"] <= costs["fused"] else "fused"
-
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:
         """Bytes of the largest array that the strategy adds to the frozen product."""
         if strategy == "factored":
-            squared = sum(f.w1_a.shape[-1] ** 2 for f in view.factors)
+            squared = sum(f.r**2 for f in view.factors)
             widest = max(size_of(view, self.main), size_of(view, self.rest), self.rows)
             return 4 * squared * widest * size_of(view, self.batch + self.contracted + self.free)
         return 4 * math.prod(view.shape)
@@ -286,10 +290,13 @@ class Product:
                 result.append(("row", axis, size))
         return result
 
-    def _group_x(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, list[tuple[str, int, int]]]:
-        """x as `[b, n, c, main]` and the axes that make up n."""
-        axes = self._x_layout(x.shape, view)
-        rows = [a for a in axes if a[0] == "row" or view.atoms[a[1]].kind == "b"]
+    def _x_rows(self, x: jax.Array, view: KernelView) -> list[tuple[str, int, int]]:
+        """The axes of x that make up its rows."""
+        return [a for a in self._x_layout(x.shape, view) if a[0] == "row" or view.atoms[a[1]].kind == "b"]
+
+    def _group_x(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """x as `[b, n, c, main]`."""
+        axes, rows = self._x_layout(x.shape, view), self._x_rows(x, view)
         position = {a[:2]: n for n, a in enumerate(axes)}
         groups = [self.batch, None, self.contracted, self.main]
         order, sizes = [], []
@@ -303,10 +310,11 @@ class Product:
         expanded = x.reshape([a[2] for a in axes])
         if order != sorted(order):
             expanded = jnp.transpose(expanded, order)
-        return expanded.reshape(sizes), rows
+        return expanded.reshape(sizes)
 
-    def _ungroup(self, delta: jax.Array, view: KernelView, rows: list[tuple[str, int, int]]) -> jax.Array:
+    def _ungroup(self, delta: jax.Array, x: jax.Array, view: KernelView) -> jax.Array:
         """`[b, f, n, rest]` as `dot_general` orders its result: batch, free of the left, free of the right operand."""
+        rows = self._x_rows(x, view)
         have = [("atom", n) for n in self.batch + self.free] + [a[:2] for a in rows] + [("atom", n) for n in self.rest]
         size = {a[:2]: a[2] for a in rows} | {("atom", n): atom.size for n, atom in enumerate(view.atoms)}
         contracted, batch = self.kernel_dims

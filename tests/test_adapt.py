@@ -497,12 +497,6 @@ def test_shapes_alone_can_be_explained():
     assert (use.strategy, use.rows, use.flops) == ("factored", 128, 2 * 2 * 128 * 64 * 64)
 
 
-def test_convolutions_are_dense_for_now_and_right():
-    params = adapted({"c": {"kernel": normal(3, 3, 4, 6)}}, None, ["c"])
-    fn = lambda p, x: nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["c"]}, x)  # noqa: E731
-    check(fn, params, normal(2, 5, 5, 4), dense=("conv_general_dilated",))
-
-
 LETTERS = "abcdefgh"
 
 

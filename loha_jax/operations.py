@@ -1,0 +1,103 @@
+"""What products and convolutions with an adapted kernel share: the choice by cost, and the fused form."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from loha_jax.kept_inputs import Kept
+from loha_jax.kernel_view import KernelView
+from loha_jax.xla_hints import alone, materialized
+
+STRATEGIES = ("auto", "factored", "fused", "dense")
+
+
+class Operation(abc.ABC):
+    """An operation, linear in x and in the kernel, of a plain array x with a `KernelView`.
+
+    Attributes:
+        primitive: its name in a jaxpr.
+        rows: how many times the whole kernel is multiplied: tokens, or positions of an image.
+    """
+
+    primitive: ClassVar[str]
+    rows: int
+
+    @abc.abstractmethod
+    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The plain operation with some kernel of the view's shape."""
+
+    @abc.abstractmethod
+    def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, Any]:
+        """What the adapters add to the result, in float32 or better, without forming ΔW; and what `pull_back` wants."""
+
+    @abc.abstractmethod
+    def pull_back(self, x: jax.Array, view: KernelView, h: Any, g: jax.Array) -> tuple[jax.Array, Any]:
+        """Cotangents of x and of the view's factors, for the cotangent `g` of the update; `h` comes from `update`."""
+
+    @abc.abstractmethod
+    def costs(self, view: KernelView, training: bool) -> dict[str, float]:
+        """FLOPs of the frozen operation ("base") and what "factored" and "fused" add to it."""
+
+    @abc.abstractmethod
+    def temporary_bytes(self, view: KernelView, strategy: str) -> int:
+        """Bytes of the largest array that the strategy adds to the frozen operation."""
+
+    def choose(self, view: KernelView, training: bool) -> str:
+        """The cheaper of factored and fused."""
+        costs = self.costs(view, training)
+        return "factored" if costs["factored"] <= costs["fused"] else "fused"
+
+    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
+        """The frozen result plus the update, added in float32 or better.
+
+        Args:
+            x: the plain operand.
+            view: the adapted one.
+            forward_mode: plain operations that `jax.jvp` can differentiate, instead of a `custom_vjp`.
+            kept: what to hold until the backward pass, to have x there.
+        """
+
+        def forward(x, kept_values, factors):
+            update, h = self.update(x, dataclasses.replace(view, factors=factors))
+            return update, (kept_values, factors, h)
+
+        def backward(residuals, g):
+            def pull_back(kept_values, factors, h, g):
+                return self.pull_back(kept.build(kept_values), dataclasses.replace(view, factors=factors), h, g)
+
+            arguments, (_, factors, _) = (*residuals, g), residuals
+            dx, dfactors = alone(pull_back, arguments, factors[0].scaling) if kept.rebuilds else pull_back(*arguments)
+            return dx.astype(x.dtype), None, dfactors
+
+        update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+        update.defvjp(forward, backward)
+        arguments = (x, kept.values, view.factors)
+        base, delta = self.apply(x, view.kernel), forward(*arguments)[0] if forward_mode else update(*arguments)
+        total = base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta
+        return materialized(total, view.factors[0].scaling).astype(base.dtype)
+
+    def fused(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """The operation with W + ΔW, which is formed, used and forgotten in the forward and in the backward pass."""
+
+        def product(x, factors, kernel):
+            weight = dataclasses.replace(view, kernel=kernel, factors=factors).dense(forward_mode=True)
+            return self.apply(x, weight)
+
+        def forward(x, factors, kernel):
+            return alone(product, (x, factors, kernel), factors[0].scaling)
+
+        def backward(residuals, g):
+            def pull_back(x, factors, kernel, g):
+                return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
+
+            factors = residuals[1]
+            return *alone(pull_back, (*residuals, g), factors[0].scaling), None
+
+        fused = jax.custom_vjp(forward)
+        fused.defvjp(lambda *args: (forward(*args), args), backward)
+        return fused(x, view.factors, view.kernel)

@@ -1,0 +1,121 @@
+"""Each row of a batch through its own adapter: serving several LoHa adapters of one model in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
+
+_ROW = "row"
+
+
+def run_per_example(
+    run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], adapter_index: Any
+) -> Any:
+    """Calls `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one of the tree.
+
+    Args:
+        run: applies the model to arguments with one active adapter; its products are computed factored.
+        args, kwargs: of the model; see `loha_jax.adapt` for which arrays have rows.
+        adapter_index: `[batch]` integers.
+    """
+    index = jnp.asarray(adapter_index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
+    (batch,) = index.shape
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
+    count = max((len(leaf.active) for leaf in adapted.values()), default=0)
+    if not count:
+        raise ValueError("adapter_index chooses among active adapters, and the arguments hold none")
+    if not isinstance(index, jax.core.Tracer) and (bad := [i for i in index.tolist() if not -1 <= i < count]):
+        raise ValueError(
+            f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to {count - 1}), and -1 "
+            "stands for the base model"
+        )
+
+    chosen = {n: _choose(leaf, index) for n, leaf in adapted.items()}
+    holds_parameters = _leaves_beside_adapted(args, kwargs)
+    rows = {
+        n: leaf
+        for n, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array | np.ndarray) and leaf.shape[:1] == (batch,) and not holds_parameters[n]
+    }
+    if not rows:
+        raise ValueError(
+            f"No argument has a row for each of the {batch} entries of adapter_index: arrays with rows stand in "
+            f"arguments apart from the adapted tree, with a first axis of {batch}"
+        )
+    structure: Any = None
+
+    def one(chosen: dict[int, Any], rows: dict[int, Any]) -> list[Any]:
+        nonlocal structure
+        filled = list(leaves)
+        for n, leaf in adapted.items():
+            filled[n] = _with_row(leaf, chosen[n])
+        for n, row in rows.items():
+            filled[n] = row[None]
+        outputs, structure = jax.tree.flatten(run(*treedef.unflatten(filled)))
+        return outputs
+
+    outputs = jax.vmap(one)(chosen, rows)
+    return structure.unflatten([o.reshape(-1, *o.shape[2:]) if o.ndim > 1 else o for o in outputs])
+
+
+def _leaves_beside_adapted(args: tuple, kwargs: dict[str, Any]) -> list[bool]:
+    """For each leaf, whether its argument holds an adapted leaf: then it is a parameter, not a row."""
+    flags: list[bool] = []
+    for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
+        leaves = jax.tree.leaves(argument, is_leaf=is_adapted)
+        flags += [any(map(is_adapted, leaves))] * len(leaves)
+    return flags
+
+
+def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
+    """What differs between the rows: the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
+    if isinstance(leaf, SavedWeight):
+        copies = jnp.stack([*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original])
+        return _take(copies, index)
+    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    if not held:
+        return None
+    shapes = [{name: w.shape for name, w in f.tensors.items()} for f in held]
+    if any(s != shapes[0] for s in shapes):
+        names = [name for name in leaf.active if name in leaf.adapters]
+        listed = "; ".join(f"{name}: {s}" for name, s in zip(names, shapes, strict=True))
+        raise ValueError(f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: {listed}")
+
+    def stacked(values: Sequence[Any]) -> jax.Array:
+        present = iter(values)
+        zeros = jnp.zeros_like(values[0])
+        rows = [next(present) if name in leaf.adapters else zeros for name in leaf.active]
+        return _take(jnp.stack([*rows, zeros]), index)
+
+    return jax.tree.map(lambda *values: stacked(values), *(_arrays(f) for f in held))
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table by index, where -1 is the last one; NaN for an index that is out of range under a trace."""
+    size = table.shape[0]
+    rows = jnp.where(index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size))
+    return jnp.take(table, rows, axis=0, mode="fill")
+
+
+def _arrays(f: Factors) -> dict[str, Any]:
+    return {**f.tensors, "scaling": f.scaling}
+
+
+def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
+    """The leaf with the adapter of one row."""
+    if isinstance(leaf, SavedWeight):
+        return chosen
+    if chosen is None:
+        return dataclasses.replace(leaf, active=())
+    pattern = next(leaf.adapters[name] for name in leaf.active if name in leaf.adapters)
+    return dataclasses.replace(leaf, adapters={_ROW: dataclasses.replace(pattern, **chosen)}, active=(_ROW,))

@@ -1,0 +1,41 @@
+"""What XLA has to be told so that it keeps no more than it must between the forward and the backward pass.
+
+None of this changes a value. XLA merges equal computations, even across `lax.optimization_barrier` on CPU, where the
+barrier is dropped first: what the backward pass means to build again is then kept instead. And it repeats cheap
+operations in every reader, so that of a sum it keeps both terms. Two numbers whose values it cannot know prevent that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _unknown_zero(source: jax.Array | float) -> jax.Array:
+    """An int32 that is 0 for every value of `source` (a small, replicated array), which XLA does not see."""
+    number = jnp.ravel(jnp.asarray(source, jnp.float32))[:1].sum()
+    return jnp.minimum(lax.bitcast_convert_type(number, jnp.int32) & 1, 0)
+
+
+def materialized(x: jax.Array, source: jax.Array | float) -> jax.Array:
+    """`x`, a sum for example, as one array: XLA does not repeat a division by an unknown number, 1, in each reader."""
+    return x / (1 + _unknown_zero(source)).astype(x.dtype)
+
+
+def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array | float) -> Any:
+    """`fn(*args)`, started when all of `args` are there, and sharing nothing with the rest of the program.
+
+    XLA:CPU starts whatever does not depend on a pending result, at the price of memory: it would build every layer's
+    ΔW at once. A branch that it cannot foresee holds it back. Elsewhere a barrier does, at no cost.
+    """
+
+    def branch(*args):
+        result = jax.eval_shape(fn, *args)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
+        return lax.cond(_unknown_zero(source) == 0, fn, lambda *_: zeros, *args)
+
+    return lax.platform_dependent(*args, cpu=branch, default=lambda *args: fn(*lax.optimization_barrier(args)))

@@ -269,7 +269,7 @@ class Convolution(Operation):
         return f.t1 is not None and self._flops(view, f, True) < self._flops(view, f, False)
 
     def costs(self, view: KernelView, training: bool) -> dict[str, float]:
-        """FLOPs of the frozen convolution ("base") and what "factored" and "fused" add to it."""
+        """See `Operation.costs`."""
         into, out, positions = self._sizes(view)
         base = 2.0 * self.rows * into * out * positions
         build = sum(4.0 * f.r + 4 for f in view.factors) * into * out * positions
@@ -279,6 +279,7 @@ class Convolution(Operation):
             "base": base * (2 if training else 1),
             "factored": factored * (3 if training else 1),
             "fused": base + 4 * build if training else build,
+            "elements": (4.0 if training else 1.0) * len(view.factors) * into * out * positions,
         }
 
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:

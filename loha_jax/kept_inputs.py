@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from loha_jax._compat import Literal, bind_equation, open_jaxpr
 
@@ -119,11 +120,12 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
             anchors.extend(var for var in activation.invars if not isinstance(var, Literal))
         else:
             anchors.append(origin)
-        return origin in producers
+        return origin in producers and _is_floating(origin)
 
     def is_small(operand: Any) -> bool:
+        """Whether an operand may be kept beside another: it is narrow, or a mask."""
         origin, _ = source(operand)
-        return isinstance(origin, Literal) or origin.aval.size <= budget
+        return isinstance(origin, Literal) or origin.aval.size <= budget or not _is_floating(origin)
 
     current = var
     while True:
@@ -154,6 +156,10 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
         return None
     steps = [eqn for eqn in dict.fromkeys(reversed(equations)) if eqn.outvars[0] not in unique]
     return Recipe(unique, tuple(steps), var)
+
+
+def _is_floating(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.floating)
 
 
 def _activation(eqn: Any) -> Any:

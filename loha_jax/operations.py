@@ -16,6 +16,11 @@ from loha_jax.xla_hints import alone, materialized
 STRATEGIES = ("auto", "factored", "fused", "dense")
 
 
+_ELEMENT_FLOPS = 60
+"""FLOPs in whose time an element of ΔW is written and read: the largest that keeps the choice within 10 % of the fewest
+FLOPs for every width, rank and row count in benchmarks/README.md."""
+
+
 class Operation(abc.ABC):
     """An operation, linear in x and in the kernel, of a plain array x with a `KernelView`.
 
@@ -41,16 +46,18 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def costs(self, view: KernelView, training: bool) -> dict[str, float]:
-        """FLOPs of the frozen operation ("base") and what "factored" and "fused" add to it."""
+        """FLOPs of the frozen operation ("base"), FLOPs that "factored" and "fused" add to it, and the "elements" of ΔW
+        that fused forms.
+        """
 
     @abc.abstractmethod
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:
         """Bytes of the largest array that the strategy adds to the frozen operation."""
 
     def choose(self, view: KernelView, training: bool) -> str:
-        """The cheaper of factored and fused."""
+        """The cheaper of factored and fused, where building ΔW costs more than its FLOPs: it is bound by memory."""
         costs = self.costs(view, training)
-        return "factored" if costs["factored"] <= costs["fused"] else "fused"
+        return "factored" if costs["factored"] <= costs["fused"] + _ELEMENT_FLOPS * costs["elements"] else "fused"
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
         """The frozen result plus the update, added in float32 or better.

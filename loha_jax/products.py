@@ -263,6 +263,7 @@ class Product(Operation):
             "factored": passes * squared * (into + out) * modules * (2.0 * self.rows + 2),
             # training: the weight gradient, ΔW again, and the factors' gradients from it
             "fused": base + 4 * build if training else build,
+            "elements": (4.0 if training else 1.0) * len(ranks) * into * out * modules,
         }
 
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:

@@ -12,8 +12,8 @@ WIDTH, LAYERS, RANK = 2048, 4, 8
 
 
 def forward(params, x):
-    for n in range(LAYERS):
-        x = jnp.tanh(x @ params[str(n)]["kernel"])
+    for name in sorted(params, key=int):
+        x = jnp.tanh(x @ params[name]["kernel"])
     return x
 
 
@@ -21,14 +21,15 @@ def base_shapes():
     return {str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(LAYERS)}
 
 
-def compiled_step(tokens, strategy=None):
+def compiled_step(tokens, strategy=None, base=None):
     """Value and gradient of the trained arrays and the input; of the input alone for the frozen base."""
+    base = base or base_shapes()
     x = jax.ShapeDtypeStruct((tokens, WIDTH), jnp.float32)
     if strategy is None:
         step = lambda params, x: jax.value_and_grad(lambda x: forward(params, x).sum())(x)  # noqa: E731
-        return jax.jit(step).lower(base_shapes(), x).compile()
-    config = loha_jax.LoHaConfig(r=RANK, target_modules=[str(n) for n in range(LAYERS)])
-    trainable, frozen = loha_jax.partition(loha_jax.inject(base_shapes(), config, key=jax.random.key(0)))
+        return jax.jit(step).lower(base, x).compile()
+    config = loha_jax.LoHaConfig(r=RANK, target_modules=list(base))
+    trainable, frozen = loha_jax.partition(loha_jax.inject(base, config, key=jax.random.key(0)))
     apply = loha_jax.adapt(forward, strategy=strategy)
 
     def step(trainable, frozen, x):
@@ -56,6 +57,74 @@ def test_flops_of_four_dense_layers_stay_within_12_percent_of_the_frozen_base(st
 def test_the_factored_step_makes_no_array_of_a_kernels_shape():
     assert not kernel_shaped_arrays(compiled_step(1024, "auto"))
     assert kernel_shaped_arrays(compiled_step(1024, "dense"))  # the search finds them where they are
+
+
+def extra_kernels(strategy, layers):
+    """Temporary memory over the frozen step's, in kernels, for a few tokens."""
+    shapes = {str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(layers)}
+    adapted = compiled_step(64, strategy, shapes).memory_analysis().temp_size_in_bytes
+    frozen = compiled_step(64, None, shapes).memory_analysis().temp_size_in_bytes
+    return (adapted - frozen) / (4 * WIDTH * WIDTH)
+
+
+def test_the_fused_step_forms_one_update_at_a_time():
+    """Up to four arrays of a kernel's shape live at once (both Hadamard factors, the sum, its gradient), in one layer."""
+    assert extra_kernels("fused", 2) <= 4
+    assert extra_kernels("fused", 6) - extra_kernels("fused", 2) < 0.5
+    assert extra_kernels("dense", 6) - extra_kernels("dense", 2) >= 4  # W + ΔW is kept in each layer
+    # Khatri-Rao factors and their gradients, [r², 2048] each: no array of a kernel's shape.
+    assert extra_kernels("factored", 6) <= 6 * 8 * RANK**2 / WIDTH
+
+
+def conv_step(strategy, layers, cp, width=512):
+    kernels = {str(n): {"kernel": jax.ShapeDtypeStruct((3, 3, width, width), jnp.float32)} for n in range(layers)}
+    x = jax.ShapeDtypeStruct((1, 4, 4, width), jnp.float32)
+
+    def forward(params, x):
+        for n in range(layers):
+            kernel = jnp.asarray(params[str(n)]["kernel"])
+            numbers = ("NHWC", "HWIO", "NHWC")
+            x = jnp.tanh(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+        return x
+
+    if strategy is None:
+        return jax.jit(jax.value_and_grad(lambda x, p: forward(p, x).sum())).lower(x, kernels).compile()
+    config = loha_jax.LoHaConfig(r=2, target_modules=list(kernels), use_effective_conv2d=cp)
+    trainable, frozen = loha_jax.partition(loha_jax.inject(kernels, config, key=jax.random.key(0)))
+    apply = loha_jax.adapt(forward, strategy=strategy)
+    loss = lambda t, x, f: apply(loha_jax.combine(t, f), x).sum()  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(trainable, x, frozen).compile()
+
+
+@pytest.mark.parametrize("cp", [False, True], ids=["flat", "cp"])
+def test_convolutions_hold_no_more_than_products(cp):
+    kernel_bytes = 4 * 9 * 512 * 512
+
+    def extra(strategy, layers):
+        sizes = [conv_step(s, layers, cp).memory_analysis().temp_size_in_bytes for s in (strategy, None)]
+        return (sizes[0] - sizes[1]) / kernel_bytes
+
+    assert extra("factored", 4) < 0.5
+    assert extra("fused", 4) - extra("fused", 2) < 0.5
+    assert extra("dense", 4) - extra("dense", 2) > 1.5  # a ΔW per layer
+    kernel_shaped = r"= f32\[(?:3,3,512,512|512,512,3,3|512,4608|4608,512)\]\S* (\w[\w-]*)\("
+    made, frozen = (sorted(re.findall(kernel_shaped, conv_step(s, 2, cp).as_text())) for s in ("factored", None))
+    assert made == frozen
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_decoding_costs_at_most_10_percent_more(tokens):
+    """PEFT builds ΔW again at every call: as many bytes as the kernel, several times."""
+    kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    params = loha_jax.inject(
+        {"q": {"kernel": kernel}}, loha_jax.LoHaConfig(r=8, target_modules=["q"]), key=jax.random.key(0)
+    )
+    x = jax.ShapeDtypeStruct((tokens, 4096), jnp.float32)
+    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+    frozen = jax.jit(fn).lower({"q": {"kernel": kernel}}, x).compile().cost_analysis()
+    adapted = jax.jit(loha_jax.adapt(fn, training=False)).lower(params, x).compile().cost_analysis()
+    assert adapted["flops"] <= 1.1 * frozen["flops"]
+    assert adapted["bytes accessed"] <= 1.1 * frozen["bytes accessed"]
 
 
 def test_auto_is_the_cheaper_of_factored_and_fused_by_xlas_count():

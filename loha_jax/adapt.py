@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from loha_jax._compat import Literal
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
 from loha_jax.operations import STRATEGIES
@@ -151,15 +152,13 @@ def trace_and_evaluate(
     results = evaluate(closed.jaxpr, closed.consts, values, options)
     returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
     dynamic = iter(
-        returned[var] if _hashable_in(var, returned) else densify(value, options, "return", "the function returns it")
+        returned[var]
+        if not isinstance(var, Literal) and var in returned
+        else densify(value, options, "return", "the function returns it")
         for var, value in zip(closed.jaxpr.outvars, results, strict=True)
     )
     count = len(results) + len(static_outputs)
     return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
-
-
-def _hashable_in(var: Any, mapping: Mapping[Any, Any]) -> bool:
-    return any(var is key for key in mapping)
 
 
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loha_jax.partition import adapter_names
+from loha_jax.partition import adapter_names, check_adapters
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
@@ -39,9 +39,7 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
     """
     if isinstance(adapters, str):
         raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
-    known = adapter_names(params)
-    if unknown := [name for name in adapters or () if name not in known]:
-        raise ValueError(f"Adapter {unknown[0]} not found. The tree has: {', '.join(known) or 'none'}.")
+    check_adapters(params, adapters or ())
     broken: list[str] = []
 
     def plain(leaf: Any) -> Any:
@@ -58,9 +56,10 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
 
     result = jax.tree.map(plain, params, is_leaf=is_adapted)
     if broken:
+        suspects = adapters if adapters is not None else adapter_names(params)
         raise ValueError(
             f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
-            f"{', '.join(adapters if adapters is not None else known)} seems to be broken; the tree is unchanged."
+            f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
     return result
 

@@ -127,10 +127,7 @@ def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
         ()
     """
     active = (names,) if isinstance(names, str) else tuple(names)
-    known = adapter_names(params)
-    for name in active:
-        if name not in known:
-            raise ValueError(f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}.")
+    check_adapters(params, active)
     return jax.tree.map(
         lambda leaf: dataclasses.replace(leaf, active=active) if is_adapted(leaf) else leaf, params, is_leaf=is_adapted
     )
@@ -145,3 +142,11 @@ def adapter_names(params: Any) -> tuple[str, ...]:
         elif isinstance(leaf, SavedWeight):
             names.update(leaf.copies)
     return tuple(sorted(names))
+
+
+def check_adapters(params: Any, names: Sequence[str]) -> None:
+    """Raises ValueError for the first name that no adapter of the tree has."""
+    known = adapter_names(params)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}.")

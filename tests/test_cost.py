@@ -68,7 +68,7 @@ def extra_kernels(strategy, layers):
 
 
 def test_the_fused_step_forms_one_update_at_a_time():
-    """Up to four arrays of a kernel's shape live at once (both Hadamard factors, the sum, its gradient), in one layer."""
+    """Up to four arrays of a kernel's shape live at once (Hadamard factors, sum, gradient), in one layer."""
     assert extra_kernels("fused", 2) <= 4
     assert extra_kernels("fused", 6) - extra_kernels("fused", 2) < 0.5
     assert extra_kernels("dense", 6) - extra_kernels("dense", 2) >= 4  # W + ΔW is kept in each layer

@@ -1,0 +1,81 @@
+"""Measures loha-jax beside PEFT, LyCORIS and the frozen base, all in one run, and prints tables.
+
+    python -m benchmarks [linear|transformers|convnet|lifecycle|all|CASE] [--json FILE]
+
+A CASE is one of a subject's, like llama or linear-768-8-256; an unknown one lists them all.
+
+Each record is written to FILE as soon as it is there; `python -m benchmarks.report FILE` prints the tables again.
+Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX and PyTorch both use it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks import catalogue, lifecycle, report, results, runner
+from benchmarks.case import NotInstalled, Settings
+from benchmarks.measure import Neighbours, machine
+
+LIFECYCLE = "lifecycle"
+Job = tuple[str, Callable[[], Iterator[runner.Record]]]
+
+
+def main() -> int:
+    args = _arguments()
+    repeats = args.repeats or (1 if args.quick else Settings.repeats)
+    settings = Settings(args.quick, args.dtype, repeats, args.budget)
+    about, options = machine(), dataclasses.asdict(settings)
+    records: list[runner.Record] = []
+    failed = 0
+    neighbours = Neighbours()
+    jobs: list[Job] = [
+        (case.name, functools.partial(runner.records, case, settings))
+        for case in catalogue.cases(settings)
+        if args.subject in (case.subject, case.name, "all")
+    ]
+    if args.subject in (LIFECYCLE, "all"):
+        jobs.append((LIFECYCLE, functools.partial(lifecycle.records, settings)))
+    for n, (name, measure) in enumerate(jobs, 1):
+        start = time.perf_counter()
+        try:
+            for record in measure():
+                records.append(record | {"others_cores": neighbours.cores()})
+                results.write(args.json, about, options, records)
+                runner.say(f"[{n}/{len(jobs)}] {name}, {record['kind']}: {time.perf_counter() - start:.0f} s")
+                start = time.perf_counter()
+        except NotInstalled as missing:
+            runner.say(f"[{n}/{len(jobs)}] {name}: skipped, not installed: {missing}")
+        except Exception:  # one case must not cost the others
+            failed += 1
+            runner.say(f"[{n}/{len(jobs)}] {name}: FAILED\n{traceback.format_exc()}")
+    print(report.report({"machine": about, "settings": options, "records": records}))
+    print(f"\nwritten to {args.json}")
+    return 1 if failed else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("subject", nargs="?", default="all", help="or a case; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: only to see that everything works")
+    parser.add_argument("--repeats", type=int, help=f"at most so many turns ({Settings.repeats})")
+    parser.add_argument(
+        "--budget", type=float, default=Settings.budget, help="seconds for the turns of a case (%(default)s)"
+    )
+    parser.add_argument("--dtype", default=Settings.dtype, choices=["float32", "bfloat16"], help="of the base")
+    parser.add_argument("--json", type=Path, default=Path("out/benchmarks.json"), help="the results (%(default)s)")
+    args = parser.parse_args()
+    known = [case.name for case in catalogue.cases(Settings(quick=args.quick))]
+    if args.subject not in (*catalogue.SUBJECTS, LIFECYCLE, "all", *known):
+        parser.error(f"no subject or case {args.subject!r}; cases: {', '.join(known)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

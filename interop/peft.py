@@ -22,10 +22,11 @@ from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.naming import Names
-from loha_jax.partition import adapter_names, check_adapters
+from loha_jax.partition import adapter_names
 from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .factors import chosen_adapter, module_factors
 from .files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 
 PREFIX = "base_model.model."
@@ -101,7 +102,7 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
     Raises:
         ValueError: no such adapter, or a Conv3d, which PEFT has no LoHa for.
     """
-    adapter_name = _adapter_name(params, adapter_name)
+    adapter_name = chosen_adapter(params, adapter_name)
     state: dict[str, np.ndarray] = {}
     for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
@@ -117,24 +118,19 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
 
 
 def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
-    factors = leaf.adapters[adapter_name]
     if len(leaf.layout.axes("k")) > 2:
         raise ValueError(
             f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
-            "Merge it, or exclude it from the adapter."
+            "Save it in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
         )
-    stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    tensors = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.tensors.items()}
-    target = Target(
-        (), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp
-    )
+    config = leaf.adapters[adapter_name].config
     state: dict[str, np.ndarray] = {}
-    for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
-        for part, shape in (target.shapes(r) if r else {}).items():
-            state[f"{PREFIX}{name}.{part}"] = tensors[part][index][tuple(slice(n) for n in shape)]
-        if r and name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(factors.config):
+    for module in module_factors(leaf, adapter_name):
+        state.update({f"{PREFIX}{module.name}.{part}": tensor for part, tensor in module.tensors.items()})
+        if module.name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(config):
             weight = np.asarray(leaf.layout.unfold(leaf.kernel))
-            state[f"{PREFIX}{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[len(stack) :])[index]
+            stack = len(leaf.layout.axes("s"))
+            state[f"{PREFIX}{module.name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[module.index]
     return state
 
 
@@ -150,7 +146,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match wins. Where that would
     change a module's rank or alpha, patterns for the full names of the modules are written instead.
     """
-    adapter_name = _adapter_name(params, adapter_name)
+    adapter_name = chosen_adapter(params, adapter_name)
     config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -363,13 +359,3 @@ def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any]
 
     noted: set[str] = set()
     return jax.tree.map(update, params, is_leaf=is_adapted)
-
-
-def _adapter_name(params: Any, adapter_name: str | None) -> str:
-    if adapter_name is not None:
-        check_adapters(params, [adapter_name])
-        return adapter_name
-    known = adapter_names(params)
-    if len(known) != 1:
-        raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
-    return known[0]

@@ -77,7 +77,7 @@ def adapt(
         by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
         return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
 
-    adapted.__loha_jax__ = (fn, options)  # type: ignore[attr-defined]  # read by `explain`
+    adapted.__loha_jax__ = (fn, options, adapter_index is not None)  # type: ignore[attr-defined]  # read by `explain`
     return adapted  # type: ignore[return-value]
 
 

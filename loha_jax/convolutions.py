@@ -36,7 +36,7 @@ class _Steps:
     Attributes:
         stacked: modules stacked in the kernel's out axis.
         groups: of each module.
-        window: strides, padding and dilations of the convolution, as sorted items.
+        window: strides, padding and dilations of the convolution, as items.
         dtype: of all steps.
         precision: of all steps.
     """
@@ -50,18 +50,18 @@ class _Steps:
     def down(self, x: jax.Array, f: ViewFactors) -> jax.Array:
         """x to h."""
         x, f = x.astype(self.dtype), f.astype(self.dtype)
-        n, *space, _ = x.shape
-        letters = _SPACE[: len(space)]
+        n, *space, features = x.shape
+        letters, per_group = _SPACE[: len(space)], features // (self.stacked * self.groups)
         if self.groups > 1:  # groups are images of their own
-            x = x.reshape(n, *space, self.stacked, self.groups, -1)
-            x = jnp.moveaxis(x, -2, 1).reshape(n * self.groups, *space, -1)
+            x = x.reshape(n, *space, self.stacked, self.groups, per_group)
+            x = jnp.moveaxis(x, -2, 1).reshape(n * self.groups, *space, self.stacked * per_group)
         if f.t1 is None:
             kernel = _khatri_rao(f.w1_b, f.w2_b)  # [stacked, r², in, *spatial]
         else:
             kb = khatri_rao_columns(f.w1_b, f.w2_b)
-            x = x.reshape(*x.shape[:-1], self.stacked, -1)
+            x = x.reshape(*x.shape[:-1], self.stacked, per_group)
             x = contract(x, f"n{letters}sc", kb, "sRc", f"n{letters}sR", self.precision)
-            x = x.reshape(*x.shape[:-2], -1)
+            x = x.reshape(*x.shape[:-2], self.stacked * f.r**2)
             core = f.t1[:, :, None, :, None] * f.t2[:, None, :, None, :]
             kernel = core.reshape(self.stacked, f.r**2, f.r**2, *core.shape[5:])
         kernel = kernel.reshape(-1, *kernel.shape[2:])  # [stacked·r², from, *spatial]
@@ -86,9 +86,9 @@ class _Steps:
         ka = khatri_rao_columns(a1, a2) * f.scaling.reshape(-1, 1, 1)
         ka = ka.reshape(*ka.shape[:2], self.groups, -1)
         letters = _SPACE[: h.ndim - 2]
-        h = h.reshape(-1, self.groups, *h.shape[1:-1], self.stacked, f.r**2)
+        h = h.reshape(h.shape[0] // self.groups, self.groups, *h.shape[1:-1], self.stacked, f.r**2)
         y = contract(h, f"ng{letters}sR", ka, "sRgo", f"n{letters}sgo", self.precision)
-        return y.reshape(*y.shape[:-3], -1)
+        return y.reshape(*y.shape[:-3], math.prod(y.shape[-3:]))
 
     def pull_back(self, x, f, h, g):
         """Cotangents of x and the factors."""

@@ -145,6 +145,9 @@ def explain(
         args, kwargs: the other arguments of `fn`.
         strategy, training, forward_mode: as for `adapt`.
 
+    Raises:
+        ValueError: `fn` was made by `adapt(..., adapter_index=...)`.
+
     Example:
         >>> import jax.numpy as jnp, loha_jax
         >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((64, 64))}},
@@ -154,7 +157,12 @@ def explain(
     """
     options = make_options(strategy, training, forward_mode)
     if hasattr(fn, "__loha_jax__"):
-        fn, options = fn.__loha_jax__  # type: ignore[attr-defined]
+        fn, options, by_row = fn.__loha_jax__  # type: ignore[attr-defined]
+        if by_row:
+            raise ValueError(
+                "With adapter_index every product is factored, each row with its own adapter. To see the products, "
+                "explain adapt(fn) without adapter_index, with one active adapter."
+            )
     recorder = _Recorder(options.training)
     options = dataclasses.replace(options, observer=recorder)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parent / "data" / "peft"
 NAMES = sorted(path.name for path in ROOT.iterdir() if path.is_dir())
 LINEAR = [name for name in NAMES if not name.startswith("conv")]
-TRAINED = [name for name in LINEAR if "bf16" not in name]
+TRAINED = [name for name in NAMES if "bf16" not in name]
 
 _NORMS = ("norm", "bn", "ln")
 

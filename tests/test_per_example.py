@@ -157,6 +157,8 @@ def test_bad_arguments():
         loha_jax.adapt(apply, adapter_index=jnp.ones(2))(params, *args)
     with pytest.raises(ValueError, match="No argument has a row for each of the 7 entries"):
         loha_jax.adapt(apply, adapter_index=jnp.zeros(7, int))(params, *args)
+    with pytest.raises(ValueError, match="explain adapt\\(fn\\) without adapter_index"):
+        loha_jax.explain(loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int)), params, *args)
     with pytest.raises(ValueError, match="the arguments hold none"):
         loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int))(loha_jax.unload(params), *args)
     config = LoHaConfig(r=3, target_modules=["query"])

@@ -1,6 +1,7 @@
 """PEFT's samples on real Flax models: outputs, gradients and training trajectories."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,29 @@ def flax_model(sample, params):
     return fn
 
 
+def conv_net(sample):
+    """The samples' convolution in torch's axis order, a tanh and a linear head."""
+    groups = re.search(r"groups=(\d+)", sample.meta["layers"]["conv"]["base"])
+
+    def fn(params, x):
+        space = "HW"[: x.ndim - 2]
+        x = jax.lax.conv_general_dilated(
+            x,
+            jnp.asarray(params["conv"]["kernel"]),
+            (1,) * len(space),
+            "VALID",
+            dimension_numbers=("NC" + space, space + "IO", "NC" + space),
+            feature_group_count=int(groups[1]) if groups else 1,
+        )
+        x = jnp.tanh(x + params["conv"]["bias"].reshape(-1, *(1,) * len(space)))
+        return x.reshape(len(x), -1) @ params["head"]["kernel"] + params["head"]["bias"]
+
+    return fn
+
+
 def model(sample, params):
+    if "conv" in params:
+        return conv_net(sample)
     return linear_net if "x" in sample.inputs else flax_model(sample, params)
 
 
@@ -67,7 +90,7 @@ def loaded(name):
         base = {"model": rename_norms(base["model"]), "lm_head": base.get("lm_head")}
     if name == "llama_tied":  # the module holds a head of its own
         base["lm_head"] = {"kernel": np.ascontiguousarray(base["model"]["embed_tokens"]["embedding"].T)}
-    params = interop.load_peft(sample.adapter, base, model_type=MODEL_TYPES.get(name))
+    params = interop.load_peft(sample.adapter, base, model_type=MODEL_TYPES.get(name), layouts=sample.layouts)
     inputs = {k: v if v.dtype == np.float32 else v.astype(np.int32) for k, v in sample.inputs.items()}
     return sample, params, tuple(inputs.values()), model(sample, base)
 

@@ -273,14 +273,22 @@ class Convolution(Operation):
         into, out, positions = self._sizes(view)
         base = 2.0 * self.rows * into * out * positions
         build = sum(4.0 * f.r + 4 for f in view.factors) * into * out * positions
-        factored = sum(self._flops(view, f, self._uses_cores(view, f)) for f in view.factors)
-        factored += sum(2 * f.r**2 * (into * positions + out) for f in view.factors)
+        gradients = self.gradient_costs(view)
+        builds = 4.0 if gradients["weight"] < gradients["factors"] else 2.0
         return {
             "base": base * (2 if training else 1),
-            "factored": factored * (3 if training else 1),
-            "fused": base + 4 * build if training else build,
-            "elements": (4.0 if training else 1.0) * len(view.factors) * into * out * positions,
+            "factored": gradients["factors"] / 2 * (3 if training else 1),
+            "fused": 2 * build + min(gradients.values()) if training else build,
+            "elements": (builds if training else 1.0) * len(view.factors) * into * out * positions,
         }
+
+    def gradient_costs(self, view: KernelView) -> dict[str, float]:
+        """See `Operation.gradient_costs`."""
+        into, out, positions = self._sizes(view)
+        build = sum(4.0 * f.r + 4 for f in view.factors) * into * out * positions
+        factored = sum(self._flops(view, f, self._uses_cores(view, f)) for f in view.factors)
+        factored += sum(2 * f.r**2 * (into * positions + out) for f in view.factors)
+        return {"weight": 2.0 * self.rows * into * out * positions + 2 * build, "factors": 2 * factored}
 
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:
         """Bytes of the largest array that the strategy adds to the frozen convolution."""

@@ -282,7 +282,7 @@ class _Computation:
         if strategy == "factored":
             return operation.factored(x, view, options.forward_mode, kept(self.x_var))
         if strategy == "fused":
-            return operation.fused(x, view)
+            return operation.fused(x, view, kept(self.x_var))
         return operation.apply(x, view.dense(forward_mode=options.forward_mode))
 
 

@@ -21,6 +21,10 @@ _ELEMENT_FLOPS = 60
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 
 
+_WORTH_FORMING = 0.015
+"""What fused has to save, of the frozen operation's FLOPs, to be chosen: it takes memory for one ΔW."""
+
+
 class Operation(abc.ABC):
     """An operation, linear in x and in the kernel, of a plain array x with a `KernelView`.
 
@@ -54,10 +58,18 @@ class Operation(abc.ABC):
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:
         """Bytes of the largest array that the strategy adds to the frozen operation."""
 
+    @abc.abstractmethod
+    def gradient_costs(self, view: KernelView) -> dict[str, float]:
+        """FLOPs of the factors' gradients: through the gradient of ΔW ("weight"), or without it ("factors")."""
+
     def choose(self, view: KernelView, training: bool) -> str:
-        """The cheaper of factored and fused, where building ΔW costs more than its FLOPs: it is bound by memory."""
+        """Factored, which forms nothing of W's shape, unless fused costs clearly less.
+
+        Building ΔW counts for more than its FLOPs, because it is bound by memory.
+        """
         costs = self.costs(view, training)
-        return "factored" if costs["factored"] <= costs["fused"] + _ELEMENT_FLOPS * costs["elements"] else "fused"
+        saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
+        return "fused" if saved > _WORTH_FORMING * costs["base"] else "factored"
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
         """The frozen result plus the update, added in float32 or better.
@@ -88,23 +100,34 @@ class Operation(abc.ABC):
         total = base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta
         return materialized(total, view.factors[0].scaling).astype(base.dtype)
 
-    def fused(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """The operation with W + ΔW, which is formed, used and forgotten in the forward and in the backward pass."""
+    def fused(self, x: jax.Array, view: KernelView, kept: Kept) -> jax.Array:
+        """The operation with W + ΔW, which is formed, used and forgotten in the forward and in the backward pass.
+
+        The factors' gradients come through the gradient of ΔW, or from the Khatri-Rao factors where that costs less.
+        """
+        dtype, through_weight = x.dtype, self.gradient_costs(view)["weight"] < self.gradient_costs(view)["factors"]
 
         def product(x, factors, kernel):
             weight = dataclasses.replace(view, kernel=kernel, factors=factors).dense(forward_mode=True)
             return self.apply(x, weight)
 
-        def forward(x, factors, kernel):
+        def forward(x, kept_values, factors, kernel):
             return alone(product, (x, factors, kernel), factors[0].scaling)
 
         def backward(residuals, g):
-            def pull_back(x, factors, kernel, g):
-                return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
+            def pull_back(kept_values, factors, kernel, g):
+                x = kept.build(kept_values)
+                if through_weight:
+                    return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
+                (dx,) = jax.vjp(lambda x: product(x, factors, kernel), x)[1](g)
+                whole = dataclasses.replace(view, factors=factors)
+                _, h = self.update(x, whole)
+                return dx, self.pull_back(x, whole, h, g)[1]
 
-            factors = residuals[1]
-            return *alone(pull_back, (*residuals, g), factors[0].scaling), None
+            _, factors, _ = residuals
+            dx, dfactors = alone(pull_back, (*residuals, g), factors[0].scaling)
+            return dx.astype(dtype), None, dfactors, None
 
         fused = jax.custom_vjp(forward)
-        fused.defvjp(lambda *args: (forward(*args), args), backward)
-        return fused(x, view.factors, view.kernel)
+        fused.defvjp(lambda *args: (forward(*args), args[1:]), backward)
+        return fused(x, kept.values, view.factors, view.kernel)

@@ -256,16 +256,27 @@ class Product(Operation):
         modules = size_of(view, self.batch + self.contracted + self.free)
         ranks = [f.r for f in view.factors]
         squared, plain = sum(r * r for r in ranks), sum(ranks)
-        passes = 3 if training else 1
         base = 2.0 * self.rows * into * out * modules
+        factored = squared * (into + out) * modules * (2.0 * self.rows + 2)
         build = (4.0 * plain + 4 * len(ranks)) * into * out * modules
+        # training: ΔW in both passes, and the factors' gradients
+        gradients = self.gradient_costs(view)
+        builds = 4.0 if gradients["weight"] < gradients["factors"] else 2.0
         return {
             "base": base * (2 if training else 1),
-            "factored": passes * squared * (into + out) * modules * (2.0 * self.rows + 2),
-            # training: the weight gradient, ΔW again, and the factors' gradients from it
-            "fused": base + 4 * build if training else build,
-            "elements": (4.0 if training else 1.0) * len(ranks) * into * out * modules,
+            "factored": factored * (3 if training else 1),
+            "fused": 2 * build + min(gradients.values()) if training else build,
+            "elements": (builds if training else 1.0) * len(ranks) * into * out * modules,
         }
+
+    def gradient_costs(self, view: KernelView) -> dict[str, float]:
+        """See `Operation.gradient_costs`."""
+        into, out = size_of(view, self.main), size_of(view, self.rest)
+        modules = size_of(view, self.batch + self.contracted + self.free)
+        ranks = [f.r for f in view.factors]
+        build = (4.0 * sum(ranks) + 4 * len(ranks)) * into * out * modules
+        factored = sum(r * r for r in ranks) * (into + out) * modules * (2.0 * self.rows + 2)
+        return {"weight": 2.0 * self.rows * into * out * modules + 2 * build, "factors": 2 * factored}
 
     def temporary_bytes(self, view: KernelView, strategy: str) -> int:
         """Bytes of the largest array that the strategy adds to the frozen product."""

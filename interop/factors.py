@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
 
 
-class ModuleFactors(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ModuleFactors:
     """One module's share of an adapter.
 
     Attributes:

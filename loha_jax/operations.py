@@ -80,6 +80,7 @@ class Operation(abc.ABC):
             forward_mode: plain operations that `jax.jvp` can differentiate, instead of a `custom_vjp`.
             kept: what to hold until the backward pass, to have x there.
         """
+        dtype = x.dtype
 
         def forward(x, kept_values, factors):
             update, h = self.update(x, dataclasses.replace(view, factors=factors))
@@ -89,9 +90,12 @@ class Operation(abc.ABC):
             def pull_back(kept_values, factors, h, g):
                 return self.pull_back(kept.build(kept_values), dataclasses.replace(view, factors=factors), h, g)
 
-            arguments, (_, factors, _) = (*residuals, g), residuals
-            dx, dfactors = alone(pull_back, arguments, factors[0].scaling) if kept.rebuilds else pull_back(*arguments)
-            return dx.astype(x.dtype), None, dfactors
+            kept_values, factors, h = residuals
+            if kept.rebuilds:
+                dx, dfactors = alone(pull_back, (kept_values, factors, h, g), factors[0].scaling)
+            else:
+                dx, dfactors = pull_back(kept_values, factors, h, g)
+            return dx.astype(dtype), None, dfactors
 
         update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         update.defvjp(forward, backward)

@@ -16,7 +16,7 @@ from loha_jax.xla_hints import alone, materialized
 STRATEGIES = ("auto", "factored", "fused", "dense")
 
 
-_ELEMENT_FLOPS = 60
+_ELEMENT_FLOPS = 40
 """FLOPs in whose time an element of ΔW is written and read: the largest that keeps the choice within 10 % of the fewest
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 

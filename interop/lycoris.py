@@ -57,6 +57,13 @@ def to_lycoris_state_dict(params: Any, adapter_name: str | None = None) -> dict[
     Raises:
         ValueError: no such adapter; two modules get one name, because LyCORIS writes dots as underscores; or the
             adapter has `modules_to_save`, which LyCORIS has no place for.
+
+    Example:
+        >>> import loha_jax, jax.numpy as jnp
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"a": {"q": {"kernel": jnp.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> sorted(to_lycoris_state_dict(params))[:2]
+        ['lycoris_a_q.alpha', 'lycoris_a_q.hada_w1_a']
     """
     adapter_name = chosen_adapter(params, adapter_name)
     state: dict[str, np.ndarray] = {}

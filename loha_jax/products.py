@@ -117,10 +117,13 @@ class _Factored:
             f = f.astype(self.dtype)
             a1, b1, a2, b2 = (w.reshape(w.shape[-2:]) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))  # any stack is of one
             a1, a2 = a1.T, a2.T
+            scaling = f.scaling.reshape(())
+            before, after = (1, scaling)  # KA is the scaled one
             if self.swapped:
                 a1, b1, a2, b2 = b1, a1, b2, a2
-            h = contract(x.astype(self.dtype)[:, None, :] * b1, "npi", b2, "qi", "npq", self.precision)
-            y = y + (contract(h, "npq", a2, "qo", "npo", self.precision) * a1).sum(1) * f.scaling.reshape(())
+                before, after = after, before
+            h = contract(x.astype(self.dtype)[:, None, :] * b1, "npi", b2, "qi", "npq", self.precision) * before
+            y = y + (contract(h, "npq", a2, "qo", "npo", self.precision) * a1).sum(1) * after
             hs.append(h.reshape(x.shape[0], -1))
         return y, jnp.concatenate(hs, 1) if len(hs) > 1 else hs[0]
 

@@ -10,19 +10,19 @@ Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX 
 
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import catalogue, lifecycle, report, results, runner
 from benchmarks.case import NotInstalled, Settings
 from benchmarks.measure import Neighbours, machine
+from benchmarks.workers import Record, Workers
 
 LIFECYCLE = "lifecycle"
-Job = tuple[str, Callable[[], Iterator[runner.Record]]]
+Job = tuple[str, Iterable[Record]]
 
 
 def main() -> int:
@@ -30,32 +30,37 @@ def main() -> int:
     repeats = args.repeats or (1 if args.quick else Settings.repeats)
     settings = Settings(args.quick, args.dtype, repeats, args.budget)
     about, options = machine(), dataclasses.asdict(settings)
-    records: list[runner.Record] = []
+    records: list[Record] = []
     failed = 0
     neighbours = Neighbours()
-    jobs: list[Job] = [
-        (case.name, functools.partial(runner.records, case, settings))
-        for case in catalogue.cases(settings)
-        if args.subject in (case.subject, case.name, "all")
-    ]
-    if args.subject in (LIFECYCLE, "all"):
-        jobs.append((LIFECYCLE, functools.partial(lifecycle.records, settings)))
-    for n, (name, measure) in enumerate(jobs, 1):
+    for name, job in _jobs(args.subject, settings):
         start = time.perf_counter()
         try:
-            for record in measure():
+            for record in job:
                 records.append(record | {"others_cores": neighbours.cores()})
                 results.write(args.json, about, options, records)
-                runner.say(f"[{n}/{len(jobs)}] {name}, {record['kind']}: {time.perf_counter() - start:.0f} s")
+                runner.say(f"{name}, {record['kind']}: {time.perf_counter() - start:.0f} s")
                 start = time.perf_counter()
         except NotInstalled as missing:
-            runner.say(f"[{n}/{len(jobs)}] {name}: skipped, not installed: {missing}")
+            runner.say(f"{name}: skipped, not installed: {missing}")
         except Exception:  # one case must not cost the others
             failed += 1
-            runner.say(f"[{n}/{len(jobs)}] {name}: FAILED\n{traceback.format_exc()}")
+            runner.say(f"{name}: FAILED\n{traceback.format_exc()}")
     print(report.report({"machine": about, "settings": options, "records": records}))
     print(f"\nwritten to {args.json}")
     return 1 if failed else 0
+
+
+def _jobs(chosen: str, settings: Settings) -> Iterator[Job]:
+    """What is measured for a subject or a case, with new processes for each subject."""
+    for subject, of_subject in catalogue.SUBJECTS.items():
+        cases = [case for case in of_subject(settings) if chosen in (subject, case.name, "all")]
+        if cases:
+            with Workers(settings) as workers:
+                for n, case in enumerate(cases, 1):
+                    yield f"[{n}/{len(cases)}] {case.name}", runner.records(case, settings, workers)
+    if chosen in (LIFECYCLE, "all"):
+        yield LIFECYCLE, lifecycle.records(settings)
 
 
 def _arguments() -> argparse.Namespace:

@@ -19,14 +19,15 @@ from benchmarks import jax_methods, runner
 from benchmarks.case import AUTO, DENSE, JAX_FROZEN, KINDS, Case, Settings
 from benchmarks.catalogue import find
 from benchmarks.jax_methods import JaxModel, Method
-from benchmarks.measure import interleaved_seconds
+from benchmarks.measure import interleaved_seconds, timer
+from benchmarks.workers import Record
 from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
 
 CASE = "llama"
 STAGED = {JAX_FROZEN: "frozen", DENSE: "W + ΔW", AUTO: "adapt"}
 
 
-def records(settings: Settings) -> Iterator[runner.Record]:
+def records(settings: Settings) -> Iterator[Record]:
     """Measures two records: what is done with adapters, and tracing and compiling."""
     case = find(CASE, settings)
     model = case.jax_model()
@@ -42,9 +43,9 @@ Runs = dict[str, Callable[..., Any]]
 Prepare = dict[str, Callable[[], Any]]
 
 
-def _timed(runs: Runs, prepare: Prepare, settings: Settings) -> dict[str, runner.Record]:
-    budget = 3 * settings.budget
-    seconds = interleaved_seconds(runs, repeats=min(settings.repeats, 9), budget=budget, prepare=prepare)
+def _timed(runs: Runs, prepare: Prepare, settings: Settings) -> dict[str, Record]:
+    timers = {name: timer(run, prepare.get(name)) for name, run in runs.items()}
+    seconds = interleaved_seconds(timers, repeats=min(settings.repeats, 9), budget=3 * settings.budget)
     return {name: runner.timings(times) for name, times in seconds.items()}
 
 

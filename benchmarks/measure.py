@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 LEAST_TURNS = 3
 BURST_SECONDS = 0.01
@@ -88,48 +89,52 @@ def _product_flops(jaxpr: Any, *, whole_loops: bool) -> float:
     return total
 
 
-def interleaved_seconds(
-    runs: Mapping[str, Callable[..., Any]],
-    *,
-    repeats: int,
-    budget: float,
-    prepare: Mapping[str, Callable[[], Any]] | None = None,
-) -> dict[str, list[float]]:
-    """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
+Timer = Callable[[int], float]
+"""Runs something so many times and returns the mean seconds of a run."""
 
-    Each function returns when its work is done. The order changes from turn to turn. The first turn warms up and is
-    not counted. `repeats` turns follow, fewer where `budget` seconds are spent, but not fewer than three.
+
+def timer(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> Timer:
+    """Times a function that returns when its work is done.
 
     Args:
-        prepare: for functions that need something made for each run: called before it, untimed, and its result is the
-            function's argument.
+        run: the function.
+        prepare: makes something for each run: called before it, untimed, and its result is the function's argument.
     """
-    prepare = prepare or {}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def seconds(times: int) -> float:
+        total = 0.0
+        for _ in range(times):
+            arguments = (prepare(),) if prepare is not None else ()
+            start = time.perf_counter()
+            run(*arguments)
+            total += time.perf_counter() - start
+        return total / times
+
+    return seconds
+
+
+def interleaved_seconds(timers: Mapping[str, Timer], *, repeats: int, budget: float) -> dict[str, list[float]]:
+    """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
+
+    The order changes from turn to turn. The first turn warms up and is not counted. `repeats` turns follow, fewer where
+    `budget` seconds are spent, but not fewer than three.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     bursts: dict[str, int] = {}
     order = random.Random(0)
     start = time.perf_counter()
     for turn in range(repeats + 1):
-        for name in order.sample(list(runs), len(runs)):
-            arguments = (prepare[name](),) if name in prepare else ()
-            elapsed = _seconds(runs[name], arguments, bursts.get(name, 1))
+        for name in order.sample(list(timers), len(timers)):
+            elapsed = timers[name](bursts.get(name, 1))
             if turn:
                 seconds[name].append(elapsed)
             else:
                 # The warm-up run may hold one-time work; a second one tells how long a run takes.
-                quick = name not in prepare and elapsed < 1
-                again = _seconds(runs[name], (), 1) if quick else elapsed
-                bursts[name] = max(1, int(BURST_SECONDS / again)) if quick else 1
+                again = timers[name](1) if elapsed < 1 else elapsed
+                bursts[name] = max(1, int(BURST_SECONDS / again))
         if turn >= LEAST_TURNS and time.perf_counter() - start > budget:
             break
     return seconds
-
-
-def _seconds(run: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        run(*arguments)
-    return (time.perf_counter() - start) / times
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
@@ -138,7 +143,7 @@ def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
 
 
 class Neighbours:
-    """What other processes take from this one: CPU time, since the object was made or `cores` last called."""
+    """What processes other than this one and its children take: CPU time, since it was made or `cores` last called."""
 
     def __init__(self) -> None:
         self._last = self._read()
@@ -150,13 +155,17 @@ class Neighbours:
         return None if math.isnan(busy) else round(max(busy - own, 0) / now, 2)
 
     def _read(self) -> tuple[float, float, float]:
-        """Seconds that all processes, and this one with its children, have computed for; and the time."""
+        """Seconds that all processes, and this one with its children, have computed for; and the time.
+
+        Of a child that has ended, the time moves to its parent.
+        """
         stat = Path("/proc/stat")
         busy = float("nan")
         if stat.exists():
             user, nice, system, _, _, *interrupts_and_stolen = map(int, stat.read_text().split(maxsplit=9)[1:9])
             busy = (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
-        own = sum(os.times()[:4])
+        this = psutil.Process()
+        own = sum(sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True)))
         return busy, own, time.perf_counter()
 
 

@@ -29,7 +29,8 @@ from benchmarks.case import (
     TRAINING,
     frozen_of,
 )
-from benchmarks.runner import MEMORY, Record
+from benchmarks.runner import MEMORY
+from benchmarks.workers import Record
 
 MOST_TIME_OVER_FROZEN = 1.15
 MOST_MEMORY_OVER_PEFT = 0.25

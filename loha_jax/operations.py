@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from loha_jax.kept_inputs import Kept
 from loha_jax.kernel_view import KernelView
@@ -21,8 +22,13 @@ _ELEMENT_FLOPS = 40
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 
 
-_WORTH_FORMING = 0.015
-"""What fused has to save, of the frozen operation's FLOPs, to be chosen: it takes memory for one ΔW."""
+_WORTH_FORMING = {"training": 0.08, "inference": 0.015}
+"""What fused has to save, of the frozen operation's FLOPs, to be chosen. In training it forms ΔW twice and multiplies
+with KB twice: a Llama's step took 20 % longer with 3 % fewer FLOPs (benchmarks/README.md)."""
+
+
+_BLOCK_ELEMENTS = 1 << 20
+"""Elements of ΔW that are formed at a time in the forward pass on one CPU: few enough to stay in its caches."""
 
 
 class Operation(abc.ABC):
@@ -62,6 +68,10 @@ class Operation(abc.ABC):
     def gradient_costs(self, view: KernelView) -> dict[str, float]:
         """FLOPs of the factors' gradients: through the gradient of ΔW ("weight"), or without it ("factors")."""
 
+    def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
+        """An axis of the kernel and the axis of the result that has the same positions; None where there is none."""
+        return None
+
     def choose(self, view: KernelView, training: bool) -> str:
         """Factored, which forms nothing of W's shape, unless fused costs clearly less.
 
@@ -69,7 +79,8 @@ class Operation(abc.ABC):
         """
         costs = self.costs(view, training)
         saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
-        return "fused" if saved > _WORTH_FORMING * costs["base"] else "factored"
+        worth = _WORTH_FORMING["training" if training else "inference"] * costs["base"]
+        return "fused" if saved > worth else "factored"
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
         """The frozen result plus the update, added in float32 or better.
@@ -112,11 +123,13 @@ class Operation(abc.ABC):
         dtype, through_weight = x.dtype, self.gradient_costs(view)["weight"] < self.gradient_costs(view)["factors"]
 
         def product(x, factors, kernel):
-            weight = dataclasses.replace(view, kernel=kernel, factors=factors).dense(forward_mode=True)
-            return self.apply(x, weight)
+            return self.formed(x, dataclasses.replace(view, kernel=kernel, factors=factors))
 
         def forward(x, kept_values, factors, kernel):
-            return alone(product, (x, factors, kernel), factors[0].scaling)
+            def run(x, factors, kernel):
+                return self.formed_in_blocks(x, dataclasses.replace(view, kernel=kernel, factors=factors))
+
+            return alone(run, (x, factors, kernel), factors[0].scaling)
 
         def backward(residuals, g):
             def pull_back(kept_values, factors, kernel, g):
@@ -135,3 +148,36 @@ class Operation(abc.ABC):
         fused = jax.custom_vjp(forward)
         fused.defvjp(lambda *args: (forward(*args), args[1:]), backward)
         return fused(x, kept.values, view.factors, view.kernel)
+
+    def formed(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """The operation with W + ΔW as one array."""
+        return self.apply(x, view.dense(forward_mode=True))
+
+    def formed_in_blocks(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """The same with one block of W + ΔW after the other, where one CPU runs the program and that is faster.
+
+        On several devices a block would be gathered from all of them.
+        """
+        axes = self.free_axis(x, view)
+        size = 1 if axes is None else view.shape[axes[0]]
+        fewest = -(-view.kernel.size // _BLOCK_ELEMENTS)
+        blocks = next((n for n in range(fewest, 4 * fewest) if n and size % n == 0), 1)
+        if axes is None or blocks == 1 or jax.device_count() > 1:
+            return self.formed(x, view)
+        axis, result_axis = axes
+        sizes = [n // blocks if a == axis else n for a, n in enumerate(view.shape)]
+
+        def whole(x, view):
+            return self.formed(x, view)
+
+        def in_blocks(x, view):
+            def add_block(n, result):
+                at = n * sizes[axis]
+                block = view.dynamic_slice([at if a == axis else 0 for a in range(len(sizes))], sizes)
+                assert block is not None
+                return lax.dynamic_update_slice_in_dim(result, self.formed(x, block), at, result_axis)
+
+            shape = jax.eval_shape(whole, x, view)
+            return lax.fori_loop(0, blocks, add_block, jnp.zeros(shape.shape, shape.dtype))
+
+        return lax.platform_dependent(x, view, cpu=in_blocks, default=whole)

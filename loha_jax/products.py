@@ -220,6 +220,17 @@ class Product(Operation):
         numbers = ((left[0], right[0]), (left[1], right[1]))
         return lax.dot_general(*operands, numbers, **self.params)
 
+    def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
+        """See `Operation.free_axis`: the longest free axis of the kernel that can be sliced."""
+        contracted, batch = self.kernel_dims
+        free = [d for d in range(len(view.shape)) if d not in contracted + batch]
+        single = [d for d in free if len(view.dims[d]) == 1]
+        if not single:
+            return None
+        axis = max(single, key=lambda d: view.shape[d])
+        before = 0 if self.kernel_first else x.ndim - len(contracted) - len(batch)
+        return axis, len(batch) + before + free.index(axis)
+
     def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, jax.Array]:
         """(x KB) KA, of all adapters together; and x KB."""
         view = view.flat()

@@ -534,11 +534,14 @@ def widened(tree):
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
-@given(einsums(), st.sampled_from(list(BOUNDS)), st.sampled_from(["factored", "fused"]))
+@settings(max_examples=160)
+@given(einsums(), st.sampled_from(list(BOUNDS)), st.sampled_from(["factored", "fused", "fused in blocks"]))
 def test_any_einsum_with_any_layout(case, dtype, strategy):
     layout, kernel_shape, x_shape, equation = case
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        if strategy == "fused in blocks":  # one after the other, of three elements each
+            patch.setattr(loha_jax.operations, "_BLOCK_ELEMENTS", 3)
+            strategy = "fused"
         params = adapted({"m": {"kernel": normal(*kernel_shape, dtype=dtype)}}, {"m": layout}, r".*\bm", r=2)
         x = normal(*x_shape, seed=1, dtype=dtype)
 

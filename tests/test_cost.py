@@ -43,7 +43,7 @@ def compiled_step(tokens, strategy=None, base=None):
 def kernel_shaped_arrays(compiled):
     """Arrays of a kernel's shape that the program makes, anywhere in it."""
     made = re.findall(rf"= f32\[{WIDTH},{WIDTH}\]\S* (\w[\w-]*)\(", compiled.as_text())
-    return [operation for operation in made if operation != "parameter"]
+    return [operation for operation in made if operation not in ("parameter", "get-tuple-element")]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "factored"])
@@ -74,6 +74,20 @@ def test_the_fused_step_forms_one_update_at_a_time():
     assert extra_kernels("dense", 6) - extra_kernels("dense", 2) >= 4  # W + ΔW is kept in each layer
     # Khatri-Rao factors and their gradients, [r², 2048] each: no array of a kernel's shape.
     assert extra_kernels("factored", 6) <= 6 * 8 * RANK**2 / WIDTH
+
+
+def test_fused_inference_makes_no_array_of_a_kernels_shape():
+    """On one CPU it forms ΔW in blocks, one after the other."""
+    base = base_shapes()
+    config = loha_jax.LoHaConfig(r=RANK, target_modules=list(base))
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
+    made = {}
+    for strategy in ("fused", "dense"):
+        compiled = jax.jit(loha_jax.adapt(forward, strategy=strategy, training=False)).lower(params, x).compile()
+        made[strategy] = kernel_shaped_arrays(compiled)
+    assert not made["fused"]
+    assert made["dense"]
 
 
 def conv_step(strategy, layers, cp, width=512):

@@ -82,11 +82,18 @@ def _product_flops(jaxpr: Any, *, whole_loops: bool) -> float:
             out_features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) / out_features
         turns = equation.params["length"] if equation.primitive.name == "scan" and whole_loops else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    total += turns * _product_flops(inner, whole_loops=whole_loops)
+        for inner in _inner_jaxprs(equation.params):
+            total += turns * _product_flops(inner, whole_loops=whole_loops)
     return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs in an equation; of branches for different platforms, the one for this platform."""
+    if platforms := params.get("branches_platforms"):
+        chosen = next(n for n, names in enumerate(platforms) if names is None or jax.default_backend() in names)
+        return [params["branches"][chosen]]
+    values = [v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
 
 
 Timer = Callable[[int], float]
@@ -116,8 +123,9 @@ def timer(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> 
 def interleaved_seconds(timers: Mapping[str, Timer], *, repeats: int, budget: float) -> dict[str, list[float]]:
     """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
 
-    The order changes from turn to turn. The first turn warms up and is not counted. `repeats` turns follow, fewer where
-    `budget` seconds are spent, but not fewer than three.
+    The order changes from turn to turn. Each timed run follows an untimed one of the same function, as in a training
+    loop: after another one, and a pause, a virtual machine has to be given the freed memory again. The first turn warms
+    up and is not counted. `repeats` turns follow, fewer where `budget` seconds are spent, but not fewer than three.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     bursts: dict[str, int] = {}
@@ -125,13 +133,12 @@ def interleaved_seconds(timers: Mapping[str, Timer], *, repeats: int, budget: fl
     start = time.perf_counter()
     for turn in range(repeats + 1):
         for name in order.sample(list(timers), len(timers)):
+            timers[name](1)
             elapsed = timers[name](bursts.get(name, 1))
             if turn:
                 seconds[name].append(elapsed)
             else:
-                # The warm-up run may hold one-time work; a second one tells how long a run takes.
-                again = timers[name](1) if elapsed < 1 else elapsed
-                bursts[name] = max(1, int(BURST_SECONDS / again))
+                bursts[name] = max(1, int(BURST_SECONDS / elapsed))
         if turn >= LEAST_TURNS and time.perf_counter() - start > budget:
             break
     return seconds

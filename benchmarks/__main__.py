@@ -10,6 +10,7 @@ Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX 
 
 import argparse
 import dataclasses
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ Job = tuple[str, Iterable[Record]]
 
 def main() -> int:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the workers would outlive this process
     repeats = args.repeats or (1 if args.quick else Settings.repeats)
     settings = Settings(args.quick, args.dtype, repeats, args.budget)
     about, options = machine(), dataclasses.asdict(settings)

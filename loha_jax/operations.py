@@ -22,9 +22,8 @@ _ELEMENT_FLOPS = 40
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 
 
-_WORTH_FORMING = {"training": 0.08, "inference": 0.015}
-"""What fused has to save, of the frozen operation's FLOPs, to be chosen. In training it forms ΔW twice and multiplies
-with KB twice: a Llama's step took 20 % longer with 3 % fewer FLOPs (benchmarks/README.md)."""
+_WORTH_FORMING = 0.015
+"""What fused has to save, of the frozen operation's FLOPs, to be chosen: it takes memory for one ΔW."""
 
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -79,8 +78,7 @@ class Operation(abc.ABC):
         """
         costs = self.costs(view, training)
         saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
-        worth = _WORTH_FORMING["training" if training else "inference"] * costs["base"]
-        return "fused" if saved > worth else "factored"
+        return "fused" if saved > _WORTH_FORMING * costs["base"] else "factored"
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
         """The frozen result plus the update, added in float32 or better.

@@ -277,13 +277,12 @@ def flops(fn, *args):
     [
         (8, 256, 256, 1, 4, False, "factored"),
         (8, 256, 256, 1, 4, True, "factored"),
-        (32, 256, 256, 1, 4, False, "factored"),  # fused would save 3 %
-        (32, 256, 256, 1, 8, False, "fused"),
+        (32, 256, 256, 1, 4, False, "fused"),
         (4, 64, 64, 1, 16, False, "fused"),
         (16, 64, 64, 64, 8, False, "fused"),  # depthwise: ΔW is tiny
     ],
 )
-def test_auto_is_within_10_percent_of_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expected):
+def test_auto_is_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expected):
     kernel = jax.ShapeDtypeStruct((3, 3, in_ // groups, out), jnp.float32)
     config = LoHaConfig(r=r, target_modules=["conv"], use_effective_conv2d=cp)
     params = loha_jax.inject({"conv": {"kernel": kernel}}, config, key=jax.random.key(0))
@@ -301,8 +300,7 @@ def test_auto_is_within_10_percent_of_the_cheaper_by_xlas_count(size, in_, out, 
 
     costs = {strategy: step(strategy) for strategy in ("factored", "fused")}
     (use,) = loha_jax.explain(fn, params, x).uses
-    assert use.strategy == expected, costs
-    assert costs[expected] <= 1.1 * min(costs.values()), costs
+    assert use.strategy == expected == min(costs, key=costs.__getitem__), costs
     assert use.primitive == "conv_general_dilated"
 
 

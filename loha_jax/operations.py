@@ -22,8 +22,9 @@ _ELEMENT_FLOPS = 40
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 
 
-_WORTH_FORMING = 0.015
-"""What fused has to save, of the frozen operation's FLOPs, to be chosen: it takes memory for one ΔW."""
+_WORTH_FORMING = {"training": 0.065, "inference": 0.015}
+"""What fused has to save, of the frozen operation's FLOPs, to be chosen. In training it forms ΔW twice and multiplies
+with KB twice: a Transformer's step takes as long with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -78,7 +79,8 @@ class Operation(abc.ABC):
         """
         costs = self.costs(view, training)
         saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
-        return "fused" if saved > _WORTH_FORMING * costs["base"] else "factored"
+        worth = _WORTH_FORMING["training" if training else "inference"] * costs["base"]
+        return "fused" if saved > worth else "factored"
 
     def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
         """The frozen result plus the update, added in float32 or better.

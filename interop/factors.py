@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loha_jax.partition import adapter_names, check_adapters
+from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
 

@@ -54,6 +54,19 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a `.bin` file, by torch's `weights_only` loader, which runs no code from the file.
 

@@ -17,21 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.adapters import adapter_names
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.naming import Names
-from loha_jax.partition import adapter_names
 from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .factors import chosen_adapter, module_factors
-from .files import read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+from .files import read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+from .model_card import MODEL_CARD_NAME, model_card
 
 PREFIX = "base_model.model."
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
 
 # Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -41,7 +44,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
 
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
-    `adapter_model.safetensors` each, in the factors' dtype. Each file is written under a temporary name and renamed.
+    `adapter_model.safetensors` each, in the factors' dtype. A model card, README.md, is put into `folder` where there
+    is none. Each file is written under a temporary name and renamed.
 
     Args:
         folder: made if it is not there.
@@ -59,7 +63,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_peft(folder, params)
         ...     sorted(path.name for path in Path(folder).iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -74,18 +78,15 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     if not chosen:
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
     # All content is made before the first file is touched.
-    contents = {
-        name: (
-            safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}),
-            peft_config(params, name).to_json().encode(),
-        )
-        for name in chosen
-    }
-    for name, (tensors, config) in contents.items():
+    configs = {name: peft_config(params, name) for name in chosen}
+    contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
+    for name in chosen:
         target = folder if name == "default" else folder / name
         target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / SAFETENSORS_NAME, tensors)
-        write_atomically(target / CONFIG_NAME, config)
+        write_atomically(target / SAFETENSORS_NAME, contents[name])
+        write_atomically(target / CONFIG_NAME, configs[name].to_json().encode())
+    if not (folder / MODEL_CARD_NAME).exists():  # an author's own stays
+        write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]]).encode())
 
 
 def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
@@ -143,8 +144,9 @@ def _targets_embeddings(config: LoHaConfig) -> bool:
 def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
 
-    PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match wins. Where that would
-    change a module's rank or alpha, patterns for the full names of the modules are written instead.
+    The heads that a task type saves (`classifier`, `score`, …) are in `modules_to_save`, each once: PEFT appends them
+    again at every load. PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match
+    wins. Where that would change a module's rank or alpha, patterns for the full names of the modules are written.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     config: LoHaConfig | None = None
@@ -163,6 +165,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
         config,
         inference_mode=True,
         peft_version=PEFT_VERSION,
+        modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
         alpha_pattern=_sortable(config.alpha_pattern, config.alpha, alphas),
     )
@@ -187,7 +190,8 @@ def load_peft(
     """Adds an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin` (which needs torch).
+        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin` (which needs torch);
+            or `pytorch_lora_weights.safetensors`, which diffusers' `save_lora_adapter` writes with the config inside.
         base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
         adapter_name: the name in the tree; it need not be the one in PEFT.
         names, layouts, model_type: as for `loha_jax.inject`.
@@ -208,24 +212,39 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    folder = Path(folder)
-    if not (folder / CONFIG_NAME).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
-        hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
-        raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
-    config = LoHaConfig.from_pretrained(folder)
-    if (path := folder / SAFETENSORS_NAME).is_file():
-        state = read_safetensors(path)
-    elif (path := folder / BIN_NAME).is_file():
-        state = read_torch_pickle(path)
-    else:
-        raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
+    config, state, path = _read_folder(Path(folder))
     try:
         return from_peft_state_dict(
             state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
+    """The config and the tensors of an adapter, and the file that holds the latter."""
+    diffusers = folder / DIFFUSERS_NAME
+    if not (folder / CONFIG_NAME).is_file() and diffusers.is_file():
+        text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
+        if text is None:
+            raise ValueError(
+                f"{diffusers} has no adapter configuration in its header ({DIFFUSERS_CONFIG_KEY!r}): read its tensors, "
+                "and give a config to `from_peft_state_dict`."
+            )
+        try:
+            return LoHaConfig.from_json(text), read_safetensors(diffusers), diffusers
+        except ValueError as error:
+            raise ValueError(f"{diffusers}: {error}") from error
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
+        hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
+        raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
+    config = LoHaConfig.from_pretrained(folder)
+    if (path := folder / SAFETENSORS_NAME).is_file():
+        return config, read_safetensors(path), path
+    if (path := folder / BIN_NAME).is_file():
+        return config, read_torch_pickle(path), path
+    raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
 
 
 def from_peft_state_dict(
@@ -251,6 +270,7 @@ def from_peft_state_dict(
     """
     # PEFT writes inference_mode=true always; what a tree holds can always be trained.
     config = dataclasses.replace(config, inference_mode=False)
+    config = _with_names_that_end_alike(config, state)
     plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
     given = {_module_key(key): key for key in state}
     counters = {k: v for k, v in given.items() if k.endswith(".num_batches_tracked")}
@@ -298,6 +318,26 @@ def from_peft_state_dict(
         {k: state[given[k]] for k in optional if k in given},
         {k: int(state[key]) for k, key in carried.items()},
     )
+
+
+def _with_names_that_end_alike(config: LoHaConfig, state: Mapping[str, Any]) -> LoHaConfig:
+    """The config with the full names of saved modules that PEFT found by the end of their name alone.
+
+    PEFT saves every module whose name ends with an entry of `modules_to_save`, "overhead" too for "head". Here an entry
+    is a whole name; only the modules that such a file holds are added.
+    """
+    entries = config.all_modules_to_save
+    added: list[str] = []
+    for key in map(_module_key, state):
+        parts = key.split(".")
+        if parts[-1] in FACTOR_NAMES or "base_layer" in parts:
+            continue
+        above = [".".join(parts[:n]) for n in range(1, len(parts))]
+        if not any(name == e or name.endswith(f".{e}") for name in above for e in entries):
+            added += [name for name in above if name.endswith(entries)][:1]
+    if not added:
+        return config
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *added))
 
 
 def _module_key(key: str) -> str:

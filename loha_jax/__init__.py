@@ -8,6 +8,7 @@ Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.
 """
 
 from loha_jax.adapt import adapt
+from loha_jax.adapters import adapter_names, add_weighted_adapter, delete_adapter, scale, set_adapter
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.explain import explain
@@ -16,7 +17,7 @@ from loha_jax.inject import inject
 from loha_jax.layout_inference import infer_layouts
 from loha_jax.layouts import Layout
 from loha_jax.merge import merge, unload
-from loha_jax.partition import adapter_names, combine, partition, set_adapter, trainable_mask
+from loha_jax.partition import combine, partition, trainable_mask
 from loha_jax.summary import summary
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
@@ -30,7 +31,9 @@ __all__ = [
     "SavedWeight",
     "adapt",
     "adapter_names",
+    "add_weighted_adapter",
     "combine",
+    "delete_adapter",
     "dropout",
     "explain",
     "hada_weight",
@@ -41,6 +44,7 @@ __all__ = [
     "khatri_rao_rows",
     "merge",
     "partition",
+    "scale",
     "set_adapter",
     "summary",
     "trainable_mask",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.hadamard import khatri_rao_columns
+from loha_jax.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.kernel_view import KernelView, ViewFactors, size_of
 from loha_jax.operations import Operation
 from loha_jax.products import contract
@@ -189,7 +189,7 @@ class Convolution(Operation):
             self.stacked,
             self.groups,
             tuple((name, self.params[name]) for name in names),
-            jnp.result_type(x.dtype, jnp.float32, f.w1_a.dtype),
+            float32_or_wider(x.dtype, f.w1_a.dtype),
             self.params["precision"],
         )
 

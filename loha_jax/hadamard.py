@@ -13,6 +13,7 @@ Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,13 @@ from loha_jax.xla_hints import alone
 Scale = jax.Array | float
 
 
+def float32_or_wider(*dtypes: Any) -> jnp.dtype:
+    """What values of these dtypes are computed in: their common dtype, at least float32 (JAX promotes no float8)."""
+    return jnp.result_type(jnp.float32, *(d for d in map(jnp.dtype, dtypes) if d.itemsize > 1))
+
+
 def _accumulator(*arrays: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return float32_or_wider(*(array.dtype for array in arrays))
 
 
 def _scaled(product: jax.Array, scale: Scale) -> jax.Array:

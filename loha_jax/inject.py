@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loha_jax.adapters import check_new_adapter
 from loha_jax.config import LoHaConfig
+from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted
 
 
 def inject(
@@ -88,18 +90,17 @@ def apply_plan(
     make_copy: Callable[[Saved, jax.Array], jax.Array],
 ) -> Any:
     """Puts the leaves of `plan` into a tree, with factors and copies made by the two functions."""
-    _check_adapter_name(adapter_name, params)
+    check_new_adapter(params, adapter_name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
     for position, target in plan.targets.items():
         leaf = leaves[position]
         tensors = make_factors(target)
         cp = {} if target.cp else {"hada_t1": None, "hada_t2": None}
-        scaling = [a / r if r else 0.0 for a, r in zip(target.alphas, target.ranks, strict=True)]
-        dtype = jnp.promote_types(tensors["hada_w1_a"].dtype, jnp.float32)
+        dtype = float32_or_wider(tensors["hada_w1_a"].dtype)
         factors = Factors(
             **tensors,
             **cp,
-            scaling=jnp.array(scaling, dtype).reshape(target.stack),
+            scaling=alpha_over_r(target.alphas, target.ranks, target.stack, dtype),
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
@@ -130,7 +131,7 @@ def apply_plan(
 
 def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
     """Factors are float32 unless the kernel is wider, as PEFT's `autocast_adapter_dtype=True` leaves them."""
-    return jnp.promote_types(kernel_dtype, jnp.float32)
+    return float32_or_wider(kernel_dtype)
 
 
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
@@ -161,12 +162,3 @@ def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype
             rows.append(jnp.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]))
         stacked[name] = jnp.stack(rows).reshape(*target.stack, *shape)
     return stacked
-
-
-def _check_adapter_name(adapter_name: str, params: Any) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or "/" in adapter_name:
-        raise ValueError(f"An adapter's name is a non-empty string without '.' and '/', got {adapter_name!r}")
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        held = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies if isinstance(leaf, SavedWeight) else {}
-        if adapter_name in held:
-            raise ValueError(f"Adapter with name {adapter_name!r} already exists.")

@@ -18,6 +18,7 @@ from jax import lax
 
 from loha_jax._compat import Literal, bind_equation, open_jaxpr, scan_counts
 from loha_jax.convolutions import Convolution
+from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept, find_recipe
 from loha_jax.kernel_view import KernelView
 from loha_jax.operations import Operation
@@ -328,7 +329,7 @@ def _gather(eqn, values, options):
     base = bind_equation(eqn, [view.kernel, indices])[0]
     count = len(numbers.offset_dims)
     delta = jnp.moveaxis(delta, tuple(range(delta.ndim - count, delta.ndim)), numbers.offset_dims)
-    return [(base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
+    return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
 
 
 # --- functions and control flow ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.hadamard import hada_weight
+from loha_jax.hadamard import float32_or_wider, hada_weight
 from loha_jax.weight import Factors, LoHaWeight
 
 
@@ -65,7 +65,7 @@ class ViewFactors:
     @property
     def dtype(self) -> jnp.dtype:
         """What the factors' products are computed in: float32 or better."""
-        return jnp.promote_types(self.w1_a.dtype, jnp.float32)
+        return float32_or_wider(self.w1_a.dtype)
 
     def astype(self, dtype: Any) -> ViewFactors:
         """All arrays in another dtype."""
@@ -314,7 +314,7 @@ class KernelView:
         total = jnp.transpose(total, [atoms.index(n) for n in present if self.atoms[n].kind != "b"])
         total = total.reshape([1 if self.atoms[n].kind == "b" else self.atoms[n].size for n in present])
         total = jnp.broadcast_to(total, [self.atoms[n].size for n in present]).reshape(self.shape)
-        wide = jnp.promote_types(self.kernel.dtype, total.dtype)
+        wide = float32_or_wider(self.kernel.dtype, total.dtype)
         return (self.kernel.astype(wide) + total.astype(wide)).astype(self.kernel.dtype)
 
     def rows(self, axis: int, gather: Callable[[Any], Any], *, forward_mode: bool) -> jax.Array | None:

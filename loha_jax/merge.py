@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from loha_jax.partition import adapter_names, check_adapters
+from loha_jax.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
-def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = False) -> Any:
-    """Plain arrays with the adapters added in: `W + Σ ΔW` in W's dtype, added in float32 or better.
+def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = False, unload: bool = True) -> Any:
+    """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
     Args:
         params: an adapted tree.
-        adapters: names of the adapters to merge, in order; the active ones by default. The others are left out.
+        adapters: names of the adapters to merge, in order; the active ones by default.
         safe: refuse results that are not finite. Reads the values, so not under `jax.jit`.
+        unload: the other adapters are left out, and the result holds plain arrays, ready to serve. False keeps them:
+            the merged ones are gone from the tree, the others adapt the merged weights, and those that were active
+            are active still.
 
     Returns:
-        The tree that the model started from, ready to serve; leaves of `modules_to_save` are the trained copies.
-        To unmerge, keep the tree you had.
+        The merged tree; leaves of `modules_to_save` are the trained copies. To unmerge, keep the tree you had.
 
     Raises:
-        ValueError: no leaf has an adapter of that name, or (`safe`) a merged weight holds NaN or infinity; the message
-            names the modules.
+        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, or (`safe`) a merged
+            weight holds NaN or infinity; the message names the modules.
 
-    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)`.
+    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
+    which PEFT's layers leave out the adapters that are active and not merged.
 
     Example:
         >>> import loha_jax
@@ -42,19 +46,22 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
     check_adapters(params, adapters or ())
     broken: list[str] = []
 
-    def plain(leaf: Any) -> Any:
+    def merged(leaf: Any) -> Any:
+        if not is_adapted(leaf):
+            return leaf
+        chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
-            chosen = leaf.active if adapters is None else adapters
-            merged = leaf.dense(tuple(name for name in chosen if name in leaf.adapters))
-            if safe and not jnp.isfinite(merged).all():
+            weight = leaf.dense(tuple(name for name in chosen if name in leaf.adapters))
+            if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
-            return merged
-        if isinstance(leaf, SavedWeight):
-            chosen = leaf.active if adapters is None else adapters
-            return next((leaf.copies[name] for name in reversed(chosen) if name in leaf.copies), leaf.original)
-        return leaf
+            new = dataclasses.replace(leaf, kernel=weight)
+        else:
+            name = leaf.copy_of(chosen)
+            weight = leaf.original if name is None else leaf.copies[name]
+            new = dataclasses.replace(leaf, original=weight)
+        return weight if unload else without_adapters(new, chosen)
 
-    result = jax.tree.map(plain, params, is_leaf=is_adapted)
+    result = jax.tree.map(merged, params, is_leaf=is_adapted)
     if broken:
         suspects = adapters if adapters is not None else adapter_names(params)
         raise ValueError(

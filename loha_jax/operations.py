@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept
 from loha_jax.kernel_view import KernelView
 from loha_jax.xla_hints import alone, materialized
@@ -22,7 +23,7 @@ _ELEMENT_FLOPS = 40
 FLOPs for every width, rank and row count in benchmarks/README.md."""
 
 
-_WORTH_FORMING = {"training": 0.065, "inference": 0.015}
+_WORTH_FORMING = {"training": 0.06, "inference": 0.015}
 """What fused has to save, of the frozen operation's FLOPs, to be chosen. In training it forms ΔW twice and multiplies
 with KB twice: a Transformer's step takes as long with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
@@ -112,7 +113,7 @@ class Operation(abc.ABC):
         update.defvjp(forward, backward)
         arguments = (x, kept.values, view.factors)
         base, delta = self.apply(x, view.kernel), forward(*arguments)[0] if forward_mode else update(*arguments)
-        total = base.astype(jnp.promote_types(base.dtype, delta.dtype)) + delta
+        total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta
         return materialized(total, view.factors[0].scaling).astype(base.dtype)
 
     def fused(self, x: jax.Array, view: KernelView, kept: Kept) -> jax.Array:

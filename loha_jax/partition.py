@@ -1,9 +1,8 @@
-"""What is trained and what is frozen: `partition`, `combine`, `trainable_mask`, `set_adapter`."""
+"""What is trained and what is frozen: `partition`, `combine`, `trainable_mask`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -99,54 +98,8 @@ def trainable_mask(params: Any) -> Any:
                 adapters[name] = dataclasses.replace(marked, scaling=all_of(factors.scaling, False))
             return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
         if isinstance(leaf, SavedWeight):
-            trained = None if leaf.is_buffer else leaf.active_copy
-            copies = {name: all_of(copy, name == trained) for name, copy in leaf.copies.items()}
+            copies = {n: all_of(copy, n in leaf.active and not leaf.is_buffer) for n, copy in leaf.copies.items()}
             return dataclasses.replace(leaf, original=all_of(leaf.original, False), copies=copies)
         return False
 
     return jax.tree.map(mask, params, is_leaf=is_adapted)
-
-
-def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
-    """The tree with other adapters active: one, several (their updates are summed in this order) or none.
-
-    Args:
-        params: an adapted tree.
-        names: the name or names; () for the base model.
-
-    Raises:
-        ValueError: no leaf of the tree has an adapter of that name.
-
-    Mirrors PEFT's `set_adapter`; leaves that lack an adapter are simply not adapted by it.
-
-    Example:
-        >>> import jax.numpy as jnp, loha_jax
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
-        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
-        >>> set_adapter(params, ())["q"]["kernel"].active
-        ()
-    """
-    active = (names,) if isinstance(names, str) else tuple(names)
-    check_adapters(params, active)
-    return jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, active=active) if is_adapted(leaf) else leaf, params, is_leaf=is_adapted
-    )
-
-
-def adapter_names(params: Any) -> tuple[str, ...]:
-    """The names of all adapters in a tree, sorted."""
-    names: set[str] = set()
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            names.update(leaf.adapters)
-        elif isinstance(leaf, SavedWeight):
-            names.update(leaf.copies)
-    return tuple(sorted(names))
-
-
-def check_adapters(params: Any, names: Sequence[str]) -> None:
-    """Raises ValueError for the first name that no adapter of the tree has."""
-    known = adapter_names(params)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}.")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.hadamard import khatri_rao_columns
+from loha_jax.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.kernel_view import KernelView, ViewFactors, size_of
 from loha_jax.operations import Operation
 
@@ -27,7 +27,7 @@ def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str,
         (tuple(map(a_labels.index, summed)), tuple(map(b_labels.index, summed))),
         (tuple(map(a_labels.index, batch)), tuple(map(b_labels.index, batch))),
     )
-    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    dtype = float32_or_wider(a.dtype, b.dtype)
     result = lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
     labels = [*batch, *(c for c in a_labels if c not in b_labels), *(c for c in b_labels if c not in a_labels)]
     order = [labels.index(c) for c in out]
@@ -101,11 +101,14 @@ class _Factored:
 
     def run(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """The product and x KB."""
-        if x.shape[0] < min(f.r for f in factors) and (self.x, self.y) == ("ni", "no"):
+        if self._has_few_rows(x, factors):
             return self._run_few_rows(x, factors)
         kb, ka = self.khatri_rao(factors)
         h = contract(x.astype(self.dtype), self.x, kb, self.kb, self.h, self.precision)
         return contract(h, self.h, ka, self.ka, self.y, self.precision), h
+
+    def _has_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> bool:
+        return x.shape[0] < min(f.r for f in factors) and (self.x, self.y) == ("ni", "no")
 
     def _run_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """The same for fewer rows than ranks, as in decoding: smaller without KB and KA, and then as cheap.
@@ -132,6 +135,8 @@ class _Factored:
 
         The order of the operands is the point: dhᵀ@x and hᵀ@g, with R leading, run fast on XLA:CPU.
         """
+        if self._has_few_rows(x, factors):  # no array of R columns here either
+            return jax.vjp(lambda x, factors: self._run_few_rows(x, factors)[0], x.astype(self.dtype), factors)[1](g)
         (kb, ka), to_factors = jax.vjp(self.khatri_rao, factors)
         dh = contract(g, self.y, ka, self.ka, self.h, self.precision)
         dx = contract(dh, self.h, kb, self.kb, self.x, self.precision)
@@ -258,7 +263,7 @@ class Product(Operation):
             stack_order=tuple(stack.index(n) for group in groups for n in group),
             stack_shape=tuple(size_of(view, group) for group in groups if group),
             swapped=self.swapped,
-            dtype=jnp.result_type(x.dtype, jnp.float32, *(f.w1_a.dtype for f in view.factors)),
+            dtype=float32_or_wider(x.dtype, *(f.w1_a.dtype for f in view.factors)),
             precision=self.params.get("precision"),
         )
 

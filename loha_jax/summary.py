@@ -11,6 +11,9 @@ import jax
 from loha_jax.merge import unload
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+STATISTICS = "statistics"
+"""The kind of a saved leaf that is not trained: a batch norm's mean, variance or counter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRow:
@@ -106,11 +109,18 @@ def summary(params: Any) -> Summary:
                 word = leaf.layout.word if leaf.layout else "-"
                 rows.append(
                     AdapterRow(
-                        leaf.name, "saved", name, tuple(copy.shape), word, "-", copy.size, name == leaf.active_copy
+                        leaf.name,
+                        STATISTICS if leaf.is_buffer else "saved",
+                        name,
+                        tuple(copy.shape),
+                        word,
+                        "-",
+                        copy.size,
+                        name in leaf.active,
                     )
                 )
     frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
-    trained = sum(row.parameters for row in rows if row.active)
+    trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
 
 

@@ -7,6 +7,7 @@ the adapted weight, with no wrapper and no knowledge of this library.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from loha_jax.config import LoHaConfig
-from loha_jax.hadamard import hada_weight, hada_weight_cp
+from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
 
@@ -110,6 +111,12 @@ class ArrayLike:
         return -self.__jax_array__()
 
 
+def alpha_over_r(alphas: Sequence[float], ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
+    """PEFT's scaling alpha/r of each module of a stack, `[*stack]`; 0 where the rank is 0."""
+    scaling = [a / r if r else 0.0 for a, r in zip(alphas, ranks, strict=True)]
+    return jnp.array(scaling, dtype).reshape(tuple(stack))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -152,7 +159,7 @@ class Factors:
 
         The result has at least float32; see `hada_weight` and `hada_weight_cp`.
         """
-        dtype = jnp.promote_types(self.hada_w1_a.dtype, jnp.float32)
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
         w1_a, w1_b, w2_a, w2_b = (
             w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
         )
@@ -230,7 +237,7 @@ class LoHaWeight(ArrayLike):
             return kernel
         layout = self.layout.strip(kernel.ndim)
         stack = layout.sizes("s", kernel.shape)
-        total = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        total = kernel.astype(float32_or_wider(kernel.dtype))
         for factors in chosen:
             if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
                 raise ValueError(
@@ -247,7 +254,8 @@ class LoHaWeight(ArrayLike):
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 
-    As an array it is the copy of the last active adapter that has one, else the original, which gets no gradient.
+    As an array it is the copy of the active adapter that has one, else the original, which gets no gradient. With two
+    such adapters it is neither, and an error (as in PEFT).
 
     Attributes:
         original: the base parameter.
@@ -280,13 +288,23 @@ class SavedWeight(ArrayLike):
             )
         return self.original
 
-    @property
-    def active_copy(self) -> str | None:
-        """The adapter whose copy is in use, or None."""
-        return next((name for name in reversed(self.active) if name in self.copies), None)
+    def copy_of(self, adapters: Sequence[str]) -> str | None:
+        """The one of these adapters that has a copy, or None.
+
+        Raises:
+            ValueError: several have one.
+        """
+        names = [name for name in adapters if name in self.copies]
+        if len(names) > 1:
+            raise ValueError(
+                f"Only one adapter at a time can replace {self.name}, but {', '.join(names)} each hold a copy of it "
+                "(modules_to_save). Activate one of them, or run each row through its own with "
+                "adapt(fn, adapter_index=ids)."
+            )
+        return names[0] if names else None
 
     def __jax_array__(self) -> jax.Array:
-        name = self.active_copy
+        name = self.copy_of(self.active)
         return lax.stop_gradient(self._frozen) if name is None else self.copies[name]
 
 

@@ -277,7 +277,7 @@ def flops(fn, *args):
     [
         (8, 256, 256, 1, 4, False, "factored"),
         (8, 256, 256, 1, 4, True, "factored"),
-        (32, 256, 256, 1, 6, False, "fused"),
+        (32, 256, 256, 1, 8, False, "fused"),
         (4, 64, 64, 1, 16, False, "fused"),
         (16, 64, 64, 64, 8, False, "fused"),  # depthwise: ΔW is tiny
     ],

@@ -89,6 +89,7 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
     interop.save_peft(tmp_path / "both", params)
     files = sorted(str(p.relative_to(tmp_path / "both")) for p in (tmp_path / "both").rglob("*") if p.is_file())
     assert files == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "style/adapter_config.json",
@@ -103,7 +104,7 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
         assert one.keys() == two.keys()
         assert all(np.array_equal(one[k], two[k]) for k in one)
     interop.save_peft(tmp_path / "one", params, adapters=["style"])
-    assert [p.name for p in (tmp_path / "one").iterdir()] == ["style"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["README.md", "style"]
     with pytest.raises(FileNotFoundError, match=r"there is one in its sub-folder\(s\) style"):
         interop.load_peft(tmp_path / "one", base)
     with pytest.raises(ValueError, match="the tree has no 'zzz'"):
@@ -298,3 +299,84 @@ def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'LORA' adapter"):
         interop.load_peft(tmp_path, base)
     shutil.rmtree(tmp_path)
+
+
+def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
+    _, params = simple(tmp_path / "new", base_model_name_or_path="org/base", task_type="CAUSAL_LM")
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\n')
+    assert card.endswith("### Framework versions\n\n- PEFT 0.21.2\n")
+    (tmp_path / "new" / "README.md").write_text("mine")
+    interop.save_peft(tmp_path / "new", params)
+    assert (tmp_path / "new" / "README.md").read_text() == "mine"
+
+
+def test_modules_that_peft_saves_by_the_end_of_their_name_are_read(tmp_path):
+    """PEFT wraps every module whose name ends with "head", without a dot before it."""
+    base = {n: {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)} for n in ("lin0", "overhead", "head")}
+    config = LoHaConfig(r=2, target_modules=["lin0"], modules_to_save=["head"])
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    assert isinstance(params["overhead"]["kernel"], jax.Array)  # here an entry is a whole name
+    state = interop.to_peft_state_dict(params)
+    state["base_model.model.overhead.weight"] = np.full((4, 3), 7, np.float32)
+    state["base_model.model.overhead.bias"] = np.full(4, 8, np.float32)
+    loaded = interop.from_peft_state_dict(state, config, base)
+    np.testing.assert_array_equal(loha_jax.merge(loaded)["overhead"]["kernel"], np.full((3, 4), 7))
+    assert loaded["lin0"]["kernel"].adapters["default"].config.modules_to_save == ("head", "overhead")
+    assert interop.to_peft_state_dict(loaded).keys() == state.keys()
+    with pytest.raises(ValueError, match=r"unexpected keys \(1\): base_model.model.footer.weight"):
+        interop.from_peft_state_dict({**state, "base_model.model.footer.weight": np.ones(3)}, config, base)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_diffusers_and_transformers_variants_load(tmp_path, prefix):
+    """diffusers' `save_lora_adapter`: one file, keys without a prefix, the config in the header."""
+    base, params = simple(tmp_path / "peft")
+    state = {prefix + k.removeprefix("base_model.model."): v for k, v in interop.to_peft_state_dict(params).items()}
+    # transformers leaves the base's name empty and the adapter trainable
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    config |= {"inference_mode": False, "base_model_name_or_path": ""}
+    (tmp_path / "diffusers").mkdir()
+    path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
+    save_file(state, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+    loaded = interop.load_peft(tmp_path / "diffusers", base)
+    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="no adapter configuration in its header"):
+        interop.load_peft(tmp_path / "diffusers", base)
+    save_file(state, path, {"lora_adapter_metadata": json.dumps(config | {"peft_type": "LORA"})})
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors: .*'LORA'"):
+        interop.load_peft(tmp_path / "diffusers", base)
+
+
+def test_unknown_keys_of_a_newer_config_are_reported(tmp_path):
+    base, _ = simple(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_khatri_rao": True}))
+    with pytest.warns(UserWarning, match=r"Unexpected keys \['use_khatri_rao'\]"):
+        interop.load_peft(tmp_path, base)
+
+
+def test_nested_saved_modules_and_their_statistics_round_trip(tmp_path):
+    base = {
+        "q": {"kernel": jnp.ones((3, 4))},
+        "head": {
+            "0": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
+            "norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4), "mean": jnp.full(4, 3.0), "var": jnp.full(4, 2.0)},
+            "num_batches_tracked": jnp.int32(7),
+        },
+    }
+    config = LoHaConfig(r=2, target_modules=["q"], modules_to_save=["head"], init_weights=False)
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    params = jax.tree.map(lambda x, m: x + 1 if m else x, params, loha_jax.trainable_mask(params))
+    interop.save_peft(tmp_path, params)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    saved = {k.removeprefix("base_model.model.head."): v for k, v in state.items() if ".head." in k}
+    assert saved.keys() == {
+        *("0.weight", "0.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"),
+        "num_batches_tracked",
+    }
+    assert saved["num_batches_tracked"].dtype == np.int64
+    np.testing.assert_array_equal(saved["norm.running_mean"], np.full(4, 3))  # saved, not trained
+    np.testing.assert_array_equal(saved["norm.weight"], np.full(4, 2))
+    jax.tree.map(np.testing.assert_array_equal, interop.load_peft(tmp_path, base), params)

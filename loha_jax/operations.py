@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept
 from loha_jax.kernel_view import KernelView
-from loha_jax.xla_hints import alone, materialized
+from loha_jax.xla_hints import after, alone, materialized
 
 STRATEGIES = ("auto", "factored", "fused", "dense")
 
@@ -38,9 +39,11 @@ class Operation(abc.ABC):
     Attributes:
         primitive: its name in a jaxpr.
         rows: how many times the whole kernel is multiplied: tokens, or positions of an image.
+        branches: whether XLA:CPU computes it in a branch as fast as outside one.
     """
 
     primitive: ClassVar[str]
+    branches: ClassVar[bool] = True
     rows: int
 
     @abc.abstractmethod
@@ -99,14 +102,14 @@ class Operation(abc.ABC):
             return update, (kept_values, factors, h)
 
         def backward(residuals, g):
-            def pull_back(kept_values, factors, h, g):
+            def pull_back(factors, kept_values, h, g):
                 return self.pull_back(kept.build(kept_values), dataclasses.replace(view, factors=factors), h, g)
 
             kept_values, factors, h = residuals
             if kept.rebuilds:
-                dx, dfactors = alone(pull_back, (kept_values, factors, h, g), factors[0].scaling)
+                dx, dfactors = self._alone(pull_back, (factors, kept_values, h, g), 2, g)
             else:
-                dx, dfactors = pull_back(kept_values, factors, h, g)
+                dx, dfactors = pull_back(factors, kept_values, h, g)
             return dx.astype(dtype), None, dfactors
 
         update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
@@ -127,13 +130,13 @@ class Operation(abc.ABC):
             return self.formed(x, dataclasses.replace(view, kernel=kernel, factors=factors))
 
         def forward(x, kept_values, factors, kernel):
-            def run(x, factors, kernel):
+            def run(factors, x, kernel):
                 return self.formed_in_blocks(x, dataclasses.replace(view, kernel=kernel, factors=factors))
 
-            return alone(run, (x, factors, kernel), factors[0].scaling)
+            return self._alone(run, (factors, x, kernel), 1, x)
 
         def backward(residuals, g):
-            def pull_back(kept_values, factors, kernel, g):
+            def pull_back(factors, kept_values, kernel, g):
                 x = kept.build(kept_values)
                 if through_weight:
                     return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
@@ -142,13 +145,33 @@ class Operation(abc.ABC):
                 _, h = self.update(x, whole)
                 return dx, self.pull_back(x, whole, h, g)[1]
 
-            _, factors, _ = residuals
-            dx, dfactors = alone(pull_back, (*residuals, g), factors[0].scaling)
+            kept_values, factors, kernel = residuals
+            rebuilt = 2 if kept.rebuilds else 1
+            dx, dfactors = self._alone(pull_back, (factors, kept_values, kernel, g), rebuilt, g)
             return dx.astype(dtype), None, dfactors, None
 
         fused = jax.custom_vjp(forward)
         fused.defvjp(lambda *args: (forward(*args), args[1:]), backward)
         return fused(x, kept.values, view.factors, view.kernel)
+
+    def _alone(self, fn: Callable[..., Any], args: tuple[Any, ...], rebuilt: int, pending: jax.Array) -> Any:
+        """`fn(*args)`, started when `pending` is there, with nothing of it merged with the forward pass.
+
+        Args:
+            fn: computes with the factors.
+            args: the factors first.
+            rebuilt: of how many of the first arguments `fn` makes what must not be kept from before.
+            pending: one of the arguments, the last one to be there.
+        """
+        (scaling, *_) = (f.scaling for f in args[0])
+        if self.branches:
+            return alone(fn, args, scaling)
+        last = pending if jax.device_count() == 1 else scaling  # an element of a sharded array would be sent around
+
+        def tied(*args):
+            return fn(*after(last, args[:rebuilt]), *args[rebuilt:])
+
+        return lax.platform_dependent(*args, cpu=tied, default=lambda *args: fn(*lax.optimization_barrier(args)))
 
     def formed(self, x: jax.Array, view: KernelView) -> jax.Array:
         """The operation with W + ΔW as one array."""

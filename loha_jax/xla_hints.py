@@ -26,6 +26,12 @@ def materialized(x: jax.Array, source: jax.Array | float) -> jax.Array:
     return x / (1 + _unknown_zero(source)).astype(x.dtype)
 
 
+def after(pending: jax.Array, values: Any) -> Any:
+    """`values`, unchanged, as arrays that XLA can neither merge with others nor have before `pending` is there."""
+    first = pending[(slice(0, 1),) * pending.ndim]
+    return jax.tree.map(lambda x: x + _unknown_zero(first).astype(x.dtype), values)
+
+
 def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array | float) -> Any:
     """`fn(*args)`, started when all of `args` are there, and sharing nothing with the rest of the program.
 

@@ -223,8 +223,8 @@ def load_peft(
 
 def _read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
     """The config and the tensors of an adapter, and the file that holds the latter."""
-    diffusers = folder / DIFFUSERS_NAME
-    if not (folder / CONFIG_NAME).is_file() and diffusers.is_file():
+    has_config, diffusers = (folder / CONFIG_NAME).is_file(), folder / DIFFUSERS_NAME
+    if not has_config and diffusers.is_file():
         text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
         if text is None:
             raise ValueError(
@@ -232,10 +232,11 @@ def _read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]
                 "and give a config to `from_peft_state_dict`."
             )
         try:
-            return LoHaConfig.from_json(text), read_safetensors(diffusers), diffusers
+            config = LoHaConfig.from_json(text)
         except ValueError as error:
             raise ValueError(f"{diffusers}: {error}") from error
-    if not (folder / CONFIG_NAME).is_file():
+        return config, read_safetensors(diffusers), diffusers
+    if not has_config:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
         hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")

@@ -1,12 +1,17 @@
-"""Exchange with PyTorch: PEFT's adapter folders and state dicts, and LyCORIS' files."""
+"""Exchange with PyTorch: PEFT's adapter folders and state dicts, LyCORIS' files, base checkpoints and names."""
 
+from .base_weights import load_base, save_merged
 from .lycoris import save_lycoris, to_lycoris_state_dict
+from .names import NameMap
 from .peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
 
 __all__ = [
+    "NameMap",
     "from_peft_state_dict",
+    "load_base",
     "load_peft",
     "save_lycoris",
+    "save_merged",
     "save_peft",
     "to_lycoris_state_dict",
     "to_peft_state_dict",

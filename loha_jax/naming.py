@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
-"""How `inject` takes names: a function of the default name, or `{regex: template}`."""
+"""How `inject` takes names: a function of the default name, or `{regex: template}`.
+
+A function may have an attribute `layouts` (as the argument of that name), used where the caller gives none: such is
+`loha_jax.interop.NameMap`.
+"""
 
 KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")
 """Leaf names that stand for the module that holds them."""
@@ -21,6 +25,20 @@ _OTHER_LEAVES = {
 _WRAPPERS = ("value", "raw_value")  # what holds the array inside an nnx.Variable or an nn.Partitioned box
 _COLLECTIONS = ("params", "batch_stats")
 _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
+
+
+class UnknownNameError(ValueError):
+    """What a `names` function raises where it cannot tell a kernel's torch name.
+
+    `inject` passes it on if the config may target that kernel, and leaves the kernel alone otherwise.
+
+    Attributes:
+        candidates: torch module names that it could be.
+    """
+
+    def __init__(self, message: str, candidates: Sequence[str] = ()):
+        super().__init__(message)
+        self.candidates = tuple(candidates)
 
 
 def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
@@ -108,6 +126,12 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
             f"{tuple(stack)}: give a list of {count} names, or one name with {{}} where the index goes"
         )
     return result
+
+
+def all_names(name: str, names: Names | None) -> tuple[str, ...]:
+    """The torch module names of a leaf that is no kernel (a normalisation scale), whether it is stacked or not."""
+    given = _given_name(name, names)
+    return (given,) if isinstance(given, str) else tuple(given or (name,))
 
 
 def _indices(index: Sequence[int]) -> Iterator[str]:

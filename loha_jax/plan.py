@@ -24,7 +24,16 @@ from loha_jax.matching import (
     no_match_message,
     resolve_target_modules,
 )
-from loha_jax.naming import Names, is_kernel_leaf, module_name, path_parts, stack_names, torch_parameter
+from loha_jax.naming import (
+    Names,
+    UnknownNameError,
+    all_names,
+    is_kernel_leaf,
+    module_name,
+    path_parts,
+    stack_names,
+    torch_parameter,
+)
 from loha_jax.weight import LoHaWeight, is_adapted
 
 Layouts = Mapping[str, "str | Layout"]
@@ -83,7 +92,7 @@ def plan_injection(
     model_type: str | None = None,
 ) -> Plan:
     """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
-    tree = _Tree(params, names, layouts)
+    tree = NamedTree(params, names, layouts)
     modules = sorted(tree.modules)
     linear = [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
     config_matched = dataclasses.replace(
@@ -141,13 +150,14 @@ def plan_injection(
     return Plan(config_matched, targets, saved)
 
 
-class _Tree:
+class NamedTree:
     """The leaves of a tree with their paths, names and layouts."""
 
     def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
-        self.given_layouts = {p: w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
+        self.given_layouts = _as_layouts(layouts)
+        self.map_layouts = _as_layouts(getattr(names, "layouts", None))
         self.paths: list[tuple[str, ...]] = []
         self.leaves: list[Any] = []
         self.weights: list[int] = []  # positions of the leaf that stands for its module
@@ -187,23 +197,16 @@ class _Tree:
 
     def layout_pattern(self, position: int) -> str | None:
         """The key of `layouts` that names a kernel, itself or as a regular expression for the whole name."""
-        name = self.names[position]
-        if name in self.given_layouts:
-            return name
-        return next((pattern for pattern in self.given_layouts if re.fullmatch(pattern, name)), None)
+        return _pattern_of(self.names[position], self.given_layouts)
 
     def _find_layout(self, position: int) -> Layout:
         leaf, name = self.leaves[position], self.names[position]
         if (pattern := self.layout_pattern(position)) is not None:
-            layout = self.given_layouts[pattern]
-            if layout.ndim != leaf.ndim:
-                raise ValueError(
-                    f"layouts[{pattern!r}] = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
-                    f"shape {tuple(leaf.shape)}"
-                )
-            return layout
+            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf)
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
+        if (pattern := _pattern_of(name, self.map_layouts)) is not None:
+            return _fitting(self.map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
         if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
             return Layout("oi")  # [vocabulary, features]: the lm_head that is tied to it has out = vocabulary
         return default_layout(leaf.shape, self.paths[position], self.shape_at)
@@ -214,20 +217,34 @@ class _Tree:
         if isinstance(leaf, LoHaWeight):
             return leaf.names
         default = self.names[position]
-        if position not in self.kernels:
-            return stack_names(default, (), self.given_names) if self.given_names is not None else (default,)
         try:
-            layout = self.layout(position)
+            stack = self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
         except ValueError:
-            if any(match_target(name, config) is True for name in self.possible_names(position)):
+            if self._may_match(position, config):
                 raise
             return (default,)
-        return stack_names(default, layout.sizes("s", leaf.shape), self.given_names)
+        try:
+            return all_names(default, self.given_names) if stack is None else self.module_names(position, stack)
+        except UnknownNameError:
+            if self._may_match(position, config):
+                raise
+            return (default,)
+
+    def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
+        """The torch module names of a leaf with these stack axes; see `stack_names`."""
+        return stack_names(self.names[position], stack, self.given_names)
+
+    def _may_match(self, position: int, config: LoHaConfig) -> bool:
+        return any(match_target(name, config) is True for name in self.possible_names(position))
 
     def possible_names(self, position: int) -> list[str]:
         """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""
         default, shape = self.names[position], self.leaves[position].shape
         possible = [default]
+        try:
+            all_names(default, self.given_names)
+        except UnknownNameError as error:
+            return [default, *error.candidates]
         for stack in ((), (1,), (1, 1)):
             try:
                 possible += stack_names(default, stack, self.given_names)
@@ -250,10 +267,30 @@ class _Tree:
             return (self.names[position],)  # named by all-linear, hence an error that says how to settle it
         if layout.axes("k"):
             return ()
-        return stack_names(self.names[position], layout.sizes("s", self.leaves[position].shape), self.given_names)
+        try:
+            return self.module_names(position, layout.sizes("s", self.leaves[position].shape))
+        except UnknownNameError:
+            return (self.names[position],)
 
 
-def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
+def _as_layouts(layouts: Layouts | None) -> dict[str, Layout]:
+    return {p: w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
+
+
+def _pattern_of(name: str, layouts: Mapping[str, Layout]) -> str | None:
+    return name if name in layouts else next((p for p in layouts if re.fullmatch(p, name)), None)
+
+
+def _fitting(layout: Layout, origin: str, name: str, leaf: Any) -> Layout:
+    if layout.ndim != leaf.ndim:
+        raise ValueError(
+            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has shape "
+            f"{tuple(leaf.shape)}"
+        )
+    return layout
+
+
+def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
     entries = config.all_modules_to_save
     saved: dict[int, Saved] = {}
     used: set[str] = set()
@@ -268,7 +305,7 @@ def _plan_saved(tree: _Tree, config: LoHaConfig, targets: Mapping[int, Target]) 
                 f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which "
                 f"holds a stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
             )
-        (module,) = stack_names(tree.names[position], (), tree.given_names)
+        (module,) = tree.module_names(position, ())
         if own := _entries_above(module, entries):
             used.update(own)
             name = f"{module}.{torch_parameter(tree.paths[position])}"

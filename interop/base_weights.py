@@ -1,0 +1,382 @@
+"""`load_base` and `save_merged`: Hugging Face checkpoints into a JAX tree, and an adapted tree back into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from loha_jax.adapters import adapter_names, check_adapters
+from loha_jax.merge import merge
+from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
+from loha_jax.plan import Layouts, NamedTree
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+
+from .checkpoint import Checkpoint, CheckpointWriter, parse_size, side_files, weight_files
+from .files import write_atomically
+from .names import NameMap, leaf_path
+from .sources import Source
+
+# What a torch checkpoint may hold beside weights: no Flax model has a place for it.
+_BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")
+
+
+def load_base(
+    path: str | Path,
+    params: Any,
+    *,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    dtype: Any = None,
+    tied: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> Any:
+    """Reads a Hugging Face checkpoint into a tree like `params`, one tensor at a time.
+
+    Everything is checked on the headers before the first value is read.
+
+    Args:
+        path: a safetensors file, or a folder that holds one, or shards with their index.
+        params: arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(model.init, ...)`) that give structure, shapes,
+            dtypes and, where they are placed, shardings.
+        names: a `NameMap`, or what `inject` takes; by default a leaf's torch name is its path.
+        layouts: as for `inject`.
+        dtype: of all floating leaves, instead of each leaf's own.
+        tied: `{name that is missing in the file: name that it shares its values with}`, e.g.
+            `{"lm_head.weight": "model.embed_tokens.weight"}`.
+        strict: tensors that no leaf takes are an error. Buffers such as `num_batches_tracked` never are.
+
+    Returns:
+        A tree with the structure of `params` and new arrays.
+
+    Raises:
+        FileNotFoundError: the checkpoint, or one of its shards, is not there.
+        ValueError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`) unused tensors, all
+            in one error; a value that float16 cannot hold; or the tree is adapted.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"q.weight": np.ones((3, 4), np.float32)}, f"{folder}/model.safetensors")
+        ...     load_base(folder, {"q": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}})["q"]["kernel"].shape
+        (4, 3)
+    """
+    if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
+        raise ValueError("load_base takes the base model's tree: load it first, then inject or load adapters.")
+    checkpoint = Checkpoint(path)
+    tree, sources, problems = _find_sources(params, names, layouts, checkpoint.shapes)
+    missing: list[str] = []
+    for position, source in sources.items():
+        shape, where = tuple(tree.leaves[position].shape), ".".join(tree.paths[position])
+        keys = tuple(k if k in checkpoint.shapes else (tied or {}).get(k, k) for k in source.keys)
+        sources[position] = dataclasses.replace(source, keys=keys)
+        for key in keys:
+            if key not in checkpoint.shapes:
+                missing.append(f"{key} (for {where} {list(shape)})")
+            elif not source.fits(shape, checkpoint.shapes[key]):
+                need = list(source.torch_shape(shape))
+                problems.append(f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}")
+            elif _kind(checkpoint.dtypes[key]) != _kind(tree.leaves[position].dtype):
+                problems.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {tree.leaves[position].dtype}")
+    used = {key for source in sources.values() for key in (*source.keys, *source.also)}
+    unused = [key for key in checkpoint.shapes if key not in used and not _BUFFERS.fullmatch(key)] if strict else []
+    if missing or problems or unused:
+        raise ValueError(_report(checkpoint.path, missing, problems, unused))
+    leaves = list(tree.leaves)
+    for position, source in sources.items():
+        like = leaves[position]
+        target = np.dtype(dtype) if dtype is not None and _kind(like.dtype) == "float" else np.dtype(like.dtype)
+        value = np.empty(tuple(like.shape), target)
+        for n, key in enumerate(source.keys):
+            source.put(_cast(checkpoint.read(key), target, key), value, n)
+        leaves[position] = _place(value, like)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _report(path: Path, missing: list[str], problems: list[str], unused: list[str]) -> str:
+    titles = (
+        ("tensors that are not in the file", missing),
+        ("leaves that do not fit", problems),
+        ("tensors that no leaf takes", unused),
+    )
+    found = [f"{title} ({len(items)}): {'; '.join(items)}" for title, items in titles if items]
+    hints = []
+    if missing:
+        hints.append(
+            "`names=` says what torch calls a leaf (NameMap.transformers(), NameMap.infer, …), `tied=` whose values a "
+            "tied weight has"
+        )
+    if unused:
+        hints.append("`strict=False` leaves tensors unread")
+    return f"{path} and the tree do not fit; nothing was loaded. {'. '.join(found)}. {'; '.join(hints)}".rstrip()
+
+
+def _kind(dtype: Any) -> str:
+    return "float" if jax.numpy.issubdtype(dtype, np.floating) else np.dtype(dtype).kind
+
+
+def _cast(tensor: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        result = tensor.astype(dtype, copy=False)
+    if dtype == np.float16 and tensor.dtype != np.float16:  # the one common dtype with a smaller range
+        lost = ~np.isfinite(result) & np.isfinite(tensor.astype(np.float32, copy=False))
+        if lost.any():
+            raise ValueError(f"{key} has {int(lost.sum())} values that float16 cannot hold; use bfloat16 or float32")
+    return result
+
+
+def _place(value: np.ndarray, like: Any) -> jax.Array:
+    sharding = getattr(like, "sharding", None)
+    if isinstance(like, jax.Array) and not like.committed:
+        sharding = None
+    return jax.device_put(value, sharding)
+
+
+def _find_sources(
+    params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
+) -> tuple[NamedTree, dict[int, Source], list[str]]:
+    """The tree, the sources of its leaves by flat position, and what is wrong with those that have none."""
+    if isinstance(names, NameMap) and shapes is not None:
+        names = names.bind(shapes)
+    tree = NamedTree(params, names, layouts)
+    sources: dict[int, Source] = {}
+    problems: list[str] = []
+    for position in tree.names:
+        if jax.numpy.issubdtype(tree.leaves[position].dtype, jax.dtypes.extended):
+            continue  # a PRNG key: no weight
+        try:
+            sources[position] = _source(tree, position, names, shapes)
+        except ValueError as error:
+            problems.append(f"{'.'.join(tree.paths[position])} {list(tree.leaves[position].shape)}: {error}")
+    return tree, sources, problems
+
+
+def _source(
+    tree: NamedTree, position: int, names: Names | None, shapes: Mapping[str, tuple[int, ...]] | None
+) -> Source:
+    leaf, parts = tree.leaves[position], tree.paths[position]
+    given = tree.layout_pattern(position) is not None and position in tree.kernels
+    if isinstance(names, NameMap) and names.is_settled:
+        source = names.source(leaf_path(parts))
+        return Source.of_layout(source.keys, tree.layout(position)) if given else source
+    if isinstance(leaf, SavedWeight):
+        if leaf.layout is not None:
+            return Source.of_layout((leaf.name,), leaf.layout)
+        return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
+    if isinstance(leaf, LoHaWeight):
+        return _kernel_source(tree, position, leaf.names, names)
+    if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
+        return _kernel_source(tree, position, None, names)
+    if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:  # a parameter of its own, such as a class token
+        (name,) = tree.module_names(position, ())
+        if given or (position in tree.kernels and shapes and name not in shapes and f"{name}.weight" in shapes):
+            return _kernel_source(tree, position, None, names)
+        if shapes is None:
+            raise ValueError("only a torch checkpoint says whether it is a parameter or a weight; give `base=`")
+        return Source((name,), (), _axes(leaf.shape, shapes.get(name)))
+    return _vector_source(tree, position, shapes)
+
+
+def _kernel_source(tree: NamedTree, position: int, modules: Sequence[str] | None, names: Names | None) -> Source:
+    layout = tree.layout(position)
+    modules = modules or tree.module_names(position, layout.sizes("s", tree.leaves[position].shape))
+    source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
+    if isinstance(names, NameMap) and names.is_conv1d(tree.names[position]):
+        out, in_ = source.axes
+        return dataclasses.replace(source, axes=(in_, out))
+    return source
+
+
+def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Source:
+    """A bias, scale or statistic, which may be stacked as the kernel beside it, or as the checkpoint's names show."""
+    parts, shape = tree.paths[position], tuple(tree.leaves[position].shape)
+    stacks = [0]
+    for other in tree.kernels:
+        if tree.paths[other][:-1] == parts[:-1]:
+            stack = tree.layout(other).sizes("s", tree.leaves[other].shape)
+            stacks = [len(stack)] if shape[: len(stack)] == stack else stacks
+            break
+    else:
+        stacks = list(range(len(shape))) if shapes is not None else stacks
+    first = None
+    for count in stacks:
+        try:
+            modules = tree.module_names(position, shape[:count])
+        except ValueError:
+            if count == stacks[-1] and first is None:
+                raise
+            continue
+        keys = tuple(f"{module}.{torch_parameter(parts)}" for module in modules)
+        torch_shape = (shapes or {}).get(keys[0])
+        axes = tuple(tuple(count + a for a in group) for group in _axes(shape[count:], torch_shape))
+        first = first or Source(keys, tuple(range(count)), axes)
+        if shapes is None or all(key in shapes for key in keys):
+            return Source(keys, tuple(range(count)), axes)
+    assert first is not None
+    return first
+
+
+def _axes(shape: Sequence[int], torch_shape: Sequence[int] | None) -> tuple[tuple[int, ...], ...]:
+    """Axis by axis, or all in one for a torch tensor with a single axis (the bias of several heads)."""
+    if len(shape) > 1 and (torch_shape is None or len(torch_shape) == 1):
+        return (tuple(range(len(shape))),)
+    return tuple((axis,) for axis in range(len(shape)))
+
+
+def save_merged(
+    folder: str | Path,
+    params: Any,
+    *,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    base: str | Path | None = None,
+    adapters: Sequence[str] | None = None,
+    dtype: Any = None,
+    tied: Mapping[str, str] | None = None,
+    max_shard_size: int | str = "5GB",
+    safe: bool = False,
+) -> None:
+    """Writes a tree, with its adapters merged, as a folder that transformers' `from_pretrained` loads in torch.
+
+    Tensors are merged and written one at a time, into temporary files that are renamed when all are whole.
+
+    Args:
+        folder: made if it is not there; may not hold weights.
+        params: an adapted tree, or a plain one.
+        names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they have.
+        base: the checkpoint that the tree came from (a safetensors file or folder). With it, the result has its
+            tensors, names, shapes and dtypes; those that the tree does not hold are copied through, and the files
+            beside it (config, tokenizer) too.
+        adapters: which to merge; the active ones by default.
+        dtype: of all floating tensors, instead of the base's (or without one, each leaf's own).
+        tied: as for `load_base`: leaves whose tensor the base does not hold because it is that of another. They must
+            have its values still.
+        max_shard_size: of one file: bytes, or "5GB".
+        safe: refuse a merged weight with NaN or infinity.
+
+    Raises:
+        FileExistsError: the folder holds weights.
+        NotADirectoryError: it is a file.
+        ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
+            tensor and different values; a leaf that is tied no longer; an unknown adapter. Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_merged(folder, {"q": {"kernel": jnp.ones((4, 3))}})
+        ...     Checkpoint(folder).shapes
+        {'q.weight': (3, 4)}
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_merged writes a folder")
+    if held := weight_files(folder):
+        raise FileExistsError(
+            f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty it."
+        )
+    check_adapters(params, adapters or ())
+    size = parse_size(max_shard_size)
+    checkpoint = Checkpoint(base) if base is not None else None
+    shapes = checkpoint.shapes if checkpoint else None
+    tree, sources, problems = _find_sources(params, names, layouts, shapes)
+    tied = dict(tied or {})
+    owners: dict[str, list[tuple[int, int]]] = {}
+    for position, source in sources.items():
+        shape, where = tuple(tree.leaves[position].shape), ".".join(tree.paths[position])
+        copies = [(n, key) for n, key in enumerate(source.keys)] + [(0, key) for key in source.also]
+        for n, key in copies:
+            if shapes is not None and key not in shapes:
+                if tied.get(key) not in shapes:
+                    problems.append(f"{key} (for {where} {list(shape)}) is not in the base checkpoint")
+                    continue
+                key = tied[key]
+            if shapes is not None and not source.fits(shape, shapes[key]):
+                need = list(source.torch_shape(shape))
+                problems.append(f"{key} is {list(shapes[key])} in the base, {where} {list(shape)} gives {need}")
+            owners.setdefault(key, []).append((position, n))
+    if problems:
+        raise ValueError(f"The tree cannot be saved; nothing was written ({len(problems)}): {'; '.join(problems)}")
+    plan = []
+    for key in shapes if shapes is not None else owners:
+        if key in owners:
+            position, _ = owners[key][0]
+            own = np.dtype(tree.leaves[position].dtype)
+            kind = checkpoint.dtypes[key] if checkpoint else own
+            shape = shapes[key] if shapes is not None else sources[position].torch_shape(tree.leaves[position].shape)
+        else:
+            assert checkpoint is not None
+            kind, shape = checkpoint.dtypes[key], checkpoint.shapes[key]
+        plan.append((key, np.dtype(dtype) if dtype is not None and _kind(kind) == "float" else kind, tuple(shape)))
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "model"
+    if checkpoint is not None and (checkpoint.folder / "config.json").is_file():
+        stem = "diffusion_pytorch_model" if "_diffusers_version" in _config(checkpoint.folder) else stem
+    with CheckpointWriter(folder, plan, size, stem, {"format": "pt"}) as writer:
+        for key, target, shape in plan:
+            if key not in owners:
+                assert checkpoint is not None
+                writer.write(key, _cast(checkpoint.read(key), target, key))
+                continue
+            first, *others = owners[key]
+            value = _merged(tree, sources, *first, adapters, safe)
+            for other in others:
+                if not np.array_equal(value, _merged(tree, sources, *other, adapters, safe).reshape(value.shape)):
+                    raise ValueError(
+                        f"{' and '.join('.'.join(tree.paths[p]) for p, _ in owners[key])} are both {key} in torch, and "
+                        "have different values now. The weight is tied: adapt or change all of its copies alike. "
+                        "Nothing was written."
+                    )
+            writer.write(key, _cast(value, target, key).reshape(shape))
+        if checkpoint is not None:
+            for file in side_files(checkpoint.folder):
+                if not (folder / file.name).exists():  # an author's own stays
+                    write_atomically(folder / file.name, _side_file(file, dtype))
+        writer.commit()
+
+
+def _merged(
+    tree: NamedTree,
+    sources: Mapping[int, Source],
+    position: int,
+    index: int,
+    adapters: Sequence[str] | None,
+    safe: bool,
+) -> np.ndarray:
+    """One torch tensor of a leaf; of an adapted stack, only the module that is asked for is merged."""
+    leaf, source = tree.leaves[position], sources[position]
+    if is_adapted(leaf):
+        own = None if adapters is None else [name for name in adapters if name in adapter_names(leaf)]
+        stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
+        if stack and stack == source.stack and stack == tuple(range(len(stack))):
+            where = np.unravel_index(index, leaf.shape[: len(stack)])
+            leaf = jax.tree.map(lambda array: array[where], leaf)
+            leaf = dataclasses.replace(leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],))
+            moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
+            source, index = Source(source.keys[index : index + 1], (), moved), 0
+        leaf = merge(leaf, own, safe=safe)
+    return source.tensor(np.asarray(leaf), index)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+
+
+def _side_file(file: Path, dtype: Any) -> bytes:
+    """The content of a file beside the weights; a config says the new dtype."""
+    if file.name == "config.json" and dtype is not None:
+        config = _config(file.parent)
+        for field in ("dtype", "torch_dtype"):
+            if field in config:
+                config[field] = np.dtype(dtype).name
+        return (json.dumps(config, indent=2) + "\n").encode()
+    return file.read_bytes()

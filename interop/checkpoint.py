@@ -1,0 +1,270 @@
+"""Base checkpoints in Hugging Face's form: safetensors files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from .files import readable_by_umask, write_atomically
+
+INDEX = ".index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_WORDS = {np.dtype(dtype): word for word, dtype in _DTYPES.items()}
+
+
+class Checkpoint:
+    """The tensors of a safetensors file or of a folder of them, by name; values are read when asked for.
+
+    Args:
+        path: a file; or a folder that holds `model.safetensors`, `diffusion_pytorch_model.safetensors`, one of these
+            in shards with `*.safetensors.index.json`, or a single safetensors file of any name.
+
+    Attributes:
+        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a shard of the index is missing.
+        ValueError: the folder holds several checkpoints, a file is broken, or index and shards do not agree.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        files, weight_map = _find_files(self.path)
+        for file in files:
+            with _open(file) as opened:
+                for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
+                    if key in self._files:
+                        raise ValueError(f"{key} is in {self._files[key]} and again in {file}")
+                    part = opened.get_slice(key)
+                    if (word := part.get_dtype()) not in _DTYPES:
+                        raise ValueError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
+                    self._files[key] = file
+                    self.shapes[key] = tuple(part.get_shape())
+                    self.dtypes[key] = np.dtype(_DTYPES[word])
+        if weight_map is not None and (lost := sorted(key for key in weight_map if key not in self._files)):
+            raise ValueError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder, also of a single file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def read(self, key: str) -> np.ndarray:
+        """The values of one tensor. The file is opened anew, so that its pages can leave the memory again."""
+        with _open(self._files[key]) as opened:
+            return opened.get_tensor(key)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safetensors.safe_open(file, "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    if path.is_file():
+        if not path.name.endswith(INDEX):
+            return [path], None
+        return _from_index(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no file or folder '{path}'")
+    for stem in _STEMS:
+        if (file := path / f"{stem}.safetensors").is_file():
+            return [file], None
+        if (index := path / f"{stem}.safetensors{INDEX}").is_file():
+            return _from_index(index)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, None
+    if found:
+        raise ValueError(
+            f"'{path}' holds several safetensors files and no index: {', '.join(f.name for f in found)}. Give the path "
+            "of one of them."
+        )
+    other = sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name))
+    hint = (
+        f"; it has {', '.join(other)}: load the model in torch and save it with safe_serialization=True"
+        if other
+        else ""
+    )
+    raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
+
+
+def _from_index(index: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
+    return files, weight_map
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files beside a checkpoint's weights: its config, its tokenizer, its licence."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that hold weights or index them."""
+    return sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200MB" or a number, in powers of ten as in huggingface_hub.
+
+    Example:
+        >>> parse_size("5GB"), parse_size(100)
+        (5000000000, 100)
+    """
+    if isinstance(size, int) and size > 0:
+        return size
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)B", str(size).upper())
+    if not found or not int(found[1]):
+        raise ValueError(f"A size is a positive number of bytes or such as '5GB', got {size!r}")
+    return int(found[1]) * 1000 ** " KMGT".index(found[2] or " ")
+
+
+class CheckpointWriter:
+    """Writes a checkpoint tensor by tensor, in any order, in shards of a size, with Hugging Face's file names.
+
+    All headers are made from the names, dtypes and shapes, so that each tensor goes straight to its place in a
+    temporary file. `commit` flushes the files and renames them, the index last; leaving the `with` block without it
+    removes them.
+
+    Args:
+        folder: exists.
+        tensors: `(name, dtype, shape)` in the order in which they are to stand.
+        max_shard_size: of the values of one file, in bytes; one larger tensor has a file of its own.
+        stem: "model" or "diffusion_pytorch_model".
+        metadata: strings for the header of every file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
+        max_shard_size: int,
+        stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self._folder, self._stem = folder, stem
+        shards: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
+        filled = 0
+        self._total = 0
+        for name, dtype, shape in tensors:
+            size = math.prod(shape) * dtype.itemsize
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, dtype, shape))
+            filled += size
+            self._total += size
+        if len(shards) == 1:
+            self.names = [f"{stem}.safetensors"]
+        else:
+            self.names = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+        self.weight_map = {t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard}
+        self._places: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
+        self._pending = set(self.weight_map)
+        self._files: list[tuple[int, Path]] = []
+        try:
+            for n, shard in enumerate(shards):
+                descriptor, temporary = tempfile.mkstemp(prefix=f".{self.names[n]}.", suffix=".tmp", dir=folder)
+                self._files.append((descriptor, Path(temporary)))
+                self._start(n, descriptor, shard, dict(metadata or {}))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        offset = 0
+        # as safetensors itself does: the widest dtypes first, so that all values are aligned
+        for name, dtype, shape in sorted(shard, key=lambda t: -t[1].itemsize):
+            end = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            self._places[name] = (n, offset, dtype, shape)
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        _write_at(descriptor, 0, len(text).to_bytes(8, "little") + text)
+        for name in header.keys() - {"__metadata__"}:
+            place = self._places[name]
+            self._places[name] = (place[0], place[1] + 8 + len(text), *place[2:])
+        os.truncate(descriptor, 8 + len(text) + offset)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Puts a tensor into its place; its dtype and shape are those announced."""
+        n, offset, dtype, shape = self._places[name]
+        if value.dtype != dtype or value.shape != shape:
+            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
+        _write_at(self._files[n][0], offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        self._pending.discard(name)
+
+    def commit(self) -> None:
+        """Flushes and renames the files; ValueError if a tensor was not written."""
+        if self._pending:
+            raise ValueError(f"These tensors were announced and not written: {', '.join(sorted(self._pending))}")
+        for descriptor, path in self._files:
+            os.fsync(descriptor)
+            readable_by_umask(path)
+        for (_, path), name in zip(self._files, self.names, strict=True):
+            os.replace(path, self._folder / name)
+        if len(self.names) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": self.weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            write_atomically(self._folder / f"{self._stem}.safetensors{INDEX}", text.encode())
+
+    def close(self) -> None:
+        """Closes the files and removes those that were not renamed."""
+        for descriptor, path in self._files:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+        self._files = []
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _write_at(descriptor: int, offset: int, data: Any) -> None:
+    view = memoryview(data)
+    while len(view):  # one call writes at most 2 GB
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .factors import chosen_adapter, module_factors
@@ -17,6 +18,7 @@ from .files import safetensors_bytes, write_atomically
 PREFIX = "lycoris_"
 
 
+@takes_model(changes=False)
 def save_lycoris(
     path: str | Path, params: Any, *, adapter_name: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -43,6 +45,7 @@ def save_lycoris(
     write_atomically(Path(path), safetensors_bytes(state, metadata or {}))
 
 
+@takes_model(changes=False)
 def to_lycoris_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """LyCORIS' state dict of one adapter: `lycoris_<module, dots as underscores>.hada_w1_a` … and `.alpha`.
 

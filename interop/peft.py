@@ -22,6 +22,7 @@ from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
+from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
@@ -40,6 +41,7 @@ DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
+@takes_model(changes=False)
 def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
     """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
 
@@ -89,6 +91,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]]).encode())
 
 
+@takes_model(changes=False)
 def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` … and the saved modules' parameters.
 
@@ -141,6 +144,7 @@ def _targets_embeddings(config: LoHaConfig) -> bool:
     return any(name in targets for name in _EMBEDDINGS)  # type: ignore[operator]
 
 
+@takes_model(changes=False)
 def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
 
@@ -165,6 +169,8 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
         config,
         inference_mode=True,
         peft_version=PEFT_VERSION,
+        # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.
+        target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
         modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
         alpha_pattern=_sortable(config.alpha_pattern, config.alpha, alphas),
@@ -248,6 +254,7 @@ def _read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]
     raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
 
 
+@takes_model(argument="base_params")
 def from_peft_state_dict(
     state: Mapping[str, Any],
     config: LoHaConfig,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
+from jax.interpreters.partial_eval import dce_jaxpr
 
 Literal = jex.Literal
 
@@ -41,3 +42,9 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # 0.12: a tree of (consts, carry, xs)
     return len(consts), len(carry)
+
+
+def without_dead_code(closed: Any) -> Any:
+    """A closed jaxpr without what its outputs do not need, loops included; its inputs stay."""
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return jex.ClosedJaxpr(jaxpr, closed.consts)

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from loha_jax._compat import Literal
+from loha_jax._compat import Literal, without_dead_code
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
+from loha_jax.models import on_trees
 from loha_jax.operations import STRATEGIES
 from loha_jax.per_example import run_per_example
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
@@ -75,7 +76,11 @@ def adapt(
         if adapter_index is None:
             return run(fn, args, kwargs, options)
         by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
-        return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
+
+        def run_rows(fn, args, kwargs):
+            return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
+
+        return on_trees(run_rows, fn, args, kwargs, changes=False)
 
     adapted.__loha_jax__ = (fn, options, adapter_index is not None)  # type: ignore[attr-defined]  # read by `explain`
     return adapted  # type: ignore[return-value]
@@ -92,7 +97,11 @@ def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode
 
 
 def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:
-    """Calls `fn` with the adapted leaves of its arguments as views."""
+    """Calls `fn` with the adapted leaves of its arguments, or of the NNX models among them, as views."""
+    return on_trees(functools.partial(_run, options), fn, args, kwargs)
+
+
+def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
     named = options.observer is not None or not isinstance(options.strategy, str)
     arrays: list[Any] = []  # what fn is traced with
@@ -148,7 +157,7 @@ def trace_and_evaluate(
                 static_outputs[n] = output
         return [o for n, o in enumerate(outputs) if n not in static_outputs]
 
-    closed = jax.make_jaxpr(flat)(*arrays)
+    closed = without_dead_code(jax.make_jaxpr(flat)(*arrays))
     results = evaluate(closed.jaxpr, closed.consts, values, options)
     returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
     dynamic = iter(

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
+from loha_jax.models import takes_model
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted
 
 
+@takes_model(changes=False)
 def adapter_names(params: Any) -> tuple[str, ...]:
     """The names of all adapters in a tree, sorted.
 
@@ -52,6 +54,7 @@ def check_new_adapter(params: Any, name: Any) -> None:
         raise ValueError(f"Adapter with name {name!r} already exists.")
 
 
+@takes_model
 def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
     """The tree with other adapters active: one, several (their updates are summed in this order) or none.
 
@@ -80,6 +83,7 @@ def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
     )
 
 
+@takes_model
 def scale(params: Any, weights: Mapping[str, Any]) -> Any:
     """The tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
 
@@ -120,6 +124,7 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
     return jax.tree.map(scaled, params, is_leaf=is_adapted)
 
 
+@takes_model
 def delete_adapter(params: Any, name: str) -> Any:
     """The tree without an adapter; leaves that held only this one are plain arrays again, the very same ones.
 
@@ -162,6 +167,7 @@ def without_adapters(leaf: Any, names: Sequence[str]) -> Any:
     return leaf
 
 
+@takes_model
 def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> Any:
     """Adds the weighted sum of several adapters as one more LoHa adapter, exactly.
 

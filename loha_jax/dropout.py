@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
@@ -36,6 +37,8 @@ def dropout(params: Any, key: jax.Array) -> Any:
         >>> dropout(params, jax.random.key(1))["q"]["kernel"].shape
         (3, 3)
     """
+
+    refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
 
     def drop(leaf: Any) -> Any:
         if not isinstance(leaf, LoHaWeight):

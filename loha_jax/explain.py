@@ -12,8 +12,9 @@ import numpy as np
 
 from loha_jax.adapt import make_options, run
 from loha_jax.kernel_view import KernelView
+from loha_jax.models import adapted_leaves
 from loha_jax.operations import Operation
-from loha_jax.weight import LoHaWeight, is_adapted
+from loha_jax.weight import LoHaWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def explain(
 
     Args:
         fn: the model's function, or what `adapt` made of it (whose own settings then count).
-        params: the first argument of `fn`, an adapted tree.
+        params: the first argument of `fn`, an adapted tree or NNX model.
         args, kwargs: the other arguments of `fn`.
         strategy, training, forward_mode: as for `adapt`.
 
@@ -178,6 +179,6 @@ def explain(
 
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
     seen = {use.module for use in recorder.uses}
-    adapted = [leaf for leaf in jax.tree.leaves((params, args, kwargs), is_leaf=is_adapted) if is_adapted(leaf)]
+    adapted = adapted_leaves((params, args, kwargs))
     names = [leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters]
     return Explanation(tuple(recorder.uses), tuple(name for name in names if name not in seen))

@@ -13,11 +13,13 @@ from loha_jax.adapters import check_new_adapter
 from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
+from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted
 
 
+@takes_model
 def inject(
     params: Any,
     config: LoHaConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from loha_jax.interpreter import Options
 from loha_jax.kernel_view import KernelView
 from loha_jax.layouts import Layout
 from loha_jax.merge import unload
+from loha_jax.models import is_model
 from loha_jax.naming import is_kernel_leaf, module_name, path_parts
 from loha_jax.operations import Operation
 
@@ -28,7 +30,7 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 
     Args:
         fn: the model's function, e.g. `model.apply` or `lambda params, x: ...`.
-        params: its first argument: a tree of arrays, adapted or not.
+        params: its first argument: a tree of arrays, or an NNX model, adapted or not.
         args, kwargs: its other arguments.
 
     Returns:
@@ -41,7 +43,7 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         ...               {"head": {"w": jnp.ones((3, 5))}}, jnp.ones((2, 5)))
         {'head': 'oi'}
     """
-    base = unload(params)
+    base = unload(copy.deepcopy(params) if is_model(params) else params)  # unload changes a model in place
     leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
     candidates: dict[int, str] = {}
     for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.adapters import adapter_names, check_adapters, without_adapters
+from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
+@takes_model
 def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = False, unload: bool = True) -> Any:
     """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
@@ -71,6 +73,7 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
     return result
 
 
+@takes_model
 def unload(params: Any) -> Any:
     """The base model's tree, as it was before `inject`: the very same arrays.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 
@@ -86,6 +87,8 @@ def trainable_mask(params: Any) -> Any:
         >>> len(jax.tree.leaves(mask)), sum(jax.tree.leaves(mask))
         (6, 4)
     """
+
+    refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")
 
     def all_of(tree: Any, value: bool) -> Any:
         return jax.tree.map(lambda _: value, tree)

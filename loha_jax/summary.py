@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from loha_jax.merge import unload
+from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 STATISTICS = "statistics"
@@ -72,6 +73,7 @@ class Summary:
         return "\n".join([*lines, self.totals])
 
 
+@takes_model(changes=False)
 def summary(params: Any) -> Summary:
     """Lists the adapters of a tree with their modules, ranks and parameter counts.
 

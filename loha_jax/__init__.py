@@ -7,6 +7,9 @@
 Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.
 """
 
+import importlib
+from typing import Any
+
 from loha_jax.adapt import adapt
 from loha_jax.adapters import adapter_names, add_weighted_adapter, delete_adapter, scale, set_adapter
 from loha_jax.config import LoHaConfig
@@ -22,6 +25,8 @@ from loha_jax.summary import summary
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 __version__ = "0.1.0"
+
+_SUBMODULES = ("interop", "linen", "nnx")  # imported when they are first used: Flax takes a while to import
 
 __all__ = [
     "Factors",
@@ -50,3 +55,13 @@ __all__ = [
     "trainable_mask",
     "unload",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"loha_jax.{name}")
+    raise AttributeError(f"module 'loha_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES])

@@ -173,7 +173,11 @@ def _source(
     if isinstance(leaf, LoHaWeight):
         return _kernel_source(tree, position, leaf.names, names)
     if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
-        return _kernel_source(tree, position, None, names)
+        source = _kernel_source(tree, position, None, names)
+        if shapes is not None and not given and source.keys[0] not in shapes:
+            vectors = _vector_source(tree, position, shapes)  # Llama's stacked norms are called weight too
+            return vectors if all(key in shapes for key in vectors.keys) else source
+        return source
     if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:  # a parameter of its own, such as a class token
         (name,) = tree.module_names(position, ())
         if given or (position in tree.kernels and shapes and name not in shapes and f"{name}.weight" in shapes):
@@ -199,7 +203,8 @@ def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[in
     parts, shape = tree.paths[position], tuple(tree.leaves[position].shape)
     stacks = [0]
     for other in tree.kernels:
-        if tree.paths[other][:-1] == parts[:-1]:
+        beside = tree.paths[other]
+        if other != position and beside[:-1] == parts[:-1] and beside[-1] in KERNEL_LEAVES:
             stack = tree.layout(other).sizes("s", tree.leaves[other].shape)
             stacks = [len(stack)] if shape[: len(stack)] == stack else stacks
             break

@@ -309,10 +309,11 @@ class NameMap:
 
     @property
     def layouts(self) -> dict[str, Any]:
-        """Layouts by default module name."""
+        """Layouts by default module name; None for a leaf called like a kernel that is a vector in torch."""
         known: dict[str, Any] = {}
         for path, source in self.sources.items():
-            if source.layout is not None:
+            is_vector = len(source.axes) < 2 and len(source.order) > 1 and path.rpartition(".")[2] in KERNEL_LEAVES
+            if source.layout is not None or is_vector:
                 known[module_name(path.split("."))] = source.layout
         return {**known, **self._given}
 

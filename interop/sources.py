@@ -87,7 +87,7 @@ def make_source(
     units = [axis for axis in range(len(shape)) if axis not in given]
     empty = [t for t, group in enumerate(groups) if not group]
     rest = [axis for axis in range(len(shape)) if axis not in stack]
-    if len(rest) == len(groups):
+    if rest and len(rest) == len(groups):
         for guess in ([rest[-1], *rest[-2:-1], *rest[:-2]], rest):
             if all((axis in units) if t in empty else groups[t] == (axis,) for t, axis in enumerate(guess)):
                 groups = [(axis,) for axis in guess]

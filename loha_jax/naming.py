@@ -11,8 +11,8 @@ import numpy as np
 Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
 """How `inject` takes names: a function of the default name, or `{regex: template}`.
 
-A function may have an attribute `layouts` (as the argument of that name), used where the caller gives none: such is
-`loha_jax.interop.NameMap`.
+A function may have an attribute `layouts` (as the argument of that name), used where the caller gives none; None in it
+says that a leaf is no kernel, but a stack of scales. Such a function is `loha_jax.interop.NameMap`.
 """
 
 KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")

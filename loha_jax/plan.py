@@ -157,7 +157,9 @@ class NamedTree:
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
         self.given_layouts = _as_layouts(layouts)
-        self.map_layouts = _as_layouts(getattr(names, "layouts", None))
+        known = getattr(names, "layouts", None) or {}
+        self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
+        vectors = {name for name, layout in known.items() if layout is None}
         self.paths: list[tuple[str, ...]] = []
         self.leaves: list[Any] = []
         self.weights: list[int] = []  # positions of the leaf that stands for its module
@@ -172,7 +174,8 @@ class NamedTree:
                 continue
             self.names[position] = module_name(parts)
             if is_kernel_leaf(parts) and leaf.ndim >= 2:
-                self.kernels.add(position)
+                if self.names[position] not in vectors:
+                    self.kernels.add(position)
                 self.weights.append(position)
         with_kernel = {self.names[n] for n in self.weights}
         for position, name in self.names.items():  # normalisation layers: modules without a kernel

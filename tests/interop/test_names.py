@@ -54,7 +54,7 @@ def llama3():
 def qwen2():
     layer = r"model\.layers\.([0-9]+)\."
     return {
-        **llama3(),
+        **{pattern: value for pattern, value in llama3().items() if "q_norm" not in pattern},
         layer + r"self_attn\.q_proj\.bias": (r"layers.\1.attn.q_bias", None),
         layer + r"self_attn\.k_proj\.bias": (r"layers.\1.attn.k_bias", None),
     }
@@ -137,9 +137,10 @@ def torch_tensors(rng, layers=2, kind="llama3", prefix=""):
             tensors[layer + "post_feedforward_layernorm.weight"] = values(D)
             continue
         tensors[layer + "mlp.down_proj.weight"] = values(D, F)
-        tensors[layer + "self_attn.q_norm.weight"] = values(H)
         if kind == "qwen2":
             tensors[layer + "self_attn.q_proj.bias"] = values(N * H)
+        else:
+            tensors[layer + "self_attn.q_norm.weight"] = values(H)
         if kind == "qwen3":
             tensors[layer + "mlp.gate.weight"] = values(E, D)
             for e in range(E):

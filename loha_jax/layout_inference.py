@@ -20,7 +20,17 @@ from loha_jax.naming import is_kernel_leaf, module_name, path_parts
 from loha_jax.operations import Operation
 
 
-def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+class InferredLayouts(dict[str, str]):
+    """Layouts by module name, as `infer_layouts` returns them.
+
+    Attributes:
+        lookups: modules whose rows are looked up: no linear layers to "all-linear", whatever their leaves are called.
+    """
+
+    lookups: frozenset[str] = frozenset()
+
+
+def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> InferredLayouts:
     """The layouts of the kernels of `params`, from how `fn(params, *args, **kwargs)` uses them.
 
     `fn` is traced without computing anything; arrays may be `jax.ShapeDtypeStruct`s. Axes that a product contracts are
@@ -35,7 +45,8 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 
     Returns:
         `{module name: layout}` for `inject(..., layouts=...)`. Arrays that no product, convolution or lookup reads
-        as they are stored, axis by axis, are left out.
+        as they are stored, axis by axis, are left out. `target_modules="all-linear"` then takes the modules in it
+        that are multiplied with, and not those that are looked up or slid.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,7 +73,9 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         return [o for o in jax.tree.leaves(outputs) if isinstance(o, jax.Array)]
 
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
-    return {name: layout for name in candidates.values() if (layout := roles.layout(name))}
+    found = InferredLayouts({name: layout for name in candidates.values() if (layout := roles.layout(name))})
+    found.lookups = frozenset(roles.lookups & found.keys())
+    return found
 
 
 def _is_array(leaf: Any) -> bool:
@@ -78,6 +91,7 @@ class _Roles:
     def __post_init__(self) -> None:
         self.found: dict[str, dict[int, str]] = {}
         self.stacked: dict[str, set[int]] = {}
+        self.lookups: set[str] = set()
 
     def layout(self, name: str) -> str | None:
         roles = self.found.get(name)
@@ -108,6 +122,8 @@ class _Roles:
             if axis not in roles:
                 roles[axis] = self._unseen(view, axis, kinds)
         self.found[view.name] = roles
+        if eqn.primitive.name == "gather":
+            self.lookups.add(view.name)
 
     def _unseen(self, view: KernelView, axis: int, kinds: list[str]) -> str:
         """An axis of size 1 here: what the view's own axis of size 1 is, or (indexed away) a stack axis."""

@@ -157,6 +157,7 @@ class NamedTree:
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
         self.given_layouts = _as_layouts(layouts)
+        self.lookups: frozenset[str] = getattr(layouts, "lookups", frozenset())
         known = getattr(names, "layouts", None) or {}
         self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
         vectors = {name for name, layout in known.items() if layout is None}
@@ -260,8 +261,10 @@ class NamedTree:
 
     def linear_names(self, position: int) -> tuple[str, ...]:
         """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
-        kernel that `layouts` knows (`infer_layouts` names those that the model multiplies with).
+        kernel that `layouts` knows, unless it knows it for a lookup table (`infer_layouts`).
         """
+        if self.names[position] in self.lookups:
+            return ()
         if self.layout_pattern(position) is None and self.paths[position][-1] not in ("kernel", "w", "weight"):
             return ()
         try:

@@ -5,6 +5,7 @@ import pytest
 
 import loha_jax
 from loha_jax import infer_layouts
+from loha_jax.weight import is_adapted
 
 USES = {
     "dense": (lambda w, x: x @ w, (4, 6), (5, 4), "io"),
@@ -87,4 +88,27 @@ def test_flax_layers_of_every_kind():
         "attn.out": "iio",
         "einsum": "ioo",
         "head": "iio",
+    }
+
+
+def test_all_linear_leaves_out_what_is_looked_up():
+    """A table of biases has two axes as well; PEFT's all-linear takes nn.Linear alone."""
+
+    def fn(params, ids, x):
+        return x @ params["head"]["w"] + params["bias_table"][ids] + params["tied"]["embedding"][ids] @ jnp.ones((5, 4))
+
+    params = {
+        "head": {"w": jnp.ones((3, 4))},
+        "bias_table": jnp.ones((7, 4)),
+        "tied": {"embedding": jnp.ones((7, 5))},
+    }
+    ids, x = jnp.zeros(2, jnp.int32), jnp.ones((2, 3))
+    layouts = infer_layouts(fn, params, ids, x)
+    assert layouts == {"head": "io", "bias_table": "oi", "tied": "oi"}
+    config = loha_jax.LoHaConfig(r=2, target_modules="all-linear")
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
+    assert jax.tree.map(is_adapted, adapted, is_leaf=is_adapted) == {
+        "head": {"w": True},
+        "bias_table": False,
+        "tied": {"embedding": False},
     }

@@ -23,7 +23,7 @@ from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
-from loha_jax.naming import Names
+from loha_jax.naming import Names, path_parts, torch_parameter
 from loha_jax.plan import Layouts, Plan, Target, plan_injection
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
@@ -108,9 +108,10 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
     """
     adapter_name = chosen_adapter(params, adapter_name)
     state: dict[str, np.ndarray] = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+    biases = _biases(params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            state.update(_factors_of(leaf, adapter_name))
+            state.update(_factors_of(leaf, adapter_name, biases.get(path_parts(path)[:-1])))
         elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
             copy = leaf.copies[adapter_name]
             value = np.asarray(leaf.layout.unfold(copy) if leaf.layout else copy)
@@ -121,7 +122,14 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
     return state
 
 
-def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
+def _biases(params: Any) -> dict[tuple[str, ...], Any]:
+    """The biases of a tree by the path of their module."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+    named = [(path_parts(path), leaf) for path, leaf in flat]
+    return {parts[:-1]: leaf for parts, leaf in named if torch_parameter(parts) == "bias" and not is_adapted(leaf)}
+
+
+def _factors_of(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np.ndarray]:
     if len(leaf.layout.axes("k")) > 2:
         raise ValueError(
             f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
@@ -134,7 +142,10 @@ def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
         if module.name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(config):
             weight = np.asarray(leaf.layout.unfold(leaf.kernel))
             stack = len(leaf.layout.axes("s"))
-            state[f"{PREFIX}{module.name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[module.index]
+            base_layer = f"{PREFIX}{module.name}.base_layer"
+            state[f"{base_layer}.weight"] = weight.reshape(-1, *weight.shape[stack:])[module.index]
+            if bias is not None:
+                state[f"{base_layer}.bias"] = np.asarray(bias).reshape(-1, weight.shape[stack])[module.index]
     return state
 
 
@@ -283,7 +294,7 @@ def from_peft_state_dict(
     given = {_module_key(key): key for key in state}
     counters = {k: v for k, v in given.items() if k.endswith(".num_batches_tracked")}
     wanted = _wanted_shapes(plan)
-    optional = _base_layer_shapes(plan)
+    optional = _base_layer_shapes(plan, base_params)
     saved_names = {saved.name for saved in plan.saved.values()}
     carried = {
         k: key for k, key in counters.items() if k not in wanted and any(_same_module(k, name) for name in saved_names)
@@ -369,34 +380,38 @@ def _wanted_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def _base_layer_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def _base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of base weights that a file may hold: PEFT writes those of targeted embeddings and output heads."""
-    return {
-        f"{name}.base_layer.weight": t.layout.torch_shape(t.shape)[len(t.stack) :]
-        for t in plan.targets.values()
-        for name in t.names
-    }
+    biases = _biases(base_params)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in plan.targets.values():
+        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        for name in target.names:
+            shapes[f"{name}.base_layer.weight"] = shape
+            if target.path[:-1] in biases:
+                shapes[f"{name}.base_layer.bias"] = shape[:1]
+    return shapes
 
 
 def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]) -> Any:
     """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
 
-    def update(leaf: Any) -> Any:
+    def update(path: Any, leaf: Any) -> Any:
+        parts = path_parts(path)
         if isinstance(leaf, LoHaWeight):
-            found = {n: base_weights.get(f"{name}.base_layer.weight") for n, name in enumerate(leaf.names)}
-            if all(value is None for value in found.values()):
+            if not (given := values_of(leaf.names, "weight")):
                 return leaf
-            stack = leaf.layout.sizes("s", leaf.kernel.shape)
             weights = np.array(leaf.layout.unfold(leaf.kernel))
-            flat = weights.reshape(math.prod(stack), *weights.shape[len(stack) :])
-            before = flat.copy()
-            for n, value in found.items():
-                if value is not None:
-                    flat[n] = np.asarray(value).astype(flat.dtype)
-            if np.array_equal(flat, before):
+            stack = leaf.layout.sizes("s", leaf.kernel.shape)
+            if not put(given, weights.reshape(math.prod(stack), *weights.shape[len(stack) :])):
                 return leaf  # the same weight: the tree's own array is kept
-            kernel = leaf.layout.fold(jnp.asarray(flat.reshape(weights.shape)), leaf.kernel.shape)
+            kernel = leaf.layout.fold(jnp.asarray(weights), leaf.kernel.shape)
             return dataclasses.replace(leaf, kernel=kernel)
+        if not is_adapted(leaf) and torch_parameter(parts) == "bias" and parts[:-1] in modules:
+            if not (given := values_of(modules[parts[:-1]], "bias")):
+                return leaf
+            bias = np.array(leaf)
+            return jnp.asarray(bias) if put(given, bias.reshape(len(modules[parts[:-1]]), -1)) else leaf
         if isinstance(leaf, SavedWeight):
             own = tuple(
                 (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
@@ -405,5 +420,18 @@ def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any]
             return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
         return leaf
 
+    def values_of(names: Sequence[str], part: str) -> dict[int, np.ndarray]:
+        keys = {n: f"{name}.base_layer.{part}" for n, name in enumerate(names)}
+        return {n: np.asarray(base_weights[key]) for n, key in keys.items() if key in base_weights}
+
+    def put(given: Mapping[int, np.ndarray], modules: np.ndarray) -> bool:
+        """Writes values into the rows of a stack, and says whether that changed them."""
+        before = modules.copy()
+        for n, value in given.items():
+            modules[n] = value.astype(modules.dtype)
+        return not np.array_equal(modules, before)
+
     noted: set[str] = set()
-    return jax.tree.map(update, params, is_leaf=is_adapted)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+    modules = {path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)}
+    return jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)

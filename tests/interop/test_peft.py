@@ -179,6 +179,20 @@ def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
     np.testing.assert_array_equal(replaced["lm_head"]["kernel"].kernel, kernel)
 
 
+def test_a_targeted_head_brings_its_bias_as_in_peft(tmp_path):
+    """PEFT writes all of such a head; tests/models compares the file of a GPT-J, whose head has a bias, bit for bit."""
+    base = {"lm_head": {"kernel": jnp.ones((3, 4)), "bias": jnp.arange(4.0)}}
+    params = loha_jax.inject(base, LoHaConfig(r=2, target_modules=["lm_head"]), key=jax.random.key(0))
+    head = "base_model.model.lm_head.base_layer"
+    assert {"weight", "bias"} == {k.removeprefix(f"{head}.") for k in interop.to_peft_state_dict(params) if head in k}
+    interop.save_peft(tmp_path, params)
+    assert interop.load_peft(tmp_path, base)["lm_head"]["bias"] is base["lm_head"]["bias"]
+    other = {"lm_head": {"kernel": base["lm_head"]["kernel"], "bias": jnp.zeros(4)}}
+    np.testing.assert_array_equal(interop.load_peft(tmp_path, other)["lm_head"]["bias"], base["lm_head"]["bias"])
+    with pytest.raises(ValueError, match=r"unexpected keys \(1\): base_model\.model\.lm_head\.base_layer\.bias"):
+        interop.load_peft(tmp_path, {"lm_head": {"kernel": base["lm_head"]["kernel"]}})
+
+
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_integer_counters_survive_with_or_without_a_leaf_for_them(leave_out, tmp_path):
     sample = Sample("modules_to_save")

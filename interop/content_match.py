@@ -14,21 +14,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from loha_jax.layouts import Layout
 from loha_jax.naming import is_kernel_leaf, torch_parameter
 
 from .checkpoint import Checkpoint
+from .fingerprints import coarser, fingerprint, value_bits
+from .fused_parts import find_parts
 from .sources import Source, make_source
 
 Groups = tuple[tuple[int, ...], ...]
 Stack = tuple[int, ...]  # axes of a leaf
-
-_CHUNK = 1 << 18
-_TABLE = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)
-_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +133,8 @@ def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
             continue
         tensor = checkpoint.read(key)
         for common in sorted({common for _, common in kinds}, key=str):
-            bits = _bits(tensor, common)
-            for n, stack, index in slots.get((common, size, _fingerprint(bits)), ()):
+            bits = value_bits(tensor, common)
+            for n, stack, index in slots.get((common, size, fingerprint(bits)), ()):
                 leaf = leaves[n].array
                 if coarser(leaf.dtype, tensor.dtype) != common:
                     continue
@@ -157,53 +154,6 @@ def _kinds(leaves: Sequence[Leaf], checkpoint: Checkpoint, key: str) -> Iterator
             yield dtype, common, size
 
 
-def coarser(a: Any, b: Any) -> np.dtype | None:
-    """The dtype to compare in: that of the two with fewer digits; int64 for integers, None if one is no number.
-
-    Example:
-        >>> coarser(np.dtype("float32"), np.dtype("bfloat16"))
-        dtype(bfloat16)
-    """
-    a, b = np.dtype(a), np.dtype(b)
-    floats = [_digits(a), _digits(b)]
-    if None not in floats:
-        return min(a, b, key=lambda d: (_digits(d), str(d)))
-    if all(d.kind in "iub" for d in (a, b)):
-        return np.dtype(np.int64)
-    return None
-
-
-def _digits(dtype: np.dtype) -> int | None:
-    try:
-        return ml_dtypes.finfo(dtype).nmant
-    except ValueError:
-        return None
-
-
-def _bits(array: Any, dtype: np.dtype) -> np.ndarray:
-    """An array's values in `dtype`, as unsigned integers."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False)).reshape(np.shape(array))
-    return values.view(f"u{dtype.itemsize}")
-
-
-def _fingerprint(bits: np.ndarray) -> int:
-    """The sum of hashed values, modulo 2^64."""
-    flat, total = bits.reshape(-1), np.uint64(0)
-    with np.errstate(over="ignore"):
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            if chunk.itemsize <= 2:
-                total += _TABLE[chunk].sum(dtype=np.uint64)
-            else:
-                mixed = chunk.astype(np.uint64) * _MIX[0]
-                mixed ^= mixed >> np.uint64(32)
-                mixed *= _MIX[1]
-                mixed ^= mixed >> np.uint64(29)
-                total += mixed.sum(dtype=np.uint64)
-    return int(total)
-
-
 def _slots(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> dict[Any, list[Any]]:
     """Fingerprints of every leaf and of every index of every way to stack it that the sizes of the tensors allow."""
     sizes = Counter(math.prod(shape) for shape in checkpoint.shapes.values())
@@ -216,8 +166,8 @@ def _slots(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> dict[Any, list[Any
             for index in np.ndindex(*(shape[axis] for axis in stack)):
                 part = _slice(leaf.array, stack, index)
                 for common in commons:
-                    bits = _bits(part, common)
-                    slots[common, bits.size, _fingerprint(bits)].append((n, stack, index))
+                    bits = value_bits(part, common)
+                    slots[common, bits.size, fingerprint(bits)].append((n, stack, index))
     return slots
 
 
@@ -244,7 +194,7 @@ def _verify(
     part: np.ndarray, dtype: np.dtype, bits: np.ndarray, shape: Sequence[int], stack: Stack, torch_shape: Sequence[int]
 ) -> set[Groups]:
     """All correspondences of axes under which a part of a leaf is the tensor."""
-    own = _bits(part, dtype)
+    own = value_bits(part, dtype)
     axes = [axis for axis in range(len(shape)) if axis not in stack]
     verified = set()
     for groups in _correspondences([(a, shape[a]) for a in axes if shape[a] != 1], torch_shape):
@@ -314,6 +264,10 @@ def _resolve(
             result.sources[leaf.path] = source
         else:
             result.ambiguous[leaf.path] = Options(tuple(ways[n]))
+    alone = {leaf.path: leaf.array for leaf in leaves if leaf.path in result.unmatched}
+    for path, part in find_parts(alone, checkpoint).items() if alone else ():
+        if not result.unmatched[path].startswith("of its stack"):
+            result.unmatched[path] = f"{part}; no layout can say so"
     result.sources = {leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources}
     used = {key for own in hits.values() for index in own.found for key in index}
     result.unused = [key for key in checkpoint.shapes if key not in used]

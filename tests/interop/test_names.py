@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import peft
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loha_jax.interop import NameMap
@@ -345,8 +347,8 @@ def test_diffusers_names(name):
 
 def test_diffusers_autoencoders_call_their_attention_otherwise():
     names = NameMap.diffusers()
-    for flax, torch in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
-        assert names(f"encoder.mid_block.attentions_0.{flax}") == f"encoder.mid_block.attentions.0.{torch}"
+    for flax, name in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        assert names(f"encoder.mid_block.attentions_0.{flax}") == f"encoder.mid_block.attentions.0.{name}"
 
 
 # Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy alone.
@@ -561,3 +563,55 @@ def test_infer_reads_adapted_trees_and_shards(tmp_path):
         "q.kernel": ("q.weight",),
         "k.kernel": ("k.weight",),
     }
+
+
+def test_fused_parts_are_found_and_said_to_have_no_layout(tmp_path):
+    q, k, v, fused = random(4, 6), random(2, 6, seed=1), random(2, 6, seed=2), random(9, 6, seed=3)
+    saved(tmp_path, q__weight=q, k__weight=k, v__weight=v, qkv__weight=fused)
+    tree = {
+        "qkv": {"kernel": jnp.asarray(np.concatenate([q, k, v]).T)},  # JAX holds three torch tensors in one
+        "split": {"kernel": jnp.asarray(fused[3:6].T)},  # torch holds three JAX kernels in one
+    }
+    names = NameMap.infer(tree, tmp_path)
+    assert names.sources == {}
+    assert names.unmatched == {
+        "qkv.kernel": "0:4 of axis 1 has the values of q.weight, 4:6 of axis 1 has the values of k.weight, "
+        "6:8 of axis 1 has the values of v.weight; no layout can say so",
+        "split.kernel": "it has the values of 3:6 of axis 0 of qkv.weight; no layout can say so",
+    }
+
+
+@pytest.mark.parametrize("known", ["contents", "mapping"])
+def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
+    """The real PEFT adapts a torch model; a JAX tree of tunix' form gets the adapter, and merges to torch's weights."""
+    tensors = torch_tensors(np.random.default_rng(0))
+    save_file(tensors, tmp_path / "model.safetensors")
+    tree = nested(run_loader(llama3(), tensors))
+    model = torch.nn.Module()
+    for key, value in tensors.items():
+        if not key.endswith("_proj.weight"):
+            continue
+        *above, _ = key.split(".")
+        node = model
+        for part in above[:-1]:
+            if not hasattr(node, part):
+                node.add_module(part, torch.nn.Module())
+            node = getattr(node, part)
+        linear = torch.nn.Linear(*value.shape[::-1], bias=False)
+        linear.weight.data = torch.tensor(value)
+        node.add_module(above[-1], linear)
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "o_proj", "down_proj"]
+    adapted = peft.PeftModel(model, peft.LoHaConfig(r=3, alpha=6, target_modules=targets, init_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    want = {k: v.numpy() for k, v in adapted.merge_and_unload().state_dict().items()}
+    names = NameMap.infer(tree, tmp_path) if known == "contents" else NameMap(llama3(), base=tmp_path)
+    merged = loha_jax.merge(interop.load_peft(tmp_path / "adapter", tree, names=names))
+    changed = 0
+    for path, leaf in run_loader(llama3(), want).items():
+        got = merged
+        for part in path.split("."):
+            got = got[part]
+        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-5 * np.abs(leaf).max())
+        changed += not np.array_equal(got, run_loader(llama3(), tensors)[path])
+    assert changed == 2 * len(targets)

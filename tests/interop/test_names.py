@@ -429,6 +429,7 @@ def check_sources(names, leaves, tensors, leaf_dtype, file_dtype):
             np.testing.assert_array_equal(np.asarray(source.layout.unfold(leaf)).reshape(want.shape), want)
 
 
+@pytest.mark.slow
 @given(st.lists(modules(), min_size=1, max_size=4), st.sampled_from([*DTYPES]), st.sampled_from([*DTYPES]), st.data())
 def test_contents_tell_names_and_layouts(tmp_path_factory, found, file_kind, leaf_kind, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
@@ -445,6 +446,7 @@ def test_contents_tell_names_and_layouts(tmp_path_factory, found, file_kind, lea
         assert names.sources[path].keys == tuple(keys), path
 
 
+@pytest.mark.slow
 @given(st.lists(modules(), min_size=1, max_size=4), st.data())
 def test_contents_that_repeat_are_listed_and_never_guessed(tmp_path_factory, found, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

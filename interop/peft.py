@@ -40,6 +40,8 @@ DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
 # Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
+_SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
+
 
 @takes_model(changes=False)
 def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
@@ -119,6 +121,9 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
             for owner, name, count in leaf.counters:
                 if owner == adapter_name:
                     state[PREFIX + name] = np.array(count, np.int64)
+    for key in [key for key in state if key.endswith(".running_mean")]:
+        # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
+        state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
     return state
 
 
@@ -162,22 +167,39 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     The heads that a task type saves (`classifier`, `score`, …) are in `modules_to_save`, each once: PEFT appends them
     again at every load. PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match
     wins. Where that would change a module's rank or alpha, patterns for the full names of the modules are written.
+
+    Raises:
+        ValueError: no such adapter, or layers that were made with their adapters differ in what PEFT has one setting
+            for: convolutions with and without cores, or the dropouts.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    settings: dict[str, dict[Any, str]] = {field: {} for field in _SAME_FOR_ALL}
     for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
             factors = leaf.adapters[adapter_name]
             config = factors.config
+            for field in ("rank_dropout", "module_dropout"):
+                settings[field].setdefault(getattr(config, field), leaf.label)
+            if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
+                settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
             for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
                 if r:
                     ranks[name], alphas[name] = r, alpha
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+    for field, found in settings.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"PEFT's config has one {field} for all modules, the adapter {adapter_name} has "
+                + ", ".join(f"{value} in {label}" for value, label in found.items())
+                + ". Make the layers with the same setting, or keep them in adapters of their own."
+            )
     return dataclasses.replace(
         config,
+        use_effective_conv2d=next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d),
         inference_mode=True,
         peft_version=PEFT_VERSION,
         # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.

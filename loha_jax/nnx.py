@@ -76,7 +76,8 @@ def inject(
         The model.
 
     Raises:
-        ValueError: as `loha_jax.inject`; nothing is changed then.
+        ValueError: as `loha_jax.inject`, or a variable sits in a tuple; nothing is changed then.
+        TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
 
     Example:
         >>> from flax import nnx
@@ -87,6 +88,7 @@ def inject(
         >>> nnx.state(model, LoHaParam)["layers"][0]["kernel"]["adapters"]["default"]["hada_w1_a"].shape
         (8, 2)
     """
+    _check("inject", model, rngs)
     inject_tree(
         model,
         config,
@@ -111,12 +113,16 @@ def set_dropout(model: M, rngs: nnx.Rngs) -> M:
     Returns:
         The model.
 
+    Raises:
+        TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
+
     Example:
         >>> from flax import nnx
         >>> model = LoHaLinear(4, 4, rngs=nnx.Rngs(0))
         >>> set_dropout(model, nnx.Rngs(1)).kernel.rngs is None  # its config has no dropout
         True
     """
+    _check("set_dropout", model, rngs)
     for node in adapted_nodes(model).values():
         if isinstance(node, AdaptedKernel) and node.drops:
             stack = node.layout.sizes("s", node.base.get_value().shape)
@@ -124,6 +130,16 @@ def set_dropout(model: M, rngs: nnx.Rngs) -> M:
             node.rngs = nnx.RngStream(jax.random.split(stream(), stack) if stack else stream(), tag="dropout")
             node.deterministic = False
     return model
+
+
+def _check(function: str, model: Any, rngs: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree of parameters there "
+            f"is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
+        )
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs should be an nnx.Rngs, e.g. nnx.Rngs(0), got {type(rngs).__name__}")
 
 
 def _adapt(layer: nnx.Module, kernel: str, rngs: nnx.Rngs, r: int, alpha: float, loha: dict[str, Any]) -> None:

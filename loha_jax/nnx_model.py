@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -80,12 +81,23 @@ class AdaptedVariable(ArrayLike, nnx.Module):
     __hash__ = object.__hash__
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is not an array of one adapter of one kernel; see `Factors`."""
+
+    adapter: str
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    config: LoHaConfig = dataclasses.field(repr=False)
+
+
 class AdaptedKernel(AdaptedVariable):
     """A kernel with its adapters: `LoHaWeight` as an NNX module.
 
     Attributes:
         base: the model's own Param, frozen.
         adapters: by name, the factors (`hada_w1_a`, …: `LoHaParam`) and their `scaling`.
+        settings: ranks, alphas and config of each adapter.
         rngs: an `nnx.RngStream` for dropout, or None; `[*stack]` keys for a stacked kernel.
         deterministic: no dropout, as `model.eval()` sets it.
     """
@@ -95,9 +107,7 @@ class AdaptedKernel(AdaptedVariable):
         self.layout = leaf.layout
         self.names = leaf.names
         self.active = leaf.active
-        self.settings: tuple[tuple[str, tuple[int, ...], tuple[float, ...], LoHaConfig], ...] = tuple(
-            (name, f.ranks, f.alphas, f.config) for name, f in leaf.adapters.items()
-        )
+        self.settings = tuple(Settings(name, f.ranks, f.alphas, f.config) for name, f in leaf.adapters.items())
         self.adapters: dict[str, dict[str, nnx.Variable]] = nnx.data(
             {
                 name: {
@@ -117,16 +127,23 @@ class AdaptedKernel(AdaptedVariable):
         layout = Layout("s" * stacked + self.layout.word) if stacked else self.layout
         copies = math.prod(kernel.shape[:stacked])
         adapters = {}
-        for name, ranks, alphas, config in self.settings:
-            arrays = {n: v.get_value() for n, v in self.adapters[name].items()}
+        for of in self.settings:
+            arrays = {n: v.get_value() for n, v in self.adapters[of.adapter].items()}
             cores = {n: arrays.get(n) for n in ("hada_t1", "hada_t2")}
-            adapters[name] = Factors(**{**arrays, **cores}, ranks=ranks * copies, alphas=alphas * copies, config=config)
+            adapters[of.adapter] = Factors(
+                **{**arrays, **cores}, ranks=of.ranks * copies, alphas=of.alphas * copies, config=of.config
+            )
         return LoHaWeight(kernel, adapters, layout, self.names * copies, self.active)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Called by `nnx.view(model, deterministic=...)`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     @property
     def drops(self) -> bool:
         """Whether an active adapter asks for dropout."""
-        configs = [config for name, *_, config in self.settings if name in self.active]
+        configs = [of.config for of in self.settings if of.adapter in self.active]
         return any(config.rank_dropout or config.module_dropout for config in configs)
 
     def leaf_for_call(self) -> LoHaWeight:
@@ -216,27 +233,26 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
     if old.keys() != new.keys():
         raise ValueError(f"The tree holds other variables than the model: {sorted(map(str, old.keys() ^ new.keys()))}")
     replacements: dict[int, Any] = {}
+    values: list[tuple[nnx.Variable, jax.Array]] = []
     for path, node in old.items():
         leaf = new[path]
         base = node.base if isinstance(node, AdaptedVariable) else node
         if isinstance(leaf, LoHaWeight):
-            _set_if_changed(base, leaf.kernel)
+            values.append((base, leaf.kernel))
             replacements[id(node)] = AdaptedKernel(base, leaf, node if isinstance(node, AdaptedKernel) else None)
         elif isinstance(leaf, SavedWeight):
-            _set_if_changed(base, leaf.original)
+            values.append((base, leaf.original))
             replacements[id(node)] = AdaptedCopy(base, leaf)
         else:
-            _set_if_changed(base, leaf)
+            values.append((base, leaf))
             if base is not node:
                 replacements[id(node)] = base
     _replace(model, replacements)
+    for variable, value in values:
+        if variable.get_value() is not value:
+            variable.set_value(value)
     _dress(model)
     return model
-
-
-def _set_if_changed(variable: nnx.Variable, value: jax.Array) -> None:
-    if variable.get_value() is not value:
-        variable.set_value(value)
 
 
 def _weights(model: nnx.Module) -> dict[Path, nnx.Variable | AdaptedVariable]:
@@ -278,20 +294,23 @@ def _slots(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _replace(model: Any, replacements: Mapping[int, Any]) -> None:
-    """Replaces nodes, given by identity, wherever the graph refers to them."""
-    for path, node in list(nnx.iter_graph(model)):
+    """Replaces nodes, given by identity, wherever the graph refers to them; all of them or, with an error, none."""
+    places = []
+    for path, node in nnx.iter_graph(model):
         for key, value in _slots(node):
             if id(value) not in replacements or isinstance(node, AdaptedVariable):
                 continue
-            if isinstance(node, nnx.Pytree):
-                setattr(node, key, replacements[id(value)])
-            elif isinstance(node, dict | list):
-                node[key] = replacements[id(value)]
-            else:
+            if not isinstance(node, nnx.Pytree | dict | list):
                 raise ValueError(
                     f"The variable {'.'.join(map(str, (*path, key)))} sits in a {type(node).__name__}, where nothing "
                     "can be put in its place. Keep it in an attribute, a list or a dict."
                 )
+            places.append((node, key, replacements[id(value)]))
+    for node, key, value in places:
+        if isinstance(node, nnx.Pytree):
+            setattr(node, key, value)
+        else:
+            node[key] = value
 
 
 # ---------------------------------------------------------------------------------------------- layouts
@@ -369,7 +388,11 @@ def adapt_layer(layer: nnx.Module, kernel: str, config: LoHaConfig, *, key: jax.
 
 # ---------------------------------------------------------------------------------------------- calls
 
-_NOT_CALLS = ("set_mode", "init_cache")  # NNX's own names of methods that change a module instead of computing
+_NOT_CALLS = (
+    "set_view",
+    "set_mode",
+    "init_cache",
+)  # NNX's own names of methods that change a module instead of computing
 
 
 def adapted_class(cls: type[M], owner: bool) -> type[M]:
@@ -467,8 +490,9 @@ def call(
 ) -> Any:
     """Calls `fn` with the models among its arguments in their original form, through `run(fn, args, kwargs)`.
 
-    `run` gets a function of trees, in which adapted kernels are leaves. Variables that `fn` changes or adds (BatchNorm
-    statistics, counts of random streams, `sow`) are changed in the caller's models, unless `changes` is False.
+    `run` gets a function of trees, in which adapted kernels are leaves. What `fn` changes in the models (BatchNorm
+    statistics, counts of random streams, `sow`, plain attributes) is changed in the caller's, unless `changes` is
+    False; a module of theirs that `fn` returns is the caller's.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
     positions = [n for n, leaf in enumerate(leaves) if is_node(leaf)]
@@ -477,35 +501,45 @@ def call(
     weights = [node.leaf_for_call() for node in adapted.values()]
     graphdef, state = nnx.split(nodes)
     variables = dict(nnx.to_flat_state(state))
-    own = [path for path in variables if not _below(path, adapted)]
-    values = [variables[path].get_raw_value() for path in own]
+    # numpy arrays stay what they are: a model may compute shapes with them.
+    own = [p for p, variable in variables.items() if not isinstance(variable, np.ndarray) and not _below(p, adapted)]
+    values = [_value(variables[path]) for path in own]
     others = [leaf for leaf in leaves if not is_node(leaf)]
+    originals = dict(nnx.iter_graph(nodes))
     changed: dict[Path, Any] = {}
+    attributes: list[tuple[Any, str, Any]] = []
 
     def pure(model: tuple[list[Any], list[Any]], others: list[Any]) -> Any:
         weights, values = model
         before: dict[Path, Any] = dict(zip(own, values, strict=True))
-        inside = {p: variable.replace(before.get(p, variable.get_raw_value())) for p, variable in variables.items()}
+        inside = {path: _with_value(v, before.get(path, _value(v))) for path, v in variables.items()}
         clones = nnx.merge(graphdef, nnx.from_flat_state(inside))
         kernels = adapted_nodes(clones)
         for (path, node), array in zip(kernels.items(), weights, strict=True):
             node.base.set_raw_value(array)
             before[path] = array
         _replace(clones, {id(node): node.base for node in kernels.values()})
-        for _, node in nnx.iter_graph(clones):
+        paths = {}
+        for path, node in nnx.iter_graph(clones):
             if isinstance(node, nnx.Pytree):
                 _set_class(node, _base_class(node))
+            if is_node(node):
+                paths[id(node)] = path
         modules, rest = iter(clones), iter(others)
         args, kwargs = treedef.unflatten([next(modules if n in positions else rest) for n in range(len(leaves))])
         result = fn(*args, **kwargs)
-        after = dict(nnx.to_flat_state(nnx.split(clones)[1]))
         changed.clear()
-        for path, variable in after.items():
-            # nnx.scan writes back whatever it went over; kernels and trained copies are as they were.
-            frozen = path in adapted and not isinstance(adapted[path].base, nnx.BatchStat)
-            if changes and not frozen and not _same(variable.get_raw_value(), before.get(path)):
-                changed[path] = variable
-        return result, [variable.get_raw_value() for variable in changed.values()]
+        attributes.clear()
+        if changes:
+            for path, variable in nnx.to_flat_state(nnx.split(clones)[1]):
+                # nnx.scan writes back whatever it went over; kernels and trained copies are as they were.
+                frozen = path in adapted and not isinstance(adapted[path].base, nnx.BatchStat)
+                old = before.get(path, variables[path] if path in variables and path not in adapted else None)
+                if not frozen and not _same(_value(variable), _value(old)):
+                    changed[path] = variable
+            attributes.extend(_changed_attributes(clones, originals))
+        result = jax.tree.map(lambda x: _Returned(paths.get(id(x))) if is_node(x) else x, result, is_leaf=is_node)
+        return result, [_value(variable) for variable in changed.values()]
 
     result, new = run(pure, ((weights, values), others), {})
     updates: dict[Path, Any] = {}
@@ -513,10 +547,52 @@ def call(
         if isinstance(node := adapted.get(path), AdaptedCopy):
             node.current.set_value(value)
         else:
-            updates[path] = variable.replace(value)
+            updates[path] = _with_value(variable, value)
     if updates:
         nnx.update(nodes, nnx.from_flat_state(updates))
-    return result
+    for node, name, value in attributes:
+        setattr(node, name, value)
+    return jax.tree.map(lambda x: originals[x.path] if isinstance(x, _Returned) else x, result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Returned:
+    """Stands for a part of the model in what a call returns."""
+
+    path: Path | None
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError(
+                "A method of an adapted module returns a module or variable that it made or copied. Return arrays, or "
+                "the module's own parts."
+            )
+
+
+def _value(variable: Any) -> Any:
+    """The value of a leaf of an NNX state: of a variable, or the array that it is."""
+    return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
+
+
+def _with_value(variable: Any, value: Any) -> Any:
+    return variable.replace(value) if isinstance(variable, nnx.Variable) else value
+
+
+def _changed_attributes(clones: Any, originals: Mapping[Path, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Attributes, other than variables and arrays, that a call set in the clones: the original node, name and value."""
+    for path, clone in nnx.iter_graph(clones):
+        if not isinstance(clone, nnx.Pytree):
+            continue
+        if path not in originals:
+            raise ValueError(
+                f"A call of an adapted module adds the module {'.'.join(map(str, path[1:]))}. Make modules in "
+                "`__init__`, or before `inject`."
+            )
+        original = originals[path]
+        for name, value in vars(clone).items():
+            data = clone._pytree__nodes.get(name, False)
+            if not data and not name.startswith("_pytree__") and vars(original).get(name, originals) is not value:
+                yield original, name, value
 
 
 def _same(a: Any, b: Any) -> bool:

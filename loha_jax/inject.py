@@ -39,13 +39,15 @@ def inject(
     which becomes the active one.
 
     Args:
-        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module. A tree of
+        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module; an `nnx.Module` is changed
+            in place (`loha_jax.nnx.inject` takes its rngs). A tree of
             `jax.ShapeDtypeStruct` gives a tree of shapes, as under `jax.eval_shape`.
         config: what to adapt and how.
         key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the adapter's name.
         adapter_name: PEFT's name of the adapter; may not contain a dot.
-        names: torch module names where they differ from the tree's: a function of the default name (the path joined
-            with dots, less "params" and "kernel"), or `{regex: template}`; see `loha_jax.naming.stack_names`.
+        names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
+            name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
+            `loha_jax.naming.stack_names`.
         layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels that are not Dense, 2-D
             or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.

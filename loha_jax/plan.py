@@ -143,7 +143,7 @@ def plan_injection(
         warnings.warn(
             f"layouts={unused} match no kernel." + near_misses(unused, sorted(tree.names.values())),
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the line that called `inject`, past `takes_model`
         )
     saved = _plan_saved(tree, config_matched, targets)
     _warn_unmatched(config, config_matched, modules, matched, excluded)
@@ -325,7 +325,7 @@ def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Targe
             f"modules_to_save={unused} match no module and nothing is saved for them."
             + near_misses(unused, sorted(tree.modules)),
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return saved
 
@@ -358,7 +358,7 @@ def _warn_unmatched(
             warnings.warn(
                 f"target_modules={unused} match no module; the other entries do." + near_misses(unused, modules),
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     if config.exclude_modules and not excluded:
         shown = config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules)
@@ -366,7 +366,7 @@ def _warn_unmatched(
             f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
             "was set correctly.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
@@ -376,5 +376,5 @@ def _warn_unmatched(
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )

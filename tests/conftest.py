@@ -16,10 +16,18 @@ def pytest_addoption(parser):
     group = parser.getgroup("parity", "generated cases beside the real PEFT (tests/parity/test_harness.py)")
     group.addoption("--parity-seed", type=int, default=0, help="seed of the cases")
     group.addoption("--parity-cases", type=int, default=300, help="how many in all")
+    group = parser.getgroup("models", "third-party models beside their PyTorch twins (tests/models)")
+    group.addoption("--models-seed", type=int, default=0, help="seed of weights, inputs and factors")
+    group.addoption("--models-width", type=int, default=32, help="width of the models, a multiple of 32")
+    group.addoption("--models-layers", type=int, default=2, help="layers of the models")
 
 
 def pytest_report_header(config):
-    return f"parity cases: --parity-seed {config.option.parity_seed} --parity-cases {config.option.parity_cases}"
+    o = config.option
+    return [
+        f"parity cases: --parity-seed {o.parity_seed} --parity-cases {o.parity_cases}",
+        f"models: --models-seed {o.models_seed} --models-width {o.models_width} --models-layers {o.models_layers}",
+    ]
 
 
 @pytest.fixture

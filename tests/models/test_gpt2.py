@@ -1,0 +1,82 @@
+"""GPT-2, to whose layers PEFT has no LoHa: adapted in JAX with torch's orientation all the same."""
+
+import copy
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+from models.transformers_twins import gpt2
+from models.trial import OUTPUT, random_factors, require_close, require_moved
+from models.twins import Size
+
+import loha_jax
+from loha_jax import LoHaConfig, interop
+from loha_jax.weight import LoHaWeight, is_adapted
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
+]
+
+CONFIG = {"r": 4, "alpha": 8, "target_modules": ["c_attn", "c_proj", "c_fc"]}
+
+
+@pytest.fixture(scope="module")
+def twins(request):
+    option = request.config.option
+    return gpt2(Size(option.models_seed, option.models_width, option.models_layers))
+
+
+@pytest.fixture(scope="module")
+def adapted(twins, request):
+    params = loha_jax.inject(twins.params, LoHaConfig(**CONFIG), key=jax.random.key(0), names=twins.names)
+    return random_factors(params, np.random.default_rng(request.config.option.models_seed))
+
+
+def weights(params):
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+
+
+def test_flax_keeps_the_kernels_as_out_in(twins, adapted):
+    """FlaxConv1D's kernels are [out, in], unlike those of every Dense; the name map says so, and so does the model."""
+    assert {leaf.layout.word for leaf in weights(adapted)} == {"oi"}
+    inferred = loha_jax.infer_layouts(twins.fn, twins.params, twins.inputs)
+    assert {inferred[leaf.label] for leaf in weights(adapted)} == {"oi"}
+    attention = next(leaf for leaf in weights(adapted) if leaf.label.endswith("c_attn"))
+    width = twins.module.config.n_embd
+    assert attention.adapters["default"].hada_w1_a.shape == (3 * width, 4)
+
+
+def test_the_output_is_that_of_pytorch_with_the_update_added(twins, adapted):
+    """The formula in numpy, on PyTorch's model: its Conv1D holds [in, out]."""
+    state = interop.to_peft_state_dict(adapted)
+    module = copy.deepcopy(twins.module)
+    for leaf in weights(adapted):
+        a, b, c, d = (state[f"base_model.model.{leaf.label}.hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        delta = (a @ b) * (c @ d) * CONFIG["alpha"] / CONFIG["r"]
+        module.get_submodule(leaf.label).weight.data += torch.tensor(delta.T)
+    with torch.no_grad():
+        want = twins.output(module, twins.tensors).numpy()
+        base = twins.output(twins.module, twins.tensors).numpy()
+    require_moved(want, base, "the update")
+    for strategy in ("factored", "fused"):
+        got = jax.jit(loha_jax.adapt(twins.fn, strategy=strategy))(adapted, twins.inputs)
+        require_close(got, want, OUTPUT, strategy)
+    explained = loha_jax.explain(twins.fn, adapted, twins.inputs)
+    assert not explained.dense
+    assert not explained.unused
+
+
+def test_peft_opens_no_adapter_of_it(twins, adapted, tmp_path):
+    """PEFT refuses transformers' Conv1D, in a file as in a config; the tree cannot show that torch has one there."""
+    refusal = r"Conv1D.* not supported, currently only adapters for"
+    with pytest.raises(TypeError, match=refusal):
+        peft.get_peft_model(copy.deepcopy(twins.module), peft.LoHaConfig(**CONFIG))
+    interop.save_peft(tmp_path, adapted)
+    with pytest.raises(TypeError, match=refusal):
+        peft.PeftModel.from_pretrained(copy.deepcopy(twins.module), tmp_path)
+    again = interop.load_peft(tmp_path, twins.params, names=twins.names)  # it is a file for JAX alone
+    for ours, loaded in zip(*map(jax.tree.leaves, (adapted, again)), strict=True):
+        np.testing.assert_array_equal(ours, loaded)

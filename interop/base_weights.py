@@ -14,6 +14,7 @@ import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.merge import merge
+from loha_jax.models import takes_model
 from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
 from loha_jax.plan import Layouts, NamedTree
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
@@ -27,6 +28,7 @@ from .sources import Source
 _BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")
 
 
+@takes_model
 def load_base(
     path: str | Path,
     params: Any,
@@ -235,6 +237,7 @@ def _axes(shape: Sequence[int], torch_shape: Sequence[int] | None) -> tuple[tupl
     return tuple((axis,) for axis in range(len(shape)))
 
 
+@takes_model(changes=False)
 def save_merged(
     folder: str | Path,
     params: Any,

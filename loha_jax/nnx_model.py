@@ -27,6 +27,7 @@ from loha_jax.dropout import dropout
 from loha_jax.inject import inject
 from loha_jax.layouts import Layout
 from loha_jax.naming import module_name, stack_names
+from loha_jax.plan import Layouts, ModelLayouts
 from loha_jax.weight import ArrayLike, Factors, LoHaWeight, SavedWeight
 
 Path = tuple[Any, ...]
@@ -316,20 +317,17 @@ def _replace(model: Any, replacements: Mapping[int, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- layouts
 
 
-def layouts_of(model: nnx.Module, given: Mapping[str, str | Layout] | None) -> dict[str, str | Layout]:
-    """Layouts by module name, from what the layers of the model say of themselves, below the `given` ones."""
-    layouts: dict[str, str | Layout] = dict(given or {})
+def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
+    """The `given` layouts with those, by module name, that the layers of the model have by themselves."""
+    own: dict[str, Layout] = {}
     owners = {id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in _slots(node)}
     for path, variable in _weights(model).items():
         if not isinstance(variable, nnx.Variable) or id(variable) not in owners:
             continue
-        name = module_name(tuple(map(str, path)))
-        if name in layouts or any(re.fullmatch(pattern, name) for pattern in given or ()):
-            continue
         owner, key = owners[id(variable)]
         if word := _layer_layout(owner, key, variable.get_value().shape):
-            layouts[name] = word
-    return layouts
+            own[module_name(tuple(map(str, path)))] = Layout(word)
+    return ModelLayouts(given or {}, own)
 
 
 def _layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:

@@ -40,6 +40,19 @@ Layouts = Mapping[str, "str | Layout"]
 """How `inject` takes layouts: by default dotted name, or by a regular expression for the whole of it."""
 
 
+class ModelLayouts(dict[str, "str | Layout"]):
+    """Layouts that a user gave for a model, with those that its layers have by themselves.
+
+    Attributes:
+        own: by default dotted name; they come after the layouts that `names` has, which may split what is one kernel
+            to a layer (a fused projection) into the modules that torch has.
+    """
+
+    def __init__(self, given: Layouts, own: Mapping[str, Layout]):
+        super().__init__(given)
+        self.own = dict(own)
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A kernel that the config targets: all that is known before its factors exist."""
@@ -157,6 +170,7 @@ class NamedTree:
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
         self.given_layouts = _as_layouts(layouts)
+        self.own_layouts: dict[str, Layout] = getattr(layouts, "own", {})
         self.lookups: frozenset[str] = getattr(layouts, "lookups", frozenset())
         known = getattr(names, "layouts", None) or {}
         self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
@@ -211,6 +225,8 @@ class NamedTree:
             return leaf.layout
         if (pattern := _pattern_of(name, self.map_layouts)) is not None:
             return _fitting(self.map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
+        if name in self.own_layouts:
+            return self.own_layouts[name]
         if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
             return Layout("oi")  # [vocabulary, features]: the lm_head that is tied to it has out = vocabulary
         return default_layout(leaf.shape, self.paths[position], self.shape_at)
@@ -265,7 +281,8 @@ class NamedTree:
         """
         if self.names[position] in self.lookups:
             return ()
-        if self.layout_pattern(position) is None and self.paths[position][-1] not in ("kernel", "w", "weight"):
+        known = self.layout_pattern(position) is not None or self.names[position] in self.own_layouts
+        if not known and self.paths[position][-1] not in ("kernel", "w", "weight"):
             return ()
         try:
             layout = self.layout(position)

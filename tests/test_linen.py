@@ -170,14 +170,14 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def randomised(params, seed=1):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+def randomised(shapes, seed=1):
+    """Normal numbers in the place of every array or shape."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
 
 
-def init(case, layer):
-    return layer.init(KEY, case.inputs(layer.param_dtype), method=case.method)["params"]
+def shapes_of(case, layer):
+    return jax.eval_shape(lambda: layer.init(KEY, case.inputs(layer.param_dtype), method=case.method)["params"])
 
 
 def merged(case, params, scale=ALPHA / R):
@@ -196,24 +196,11 @@ def close(a, b):
     ("name", "strategy"),
     [*((name, "auto") for name in CASES), *((n, s) for n in ("dense", "conv2d_cores") for s in ("fused", "dense"))],
 )
-def test_equals_the_flax_layer_with_the_update_in_its_kernel(name, strategy):
+def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_its_kernel(name, strategy):
     case = CASES[name]
-    layer = case.layer(strategy=strategy, param_dtype=jnp.float64)
-    params = randomised(init(case, layer))
-    x = case.inputs(jnp.float64)
-    want = case.plain(param_dtype=jnp.float64).apply({"params": merged(case, params)}, x, method=case.method)
-    close(jax.jit(lambda p, x: layer.apply({"params": p}, x, method=case.method))(params, x), want)
-
-
-@pytest.mark.usefixtures("x64")
-@each_case
-def test_gradients_are_those_of_the_dense_formula_and_the_kernel_has_none(case):
-    layer, plain = case.layer(param_dtype=jnp.float64), case.plain(param_dtype=jnp.float64)
-    params, x = randomised(init(case, layer)), case.inputs(jnp.float64)
-    weights = jax.random.normal(jax.random.key(9), layer.apply({"params": params}, x, method=case.method).shape)
-
-    def loss(run, params, x):
-        return (jnp.tanh(run(params, x)) * weights).sum()
+    layer, plain = (make(param_dtype=jnp.float64) for make in (case.layer, case.plain))
+    layer = layer.clone(strategy=strategy)
+    params, x = randomised(shapes_of(case, layer)), case.inputs(jnp.float64)
 
     def adapted(params, x):
         return layer.apply({"params": params}, x, method=case.method)
@@ -221,9 +208,19 @@ def test_gradients_are_those_of_the_dense_formula_and_the_kernel_has_none(case):
     def dense(params, x):
         return plain.apply({"params": merged(case, params)}, x, method=case.method)
 
+    weights = randomised(jax.eval_shape(dense, params, x), 2)
     by = (0, 1) if jnp.issubdtype(x.dtype, jnp.floating) else (0,)
-    got, want = (jax.grad(loss, argnums=(1, 2)[: len(by)])(run, params, x) for run in (adapted, dense))
-    assert not np.any(got[0].pop(case.kernel))
+
+    def run(fn):
+        def loss(params, x):
+            y = fn(params, x)
+            return (jnp.tanh(y) * weights).sum(), y
+
+        return jax.jit(jax.grad(loss, argnums=by, has_aux=True))(params, x)
+
+    (got, y), (want, y_want) = run(adapted), run(dense)
+    close(y, y_want)
+    assert not np.any(got[0].pop(case.kernel))  # frozen
     assert np.any(want[0].pop(case.kernel))
     jax.tree.map(close, got, want)
 
@@ -231,25 +228,26 @@ def test_gradients_are_those_of_the_dense_formula_and_the_kernel_has_none(case):
 @each_case
 def test_kernel_and_bias_start_as_flax_starts_them_and_the_output_too(case):
     layer, plain, x = case.layer(), case.plain(), case.inputs()
-    got, want = init(case, layer), init(case, plain)
-    assert {name for name in got if not name.startswith("hada")} == set(want)
-    for name, value in want.items():
+    y, variables = jax.jit(lambda: layer.init_with_output(KEY, x, method=case.method))()
+    y_want, want = jax.jit(lambda: plain.init_with_output(KEY, x, method=case.method))()
+    got = variables["params"]
+    assert {name for name in got if not name.startswith("hada")} == set(want["params"])
+    for name, value in want["params"].items():
         np.testing.assert_array_equal(got[name], value)
-    y = layer.init_with_output(KEY, x, method=case.method)[0]
-    np.testing.assert_allclose(y, plain.apply({"params": want}, x, method=case.method), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(y, y_want, rtol=1e-6, atol=1e-6)
     assert isinstance(layer, case.flax)
 
 
 @each_case
 def test_shapes_are_those_that_inject_gives(case):
     layer = case.layer()
-    shapes = jax.eval_shape(lambda: init(case, layer))
+    shapes = shapes_of(case, layer)
     base = {"q": {n: s for n, s in shapes.items() if not n.startswith("hada")}}
     config = loha_jax.LoHaConfig(
         r=R, target_modules=["q"], use_effective_conv2d=case.fields.get("use_effective_conv2d", False)
     )
     adapted = linen.to_adapted(
-        {"params": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)},
+        {"params": randomised(shapes)},
         layer.init,
         KEY,
         case.inputs(),
@@ -307,6 +305,7 @@ def made(compiled, *shape):
 
 
 def compiled_step(layer, x, method=None):
+    """Value and gradients of the factors and of a floating x; a layer without factors gives those of x alone."""
     params = jax.eval_shape(lambda: layer.init(KEY, jnp.zeros(x.shape, x.dtype), method=method)["params"])
     factors = {n: s for n, s in params.items() if n.startswith("hada")}
     rest = {n: s for n, s in params.items() if n not in factors}
@@ -318,28 +317,42 @@ def compiled_step(layer, x, method=None):
     return jax.jit(jax.value_and_grad(loss, argnums=by)).lower(factors, rest, x).compile()
 
 
-def test_dense_and_attend_and_a_lookup_make_no_array_of_the_kernels_shape():
-    x, ids = jax.ShapeDtypeStruct((64, 1024), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
-    for layer, operand, method, shapes in (
-        (LoHaDense(2048, r=4), x, None, [(1024, 2048), (2048, 1024)]),
-        (LoHaEmbed(2048, 1024, r=4), x, "attend", [(1024, 2048), (2048, 1024)]),
-        (LoHaEmbed(2048, 1024, r=4), ids, None, [(1024, 2048), (2048, 1024)]),
-        (LoHaEinsum((1024, 8, 256), "bd,dnh->bnh", r=4), x, None, [(1024, 2048), (2048, 1024), (1024, 8, 256)]),
-    ):
-        for shape in shapes:
-            assert not made(compiled_step(layer, operand, method), *shape)
-    assert made(compiled_step(LoHaDense(2048, r=4, strategy="dense"), x), 1024, 2048)  # the search finds them
+ROWS, TOKENS = jax.ShapeDtypeStruct((64, 1024), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+IMAGE = jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32)
 
 
-def test_convolutions_make_no_array_of_the_kernels_shape_that_flax_does_not_make():
-    x = jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32)
-    plain = nn.Conv(256, (3, 3))
-    params = jax.eval_shape(lambda: plain.init(KEY, jnp.zeros(x.shape)))
-    frozen = jax.jit(jax.value_and_grad(lambda x, p: plain.apply(p, x).sum())).lower(x, params).compile()
-    for cores in (False, True):
-        step = compiled_step(LoHaConv(256, (3, 3), r=2, use_effective_conv2d=cores), x)
-        for shape in [(3, 3, 256, 256), (256, 256, 3, 3), (256, 2304), (2304, 256)]:
-            assert len(made(step, *shape)) <= len(made(frozen, *shape))
+@pytest.mark.parametrize(
+    ("case", "x", "shapes"),
+    [
+        (Case(LoHaDense, {"features": 2048}, (), None), ROWS, [(1024, 2048)]),
+        (Case(LoHaDenseGeneral, {"features": (8, 256)}, (), None), ROWS, [(1024, 2048), (1024, 8, 256)]),
+        (
+            Case(LoHaEinsum, {"shape": (1024, 8, 256), "einsum_str": "bd,dnh->bnh"}, (), None),
+            ROWS,
+            [(1024, 2048), (1024, 8, 256)],
+        ),
+        (Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None, "attend"), ROWS, [(2048, 1024)]),
+        (Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None), TOKENS, [(2048, 1024)]),
+        *(
+            (
+                Case(LoHaConv, {"features": 256, "kernel_size": (3, 3), "use_effective_conv2d": cores}, (), None),
+                IMAGE,
+                [(3, 3, 256, 256), (256, 256, 3, 3), (256, 2304)],
+            )
+            for cores in (False, True)
+        ),
+    ],
+    ids=["dense", "general", "einsum", "attend", "lookup", "conv", "conv_cores"],
+)
+def test_no_array_of_the_kernels_shape_is_made_that_flax_does_not_make(case, x, shapes):
+    step, frozen = (compiled_step(layer, x, case.method) for layer in (case.layer(), case.plain()))
+    for shape in shapes:
+        for order in (shape, shape[::-1]):
+            assert len(made(step, *order)) <= len(made(frozen, *order))
+
+
+def test_the_search_finds_an_array_of_the_kernels_shape():
+    assert made(compiled_step(LoHaDense(2048, r=4, strategy="dense"), ROWS), 1024, 2048)
 
 
 # --- Flax's transforms ------------------------------------------------------------------------------------------------
@@ -656,9 +669,9 @@ def test_every_layer_takes_deterministic(case):
 @each_case
 def test_fedpara_is_the_flax_layer_with_the_product_as_its_kernel(case):
     layer, x = case.layer(fedpara=True, alpha=None, param_dtype=jnp.float64), case.inputs(jnp.float64)
-    params = randomised(init(case, layer))
+    params = randomised(shapes_of(case, layer))
     plain = case.plain(param_dtype=jnp.float64)
-    base = init(case, plain)
+    base = shapes_of(case, plain)
     assert {n for n in params if not n.startswith("hada")} == set(base) - {case.kernel}
 
     def dense(params):
@@ -669,9 +682,16 @@ def test_fedpara_is_the_flax_layer_with_the_product_as_its_kernel(case):
     def own(params):
         return layer.apply({"params": params}, x, method=case.method)
 
-    close(own(params), dense(params))
-    got, want = (jax.grad(lambda p, f=f: (f(p) ** 2).sum())(params) for f in (own, dense))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, want)
+    def run(fn):
+        def loss(params):
+            y = fn(params)
+            return (y**2).sum(), y
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (got, y), (want, y_want) = run(own), run(dense)
+    close(y, y_want)
+    jax.tree.map(close, got, want)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -712,7 +732,7 @@ def test_fedpara_starts_with_the_variance_of_lecun_and_he(layer, shape, fan_in, 
 def test_fedpara_reaches_full_rank_with_the_parameters_of_rank_2r():
     params = LoHaDense(64, r=8, fedpara=True).init(KEY, jnp.ones((1, 64)))["params"]
     assert sum(np.size(v) for n, v in params.items() if n.startswith("hada")) == 2 * 8 * (64 + 64)
-    weight = transposed({n: np.asarray(v, np.float64) for n, v in params.items()}, (64, 64), 1.0)
+    weight = flat({n: np.asarray(v, np.float64) for n, v in params.items()}, 1.0)
     assert np.linalg.matrix_rank(weight) == 64  # 2r is 16
 
 

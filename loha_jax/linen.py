@@ -49,6 +49,7 @@ __all__ = [
     "LoHaDenseGeneral",
     "LoHaEinsum",
     "LoHaEmbed",
+    "LoHaLayer",
     "from_adapted",
     "to_adapted",
     "trainable_mask",
@@ -350,13 +351,13 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
     alpha = layer.alpha
     if layer.fedpara:
         alpha = layer.r if alpha is None else alpha
-        unused = [f.name for f in dataclasses.fields(LoHaLayer) if f.name in _NOT_FOR_FEDPARA]
-        given = [name for name in unused if getattr(layer, name) != getattr(LoHaLayer, name)]
-        if given or not alpha or not layer.variance_scale > 0:
+        wrong = [name for name in _NOT_FOR_FEDPARA if getattr(layer, name) != getattr(LoHaLayer, name)]
+        wrong += ["alpha"] * (alpha == 0) + ["variance_scale"] * (not layer.variance_scale > 0)
+        if wrong:
             raise ValueError(
-                f"{_where(layer)}: with fedpara=True there is no kernel, and the weight is the product of the factors: "
-                f"leave out {', '.join(given) or 'no argument'}, and give an alpha other than 0 and a positive "
-                f"variance_scale (got alpha={layer.alpha!r}, variance_scale={layer.variance_scale!r})."
+                f"{_where(layer)}: with fedpara=True there is no kernel, and the weight is the product of the factors. "
+                f"Got {', '.join(f'{name}={getattr(layer, name)!r}' for name in wrong)}: leave out "
+                f"{', '.join(_NOT_FOR_FEDPARA)}; alpha is not 0, and variance_scale positive."
             )
     try:
         config = LoHaConfig(
@@ -810,6 +811,8 @@ def _misfit(leaf: Any, d: _Described) -> str | None:
     if len(leaf.active_adapters) != 1:
         return f"has the active adapters {list(leaf.active)}, of which it holds {sorted(leaf.adapters)}; one is needed"
     (factors,) = leaf.active_adapters
+    if leaf.kernel is None or not factors.tensors:
+        return "comes from one half of `partition`: put the halves together with `loha_jax.combine`"
     pairs = {
         "layout": (leaf.layout.word, d.layout.word),
         "r": (sorted({*factors.ranks}), [d.config.r]),

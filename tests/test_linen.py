@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import operator
 import re
 from typing import Any
@@ -435,19 +436,22 @@ def test_vmap_over_parameters_and_over_inputs():
     np.testing.assert_allclose(got, layer.apply({"params": params}, x), rtol=1e-6, atol=1e-6)
 
 
-def test_share_scope_puts_the_parameters_beside_the_parents():
+def test_share_scope_puts_the_parameters_beside_the_parents_which_start_as_ever():
     class Parent(nn.Module):
-        def setup(self):
-            self.inner = LoHaDense(4, r=2)
-            nn.share_scope(self, self.inner)
+        dense: Any
 
+        @nn.compact
         def __call__(self, x):
-            return self.inner(x)
+            inner = self.dense(4, name="inner")
+            nn.share_scope(self, inner)
+            return inner(x) * self.param("gain", nn.initializers.normal(), (4,))
 
-    x = jnp.ones((2, 3))
-    params = Parent().init(KEY, x)["params"]
-    assert params.keys() == LoHaDense(4, r=2).init(KEY, x)["params"].keys()
-    assert isinstance(linen.to_adapted(params, Parent().init, KEY, x)["kernel"], loha_jax.LoHaWeight)
+    x, model = jnp.ones((2, 3)), Parent(functools.partial(LoHaDense, r=2))
+    params = model.init(KEY, x)["params"]
+    assert set(params) == {"kernel", "bias", "gain", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+    for name, value in Parent(nn.Dense).init(KEY, x)["params"].items():
+        np.testing.assert_array_equal(params[name], value)
+    assert isinstance(linen.to_adapted(params, model.init, KEY, x)["kernel"], loha_jax.LoHaWeight)
 
 
 class Tied(nn.Module):
@@ -766,7 +770,7 @@ def test_fedpara_learns_what_no_matrix_of_rank_2r_can():
     ids=str,
 )
 def test_fedpara_refuses_what_has_no_meaning_for_it(fields):
-    with pytest.raises(ValueError, match=f"LoHaDense at the root: with fedpara=True .*{next(iter(fields))}"):
+    with pytest.raises(ValueError, match=f"LoHaDense at the root: with fedpara=True .*Got {next(iter(fields))}="):
         LoHaDense(4, fedpara=True, **fields).init(KEY, jnp.ones((1, 2)))
 
 
@@ -933,6 +937,7 @@ def twin_of(params):
     return twin.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [False, True], ids=["flat", "cores"])
 def test_the_real_peft_opens_a_linen_models_adapter_and_its_own_comes_back(cores, tmp_path):
     model, x = ToPeft(cores), jax.random.normal(KEY, (2, 5, 5, 4))
@@ -1080,6 +1085,8 @@ def test_two_layers_of_one_name():
     [
         (lambda a: loha_jax.set_adapter(a, ()), "has the active adapters"),
         (lambda a: loha_jax.scale(a, {"default": 0.5}), "loha_jax.scale"),
+        (lambda a: loha_jax.partition(a)[0], "a/kernel comes from one half of `partition`"),
+        (lambda a: loha_jax.partition(a)[1], "b/kernel comes from one half of `partition`"),
         (loha_jax.merge, "a/kernel is a ArrayImpl"),
         (lambda a: {**a, "c": a["a"]}, "c/kernel is adapted, the model has no LoHa layer there"),
         (lambda a: linen.to_adapted(*other(r=2)), r"r=\[2\] \(the layer: \[8\]\)"),
@@ -1091,7 +1098,7 @@ def test_two_layers_of_one_name():
             r"layout=oi \(the layer: io\)",
         ),
     ],
-    ids=["none_active", "scaled", "merged", "elsewhere", "rank", "alpha", "layout"],
+    ids=["none_active", "scaled", "trainable_half", "frozen_half", "merged", "elsewhere", "rank", "alpha", "layout"],
 )
 def test_trees_that_do_not_fit_the_model(change, message):
     adapted = linen.to_adapted(Two().init(KEY, X)["params"], Two().init, KEY, X)

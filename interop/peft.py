@@ -357,7 +357,7 @@ def from_peft_state_dict(
         params,
         adapter_name,
         {k: state[given[k]] for k in optional if k in given},
-        {k: int(state[key]) for k, key in carried.items()},
+        {k: count for k, key in carried.items() if (count := int(state[key]))},  # 0 is written without being noted
     )
 
 

@@ -389,8 +389,11 @@ def test_nested_saved_modules_and_their_statistics_round_trip(tmp_path):
     assert saved.keys() == {
         *("0.weight", "0.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"),
         "num_batches_tracked",
+        "norm.num_batches_tracked",  # PEFT wants it; the tree has none
     }
-    assert saved["num_batches_tracked"].dtype == np.int64
+    assert saved["num_batches_tracked"] == 7
+    assert saved["norm.num_batches_tracked"] == 0
+    assert saved["num_batches_tracked"].dtype == saved["norm.num_batches_tracked"].dtype == np.int64
     np.testing.assert_array_equal(saved["norm.running_mean"], np.full(4, 3))  # saved, not trained
     np.testing.assert_array_equal(saved["norm.weight"], np.full(4, 2))
     jax.tree.map(np.testing.assert_array_equal, interop.load_peft(tmp_path, base), params)

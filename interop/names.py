@@ -21,6 +21,9 @@ from .content_match import Leaf, Options, match_contents
 from .sources import Source
 from .torch_mapping import is_torch_mapping, map_sources, torch_names
 
+GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
+"""GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""
+
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 
 
@@ -126,9 +129,8 @@ class NameMap:
             layouts={r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"},
         )
         if model_type == "gpt2":
-            conv1d = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
-            result._given[conv1d] = "oi"
-            result._conv1d = re.compile(conv1d)
+            result._given[GPT2_CONV1D] = "oi"
+            result._conv1d = re.compile(GPT2_CONV1D)
         return result
 
     @classmethod

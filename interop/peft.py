@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 from .factors import chosen_adapter, module_factors
 from .files import read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 from .model_card import MODEL_CARD_NAME, model_card
+from .names import GPT2_CONV1D
 
 PREFIX = "base_model.model."
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -60,6 +62,9 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         ValueError: the tree has no such adapter, or holds something PEFT's format cannot (a Conv3d).
         NotADirectoryError: `folder` is a file.
 
+    Warns:
+        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for.
+
     Example:
         >>> import tempfile, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
@@ -81,6 +86,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         )
     if not chosen:
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
+    _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name) for name in chosen}
     contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
@@ -91,6 +97,21 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         write_atomically(target / CONFIG_NAME, configs[name].to_json().encode())
     if not (folder / MODEL_CARD_NAME).exists():  # an author's own stays
         write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]]).encode())
+
+
+def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
+    """Says which modules PEFT will refuse to open. In Flax GPT-2's projections are `oi`, a Linear's kernel is `io`."""
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    named = [
+        n for leaf in leaves if leaf.layout.word == "oi" and leaf.adapters.keys() & set(adapters) for n in leaf.names
+    ]
+    if found := [name for name in named if re.fullmatch(GPT2_CONV1D, name)]:
+        warnings.warn(
+            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
+            "it and will not open this folder; `load_peft` will. For PyTorch, merge the adapter: `save_merged`.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 @takes_model(changes=False)

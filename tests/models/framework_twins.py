@@ -160,7 +160,10 @@ _KERAS_BERT = {
 
 
 def keras_bert(size: Size) -> Twins:
-    """keras-hub's BERT, which reads the checkpoint of the PyTorch one; its attention's kernels have three axes."""
+    """keras-hub's BERT, which reads the checkpoint of the PyTorch one; its attention's kernels have three axes.
+
+    It computes every gelu by tanh, whatever the checkpoint's config says: the PyTorch model is told to.
+    """
     config = hf.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.width,
@@ -168,6 +171,7 @@ def keras_bert(size: Size) -> Twins:
         num_attention_heads=size.heads,
         intermediate_size=2 * size.width,
         max_position_embeddings=40,
+        hidden_act="gelu_pytorch_tanh",
     )
     module = seeded(lambda: hf.BertModel(config), size)
     with tempfile.TemporaryDirectory() as folder:

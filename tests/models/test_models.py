@@ -36,8 +36,7 @@ def size(request):
 @pytest.fixture(scope="module", params=CASES)
 def trial(request, size):
     """One case; its tests run one after the other and share what was compiled."""
-    yield Trial(CASES[request.param], size)
-    jax.clear_caches()
+    return Trial(CASES[request.param], size)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -415,7 +415,8 @@ def _adapted_class(cls: type[Any], owner: bool) -> type[Any]:
     methods["__doc__"] = cls.__doc__
     methods["_loha_base"] = cls
     methods["__reduce__"] = lambda self: (_rebuild, (cls, owner), self.__getstate__())
-    return type(cls)(f"LoHa{cls.__name__}", (cls,), methods)
+    metaclass: Any = type(cls)
+    return metaclass(f"LoHa{cls.__name__}", (cls,), methods)
 
 
 def _rebuild(cls: type[nnx.Module], owner: bool) -> nnx.Module:
@@ -550,7 +551,7 @@ def call(
         nnx.update(nodes, nnx.from_flat_state(updates))
     for node, name, value in attributes:
         setattr(node, name, value)
-    return jax.tree.map(lambda x: originals[x.path] if isinstance(x, _Returned) else x, result)
+    return jax.tree.map(lambda x: originals[x.path or ()] if isinstance(x, _Returned) else x, result)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -507,6 +507,7 @@ def call(
     originals = dict(nnx.iter_graph(nodes))
     changed: dict[Path, Any] = {}
     attributes: list[tuple[Any, str, Any]] = []
+    removed: set[Path] = set()
 
     def pure(model: tuple[list[Any], list[Any]], others: list[Any]) -> Any:
         weights, values = model
@@ -529,6 +530,7 @@ def call(
         result = fn(*args, **kwargs)
         changed.clear()
         attributes.clear()
+        removed.clear()
         if changes:
             for path, variable in nnx.to_flat_state(nnx.split(clones)[1]):
                 # nnx.scan writes back whatever it went over; kernels and trained copies are as they were.
@@ -537,6 +539,8 @@ def call(
                 if not frozen and not _same(_value(variable), _value(old)):
                     changed[path] = variable
             attributes.extend(_changed_attributes(clones, originals))
+            left = {id(node) for _, node in nnx.iter_graph(clones)}
+            removed.update(path for node, path in paths.items() if node not in left and path in variables)
         result = jax.tree.map(lambda x: _Returned(paths.get(id(x))) if is_node(x) else x, result, is_leaf=is_node)
         return result, [_value(variable) for variable in changed.values()]
 
@@ -549,6 +553,8 @@ def call(
             updates[path] = _with_value(variable, value)
     if updates:
         nnx.update(nodes, nnx.from_flat_state(updates))
+    if removed:
+        nnx.pop(nodes, lambda path, _: path in removed)
     for node, name, value in attributes:
         setattr(node, name, value)
     return jax.tree.map(lambda x: originals[x.path or ()] if isinstance(x, _Returned) else x, result)

@@ -254,6 +254,29 @@ def test_what_a_call_changes_is_changed_in_the_model():
     close(y, plain.chain(x)[1])
 
 
+class Popping(nnx.Module):
+    """Takes out what its call leaves behind, as tunix' classifier does, and what was there before."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jnp.eye(4))
+        self.old = nnx.Cache(jnp.zeros(3))
+
+    def __call__(self, x):
+        self.new = nnx.Intermediate(x @ self.w[...])
+        found = nnx.pop(self, nnx.Any(nnx.Intermediate, nnx.Cache))
+        return found["new"][...] + found["old"][0]
+
+
+def test_variables_that_a_call_takes_out_are_out_of_the_model():
+    x = jnp.arange(4.0)[None]
+    model = adapted(Popping, {"w": dense}, target_modules=["w"])
+    plain = with_sums(Popping(nnx.Rngs(0)), model, {"w": dense})
+    close(model(x), plain(x))
+    assert not hasattr(model, "old")
+    assert not hasattr(model, "new")
+    assert len(jax.tree.leaves(nnx.state(model, LoHaParam))) == 4
+
+
 class Maker(nnx.Module):
     def __init__(self, rngs):
         self.w = nnx.Param(jnp.eye(4))
@@ -326,6 +349,22 @@ def in_tree_mode(model, x):
         close(nnx.merge(graphdef, state)(x), model(x))
         close(nnx.jit(lambda m, x: m(x))(model, x), model(x))
         return adapted()(x)
+
+
+def gradients(model, x):
+    graphdef, factors, rest = nnx.split(model, LoHaParam, ...)
+    return jax.jit(jax.grad(lambda factors: (nnx.merge(graphdef, factors, rest)(x) ** 2).sum()))(factors)
+
+
+def test_gradients_by_split_are_the_same_in_tree_mode():
+    model, x = adapted(), jnp.asarray(IDS)
+    expected = nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=nnx.DiffState(0, LoHaParam))(model)
+    in_graph_mode = gradients(model, x)
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        in_tree_mode = gradients(adapted(), x)
+    for ours in (in_graph_mode, in_tree_mode):
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            close(one, other)
 
 
 def scan_over_rows(model, x):

@@ -13,7 +13,17 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.nnx import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral, LoHaParam, inject, set_dropout
+from loha_jax.nnx import (
+    AdaptedKernel,
+    LoHaConv,
+    LoHaEinsum,
+    LoHaEmbed,
+    LoHaLinear,
+    LoHaLinearGeneral,
+    LoHaParam,
+    inject,
+    set_dropout,
+)
 
 
 class Net(nnx.Module):
@@ -128,6 +138,22 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
     with pytest.raises(ValueError, match="misshapen"):
         interop.load_peft(tmp_path, other)
     assert nnx.graphdef(other) == graphdef
+
+
+def test_base_checkpoints_go_into_a_model_and_merged_ones_out_of_it(tmp_path):
+    model = inject(
+        Net(nnx.Rngs(0)), LoHaConfig(r=2, init_weights=False, target_modules=["conv", "lin"]), rngs=nnx.Rngs(1)
+    )
+    interop.save_merged(tmp_path, model)
+    assert isinstance(model.lin.kernel, AdaptedKernel)
+    state = load_file(tmp_path / "model.safetensors")
+    assert state["conv.weight"].shape == (4, 3, 3, 3)
+    other = Net(nnx.Rngs(5))
+    assert interop.load_base(tmp_path, other) is other
+    np.testing.assert_allclose(other(IMAGES), model(IMAGES), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(other.conv.kernel[...], loha_jax.merge(nnx.clone(model)).conv.kernel[...])
+    with pytest.raises(ValueError, match="load it first"):
+        interop.load_base(tmp_path, model)
 
 
 class Layer(nnx.Module):

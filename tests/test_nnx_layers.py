@@ -142,7 +142,10 @@ def input_of(shape_or_array):
     return jax.random.normal(jax.random.key(3), shape_or_array, jnp.float64)
 
 
-CASES = [(name, False) for name in LAYERS] + [(name, True) for name in LAYERS if "Conv" in name]
+RECURRENT = ("LSTM", "OptimizedLSTM", "GRU", "SimpleCell")
+CASES = [pytest.param(n, False, marks=[pytest.mark.slow] if n in RECURRENT else []) for n in LAYERS] + [
+    (name, True) for name in LAYERS if "Conv" in name
+]
 
 
 @pytest.mark.usefixtures("x64")

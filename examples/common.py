@@ -19,7 +19,7 @@ from rich.table import Table
 PEFT_VERSIONS = {"torch": "torch==2.13.0", "peft": "peft==0.21.2"}
 
 
-def run_example(run: Callable[[argparse.Namespace], None], doc: str, name: str) -> None:
+def run_example(run: Callable[[argparse.Namespace], None], doc: str | None, name: str) -> None:
     """Reads --quick, --out and --seed, runs the example with them, and ends the process.
 
     Args:

@@ -59,12 +59,8 @@ def load_pictures(seed: int) -> tuple[Pictures, Pictures, Pictures, Pictures]:
     split = partial(train_test_split, train_size=100, random_state=seed)
     train, rest, train_labels, rest_labels = split(images[high], labels[high], stratify=labels[high])
     validation, test, validation_labels, test_labels = split(rest, rest_labels, stratify=rest_labels)
-    return (
-        (images[~high], labels[~high]),
-        (train, train_labels),
-        (validation, validation_labels),
-        (test, test_labels),
-    )
+    few = (train, train_labels), (validation, validation_labels), (test, test_labels)
+    return (images[~high], labels[~high]), *few  # type: ignore[return-value]  # scikit-learn's types say too little
 
 
 def train(params: Params, pictures: Pictures, validation: Pictures, rate: float, steps: int, seed: int, full: bool):
@@ -79,8 +75,8 @@ def train(params: Params, pictures: Pictures, validation: Pictures, rate: float,
     @jax.jit
     def train_step(trainable, opt_state, images, labels):
         def loss_fn(trainable):
-            logits = apply(loha_jax.combine(trainable, frozen), images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            scores: Any = apply(loha_jax.combine(trainable, frozen), images)
+            return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
         updates, opt_state = tx.update(jax.grad(loss_fn)(trainable), opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
@@ -108,7 +104,7 @@ def regression_accuracy(train: Pictures, test: Pictures, features: Any) -> tuple
     search = GridSearchCV(LogisticRegression(max_iter=2000), {"C": np.logspace(-3, 2, 11)}, cv=5)
     inputs = features(train[0])
     search.fit(inputs, train[1])
-    return float(search.score(features(test[0]), test[1])), 5 * (inputs.shape[1] + 1)
+    return float(np.mean(search.predict(features(test[0])) == test[1])), 5 * (inputs.shape[1] + 1)
 
 
 def size(tree: Any) -> int:
@@ -158,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
 def plot(path: Any, curves: dict[str, Any], params: Params, test: Pictures) -> None:
     """Draws the validation accuracies, and predictions of the adapted net: wrong ones first."""
     figure = plt.figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2).flat  # type: ignore[union-attr]
     axes = left.subplots()
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), marker="o", label=name)

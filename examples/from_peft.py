@@ -53,8 +53,8 @@ def train_in_peft(folder: Path, steps: int, seed: int) -> tuple[Path, Path]:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, initializer_range=0.1, **sizes))
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=256, initializer_range=0.1, **sizes))
     model.save_pretrained(folder / "base")
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoHaConfig(r=8, alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     print(SIDE_BY_SIDE)
 
     config = LlamaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
-    model = FlaxLlamaForCausalLM(config, _do_init=False)
+    model: Any = FlaxLlamaForCausalLM(config, _do_init=False)
     # -- In ------------------------------------------------------------------------------------------------------
     names = interop.NameMap.transformers()
     base = interop.load_base(base_folder, model.params_shape_tree, names=names)

@@ -68,7 +68,7 @@ class LanguageModel(nnx.Module):
         return self.head(self.norm(x))
 
 
-def loss_fn(model: LanguageModel, windows: jax.Array) -> jax.Array:
+def loss_fn(model: LanguageModel, windows: Any) -> jax.Array:
     """Cross-entropy in nats per byte; `windows` are bytes, [batch, CONTEXT + 1]."""
     return optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), windows[:, 1:]).mean()
 
@@ -77,7 +77,7 @@ evaluate = nnx.jit(loss_fn)
 
 
 @partial(nnx.jit, static_argnames="wrt")
-def train_step(model: LanguageModel, optimizer: nnx.Optimizer, windows: jax.Array, wrt: type) -> jax.Array:
+def train_step(model: LanguageModel, optimizer: nnx.Optimizer, windows: Any, wrt: type) -> jax.Array:
     """One step of the optimizer on the variables of type `wrt`."""
     loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt))(model, windows)
     optimizer.update(model, grads)
@@ -107,7 +107,7 @@ def held_out(model: LanguageModel, text: np.ndarray) -> float:
 
 
 @nnx.jit
-def next_byte(model: LanguageModel, window: jax.Array, key: jax.Array) -> jax.Array:
+def next_byte(model: LanguageModel, window: Any, key: jax.Array) -> jax.Array:
     """A byte that follows [CONTEXT] bytes, sampled."""
     return jax.random.categorical(key, model(window[None])[0, -1] / 0.7)
 

@@ -34,7 +34,7 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 if packages := missing({"diffusers": "--no-deps diffusers==0.39.0"}):
     sys.exit(f"This example needs more than this Python has: {sys.executable} -m pip install {packages}")
 logging.disable(logging.WARNING)  # diffusers and transformers would say that these releases are the last with Flax
-from diffusers import FlaxUNet2DConditionModel  # noqa: E402
+from diffusers import FlaxUNet2DConditionModel  # noqa: E402  # pyright: ignore[reportPrivateImportUsage]
 
 # What PEFT's LoHa page gives for Stable Diffusion; the convolutions of the residual blocks are an addition.
 TEXT_LOHA = loha_jax.LoHaConfig(
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     keys = jax.random.split(jax.random.key(options.seed), 3)
     text_encoder = FlaxCLIPTextModel(TEXT_CONFIG, seed=options.seed)
     config = UNET_CONFIG | QUICK if options.quick else UNET_CONFIG
-    unet = FlaxUNet2DConditionModel(**config)
+    unet: Any = FlaxUNet2DConditionModel(**config)
     base = {"text_encoder": text_encoder.params, "unet": jax.jit(unet.init_weights)(keys[0])}
 
     # ------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def noise_in_torch(
     The two UNets differ by themselves: diffusers' Flax one approximates the gelu and adds another epsilon in a norm.
     """
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from peft import PeftModel
     from transformers import CLIPTextModel
 
@@ -217,7 +217,7 @@ def torch_tensors(folder: Path, params: Params, names: Any) -> dict[str, np.ndar
 def plot(path: Path, losses: list[float], batch: dict[str, np.ndarray], predicted: np.ndarray) -> None:
     """Draws the loss, and held-out pieces: with noise, and less the noise that is predicted."""
     figure = plt.figure(figsize=(11, 3.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3)).flat  # type: ignore[union-attr]
     axes = left.subplots()
     axes.plot(losses, linewidth=0.5)
     axes.set(title="Training loss", xlabel="step", ylabel="mean squared error")

@@ -1,8 +1,8 @@
 """A PyTorch checkpoint is read into a Flax model, adapted with LoHa, and goes back to PyTorch in two forms.
 
 The checkpoint is all-MiniLM-L6-v2, which turns sentences into vectors. It is adapted so that the vectors of film
-reviews that praise lie nearer to each other than to those that blame. The adapter is saved for PEFT, the merged model as a
-checkpoint of its own with tokenizer and config; where torch and peft are installed, PyTorch opens both.
+reviews that praise lie nearer to each other than to those that blame. The adapter is saved for PEFT, the merged model
+as a checkpoint of its own with tokenizer and config; where torch and peft are installed, PyTorch opens both.
 
     python examples/torch_checkpoint.py [--quick]
 """
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
     frozen = [encode(base, data) for data in (train_data, test_data)]
     merged = loha_jax.merge(params)
     adapted = [encode(merged, data) for data in (train_data, test_data)]
-    differences = {"by PEFT": None, "merged checkpoint": None}
+    differences: dict[str, float | None] = {"by PEFT": None, "merged checkpoint": None}
     if packages := missing():
         console.print(f"To have PyTorch open both: pip install {packages}")
     else:

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import peft
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loha_jax.interop import NameMap
@@ -586,6 +584,7 @@ def test_fused_parts_are_found_and_said_to_have_no_layout(tmp_path):
 @pytest.mark.parametrize("known", ["contents", "mapping"])
 def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
     """The real PEFT adapts a torch model; a JAX tree of tunix' form gets the adapter, and merges to torch's weights."""
+    torch, peft = (pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft"))
     tensors = torch_tensors(np.random.default_rng(0))
     save_file(tensors, tmp_path / "model.safetensors")
     tree = nested(run_loader(llama3(), tensors))

@@ -114,7 +114,8 @@ def logits_in_torch(base: Params, adapter: Path, images: np.ndarray) -> np.ndarr
     from transformers import ViTForImageClassification
     from transformers.modeling_flax_pytorch_utils import load_flax_weights_in_pytorch_model
 
-    module = load_flax_weights_in_pytorch_model(ViTForImageClassification(CONFIG), base)
+    writable = jax.tree.map(np.array, base)  # JAX's arrays are not, which torch warns of
+    module = load_flax_weights_in_pytorch_model(ViTForImageClassification(CONFIG), writable)
     module = PeftModel.from_pretrained(module, adapter).eval()
     with torch.inference_mode():
         return module(torch.tensor(images)).logits.numpy()

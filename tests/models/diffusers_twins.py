@@ -83,7 +83,8 @@ def vae(size: Size) -> Twins:
     """Stable Diffusion's autoencoder, decoding what it encodes."""
     width = size.width
     config = {
-        "block_out_channels": (2 * width, 2 * width),
+        "block_out_channels": (width, 2 * width),
+        "norm_num_groups": 8,
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }

@@ -64,17 +64,17 @@ def on_trees(
     *,
     changes: bool = True,
 ) -> Any:
-    """`run(fn, args, kwargs)`, with trees in place of the adapted NNX models among the arguments (`nnx_model.call`)."""
-    nnx_model = sys.modules.get("loha_jax.nnx_model")  # not imported: no model is adapted
-    if nnx_model is None or not nnx_model.nodes_among((args, kwargs)):
+    """`run(fn, args, kwargs)`, with trees in place of the adapted NNX models among the arguments (`nnx_calls.call`)."""
+    nnx_calls = sys.modules.get("loha_jax.nnx_calls")  # not imported: no model is adapted
+    if nnx_calls is None or not nnx_calls.nodes_among((args, kwargs)):
         return run(fn, args, kwargs)
-    return nnx_model.call(run, fn, args, kwargs, changes=changes)
+    return nnx_calls.call(run, fn, args, kwargs, changes=changes)
 
 
 def adapted_leaves(tree: Any) -> list[Any]:
     """The adapted leaves of a tree, those of the NNX models in it too."""
-    nnx_model = sys.modules.get("loha_jax.nnx_model")
-    inside = [node.leaf() for node in nnx_model.nodes_among(tree).values()] if nnx_model is not None else []
+    nnx_calls = sys.modules.get("loha_jax.nnx_calls")
+    inside = [node.leaf() for node in nnx_calls.nodes_among(tree).values()] if nnx_calls is not None else []
     return inside + [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapted) if is_adapted(leaf)]
 
 

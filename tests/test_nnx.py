@@ -241,7 +241,7 @@ def test_what_a_call_changes_is_changed_in_the_model():
         jax.tree.map(close, sown, expected)
     assert len(sown["hidden"].get_value()) == 1
     assert model.calls == plain.calls == 2
-    rest = nnx.Not(nnx.Any(nnx.Param, LoHaParam, loha_jax.nnx_model.Scaling))
+    rest = nnx.Not(nnx.Any(nnx.Param, LoHaParam, loha_jax.nnx_variables.Scaling))
     ours, theirs = nnx.to_flat_state(nnx.state(model, rest)), nnx.to_flat_state(nnx.state(plain, rest))
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (_, one), (_, other) in zip(ours, theirs, strict=True):
@@ -692,7 +692,7 @@ def test_functions_of_adapters_change_a_model_in_place(name):
     assert change(model) is model
     close(model(IDS), with_deltas(weights)(IDS))
     active = {"add_weighted_adapter": {"mix"}}.get(name, set(weights))
-    for path, node in loha_jax.nnx_model.adapted_nodes(model).items():
+    for path, node in loha_jax.nnx_variables.adapted_nodes(model).items():
         for adapter, variables in node.adapters.items():
             expected = LoHaParam if adapter in active else InactiveLoHaParam
             assert {type(v) for n, v in variables.items() if n != "scaling"} == {expected}, path

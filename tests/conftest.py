@@ -35,3 +35,10 @@ def x64():
     """float64 for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Compiled programs are gigabytes by the end of a run: each module leaves none behind."""
+    yield
+    jax.clear_caches()

@@ -31,7 +31,7 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 FLAT = loha_jax.LoHaConfig(r=4, alpha=8, target_modules=r"Conv_\d", modules_to_save=["classifier"])
 CP = dataclasses.replace(FLAT, use_effective_conv2d=True)
 FORMS = {"LoHa, flat": FLAT, "LoHa, CP": CP}
-# Of 3e-3, 1e-2, 3e-2 (LoHa) and 1e-3, 3e-3, 1e-2 (all parameters), the best, or within a picture of it, on the
+# Of 3e-3, 1e-2, 3e-2 (LoHa) and 1e-3, 3e-3, 1e-2 (all parameters), the best, or within two pictures of it, on the
 # validation pictures of seeds 0 and 1.
 LOHA_RATE, FULL_RATE = 1e-2, 3e-3
 

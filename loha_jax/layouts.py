@@ -131,6 +131,25 @@ class Layout:
         return Layout("".join(k + (str(stack.index(int(n))) if k == "s" and n else n) for k, n in kept))
 
 
+def einsum_layout(equation: str) -> str | None:
+    """The layout of the second operand of an einsum of two, or None where it is no product that LoHa can adapt.
+
+    Letters that it shares with the first operand alone are in axes, with the result alone out axes, with both stack
+    axes. A letter that stands in it twice, or in it alone (which is summed), has no place in a layout.
+
+    Example:
+        >>> einsum_layout("btd,ndh->btnh"), einsum_layout("btd,dq->bt")
+        ('oio', None)
+    """
+    found = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", equation.replace(" ", ""))
+    if not found:
+        return None
+    given, letters, result = found.groups()
+    kinds = {(True, True): "s", (True, False): "i", (False, True): "o", (False, False): "?"}
+    word = "".join(kinds[letter in given, letter in result] for letter in letters)
+    return word if "?" not in word and {"i", "o"} <= set(word) and len(set(letters)) == len(letters) else None
+
+
 def default_layout(
     shape: Sequence[int], path: Sequence[str], shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> Layout:

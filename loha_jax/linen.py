@@ -35,7 +35,7 @@ from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.init import FACTOR_NAMES, init_factors
 from loha_jax.inject import factor_dtype
-from loha_jax.layouts import Layout
+from loha_jax.layouts import Layout, einsum_layout
 from loha_jax.linen_trees import (
     Described,
     describing,
@@ -445,10 +445,8 @@ def _einsum_layout(layer: LoHaEinsum, inputs: Any, shape: Sequence[int]) -> Layo
         )
     kernel = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     operands, result, _ = parse_einsum_input((layer.einsum_str.replace(" ", ""), inputs, kernel))
-    given, letters = operands.split(",")
-    kinds = {(True, True): "s", (True, False): "i", (False, True): "o", (False, False): "?"}
-    word = "".join(kinds[letter in given, letter in result] for letter in letters)
-    if "?" in word or not {"i", "o"} <= set(word) or len(set(letters)) < len(letters):
+    word = einsum_layout(f"{operands}->{result}")
+    if word is None:
         raise ValueError(
             f"{_where(layer)}: {layer.einsum_str!r} is no product that LoHa can adapt: the kernel needs axes that the "
             "input has and the result has not (in), axes the other way round (out), and otherwise only axes that both "

@@ -11,7 +11,6 @@ in tree mode.
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.config import LoHaConfig
 from loha_jax.inject import inject
-from loha_jax.layouts import Layout
+from loha_jax.layouts import Layout, einsum_layout
 from loha_jax.naming import module_name, stack_names
 from loha_jax.nnx_calls import dress
 from loha_jax.nnx_variables import (
@@ -133,24 +132,12 @@ def _layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
     elif isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2:  # 2-D: the default for this name
         word, core = "oi", (layer.num_embeddings, layer.features)
     elif isinstance(equation := getattr(layer, "einsum_str", None), str):  # nnx.Einsum, tunix's Einsum
-        word = _einsum_layout(equation.replace(" ", ""), len(shape)) or ""
+        word = einsum_layout(equation) or ""
         core = shape if len(word) == len(shape) else tuple(getattr(layer, "kernel_shape", ()))
     missing = len(shape) - len(word)
     if not word or missing < 0 or tuple(shape[missing:]) != tuple(core):
         return None
     return "s" * missing + word
-
-
-def _einsum_layout(equation: str, ndim: int) -> str | None:
-    """The layout of the second operand of an einsum of two: contracted letters are in, letters of its own out."""
-    found = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", equation)
-    if not found:
-        return None
-    inputs, kernel, outputs = found.groups()
-    if len(kernel) > ndim or len(set(kernel)) != len(kernel):
-        return None
-    kinds = ["o" if c not in inputs else "s" if c in outputs else "i" for c in kernel]
-    return "".join(kinds) if {"i", "o"} <= set(kinds) else None
 
 
 def adapt_layer(layer: nnx.Module, kernel: str, config: LoHaConfig, *, key: jax.Array) -> None:

@@ -12,6 +12,10 @@ import numpy as np
 import safetensors.numpy
 
 
+class FileError(ValueError):
+    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong."""
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes to a temporary name in the same folder, flushes to disk, then renames: never half a file, never none."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

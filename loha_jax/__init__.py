@@ -19,6 +19,8 @@ from loha_jax.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, k
 from loha_jax.inject import inject
 from loha_jax.layout_inference import infer_layouts
 from loha_jax.layouts import Layout
+from loha_jax.lycoris_config import LycorisConfig
+from loha_jax.max_norm import apply_max_norm
 from loha_jax.merge import merge, unload
 from loha_jax.partition import combine, partition, trainable_mask
 from loha_jax.summary import summary
@@ -33,10 +35,12 @@ __all__ = [
     "Layout",
     "LoHaConfig",
     "LoHaWeight",
+    "LycorisConfig",
     "SavedWeight",
     "adapt",
     "adapter_names",
     "add_weighted_adapter",
+    "apply_max_norm",
     "combine",
     "delete_adapter",
     "dropout",

@@ -16,7 +16,7 @@ from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
 
 @takes_model(changes=False)
@@ -89,7 +89,8 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
 
     The numbers count from alpha/r, not from an earlier call, so `scale(params, {"style": 1.0})` undoes one. They hold
     for every use (`adapt`, `merge`, active or not) and stay in the tree, but files have no place for them: merge, or
-    `add_weighted_adapter`, to keep them. Copies of `modules_to_save` are not scaled.
+    `add_weighted_adapter`, to keep them. Copies of `modules_to_save` are not scaled. Of a weight decomposition (DoRA)
+    it is the difference from the base weight that is multiplied, `s · (W' - W)`.
 
     Args:
         params: an adapted tree.
@@ -117,6 +118,10 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
         adapters = dict(leaf.adapters)
         for name in weights.keys() & adapters.keys():
             f = adapters[name]
+            if f.multiplier is not None:
+                new = multipliers(weights[name], f.ranks, f.multiplier.shape, f.multiplier.dtype)
+                adapters[name] = dataclasses.replace(f, multiplier=new)
+                continue
             unit = alpha_over_r(f.alphas, f.ranks, f.scaling.shape, f.scaling.dtype)
             adapters[name] = dataclasses.replace(f, scaling=unit * jnp.asarray(weights[name], unit.dtype))
         return dataclasses.replace(leaf, adapters=adapters)
@@ -232,6 +237,11 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
 
 
 def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> Factors:
+    if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
+        raise ValueError(
+            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA): such an update depends on the weight "
+            "and is no LoHa, so sums of it are none. Merge the adapters instead."
+        )
     views = KernelView.of(dataclasses.replace(leaf, active=tuple(weights))).factors
     ka, kb = [], []
     for f, weight in zip(views, weights.values(), strict=True):

@@ -161,6 +161,20 @@ class Convolution(Operation):
         """The plain convolution with some kernel."""
         return lax.conv_general_dilated(x, kernel, **self.params)
 
+    def gain_place(self, x: Any, gain: jax.Array) -> tuple[bool, jax.Array] | None:
+        """See `Operation.gain_place`."""
+        numbers = self.params["dimension_numbers"]
+        out, in_, *_ = numbers.rhs_spec
+        varying = {d for d, size in enumerate(gain.shape) if size > 1}
+        if not varying <= {out} and not varying <= {in_}:
+            return None
+        onto_result = varying <= {out}
+        # every group has the same norms of in features
+        features = gain.reshape(-1) if onto_result else jnp.tile(gain.reshape(-1), self.stacked * self.groups)
+        shape = [1] * x.ndim
+        shape[numbers.out_spec[1] if onto_result else numbers.lhs_spec[1]] = features.size
+        return onto_result, features.reshape(shape)
+
     def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, list[jax.Array]]:
         """Σ over the adapters of the convolution with ΔW; and the intermediate h of each."""
         total, hs = jnp.zeros((), x.dtype), []

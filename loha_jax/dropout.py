@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
@@ -18,7 +19,9 @@ def dropout(params: Any, key: jax.Array) -> Any:
 
     Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's name) drops rows
     of ΔW, that is outputs, with one mask for the whole batch, and multiplies the kept rows by out/kept;
-    `module_dropout` drops ΔW as a whole, without rescaling. Each module of a stack has its own draws.
+    `module_dropout` drops ΔW as a whole, without rescaling. Each module of a stack has its own draws. A `LycorisConfig`
+    rescales the kept rows where it says `rank_dropout_scale`; with its `weight_decompose`, a dropped row is the base's
+    row at the trained norm, and a dropped module the base's.
 
     Args:
         params: an adapted tree.
@@ -71,8 +74,12 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     if rank_dropout:
         kept = jax.random.bernoulli(rank_key, 1 - rank_dropout, mask.shape)
         count = kept.sum(-1, keepdims=True)
-        mask = kept * (out / jnp.maximum(count, 1)).astype(mask.dtype)
+        rescaled = not isinstance(factors.config, LycorisConfig) or factors.config.rank_dropout_scale
+        mask = kept * (out / jnp.maximum(count, 1)).astype(mask.dtype) if rescaled else kept.astype(mask.dtype)
     if module_dropout:
-        mask *= jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
+        present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
+        mask *= present
+        if factors.multiplier is not None:
+            factors = dataclasses.replace(factors, multiplier=factors.multiplier * present[..., 0])
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]
     return dataclasses.replace(factors, hada_w1_a=w1_a * mask.astype(w1_a.dtype))

@@ -20,6 +20,8 @@ INIT_SCHEMES = ("lycoris",)
 
 FACTOR_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
+_LYCORIS_RANDOM = "lycoris, all random"
+
 _LYCORIS_STD = {"a": 0.1, "b": 1.0, "t": 0.1}
 
 
@@ -52,7 +54,8 @@ def init_factors(
         shapes: from `factor_shapes`.
         init_weights: True: PEFT's law, uniform in ±1/√fan_in where fan_in is the factor's second dimension times the
             spatial ones (torch's `kaiming_uniform_(a=√5)`), with w2_b zero. False: the same with w2_b random too.
-            "lycoris": normal with standard deviation 0.1 for w1_a and the cores, 1 for w*_b, and w2_a zero.
+            "lycoris": normal with standard deviation 0.1 for w1_a and the cores, 1 for w*_b, and w2_a zero. "lycoris,
+            all random": the same with w2_a as w1_a, for an update that a scalar makes zero.
         dtype: of the factors.
     """
     digests = [hashlib.sha256(name.encode()).digest() for name in module_names]
@@ -62,7 +65,7 @@ def init_factors(
 
 @functools.partial(jax.jit, static_argnames=("shapes", "init_weights", "dtype"))
 def _init(key, seeds, *, shapes, init_weights, dtype):
-    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a"}[init_weights]
+    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}[init_weights]
 
     def one(seed):
         module_key = jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1])
@@ -71,7 +74,7 @@ def _init(key, seeds, *, shapes, init_weights, dtype):
             factor_key = jax.random.fold_in(module_key, FACTOR_NAMES.index(name))
             if name == zero:
                 factors[name] = jnp.zeros(shape, dtype)
-            elif init_weights == "lycoris":
+            elif init_weights in ("lycoris", _LYCORIS_RANDOM):
                 std = _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
                 factors[name] = std * jax.random.normal(factor_key, shape, dtype)
             else:

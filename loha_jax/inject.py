@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from loha_jax.adapters import check_new_adapter
 from loha_jax.config import LoHaConfig
+from loha_jax.dora import weight_norms
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
+from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
 
 @takes_model
@@ -83,7 +85,8 @@ def inject(
         return _initial_factors(target, key, config)
 
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
-    return apply_plan(params, plan, adapter_name, make_factors, lambda saved, kernel: jnp.array(kernel, copy=True))
+    copy = lambda saved, kernel: jnp.array(kernel, copy=True)  # noqa: E731
+    return apply_plan(params, plan, adapter_name, make_factors, copy, _initial_extras)
 
 
 def apply_plan(
@@ -92,24 +95,29 @@ def apply_plan(
     adapter_name: str,
     make_factors: Callable[[Target], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
+    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
 ) -> Any:
-    """Puts the leaves of `plan` into a tree, with factors and copies made by the two functions."""
+    """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
     check_new_adapter(params, adapter_name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
     for position, target in plan.targets.items():
         leaf = leaves[position]
         tensors = make_factors(target)
+        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
+        extras = make_extras(target, plan.config, kernel)
         cp = {} if target.cp else {"hada_t1": None, "hada_t2": None}
         dtype = float32_or_wider(tensors["hada_w1_a"].dtype)
+        if "dora_scale" in extras:
+            extras["multiplier"] = multipliers(1, target.ranks, target.stack, dtype)
         factors = Factors(
             **tensors,
             **cp,
+            **extras,
             scaling=alpha_over_r(target.alphas, target.ranks, target.stack, dtype),
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
         )
-        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
         leaves[position] = LoHaWeight(
             kernel=kernel,
             adapters={**adapters, adapter_name: factors},
@@ -140,6 +148,8 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     scheme = config.init_weights
+    if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
+        scheme = {True: False, "lycoris": "lycoris, all random"}.get(scheme, scheme)
     dtype = factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
         stacked = init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype)
@@ -150,6 +160,18 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
             per_module.append({n: t[0] for n, t in tensors.items()})
         return stack_factors(per_module, target, dtype)
     return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
+
+
+def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
+    """The scalar and the norms that a `LycorisConfig` asks for."""
+    if not isinstance(config, LycorisConfig):
+        return {}
+    dtype = factor_dtype(target.dtype)
+    extras = {"scalar": jnp.zeros(target.stack, dtype)} if config.use_scalar else {}
+    if config.weight_decompose:
+        norms = weight_norms(target.layout.unfold(kernel), config.wd_on_out, len(target.stack))
+        extras["dora_scale"] = norms.astype(dtype)
+    return extras
 
 
 def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from loha_jax.dora import is_on_out, on_flat
 from loha_jax.hadamard import float32_or_wider, hada_weight
 from loha_jax.weight import Factors, LoHaWeight
 
@@ -47,6 +48,8 @@ class ViewFactors:
         w1_b, w2_b: `[*s, r, in·prod(spatial)]`, or `[*s, r, in]` beside cores.
         t1, t2: cores `[*s, r, r, prod(spatial)]` of a convolution in CP form, or None.
         scaling: `[*s]`.
+        out_gain, in_gain: of a weight decomposition, what the base weight is to be multiplied by and added:
+            `[*s, out, 1]` or `[*s, 1, in]`; or None. The factors hold their own share of it.
     """
 
     w1_a: Any
@@ -56,6 +59,13 @@ class ViewFactors:
     t1: Any
     t2: Any
     scaling: Any
+    out_gain: Any = None
+    in_gain: Any = None
+
+    @property
+    def without_gain(self) -> ViewFactors:
+        """What of it is ΔW."""
+        return dataclasses.replace(self, out_gain=None, in_gain=None)
 
     @property
     def r(self) -> int:
@@ -115,16 +125,28 @@ class KernelView:
 
         stack = layout.sizes("s", shape)
 
+        kernel = lax.stop_gradient(leaf.kernel)
+
         def view_factors(f: Factors) -> ViewFactors:
             a1, a2, t1, t2 = f.hada_w1_a, f.hada_w2_a, f.hada_t1, f.hada_t2
             if f.is_cp:
                 a1, a2 = jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2)
                 r = a1.shape[-1]
                 t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
-            return ViewFactors(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, lax.stop_gradient(f.scaling))
+            view = ViewFactors(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
+            unfolded = layout.unfold(kernel)
+            if (gains := f.gains(unfolded)) is None:
+                return view
+            own, base = gains
+            if is_on_out(base.shape, unfolded.shape, len(stack)):
+                rows = (*base.shape[: len(stack) + 1], 1)
+                return dataclasses.replace(view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows))
+            columns = (*stack, 1, base.shape[len(stack) + 1])
+            own = own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
+            return dataclasses.replace(view, w1_b=f.hada_w1_b * own, in_gain=base.reshape(columns))
 
         factors = tuple(view_factors(f) for f in leaf.active_adapters)
-        return cls(lax.stop_gradient(leaf.kernel), factors, atoms, dims, name)
+        return cls(kernel, factors, atoms, dims, name)
 
     @classmethod
     def unknown(cls, kernel: Any, name: str) -> KernelView:
@@ -315,7 +337,41 @@ class KernelView:
         total = total.reshape([1 if self.atoms[n].kind == "b" else self.atoms[n].size for n in present])
         total = jnp.broadcast_to(total, [self.atoms[n].size for n in present]).reshape(self.shape)
         wide = float32_or_wider(self.kernel.dtype, total.dtype)
-        return (self.kernel.astype(wide) + total.astype(wide)).astype(self.kernel.dtype)
+        kernel = self.kernel.astype(wide)
+        for side in "oi":
+            if (gain := self.gain(side)) is not None:
+                total = total + gain.astype(wide) * self.kernel.astype(wide)
+        return (kernel + total.astype(wide)).astype(self.kernel.dtype)
+
+    def gain(self, side: str) -> jax.Array | None:
+        """What weight decompositions add to the base weight, as a multiple of it along the out or in axes.
+
+        Returns:
+            An array that broadcasts against the view, of size 1 along its other axes; None without such adapters.
+        """
+        gains = [g for f in self.factors if (g := f.out_gain if side == "o" else f.in_gain) is not None]
+        if not gains:
+            return None
+        own = [n for n in (*self.of_kind("s"), *self.of_kind(side)) if self.atoms[n].size > 1]
+        total = sum(gains[1:], gains[0]).reshape([self.atoms[n].size for n in own])
+        present = [n for d in self.dims for n in d]
+        total = jnp.transpose(total, [own.index(n) for n in present if n in own])
+        sizes = [self.atoms[n].size for n in present]
+        total = total.reshape([size if n in own else 1 for n, size in zip(present, sizes, strict=True)])
+        mixed = [d for d in self.dims if set(d) & set(own) and set(d) - set(own)]
+        whole = {n for d in mixed for n in d}
+        shape = [s if n in own or n in whole else 1 for n, s in zip(present, sizes, strict=True)]
+        total = jnp.broadcast_to(total, shape)
+        return total.reshape([math.prod(self.atoms[n].size for n in d) if set(d) & set(own) else 1 for d in self.dims])
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether an adapter decomposes the weight."""
+        return any(f.out_gain is not None or f.in_gain is not None for f in self.factors)
+
+    def without_gain(self) -> KernelView:
+        """The view of W + ΔW."""
+        return dataclasses.replace(self, factors=tuple(f.without_gain for f in self.factors))
 
     def rows(self, axis: int, gather: Callable[[Any], Any], *, forward_mode: bool) -> jax.Array | None:
         """ΔW at some positions of one in or out axis (an embedding lookup): only the rows that are read are formed.
@@ -328,7 +384,8 @@ class KernelView:
         Returns:
             `[*positions, *other axes]`, or None where the view has stack axes or the axis is not all of in or out.
         """
-        if self.of_kind("s") or self.of_kind("b") or self.of_kind("k") or len(self.dims[axis]) != 1:
+        plain = not (self.of_kind("s") or self.of_kind("b") or self.of_kind("k") or self.has_gain)
+        if not plain or len(self.dims[axis]) != 1:
             return None
         (atom,) = self.dims[axis]
         kind = self.atoms[atom].kind
@@ -374,7 +431,12 @@ class KernelView:
             else:
                 names, axis = ("w1_b", "w2_b"), len(stack) + 1
                 side = self.of_kind("i") if f.t1 is not None else self.of_side("i")
-            return dataclasses.replace(f, **{name: mapped(getattr(f, name), axis, side) for name in names})
+            changed = {name: mapped(getattr(f, name), axis, side) for name in names}
+            if kind == "o" and f.out_gain is not None:
+                changed["out_gain"] = mapped(f.out_gain, axis, side)
+            if kind == "i" and f.in_gain is not None:
+                changed["in_gain"] = mapped(f.in_gain, len(stack) + 1, self.of_kind("i"))
+            return dataclasses.replace(f, **changed)
 
         factors = self.factors if kind in "b?" else tuple(change(f) for f in self.factors)
         atoms = list(self.atoms)

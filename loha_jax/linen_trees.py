@@ -24,7 +24,7 @@ from loha_jax.inject import factor_dtype
 from loha_jax.layouts import Layout
 from loha_jax.naming import Names, module_name, stack_names
 from loha_jax.plan import Target
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r
+from loha_jax.weight import EXTRA_NAMES, Factors, LoHaWeight, SavedWeight, alpha_over_r
 
 describing = jax.make_user_context(False)  # part of jit's cache key: a jitted init is traced again
 
@@ -360,6 +360,8 @@ def _misfit(leaf: Any, d: Described) -> str | None:
     (factors,) = leaf.active_adapters
     if leaf.kernel is None or not factors.tensors:
         return "comes from one half of `partition`: put the halves together with `loha_jax.combine`"
+    if extra := [name for name in EXTRA_NAMES if name in factors.trained]:
+        return f"has {' and '.join(extra)} (a LycorisConfig's), which the layer has no parameter for"
     pairs = {
         "layout": (leaf.layout.word, d.layout.word),
         "r": (sorted({*factors.ranks}), [d.config.r]),

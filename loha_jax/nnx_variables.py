@@ -30,7 +30,7 @@ class InactiveLoHaParam(nnx.Param):
 
 
 class Scaling(nnx.Variable):
-    """alpha/r of an adapter, times the weight that `loha_jax.scale` gave; not trained."""
+    """alpha/r of an adapter, and the weight that `loha_jax.scale` gave it; not trained."""
 
 
 class AdaptedVariable(ArrayLike, nnx.Module):
@@ -81,7 +81,7 @@ class AdaptedKernel(AdaptedVariable):
 
     Attributes:
         base: the model's own Param, frozen.
-        adapters: by name, the factors (`hada_w1_a`, …: `LoHaParam`) and their `scaling`.
+        adapters: by name, the factors (`hada_w1_a`, …: `LoHaParam`) and their `scaling`; see `Factors`.
         settings: ranks, alphas and config of each adapter.
         rngs: an `nnx.RngStream` for dropout, or None; `[*stack]` keys for a stacked kernel.
         deterministic: no dropout, as `model.eval()` sets it.
@@ -96,8 +96,8 @@ class AdaptedKernel(AdaptedVariable):
         self.adapters: dict[str, dict[str, nnx.Variable]] = nnx.data(
             {
                 name: {
-                    **{n: _trained(t, name in leaf.active) for n, t in factors.tensors.items()},
-                    "scaling": Scaling(factors.scaling),
+                    **{n: _trained(t, name in leaf.active) for n, t in factors.trained.items()},
+                    **{n: Scaling(t) for n, t in factors.untrained.items()},
                 }
                 for name, factors in leaf.adapters.items()
             }

@@ -96,6 +96,7 @@ class Operation(abc.ABC):
             kept: what to hold until the backward pass, to have x there.
         """
         dtype = x.dtype
+        base, view = self.base(x, view), view.without_gain()
 
         def forward(x, kept_values, factors):
             update, h = self.update(x, dataclasses.replace(view, factors=factors))
@@ -115,16 +116,45 @@ class Operation(abc.ABC):
         update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         update.defvjp(forward, backward)
         arguments = (x, kept.values, view.factors)
-        base, delta = self.apply(x, view.kernel), forward(*arguments)[0] if forward_mode else update(*arguments)
+        delta = forward(*arguments)[0] if forward_mode else update(*arguments)
         total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta
         return materialized(total, view.factors[0].scaling).astype(base.dtype)
+
+    def base(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """The frozen operation, with what weight decompositions multiply the base weight by on x or on the result."""
+        gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
+        places = [place for gain in gains if (place := self.gain_place(x, gain)) is not None]
+        assert len(places) == len(gains), "gain_problem was not asked"
+        factors = {onto_result: factor for onto_result, factor in places}
+        if True not in factors:
+            return self.apply(x if False not in factors else (x * (1 + factors[False])).astype(x.dtype), view.kernel)
+        plain = self.apply(x, view.kernel)
+        base = (plain * (1 + factors[True])).astype(plain.dtype)
+        return base + self.apply((x * factors[False]).astype(x.dtype), view.kernel) if False in factors else base
+
+    def gain_problem(self, x: Any, view: KernelView) -> str | None:
+        """Why `base` cannot be had without forming the weight, or None."""
+        gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
+        places = [self.gain_place(x, gain) for gain in gains]
+        if None in places or len({place[0] for place in places if place}) < len(places):
+            return "a weight decomposition whose norms go with neither the operand nor the result"
+        return None
+
+    @abc.abstractmethod
+    def gain_place(self, x: Any, gain: jax.Array) -> tuple[bool, jax.Array] | None:
+        """How a multiple of the weight, an array that broadcasts against the view, can be had without forming it.
+
+        Returns:
+            Whether it is a multiple of the result (else of x), and an array that broadcasts against that; or None.
+        """
 
     def fused(self, x: jax.Array, view: KernelView, kept: Kept) -> jax.Array:
         """The operation with W + ΔW, which is formed, used and forgotten in the forward and in the backward pass.
 
         The factors' gradients come through the gradient of ΔW, or from the Khatri-Rao factors where that costs less.
         """
-        dtype, through_weight = x.dtype, self.gradient_costs(view)["weight"] < self.gradient_costs(view)["factors"]
+        costs, dtype = self.gradient_costs(view), x.dtype
+        through_weight = costs["weight"] < costs["factors"] or view.has_gain
 
         def product(x, factors, kernel):
             return self.formed(x, dataclasses.replace(view, kernel=kernel, factors=factors))

@@ -98,7 +98,8 @@ def trainable_mask(params: Any) -> Any:
             adapters = {}
             for name, factors in leaf.adapters.items():
                 marked: Factors = all_of(factors, name in leaf.active)
-                adapters[name] = dataclasses.replace(marked, scaling=all_of(factors.scaling, False))
+                untrained = {field: all_of(value, False) for field, value in factors.untrained.items()}
+                adapters[name] = dataclasses.replace(marked, **untrained)
             return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
         if isinstance(leaf, SavedWeight):
             copies = {n: all_of(copy, n in leaf.active and not leaf.is_buffer) for n, copy in leaf.copies.items()}

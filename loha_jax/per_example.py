@@ -86,7 +86,7 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
     held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
     if not held:
         return None
-    shapes = [{name: w.shape for name, w in f.tensors.items()} for f in held]
+    shapes = [{name: w.shape for name, w in f.trained.items()} for f in held]
     if any(s != shapes[0] for s in shapes):
         names = [name for name in leaf.active if name in leaf.adapters]
         listed = "; ".join(f"{name}: {s}" for name, s in zip(names, shapes, strict=True))
@@ -109,7 +109,7 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _arrays(f: Factors) -> dict[str, Any]:
-    return {**f.tensors, "scaling": f.scaling}
+    return {**f.trained, **f.untrained}
 
 
 def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from loha_jax.config import LoHaConfig
 from loha_jax.init import factor_shapes
 from loha_jax.layouts import Layout, default_layout
+from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import (
     EXCLUDED,
     match_pattern,
@@ -131,6 +132,13 @@ def plan_injection(
             continue
         layout = tree.layout(position)
         spatial = layout.sizes("k", leaf.shape)
+        ranks = tuple(
+            match_pattern(n, config.rank_pattern, config.r) if want else 0
+            for n, want in zip(candidate_names, wanted, strict=True)
+        )
+        alphas = tuple(match_pattern(n, config.alpha_pattern, config.alpha) for n in candidate_names)
+        if isinstance(config, LycorisConfig) and config.rs_lora:  # folded, as in LyCORIS' files: alpha/r is alpha/√r
+            alphas = tuple(alpha * max(r, 1) ** 0.5 for alpha, r in zip(alphas, ranks, strict=True))
         chosen = list(zip(candidate_names, wanted, strict=True))
         matched += [name for name, want in chosen if want]
         targets[position] = Target(
@@ -139,8 +147,8 @@ def plan_injection(
             layout=layout,
             shape=tuple(leaf.shape),
             dtype=leaf.dtype,
-            ranks=tuple(match_pattern(n, config.rank_pattern, config.r) if want else 0 for n, want in chosen),
-            alphas=tuple(match_pattern(n, config.alpha_pattern, config.alpha) for n, _ in chosen),
+            ranks=ranks,
+            alphas=alphas,
             cp=config.use_effective_conv2d and any(size != 1 for size in spatial),
         )
     if misfits:

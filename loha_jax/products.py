@@ -225,6 +225,22 @@ class Product(Operation):
         numbers = ((left[0], right[0]), (left[1], right[1]))
         return lax.dot_general(*operands, numbers, **self.params)
 
+    def gain_place(self, x: Any, gain: jax.Array) -> tuple[bool, jax.Array] | None:
+        """See `Operation.gain_place`."""
+        contracted, batch = self.kernel_dims
+        free = [d for d in range(gain.ndim) if d not in contracted + batch]
+        varying = {d for d, size in enumerate(gain.shape) if size > 1}
+        if not varying & set(contracted):
+            ones = (1,) * (x.ndim - len(contracted) - len(batch))
+            own = tuple(gain.shape[d] for d in free)
+            shape = [*(gain.shape[d] for d in batch), *(own + ones if self.kernel_first else ones + own)]
+            return True, jnp.transpose(gain, [*contracted, *batch, *free]).reshape(shape)
+        if not varying & set(free):
+            pairs = dict(zip(self.x_dims[0] + self.x_dims[1], contracted + batch, strict=True))
+            shape = [gain.shape[pairs[axis]] if axis in pairs else 1 for axis in range(x.ndim)]
+            return False, jnp.transpose(gain, [*free, *(pairs[axis] for axis in sorted(pairs))]).reshape(shape)
+        return None
+
     def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
         """See `Operation.free_axis`: the longest free axis of the kernel that can be sliced."""
         contracted, batch = self.kernel_dims

@@ -10,7 +10,7 @@ import jax
 
 from loha_jax.merge import unload
 from loha_jax.models import takes_model
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.weight import EXTRA_NAMES, LoHaWeight, SavedWeight, is_adapted
 
 STATISTICS = "statistics"
 """The kind of a saved leaf that is not trained: a batch norm's mean, variance or counter."""
@@ -102,7 +102,8 @@ def summary(params: Any) -> Summary:
                         sum(
                             _true_size(t.shape, factors.ranks, t.shape[: len(factors.scaling.shape)], n, factors.is_cp)
                             for n, t in factors.tensors.items()
-                        ),
+                        )
+                        + sum(math.prod(factors.trained[n].shape) for n in EXTRA_NAMES if n in factors.trained),
                         name in leaf.active,
                     )
                 )

@@ -16,12 +16,17 @@ import numpy as np
 from jax import lax
 
 from loha_jax.config import LoHaConfig
+from loha_jax.dora import adapted_norms, gain, is_on_out, on_flat
 from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
+
+
+EXTRA_NAMES = ("scalar", "dora_scale")
+"""Names of the trained arrays that LyCORIS adds to the factors."""
 
 
 class ArrayLike:
@@ -117,6 +122,12 @@ def alpha_over_r(alphas: Sequence[float], ranks: Sequence[int], stack: Sequence[
     return jnp.array(scaling, dtype).reshape(tuple(stack))
 
 
+def multipliers(weight: Any, ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
+    """`Factors.multiplier`: a number for each module of a stack; 0 where the rank is 0, for nothing is adapted there."""
+    targeted = jnp.array([bool(r) for r in ranks], dtype).reshape(tuple(stack))
+    return targeted * jnp.asarray(weight, dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -131,6 +142,11 @@ class Factors:
             differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
             index that the config does not target.
         config: the config that made the adapter.
+        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
+        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
+            (`LycorisConfig.weight_decompose`), or None.
+        multiplier: beside `dora_scale`, `[*stack]`: how much of the adapted weight's difference from W counts; not
+            trained. Elsewhere this is a part of `scaling`.
     """
 
     hada_w1_a: Any
@@ -143,6 +159,9 @@ class Factors:
     ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     alphas: tuple[float, ...] = dataclasses.field(metadata={"static": True})
     config: LoHaConfig = dataclasses.field(metadata={"static": True})
+    scalar: Any = None
+    dora_scale: Any = None
+    multiplier: Any = None
 
     @property
     def is_cp(self) -> bool:
@@ -151,8 +170,25 @@ class Factors:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """The trained arrays by PEFT's names."""
+        """The factors by PEFT's names."""
         return {name: value for name in FACTOR_NAMES if (value := getattr(self, name)) is not None}
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """All trained arrays: the factors and what LyCORIS adds to them."""
+        extra = {name: value for name in EXTRA_NAMES if (value := getattr(self, name)) is not None}
+        return {**self.tensors, **extra}
+
+    @property
+    def untrained(self) -> dict[str, Any]:
+        """The arrays that are not trained."""
+        return {name: value for name in ("scaling", "multiplier") if (value := getattr(self, name)) is not None}
+
+    @property
+    def scale(self) -> jax.Array:
+        """What the product of the factors is multiplied by: `scaling`, times the scalar."""
+        scaling = lax.stop_gradient(self.scaling)
+        return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
 
     def delta(self, *, forward_mode: bool = False) -> jax.Array:
         """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
@@ -163,11 +199,53 @@ class Factors:
         w1_a, w1_b, w2_a, w2_b = (
             w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
         )
-        scaling = lax.stop_gradient(self.scaling)
         if not self.is_cp:
-            return hada_weight(w1_a, w1_b, w2_a, w2_b, scaling, forward_mode=forward_mode)
+            return hada_weight(w1_a, w1_b, w2_a, w2_b, self.scale, forward_mode=forward_mode)
         t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
-        return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scaling, forward_mode=forward_mode)
+        return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
+
+    def gains(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Of a weight decomposition, what ΔW and what W are multiplied by; None without one.
+
+        The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the multiplier m:
+        first = m g and second = m (g - 1).
+
+        Args:
+            kernel: `[*stack, out, in, *spatial]`.
+
+        Returns:
+            Two arrays of the shape of `dora_scale`.
+        """
+        if self.dora_scale is None:
+            return None
+        stack = self.hada_w1_a.ndim - 2
+        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, kernel.shape, stack)
+        norms = adapted_norms(kernel, f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, self.scale, on_out=on_out)
+        g = gain(norms, self.dora_scale)
+        m = lax.stop_gradient(self.multiplier).astype(g.dtype).reshape(*g.shape[:stack], *(1,) * (g.ndim - stack))
+        return m * g, m * (g - 1)
+
+    def flat(self) -> Factors:
+        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        if not self.is_cp:
+            return self
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
+        stack = self.hada_w1_a.ndim - 2
+
+        def b(core: Any, w_b: Any) -> jax.Array:
+            core = core.astype(dtype).reshape(*core.shape[: stack + 2], -1)
+            w = jnp.einsum("...pqk,...qi->...pik", core, w_b.astype(dtype))
+            return w.reshape(*w.shape[:-2], -1)
+
+        return dataclasses.replace(
+            self,
+            hada_w1_a=jnp.swapaxes(self.hada_w1_a, -1, -2),
+            hada_w2_a=jnp.swapaxes(self.hada_w2_a, -1, -2),
+            hada_w1_b=b(self.hada_t1, self.hada_w1_b),
+            hada_w2_b=b(self.hada_t2, self.hada_w2_b),
+            hada_t1=None,
+            hada_t2=None,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -238,6 +316,7 @@ class LoHaWeight(ArrayLike):
         layout = self.layout.strip(kernel.ndim)
         stack = layout.sizes("s", kernel.shape)
         total = kernel.astype(float32_or_wider(kernel.dtype))
+        unfolded = layout.unfold(kernel)
         for factors in chosen:
             if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
                 raise ValueError(
@@ -245,7 +324,10 @@ class LoHaWeight(ArrayLike):
                     f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
                     "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
                 )
-            total += layout.fold(factors.delta(forward_mode=forward_mode), kernel.shape)
+            delta = factors.delta(forward_mode=forward_mode).reshape(unfolded.shape)
+            if (gains := factors.gains(unfolded)) is not None:
+                delta = gains[0] * delta + gains[1] * unfolded.astype(delta.dtype)
+            total += layout.fold(delta, kernel.shape)
         return total.astype(kernel.dtype)
 
 

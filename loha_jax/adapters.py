@@ -239,8 +239,8 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
 def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> Factors:
     if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
         raise ValueError(
-            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA): such an update depends on the weight "
-            "and is no LoHa, so sums of it are none. Merge the adapters instead."
+            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA): such an update depends on the "
+            "weight and is no LoHa, so a sum with it is none. Merge the adapters instead."
         )
     views = KernelView.of(dataclasses.replace(leaf, active=tuple(weights))).factors
     ka, kb = [], []

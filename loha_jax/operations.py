@@ -125,7 +125,7 @@ class Operation(abc.ABC):
         gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
         places = [place for gain in gains if (place := self.gain_place(x, gain)) is not None]
         assert len(places) == len(gains), "gain_problem was not asked"
-        factors = {onto_result: factor for onto_result, factor in places}
+        factors = dict(places)
         if True not in factors:
             return self.apply(x if False not in factors else (x * (1 + factors[False])).astype(x.dtype), view.kernel)
         plain = self.apply(x, view.kernel)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from loha_jax.config import LoHaConfig
-from loha_jax.dora import adapted_norms, gain, is_on_out, on_flat
+from loha_jax.dora import adapted_norms, gain, is_on_out
 from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
@@ -123,7 +123,7 @@ def alpha_over_r(alphas: Sequence[float], ranks: Sequence[int], stack: Sequence[
 
 
 def multipliers(weight: Any, ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
-    """`Factors.multiplier`: a number for each module of a stack; 0 where the rank is 0, for nothing is adapted there."""
+    """`Factors.multiplier`: a number per module of a stack; 0 where the rank is 0: nothing is adapted there."""
     targeted = jnp.array([bool(r) for r in ranks], dtype).reshape(tuple(stack))
     return targeted * jnp.asarray(weight, dtype)
 

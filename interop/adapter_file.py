@@ -6,10 +6,21 @@ The command line works on these; what needs a model's tree (`load_peft`, `load_l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from loha_jax.init import FACTOR_NAMES
+from loha_jax.matching import match_pattern
+
+from .factors import rank_of
+from .files import FileError, read_metadata, read_safetensors, read_torch_pickle
+from .lycoris_format import KOHYA_PREFIX, ModuleNames, group_keys, is_norm, read_module, split_prefix
+from .peft import module_key, read_folder
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +28,15 @@ class AdapterModule:
     """One module of an adapter, in torch's orientation.
 
     Attributes:
-        name: torch's dotted module name; or the file's own, where nothing says which dots its underscores stand for.
+        name: torch's dotted module name; or the file's own after the prefix, where nothing says which dots its
+            underscores stand for.
         kind: "loha" or "lora".
         r, alpha: of the module; its update is scaled by alpha/r.
         tensors: "loha": `hada_*` in PEFT's shapes (the core of a Conv1d with its trailing 1). "lora": `lora_A`
             `[r, in, *spatial]` and `lora_B` `[out, r]` (with 1s for spatial axes).
         dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
+        prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`, `lora_te1_`,
+            `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in PEFT's folders.
     """
 
     name: str
@@ -31,6 +45,7 @@ class AdapterModule:
     alpha: float
     tensors: dict[str, np.ndarray]
     dora_scale: np.ndarray | None = None
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +55,7 @@ class AdapterFile:
     Attributes:
         path: what was read.
         form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file), or "orbax".
-        modules: by name.
+        modules: by the name that the file itself has for them, with the prefix.
         others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`, `base_layer`s,
             LyCORIS' norm layers (`<module>.w_norm`, `<module>.b_norm`).
         config: the parsed `adapter_config.json`, or {} where the format has none.
@@ -53,3 +68,88 @@ class AdapterFile:
     others: dict[str, np.ndarray]
     config: dict[str, Any]
     metadata: dict[str, str]
+
+
+def read_adapter(path: str | Path, *, modules: Iterable[str] | None = None) -> AdapterFile:
+    """Reads an adapter: a PEFT folder, or a file of LyCORIS or kohya.
+
+    Args:
+        path: a folder with `adapter_config.json`, or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`,
+            `.ckpt`, which needs torch).
+        modules: the dotted names of the model's modules, to find those that a LyCORIS file writes with underscores;
+            one that is not among them keeps the file's name.
+
+    Returns:
+        The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file has none or 0, as
+        in kohya's scripts, ComfyUI and PEFT's converter.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder has no adapter.
+        FileError: it is broken, or another kind of adapter; the message names the key.
+        ValueError: two of `modules` have the same name in the file, which writes their dots as underscores.
+
+    Example:
+        >>> import tempfile, jax, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"a": {"q": {"kernel": np.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
+        ...     read_adapter(f"{folder}/adapter.safetensors", modules=["a.q"]).modules["lycoris_a_q"].name
+        'a.q'
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_peft(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no adapter at '{path}'")
+    if path.suffix in _TORCH_SUFFIXES:
+        state, metadata = read_torch_pickle(path), {}
+    else:
+        state, metadata = read_safetensors(path), read_metadata(path)
+    try:
+        return _lycoris(path, state, metadata, None if modules is None else ModuleNames(modules))
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+def _lycoris(
+    path: Path, state: dict[str, np.ndarray], metadata: dict[str, str], names: ModuleNames | None
+) -> AdapterFile:
+    found: dict[str, AdapterModule] = {}
+    others: dict[str, np.ndarray] = {}
+    for own, parts in group_keys(state).items():
+        if is_norm(parts):
+            if len(mixed := [part for part in parts if part in FACTOR_NAMES]):
+                raise FileError(f"{own} has both {mixed[0]} and the differences of a normalisation layer")
+            others.update({f"{own}.{part}": tensor for part, tensor in parts.items()})
+            continue
+        prefix, name = split_prefix(own)
+        name = (names.find(prefix, name) if names else None) or name
+        module = read_module(own, parts)
+        found[own] = AdapterModule(name, "loha", module.r, module.alpha, module.tensors, module.dora_scale, prefix)
+    form = "kohya" if any(own.startswith(KOHYA_PREFIX) for own in found) else "lycoris"
+    return AdapterFile(path, form, found, others, {}, metadata)
+
+
+def _read_peft(folder: Path) -> AdapterFile:
+    config, state, path = read_folder(folder)
+    parts_of: dict[str, dict[str, np.ndarray]] = {}
+    others: dict[str, np.ndarray] = {}
+    for key, tensor in state.items():
+        module, _, part = module_key(key).rpartition(".")
+        if part in FACTOR_NAMES:
+            parts_of.setdefault(module, {})[part] = tensor
+        else:
+            others[f"{module}.{part}"] = tensor
+    found: dict[str, AdapterModule] = {}
+    for name, tensors in parts_of.items():
+        try:
+            r = rank_of(name, tensors)
+            if r != (wanted := match_pattern(name, config.rank_pattern, config.r)):
+                raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {wanted}")
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from error
+        alpha = float(match_pattern(name, config.alpha_pattern, config.alpha))
+        found[name] = AdapterModule(name, "loha", r, alpha, tensors)
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return AdapterFile(folder, "peft", found, others, config.to_dict(), metadata)

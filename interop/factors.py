@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
+from loha_jax.init import FACTOR_NAMES
 from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
+
+from .files import FileError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +24,9 @@ class ModuleFactors:
     Attributes:
         index: of the module in the kernel's stack.
         name: torch module name.
-        r, alpha: of the module.
-        tensors: `hada_*` arrays in PEFT's shapes, without padding.
+        r, alpha: of the module; rank stabilisation is folded into alpha.
+        tensors: `hada_*` arrays in PEFT's shapes, without padding; `hada_w1_a` is multiplied by the scalar, if any.
+        dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
     """
 
     index: int
@@ -29,20 +34,58 @@ class ModuleFactors:
     r: int
     alpha: float
     tensors: dict[str, np.ndarray]
+    dora_scale: np.ndarray | None = None
 
 
 def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[ModuleFactors]:
     """The modules of a kernel that the adapter targets."""
     factors = leaf.adapters[adapter_name]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    tensors = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.tensors.items()}
+    trained = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
     target = Target(
         (), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp
     )
     for index, (name, r, alpha) in enumerate(zip(leaf.names, factors.ranks, factors.alphas, strict=True)):
         if r:
-            own = {n: tensors[n][index][tuple(slice(size) for size in shape)] for n, shape in target.shapes(r).items()}
-            yield ModuleFactors(index, name, r, alpha, own)
+            own = {n: trained[n][index][tuple(slice(size) for size in shape)] for n, shape in target.shapes(r).items()}
+            if "scalar" in trained:
+                own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(own["hada_w1_a"].dtype)
+            dora_scale = trained["dora_scale"][index] if "dora_scale" in trained else None
+            yield ModuleFactors(index, name, r, alpha, own, dora_scale)
+
+
+def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
+    """The rank of one module's factors in PEFT's shapes, whose kernel is not known.
+
+    Args:
+        name: for messages.
+        tensors: `hada_*`; any order.
+
+    Raises:
+        FileError: some are missing, do not fit each other, or do not hold floating-point numbers.
+    """
+    cores = [part for part in FACTOR_NAMES if part.startswith("hada_t")]
+    wanted = [part for part in FACTOR_NAMES if part not in cores or any(core in tensors for core in cores)]
+    if missing := [part for part in wanted if part not in tensors]:
+        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(tensors) or 'no factor'}")
+    shapes = {part: tensors[part].shape for part in wanted}
+    r = shapes["hada_w1_b"][0] if shapes["hada_w1_b"] else 0
+    rank_axis = 0 if cores[0] in wanted else 1
+    fits = (
+        r > 0
+        and all(0 not in shape for shape in shapes.values())
+        and all(shapes[f"hada_w1_{part}"] == shapes[f"hada_w2_{part}"] for part in "ab")
+        and all(len(shapes[part]) == 2 for part in wanted if part not in cores)
+        and shapes["hada_w1_a"][rank_axis] == r
+        and all(len(shapes[core]) >= 4 and shapes[core][:2] == (r, r) for core in cores if core in wanted)
+        and (cores[0] not in wanted or shapes[cores[0]] == shapes[cores[1]])
+    )
+    if not fits:
+        found = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+        raise FileError(f"the factors of {name} do not fit each other: {found}")
+    if odd := [part for part in wanted if not jnp.issubdtype(tensors[part].dtype, jnp.floating)]:
+        raise FileError(f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers")
+    return r
 
 
 def chosen_adapter(params: Any, adapter_name: str | None) -> str:

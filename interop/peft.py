@@ -7,7 +7,6 @@ Facts about the format were read off files that PEFT 0.21.2 wrote (tests/data/pe
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,32 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.adapters import adapter_names
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
-from loha_jax.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
-from loha_jax.naming import Names, path_parts, torch_parameter
-from loha_jax.plan import Layouts, Plan, Target, plan_injection
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.naming import Names
+from loha_jax.plan import Layouts, Target, plan_injection
+from loha_jax.weight import LoHaWeight, is_adapted
 
+from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, module_factors
 from .files import read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
 
-PREFIX = "base_model.model."
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
-
-# Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
 
@@ -131,57 +126,25 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
     """
     adapter_name = chosen_adapter(params, adapter_name)
     state: dict[str, np.ndarray] = {}
-    biases = _biases(params)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            state.update(_factors_of(leaf, adapter_name, biases.get(path_parts(path)[:-1])))
-        elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
-            copy = leaf.copies[adapter_name]
-            value = np.asarray(leaf.layout.unfold(copy) if leaf.layout else copy)
-            state[PREFIX + leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
-            for owner, name, count in leaf.counters:
-                if owner == adapter_name:
-                    state[PREFIX + name] = np.array(count, np.int64)
-    for key in [key for key in state if key.endswith(".running_mean")]:
-        # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
-        state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
-    return state
+            state.update(_factors_of(leaf, adapter_name))
+    return {**state, **carried_tensors(params, adapter_name)}
 
 
-def _biases(params: Any) -> dict[tuple[str, ...], Any]:
-    """The biases of a tree by the path of their module."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    named = [(path_parts(path), leaf) for path, leaf in flat]
-    return {parts[:-1]: leaf for parts, leaf in named if torch_parameter(parts) == "bias" and not is_adapted(leaf)}
-
-
-def _factors_of(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np.ndarray]:
+def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
     if len(leaf.layout.axes("k")) > 2:
         raise ValueError(
             f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
             "Save it in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
         )
-    config = leaf.adapters[adapter_name].config
-    state: dict[str, np.ndarray] = {}
-    for module in module_factors(leaf, adapter_name):
-        state.update({f"{PREFIX}{module.name}.{part}": tensor for part, tensor in module.tensors.items()})
-        if module.name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(config):
-            weight = np.asarray(leaf.layout.unfold(leaf.kernel))
-            stack = len(leaf.layout.axes("s"))
-            base_layer = f"{PREFIX}{module.name}.base_layer"
-            state[f"{base_layer}.weight"] = weight.reshape(-1, *weight.shape[stack:])[module.index]
-            if bias is not None:
-                state[f"{base_layer}.bias"] = np.asarray(bias).reshape(-1, weight.shape[stack])[module.index]
-    return state
+    return {
+        f"{PREFIX}{module.name}.{part}": tensor
+        for module in module_factors(leaf, adapter_name)
+        for part, tensor in module.tensors.items()
+    }
 
 
-def _targets_embeddings(config: LoHaConfig) -> bool:
-    # PEFT's test is `name in target_modules`: membership in a list, a substring of a regular expression.
-    targets = config.target_modules or ()
-    return any(name in targets for name in _EMBEDDINGS)  # type: ignore[operator]
-
-
-@takes_model(changes=False)
 def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
 
@@ -272,7 +235,7 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    config, state, path = _read_folder(Path(folder))
+    config, state, path = read_folder(Path(folder))
     try:
         return from_peft_state_dict(
             state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
@@ -281,7 +244,7 @@ def load_peft(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
+def read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
     """The config and the tensors of an adapter, and the file that holds the latter."""
     has_config, diffusers = (folder / CONFIG_NAME).is_file(), folder / DIFFUSERS_NAME
     if not has_config and diffusers.is_file():
@@ -332,149 +295,28 @@ def from_peft_state_dict(
     """
     # PEFT writes inference_mode=true always; what a tree holds can always be trained.
     config = dataclasses.replace(config, inference_mode=False)
-    config = _with_names_that_end_alike(config, state)
+    keys = {module_key(key): key for key in state}
+    arrays = {name: state[key] for name, key in keys.items()}
+    config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
     plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
-    given = {_module_key(key): key for key in state}
-    counters = {k: v for k, v in given.items() if k.endswith(".num_batches_tracked")}
-    wanted = _wanted_shapes(plan)
-    optional = _base_layer_shapes(plan, base_params)
-    saved_names = {saved.name for saved in plan.saved.values()}
-    carried = {
-        k: key for k, key in counters.items() if k not in wanted and any(_same_module(k, name) for name in saved_names)
+    wanted = {
+        f"{name}.{part}": shape
+        for target in plan.targets.values()
+        for name, r in zip(target.names, target.ranks, strict=True)
+        for part, shape in (target.shapes(r) if r else {}).items()
     }
-    unexpected = [given[k] for k in given if k not in wanted and k not in optional and k not in carried]
-    missing = [PREFIX + k for k in wanted if k not in given]
-    misshapen = [
-        f"{given[k]}: {list(np.shape(state[given[k]]))} in the file, {list(shape)} in the model"
-        for k, shape in {**wanted, **optional}.items()
-        if k in given and tuple(np.shape(state[given[k]])) != shape
-    ]
-    problems = [
-        f"{title} ({len(keys)}): {', '.join(keys)}"
-        for title, keys in (("unexpected keys", unexpected), ("missing keys", missing), ("misshapen", misshapen))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            "the adapter and the model do not fit; nothing was loaded. "
-            + "; ".join(problems)
-            + ". The model's modules are "
-            "named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are transposed."
-        )
 
     def make_factors(target: Target) -> dict[str, jax.Array]:
         per_module = [
-            {part: state[given[f"{name}.{part}"]] for part in target.shapes(r)} if r else {}
+            {part: arrays[f"{name}.{part}"] for part in target.shapes(r)} if r else {}
             for name, r in zip(target.names, target.ranks, strict=True)
         ]
         return stack_factors(per_module, target, factor_dtype(target.dtype))
 
-    def make_copy(saved: Any, original: jax.Array) -> jax.Array:
-        value = jnp.asarray(state[given[saved.name]]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
-        return saved.layout.fold(value, saved.shape) if saved.layout else value
-
-    params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy)
-    return _with_extras(
-        params,
-        adapter_name,
-        {k: state[given[k]] for k in optional if k in given},
-        {k: count for k, key in carried.items() if (count := int(state[key]))},  # 0 is written without being noted
-    )
+    return add_loaded(base_params, plan, adapter_name, arrays, keys, wanted, make_factors)
 
 
-def _with_names_that_end_alike(config: LoHaConfig, state: Mapping[str, Any]) -> LoHaConfig:
-    """The config with the full names of saved modules that PEFT found by the end of their name alone.
-
-    PEFT saves every module whose name ends with an entry of `modules_to_save`, "overhead" too for "head". Here an entry
-    is a whole name; only the modules that such a file holds are added.
-    """
-    entries = config.all_modules_to_save
-    added: list[str] = []
-    for key in map(_module_key, state):
-        parts = key.split(".")
-        if parts[-1] in FACTOR_NAMES or "base_layer" in parts:
-            continue
-        above = [".".join(parts[:n]) for n in range(1, len(parts))]
-        if not any(name == e or name.endswith(f".{e}") for name in above for e in entries):
-            added += [name for name in above if name.endswith(entries)][:1]
-    if not added:
-        return config
-    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *added))
-
-
-def _module_key(key: str) -> str:
+def module_key(key: str) -> str:
     """A key without PEFT's prefix and without an adapter's name: "layer.q.hada_w1_a"."""
     key = key.removeprefix(PREFIX)
     return re.sub(rf"\.({'|'.join(FACTOR_NAMES)})\.[^.]+$", r".\1", key)
-
-
-def _same_module(a: str, b: str) -> bool:
-    return a.rpartition(".")[0] == b.rpartition(".")[0]
-
-
-def _wanted_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes in torch's orientation of every key that the adapter must have."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for target in plan.targets.values():
-        for name, r in zip(target.names, target.ranks, strict=True):
-            wanted.update({f"{name}.{part}": shape for part, shape in (target.shapes(r) if r else {}).items()})
-    for saved in plan.saved.values():
-        wanted[saved.name] = saved.layout.torch_shape(saved.shape) if saved.layout else saved.shape
-    return wanted
-
-
-def _base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of base weights that a file may hold: PEFT writes those of targeted embeddings and output heads."""
-    biases = _biases(base_params)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in plan.targets.values():
-        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
-        for name in target.names:
-            shapes[f"{name}.base_layer.weight"] = shape
-            if target.path[:-1] in biases:
-                shapes[f"{name}.base_layer.bias"] = shape[:1]
-    return shapes
-
-
-def _with_extras(params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]) -> Any:
-    """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
-
-    def update(path: Any, leaf: Any) -> Any:
-        parts = path_parts(path)
-        if isinstance(leaf, LoHaWeight):
-            if not (given := values_of(leaf.names, "weight")):
-                return leaf
-            weights = np.array(leaf.layout.unfold(leaf.kernel))
-            stack = leaf.layout.sizes("s", leaf.kernel.shape)
-            if not put(given, weights.reshape(math.prod(stack), *weights.shape[len(stack) :])):
-                return leaf  # the same weight: the tree's own array is kept
-            kernel = leaf.layout.fold(jnp.asarray(weights), leaf.kernel.shape)
-            return dataclasses.replace(leaf, kernel=kernel)
-        if not is_adapted(leaf) and torch_parameter(parts) == "bias" and parts[:-1] in modules:
-            if not (given := values_of(modules[parts[:-1]], "bias")):
-                return leaf
-            bias = np.array(leaf)
-            return jnp.asarray(bias) if put(given, bias.reshape(len(modules[parts[:-1]]), -1)) else leaf
-        if isinstance(leaf, SavedWeight):
-            own = tuple(
-                (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
-            )
-            noted.update(k for _, k, _ in own)
-            return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
-        return leaf
-
-    def values_of(names: Sequence[str], part: str) -> dict[int, np.ndarray]:
-        keys = {n: f"{name}.base_layer.{part}" for n, name in enumerate(names)}
-        return {n: np.asarray(base_weights[key]) for n, key in keys.items() if key in base_weights}
-
-    def put(given: Mapping[int, np.ndarray], modules: np.ndarray) -> bool:
-        """Writes values into the rows of a stack, and says whether that changed them."""
-        before = modules.copy()
-        for n, value in given.items():
-            modules[n] = value.astype(modules.dtype)
-        return not np.array_equal(modules, before)
-
-    noted: set[str] = set()
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    modules = {path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)}
-    return jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)

@@ -1,0 +1,169 @@
+"""LyCORIS' and kohya's files as they are, without a model: keys, prefixes and the tensors of each module.
+
+A key is `<prefix><module>.<parameter>`. Most writers put underscores for the dots of the module's name, which cannot be
+undone by splitting; `ModuleNames` finds the module among those that there are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from loha_jax.init import FACTOR_NAMES
+
+from .factors import rank_of
+from .files import FileError
+
+NATIVE_PREFIX = "lycoris_"
+KOHYA_PREFIX = "lora_"
+NORM_PARTS = ("w_norm", "b_norm")
+"""LyCORIS' differences of a normalisation layer's weight and bias (`train_norm=True`)."""
+
+_PREFIX = re.compile(
+    r"lycoris_|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # LyCORIS; kohya, sd-scripts, OneTrainer
+    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model|text_encoder(?:_\d+)?|text_encoders\.[^.]+)\."  # ComfyUI
+)
+_CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
+_PEFT = re.compile(r"base_model\.model\.")
+_PARTS = (*FACTOR_NAMES, "alpha", "dora_scale", *NORM_PARTS)
+_OTHER_KINDS = (
+    ("LoRA", r"\.lora_(?:up|down|mid|A|B)\b|\.lora\.(?:up|down)\b"),
+    ("LoKr", r"\.lokr_\w+$"),
+    ("(IA)³", r"\.on_input$"),
+    ("OFT", r"\.oft_\w+(?:\.weight)?$"),
+    ("GLoRA", r"\.(?:a1|a2|b1|b2|bm)\.weight$"),
+    ("T-LoRA", r"\.lambda_layer$"),
+    ("full-difference", r"\.diff(?:_b)?$"),
+)
+
+
+class LycorisModule(NamedTuple):
+    """What a file says of one module.
+
+    Attributes:
+        r, alpha: the rank is that of the tensors; alpha is r where the file has none, or 0.
+        tensors: `hada_*` in PEFT's shapes: the core of a Conv1d gets its trailing 1.
+        dora_scale: norms of a weight decomposition, or None.
+    """
+
+    r: int
+    alpha: float
+    tensors: dict[str, np.ndarray]
+    dora_scale: np.ndarray | None
+
+
+def split_prefix(name: str) -> tuple[str, str]:
+    """A module's name in a file as its component's prefix, "" if none is known, and the rest.
+
+    Example:
+        >>> split_prefix("lora_te1_encoder_layers_0_mlp_fc1")
+        ('lora_te1_', 'encoder_layers_0_mlp_fc1')
+    """
+    found = _PREFIX.match(name)
+    return ("", name) if found is None else (found[0], name[found.end() :])
+
+
+def group_keys(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of a LyCORIS or kohya state dict by module (with its prefix) and parameter.
+
+    Raises:
+        FileError: the keys are PEFT's, another kind of adapter's, or unknown; or there are none.
+    """
+    if any(_PEFT.match(key) for key in state):
+        raise FileError("these are PEFT's keys; `load_peft` opens the folder that holds them")
+    for kind, pattern in _OTHER_KINDS:
+        if found := next((key for key in state if re.search(pattern, key)), None):
+            raise FileError(f"this is (at least in part) a {kind} adapter: {found!r}. A LoHa has hada_* tensors alone")
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    unknown: list[str] = []
+    for key, tensor in state.items():
+        module, _, part = key.rpartition(".")
+        if not module or part not in _PARTS:
+            unknown.append(key)
+        modules.setdefault(module, {})[part] = tensor
+    if unknown:
+        raise FileError(f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}")
+    if not modules:
+        raise FileError("the file holds no tensor")
+    return modules
+
+
+def is_norm(parts: Mapping[str, np.ndarray]) -> bool:
+    """Whether the parameters of a module are those of a normalisation layer."""
+    return any(part in parts for part in NORM_PARTS)
+
+
+def read_module(name: str, parts: Mapping[str, np.ndarray]) -> LycorisModule:
+    """The factors of one module, checked; of any dtype.
+
+    Args:
+        name: for messages.
+        parts: its tensors by LyCORIS' names.
+
+    Raises:
+        FileError: tensors are missing or do not fit each other, or alpha is no finite number.
+    """
+    tensors = {part: parts[part] for part in FACTOR_NAMES if part in parts}
+    for part, tensor in tensors.items():
+        if part.startswith("hada_t") and tensor.ndim == 3:
+            tensors[part] = tensor[..., None]
+        elif part.endswith("_b") and tensor.ndim > 2:  # [r, in, *spatial], which A1111 takes too
+            tensors[part] = tensor.reshape(tensor.shape[0], -1)
+    r = rank_of(name, tensors)
+    alpha = float(r)
+    if "alpha" in parts:
+        given = np.asarray(parts["alpha"])
+        if given.size != 1 or not math.isfinite(given.item()):
+            raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
+        alpha = float(given.item()) or alpha
+    return LycorisModule(r, alpha, tensors, parts.get("dora_scale"))
+
+
+class ModuleNames:
+    """Finds the modules that a file names, among those of a model.
+
+    Args:
+        names: the model's dotted module names.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._names = frozenset(names)
+        self._underscored: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            self._underscored.setdefault(name.replace(".", "_"), []).append(name)
+
+    def find(self, prefix: str, name: str) -> str | None:
+        """The dotted name of a module, or None.
+
+        Args:
+            prefix: of its component; one that ends with a dot, or none, stands before a dotted name.
+            name: in the file, after the prefix.
+
+        Raises:
+            ValueError: two modules have that name when their dots are underscores.
+        """
+        dotted = not prefix.endswith("_")
+        for candidate in (name, *self._with_or_without_clip(name)):
+            if dotted and (found := next((n for n in (candidate, prefix + candidate) if n in self._names), None)):
+                return found
+            if dotted and prefix:
+                continue
+            found = self._underscored.get(candidate.replace(".", "_"), ())
+            if len(found) > 1:
+                raise ValueError(
+                    f"{prefix}{name} could be {' or '.join(found)}: the file writes their dots as underscores"
+                )
+            if found:
+                return found[0]
+        return None
+
+    @staticmethod
+    def _with_or_without_clip(name: str) -> tuple[str, ...]:
+        for separator in "._":
+            if name.startswith(_CLIP + separator):
+                return (name[len(_CLIP) + 1 :],)
+        return (f"{_CLIP}.{name}",)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,15 @@ from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_paramete
 from loha_jax.plan import Layouts, NamedTree
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
-from .checkpoint import Checkpoint, CheckpointWriter, parse_size, side_files, weight_files
+from .checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    parse_size,
+    read_config,
+    side_file_content,
+    side_files,
+    weight_files,
+)
 from .files import write_atomically
 from .names import NameMap, leaf_path
 from .sources import Source
@@ -324,8 +331,8 @@ def save_merged(
         plan.append((key, np.dtype(dtype) if dtype is not None and _kind(kind) == "float" else kind, tuple(shape)))
     folder.mkdir(parents=True, exist_ok=True)
     stem = "model"
-    if checkpoint is not None and (checkpoint.folder / "config.json").is_file():
-        stem = "diffusion_pytorch_model" if "_diffusers_version" in _config(checkpoint.folder) else stem
+    if checkpoint is not None:
+        stem = "diffusion_pytorch_model" if "_diffusers_version" in read_config(checkpoint.folder) else stem
     with CheckpointWriter(folder, plan, size, stem, {"format": "pt"}) as writer:
         for key, target, shape in plan:
             if key not in owners:
@@ -345,7 +352,7 @@ def save_merged(
         if checkpoint is not None:
             for file in side_files(checkpoint.folder):
                 if not (folder / file.name).exists():  # an author's own stays
-                    write_atomically(folder / file.name, _side_file(file, dtype))
+                    write_atomically(folder / file.name, side_file_content(file, dtype))
         writer.commit()
 
 
@@ -370,21 +377,3 @@ def _merged(
             source, index = Source(source.keys[index : index + 1], (), moved), 0
         leaf = merge(leaf, own, safe=safe)
     return source.tensor(np.asarray(leaf), index)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
-
-
-def _side_file(file: Path, dtype: Any) -> bytes:
-    """The content of a file beside the weights; a config says the new dtype."""
-    if file.name == "config.json" and dtype is not None:
-        config = _config(file.parent)
-        for field in ("dtype", "torch_dtype"):
-            if field in config:
-                config[field] = np.dtype(dtype).name
-        return (json.dumps(config, indent=2) + "\n").encode()
-    return file.read_bytes()

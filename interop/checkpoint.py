@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -40,6 +41,44 @@ _DTYPES = {
 _WORDS = {np.dtype(dtype): word for word, dtype in _DTYPES.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What stands before the values of a safetensors file.
+
+    Attributes:
+        data: the bytes themselves, the eight of the length first.
+        places: start and end of each tensor's values in the file, by name and in the header's order.
+        metadata: its strings.
+    """
+
+    data: bytes
+    places: dict[str, tuple[int, int]]
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    ) -> Header:
+        """A header for these tensors. As safetensors itself does, the widest dtypes come first: values are aligned."""
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            entries[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            offsets[name] = (start, end)
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        size = 8 + len(text)
+        places = {name: (size + start, size + end) for name, (start, end) in offsets.items()}
+        return cls(len(text).to_bytes(8, "little") + text, places, dict(metadata or {}))
+
+    @property
+    def file_size(self) -> int:
+        """Of the whole file, in bytes."""
+        return max((end for _, end in self.places.values()), default=len(self.data))
+
+
 class Checkpoint:
     """The tensors of a safetensors file or of a folder of them, by name; values are read when asked for.
 
@@ -49,6 +88,8 @@ class Checkpoint:
 
     Attributes:
         shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone.
+        files: the safetensors files.
+        index: the file that names the shards, or None.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard of the index is missing.
@@ -60,8 +101,8 @@ class Checkpoint:
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
-        files, weight_map = _find_files(self.path)
-        for file in files:
+        self.files, self.index, weight_map = _find_files(self.path)
+        for file in self.files:
             with _open(file) as opened:
                 for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
                     if key in self._files:
@@ -85,6 +126,23 @@ class Checkpoint:
         with _open(self._files[key]) as opened:
             return opened.get_tensor(key)
 
+    def file_of(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[key]
+
+    def header(self, file: Path) -> Header:
+        """The header of one of `files`, as it stands there."""
+        with open(file, "rb") as opened:
+            data = opened.read(8)
+            data += opened.read(int.from_bytes(data, "little"))
+        entries = json.loads(data[8:])
+        metadata = entries.pop("__metadata__", {})
+        places = {
+            name: (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
+            for name, entry in entries.items()
+        }
+        return Header(data, places, metadata)
+
 
 def _open(file: Path) -> Any:
     try:
@@ -93,21 +151,21 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def _find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:
     if path.is_file():
         if not path.name.endswith(INDEX):
-            return [path], None
+            return [path], None, None
         return _from_index(path)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no file or folder '{path}'")
     for stem in _STEMS:
         if (file := path / f"{stem}.safetensors").is_file():
-            return [file], None
+            return [file], None, None
         if (index := path / f"{stem}.safetensors{INDEX}").is_file():
             return _from_index(index)
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return found, None
+        return found, None, None
     if found:
         raise ValueError(
             f"'{path}' holds several safetensors files and no index: {', '.join(f.name for f in found)}. Give the path "
@@ -122,7 +180,7 @@ def _find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
 
 
-def _from_index(index: Path) -> tuple[list[Path], dict[str, str]]:
+def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -130,12 +188,40 @@ def _from_index(index: Path) -> tuple[list[Path], dict[str, str]]:
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
-    return files, weight_map
+    return files, index, weight_map
 
 
 def side_files(folder: Path) -> list[Path]:
     """The files beside a checkpoint's weights: its config, its tokenizer, its licence."""
     return sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a checkpoint's folder; {} where there is none.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    if not (file := folder / "config.json").is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return config
+
+
+def side_file_content(file: Path, dtype: Any) -> bytes:
+    """The content of a file beside the weights; where the weights change their dtype, a config says the new one."""
+    if file.name == "config.json" and dtype is not None:
+        config = read_config(file.parent)
+        for field in ("dtype", "torch_dtype"):
+            if field in config:
+                config[field] = np.dtype(dtype).name
+        return (json.dumps(config, indent=2) + "\n").encode()
+    return file.read_bytes()
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -211,28 +297,18 @@ class CheckpointWriter:
             raise
 
     def _start(self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        offset = 0
-        # as safetensors itself does: the widest dtypes first, so that all values are aligned
-        for name, dtype, shape in sorted(shard, key=lambda t: -t[1].itemsize):
-            end = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._places[name] = (n, offset, dtype, shape)
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        _write_at(descriptor, 0, len(text).to_bytes(8, "little") + text)
-        for name in header.keys() - {"__metadata__"}:
-            place = self._places[name]
-            self._places[name] = (place[0], place[1] + 8 + len(text), *place[2:])
-        os.truncate(descriptor, 8 + len(text) + offset)
+        header = Header.of(shard, metadata)
+        for name, dtype, shape in shard:
+            self._places[name] = (n, header.places[name][0], dtype, shape)
+        write_at(descriptor, 0, header.data)
+        os.truncate(descriptor, header.file_size)
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Puts a tensor into its place; its dtype and shape are those announced."""
         n, offset, dtype, shape = self._places[name]
         if value.dtype != dtype or value.shape != shape:
             raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
-        _write_at(self._files[n][0], offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        write_at(self._files[n][0], offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         self._pending.discard(name)
 
     def commit(self) -> None:
@@ -263,7 +339,8 @@ class CheckpointWriter:
         self.close()
 
 
-def _write_at(descriptor: int, offset: int, data: Any) -> None:
+def write_at(descriptor: int, offset: int, data: Any) -> None:
+    """Writes all bytes of a buffer to a place in a file."""
     view = memoryview(data)
     while len(view):  # one call writes at most 2 GB
         written = os.pwrite(descriptor, view, offset)

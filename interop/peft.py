@@ -145,6 +145,7 @@ def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
     }
 
 
+@takes_model(changes=False)
 def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
 

@@ -2,6 +2,7 @@
 
 from .base_weights import load_base, save_merged
 from .lycoris import save_lycoris, to_lycoris_state_dict
+from .lycoris_load import load_lycoris
 from .names import NameMap
 from .peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
 
@@ -9,6 +10,7 @@ __all__ = [
     "NameMap",
     "from_peft_state_dict",
     "load_base",
+    "load_lycoris",
     "load_peft",
     "save_lycoris",
     "save_merged",

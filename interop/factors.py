@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
 
 from .files import FileError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,16 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[ModuleFactor
                 own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(own["hada_w1_a"].dtype)
             dora_scale = trained["dora_scale"][index] if "dora_scale" in trained else None
             yield ModuleFactors(index, name, r, alpha, own, dora_scale)
+
+
+def exact_pattern(name: str) -> str:
+    """The key of `rank_pattern` or `alpha_pattern` that matches a module by its full name, and no other."""
+    return f"^{re.escape(name)}"
+
+
+def most_common(values: Iterable[T]) -> T:
+    """The value that occurs most often; the first of several."""
+    return collections.Counter(values).most_common(1)[0][0]
 
 
 def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:

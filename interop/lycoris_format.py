@@ -25,7 +25,7 @@ NORM_PARTS = ("w_norm", "b_norm")
 
 _PREFIX = re.compile(
     r"lycoris_|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # LyCORIS; kohya, sd-scripts, OneTrainer
-    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model|text_encoder(?:_\d+)?|text_encoders\.[^.]+)\."  # ComfyUI
+    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model|text_encoder(?:_\d+)?|text_encoders\.[^.]+(?:\.transformer)?)\."  # ComfyUI
 )
 _CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
 _PEFT = re.compile(r"base_model\.model\.")

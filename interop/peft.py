@@ -20,6 +20,7 @@ from loha_jax.adapters import adapter_names
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import factor_dtype, stack_factors
+from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
@@ -27,7 +28,7 @@ from loha_jax.plan import Layouts, Target, plan_injection
 from loha_jax.weight import LoHaWeight, is_adapted
 
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
-from .factors import chosen_adapter, module_factors
+from .factors import chosen_adapter, exact_pattern, module_factors, most_common
 from .files import read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
@@ -45,8 +46,9 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
 
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
-    `adapter_model.safetensors` each, in the factors' dtype. A model card, README.md, is put into `folder` where there
-    is none. Each file is written under a temporary name and renamed.
+    `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank stabilisation is folded into
+    alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Each file
+    is written under a temporary name and renamed.
 
     Args:
         folder: made if it is not there.
@@ -54,7 +56,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         adapters: which ones; all by default.
 
     Raises:
-        ValueError: the tree has no such adapter, or holds something PEFT's format cannot (a Conv3d).
+        ValueError: the tree has no such adapter, or holds something PEFT's format cannot: a Conv3d, a weight
+            decomposition, convolutions with and without cores.
         NotADirectoryError: `folder` is a file.
 
     Warns:
@@ -122,7 +125,7 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
         module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`, as in PEFT.
 
     Raises:
-        ValueError: no such adapter, or a Conv3d, which PEFT has no LoHa for.
+        ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa for.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     state: dict[str, np.ndarray] = {}
@@ -137,6 +140,11 @@ def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
             "Save it in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
+        )
+    if leaf.adapters[adapter_name].dora_scale is not None:
+        raise ValueError(
+            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use `save_lycoris` or `save_lora`, "
+            "or merge it (`merge`, `save_merged`)."
         )
     return {
         f"{PREFIX}{module.name}.{part}": tensor
@@ -182,8 +190,13 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
                 + ", ".join(f"{value} in {label}" for value, label in found.items())
                 + ". Make the layers with the same setting, or keep them in adapters of their own."
             )
+    alpha = config.alpha
+    if isinstance(config, LycorisConfig):  # PEFT has the fields of LoHaConfig; rank stabilisation is folded into alpha
+        config = LoHaConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LoHaConfig)})
+        alpha = most_common(alphas.values())
     return dataclasses.replace(
         config,
+        alpha=alpha,
         use_effective_conv2d=next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d),
         inference_mode=True,
         peft_version=PEFT_VERSION,
@@ -191,7 +204,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
         target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
         modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
-        alpha_pattern=_sortable(config.alpha_pattern, config.alpha, alphas),
+        alpha_pattern=_sortable(config.alpha_pattern, alpha, alphas),
     )
 
 
@@ -199,7 +212,7 @@ def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, An
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
-    return {f"^{re.escape(name)}": value for name, value in wanted.items() if value != default}
+    return {exact_pattern(name): value for name, value in wanted.items() if value != default}
 
 
 def load_peft(

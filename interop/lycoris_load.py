@@ -1,0 +1,326 @@
+"""`load_lycoris`: an adapter of LyCORIS, kohya or ComfyUI onto a tree of base parameters."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.dora import is_on_out
+from loha_jax.hadamard import float32_or_wider
+from loha_jax.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.lycoris_config import LycorisConfig
+from loha_jax.models import takes_model
+from loha_jax.naming import Names, all_names
+from loha_jax.plan import Layouts, NamedTree, Plan, Saved, Target, plan_injection
+from loha_jax.weight import LoHaWeight
+
+from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .factors import exact_pattern, most_common
+from .files import FileError
+from .lycoris_format import ModuleNames, split_prefix
+
+_NORM_PART = {"weight": "w_norm", "bias": "b_norm"}
+_SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
+
+
+@takes_model(argument="base_params")
+def load_lycoris(
+    path: str | Path,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    prefix: str | None = None,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    conv2d_weights_fix: bool = False,
+) -> Any:
+    """Adds an adapter that LyCORIS, kohya's scripts or `save_lycoris` wrote to a tree of base parameters.
+
+    Keys may be LyCORIS' (`lycoris_blocks_0_q.hada_w1_a`), kohya's (`lora_unet_…`, `lora_te_…`, `lora_te1_…`), or
+    dotted with a prefix (`diffusion_model.`, `transformer.`, …) or without one. Names with underscores are looked up
+    among the tree's modules, never split. CLIP's `text_model`, which transformers 5 dropped, may be in one of the two.
+
+    Args:
+        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch.
+        base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
+        adapter_name: the name in the tree.
+        prefix: which component of the file (`"lora_unet_"`): what the keys to load begin with. May be left out where
+            the file has only one.
+        names, layouts: as for `loha_jax.inject`.
+        conv2d_weights_fix: for files of LyCORIS 1.9.0 and earlier, which used `hada_t1` in the place of `hada_t2` in
+            training: takes it for both cores of a 2-D convolution (PEFT's converter has the same option).
+
+    Returns:
+        The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the file's `metadata`.
+        Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled by 1 (alpha = r),
+        as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file without. Weight
+        decompositions of both axes are loaded (LyCORIS reads one alone). Differences of normalisation layers
+        (`train_norm=True`) become copies of the layers, as with `modules_to_save`. Modules of the tree that are not in
+        the file are not adapted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        interop.files.FileError: the file is broken, or another kind of adapter.
+        ValueError: the file and the tree do not fit; one error lists all modules that the tree lacks and all that are
+            misshapen. Or two modules have the name that the file uses, or it has several components.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> base = {"a": {"q": {"kernel": jnp.ones((3, 3))}}}
+        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
+        ...     load_lycoris(f"{folder}/adapter.safetensors", base)["a"]["q"]["kernel"].names
+        ('a.q',)
+    """
+    path = Path(path)
+    adapter = read_adapter(path)
+    if adapter.form not in ("lycoris", "kohya"):
+        raise ValueError(f"{path} is a PEFT folder: `load_peft` opens it")
+    try:
+        component = _component(adapter, prefix)
+        tree = NamedTree(base_params, names, layouts)
+        found, problems = _found(component, tree)
+        plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if problems := [*problems, *more]:
+        raise ValueError(
+            f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
+            "are transposed, `prefix=` where the keys begin otherwise."
+        )
+
+    def tensors_of(target: Target, name: str) -> dict[str, np.ndarray]:
+        tensors = found.modules[name].tensors
+        if conv2d_weights_fix and target.cp and len(target.layout.axes("k")) == 2:
+            tensors = {**tensors, "hada_t2": tensors["hada_t1"]}
+        return tensors
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        per_module = [tensors_of(target, n) if r else {} for n, r in zip(target.names, target.ranks, strict=True)]
+        return stack_factors(per_module, target, factor_dtype(target.dtype))
+
+    def make_copy(saved: Saved, original: jax.Array) -> jax.Array:
+        module, _, parameter = saved.name.rpartition(".")
+        difference = found.norms[module].get(_NORM_PART[parameter])
+        if difference is None:
+            return jnp.array(original, copy=True)
+        wide = float32_or_wider(original.dtype)
+        return (original.astype(wide) + jnp.asarray(difference, wide)).astype(original.dtype)
+
+    def make_extras(target: Target, config: Any, kernel: jax.Array) -> dict[str, jax.Array]:
+        return _dora_scales(target, found.modules)
+
+    return apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """One component of a file, by the tree's module names."""
+
+    modules: dict[str, AdapterModule]
+    norms: dict[str, dict[str, np.ndarray]]
+
+
+def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
+    """The modules of one component, by their names in the file after the prefix."""
+    norms: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in adapter.others.items():
+        module, _, part = key.rpartition(".")
+        norms.setdefault(module, {})[part] = tensor
+    counts = collections.Counter(split_prefix(own)[0] for own in (*adapter.modules, *norms))
+    listed = ", ".join(f"{p!r} ({n} modules)" for p, n in counts.items())
+    if prefix is None:
+        if len(counts) > 1:
+            raise ValueError(f"the file has several components: {listed}. Choose one with `prefix=`")
+        (prefix,) = counts
+    chosen = _Found(
+        {own[len(prefix) :]: module for own, module in adapter.modules.items() if own.startswith(prefix)},
+        {own[len(prefix) :]: parts for own, parts in norms.items() if own.startswith(prefix)},
+    )
+    if not chosen.modules:
+        raise ValueError(f"no hada_* key begins with prefix={prefix!r}; the file has {listed}")
+    return prefix, chosen
+
+
+def _found(component: tuple[str, _Found], tree: NamedTree) -> tuple[_Found, list[str]]:
+    """The component by the tree's names, and what the tree lacks."""
+    prefix, own = component
+    kernels = [name for position in tree.kernels for name in _names_at(tree, position)]
+    norms = [name for position in tree.weights if position not in tree.kernels for name in _names_at(tree, position)]
+    origin: dict[str, str] = {}
+    missing: list[str] = []
+
+    def resolved(parts: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+        lookup, result = ModuleNames(names), {}
+        for name, value in parts.items():
+            found = lookup.find(prefix, name)
+            if found is None:
+                missing.append(f"{prefix}{name}" + _near_miss(name, names) * (len(missing) < _SHOWN_NEAR))
+            elif found in origin:
+                raise ValueError(f"{origin[found]} and {prefix}{name} are both {found} in the tree")
+            else:
+                origin[found], result[found] = f"{prefix}{name}", value
+        return result
+
+    by_name = _Found(resolved(own.modules, kernels), resolved(own.norms, norms))
+    title = f"modules that the tree lacks ({len(missing)}): {', '.join(missing)}"
+    return by_name, [title] if missing else []
+
+
+def _names_at(tree: NamedTree, position: int) -> Iterable[str]:
+    """Names of a weight's modules; all that there could be, where that cannot be told."""
+    leaf = tree.leaves[position]
+    if isinstance(leaf, LoHaWeight):
+        return leaf.names
+    try:
+        if position not in tree.kernels:
+            return all_names(tree.names[position], tree.given_names)
+        return tree.module_names(position, tree.layout(position).sizes("s", leaf.shape))
+    except ValueError:  # `plan_injection` raises it again for a kernel that the file has factors for
+        return tree.possible_names(position)
+
+
+def _near_miss(name: str, names: list[str]) -> str:
+    underscored = {n.replace(".", "_"): n for n in names}
+    near = difflib.get_close_matches(name.replace(".", "_"), underscored, n=1, cutoff=0.7)
+    return f" (the tree has {underscored[near[0]]})" if near else ""
+
+
+def _plan(
+    found: _Found,
+    base_params: Any,
+    names: Names | None,
+    layouts: Layouts | None,
+    tree: NamedTree,
+    metadata: Mapping[str, str],
+) -> tuple[Plan, list[str]]:
+    """What to put where, with the ranks, alphas and forms of the file; and what does not fit."""
+    modules = found.modules
+    if not modules:
+        return Plan(LycorisConfig(), {}, {}), []
+    r = most_common(m.r for m in modules.values())
+    alpha = _number(most_common(m.alpha for m in modules.values()))
+    config = LycorisConfig(
+        r=r,
+        alpha=alpha,
+        target_modules=_targets(modules, tree),
+        modules_to_save=sorted(found.norms) or None,
+        use_effective_conv2d=any("hada_t1" in m.tensors for m in modules.values()),
+        weight_decompose=any(m.dora_scale is not None for m in modules.values()),
+        metadata=metadata,
+    )
+    plan = plan_injection(base_params, config, names=names, layouts=layouts)
+    reached = {n for t in plan.targets.values() for n, rank in zip(t.names, t.ranks, strict=True) if rank}
+    if lost := sorted(set(modules) - reached):
+        raise ValueError(
+            f"{', '.join(lost)} would be left out: modules within normalisation layers that the file has differences "
+            f"of ({', '.join(sorted(found.norms))})"
+        )
+    targets: dict[int, Target] = {}
+    problems: list[str] = []
+    on_out: list[bool] = []
+    for position, target in plan.targets.items():
+        own = [modules.get(name) for name in target.names]
+        given = {name: m for name, m in zip(target.names, own, strict=True) if m}
+        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        targets[position] = dataclasses.replace(
+            target,
+            ranks=tuple(m.r if m else 0 for m in own),
+            alphas=tuple(_number(m.alpha) if m else alpha for m in own),
+            cp=any("hada_t1" in m.tensors for m in given.values()),
+        )
+        problems += _misfits(targets[position], given, shape)
+        on_out += [is_on_out(m.dora_scale.shape, shape, 0) for m in given.values() if m.dora_scale is not None]
+    saved, more = _saved(plan, found.norms)
+    config = dataclasses.replace(
+        plan.config,
+        rank_pattern={exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
+        alpha_pattern={exact_pattern(n): _number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
+        wd_on_out=most_common(on_out) if on_out else True,
+    )
+    return Plan(config, targets, saved), problems + more
+
+
+def _number(alpha: float) -> float:
+    """An alpha as people write it: 8, not 8.0."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
+    """`target_modules` that PEFT's rules match with these modules alone: their names, which also match endings."""
+    chosen = frozenset(modules)
+    every = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
+    endings = (name.split(".", n + 1)[-1] for name in every for n in range(name.count(".")))
+    if chosen.isdisjoint(endings):
+        return sorted(chosen)
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[int, ...]) -> list[str]:
+    """What does not fit of a kernel's modules, whose shape in torch is `shape`."""
+    problems: list[str] = []
+    forms: dict[Any, list[str]] = {}
+    dora_shapes = {(shape[0], *(1,) * (len(shape) - 1)), (1, shape[1], *(1,) * (len(shape) - 2))}
+    for name, module in given.items():
+        cp, dora = "hada_t1" in module.tensors, module.dora_scale
+        wanted = dataclasses.replace(target, cp=cp and any(n != 1 for n in shape[2:])).shapes(module.r)
+        problems += [
+            f"{name}.{part}: {list(tensor.shape)} in the file, {list(wanted.get(part, ())) or 'none'} in the model"
+            for part, tensor in module.tensors.items()
+            if tensor.shape != wanted.get(part)
+        ]
+        if dora is not None and dora.shape not in dora_shapes:
+            problems.append(
+                f"{name}.dora_scale: {list(dora.shape)} in the file, "
+                f"{' or '.join(map(str, map(list, sorted(dora_shapes, reverse=True))))} in the model"
+            )
+        decomposed = None if dora is None else ("out" if is_on_out(dora.shape, shape, 0) else "in")
+        forms.setdefault((cp, decomposed), []).append(name)
+    if len(forms) > 1:
+        shown = [
+            f"{names[0]} has {'' if cp else 'no '}cores and {f'a dora_scale per {axis}' if axis else 'no dora_scale'}"
+            for (cp, axis), names in forms.items()
+        ]
+        problems.append(f"one stacked kernel holds modules of different forms: {', '.join(shown)}")
+    return problems
+
+
+def _saved(plan: Plan, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[int, Saved], list[str]]:
+    """The leaves of the normalisation layers that the file has differences of, and what does not fit."""
+    # `modules_to_save` also matches by the end of a name; the file says which modules it means.
+    saved = {position: s for position, s in plan.saved.items() if s.name.rpartition(".")[0] in norms}
+    shapes = {s.name: s.shape for s in saved.values()}
+    problems: list[str] = []
+    for module, parts in norms.items():
+        for parameter, part in _NORM_PART.items():
+            have, wanted = parts.get(part), shapes.get(f"{module}.{parameter}")
+            if have is not None and have.shape != wanted:
+                problems.append(
+                    f"{module}.{part}: {list(have.shape)} in the file, "
+                    f"{'none' if wanted is None else list(wanted)} in the model"
+                )
+    return saved, problems
+
+
+def _dora_scales(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
+    """The norms of a kernel's weight decomposition, if it has one."""
+    given = [modules[name].dora_scale if name in modules else None for name in target.names]
+    first = next((scale for scale in given if scale is not None), None)
+    if first is None:
+        return {}
+    # Where a module of the stack is not adapted, the multiplier is 0 and any norm will do.
+    stacked = np.stack([np.ones(first.shape, first.dtype) if scale is None else scale for scale in given])
+    return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}

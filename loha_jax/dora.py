@@ -11,6 +11,7 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (ar
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
+from loha_jax.layouts import Layout
 
 
 def is_on_out(dora_shape: Sequence[int], kernel_shape: Sequence[int], stack: int) -> bool:
@@ -31,28 +33,29 @@ def is_on_out(dora_shape: Sequence[int], kernel_shape: Sequence[int], stack: int
     return dora_shape[stack] == kernel_shape[stack] and dora_shape[stack + 1] == 1
 
 
-def weight_norms(kernel: jax.Array, on_out: bool, stack: int) -> jax.Array:
+def weight_norms(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
     """‖W‖ per out or per in feature: what `dora_scale` starts at.
 
     Args:
-        kernel: `[*stack, out, in, *spatial]`.
+        kernel: as its layout says.
+        layout: of the kernel.
         on_out: which.
-        stack: number of stack axes.
 
     Returns:
         `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, in float32 or wider.
     """
-    kernel = kernel.astype(float32_or_wider(kernel.dtype))
-    return jnp.sqrt(jnp.sum(kernel**2, _summed(kernel, on_out, stack), keepdims=True))
+    return jnp.sqrt(_squares(kernel.astype(float32_or_wider(kernel.dtype)), layout, on_out))
 
 
-def _summed(kernel: jax.Array, on_out: bool, stack: int) -> tuple[int, ...]:
-    kept = stack if on_out else stack + 1
-    return tuple(axis for axis in range(stack, kernel.ndim) if axis != kept)
+def _squares(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
+    """Sums of the squares, in the shape of norms. The kernel is not transposed, which would copy it."""
+    summed = layout.axes("i" if on_out else "o") + layout.axes("k")
+    sums = jnp.sum(kernel**2, summed, keepdims=True)
+    return layout.unfold(sums)
 
 
 def adapted_norms(
-    kernel: jax.Array, w1_a: Any, w1_b: Any, w2_a: Any, w2_b: Any, scale: Any, *, on_out: bool
+    kernel: jax.Array, layout: Layout, w1_a: Any, w1_b: Any, w2_a: Any, w2_b: Any, scale: Any, *, on_out: bool
 ) -> jax.Array:
     """‖W + ΔW‖ per out or per in feature, differentiable in the factors and the scale.
 
@@ -60,7 +63,8 @@ def adapted_norms(
     has few right digits.
 
     Args:
-        kernel: `[*stack, out, in, *spatial]`.
+        kernel: as its layout says.
+        layout: of the kernel.
         w1_a, w2_a: `[*stack, out, r]`.
         w1_b, w2_b: `[*stack, r, in·prod(spatial)]`.
         scale: `[*stack]`.
@@ -69,21 +73,26 @@ def adapted_norms(
     Returns:
         As `weight_norms`.
     """
-    stack = jnp.ndim(w1_a) - 2
     dtype = float32_or_wider(kernel.dtype, w1_a.dtype)
     kernel, w1_a, w1_b, w2_a, w2_b = (x.astype(dtype) for x in (kernel, w1_a, w1_b, w2_a, w2_b))
-    scale = jnp.asarray(scale, dtype).reshape(*kernel.shape[:stack], 1, 1)
+    sizes = {kind: layout.sizes(kind, kernel.shape) for kind in "soik"}
+    scale = jnp.asarray(scale, dtype).reshape(*sizes["s"], 1, 1)
     ka, kb = khatri_rao_rows(w1_a, w2_a) * scale, khatri_rao_columns(w1_b, w2_b)
-    matrix = kernel.reshape(*kernel.shape[:stack], kernel.shape[stack], -1)
+    squared = kb.shape[-2]
+    # One letter for each axis of the kernel, so that it is contracted as it lies.
+    letters = string.ascii_lowercase[: kernel.ndim]
+    s, o, i, k = ("".join(letters[axis] for axis in layout.axes(kind)) for kind in "soik")
     if on_out:
-        both = jnp.einsum("...oi,...Ri->...oR", matrix, kb) * ka
+        columns = kb.reshape(*sizes["s"], squared, *sizes["i"], *sizes["k"])
+        both = jnp.einsum(f"{letters},{s}R{i}{k}->{s}{o}R", kernel, columns).reshape(ka.shape) * ka
         own = jnp.einsum("...oR,...RS->...oS", ka, jnp.einsum("...Ri,...Si->...RS", kb, kb)) * ka
         added = jnp.sum(2 * both + own, -1)
     else:
-        both = jnp.einsum("...oR,...oi->...Ri", ka, matrix) * kb
+        rows = ka.reshape(*sizes["s"], *sizes["o"], squared)
+        both = jnp.einsum(f"{s}{o}R,{letters}->{s}R{i}{k}", rows, kernel).reshape(kb.shape) * kb
         own = jnp.einsum("...RS,...Si->...Ri", jnp.einsum("...oR,...oS->...RS", ka, ka), kb) * kb
-        added = jnp.sum(2 * both + own, -2).reshape(*kernel.shape[:stack], kernel.shape[stack + 1], -1).sum(-1)
-    squares = jnp.sum(kernel**2, _summed(kernel, on_out, stack), keepdims=True)
+        added = jnp.sum(2 * both + own, -2).reshape(*sizes["s"], math.prod(sizes["i"]), -1).sum(-1)
+    squares = _squares(kernel, layout, on_out)
     total = squares + added.reshape(squares.shape)
     positive = total > 0  # the square root has no gradient at 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)

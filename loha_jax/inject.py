@@ -169,7 +169,7 @@ def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> di
     dtype = factor_dtype(target.dtype)
     extras = {"scalar": jnp.zeros(target.stack, dtype)} if config.use_scalar else {}
     if config.weight_decompose:
-        norms = weight_norms(target.layout.unfold(kernel), config.wd_on_out, len(target.stack))
+        norms = weight_norms(kernel, target.layout, config.wd_on_out)
         extras["dora_scale"] = norms.astype(dtype)
     return extras
 

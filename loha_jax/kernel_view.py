@@ -134,11 +134,10 @@ class KernelView:
                 r = a1.shape[-1]
                 t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
             view = ViewFactors(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
-            unfolded = layout.unfold(kernel)
-            if (gains := f.gains(unfolded)) is None:
+            if (gains := f.gains(kernel, layout)) is None:
                 return view
             own, base = gains
-            if is_on_out(base.shape, unfolded.shape, len(stack)):
+            if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
                 rows = (*base.shape[: len(stack) + 1], 1)
                 return dataclasses.replace(view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows))
             columns = (*stack, 1, base.shape[len(stack) + 1])

@@ -204,14 +204,15 @@ class Factors:
         t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
         return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
 
-    def gains(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def gains(self, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array] | None:
         """Of a weight decomposition, what ΔW and what W are multiplied by; None without one.
 
         The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the multiplier m:
         first = m g and second = m (g - 1).
 
         Args:
-            kernel: `[*stack, out, in, *spatial]`.
+            kernel: as the layout says.
+            layout: of the kernel.
 
         Returns:
             Two arrays of the shape of `dora_scale`.
@@ -219,8 +220,9 @@ class Factors:
         if self.dora_scale is None:
             return None
         stack = self.hada_w1_a.ndim - 2
-        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, kernel.shape, stack)
-        norms = adapted_norms(kernel, f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b, self.scale, on_out=on_out)
+        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack)
+        factors = (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+        norms = adapted_norms(kernel, layout, *factors, self.scale, on_out=on_out)
         g = gain(norms, self.dora_scale)
         m = lax.stop_gradient(self.multiplier).astype(g.dtype).reshape(*g.shape[:stack], *(1,) * (g.ndim - stack))
         return m * g, m * (g - 1)
@@ -316,7 +318,6 @@ class LoHaWeight(ArrayLike):
         layout = self.layout.strip(kernel.ndim)
         stack = layout.sizes("s", kernel.shape)
         total = kernel.astype(float32_or_wider(kernel.dtype))
-        unfolded = layout.unfold(kernel)
         for factors in chosen:
             if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
                 raise ValueError(
@@ -324,9 +325,10 @@ class LoHaWeight(ArrayLike):
                     f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
                     "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
                 )
-            delta = factors.delta(forward_mode=forward_mode).reshape(unfolded.shape)
-            if (gains := factors.gains(unfolded)) is not None:
-                delta = gains[0] * delta + gains[1] * unfolded.astype(delta.dtype)
+            delta = factors.delta(forward_mode=forward_mode)
+            if (gains := factors.gains(kernel, layout)) is not None:
+                weight = layout.unfold(kernel).astype(delta.dtype)
+                delta = gains[0] * delta.reshape(weight.shape) + gains[1] * weight
             total += layout.fold(delta, kernel.shape)
         return total.astype(kernel.dtype)
 

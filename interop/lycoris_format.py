@@ -6,30 +6,35 @@ undone by splitting; `ModuleNames` finds the module among those that there are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.init import FACTOR_NAMES
 
-from .factors import rank_of
-from .files import FileError
+from .factors import most_common, rank_of
+from .files import FileError, safetensors_bytes
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"
-NORM_PARTS = ("w_norm", "b_norm")
-"""LyCORIS' differences of a normalisation layer's weight and bias (`train_norm=True`)."""
+NORM_PARTS: Mapping[str, str] = {"weight": "w_norm", "bias": "b_norm"}
+"""LyCORIS' differences of a normalisation layer's parameters (`train_norm=True`)."""
 
 _PREFIX = re.compile(
     r"lycoris_|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # LyCORIS; kohya, sd-scripts, OneTrainer
-    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model|text_encoder(?:_\d+)?|text_encoders\.[^.]+(?:\.transformer)?)\."  # ComfyUI
+    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model)\."  # ComfyUI, and what diffusers calls its parts
+    r"|text_encoder(?:_\d+)?\.|text_encoders\.[^.]+\.(?:transformer\.)?"
 )
 _CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
 _PEFT = re.compile(r"base_model\.model\.")
-_PARTS = (*FACTOR_NAMES, "alpha", "dora_scale", *NORM_PARTS)
+_PARTS = (*FACTOR_NAMES, "alpha", "dora_scale", *NORM_PARTS.values())
+_DTYPES = ("float16", "bfloat16", "float32")
 _OTHER_KINDS = (
     ("LoRA", r"\.lora_(?:up|down|mid|A|B)\b|\.lora\.(?:up|down)\b"),
     ("LoKr", r"\.lokr_\w+$"),
@@ -94,7 +99,7 @@ def group_keys(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
 
 def is_norm(parts: Mapping[str, np.ndarray]) -> bool:
     """Whether the parameters of a module are those of a normalisation layer."""
-    return any(part in parts for part in NORM_PARTS)
+    return any(part in parts for part in NORM_PARTS.values())
 
 
 def read_module(name: str, parts: Mapping[str, np.ndarray]) -> LycorisModule:
@@ -121,6 +126,109 @@ def read_module(name: str, parts: Mapping[str, np.ndarray]) -> LycorisModule:
             raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
         alpha = float(given.item()) or alpha
     return LycorisModule(r, alpha, tensors, parts.get("dora_scale"))
+
+
+def module_tensors(module: LycorisModule, *, one_axis: bool) -> dict[str, np.ndarray]:
+    """One module's tensors by LyCORIS' names: `read_module` the other way.
+
+    Args:
+        module: what to write.
+        one_axis: whether it is a Conv1d, whose core has no trailing axis in LyCORIS.
+    """
+    tensors = {
+        part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
+        for part, tensor in module.tensors.items()
+    }
+    if module.dora_scale is not None:
+        tensors["dora_scale"] = module.dora_scale
+    return {"alpha": np.array(module.alpha, np.float32), **tensors}
+
+
+def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    """The tensors in another dtype, but for alphas, which stay float32: half precision would change the scale.
+
+    Args:
+        state: by the file's keys.
+        dtype: "float16", "bfloat16" or "float32", or None for what they are.
+
+    Raises:
+        ValueError: another dtype, or a value is too large for it.
+    """
+    if dtype is None:
+        return dict(state)
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or wanted.name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: LyCORIS' files hold {', '.join(_DTYPES)}")
+    result = {}
+    for key, tensor in state.items():
+        with np.errstate(over="ignore"):
+            result[key] = tensor if key.endswith(".alpha") else tensor.astype(wanted)
+        if np.isinf(result[key]).sum() > np.isinf(tensor).sum():
+            raise ValueError(f"{key} has values that {wanted.name} cannot hold; choose another dtype")
+    return result
+
+
+def module_key(prefix: str, name: str) -> str:
+    """A module's name in a file: after a prefix that ends with an underscore, its dots are underscores too.
+
+    Raises:
+        ValueError: the prefix ends with neither.
+    """
+    if prefix and prefix[-1] not in "._":
+        raise ValueError(f"prefix={prefix!r} should end with '_' (names with underscores) or '.' (dotted names)")
+    return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+
+
+def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()) -> bytes:
+    """The content of a file: the tensors, and metadata whose hash is that of these tensors.
+
+    Where keys are kohya's (`lora_…`), what user interfaces read of a network (`ss_network_dim`, …) is added if absent.
+
+    Args:
+        state: by the file's keys.
+        metadata: strings for the header; hashes of a file that it comes from are left out.
+        convolutions: the modules, as the file names them, that have a `conv_dim` of their own in kohya's scripts.
+    """
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}  # stale, whatever they were
+    data = safetensors_bytes(state, kept)
+    if any(key.startswith(KOHYA_PREFIX) for key in state):
+        body = data[8 + int.from_bytes(data[:8], "little") :]
+        # LyCORIS hashes the tensors one after another, which in the file's order is the file less its header.
+        hashed = {"sshs_model_hash": f"0x{hashlib.sha256(body).hexdigest()}"}
+        data = safetensors_bytes(state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed})
+    return data
+
+
+def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[str]) -> dict[str, str]:
+    """kohya's description of a network, as far as the tensors show it."""
+    modules = group_keys(state)
+    parts_of = modules.values()
+    of_kind: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
+    for own, parts in modules.items():
+        if not is_norm(parts):
+            of_kind[own in convolutions].append((len(parts["hada_w1_b"]), parts["alpha"].item()))
+    linear, conv = of_kind[False], of_kind[True]
+    if not linear and not conv:
+        return {}
+    dora = [parts["dora_scale"] for parts in parts_of if "dora_scale" in parts]
+    args = {"algo": "loha"}
+    if conv:
+        args["conv_dim"], args["conv_alpha"] = map(str, most_common(conv))
+    args["use_tucker"] = str(any("hada_t1" in parts for parts in parts_of))
+    if dora:
+        args |= {"dora_wd": "True", "wd_on_output": str(any(len(d) > 1 for d in dora))}
+    if any(is_norm(parts) for parts in parts_of):
+        args["train_norm"] = "True"
+    r, alpha = most_common(linear or conv)
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(r),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps(args),
+    }
 
 
 class ModuleNames:

@@ -26,9 +26,8 @@ from loha_jax.weight import LoHaWeight
 from .adapter_file import AdapterFile, AdapterModule, read_adapter
 from .factors import exact_pattern, most_common
 from .files import FileError
-from .lycoris_format import ModuleNames, split_prefix
+from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
 
-_NORM_PART = {"weight": "w_norm", "bias": "b_norm"}
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
 
 
@@ -114,7 +113,7 @@ def load_lycoris(
 
     def make_copy(saved: Saved, original: jax.Array) -> jax.Array:
         module, _, parameter = saved.name.rpartition(".")
-        difference = found.norms[module].get(_NORM_PART[parameter])
+        difference = found.norms[module].get(NORM_PARTS[parameter])
         if difference is None:
             return jnp.array(original, copy=True)
         wide = float32_or_wider(original.dtype)
@@ -305,7 +304,7 @@ def _saved(plan: Plan, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[d
     shapes = {s.name: s.shape for s in saved.values()}
     problems: list[str] = []
     for module, parts in norms.items():
-        for parameter, part in _NORM_PART.items():
+        for parameter, part in NORM_PARTS.items():
             have, wanted = parts.get(part), shapes.get(f"{module}.{parameter}")
             if have is not None and have.shape != wanted:
                 problems.append(

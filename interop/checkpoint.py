@@ -12,33 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from .files import readable_by_umask, write_atomically
+from loha_jax.untrusted import FileError, parse_json, read_json
+
+from .files import DTYPES, open_safetensors, read_tensor, readable_by_umask, write_atomically
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_WORDS = {np.dtype(dtype): word for word, dtype in _DTYPES.items()}
+_WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,28 +87,34 @@ class Checkpoint:
         self.dtypes: dict[str, np.dtype] = {}
         self.files, self.index, weight_map = _find_files(self.path)
         for file in self.files:
-            with _open(file) as opened:
+            with open_safetensors(file) as opened:
                 for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
                     if key in self._files:
-                        raise ValueError(f"{key} is in {self._files[key]} and again in {file}")
+                        raise FileError(f"{key} is in {self._files[key]} and again in {file}")
                     part = opened.get_slice(key)
-                    if (word := part.get_dtype()) not in _DTYPES:
-                        raise ValueError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
+                    if (word := part.get_dtype()) not in DTYPES:
+                        raise FileError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
                     self._files[key] = file
                     self.shapes[key] = tuple(part.get_shape())
-                    self.dtypes[key] = np.dtype(_DTYPES[word])
+                    self.dtypes[key] = np.dtype(DTYPES[word])
         if weight_map is not None and (lost := sorted(key for key in weight_map if key not in self._files)):
-            raise ValueError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
+            raise FileError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
 
     @property
     def folder(self) -> Path:
         """The folder, also of a single file."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    @property
+    def is_whole_folder(self) -> bool:
+        """Whether the files beside the weights (config, tokenizer) belong to them: not so beside a file of any name."""
+        named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
+        return self.path.is_dir() or self.index is not None or (named and (self.folder / "config.json").is_file())
+
     def read(self, key: str) -> np.ndarray:
         """The values of one tensor. The file is opened anew, so that its pages can leave the memory again."""
-        with _open(self._files[key]) as opened:
-            return opened.get_tensor(key)
+        with open_safetensors(self._files[key]) as opened:
+            return read_tensor(opened, key, self._files[key])
 
     def file_of(self, key: str) -> Path:
         """The file that holds a tensor."""
@@ -135,20 +125,13 @@ class Checkpoint:
         with open(file, "rb") as opened:
             data = opened.read(8)
             data += opened.read(int.from_bytes(data, "little"))
-        entries = json.loads(data[8:])
+        entries = parse_json(data[8:], file)
         metadata = entries.pop("__metadata__", {})
         places = {
             name: (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
             for name, entry in entries.items()
         }
         return Header(data, places, metadata)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(file, "numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:
@@ -181,36 +164,48 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
 
 
 def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FileError(
+            f"{index} is not an index of safetensors shards: its `weight_map` should name a file per tensor"
+        )
+    # A file of another folder could be anything that this user may read.
+    if outside := [n for n in dict.fromkeys(weight_map.values()) if n in ("", ".", "..") or re.search(r"[/\\\0]", n)]:
+        raise FileError(f"{index} names shards that are no files beside it: {', '.join(map(repr, outside))}")
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
     return files, index, weight_map
 
 
+def is_floating(dtype: Any) -> bool:
+    """Whether values of a dtype are floating-point numbers, bfloat16's and float8's among them."""
+    return jnp.issubdtype(dtype, np.floating)
+
+
 def side_files(folder: Path) -> list[Path]:
-    """The files beside a checkpoint's weights: its config, its tokenizer, its licence."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+    """The files beside a checkpoint's weights: its config, its tokenizer, its licence.
+
+    Raises:
+        FileError: one is a link that leads out of the folder.
+    """
+    found = sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+    own = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # Hugging Face's cache links to the latter
+    if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
+        raise FileError(
+            f"{folder} links to files elsewhere, which would be copied: {', '.join(p.name for p in outside)}. Remove "
+            "the links, or put the files themselves there."
+        )
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed `config.json` of a checkpoint's folder; {} where there is none.
 
     Raises:
-        ValueError: it is not a JSON object.
+        FileError: it is not a JSON object.
     """
-    if not (file := folder / "config.json").is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return config
+    return read_json(file) if (file := folder / "config.json").is_file() else {}
 
 
 def side_file_content(file: Path, dtype: Any) -> bytes:

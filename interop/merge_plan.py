@@ -1,0 +1,246 @@
+"""What a merge does to each tensor of a base checkpoint, decided and checked on the headers before a value is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .checkpoint import Checkpoint, is_floating, read_config
+from .files import FileError
+from .low_rank_update import LowRankUpdate
+from .lycoris_format import NORM_PARTS
+from .module_lookup import ModuleLookup
+from .names import GPT2_CONV1D
+
+_PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
+_COUNTER = "num_batches_tracked"
+
+_Found = tuple[AdapterModule, str, LowRankUpdate]  # a module, the key of its tensor, its update
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorUpdate:
+    """One adapter's share in a merged weight.
+
+    Attributes:
+        module: as in the adapter's file.
+        update: ΔW, in the orientation of the stored tensor.
+        weight: what ΔW is multiplied by.
+        norms: of a weight decomposition: one per row `[rows, 1]` or per column `[1, in]` of the stored tensor, or None.
+        transposed: the tensor is stored as `[in, out]`.
+    """
+
+    module: AdapterModule
+    update: LowRankUpdate
+    weight: float
+    norms: np.ndarray | None
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """What happens to the tensors of a checkpoint, by their keys; those that are not named stay as they are.
+
+    Attributes:
+        updates: `W + Σ weight·ΔW`.
+        replaced: new values (`modules_to_save`, base layers that came with the adapter).
+        added: LyCORIS' differences of normalisation layers, with their weights.
+        notes: what a user should know, one sentence each.
+    """
+
+    updates: dict[str, list[TensorUpdate]]
+    replaced: dict[str, np.ndarray]
+    added: dict[str, list[tuple[np.ndarray, float]]]
+    notes: tuple[str, ...]
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all tensors that change."""
+        return {*self.updates, *self.replaced, *self.added}
+
+
+def plan_merge(
+    checkpoint: Checkpoint, adapters: Sequence[tuple[str | Path, float]], *, only: str | None = None
+) -> tuple[MergePlan, list[AdapterFile]]:
+    """Reads the adapters and finds the tensor of each of their modules.
+
+    Args:
+        checkpoint: the base.
+        adapters: paths and weights.
+        only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
+
+    Returns:
+        The plan, and the adapters.
+
+    Raises:
+        ValueError: modules without a tensor, or whose tensor has another shape or holds integers, all in one error; a
+            tensor that two adapters replace.
+        FileError: an adapter is broken, or holds NaN or infinity.
+    """
+    planner = _Planner(checkpoint, only)
+    files = [planner.add(path, weight) for path, weight in adapters]
+    return planner.finish(), files
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, only: str | None):
+        self._checkpoint = checkpoint
+        self._only = None if only is None else re.compile(only)
+        self._modules = [key.removesuffix(".weight") for key in checkpoint.shapes if key.endswith(".weight")]
+        self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
+        self._updates: dict[str, list[TensorUpdate]] = {}
+        self._replaced: dict[str, np.ndarray] = {}
+        self._replaced_by: dict[str, Path] = {}
+        self._added: dict[str, list[tuple[np.ndarray, float]]] = {}
+        self._missing: list[str] = []
+        self._problems: list[str] = []
+        self._notes: list[str] = []
+
+    def add(self, path: str | Path, weight: float) -> AdapterFile:
+        adapter = read_adapter(path, modules=self._modules)
+        _check_finite(adapter)
+        chosen = {own: m for own, m in adapter.modules.items() if self._only is None or self._only.fullmatch(own)}
+        others = {k: v for k, v in adapter.others.items() if self._only is None or self._only.fullmatch(_owner(k))}
+        if not chosen and not others:
+            raise ValueError(
+                f"No module of {adapter.path} is named so that --only {self._only and self._only.pattern!r}"
+            )
+        lookup = ModuleLookup(self._modules, chosen.values())
+        self._notes += [f"{adapter.path}: {note}" for note in lookup.notes]
+        found: list[_Found] = []
+        for module in chosen.values():
+            key = f"{lookup.find(module.name, module.prefix)}.weight"
+            if key not in self._checkpoint.shapes:
+                self._missing.append(self._say_missing(key))
+                continue
+            found.append((module, key, LowRankUpdate.of(module)))
+        self._add_updates(adapter, found, weight)
+        for key, value in others.items():
+            self._add_other(adapter, lookup, key, value, weight)
+        return adapter
+
+    def _add_updates(self, adapter: AdapterFile, found: list[_Found], weight: float) -> None:
+        is_conv1d = self._is_conv1d(adapter, found)
+        for module, key, update in found:
+            shape, dtype = self._checkpoint.shapes[key], self._checkpoint.dtypes[key]
+            fits = update.fits(shape)
+            turned = len(shape) == 2 and update.fits(shape[::-1])
+            if not is_floating(dtype):
+                self._problems.append(f"{key} holds {dtype}: quantised weights can't be merged into")
+            elif not fits and not turned:
+                need = [update.rows, *(update.in_shape or (update.columns,))]
+                self._problems.append(f"{key} is {list(shape)}, the adapter's {module.name} is for {need}")
+            elif key == "lm_head.weight" and self._config.get("tie_word_embeddings"):
+                self._problems.append(
+                    f"{key} is tied to the embeddings (tie_word_embeddings in config.json): what is merged into it is "
+                    "lost when the model is loaded. Set tie_word_embeddings to false in a copy of the base first"
+                )
+            else:
+                transposed = turned and (not fits or is_conv1d(module.name))
+                if transposed:
+                    self._notes.append(f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)")
+                norms = _norms(module, update, transposed)
+                own = TensorUpdate(module, update.T if transposed else update, weight, norms, transposed)
+                self._updates.setdefault(key, []).append(own)
+
+    def _is_conv1d(self, adapter: AdapterFile, found: list[_Found]) -> Callable[[str], bool]:
+        """A test by name for GPT-2's projections, stored as [in, out]: a square weight's shape does not show it."""
+        named = [
+            (update, self._checkpoint.shapes[key]) for m, key, update in found if re.fullmatch(GPT2_CONV1D, m.name)
+        ]
+        shown = {update.fits(shape) for update, shape in named if len(set(shape)) > 1}
+        told = adapter.config.get("fan_in_fan_out") or self._config.get("model_type") in ("gpt2", "openai-gpt")
+        if shown == {False} or (told and True not in shown):
+            return lambda name: re.fullmatch(GPT2_CONV1D, name) is not None
+        return lambda name: False
+
+    def _add_other(
+        self, adapter: AdapterFile, lookup: ModuleLookup, key: str, value: np.ndarray, weight: float
+    ) -> None:
+        module, _, part = key.rpartition(".")
+        if adapter.form in ("lycoris", "kohya") and part in NORM_PARTS:
+            target = f"{lookup.find_own(module)}.{'weight' if part == 'w_norm' else 'bias'}"
+            if self._check_shape(target, value, module):
+                self._added.setdefault(target, []).append((value, weight))
+            return
+        if base_layer := _PREFIX_OF_BASE_LAYER.fullmatch(key):
+            module, part = base_layer[1], base_layer[2]
+        target = f"{lookup.find(module, '')}.{part}"
+        if target not in self._checkpoint.shapes:  # a head beside the model that has the prefix
+            target = f"{module}.{part}"
+        if part == _COUNTER and target not in self._checkpoint.shapes:
+            return
+        if not self._check_shape(target, value, key):
+            return
+        if target in self._replaced and not np.array_equal(self._replaced[target], value):
+            self._problems.append(f"{self._replaced_by[target]} and {adapter.path} each hold values for {target}")
+        self._replaced[target], self._replaced_by[target] = value, adapter.path
+
+    def _check_shape(self, key: str, value: np.ndarray, name: str) -> bool:
+        if key not in self._checkpoint.shapes:
+            self._missing.append(self._say_missing(key))
+        elif self._checkpoint.shapes[key] != value.shape:
+            self._problems.append(f"{key} is {list(self._checkpoint.shapes[key])}, {name} is {list(value.shape)}")
+        else:
+            return True
+        return False
+
+    def _say_missing(self, key: str) -> str:
+        if key.endswith("lm_head.weight"):
+            tied = [k for k in self._checkpoint.shapes if re.search(r"(embed_tokens|wte|word_embeddings)\.weight$", k)]
+            if tied:
+                return f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
+        return key
+
+    def finish(self) -> MergePlan:
+        shapes = self._checkpoint.shapes
+        if self._missing or self._problems:
+            parts = []
+            if self._missing:
+                parts.append(f"tensors that the base does not have ({len(self._missing)}): {'; '.join(self._missing)}")
+            if self._problems:
+                parts.append(f"tensors that do not fit ({len(self._problems)}): {'; '.join(self._problems)}")
+            some = ", ".join(list(shapes)[:3])
+            raise ValueError(
+                f"{self._checkpoint.path} and the adapter do not fit; nothing was written. {'. '.join(parts)}. The "
+                f"base has {len(shapes)} tensors, such as {some}"
+            )
+        if both := sorted(key for key in self._replaced if key in self._added):
+            raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
+        return MergePlan(self._updates, self._replaced, self._added, tuple(dict.fromkeys(self._notes)))
+
+
+def _owner(key: str) -> str:
+    base_layer = _PREFIX_OF_BASE_LAYER.fullmatch(key)
+    return base_layer[1] if base_layer else key.rpartition(".")[0]
+
+
+def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:
+    """The norms of a weight decomposition for the stored matrix: `[rows, 1]` or `[1, in]`."""
+    if module.dora_scale is None:
+        return None
+    scale = module.dora_scale
+    if scale.ndim > 1 and scale.shape[0] == update.rows and scale.shape[1] == 1:
+        norms = scale.reshape(-1, 1)
+    elif scale.ndim > 1 and scale.shape[0] == 1 and update.columns % scale.shape[1] == 0:
+        norms = scale.reshape(1, -1)
+    else:
+        raise FileError(f"dora_scale of {module.name} is {list(scale.shape)}: neither one per out feature nor per in")
+    return norms.T if transposed else norms
+
+
+def _check_finite(adapter: AdapterFile) -> None:
+    tensors = [(f"{own}.{part}", t) for own, m in adapter.modules.items() for part, t in m.tensors.items()]
+    tensors += [(f"{own}.dora_scale", m.dora_scale) for own, m in adapter.modules.items() if m.dora_scale is not None]
+    broken = [
+        key
+        for key, tensor in (*tensors, *adapter.others.items())
+        if is_floating(tensor.dtype) and not np.isfinite(tensor.astype(np.float32, copy=False)).all()
+    ]
+    if broken:
+        raise FileError(f"{adapter.path} holds NaN or infinity in {', '.join(broken)}; nothing was written")

@@ -1,0 +1,111 @@
+"""Results that appear whole: a hidden folder beside the place of the result, and one rename at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .files import write_atomically
+
+
+class WorkingFolder:
+    """The hidden folder beside a result that takes long; one run at a time has it, and the next one can go on.
+
+    Args:
+        out: the place of the result.
+        fingerprint: of everything that the result depends on. Files of a run with another one are removed.
+
+    Attributes:
+        files: the folder that becomes the result.
+    """
+
+    def __init__(self, out: Path, fingerprint: str):
+        self._out = out
+        self._folder = out.parent / f".{out.name}.merging"
+        self._manifest = self._folder / "manifest.json"
+        self._fingerprint = fingerprint
+        self.files = self._folder / "files"
+
+    def __enter__(self) -> WorkingFolder:
+        self._folder.mkdir(exist_ok=True)
+        self._lock = open(self._folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise FileExistsError(f"Another run is writing {self._out} ({self._folder} is locked)") from error
+        try:
+            manifest = json.loads(self._manifest.read_text())
+        except (FileNotFoundError, ValueError):
+            manifest = {}
+        if manifest.get("fingerprint") != self._fingerprint:  # of other files, weights or options
+            self._manifest.unlink(missing_ok=True)
+            shutil.rmtree(self.files, ignore_errors=True)
+            self.files.mkdir(exist_ok=True)
+            text = json.dumps({"out": self._out.name, "fingerprint": self._fingerprint}, indent=2)
+            write_atomically(self._manifest, text.encode())
+        self.files.mkdir(exist_ok=True)
+        for unfinished in self.files.glob(".*.part"):
+            unfinished.unlink()
+        return self
+
+    def is_finished(self, name: str, size: int) -> bool:
+        """Whether an earlier run left a whole file."""
+        path = self.files / name
+        return path.is_file() and path.stat().st_size == size
+
+    def publish(self, force: bool) -> None:
+        """Renames the folder of files to its place."""
+        sync_folder(self.files)
+        move_into_place(self.files, self._out, self._folder / "replaced", force)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to continue with
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+
+def move_into_place(new: Path, out: Path, aside: Path, force: bool) -> None:
+    """Renames a finished file or folder to its place.
+
+    Args:
+        new, out: of one file system.
+        aside: where what is at `out` goes meanwhile; it is removed.
+        force: whether something may be at `out`.
+
+    Raises:
+        FileExistsError: something is.
+    """
+    if os.path.lexists(out) and not force:
+        raise FileExistsError(f"{out} has appeared meanwhile")
+    _remove(aside)
+    if os.path.lexists(out):
+        os.rename(out, aside)
+    try:
+        os.rename(new, out)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(out):
+            os.rename(aside, out)
+        raise
+    sync_folder(out.parent)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,17 +6,20 @@ The command line works on these; what needs a model's tree (`load_peft`, `load_l
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loha_jax.config import LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.matching import match_pattern
 
 from .factors import rank_of
 from .files import FileError, read_metadata, read_safetensors, read_torch_pickle
+from .lora_config import parse_lora_config
 from .lycoris_format import KOHYA_PREFIX, ModuleNames, group_keys, is_norm, read_module, split_prefix
 from .peft import module_key, read_folder
 
@@ -33,7 +36,8 @@ class AdapterModule:
         kind: "loha" or "lora".
         r, alpha: of the module; its update is scaled by alpha/r.
         tensors: "loha": `hada_*` in PEFT's shapes (the core of a Conv1d with its trailing 1). "lora": `lora_A`
-            `[r, in, *spatial]` and `lora_B` `[out, r]` (with 1s for spatial axes).
+            `[r, in, *spatial]` and `lora_B` `[out, r]` (with 1s for spatial axes; of a convolution in groups, in is
+            that of all groups and r that of one).
         dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
         prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`, `lora_te1_`,
             `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in PEFT's folders.
@@ -71,7 +75,7 @@ class AdapterFile:
 
 
 def read_adapter(path: str | Path, *, modules: Iterable[str] | None = None) -> AdapterFile:
-    """Reads an adapter: a PEFT folder, or a file of LyCORIS or kohya.
+    """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya.
 
     Args:
         path: a folder with `adapter_config.json`, or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`,
@@ -131,8 +135,19 @@ def _lycoris(
     return AdapterFile(path, form, found, others, {}, metadata)
 
 
+def _parse(text: str) -> LoHaConfig | dict[str, Any]:
+    """The config of a LoHa, or the fields of one of a LoRA."""
+    values = json.loads(text)
+    is_lora = isinstance(values, dict) and values.get("peft_type") == "LORA"
+    return parse_lora_config(text) if is_lora else LoHaConfig.from_json(text)
+
+
 def _read_peft(folder: Path) -> AdapterFile:
-    config, state, path = read_folder(folder)
+    config, state, path = read_folder(folder, _parse)
+    if isinstance(config, dict):
+        from .lora_folder import lora_file  # it makes an `AdapterFile`, and imports this module
+
+        return lora_file(folder, config, state, path)
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
     for key, tensor in state.items():

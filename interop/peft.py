@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,9 +29,11 @@ from loha_jax.weight import LoHaWeight, is_adapted
 
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, exact_pattern, module_factors, most_common
-from .files import read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+from .files import FileError, read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
+
+C = TypeVar("C")
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -94,7 +96,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         write_atomically(target / SAFETENSORS_NAME, contents[name])
         write_atomically(target / CONFIG_NAME, configs[name].to_json().encode())
     if not (folder / MODEL_CARD_NAME).exists():  # an author's own stays
-        write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]]).encode())
+        write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]].to_dict()).encode())
 
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
@@ -249,7 +251,7 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    config, state, path = read_folder(Path(folder))
+    config, state, path = read_folder(Path(folder), LoHaConfig.from_json)
     try:
         return from_peft_state_dict(
             state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
@@ -258,8 +260,13 @@ def load_peft(
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
-    """The config and the tensors of an adapter, and the file that holds the latter."""
+def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, np.ndarray], Path]:
+    """The config and the tensors of an adapter, and the file that holds the latter.
+
+    Args:
+        folder: of PEFT or diffusers.
+        parse: makes the config of its text, as `LoHaConfig.from_json` does, and raises ValueError.
+    """
     has_config, diffusers = (folder / CONFIG_NAME).is_file(), folder / DIFFUSERS_NAME
     if not has_config and diffusers.is_file():
         text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
@@ -269,15 +276,18 @@ def read_folder(folder: Path) -> tuple[LoHaConfig, dict[str, np.ndarray], Path]:
                 "and give a config to `from_peft_state_dict`."
             )
         try:
-            config = LoHaConfig.from_json(text)
+            config = parse(text)
         except ValueError as error:
-            raise ValueError(f"{diffusers}: {error}") from error
+            raise FileError(f"{diffusers}: {error}") from error
         return config, read_safetensors(diffusers), diffusers
     if not has_config:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
         hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
-    config = LoHaConfig.from_pretrained(folder)
+    try:
+        config = parse((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"{folder / CONFIG_NAME}: {error}") from error
     if (path := folder / SAFETENSORS_NAME).is_file():
         return config, read_safetensors(path), path
     if (path := folder / BIN_NAME).is_file():

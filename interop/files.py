@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from loha_jax.untrusted import FileError, check_regular
 
-class FileError(ValueError):
-    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong."""
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""What numpy has for the dtypes of safetensors."""
+
+_MAX_HEADER_BYTES = 32 << 20  # a shard with 100,000 tensors has about 15 MB
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -47,29 +71,53 @@ def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()}, dict(metadata))
 
 
+@contextlib.contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, opened with `safetensors.safe_open`; what is wrong with it is a `FileError`.
+
+    The library itself checks the header against the file: offsets that overlap, leave gaps or pass its end, and
+    shapes that claim other than what is there.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        FileError: it is no whole safetensors file, or its header is larger than that of any model.
+    """
+    size = check_regular(path)
+    with open(path, "rb") as file:
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > min(size, _MAX_HEADER_BYTES):
+        raise FileError(
+            f"{path} is not a readable safetensors file: its header claims {claimed:,} bytes, the file has {size:,}"
+        )
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OverflowError, MemoryError) as error:
+        raise FileError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_tensor(file: Any, key: str, path: str | Path) -> np.ndarray:
+    """One tensor of an opened safetensors file; FileError for a dtype that numpy has no type for."""
+    if (word := file.get_slice(key).get_dtype()) not in DTYPES:
+        raise FileError(f"{path}: {key} is of dtype {word}, which numpy has no type for")
+    return file.get_tensor(key)
+
+
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file.
 
     Raises:
-        ValueError: the file is not a whole safetensors file.
+        FileNotFoundError: it is not there.
+        FileError: it is not a whole safetensors file.
     """
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    with open_safetensors(path) as file:
+        return {key: read_tensor(file, key, path) for key in file.keys()}  # noqa: SIM118  # a safe_open is no dict
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file.
-
-    Raises:
-        ValueError: the file is not a whole safetensors file.
-    """
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    """The strings in the header of a safetensors file; errors as of `read_safetensors`."""
+    with open_safetensors(path) as file:
+        return file.metadata() or {}
 
 
 def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -77,8 +125,10 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         ImportError: torch is not installed.
-        ValueError: the file does not hold a dict of tensors.
+        FileNotFoundError: the file is not there.
+        FileError: it does not hold a dict of tensors, or claims more than its bytes can hold.
     """
+    size = check_regular(path)
     try:
         import torch
     except ImportError as error:
@@ -86,13 +136,55 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{path} is a torch pickle, and reading it needs torch (pip install torch). A file saved with "
             "`safe_serialization=True` needs only safetensors."
         ) from error
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} does not hold a dict of tensors")
+    _check_archive(path, size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of dtypes and storages that are refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch stumbles over in a hostile file
+        raise FileError(
+            f"{path} is not a torch file that holds tensors alone: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
+    ):
+        raise FileError(f"{path} does not hold a dict of tensors")
 
-    def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # numpy has no such dtype of its own
-            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+    def to_numpy(key: str, tensor: torch.Tensor) -> np.ndarray:
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        # A tensor may show one element of the file a billion times.
+        if not plain or tensor.numel() * tensor.element_size() > size:
+            raise FileError(f"{path}: {key} is no plain tensor, or claims to be larger than the file")
+        tensor = tensor.detach().contiguous()
+        try:
+            if tensor.dtype == torch.bfloat16:  # numpy has no such dtype of its own
+                return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise FileError(f"{path}: {key} is of dtype {tensor.dtype}, which numpy has no type for") from error
 
-    return {key: to_numpy(value.detach().contiguous()) for key, value in loaded.items()}
+    return {key: to_numpy(key, value) for key, value in loaded.items()}
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Raises FileError for what torch.save does not write: no zip archive, or one that grows when it is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise FileError(
+            f"{path} is not a file of torch.save since PyTorch 1.6: {error}. Save it anew, as safetensors."
+        ) from error
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+        raise FileError(f"{path} holds compressed entries, or claims more than its {size:,} bytes can hold")
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Raises FileError where tensors hold NaN or infinity, and names them all."""
+    broken = [
+        key
+        for key, tensor in tensors.items()
+        if jnp.issubdtype(tensor.dtype, jnp.inexact) and not np.isfinite(tensor.astype(np.float32)).all()
+    ]
+    if broken:
+        raise FileError(f"{path} holds NaN or infinite values, in {', '.join(broken)}: the adapter is broken")

@@ -48,8 +48,8 @@ def check_adapters(params: Any, names: Sequence[str]) -> None:
 
 def check_new_adapter(params: Any, name: Any) -> None:
     """Raises ValueError for a name that no adapter can have, or that one of the tree's adapters has."""
-    if not isinstance(name, str) or not name or "." in name or "/" in name:
-        raise ValueError(f"An adapter's name is a non-empty string without '.' and '/', got {name!r}")
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name):
+        raise ValueError(f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}")
     if name in adapter_names(params):
         raise ValueError(f"Adapter with name {name!r} already exists.")
 

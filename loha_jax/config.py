@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loha_jax.init import INIT_SCHEMES
+from loha_jax.untrusted import FileError, check_pattern, parse_json, read_text
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -124,6 +124,10 @@ class LoHaConfig:
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int):
+            if not isinstance(self.layers_to_transform, Iterable):
+                raise ValueError(
+                    f"`layers_to_transform` should hold integers but the value passed is {self.layers_to_transform!r}"
+                )
             store("layers_to_transform", tuple(self.layers_to_transform))
         layers = self.layers_to_transform
         for index in layers if isinstance(layers, tuple) else () if layers is None else (layers,):
@@ -221,9 +225,9 @@ class LoHaConfig:
     @classmethod
     def from_json(cls, text: str) -> LoHaConfig:
         """The config of the text of an `adapter_config.json`; see `from_dict`."""
-        values = json.loads(text)
+        values = parse_json(text, "the adapter configuration")
         if not isinstance(values, dict):
-            raise ValueError(f"An adapter configuration is a JSON object, got {type(values).__name__}")
+            raise FileError(f"An adapter configuration is a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
 
     @classmethod
@@ -232,15 +236,20 @@ class LoHaConfig:
 
         Raises:
             FileNotFoundError: there is no `adapter_config.json` in the folder.
-            ValueError: the file is not the configuration of a LoHa adapter.
+            FileError: the file is not the configuration of a LoHa adapter.
         """
         path = Path(folder) / CONFIG_NAME
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'")
+        text = read_text(path)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(text)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise FileError(f"{path}: {error}") from error
+
+
+_LARGEST_RANK = 2**31 - 1
+_LARGEST_ALPHA = 3.4e38  # float32
 
 
 def _is_number(value: Any) -> bool:
@@ -248,12 +257,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_RANK:
         raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value):
+    if not _is_number(value) or not abs(value) <= _LARGEST_ALPHA:
         raise ValueError(f"`{name}` should be a finite number but the value passed is {value!r}")
 
 
@@ -261,8 +270,8 @@ def _check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str):
         raise ValueError(f"`{name}` should hold strings but holds {pattern!r}")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        check_pattern(pattern)
+    except ValueError as error:
         raise ValueError(f"`{name}` holds {pattern!r}, which is not a regular expression: {error}") from None
 
 

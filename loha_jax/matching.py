@@ -6,11 +6,11 @@ Checked against PEFT 0.21.2 on several thousand cases (tests/data/peft/matching_
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from loha_jax.config import LoHaConfig
+from loha_jax.untrusted import fullmatch, match
 
 T = TypeVar("T")
 
@@ -43,8 +43,10 @@ _OUTPUT_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
 _CONDENSE_FROM = 20
 
 
-def _is_or_ends_with(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
+def _endings(name: str) -> frozenset[str]:
+    """A dotted name and its endings: a.b.c, b.c and c."""
+    parts = name.split(".")
+    return frozenset(".".join(parts[n:]) for n in range(len(parts)))
 
 
 def match_target(name: str, config: LoHaConfig) -> bool | str:
@@ -63,20 +65,20 @@ def match_target(name: str, config: LoHaConfig) -> bool | str:
     """
     exclude = config.exclude_modules
     if isinstance(exclude, str):
-        if exclude and re.fullmatch(exclude, name):
+        if exclude and fullmatch(exclude, name):
             return EXCLUDED
-    elif exclude and any(_is_or_ends_with(name, entry) for entry in exclude):
+    elif exclude and _endings(name) & frozenset(exclude):
         return EXCLUDED
-    if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.all_modules_to_save):
+    if any(match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.all_modules_to_save):
         return EXCLUDED
 
     targets = config.target_modules
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    targets = frozenset(targets or ())
+        return fullmatch(targets, name) is not None
+    targets = targets if isinstance(targets, frozenset) else frozenset(targets or ())
     if name in targets:
         return True
-    if not any(name.endswith(f".{entry}") for entry in targets):
+    if not _endings(name) & targets:
         return False
     layers = config.layers_to_transform
     if layers is None or layers == ():
@@ -95,7 +97,7 @@ def _layer_index(name: str, layers_pattern: str | Iterable[str] | None) -> int |
         containers = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
         patterns = [rf"(?:^|.*?\.){container}\.(?P<index>\d+)\." for container in containers]
     for pattern in patterns:
-        if found := re.match(pattern, name):
+        if found := match(pattern, name):
             return int(found["index"])
     return None
 
@@ -113,7 +115,7 @@ def match_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 def match_pattern_key(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches `name`, or None (PEFT's `get_pattern_key`)."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    return next((p for p in patterns if match(rf"(.*\.)?({p})$", name)), None)
 
 
 def resolve_target_modules(
@@ -154,7 +156,7 @@ def resolve_target_modules(
         return targets
 
     linear = list(linear)
-    heads = {name for name in linear if any(_is_or_ends_with(name, head) for head in _OUTPUT_HEADS)}
+    heads = {name for name in linear if _endings(name) & set(_OUTPUT_HEADS)}
     if not heads and config.task_type == "SEQ_CLS":
         found = [name for head in ("score", "classifier") for name in linear if name == head]
         heads = set(found[:1])
@@ -179,7 +181,7 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
     other_endings = {ending for name in others for ending in endings(name)}
     chosen: set[str] = set()
     for name in sorted(set(targets)):
-        if any(_is_or_ends_with(name, ending) for ending in chosen):
+        if _endings(name) & set(chosen):
             continue
         chosen.add(next((ending for ending in endings(name) if ending not in other_endings), name))
     return chosen

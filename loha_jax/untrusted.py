@@ -1,0 +1,133 @@
+"""Reading what strangers wrote, in bounded time and memory: files, JSON, regular expressions.
+
+Adapters are passed from hand to hand. Whatever is wrong with one is a `FileError` that names the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import regex
+
+MAX_JSON_BYTES = 32 << 20
+"""The index of a checkpoint with 100,000 tensors has about 10 MB."""
+
+_MAX_JSON_DEPTH = 64
+_MAX_PATTERN = 10_000
+_SECONDS_PER_MATCH = 1.0
+
+
+class FileError(ValueError):
+    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong."""
+
+
+def check_regular(path: str | Path) -> int:
+    """The size of a file in bytes; symbolic links are followed.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        FileError: it is a folder, a pipe, a device: reading it could fail oddly, or never end.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kinds = (("a folder", stat.S_ISDIR), ("a pipe", stat.S_ISFIFO), ("a device", stat.S_ISCHR))
+        kind = next((name for name, test in kinds if test(found.st_mode)), "something else")
+        raise FileError(f"{path} should be a file and is {kind}")
+    return found.st_size
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        FileError: it is no regular file, too large, or not UTF-8.
+    """
+    if (size := check_regular(path)) > limit:
+        raise FileError(f"{path} has {size:,} bytes; a file of its kind has no more than {limit:,}")
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def parse_json(text: str | bytes, origin: str | Path) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: of bounded length.
+        origin: where it comes from, for messages.
+
+    Raises:
+        FileError: it is not JSON, or is nested more than 64 deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise FileError(f"{origin}: JSON nested too deep") from None
+    except ValueError as error:  # also numbers of thousands of digits, and bytes that are no text
+        raise FileError(f"{origin} is not JSON: {error}") from None
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+        ]
+        if not level:
+            return value
+    raise FileError(f"{origin}: JSON nested more than {_MAX_JSON_DEPTH} deep")
+
+
+def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or FileError as of `read_text` and `parse_json`, or no object."""
+    value = parse_json(read_text(path, limit), path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path} should hold a JSON object and holds a {type(value).__name__}")
+    return value
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError for what is no regular expression."""
+    if len(pattern) > _MAX_PATTERN:
+        raise ValueError(f"it has {len(pattern):,} characters, more than {_MAX_PATTERN:,}")
+    try:
+        re.compile(pattern)  # PEFT's engine
+        _compiled(pattern)
+    except (re.error, regex.error, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deep") from None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern, regex.VERSION0)
+
+
+def match(pattern: str, name: str) -> Any:
+    """`re.match`, which ends: a pattern that backtracks for more than a second is a ValueError."""
+    return _timed("match", pattern, name)
+
+
+def fullmatch(pattern: str, name: str) -> Any:
+    """`re.fullmatch`, which ends: a pattern that backtracks for more than a second is a ValueError."""
+    return _timed("fullmatch", pattern, name)
+
+
+def _timed(method: str, pattern: str, name: str) -> Any:
+    try:
+        return getattr(_compiled(pattern), method)(name, timeout=_SECONDS_PER_MATCH)
+    except TimeoutError:
+        shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}…"
+        raise ValueError(
+            f"Matching {shown!r} against {name!r} takes more than a second: the pattern repeats what is repeated "
+            "already. Write it without nested repetition."
+        ) from None

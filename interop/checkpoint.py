@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from loha_jax.untrusted import FileError, parse_json, read_json
+from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
 from .files import DTYPES, open_safetensors, read_tensor, readable_by_umask, write_atomically
 
@@ -164,11 +164,10 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
 
 
 def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
-    weight_map = read_json(index).get("weight_map")
+    values = parse_json(read_text(index), index)
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FileError(
-            f"{index} is not an index of safetensors shards: its `weight_map` should name a file per tensor"
-        )
+        raise FileError(f"{index} is not an index of safetensors shards: it has no `weight_map` of file names")
     # A file of another folder could be anything that this user may read.
     if outside := [n for n in dict.fromkeys(weight_map.values()) if n in ("", ".", "..") or re.search(r"[/\\\0]", n)]:
         raise FileError(f"{index} names shards that are no files beside it: {', '.join(map(repr, outside))}")

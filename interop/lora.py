@@ -132,9 +132,9 @@ def to_lora(
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     if unused := [pattern for pattern in groups if pattern not in used]:
         raise ValueError(f"groups={unused} match no adapted module; these are {', '.join(found)}")
-    _check_decomposed(found)
+    check_decomposed(found)
     targets = _targets(params, adapter_name, names)
-    tensors = {key: tensor for module in found.values() for key, tensor in _tensors(module).items()}
+    tensors = {key: tensor for module in found.values() for key, tensor in lora_tensors(module).items()}
     tensors |= carried_tensors(params, adapter_name)
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
@@ -163,7 +163,8 @@ def _check_embedding(path: tuple[str, ...], name: str) -> None:
         )
 
 
-def _check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
+def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
+    """Raises ValueError where some modules have a weight decomposition and others have not."""
     without = [name for name, module in modules.items() if module.dora_scale is None]
     if 0 < len(without) < len(modules):
         raise ValueError(
@@ -172,7 +173,8 @@ def _check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
         )
 
 
-def _tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+def lora_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+    """One module's tensors by PEFT's keys."""
     key = PREFIX + module.name
     tensors = {f"{key}.{part}.weight": tensor for part, tensor in module.tensors.items()}
     if module.dora_scale is not None:
@@ -318,7 +320,9 @@ def load_lora(
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:
         plan = plan_injection(base_params, config, names=names, layouts=layouts)
-        state = {k.removeprefix(PREFIX): t for m in file.modules.values() for k, t in _tensors(m).items()} | file.others
+        state = {
+            k.removeprefix(PREFIX): t for m in file.modules.values() for k, t in lora_tensors(m).items()
+        } | file.others
         wanted: dict[str, tuple[int, ...]] = {}
         for target in plan.targets.values():
             for name, r in zip(target.names, target.ranks, strict=True):

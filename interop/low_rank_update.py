@@ -7,8 +7,6 @@ import math
 
 import numpy as np
 
-from loha_jax.hadamard import float32_or_wider
-
 from .adapter_file import AdapterModule
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -31,7 +29,10 @@ class LowRankUpdate:
     @classmethod
     def of(cls, module: AdapterModule) -> LowRankUpdate:
         """The update of a module. Cores multiply into the right factors, which is exact and keeps the rank."""
-        tensors = {name: t.astype(float32_or_wider(t.dtype), copy=False) for name, t in module.tensors.items()}
+        tensors = {
+            name: t.astype(np.float64 if t.dtype == np.float64 else np.float32, copy=False)
+            for name, t in module.tensors.items()
+        }
         scale = module.alpha / module.r
         if module.kind == "lora":
             a, b = tensors["lora_A"], tensors["lora_B"]

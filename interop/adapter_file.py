@@ -20,7 +20,7 @@ from loha_jax.matching import match_pattern
 from .factors import rank_of
 from .files import FileError, read_metadata, read_safetensors, read_torch_pickle
 from .lora_config import parse_lora_config
-from .lycoris_format import KOHYA_PREFIX, ModuleNames, group_keys, is_norm, read_module, split_prefix
+from .lycoris_format import KOHYA_PREFIX, NORM_PARTS, ModuleNames, group_keys, is_norm, read_module, split_prefix
 from .peft import module_key, read_folder
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -78,8 +78,8 @@ def read_adapter(path: str | Path, *, modules: Iterable[str] | None = None) -> A
     """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya.
 
     Args:
-        path: a folder with `adapter_config.json`, or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`,
-            `.ckpt`, which needs torch).
+        path: a folder with `adapter_config.json`, one that `write_orbax` made, or a file (`.safetensors`, or a torch
+            pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which needs torch).
         modules: the dotted names of the model's modules, to find those that a LyCORIS file writes with underscores;
             one that is not among them keeps the file's name.
 
@@ -103,7 +103,9 @@ def read_adapter(path: str | Path, *, modules: Iterable[str] | None = None) -> A
     """
     path = Path(path)
     if path.is_dir():
-        return _read_peft(path)
+        from .orbax_folder import is_orbax_folder, read_orbax  # it makes an `AdapterFile`, and imports this module
+
+        return read_orbax(path) if is_orbax_folder(path) else _read_peft(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no adapter at '{path}'")
     if path.suffix in _TORCH_SUFFIXES:
@@ -123,7 +125,7 @@ def _lycoris(
     others: dict[str, np.ndarray] = {}
     for own, parts in group_keys(state).items():
         if is_norm(parts):
-            if len(mixed := [part for part in parts if part in FACTOR_NAMES]):
+            if mixed := sorted(parts.keys() - set(NORM_PARTS.values())):
                 raise FileError(f"{own} has both {mixed[0]} and the differences of a normalisation layer")
             others.update({f"{own}.{part}": tensor for part, tensor in parts.items()})
             continue

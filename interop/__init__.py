@@ -1,5 +1,7 @@
 """Exchange with PyTorch: PEFT's adapter folders and state dicts, LyCORIS' files, base checkpoints and names."""
 
+from loha_jax.untrusted import FileError
+
 from .base_weights import load_base, save_merged
 from .lora import load_lora, save_lora, to_lora
 from .lycoris import save_lycoris, to_lycoris_state_dict
@@ -8,6 +10,7 @@ from .names import NameMap
 from .peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
 
 __all__ = [
+    "FileError",
     "NameMap",
     "from_peft_state_dict",
     "load_base",

@@ -268,8 +268,9 @@ def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
     """The adapter with its own tensors in another dtype; what it carries keeps the base's."""
     tensors = dict(lora.tensors)
     for name in lora.errors:
-        own = {key: t for key, t in tensors.items() if key.startswith(f"{PREFIX}{name}.lora_")}
-        tensors |= cast_tensors(name, own, dtype)
+        key = f"{PREFIX}{name}."
+        own = {k.removeprefix(key): t for k, t in tensors.items() if k.startswith(f"{key}lora_")}
+        tensors |= {key + part: tensor for part, tensor in cast_tensors(name, own, dtype).items()}
     return dataclasses.replace(lora, tensors=tensors)
 
 
@@ -317,6 +318,9 @@ def load_lora(
         (5, 4)
     """
     file = read_lora_folder(folder)
+    check_finite(
+        {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.tensors.items()} | file.others, folder
+    )
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:
         plan = plan_injection(base_params, config, names=names, layouts=layouts)
@@ -350,7 +354,7 @@ def load_lora(
         extras = {"make_extras": make_extras} if file.config.get("use_dora") else {}
         return add_loaded(base_params, plan, adapter_name, state, keys, wanted, make_factors, **extras)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise FileError(f"{folder}: {error}") from error
 
 
 def _wanted(target: Target, name: str, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:

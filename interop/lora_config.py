@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loha_jax.config import PEFT_VERSION, LoHaConfig
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import find_minimal_target_modules, match_pattern
+from loha_jax.untrusted import parse_json
 
 from .factors import exact_pattern
 
@@ -102,7 +102,7 @@ def parse_lora_config(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not the configuration of a LoRA, or one with an option that LoHa has no counterpart of.
     """
-    values = json.loads(text)
+    values = parse_json(text, "the adapter configuration")
     if not isinstance(values, dict):
         raise ValueError(f"An adapter configuration is a JSON object, got {type(values).__name__}")
     if (kind := values.get("peft_type")) != "LORA":

@@ -25,7 +25,7 @@ from loha_jax.weight import LoHaWeight
 
 from .adapter_file import AdapterFile, AdapterModule, read_adapter
 from .factors import exact_pattern, most_common
-from .files import FileError
+from .files import FileError, check_finite
 from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
 
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
@@ -89,13 +89,12 @@ def load_lycoris(
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)
         found, problems = _found(component, tree)
+        check_finite({f"{n}.{key}": t for n, m in found.modules.items() for key, t in m.tensors.items()}, path)
         plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {error}") from error
     if problems := [*problems, *more]:
-        raise ValueError(
+        raise FileError(
             f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "
             "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
             "are transposed, `prefix=` where the keys begin otherwise."

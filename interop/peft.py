@@ -25,11 +25,20 @@ from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Target, plan_injection
+from loha_jax.untrusted import read_text
 from loha_jax.weight import LoHaWeight, is_adapted
 
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, exact_pattern, module_factors, most_common
-from .files import FileError, read_metadata, read_safetensors, read_torch_pickle, safetensors_bytes, write_atomically
+from .files import (
+    FileError,
+    check_finite,
+    read_metadata,
+    read_safetensors,
+    read_torch_pickle,
+    safetensors_bytes,
+    write_atomically,
+)
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
 
@@ -240,7 +249,8 @@ def load_peft(
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        ValueError: the file and the tree do not fit; one error lists all unexpected, missing and misshapen keys.
+        interop.FileError: a file is broken or holds NaN, or it and the tree do not fit; one error lists all unexpected,
+            missing and misshapen keys.
 
     Example:
         >>> import tempfile, loha_jax
@@ -252,12 +262,13 @@ def load_peft(
         (3, 2)
     """
     config, state, path = read_folder(Path(folder), LoHaConfig.from_json)
+    check_finite(state, path)
     try:
         return from_peft_state_dict(
             state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {error}") from error
 
 
 def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, np.ndarray], Path]:
@@ -271,7 +282,7 @@ def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, n
     if not has_config and diffusers.is_file():
         text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
         if text is None:
-            raise ValueError(
+            raise FileError(
                 f"{diffusers} has no adapter configuration in its header ({DIFFUSERS_CONFIG_KEY!r}): read its tensors, "
                 "and give a config to `from_peft_state_dict`."
             )
@@ -284,8 +295,9 @@ def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, n
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
         hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
+    text = read_text(folder / CONFIG_NAME)
     try:
-        config = parse((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = parse(text)
     except ValueError as error:
         raise FileError(f"{folder / CONFIG_NAME}: {error}") from error
     if (path := folder / SAFETENSORS_NAME).is_file():

@@ -34,7 +34,12 @@ def check_regular(path: str | Path) -> int:
         FileNotFoundError: it is not there.
         FileError: it is a folder, a pipe, a device: reading it could fail oddly, or never end.
     """
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # links in a circle, a name with a null byte
+        raise FileError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(found.st_mode):
         kinds = (("a folder", stat.S_ISDIR), ("a pipe", stat.S_ISFIFO), ("a device", stat.S_ISCHR))
         kind = next((name for name, test in kinds if test(found.st_mode)), "something else")

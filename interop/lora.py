@@ -24,7 +24,7 @@ from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 from .adapter_file import AdapterModule
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, module_factors
-from .files import safetensors_bytes, write_atomically
+from .files import FileError, check_finite, safetensors_bytes, write_atomically
 from .lora_config import exact_targets, loha_config, lora_config
 from .lora_folder import read_lora_folder
 from .lora_math import cast_tensors, check_limits, loha_of, lora_of
@@ -318,9 +318,8 @@ def load_lora(
         (5, 4)
     """
     file = read_lora_folder(folder)
-    check_finite(
-        {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.tensors.items()} | file.others, folder
-    )
+    factors = {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.tensors.items()}
+    check_finite({**factors, **file.others}, folder)
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:
         plan = plan_injection(base_params, config, names=names, layouts=layouts)

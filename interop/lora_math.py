@@ -93,7 +93,7 @@ def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> di
     for key, tensor in result.items():
         if not np.isfinite(tensor).all():
             largest = float(np.abs(tensors[key]).max())
-            raise ValueError(f"{key} of {name} has values up to {largest:.3g}, too large for {np.dtype(dtype)}")
+            raise ValueError(f"{name}.{key} has values up to {largest:.3g}, too large for {np.dtype(dtype)}")
     return result
 
 

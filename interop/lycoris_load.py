@@ -84,15 +84,15 @@ def load_lycoris(
     path = Path(path)
     adapter = read_adapter(path)
     if adapter.form not in ("lycoris", "kohya"):
-        raise ValueError(f"{path} is a PEFT folder: `load_peft` opens it")
+        raise FileError(f"{path} is a PEFT folder: `load_peft` opens it")
     try:
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)
         found, problems = _found(component, tree)
-        check_finite({f"{n}.{key}": t for n, m in found.modules.items() for key, t in m.tensors.items()}, path)
         plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
+    check_finite({f"{n}.{key}": t for n, m in found.modules.items() for key, t in m.tensors.items()}, path)
     if problems := [*problems, *more]:
         raise FileError(
             f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "

@@ -163,8 +163,9 @@ class _Planner:
         self, adapter: AdapterFile, lookup: ModuleLookup, key: str, value: np.ndarray, weight: float
     ) -> None:
         module, _, part = key.rpartition(".")
-        if adapter.form in ("lycoris", "kohya") and part in NORM_PARTS:
-            target = f"{lookup.find_own(module)}.{'weight' if part == 'w_norm' else 'bias'}"
+        if adapter.form in ("lycoris", "kohya") and part in NORM_PARTS.values():
+            parameter = next(name for name, own in NORM_PARTS.items() if own == part)
+            target = f"{lookup.find_own(module)}.{parameter}"
             if self._check_shape(target, value, module):
                 self._added.setdefault(target, []).append((value, weight))
             return

@@ -76,13 +76,10 @@ def read_orbax(folder: str | Path) -> AdapterFile:
         tensors = {own: {part: np.asarray(t) for part, t in parts.items()} for own, parts in tree["modules"].items()}
         if tensors.keys() != description["modules"].keys():
             raise FileError(f"{folder}: {DESCRIPTION_NAME} and the checkpoint do not name the same modules")
-        modules = {
-            own: AdapterModule(
-                said["name"], said["kind"], said["r"], said["alpha"], tensors[own], tensors[own].pop("dora_scale", None),
-                said["prefix"],
-            )
-            for own, said in description["modules"].items()
-        }  # fmt: skip
+        modules = {}
+        for own, said in description["modules"].items():
+            norms = tensors[own].pop("dora_scale", None)
+            modules[own] = AdapterModule(**said, tensors=tensors[own], dora_scale=norms)
         others = {key: np.asarray(t) for key, t in tree.get("others", {}).items()}
         return AdapterFile(folder, "orbax", modules, others, description["config"], description["metadata"])
     except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:

@@ -6,7 +6,6 @@ The command line works on these; what needs a model's tree (`load_peft`, `load_l
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from loha_jax.config import LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.matching import match_pattern
+from loha_jax.untrusted import parse_json
 
 from .factors import rank_of
 from .files import FileError, read_metadata, read_safetensors, read_torch_pickle
@@ -139,7 +139,7 @@ def _lycoris(
 
 def _parse(text: str) -> LoHaConfig | dict[str, Any]:
     """The config of a LoHa, or the fields of one of a LoRA."""
-    values = json.loads(text)
+    values = parse_json(text, "the adapter configuration")
     is_lora = isinstance(values, dict) and values.get("peft_type") == "LORA"
     return parse_lora_config(text) if is_lora else LoHaConfig.from_json(text)
 
@@ -164,9 +164,9 @@ def _read_peft(folder: Path) -> AdapterFile:
             r = rank_of(name, tensors)
             if r != (wanted := match_pattern(name, config.rank_pattern, config.r)):
                 raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {wanted}")
-        except FileError as error:
+            alpha = float(match_pattern(name, config.alpha_pattern, config.alpha))
+        except ValueError as error:
             raise FileError(f"{path}: {error}") from error
-        alpha = float(match_pattern(name, config.alpha_pattern, config.alpha))
         found[name] = AdapterModule(name, "loha", r, alpha, tensors)
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     return AdapterFile(folder, "peft", found, others, config.to_dict(), metadata)

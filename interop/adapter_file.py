@@ -51,6 +51,12 @@ class AdapterModule:
     dora_scale: np.ndarray | None = None
     prefix: str = ""
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays of the module by the ends of their keys."""
+        extra = {} if self.dora_scale is None else {"dora_scale": self.dora_scale}
+        return {**self.tensors, **extra}
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:

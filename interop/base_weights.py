@@ -27,7 +27,7 @@ from .checkpoint import (
     side_files,
     weight_files,
 )
-from .files import write_atomically
+from .files import FileError, write_atomically
 from .names import NameMap, leaf_path
 from .sources import Source
 
@@ -66,8 +66,9 @@ def load_base(
 
     Raises:
         FileNotFoundError: the checkpoint, or one of its shards, is not there.
-        ValueError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`) unused tensors, all
-            in one error; a value that float16 cannot hold; or the tree is adapted.
+        FileError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`) unused tensors, all
+            in one error; or a file is broken.
+        ValueError: a value that float16 cannot hold; or the tree is adapted.
 
     Example:
         >>> import tempfile, numpy as np
@@ -97,7 +98,7 @@ def load_base(
     used = {key for source in sources.values() for key in (*source.keys, *source.also)}
     unused = [key for key in checkpoint.shapes if key not in used and not _BUFFERS.fullmatch(key)] if strict else []
     if missing or problems or unused:
-        raise ValueError(_report(checkpoint.path, missing, problems, unused))
+        raise FileError(_report(checkpoint.path, missing, problems, unused))
     leaves = list(tree.leaves)
     for position, source in sources.items():
         like = leaves[position]

@@ -318,7 +318,7 @@ def load_lora(
         (5, 4)
     """
     file = read_lora_folder(folder)
-    factors = {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.tensors.items()}
+    factors = {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.arrays.items()}
     check_finite({**factors, **file.others}, folder)
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:

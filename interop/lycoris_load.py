@@ -92,7 +92,8 @@ def load_lycoris(
         plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    check_finite({f"{n}.{key}": t for n, m in found.modules.items() for key, t in m.tensors.items()}, path)
+    read = {**{name: m.arrays for name, m in found.modules.items()}, **found.norms}
+    check_finite({f"{name}.{key}": array for name, arrays in read.items() for key, array in arrays.items()}, path)
     if problems := [*problems, *more]:
         raise FileError(
             f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "

@@ -231,7 +231,7 @@ class _Targets:
         check_decomposed(modules)
         if convolutions := [name for name in modules if len(self._source.shapes.get(name, ())) > 2]:
             self._source.notes.append(
-                f"a checkpoint does not show a convolution's groups: {', '.join(convolutions)} are taken for one group each"
+                f"a checkpoint does not show the groups of convolutions: {', '.join(convolutions)} count as having none"
             )
         state = {key: tensor for module in modules.values() for key, tensor in lora_tensors(module).items()}
         return self._folder(modules, {**state, **saved}, values, json.dumps(values, indent=2, sort_keys=True))

@@ -196,8 +196,8 @@ def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], con
     data = safetensors_bytes(state, kept)
     if any(key.startswith(KOHYA_PREFIX) for key in state):
         body = data[8 + int.from_bytes(data[:8], "little") :]
-        # LyCORIS hashes the tensors one after another, which in the file's order is the file less its header.
-        hashed = {"sshs_model_hash": f"0x{hashlib.sha256(body).hexdigest()}"}
+        # As sd-scripts and A1111 hash a file. LyCORIS' own depends on an order of the tensors that it does not store.
+        hashed = {"sshs_model_hash": hashlib.sha256(body).hexdigest()}
         data = safetensors_bytes(state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed})
     return data
 

@@ -1,0 +1,346 @@
+"""Keys, prefixes, components and metadata of LyCORIS' and kohya's files, with and without a model."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loha_jax.interop.adapter_file import read_adapter
+from loha_jax.interop.files import FileError, read_metadata
+from loha_jax.interop.lycoris_format import ModuleNames, split_prefix
+from lycoris_samples import DATA, FORMS, LAYERS, LAYOUTS, base_params, jax_tree, native
+from peft_samples import NAMES, Sample
+from safetensors.numpy import load_file, save_file
+
+import loha_jax
+from loha_jax import LoHaConfig, interop
+from loha_jax.weight import LoHaWeight, is_adapted
+
+KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}
+
+
+def kohya_base(component):
+    state = load_file(DATA / "kohya_base.safetensors")
+    return jax_tree({k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")})
+
+
+def names_of(params):
+    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
+    return {name for leaf in leaves if isinstance(leaf, LoHaWeight) for name in leaf.names}
+
+
+def factors(out=3, into=3, r=1):
+    random = np.random.default_rng(out + into)
+    shapes = {"hada_w1_a": (out, r), "hada_w1_b": (r, into), "hada_w2_a": (out, r), "hada_w2_b": (r, into)}
+    return {part: random.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()}
+
+
+def written(tmp_path, modules, metadata=None):
+    state = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
+    save_file(state, tmp_path / "adapter.safetensors", metadata)
+    return tmp_path / "adapter.safetensors"
+
+
+def tree(*names):
+    return jax_tree({f"{name}.weight": np.ones((3, 3), np.float32) for name in names})
+
+
+def content_hash(path):
+    """As A1111 and sd-scripts compute it: SHA-256 of the file after its header."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("lycoris_blocks_0_q", ("lycoris_", "blocks_0_q")),
+        ("lora_unet_down_blocks_0", ("lora_unet_", "down_blocks_0")),
+        ("lora_te_text_model_x", ("lora_te_", "text_model_x")),
+        ("lora_te1_x", ("lora_te1_", "x")),
+        ("lora_te2_x", ("lora_te2_", "x")),
+        ("lycoris.x.y", ("lycoris.", "x.y")),
+        ("unet.x.y", ("unet.", "x.y")),
+        ("transformer.x.y", ("transformer.", "x.y")),
+        ("diffusion_model.x.y", ("diffusion_model.", "x.y")),
+        ("model.diffusion_model.x.y", ("model.diffusion_model.", "x.y")),
+        ("text_encoder_2.x.y", ("text_encoder_2.", "x.y")),
+        ("text_encoders.clip_l.transformer.x.y", ("text_encoders.clip_l.transformer.", "x.y")),
+        ("unet_x", ("", "unet_x")),
+        ("model.layers.0.q", ("", "model.layers.0.q")),
+    ],
+)
+def test_prefixes(name, want):
+    assert split_prefix(name) == want
+
+
+PART = st.text("ab_", min_size=1, max_size=3).filter(lambda part: not part.startswith("text"))
+
+
+@given(names=st.sets(st.lists(PART, min_size=1, max_size=3).map(".".join), min_size=1, max_size=12))
+def test_a_name_with_underscores_is_the_only_module_it_can_be(names):
+    lookup = ModuleNames(names)
+    for name in names:
+        same = sorted(other for other in names if other.replace(".", "_") == name.replace(".", "_"))
+        if len(same) == 1:
+            assert lookup.find("lycoris_", name.replace(".", "_")) == name
+        else:
+            with pytest.raises(ValueError, match=" or ".join(same).replace(".", r"\.")):
+                lookup.find("lycoris_", name.replace(".", "_"))
+        assert lookup.find("unet.", name) == lookup.find("", name) == name
+    assert lookup.find("lycoris_", "c") is None
+
+
+@pytest.mark.parametrize("own", ["a_b_c", "lycoris_a_b_c"])
+def test_modules_with_one_name_are_an_error_where_the_file_uses_it(own, tmp_path):
+    base = tree("a.b_c", "a_b.c", "a.d")
+    with pytest.raises(ValueError, match=rf"{own} could be a\.b_c or a_b\.c"):
+        interop.load_lycoris(written(tmp_path, {own: factors()}), base)
+    other = own.replace("a_b_c", "a_d")
+    assert names_of(interop.load_lycoris(written(tmp_path, {other: factors()}), base)) == {"a.d"}
+
+
+def test_a_stacked_kernel_is_found_by_the_names_of_its_modules(tmp_path):
+    base = {"scan": {"layer_q": {"kernel": jnp.ones((2, 3, 3))}}}
+    names = {r"scan\.layer_q": "model.layers.{}.layer.q"}
+    path = written(tmp_path, {"lycoris_model_layers_1_layer_q": factors()})
+    params = interop.load_lycoris(path, base, names=names, layouts={"scan.layer_q": "sio"})
+    leaf = params["scan"]["layer_q"]["kernel"]
+    assert (leaf.names, leaf.adapters["default"].ranks) == (
+        ("model.layers.0.layer.q", "model.layers.1.layer.q"),
+        (0, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_tree"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "encoder.layers.0.mlp.fc1"),
+        ("lora_te_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "encoder.layers.0.mlp.fc1"),
+        ("text_encoder.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        ("transformer.h.0.fc", "transformer.h.0.fc"),
+        ("transformer.h.0.fc", "h.0.fc"),
+        ("diffusion_model.double_blocks.0.img_mlp", "double_blocks.0.img_mlp"),
+        ("model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("a_b", "a.b"),
+    ],
+)
+def test_names_in_the_file_and_in_the_tree(in_file, in_tree, tmp_path):
+    params = interop.load_lycoris(written(tmp_path, {in_file: factors()}), tree(in_tree, "other.fc"))
+    assert names_of(params) == {in_tree}
+
+
+def test_two_modules_of_the_file_cannot_be_one_of_the_tree(tmp_path):
+    path = written(tmp_path, {"lora_te_text_model_fc": factors(), "lora_te_fc": factors()})
+    with pytest.raises(ValueError, match=r"lora_te_(text_model_)?fc and lora_te_(text_model_)?fc are both fc"):
+        interop.load_lycoris(path, tree("fc"))
+
+
+def test_the_component_is_chosen_by_its_prefix(tmp_path):
+    path = DATA / "kohya_tucker.safetensors"
+    with pytest.raises(
+        ValueError, match=r"several components: 'lora_te_' \(\d+ modules\), 'lora_unet_' \(\d+ modules\)"
+    ):
+        interop.load_lycoris(path, kohya_base("unet"))
+    with pytest.raises(ValueError, match=r"begins with prefix='lycoris_'; the file has 'lora_te_'"):
+        interop.load_lycoris(path, kohya_base("unet"), prefix="lycoris_")
+    plain = written(tmp_path, {"transformer.h.0.fc": factors(), "lm_head": factors()})
+    both = interop.load_lycoris(plain, tree("transformer.h.0.fc", "lm_head"), prefix="")
+    assert names_of(both) == {"transformer.h.0.fc", "lm_head"}
+
+
+def test_a_kohya_file_both_ways(tmp_path):
+    """Half precision, cores and flat factors, two components, and sd-scripts' metadata with a hash that is right."""
+    path, again = DATA / "kohya_tucker.safetensors", tmp_path / "again.safetensors"
+    theirs, metadata = load_file(path), read_metadata(path)
+    loaded = {p: interop.load_lycoris(path, kohya_base(part), prefix=p) for p, part in KOHYA.items()}
+    prefixed = [name.replace(".", "_") for params in loaded.values() for name in names_of(params)]
+    assert len(prefixed) == len({key.rpartition(".")[0] for key in theirs})
+    others = {"lora_te_": loaded["lora_te_"]}
+    interop.save_lycoris(again, loaded["lora_unet_"], prefix="lora_unet_", others=others, dtype="float16")
+    ours = load_file(again)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == (np.float32 if key.endswith(".alpha") else np.float16)
+        np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
+    written_metadata = read_metadata(again)
+    assert "sshs_model_hash" in metadata
+    assert written_metadata == {**metadata, "sshs_model_hash": content_hash(again)}
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix"), [("tucker", "lora_unet_"), ("tucker", "lora_te_"), ("dora_attn", "lora_te_")]
+)
+def test_the_weights_are_those_of_the_file(file, prefix):
+    """Every module of the file in float64, by LyCORIS' formula."""
+    path, base = DATA / f"kohya_{file}.safetensors", kohya_base(KOHYA[prefix])
+    file = read_adapter(path)
+    params = interop.load_lycoris(path, base, prefix=prefix)
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    dense = jax.jit(LoHaWeight.dense)  # compiled once for each shape
+    merged = [dense(dataclasses.replace(leaf, names=("one",))) for leaf in leaves]
+    assert len(leaves) == sum(own.startswith(prefix) for own in file.modules)
+    for leaf, got in zip(leaves, merged, strict=True):
+        module = file.modules[prefix + leaf.names[0].replace(".", "_")]
+        t = {part: tensor.astype(np.float64) for part, tensor in module.tensors.items()}
+        sides = [t[f"hada_w{n}_a"] @ t[f"hada_w{n}_b"] for n in (1, 2)]
+        kernel = np.asarray(leaf.layout.unfold(leaf.kernel), np.float64)
+        want = kernel + module.alpha / module.r * sides[0] * sides[1]
+        if module.dora_scale is not None:
+            want *= module.dora_scale.astype(np.float64) / np.linalg.norm(want, axis=1, keepdims=True)
+        np.testing.assert_allclose(leaf.layout.unfold(got), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te1_"])
+@pytest.mark.parametrize("form", ["tucker", "dora_in"])
+def test_kohya_keys_come_with_what_user_interfaces_read(form, prefix, tmp_path):
+    params = interop.load_lycoris(native(form)[0], base_params(), layouts=LAYOUTS)
+    path = tmp_path / "adapter.safetensors"
+    interop.save_lycoris(path, params, prefix=prefix, metadata={"note": "mine", "ss_network_dim": "64"})
+    metadata = read_metadata(path)
+    assert json.loads(metadata.pop("ss_network_args")) == {
+        "algo": "loha",
+        "conv_dim": "3",
+        "conv_alpha": "1.0",
+        "use_tucker": str(form == "tucker"),
+        **({"dora_wd": "True", "wd_on_output": "False"} if form == "dora_in" else {}),
+    }
+    assert metadata == {
+        "note": "mine",
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": "64",  # the caller's word
+        "ss_network_alpha": "2.0",
+        "sshs_model_hash": content_hash(path),
+    }
+
+
+def test_a_hash_of_another_file_is_never_kept(tmp_path):
+    stale = {"sshs_model_hash": "0x00", "sshs_legacy_hash": "00", "ss_v2": "False"}
+    params = interop.load_lycoris(written(tmp_path, {"lora_unet_q": factors()}, stale), tree("q"))
+    interop.save_lycoris(tmp_path / "native.safetensors", params)
+    assert read_metadata(tmp_path / "native.safetensors") == {"ss_v2": "False"}
+    interop.save_lycoris(tmp_path / "kohya.safetensors", params, prefix="lora_unet_", metadata=stale)
+    metadata = read_metadata(tmp_path / "kohya.safetensors")
+    assert metadata["sshs_model_hash"] == content_hash(tmp_path / "kohya.safetensors")
+    assert "sshs_legacy_hash" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("lycoris_", "lycoris_blocks_0_q_proj"),
+        ("lora_unet_", "lora_unet_blocks_0_q_proj"),
+        ("diffusion_model.", "diffusion_model.blocks.0.q_proj"),
+        ("", "blocks.0.q_proj"),
+    ],
+)
+def test_every_prefix_can_be_read_again(prefix, key, tmp_path):
+    params = interop.load_lycoris(native("dora")[0], base_params(), layouts=LAYOUTS)
+    interop.save_lycoris(tmp_path / "adapter.safetensors", params, prefix=prefix)
+    assert f"{key}.hada_w1_a" in load_file(tmp_path / "adapter.safetensors")
+    again = interop.load_lycoris(tmp_path / "adapter.safetensors", base_params(), layouts=LAYOUTS)
+    for name, tensor in interop.to_lycoris_state_dict(params).items():
+        np.testing.assert_array_equal(interop.to_lycoris_state_dict(again)[name], tensor)
+
+
+def test_components_must_differ_in_their_keys(tmp_path):
+    params = loha_jax.inject(tree("a.b"), LoHaConfig(r=1, target_modules=["b"]), key=jax.random.key(0))
+    other = loha_jax.inject(tree("b"), LoHaConfig(r=1, target_modules=["b"]), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"Two components would both write 'lora_te_a_b"):
+        interop.save_lycoris(tmp_path / "x.safetensors", params, prefix="lora_te_", others={"lora_te_a_": other})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_is_read_without_a_model(form):
+    path, state = native(form)
+    file = read_adapter(path)
+    assert (file.form, file.config, file.others) == ("lycoris", {}, {})
+    assert file.metadata == {"note": f"lycoris 4.1.3 native {form}"}
+    assert {m.name for m in file.modules.values()} == {name.replace(".", "_") for name in LAYERS}
+    assert {m.name for m in read_adapter(path, modules=LAYERS).modules.values()} == set(LAYERS)
+    for own, module in file.modules.items():
+        linear = own.rpartition("_")[2] not in ("conv3", "gconv", "c1d", "c3d")
+        assert (module.kind, module.prefix, module.r, module.alpha) == (
+            "loha",
+            "lycoris_",
+            *((4, 2) if linear else (3, 1)),
+        )
+        assert (module.dora_scale is None) == (not form.startswith("dora"))
+        for part, tensor in module.tensors.items():
+            theirs = state[f"{own}.{part}"]
+            assert tensor.shape == theirs.shape + (1,) * (own.endswith("c1d") and part.startswith("hada_t"))
+            np.testing.assert_array_equal(tensor.reshape(theirs.shape), theirs)
+
+
+def test_a_kohya_file_and_its_components_without_a_model():
+    file = read_adapter(DATA / "kohya_tucker.safetensors", modules=["conv_in", "up_blocks.1.resnets.1.conv2"])
+    assert file.form == "kohya"
+    assert {m.prefix for m in file.modules.values()} == {"lora_unet_", "lora_te_"}
+    module = file.modules["lora_unet_up_blocks_1_resnets_1_conv2"]
+    assert (module.name, module.r, module.alpha) == ("up_blocks.1.resnets.1.conv2", 2, 1)
+    assert all(tensor.dtype == np.float16 for tensor in module.tensors.values())
+    assert file.modules["lora_te_text_model_encoder_layers_0_mlp_fc1"].name == "text_model_encoder_layers_0_mlp_fc1"
+
+
+def test_normalisation_layers_without_a_model(tmp_path):
+    norm = {"w_norm": np.ones(3, np.float32), "b_norm": np.zeros(3, np.float32)}
+    file = read_adapter(written(tmp_path, {"lycoris_q": factors(), "lycoris_norm": norm}))
+    assert list(file.modules) == ["lycoris_q"]
+    assert {key: list(value) for key, value in file.others.items()} == {
+        "lycoris_norm.w_norm": [1, 1, 1],
+        "lycoris_norm.b_norm": [0, 0, 0],
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peft_folder_is_read_without_a_model(name):
+    sample = Sample(name)
+    file = read_adapter(sample.adapter)
+    assert (file.form, file.path) == ("peft", sample.adapter)
+    config = LoHaConfig.from_pretrained(sample.adapter)
+    assert file.config == config.to_dict()
+    tensors = {f"{m}.{part}": t for m, module in file.modules.items() for part, t in module.tensors.items()}
+    tensors |= file.others
+    assert {f"base_model.model.{key}" for key in tensors} == sample.state.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, sample.state[f"base_model.model.{key}"])
+    params = interop.load_peft(sample.adapter, sample.params(), layouts=sample.layouts)
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight):
+            adapter = leaf.adapters["default"]
+            found = [file.modules[n] for n in leaf.names]
+            assert [(m.r, m.alpha) for m in found] == list(zip(adapter.ranks, adapter.alphas, strict=True))
+
+
+def test_a_folder_whose_config_and_tensors_disagree(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((DATA / "peft_plain" / name).read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    with pytest.raises(FileError, match=r"adapter_model\.safetensors: the factors of .* have rank 4, .* says 5"):
+        read_adapter(tmp_path)
+
+
+def test_a_torch_pickle_is_read_too(tmp_path):
+    torch = pytest.importorskip("torch", reason="a .pt file is a torch pickle; the main test run has torch")
+    state = native("tucker")[1]
+    torch.save({key: torch.from_numpy(value.copy()) for key, value in state.items()}, tmp_path / "adapter.pt")
+    params = interop.load_lycoris(tmp_path / "adapter.pt", base_params(), layouts=LAYOUTS)
+    for key, tensor in interop.to_lycoris_state_dict(params).items():
+        np.testing.assert_array_equal(tensor, state[key])
+
+
+def test_nothing_and_nowhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_adapter(tmp_path / "nowhere.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(FileError, match=r"empty\.safetensors: the file holds no tensor"):
+        read_adapter(tmp_path / "empty.safetensors")

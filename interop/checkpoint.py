@@ -169,8 +169,9 @@ def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FileError(f"{index} is not an index of safetensors shards: it has no `weight_map` of file names")
     # A file of another folder could be anything that this user may read.
-    if outside := [n for n in dict.fromkeys(weight_map.values()) if n in ("", ".", "..") or re.search(r"[/\\\0]", n)]:
-        raise FileError(f"{index} names shards that are no files beside it: {', '.join(map(repr, outside))}")
+    names = list(dict.fromkeys(weight_map.values()))
+    if outside := [repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)]:
+        raise FileError(f"{index} names shards that are no files beside it: {', '.join(outside)}")
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")

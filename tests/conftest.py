@@ -20,6 +20,9 @@ def pytest_addoption(parser):
     group.addoption("--models-seed", type=int, default=0, help="seed of weights, inputs and factors")
     group.addoption("--models-width", type=int, default=32, help="width of the models, a multiple of 32")
     group.addoption("--models-layers", type=int, default=2, help="layers of the models")
+    group = parser.getgroup("fuzz", "broken and hostile files (tests/interop/test_fuzz.py)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of the cases")
+    group.addoption("--fuzz-cases", type=int, default=3000, help="how many")
 
 
 def pytest_report_header(config):
@@ -27,6 +30,7 @@ def pytest_report_header(config):
     return [
         f"parity cases: --parity-seed {o.parity_seed} --parity-cases {o.parity_cases}",
         f"models: --models-seed {o.models_seed} --models-width {o.models_width} --models-layers {o.models_layers}",
+        f"fuzz: --fuzz-seed {o.fuzz_seed} --fuzz-cases {o.fuzz_cases}",
     ]
 
 

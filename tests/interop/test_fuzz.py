@@ -1,0 +1,123 @@
+"""Thousands of broken files: each is loaded rightly or refused with a `FileError`, in bounded time, and leaves nothing.
+
+python run.py test tests/interop/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
+"""
+
+import contextlib
+import importlib.util
+import resource
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+from loha_jax.interop.adapter_file import read_adapter
+from loha_jax.interop.checkpoint import Checkpoint
+from lycoris_samples import LAYOUTS, base_params
+from mutations import mutate_folder
+from peft_samples import Sample
+
+import loha_jax
+from loha_jax import interop
+
+SECONDS = 30  # far more than any case needs, far less than a pattern that backtracks
+MEGABYTES = 1500  # what a process may grow by over all cases
+
+
+class TooLong(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def watched():
+    """Ends what does not end."""
+
+    def stop(*_):
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sources(folder):
+    """`(what, path, load)` of each real file, where load gives a tree, or None where nothing is loaded into one."""
+    found = []
+    for name in ("linear", "conv2d_cp", "conv1d_cp", "modules_to_save", "llama_patterns", "linear_bin"):
+        sample = Sample(name)
+        if name == "linear_bin" and importlib.util.find_spec("torch") is None:
+            continue
+        base, given = sample.params(), sample.layouts
+        found.append((name, sample.adapter, lambda p, b=base, g=given: interop.load_peft(p, b, layouts=g)))
+    data = Path(__file__).parents[1] / "data" / "lycoris"
+    base = base_params()
+    for form in ("plain", "tucker", "dora"):
+        path = data / f"native_{form}.safetensors"
+        found.append((form, path, lambda p: interop.load_lycoris(p, base, layouts=LAYOUTS)))
+    found += [(f"read {what}", path, lambda p: read_adapter(p) and None) for what, path, _ in list(found)]
+    linear = Sample("linear")
+    params = linear.params()
+    interop.save_lora(folder / "lora", interop.load_peft(linear.adapter, params))
+    found.append(("lora", folder / "lora", lambda p: interop.load_lora(p, params)))
+    interop.save_merged(folder / "base", params, max_shard_size=200)
+    found.append(("base", folder / "base", lambda p: interop.load_base(p, params)))
+    found.append(("checkpoint", folder / "base", lambda p: Checkpoint(p) and None))
+    return found
+
+
+def test_broken_files_are_loaded_rightly_or_refused(tmp_path, request):
+    cases, seed = request.config.option.fuzz_cases, request.config.option.fuzz_seed
+    kinds = sources(tmp_path)
+    whole = {what: load(path) for what, path, load in kinds}
+    grown_from = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = {"loaded": 0, "refused": 0}
+    for case in range(cases):
+        random = np.random.default_rng((seed, case))
+        what, path, load = kinds[case % len(kinds)]
+        target = tmp_path / "case" / path.name
+        changed = mutate_folder(path, target, random)
+        before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+        try:
+            with watched(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = load(target)
+        except (interop.FileError, FileNotFoundError):
+            outcomes["refused"] += 1
+        except BaseException as error:
+            error.add_note(f"case {case} of seed {seed}: {what}, {changed.name}")
+            raise
+        else:
+            outcomes["loaded"] += 1
+            if tree is not None:
+                check(tree, whole[what], f"case {case} of seed {seed}: {what}, {changed.name}")
+        assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+        shutil.rmtree(tmp_path / "case")
+    assert min(outcomes.values()) > cases // 20, outcomes
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown_from) / (
+        2**20 if sys.platform == "darwin" else 1024
+    )
+    assert grown < MEGABYTES
+
+
+def check(tree, whole, where):
+    """The adapted modules are among those of the whole file, with factors of their shapes' kind and finite values."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(leaf)]
+    wholes = {leaf.names: leaf for leaf in jax.tree.leaves(whole, is_leaf=is_weight) if is_weight(leaf)}
+    assert bool(leaves) == bool(wholes), where
+    for leaf in leaves:
+        assert leaf.kernel.shape == wholes[leaf.names].kernel.shape if leaf.names in wholes else True, where
+        merged = np.asarray(loha_jax.merge({"q": leaf})["q"])
+        assert merged.shape == leaf.kernel.shape, where
+        for factors in leaf.adapters.values():
+            assert all(np.isfinite(np.asarray(x)).all() for x in factors.trained.values()), where
+
+
+def is_weight(leaf):
+    return isinstance(leaf, loha_jax.LoHaWeight)

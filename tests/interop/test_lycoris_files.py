@@ -175,12 +175,10 @@ def test_a_kohya_file_both_ways(tmp_path):
     assert written_metadata == {**metadata, "sshs_model_hash": content_hash(again)}
 
 
-@pytest.mark.parametrize(
-    ("file", "prefix"), [("tucker", "lora_unet_"), ("tucker", "lora_te_"), ("dora_attn", "lora_te_")]
-)
-def test_the_weights_are_those_of_the_file(file, prefix):
-    """Every module of the file in float64, by LyCORIS' formula."""
-    path, base = DATA / f"kohya_{file}.safetensors", kohya_base(KOHYA[prefix])
+@pytest.mark.parametrize("form", ["tucker", "dora_attn"])
+def test_the_weights_are_those_of_the_file(form):
+    """Every module of the text encoder in float64, by LyCORIS' formula."""
+    path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", kohya_base("te")
     file = read_adapter(path)
     params = interop.load_lycoris(path, base, prefix=prefix)
     leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]

@@ -22,16 +22,6 @@ from .orbax_folder import is_orbax_folder
 from .peft import DIFFUSERS_NAME, SAFETENSORS_NAME
 from .update_norms import update_norm
 
-KINDS = {
-    "peft": "PEFT LoHa folder",
-    "lora": "PEFT LoRA folder",
-    "lycoris": "LyCORIS file",
-    "kohya": "kohya file",
-    "orbax": "Orbax folder of an adapter",
-    "checkpoint": "base checkpoint",
-}
-"""What the forms are called."""
-
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
     """Describes what is at a path.

@@ -25,7 +25,7 @@ class CheckedTensor:
         key: of the tensor.
         max_difference: the largest absolute difference.
         units: the largest difference in units of what is allowed: one unit in the last place of the dtype; or, where
-            that is less, of float32 at the size of what was added.
+            that is less, what the float32 roundings of two computations of one value can come to.
     """
 
     key: str
@@ -98,8 +98,8 @@ def _compare(key: str, base: np.ndarray, ours: np.ndarray, updates: list[TensorU
     difference = np.abs(a - b)
     size = float(np.abs(base.astype(b.dtype)).max(initial=0))
     size += sum(abs(u.weight) * _largest_term(u.module) for u in updates)
-    wide = np.promote_types(np.float32, b.dtype)
-    allowed = np.maximum(_unit(b, ours.dtype), _unit(np.array(size), wide))
+    steps = max(_roundings(u.module) for u in updates)  # half a unit each, here and there
+    allowed = np.maximum(_unit(b, ours.dtype), steps * float(np.finfo(np.float32).eps) * size)
     return CheckedTensor(key, float(difference.max(initial=0)), float((difference / allowed).max(initial=0)))
 
 
@@ -108,6 +108,14 @@ def _unit(values: np.ndarray, dtype: Any) -> np.ndarray:
     info = jnp.finfo(dtype)
     exponent = np.floor(np.log2(np.maximum(np.abs(values.astype(np.float64)), float(info.tiny))))
     return np.exp2(exponent) * float(info.eps)
+
+
+def _roundings(module: AdapterModule) -> int:
+    """How many roundings one value of ΔW, added to W, goes through: those of its longest sums, and of products."""
+    return (
+        sum(tensor.shape[0] for part, tensor in module.tensors.items() if part.endswith(("_b", "_A")) or "_t" in part)
+        + 3
+    )
 
 
 def _largest_term(module: AdapterModule) -> float:

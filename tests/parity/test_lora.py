@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.weight import LoHaWeight, is_adapted
+from loha_jax.inject import apply_plan, stack_factors
+from loha_jax.plan import plan_injection
 
 BOUND = 1e-5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry
@@ -43,6 +44,30 @@ TARGETS = ["q", "mlp", "stem", "conv", "middle"]
 GROUPS = {"stem": 2, r"blocks\.0\.conv": 6}
 
 
+def random_adapter(base, config, **kwargs):
+    """What `inject` makes, with random factors that move the output, and norms that are not W's own.
+
+    `inject` itself draws in a program that is compiled for every set of shapes.
+    """
+    random = np.random.default_rng(0)
+
+    def factors(target):
+        modules = [
+            {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {} for r in target.ranks
+        ]
+        return stack_factors(modules, target, jnp.float32)
+
+    def norms(target, config, kernel):
+        if not isinstance(config, LycorisConfig) or not config.weight_decompose:
+            return {}
+        weight, stack = np.asarray(target.layout.unfold(kernel)), len(target.stack)
+        own = np.sqrt((weight**2).sum(tuple(range(stack + 1, weight.ndim)), keepdims=True))
+        return {"dora_scale": jnp.asarray(own * random.uniform(0.7, 1.6, own.shape), jnp.float32)}
+
+    plan = plan_injection(base, config, **kwargs)
+    return apply_plan(base, plan, "default", factors, lambda saved, kernel: jnp.array(kernel), norms)
+
+
 @dataclasses.dataclass
 class Model:
     """A network in PyTorch and in JAX, in float32, and an input."""
@@ -56,23 +81,11 @@ class Model:
         self.groups = GROUPS if self.spec is GROUPED else None
 
     def inject(self, config_class=LoHaConfig, **kwargs):
-        """An adapter with random factors, scaled to move the output; and norms that are not W's own."""
+        """A `random_adapter` of the layers that have no other role."""
         names = {name.rsplit(".", 1)[-1] for name in (*self.spec.linears, *self.spec.conv_names)}
         targets = [name for name in TARGETS if name in names]
-        config = config_class(**{"r": 2, "alpha": 3, "init_weights": False, "target_modules": targets} | kwargs)
-        params = loha_jax.inject(self.base, config, key=KEY, layouts=layouts(self.spec))
-
-        def moved(leaf):
-            if not isinstance(leaf, LoHaWeight):
-                return leaf
-            factors = leaf.adapters["default"]
-            factors = dataclasses.replace(factors, hada_w1_a=10 * factors.hada_w1_a)
-            if factors.dora_scale is not None:
-                steps = jnp.linspace(0.7, 1.6, factors.dora_scale.size).reshape(factors.dora_scale.shape)
-                factors = dataclasses.replace(factors, dora_scale=factors.dora_scale * steps)
-            return dataclasses.replace(leaf, adapters={"default": factors})
-
-        return jax.tree.map(moved, params, is_leaf=is_adapted)
+        config = config_class(**{"r": 2, "alpha": 3, "target_modules": targets} | kwargs)
+        return random_adapter(self.base, config, layouts=layouts(self.spec))
 
     def output(self, params):
         return np.asarray(jax_forward(self.spec)(loha_jax.merge(params), self.x))
@@ -174,13 +187,14 @@ def response(layer):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_gpt2_whose_projections_peft_has_lora_for_and_no_loha(dora, tmp_path):
     twins = gpt2(Size())
     config_class = LycorisConfig if dora else LoHaConfig
     options = {"weight_decompose": True} if dora else {}
-    config = config_class(r=2, alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], init_weights=False, **options)
-    params = loha_jax.inject(twins.params, config, key=KEY, names=twins.names)
+    config = config_class(r=2, alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], **options)
+    params = random_adapter(twins.params, config, names=twins.names)
     lora = interop.save_lora(tmp_path, params, names=twins.names)
     assert lora.config["fan_in_fan_out"] is True
     assert lora.config["target_modules"] == ["c_attn", "c_fc", "c_proj"]
@@ -199,9 +213,9 @@ def test_a_stacked_kernel_is_a_lora_per_layer(tmp_path):
     model = Model(LINEAR)
     layers = [model.base["layers"][str(n)] for n in range(3)]
     stacked = {**model.base, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-    config = LoHaConfig(r=2, target_modules=["q"], rank_pattern={"layers.2.q": 1}, init_weights=False)
+    config = LoHaConfig(r=2, target_modules=["q"], rank_pattern={"layers.2.q": 1})
     where = {"layouts": {r"layers\.(q|mlp)": "sio"}}
-    params = loha_jax.inject(stacked, config, key=KEY, **where)
+    params = random_adapter(stacked, config, **where)
     lora = interop.save_lora(tmp_path, params)
     assert lora.config["target_modules"] == ["q"]
     for tree in (params, interop.load_lora(tmp_path, stacked, **where)):
@@ -216,8 +230,8 @@ def test_conv3d(tmp_path):
     module = torch.nn.ModuleDict({"conv": torch.nn.Conv3d(2, 4, (3, 2, 1), stride=2, padding=1)}).float()
     base = jax_params(module)
     for n, cp in enumerate((False, True)):
-        config = LoHaConfig(r=2, target_modules=["conv"], use_effective_conv2d=cp, init_weights=False)
-        params = loha_jax.inject(base, config, key=KEY)
+        config = LoHaConfig(r=2, target_modules=["conv"], use_effective_conv2d=cp)
+        params = random_adapter(base, config)
         interop.save_lora(tmp_path / str(n), params)
         opened = peft.PeftModel.from_pretrained(copy.deepcopy(module), tmp_path / str(n))
         x = torch.randn(2, 2, 6, 5, 4)

@@ -1,6 +1,6 @@
 """Measures loha-jax beside PEFT, LyCORIS and the frozen base, all in one run, and prints tables.
 
-    python -m benchmarks [linear|transformers|convnet|lifecycle|all|CASE] [--json FILE]
+    python -m benchmarks [linear|transformers|convnet|lifecycle|lora_conversion|all|CASE] [--json FILE]
 
 A CASE is one of a subject's, like llama or linear-768-8-256; an unknown one lists them all.
 
@@ -17,12 +17,14 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import catalogue, lifecycle, report, results, runner
+from benchmarks import catalogue, lifecycle, lora_conversion, report, results, runner
 from benchmarks.case import NotInstalled, Settings
 from benchmarks.measure import Neighbours, machine
 from benchmarks.workers import Record, Workers
 
-LIFECYCLE = "lifecycle"
+OTHERS = {"lifecycle": lifecycle.records, lora_conversion.SUBJECT: lora_conversion.records}
+"""What is no case of a model."""
+
 Job = tuple[str, Iterable[Record]]
 
 
@@ -61,8 +63,9 @@ def _jobs(chosen: str, settings: Settings) -> Iterator[Job]:
             with Workers(settings) as workers:
                 for n, case in enumerate(cases, 1):
                     yield f"[{n}/{len(cases)}] {case.name}", runner.records(case, settings, workers)
-    if chosen in (LIFECYCLE, "all"):
-        yield LIFECYCLE, lifecycle.records(settings)
+    for name, records in OTHERS.items():
+        if chosen in (name, "all"):
+            yield name, records(settings)
 
 
 def _arguments() -> argparse.Namespace:
@@ -79,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("out/benchmarks.json"), help="the results (%(default)s)")
     args = parser.parse_args()
     known = [case.name for case in catalogue.cases(Settings(quick=args.quick))]
-    if args.subject not in (*catalogue.SUBJECTS, LIFECYCLE, "all", *known):
+    if args.subject not in (*catalogue.SUBJECTS, *OTHERS, "all", *known):
         parser.error(f"no subject or case {args.subject!r}; cases: {', '.join(known)}")
     return args
 

@@ -59,7 +59,7 @@ def _measure_jax(case: Case, name: str) -> dict[str, Any]:
     run = jax_methods.runner(program.run, method)
     device = jax.devices()[0]
     if device.platform == "cpu":
-        peak = _resident_peak(run)
+        peak = resident_peak(lambda: _steps(run))
     else:
         before = device.memory_stats()["bytes_in_use"]
         _steps(run)
@@ -74,7 +74,7 @@ def _measure_torch(case: Case, name: str) -> dict[str, Any]:
 
     run = peer(name, case.torch_model(), case.adapter).step
     if DEVICE == "cpu":
-        return {"peak_bytes": _resident_peak(run)}
+        return {"peak_bytes": resident_peak(lambda: _steps(run))}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _steps(run)
@@ -86,13 +86,16 @@ def _steps(run: Callable[[], Any]) -> None:
         run()
 
 
-def _resident_peak(run: Callable[[], Any]) -> int:
-    """Linux only: nowhere else can the process' high-water mark be reset."""
+def resident_peak(run: Callable[[], Any]) -> int:
+    """The highest resident memory during a call less that before it, in bytes.
+
+    Linux only: nowhere else can the process' high-water mark be reset.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    _steps(run)
+    run()
     return _status("VmHWM") - before
 
 

@@ -58,6 +58,8 @@ def report(run: dict[str, Any]) -> str:
         title = f"## {record['case']}, {record['kind']}\n\n{_shape(record['shape'])}"
         if record["subject"] == "lifecycle":
             parts += [title, table(list(_operations(record["operations"])))]
+        elif record["subject"] == "lora_conversion":
+            parts += [title, table(list(_conversions(record["methods"])))]
         elif record["kind"] == MEMORY:
             parts += [title, table(list(_memory(record["methods"])))]
         elif record["subject"] != "linear":
@@ -171,6 +173,19 @@ def over_peft_memory(methods: dict[str, Record], name: str) -> float | None:
 def _operations(operations: dict[str, Record]) -> Iterable[Record]:
     for name, operation in operations.items():
         yield {"operation": name, "median s": number(operation["median"], 3), "runs": len(operation["seconds"])}
+
+
+def _conversions(methods: dict[str, Record]) -> Iterable[Record]:
+    for name, method in methods.items():
+        yield {
+            "method": name,
+            "rank": method["rank"],
+            "median s": number(method["median"], 3),
+            "peak MB": megabytes(method["peak_bytes"]),
+            "error": f"{method['error']:.3g}",
+            "error reported": "-" if method["reported"] is None else f"{method['reported']:.3g}",
+            "runs": len(method["seconds"]),
+        }
 
 
 def _neighbours(records: Sequence[Record]) -> str:

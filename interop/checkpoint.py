@@ -17,7 +17,7 @@ import numpy as np
 
 from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
-from .files import DTYPES, open_safetensors, read_tensor, readable_by_umask, write_atomically
+from .files import DTYPES, open_safetensors, readable_by_umask, write_atomically
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -83,6 +83,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._files: dict[str, Path] = {}
+        self._headers: dict[Path, Header] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self.files, self.index, weight_map = _find_files(self.path)
@@ -112,9 +113,17 @@ class Checkpoint:
         return self.path.is_dir() or self.index is not None or (named and (self.folder / "config.json").is_file())
 
     def read(self, key: str) -> np.ndarray:
-        """The values of one tensor. The file is opened anew, so that its pages can leave the memory again."""
-        with open_safetensors(self._files[key]) as opened:
-            return read_tensor(opened, key, self._files[key])
+        """The values of one tensor.
+
+        They are read, not mapped: a mapped file's pages would count as memory. And safetensors has no numpy arrays of
+        float8.
+        """
+        file = self._files[key]
+        start, end = self.header(file).places[key]
+        data = np.fromfile(file, np.uint8, end - start, offset=start)
+        if data.size != end - start:
+            raise FileError(f"{file} became shorter while it was read")
+        return data.view(self.dtypes[key]).reshape(self.shapes[key])
 
     def file_of(self, key: str) -> Path:
         """The file that holds a tensor."""
@@ -122,6 +131,8 @@ class Checkpoint:
 
     def header(self, file: Path) -> Header:
         """The header of one of `files`, as it stands there."""
+        if file in self._headers:
+            return self._headers[file]
         with open(file, "rb") as opened:
             data = opened.read(8)
             data += opened.read(int.from_bytes(data, "little"))
@@ -131,7 +142,8 @@ class Checkpoint:
             name: (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
             for name, entry in entries.items()
         }
-        return Header(data, places, metadata)
+        self._headers[file] = Header(data, places, metadata)
+        return self._headers[file]
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:

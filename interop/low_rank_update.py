@@ -12,6 +12,14 @@ from .adapter_file import AdapterModule
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+def accumulator(*dtypes: np.dtype) -> np.dtype:
+    """What values of these dtypes are added in: float64 if one of them is, else float32.
+
+    `float32_or_wider` without JAX, which has no float64 by default.
+    """
+    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in dtypes) else np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRankUpdate:
     """ΔW as a matrix: scale · (left₁ @ right₁) ⊙ (left₂ @ right₂), or with one pair only (LoRA).

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from loha_jax.hadamard import float32_or_wider
-
 from .checkpoint import Checkpoint, Header, is_floating, write_at
+from .low_rank_update import accumulator
 from .merge_plan import MergePlan
 from .merge_sum import RowUpdates, column_gains, merge_rows, squared_columns
 from .working_folder import sync_folder
@@ -106,7 +105,7 @@ class ShardWriter:
 
         def write(first: int, last: int) -> int:
             block = self._rows(base, first, last)
-            wide = float32_or_wider(own, target)
+            wide = accumulator(own, target)
             if added:
                 block = sum((w * d[first:last].astype(wide) for d, w in added), block.astype(wide))
             result = np.asarray(_in_precision(wide, merge_rows, block, updates.rows(first, last), target))
@@ -130,7 +129,7 @@ class ShardWriter:
         gains: list[np.ndarray | None] = [None] * len(updates)
         if by_column:  # norms over all rows: the base is read twice
             whole = RowUpdates([updates[n] for n in by_column], [None] * len(by_column))
-            wide = float32_or_wider(self._checkpoint.dtypes[key])
+            wide = accumulator(self._checkpoint.dtypes[key])
 
             def squares(span: tuple[int, int]) -> np.ndarray:
                 rows = tuple(u._replace(norms=None) for u in whole.rows(*span))

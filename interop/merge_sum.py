@@ -26,13 +26,15 @@ class RowsOfUpdate(NamedTuple):
     """What rows of a weight get from one update.
 
     Attributes:
-        pairs: `(left [rows, r], right [r, columns])`, the scale in the first left one.
+        pairs: `(left [rows, r], right [r, columns])`.
+        scale: alpha/r.
         weight: a number.
         norms: of a decomposition per row, `[rows, 1]`, or None.
         gains: of a decomposition per column, `[1, columns]`, or None.
     """
 
     pairs: tuple[tuple[Any, Any], ...]
+    scale: Any
     weight: Any
     norms: Any
     gains: Any
@@ -47,24 +49,20 @@ class RowUpdates:
     """
 
     def __init__(self, updates: Sequence[TensorUpdate], gains: Sequence[np.ndarray | None]):
-        self._updates = [(u, _scaled(u), g) for u, g in zip(updates, gains, strict=True)]
+        self._updates = list(zip(updates, gains, strict=True))
 
     def rows(self, start: int, stop: int) -> tuple[RowsOfUpdate, ...]:
         """The share of some rows."""
         return tuple(
             RowsOfUpdate(
-                tuple((np.ascontiguousarray(left[start:stop]), right) for left, right in pairs),
+                tuple((left[start:stop], right) for left, right in u.update.pairs),
+                float(u.update.scale),
                 float(u.weight),
                 u.norms[start:stop] if u.norms is not None and gains is None else None,
                 gains,
             )
-            for u, pairs, gains in self._updates
+            for u, gains in self._updates
         )
-
-
-def _scaled(update: TensorUpdate) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    (left, right), *others = update.update.pairs
-    return ((left * left.dtype.type(update.update.scale), right), *others)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -122,7 +120,7 @@ def _delta(update: RowsOfUpdate, dtype: Any) -> jax.Array:
     for left, right in update.pairs:
         product = _product(left.astype(dtype), right.astype(dtype))
         result = product if result is None else result * product
-    return result
+    return result * jnp.asarray(update.scale, dtype)
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -244,8 +244,9 @@ def _dot_general(eqn, values, options):
     if not view.factors:
         return [bind_equation(eqn, [v.kernel if isinstance(v, KernelView) else v for v in values])[0]]
     product = Product.of(view, x, kernel_first, eqn.params)
-    problem = product if isinstance(product, str) else product.gain_problem(x, view)
-    if isinstance(product, str) or problem:
+    if isinstance(product, str):
+        return product
+    if problem := product.gain_problem(x, view):
         return problem
     return _Computation(product, view, x, eqn.invars[int(kernel_first)])
 
@@ -258,8 +259,9 @@ def _conv_general_dilated(eqn, values, options):
     if not view.factors:
         return bind_equation(eqn, [x, view.kernel])
     convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
-    problem = convolution if isinstance(convolution, str) else convolution.gain_problem(x, view)
-    if isinstance(convolution, str) or problem:
+    if isinstance(convolution, str):
+        return convolution
+    if problem := convolution.gain_problem(x, view):
         return problem
     return _Computation(convolution, view, x, eqn.invars[0])
 

@@ -9,6 +9,7 @@ follow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -352,8 +353,8 @@ class KernelView:
         if not gains:
             return None
         own = [n for n in (*self.of_kind("s"), *self.of_kind(side)) if self.atoms[n].size > 1]
-        total = sum(gains[1:], gains[0]).reshape([self.atoms[n].size for n in own])
         present = [n for d in self.dims for n in d]
+        total = functools.reduce(jnp.add, gains).reshape([self.atoms[n].size for n in own])
         total = jnp.transpose(total, [own.index(n) for n in present if n in own])
         sizes = [self.atoms[n].size for n in present]
         total = total.reshape([size if n in own else 1 for n, size in zip(present, sizes, strict=True)])

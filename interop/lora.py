@@ -123,10 +123,9 @@ def to_lora(
             if pattern is not None and len(shape) < 3:
                 raise ValueError(f"groups[{pattern!r}] names {module.name}, which is no convolution")
             used.add(pattern)
-            lora, error = lora_of(
-                module, rank, energy, shape=shape, groups=1 if pattern is None else groups[pattern]
-            )  # fmt: skip
-            found[module.name], errors[module.name] = lora, error
+            number = 1 if pattern is None else groups[pattern]
+            lora, errors[module.name] = lora_of(module, rank, energy, shape=shape, groups=number)
+            found[module.name] = lora
             conv1d |= leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
@@ -156,7 +155,7 @@ def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[Adap
 
 
 def _check_embedding(path: tuple[str, ...], name: str) -> None:
-    if path[-1] == "embedding" and not name.endswith(_OUTPUT_HEADS):
+    if path[-1] == "embedding" and name.rpartition(".")[2] not in _OUTPUT_HEADS:
         raise ValueError(
             f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. Merge the adapter, or "
             "exclude it; an output head that is tied to it is known by its torch name (`names=`)."
@@ -238,7 +237,7 @@ def save_lora(
         What was written; `print` shows the error of each module (without that of rounding to `dtype`).
 
     Raises:
-        ValueError: see `to_lora`; or a value is too large for `dtype`.
+        ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too large for it.
         NotADirectoryError: `folder` is a file.
 
     Example:
@@ -252,6 +251,8 @@ def save_lora(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))

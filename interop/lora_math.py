@@ -60,6 +60,8 @@ def lora_of(
         raise ValueError(f"{module.name} is the LoRA of a convolution in groups; its rank cannot be lowered here")
     update = LowRankUpdate.of(module)
     in_shape = _in_shape(module, update, shape)
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"The groups of {module.name} should be a positive integer value but are {groups!r}")
     if update.rows % groups:
         raise ValueError(f"{module.name} has {update.rows} out channels, which {groups} groups do not divide")
     for part, tensor in module.tensors.items():

@@ -10,7 +10,7 @@ import jax
 
 from loha_jax.merge import unload
 from loha_jax.models import takes_model
-from loha_jax.weight import EXTRA_NAMES, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.weight import EXTRA_NAMES, Factors, LoHaWeight, SavedWeight, is_adapted
 
 STATISTICS = "statistics"
 """The kind of a saved leaf that is not trained: a batch norm's mean, variance or counter."""
@@ -94,7 +94,7 @@ def summary(params: Any) -> Summary:
                 rows.append(
                     AdapterRow(
                         leaf.label,
-                        "loha, cores" if factors.is_cp else "loha",
+                        _kind(factors),
                         name,
                         tuple(leaf.shape),
                         leaf.layout.word,
@@ -125,6 +125,11 @@ def summary(params: Any) -> Summary:
     frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
     trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
+
+
+def _kind(factors: Factors) -> str:
+    extras = {"cores": factors.hada_t1, "scalar": factors.scalar, "norms": factors.dora_scale}
+    return ", ".join(["loha", *(name for name, array in extras.items() if array is not None)])
 
 
 def _true_size(shape, ranks, stack, name, cp) -> int:

@@ -118,6 +118,23 @@ def test_a_config_is_a_value():
     assert config != LoHaConfig(r=2)
 
 
+def test_the_summary_says_what_an_adapter_has_and_counts_it():
+    plain, rich = inject(), inject(use_scalar=True, weight_decompose=True)
+    assert {row.kind for row in loha_jax.summary(plain).rows} == {"loha"}
+    assert {row.kind for row in loha_jax.summary(rich).rows} == {"loha, scalar, norms"}
+    assert loha_jax.summary(rich).trainable_params - loha_jax.summary(plain).trainable_params == 2 * (1 + 6)
+
+
+def test_linen_layers_refuse_what_they_have_no_parameter_for():
+    layer = loha_jax.linen.LoHaDense(6, r=4, alpha=3)
+    x = jnp.ones((2, 5))
+    tree = loha_jax.linen.to_adapted(layer.init(KEY, x), layer.init, KEY, x)
+    config = LycorisConfig(r=4, alpha=3, target_modules=".*", weight_decompose=True)
+    decomposed = loha_jax.inject(loha_jax.unload(tree), config, key=KEY)
+    with pytest.raises(ValueError, match=r"has dora_scale .a LycorisConfig's., which the layer has no parameter for"):
+        loha_jax.linen.from_adapted(decomposed, layer.init, KEY, x)
+
+
 def test_sums_with_a_weight_decomposition_are_refused_by_name():
     params = inject(weight_decompose=True)
     with pytest.raises(ValueError, match=r"default decompose\(s\) the weight of q"):

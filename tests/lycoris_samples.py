@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 from peft_samples import flax_leaf, flax_value
 from safetensors.numpy import load_file
+
+from loha_jax.inject import apply_plan
+from loha_jax.plan import plan_injection
 
 DATA = Path(__file__).parent / "data" / "lycoris"
 FORMS = ["plain", "tucker", "dora", "dora_in", "scalar", "bypass"]
@@ -75,3 +79,26 @@ def model(params, inputs):
         "c1d": convolution("c1d", inputs["seq"], padding=1),
         "c3d": convolution("c3d", inputs["vol"]),
     }
+
+
+def trained(base, config, layouts):
+    """An adapter as `inject` makes it, with values as after training (and without compiling its initialisation)."""
+    random = np.random.default_rng(0)
+
+    def values(shape, mean=0.0):
+        return jnp.asarray(random.normal(mean, 0.3, shape), jnp.float32)
+
+    def extras(target, config, kernel):
+        out, into, *spatial = target.layout.torch_shape(target.shape)
+        norms = (out, 1, *(1 for _ in spatial)) if config.wd_on_out else (1, into, *(1 for _ in spatial))
+        scalar = {"scalar": values((), 0.6)} if config.use_scalar else {}
+        return scalar | ({"dora_scale": values(norms, 1.5)} if config.weight_decompose else {})
+
+    return apply_plan(
+        base,
+        plan_injection(base, config, layouts=layouts),
+        "default",
+        lambda target: {part: values(shape) for part, shape in target.shapes(*target.ranks).items()},
+        lambda saved, original: original + values(original.shape),
+        extras,
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from loha_jax.interop.factors import module_factors
 from loha_jax.interop.files import FileError
-from lycoris_samples import CONVOLUTIONS, DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs
+from lycoris_samples import CONVOLUTIONS, DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs, trained
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
@@ -208,11 +208,7 @@ def test_rank_stabilisation_and_the_scalar_are_folded(options, tmp_path):
         r=4, alpha=3, target_modules=["fc1", "blocks.0.out", "conv3"], rank_pattern={"conv3": 9}, **options
     )
     base = base_params()
-    params = loha_jax.inject(base, config, key=jax.random.key(0))
-    random = np.random.default_rng(1)
-    trainable, frozen = loha_jax.partition(params)
-    trained = jax.tree.map(lambda t: random.normal(0.2, 0.3, t.shape).astype(np.float32), trainable)
-    params = loha_jax.combine(trained, frozen)
+    params = trained(base, config, LAYOUTS)
     interop.save_lycoris(tmp_path / "adapter.safetensors", params)
     interop.save_peft(tmp_path / "peft", params)
     assert interop.to_lycoris_state_dict(params)["lycoris_conv3.alpha"] == np.float32(9)  # 3·√9

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from lycoris_samples import DATA, jax_tree
+from lycoris_samples import DATA, jax_tree, trained
 from lycoris_samples import model as sample_forward
 from peft_samples import torch_value
 from safetensors.numpy import load_file, save_file
@@ -162,11 +162,7 @@ def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
     module, path = net(), tmp_path / "adapter.safetensors"
     base, unadapted = base_of(module), torch_outputs(module)
     config = LycorisConfig(r=4, alpha=3, target_modules=TARGETS, rank_pattern={"conv3": 5, "c1d": 2}, **options)
-    inject = functools.partial(loha_jax.inject, config=config, key=jax.random.key(0), layouts=LAYOUTS)
-    trainable, frozen = loha_jax.partition(jax.jit(inject)(base))
-    random = np.random.default_rng(0)
-    noise = lambda t: t + random.normal(0, 0.3, t.shape).astype(np.float32)  # noqa: E731
-    params = loha_jax.combine(jax.tree.map(noise, trainable), frozen)
+    params = trained(base, config, LAYOUTS)
     interop.save_lycoris(path, params, dtype=dtype)
     network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), module)
     assert len(network.loras) == len(TARGETS) + ("modules_to_save" in options)

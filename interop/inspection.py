@@ -19,7 +19,7 @@ from .files import FileError, read_safetensors
 from .low_rank_update import LowRankUpdate
 from .lycoris_format import read_module
 from .orbax_folder import is_orbax_folder
-from .peft import DIFFUSERS_NAME, SAFETENSORS_NAME
+from .peft import DIFFUSERS_NAME, SAFETENSORS_NAME, module_key
 from .update_norms import update_norm
 
 
@@ -84,7 +84,7 @@ def _broken_modules(path: Path) -> list[str]:
     file = path / SAFETENSORS_NAME if path.is_dir() else path
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in read_safetensors(file).items() if file.is_file() else ():
-        module, _, part = key.rpartition(".")
+        module, _, part = (module_key(key) if path.is_dir() else key).rpartition(".")
         if part in FACTOR_NAMES:
             parts_of.setdefault(module, {})[part] = tensor
     problems = []

@@ -78,7 +78,8 @@ def check_merge(
         chosen = [able[n * len(able) // count] for n in range(count)]
     results = []
     for done, key in enumerate(chosen, 1):
-        base = plan.replaced[key] if key in plan.replaced else checkpoint.read(key)
+        given = plan.replaced.get(key)
+        base = checkpoint.read(key) if given is None else given.astype(checkpoint.dtypes[key])
         results.append(_compare(key, base, merged.read(key), plan.updates[key]))
         if progress is not None:
             progress(done, len(chosen))

@@ -119,7 +119,11 @@ def merge_checkpoint(
                 ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count).write(work.files / file.name)
         _write_side_files(checkpoint, work.files, dtype)
         if check is not None:
-            check(work.files, checkpoint, plan)
+            try:
+                check(work.files, checkpoint, plan)
+            except Exception:
+                work.discard()  # not to be continued with
+                raise
         work.publish(force)
     return MergeReport(
         out,

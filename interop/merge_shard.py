@@ -92,6 +92,8 @@ class ShardWriter:
             yield lambda: self._write_value(key, value.astype(own))
             return
         if value is not None:
+            if key in self._plan.updates:  # PEFT puts it into the model, in its dtype, and adds to that
+                value = _rounded(key, value, own)
             own = value.dtype
             base: Any = np.ascontiguousarray(value).reshape(_matrix(shape))
         else:
@@ -167,6 +169,14 @@ class _FileMatrix:
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows are out features; what has no second axis is one row per value of its first."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _rounded(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        result = value.astype(dtype)
+    if _overflows(value, result):
+        raise ValueError(f"{key} has values that {dtype.name}, the base's dtype, cannot hold")
+    return result
 
 
 def _overflows(base: np.ndarray, result: np.ndarray) -> bool:

@@ -57,6 +57,10 @@ class WorkingFolder:
         path = self.files / name
         return path.is_file() and path.stat().st_size == size
 
+    def discard(self) -> None:
+        """Removes all files."""
+        shutil.rmtree(self.files, ignore_errors=True)
+
     def publish(self, force: bool) -> None:
         """Renames the folder of files to its place."""
         sync_folder(self.files)

@@ -282,6 +282,7 @@ class _Command:
 
         jax.config.update("jax_platforms", "cpu")
         self._warnings.__enter__()
+        warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: self.say(f"Note: {message}")
         return self
 

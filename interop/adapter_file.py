@@ -101,7 +101,7 @@ def read_adapter(path: str | Path, *, modules: Iterable[str] | None = None) -> A
     Example:
         >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"a": {"q": {"kernel": np.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> params = loha_jax.inject({"a": {"q": {"kernel": jax.numpy.ones((3, 3))}}}, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
         ...     read_adapter(f"{folder}/adapter.safetensors", modules=["a.q"]).modules["lycoris_a_q"].name

@@ -68,9 +68,9 @@ def load_lycoris(
 
     Raises:
         FileNotFoundError: there is no such file.
-        interop.files.FileError: the file is broken, or another kind of adapter.
-        ValueError: the file and the tree do not fit; one error lists all modules that the tree lacks and all that are
-            misshapen. Or two modules have the name that the file uses, or it has several components.
+        FileError: the file is broken, or another kind of adapter, or has several components; two modules have the name
+            that it uses; or it and the tree do not fit: one error lists all modules that the tree lacks and all that
+            are misshapen.
 
     Example:
         >>> import tempfile, loha_jax
@@ -84,7 +84,7 @@ def load_lycoris(
     path = Path(path)
     adapter = read_adapter(path)
     if adapter.form not in ("lycoris", "kohya"):
-        raise FileError(f"{path} is a PEFT folder: `load_peft` opens it")
+        raise FileError(f"{path} is no file of LyCORIS or kohya, but a folder; `load_peft` opens PEFT's")
     try:
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)

@@ -484,7 +484,7 @@ def test_it_adds_an_adapter_to_those_that_there_are(tmp_path):
 def test_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         interop.load_lycoris(tmp_path / "nowhere.safetensors", base_params())
-    with pytest.raises(ValueError, match=r"peft_plain is a PEFT folder: `load_peft`"):
+    with pytest.raises(ValueError, match=r"peft_plain is no file of LyCORIS.*`load_peft`"):
         interop.load_lycoris(DATA / "peft_plain", base_params())
 
 

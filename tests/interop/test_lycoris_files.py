@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from loha_jax.interop.adapter_file import read_adapter
@@ -342,3 +343,33 @@ def test_nothing_and_nowhere(tmp_path):
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(FileError, match=r"empty\.safetensors: the file holds no tensor"):
         read_adapter(tmp_path / "empty.safetensors")
+
+
+def test_nnx_models(tmp_path):
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.q = nnx.Linear(3, 3, rngs=rngs)
+            self.norm = nnx.LayerNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.q(x))
+
+    norm = {"w_norm": np.array([1, 2, 3], np.float32), "b_norm": np.array([0.5, 0.25, 0], np.float32)}
+    path = written(tmp_path, {"lora_unet_q": factors(), "lora_unet_norm": norm, "lora_te_q": factors(3, 3, 2)})
+    unet, encoder, x = Block(nnx.Rngs(0)), Block(nnx.Rngs(1)), jnp.arange(6.0).reshape(2, 3)
+    before = unet(x)
+    assert interop.load_lycoris(path, unet, prefix="lora_unet_") is unet
+    interop.load_lycoris(path, encoder, prefix="lora_te_")
+    t = factors()
+    delta = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+    fresh = Block(nnx.Rngs(0))
+    fresh.q.kernel[...] += delta.T
+    fresh.norm.scale[...] += norm["w_norm"]
+    fresh.norm.bias[...] += norm["b_norm"]
+    assert jnp.abs(unet(x) - before).max() > 0.1
+    np.testing.assert_allclose(unet(x), fresh(x), rtol=1e-5, atol=1e-5)
+    interop.save_lycoris(tmp_path / "again.safetensors", unet, prefix="lora_unet_", others={"lora_te_": encoder})
+    ours, theirs = load_file(tmp_path / "again.safetensors"), load_file(path)
+    assert {k for k in ours if not k.endswith(".alpha")} == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor, err_msg=key)

@@ -94,7 +94,7 @@ def convert_adapter(
     Example:
         >>> import jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4))}}, config, key=jax.random.key(0))
+        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_peft(f"{folder}/adapter", params)
         ...     convert_adapter(f"{folder}/adapter", f"{folder}/a.safetensors", "kohya").modules

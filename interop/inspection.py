@@ -39,7 +39,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     Example:
         >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4))}}, config, key=jax.random.key(0))
+        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_peft(folder, params)
         ...     inspect_path(folder)["remarks"]

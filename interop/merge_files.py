@@ -89,7 +89,7 @@ def merge_checkpoint(
         >>> import tempfile, jax, loha_jax
         >>> from safetensors.numpy import load_file, save_file
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4))}}, config, key=jax.random.key(0))
+        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"q.weight": np.ones((4, 3), np.float32)}, f"{folder}/base.safetensors")
         ...     loha_jax.interop.save_peft(f"{folder}/adapter", params)

@@ -19,7 +19,7 @@ from loha_jax.hadamard import float32_or_wider
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
-from loha_jax.naming import Names, all_names
+from loha_jax.naming import Names, all_names, torch_parameter
 from loha_jax.plan import Layouts, NamedTree, Plan, Saved, Target, plan_injection
 from loha_jax.weight import LoHaWeight
 
@@ -216,21 +216,14 @@ def _plan(
         r=r,
         alpha=alpha,
         target_modules=_targets(modules, tree),
-        modules_to_save=sorted(found.norms) or None,
         use_effective_conv2d=any("hada_t1" in m.tensors for m in modules.values()),
         weight_decompose=any(m.dora_scale is not None for m in modules.values()),
         metadata=metadata,
     )
     plan = plan_injection(base_params, config, names=names, layouts=layouts)
-    reached = {n for t in plan.targets.values() for n, rank in zip(t.names, t.ranks, strict=True) if rank}
-    if lost := sorted(set(modules) - reached):
-        raise ValueError(
-            f"{', '.join(lost)} would be left out: modules within normalisation layers that the file has differences "
-            f"of ({', '.join(sorted(found.norms))})"
-        )
     targets: dict[int, Target] = {}
     problems: list[str] = []
-    on_out: list[bool] = []
+    axes: list[str] = []
     for position, target in plan.targets.items():
         own = [modules.get(name) for name in target.names]
         given = {name: m for name, m in zip(target.names, own, strict=True) if m}
@@ -242,13 +235,14 @@ def _plan(
             cp=any("hada_t1" in m.tensors for m in given.values()),
         )
         problems += _misfits(targets[position], given, shape)
-        on_out += [is_on_out(m.dora_scale.shape, shape, 0) for m in given.values() if m.dora_scale is not None]
-    saved, more = _saved(plan, found.norms)
+        axes += [axis for m in given.values() if (axis := _decomposed_axis(m, shape))]
+    saved, more = _saved(tree, found.norms)
     config = dataclasses.replace(
         plan.config,
+        modules_to_save=sorted(found.norms) or None,
         rank_pattern={exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
         alpha_pattern={exact_pattern(n): _number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
-        wd_on_out=most_common(on_out) if on_out else True,
+        wd_on_out=not axes or most_common(axes) == "out",
     )
     return Plan(config, targets, saved), problems + more
 
@@ -272,7 +266,7 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
     """What does not fit of a kernel's modules, whose shape in torch is `shape`."""
     problems: list[str] = []
     forms: dict[Any, list[str]] = {}
-    dora_shapes = {(shape[0], *(1,) * (len(shape) - 1)), (1, shape[1], *(1,) * (len(shape) - 2))}
+    dora_shapes = _dora_shapes(shape)
     for name, module in given.items():
         cp, dora = "hada_t1" in module.tensors, module.dora_scale
         wanted = dataclasses.replace(target, cp=cp and any(n != 1 for n in shape[2:])).shapes(module.r)
@@ -282,12 +276,9 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
             if tensor.shape != wanted.get(part)
         ]
         if dora is not None and dora.shape not in dora_shapes:
-            problems.append(
-                f"{name}.dora_scale: {list(dora.shape)} in the file, "
-                f"{' or '.join(map(str, map(list, sorted(dora_shapes, reverse=True))))} in the model"
-            )
-        decomposed = None if dora is None else ("out" if is_on_out(dora.shape, shape, 0) else "in")
-        forms.setdefault((cp, decomposed), []).append(name)
+            wanted_dora = " or ".join(str(list(allowed)) for allowed in dora_shapes)
+            problems.append(f"{name}.dora_scale: {list(dora.shape)} in the file, {wanted_dora} in the model")
+        forms.setdefault((cp, _decomposed_axis(module, shape)), []).append(name)
     if len(forms) > 1:
         shown = [
             f"{names[0]} has {'' if cp else 'no '}cores and {f'a dora_scale per {axis}' if axis else 'no dora_scale'}"
@@ -297,12 +288,38 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
     return problems
 
 
-def _saved(plan: Plan, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[int, Saved], list[str]]:
+def _dora_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the norms of a kernel `[out, in, *spatial]` are: one per out feature, or one per in feature."""
+    out, into, *spatial = shape
+    ones = (1,) * len(spatial)
+    return (out, 1, *ones), (1, into, *ones)
+
+
+def _decomposed_axis(module: AdapterModule, shape: tuple[int, ...]) -> str | None:
+    """Whose norms a module has, "out" or "in"; None where it has none, or misshapen ones."""
+    if module.dora_scale is None or module.dora_scale.shape not in _dora_shapes(shape):
+        return None
+    return "out" if is_on_out(module.dora_scale.shape, shape, 0) else "in"
+
+
+def _saved(tree: NamedTree, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[int, Saved], list[str]]:
     """The leaves of the normalisation layers that the file has differences of, and what does not fit."""
-    # `modules_to_save` also matches by the end of a name; the file says which modules it means.
-    saved = {position: s for position, s in plan.saved.items() if s.name.rpartition(".")[0] in norms}
-    shapes = {s.name: s.shape for s in saved.values()}
+    # Not by `modules_to_save`, which also matches by the end of a name: the file says which modules it means.
+    saved: dict[int, Saved] = {}
+    stacks: list[str] = []
+    for position in tree.names.keys() - tree.kernels:
+        names, parameter = list(_names_at(tree, position)), torch_parameter(tree.paths[position])
+        if norms.keys().isdisjoint(names) or parameter not in NORM_PARTS:
+            continue
+        shape = tuple(tree.leaves[position].shape)
+        if len(names) > 1:
+            path = ".".join(tree.paths[position])
+            stacks.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
+        saved[position] = Saved(tree.paths[position], f"{names[0]}.{parameter}", None, shape)
+    if stacks:
+        return {}, stacks
     problems: list[str] = []
+    shapes = {s.name: s.shape for s in saved.values()}
     for module, parts in norms.items():
         for parameter, part in NORM_PARTS.items():
             have, wanted = parts.get(part), shapes.get(f"{module}.{parameter}")
@@ -311,7 +328,7 @@ def _saved(plan: Plan, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[d
                     f"{module}.{part}: {list(have.shape)} in the file, "
                     f"{'none' if wanted is None else list(wanted)} in the model"
                 )
-    return saved, problems
+    return dict(sorted(saved.items())), problems
 
 
 def _dora_scales(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:

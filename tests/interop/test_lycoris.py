@@ -333,6 +333,24 @@ class TestNorms:
         np.testing.assert_array_equal(params["norm"]["bias"], self.base()["norm"]["bias"])
         assert not interop.to_lycoris_state_dict(params)["lycoris_norm.b_norm"].any()
 
+    def test_a_module_within_one_that_is_called_like_it(self, tmp_path):
+        """`modules_to_save=["norm"]` would exclude `block.norm.q`."""
+        base = self.base()
+        base["block"]["norm"]["q"] = base["block"].pop("q")
+        state = self.state()
+        state |= {key.replace("_q.", "_block_norm_q."): value for key, value in state.items() if "_q." in key}
+        params = interop.load_lycoris(written(tmp_path, state), base)
+        assert interop.to_lycoris_state_dict(params).keys() == state.keys()
+
+    def test_a_stack_of_norms_is_refused_by_its_path(self, tmp_path):
+        base = {"layers": {"q": {"kernel": jnp.ones((2, 4, 4))}, "norm": {"scale": jnp.ones((2, 4))}}}
+        names = {r"layers\.(.*)": [r"layers.0.\1", r"layers.1.\1"]}
+        state = {
+            key.replace("lycoris_", "lycoris_layers_1_"): t for key, t in self.state().items() if "b_norm" not in key
+        }
+        with pytest.raises(ValueError, match=r"layers\.norm\.scale of shape \[2, 4\] holds a stack"):
+            interop.load_lycoris(written(tmp_path, state), base, names=names, layouts={"layers.q": "sio"})
+
     def test_they_go_through_peft(self, tmp_path):
         base = {name: value for name, value in self.base().items() if name != "block"}
         params = interop.load_lycoris(written(tmp_path, self.state()), base)
@@ -442,14 +460,17 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path):
     base["fc"] = {"kernel": jnp.ones((24, 16))}
     base["conv3"]["kernel"] = jnp.ones((3, 3, 8, 11))
     base["c1d"]["kernel"] = jnp.ones((1, 6, 8))
+    state = native("dora")[1]
+    state["lycoris_gconv.dora_scale"] = state["lycoris_gconv.dora_scale"].reshape(-1)
     with pytest.raises(ValueError, match=r"nothing was loaded") as error:
-        interop.load_lycoris(native("dora")[0], base, layouts=CONVOLUTIONS)
+        interop.load_lycoris(written(tmp_path, state), base, layouts=CONVOLUTIONS)
     for part in (
         "modules that the tree lacks (2): lycoris_blocks_0_out (the tree has blocks.0.q_proj), lycoris_fc1",
         "lycoris_fc1 (the tree has fc)",
         r"conv3.hada_w1_a: [10, 3] in the file, [11, 3] in the model",
         r"conv3.dora_scale: [10, 1, 1, 1] in the file, [11, 1, 1, 1] or [1, 8, 1, 1] in the model",
         r"c1d.hada_w1_b: [3, 18] in the file, [3, 6] in the model",
+        r"gconv.dora_scale: [8] in the file, [8, 1, 1, 1] or [1, 4, 1, 1] in the model",
         "layouts=",
     ):
         assert part in str(error.value)

@@ -24,7 +24,18 @@ _SECONDS_PER_MATCH = 1.0
 
 
 class FileError(ValueError):
-    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong."""
+    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "adapter.safetensors").write_bytes(b"nothing")
+        ...     try:
+        ...         loha_jax.interop.load_lycoris(f"{folder}/adapter.safetensors", {})
+        ...     except loha_jax.interop.FileError as error:
+        ...         "is not a readable safetensors file" in str(error)
+        True
+    """
 
 
 def check_regular(path: str | Path) -> int:

@@ -124,12 +124,12 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
 def _describe_module(own: str, module: AdapterModule, problems: list[str], remarks: list[str]) -> dict[str, Any]:
     tensors = dict(module.tensors) if module.dora_scale is None else {**module.tensors, "dora_scale": module.dora_scale}
     finite = [_check_finite(f"{own}.{part}", tensor, problems) for part, tensor in tensors.items()]
-    update = LowRankUpdate.of(module)
-    norm = None
+    update, norm = None, None
     try:
+        update = LowRankUpdate.of(module)
         norm = update_norm(update) if all(finite) else None
-    except ValueError:
-        problems.append(f"{own} is a convolution in groups: its norm is not computed")
+    except ValueError as error:
+        remarks.append(f"no norm: {error}")
     if norm == 0:
         zero = [part for part, tensor in module.tensors.items() if not tensor.any()]
         why = f"{', '.join(zero)} is zero" if zero else "alpha is zero" if module.alpha == 0 else "its factors cancel"
@@ -141,8 +141,8 @@ def _describe_module(own: str, module: AdapterModule, problems: list[str], remar
         "r": module.r,
         "alpha": module.alpha,
         "scaling": module.alpha / module.r,
-        "rows": update.rows,
-        "columns": update.columns,
+        "rows": update.rows if update else len(module.tensors["lora_B"]),
+        "columns": update.columns if update else math.prod(module.tensors["lora_A"].shape[1:]),
         "form": "cp" if "hada_t1" in tensors else "flat",
         "dora": module.dora_scale is not None,
         "dtype": "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()})),

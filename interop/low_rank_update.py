@@ -36,7 +36,11 @@ class LowRankUpdate:
 
     @classmethod
     def of(cls, module: AdapterModule) -> LowRankUpdate:
-        """The update of a module. Cores multiply into the right factors, which is exact and keeps the rank."""
+        """The update of a module. Cores multiply into the right factors, which is exact and keeps the rank.
+
+        Raises:
+            ValueError: it is the LoRA of a convolution in groups, whose factors do not multiply to a weight's change.
+        """
         tensors = {
             name: t.astype(np.float64 if t.dtype == np.float64 else np.float32, copy=False)
             for name, t in module.tensors.items()
@@ -44,6 +48,8 @@ class LowRankUpdate:
         scale = module.alpha / module.r
         if module.kind == "lora":
             a, b = tensors["lora_A"], tensors["lora_B"]
+            if b.shape[1] != a.shape[0]:
+                raise ValueError(f"{module.name} is the LoRA of a convolution in groups, which is not supported here")
             spatial = a.shape[1:] if a.ndim > 2 else None
             return cls(((b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)),), scale, spatial)
         if "hada_t1" not in tensors:

@@ -134,6 +134,24 @@ def test_inspect_remarks_on_updates_that_are_zero(tmp_path):
     assert found["modules"][0]["norm"] == 0
 
 
+def test_a_lora_of_a_grouped_convolution_is_named(tmp_path):
+    """Its factors have in channels of all groups, and multiply to no change of the weight."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tensors = {"lora_A": np.ones((4, 8, 3, 3), np.float32), "lora_B": np.ones((8, 2, 1, 1), np.float32)}
+    state = {f"base_model.model.q.{part}.weight": tensor for part, tensor in tensors.items()}
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(state, {}))
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = run_json("inspect", folder)
+    assert found["remarks"] == ["no norm: q is the LoRA of a convolution in groups, which is not supported here"]
+    save_file({"q.weight": np.ones((8, 4, 3, 3), np.float32)}, tmp_path / "base.safetensors")
+    assert (
+        "q is the LoRA of" in run_json("merge", tmp_path / "base.safetensors", folder, tmp_path / "o", code=2)["error"]
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_merge_writes_and_reports(tmp_path):
     found = run_json(
         "merge", BASE, LINEAR.adapter, tmp_path / "out", "--weight", 0.5, "--with", f"{LINEAR.adapter}=-0.25"

@@ -173,6 +173,27 @@ def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
     same_outputs(jax_forward(params, inputs()), torch_outputs(module), unadapted)
 
 
+def test_peft_opens_what_is_folded(tmp_path):
+    """Rank stabilisation in alpha, the scalar in `hada_w1_a`, normalisation layers as `modules_to_save`."""
+    module = net()
+    base, unadapted = base_of(module), torch_outputs(module)
+    config = LycorisConfig(
+        r=4,
+        alpha=3,
+        target_modules=[name for name in TARGETS if name != "c3d"],
+        rank_pattern={"conv3": 5, "c1d": 2},
+        modules_to_save=["norm"],
+        use_effective_conv2d=True,
+        rs_lora=True,
+        use_scalar=True,
+    )
+    params = trained(base, config, LAYOUTS)
+    interop.save_peft(tmp_path / "peft", params)
+    theirs = torch_outputs(peft.PeftModel.from_pretrained(module, tmp_path / "peft").eval())
+    theirs.pop("c3d")
+    same_outputs(jax_forward(params, inputs()), theirs, unadapted)
+
+
 @functools.cache
 def kohya_state():
     return load_file(DATA / "kohya_base.safetensors")

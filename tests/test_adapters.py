@@ -160,7 +160,7 @@ def test_a_weighted_sum_takes_scaled_adapters_and_saved_modules():
     [
         ((["a", "zzz"], [1, 1], "mix"), "Adapter zzz not found"),
         ((["a"], [1], "b"), "Adapter with name 'b' already exists"),
-        ((["a"], [1], "x.y"), "without '.' and '/'"),
+        ((["a"], [1], "x.y"), "An adapter's name is a string"),
         ((["a", "b"], [1], "mix"), "One weight per adapter"),
         (([], [], "mix"), "One weight per adapter"),
         ((["a", "a"], [1, 1], "mix"), "each adapter once"),

@@ -24,6 +24,9 @@ from .working_folder import sync_folder
 _BLOCK = 4 << 20
 """Bytes of a block of rows; a handful are in memory at a time."""
 
+_FLUSH = 512 << 20
+"""Bytes after which what is written goes to disk: while the rest is computed, instead of all at the end."""
+
 _WORKERS = 3
 """Threads that read, add and write blocks, so that none of the three waits for another."""
 
@@ -73,7 +76,11 @@ class ShardWriter:
 
     def _tasks(self, pool: concurrent.futures.Executor) -> Iterator[Callable[[], int]]:
         """Calls that each write some bytes and return their number, in the order of the base's bytes."""
+        flushed = 0
         for key, (start, end) in sorted(self._old.places.items(), key=lambda item: item[1]):
+            if start - flushed > _FLUSH:
+                flushed = start
+                yield self._flush
             own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
             place = self._new.places[key][0]
             if key in self._plan.keys or own != target:
@@ -118,6 +125,10 @@ class ShardWriter:
 
         for first, last in spans:
             yield lambda first=first, last=last: write(first, last)
+
+    def _flush(self) -> int:
+        os.fdatasync(self._target)
+        return 0
 
     def _write_value(self, key: str, value: np.ndarray) -> int:
         write_at(self._target, self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))

@@ -16,6 +16,9 @@ from .low_rank_update import LowRankUpdate
 _BLOCK = 1 << 21
 """Elements of a block of rows."""
 
+_GRAM_BLOCK = 1 << 18
+"""Elements of a block of a Khatri-Rao factor: as many as stay in the processor's cache."""
+
 _CANCELLED = 1e-8
 """Below this share of their terms, sums of Gram products have too few digits left."""
 
@@ -62,15 +65,20 @@ def _norm_of_sum(terms: list[tuple[float, LowRankUpdate]]) -> float:
 
 def _inner(a: LowRankUpdate, b: LowRankUpdate) -> tuple[float, float]:
     """⟨ΔW_A, ΔW_B⟩, and the sum of its terms' sizes."""
-    step = max(1, _BLOCK // max(a.inner, b.inner))
-    left = np.zeros((a.inner, b.inner))
-    right = np.zeros((a.inner, b.inner))
-    for start in range(0, a.rows, step):
-        left += _left(a, start, start + step).T @ _left(b, start, start + step)
-    for start in range(0, a.columns, step):
-        right += _left(a.T, start, start + step).T @ _left(b.T, start, start + step)
+    turned = a.T
+    left, right = _gram(a, b), _gram(turned, turned if a is b else b.T)
     products = left * right * (a.scale * b.scale)
     return float(products.sum()), float(np.abs(products).sum())
+
+
+def _gram(a: LowRankUpdate, b: LowRankUpdate) -> np.ndarray:
+    """The inner products of the columns of the left Khatri-Rao factors."""
+    step = max(1, _GRAM_BLOCK // max(a.inner, b.inner))
+    total = np.zeros((a.inner, b.inner))
+    for start in range(0, a.rows, step):
+        first = _left(a, start, start + step)
+        total += first.T @ (first if a is b else _left(b, start, start + step))  # of one array, BLAS does half the work
+    return total
 
 
 def _left(update: LowRankUpdate, start: int, stop: int) -> np.ndarray:

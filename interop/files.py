@@ -97,10 +97,13 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def read_tensor(file: Any, key: str, path: str | Path) -> np.ndarray:
-    """One tensor of an opened safetensors file; FileError for a dtype that numpy has no type for."""
+    """One tensor of an opened safetensors file; FileError for a dtype or a number of axes that numpy has not."""
     if (word := file.get_slice(key).get_dtype()) not in DTYPES:
         raise FileError(f"{path}: {key} is of dtype {word}, which numpy has no type for")
-    return file.get_tensor(key)
+    try:
+        return file.get_tensor(key)
+    except ValueError as error:
+        raise FileError(f"{path}: {key} cannot be read: {error}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -63,6 +63,13 @@ def test_headers_of_safetensors_files(trick, tmp_path):
             read(path)
 
 
+def test_more_axes_than_numpy_has(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    write_header(path, {"a": entry([1] * 300, [0, 4])}, b"1234")
+    with pytest.raises(interop.FileError, match=r"adapter_model\.safetensors: a cannot be read"):
+        read_safetensors(path)
+
+
 def test_empty_and_short_files(tmp_path):
     for size in (0, 1, 7, 8):
         (path := tmp_path / f"{size}.safetensors").write_bytes(b"\0" * size)

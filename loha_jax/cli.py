@@ -181,7 +181,7 @@ def merge(
     """Writes a checkpoint with adapters merged into it.
 
     Shards, index, key order and metadata are the base's; config and tokenizer come along. Tensors go through memory a
-    few rows at a time. If a run is interrupted, the same command goes on where it stopped.
+    few rows at a time. If a run is interrupted, the same command goes on with the files that are finished.
     """
     with _Command("merge", as_json) as command:
         merge_check = _interop("merge_check")
@@ -222,7 +222,7 @@ def merge(
             command.fail(str(error), DIFFERENT)
             return
         except KeyboardInterrupt:
-            command.say("Interrupted; the same command goes on where this one stopped.")
+            command.say("Interrupted; the same command goes on with the files that are finished.")
             raise
         result = {
             "out": str(report.out),

@@ -162,7 +162,7 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
     if len(found) == 1:
         return found, None, None
     if found:
-        raise ValueError(
+        raise FileError(
             f"'{path}' holds several safetensors files and no index: {', '.join(f.name for f in found)}. Give the path "
             "of one of them."
         )

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from .checkpoint import Checkpoint, Header, is_floating, write_at
+from .direct_file import DirectFile
 from .low_rank_update import accumulator
 from .merge_plan import MergePlan
 from .merge_sum import RowUpdates, column_gains, merge_rows, squared_columns
@@ -57,30 +58,33 @@ class ShardWriter:
         """Writes to a name of its own in the same folder, flushes, renames."""
         part = path.with_name(f".{path.name}.part")
         self._source = os.open(self._file, os.O_RDONLY)
-        self._target = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._target = DirectFile(part, self._new.file_size)
         try:
-            os.truncate(self._target, self._new.file_size)
-            write_at(self._target, 0, self._new.data)
+            self._target.write(0, np.frombuffer(self._new.data, np.uint8))
             self._count(len(self._new.data))
-            with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-                _run_all(pool, self._tasks(pool), self._count)
-            os.fsync(self._target)
+            with (
+                concurrent.futures.ThreadPoolExecutor(1) as flusher,
+                concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool,
+            ):
+                _run_all(pool, self._tasks(pool, flusher), self._count)
+            os.fsync(self._target.descriptor)
             os.rename(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         finally:
             os.close(self._source)
-            os.close(self._target)
+            self._target.close()
         sync_folder(path.parent)
 
-    def _tasks(self, pool: concurrent.futures.Executor) -> Iterator[Callable[[], int]]:
+    def _tasks(
+        self, pool: concurrent.futures.Executor, flusher: concurrent.futures.Executor
+    ) -> Iterator[Callable[[], int]]:
         """Calls that each write some bytes and return their number, in the order of the base's bytes."""
-        flushed = 0
+        flushed, flush = 0, None
         for key, (start, end) in sorted(self._old.places.items(), key=lambda item: item[1]):
-            if start - flushed > _FLUSH:
-                flushed = start
-                yield self._flush
+            if start - flushed > _FLUSH and (flush is None or flush.done()):
+                flushed, flush = start, flusher.submit(self._flush)  # the fsync at the end says whether it failed
             own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
             place = self._new.places[key][0]
             if key in self._plan.keys or own != target:
@@ -88,7 +92,7 @@ class ShardWriter:
                 continue
             for offset in range(0, end - start, 8 * _BLOCK):
                 size = min(8 * _BLOCK, end - start - offset)
-                yield lambda a=start + offset, b=place + offset, n=size: _copy(self._source, a, self._target, b, n)
+                yield lambda a=start + offset, b=place + offset, n=size: self._copy(a, b, n)
 
     def _tensor_tasks(
         self, pool: concurrent.futures.Executor, key: str, start: int, own: np.dtype, target: np.dtype
@@ -120,18 +124,20 @@ class ShardWriter:
             result = np.asarray(_in_precision(wide, merge_rows, block, updates.rows(first, last), target))
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
                 raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
-            write_at(self._target, place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
+            self._target.write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
             return (last - first) * columns * target.itemsize
 
         for first, last in spans:
             yield lambda first=first, last=last: write(first, last)
 
-    def _flush(self) -> int:
-        os.fdatasync(self._target)
-        return 0
+    def _copy(self, start: int, place: int, size: int) -> int:
+        return _copy(self._source, start, self._target.descriptor, place, size)
+
+    def _flush(self) -> None:
+        os.fdatasync(self._target.descriptor)
 
     def _write_value(self, key: str, value: np.ndarray) -> int:
-        write_at(self._target, self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        self._target.write(self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         return value.nbytes
 
     def _row_updates(

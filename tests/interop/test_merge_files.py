@@ -412,21 +412,21 @@ def test_a_disk_that_fills_up_leaves_no_result_and_the_next_run_goes_on(tmp_path
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = [(write_adapter(tmp_path / "adapter", modules), 1.0)]
     written = 0
-    real = merge_shard.write_at
+    real = merge_shard.DirectFile.write
 
-    def write_at(descriptor, offset, data):
+    def write(file, place, data):
         nonlocal written
         written += 1
         if written > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor, offset, data)
+        real(file, place, data)
 
-    monkeypatch.setattr(merge_shard, "write_at", write_at)
+    monkeypatch.setattr(merge_shard.DirectFile, "write", write)
     with pytest.raises(OSError, match="No space left"):
         merge_checkpoint(path, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.merging" / "files").glob(".*"))  # nothing that is not whole
-    monkeypatch.setattr(merge_shard, "write_at", real)
+    monkeypatch.setattr(merge_shard.DirectFile, "write", real)
     report = merge_checkpoint(path, adapter, tmp_path / "out")
     assert report.kept
     check_merged(tmp_path / "out", base, modules)

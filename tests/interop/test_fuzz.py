@@ -5,6 +5,7 @@ python run.py test tests/interop/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
 
 import contextlib
 import importlib.util
+import json
 import resource
 import shutil
 import signal
@@ -19,9 +20,11 @@ from loha_jax.interop.checkpoint import Checkpoint
 from lycoris_samples import LAYOUTS, base_params
 from mutations import mutate_folder
 from peft_samples import Sample
+from typer.testing import CliRunner
 
 import loha_jax
 from loha_jax import interop
+from loha_jax.cli import app
 
 SECONDS = 30  # far more than any case needs, far less than a pattern that backtracks
 MEGABYTES = 1500  # what a process may grow by over all cases
@@ -104,6 +107,49 @@ def test_broken_files_are_loaded_rightly_or_refused(tmp_path, request):
         2**20 if sys.platform == "darwin" else 1024
     )
     assert grown < MEGABYTES
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, request):
+    """Exit code 2 with one message and nothing written; or a result. Never a traceback."""
+    cases, seed = request.config.option.fuzz_cases // 5, request.config.option.fuzz_seed
+    linear = Sample("linear")
+    interop.save_merged(tmp_path / "base", linear.params(), max_shard_size=200)
+    lycoris = Path(__file__).parents[1] / "data" / "lycoris"
+    kohya = lycoris / "kohya_tucker.safetensors"
+    commands = [
+        (linear.adapter, lambda p, out: ["inspect", p]),
+        (kohya, lambda p, out: ["inspect", p]),
+        (tmp_path / "base", lambda p, out: ["inspect", p]),
+        (linear.adapter, lambda p, out: ["convert", p, out, "--to", "lora", "--rank", 2]),
+        (linear.adapter, lambda p, out: ["convert", p, out, "--to", "lycoris"]),
+        (linear.adapter, lambda p, out: ["convert", p, out, "--to", "orbax"]),
+        (kohya, lambda p, out: ["convert", p, out, "--to", "lycoris"]),
+        (linear.adapter, lambda p, out: ["merge", tmp_path / "base", p, out]),
+        (tmp_path / "base", lambda p, out: ["merge", p, linear.adapter, out]),
+        (linear.adapter, lambda p, out: ["diff", p, linear.adapter]),
+        (tmp_path / "base", lambda p, out: ["diff", tmp_path / "base", p]),
+    ]
+    codes = {0: 0, 1: 0, 2: 0}
+    for case in range(cases):
+        random = np.random.default_rng((seed, 1, case))
+        path, arguments = commands[case % len(commands)]
+        target, out = tmp_path / "case" / path.name, tmp_path / "case" / "out"
+        changed = mutate_folder(path, target, random)
+        command = [*map(str, arguments(target, out)), "--json"]
+        where = f"case {case} of seed {seed}: {command}, {changed.name}"
+        with watched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = CliRunner().invoke(app, command)
+        assert result.exception is None or isinstance(result.exception, SystemExit), (where, result.exception)
+        assert "Traceback" not in result.output, where
+        assert isinstance(json.loads(result.stdout), dict), where
+        codes[result.exit_code] += 1
+        left = [
+            p.name for p in (tmp_path / "case").iterdir() if p != target and not (p == out and not result.exit_code)
+        ]
+        assert not left, (where, left)
+        shutil.rmtree(tmp_path / "case")
+    assert min(codes.values()) > cases // 50, codes
 
 
 def check(tree, whole, where):

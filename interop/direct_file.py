@@ -56,7 +56,7 @@ class DirectFile:
         try:
             done = 0
             while done < pages.size:
-                done += os.pwrite(self._direct, memoryview(pages[done:]), start + done)
+                done += os.pwrite(self._direct, pages[done:].data, start + done)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

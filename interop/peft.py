@@ -117,8 +117,8 @@ def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
     if found := [name for name in named if re.fullmatch(GPT2_CONV1D, name)]:
         warnings.warn(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
-            "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT opens, or "
-            "merge the adapter (`save_merged`).",
+            "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
+            "opens, or merge the adapter (`save_merged`).",
             UserWarning,
             stacklevel=4,
         )

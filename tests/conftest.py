@@ -22,7 +22,7 @@ def pytest_addoption(parser):
     group.addoption("--models-layers", type=int, default=2, help="layers of the models")
     group = parser.getgroup("fuzz", "broken and hostile files (tests/interop/test_fuzz.py)")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the cases")
-    group.addoption("--fuzz-cases", type=int, default=3000, help="how many")
+    group.addoption("--fuzz-cases", type=int, default=2000, help="how many")
 
 
 def pytest_report_header(config):

@@ -109,7 +109,7 @@ def assert_close(got, want):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-9 * max(float(jnp.abs(w).max()), 1e-3))
 
 
-@pytest.mark.parametrize("on_out", [True, False], ids=["out", "in"])
+@pytest.mark.parametrize("on_out", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["out", "in"])
 @pytest.mark.parametrize("use", USES)
 def test_values_and_gradients_are_those_of_the_formula(use, on_out, x64):
     function, shape, layout, x_shape, cp, in_is_factored = USES[use]

@@ -53,7 +53,8 @@ def apply(layer, x, kernel):
     [
         pytest.param(layer, cores, option, id=f"{layer}, {'cores' if cores else 'flat'}, {option}")
         for layer, cores, option in itertools.product(LAYERS, (False, True), OPTIONS)
-        if not (cores and (layer == "linear" or option in ("stable", "scalar")))
+        if option == "all" or (layer in ("linear", "conv2d") and not cores) or (cores, option) == (True, "plain")
+        if not (cores and layer == "linear")
     ],
 )
 def test_values_and_gradients_are_those_of_lycoris(layer, cores, option, x64):

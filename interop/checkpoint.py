@@ -184,7 +184,7 @@ def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
     names = list(dict.fromkeys(weight_map.values()))
     if outside := [repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)]:
         raise FileError(f"{index} names shards that are no files beside it: {', '.join(outside)}")
-    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    files = [index.parent / name for name in names]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
     return files, index, weight_map

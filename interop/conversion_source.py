@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_file import AdapterModule, read_adapter
+from .adapter_file import AdapterModule
 from .carried import PREFIX
 from .checkpoint import Checkpoint
 from .lora_math import cast_tensors, loha_of
 from .low_rank_update import LowRankUpdate
 from .lycoris_format import NORM_PARTS
 from .module_lookup import ModuleLookup
+from .read_adapter import read_adapter
 
 
 class Source:
@@ -156,7 +157,6 @@ class Source:
 
 def cast_module(module: AdapterModule, dtype: Any) -> AdapterModule:
     """A module with its tensors in another dtype."""
-    tensors = module.tensors if module.dora_scale is None else {**module.tensors, "dora_scale": module.dora_scale}
-    tensors = cast_tensors(module.name, tensors, dtype)
+    tensors = cast_tensors(module.name, module.arrays, dtype)
     norms = tensors.pop("dora_scale", None)
     return dataclasses.replace(module, tensors=tensors, dora_scale=norms)

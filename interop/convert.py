@@ -29,7 +29,6 @@ from .lycoris_format import (
     KOHYA_PREFIX,
     NATIVE_PREFIX,
     NORM_PARTS,
-    LycorisModule,
     file_bytes,
     module_key,
     module_tensors,
@@ -269,9 +268,7 @@ class _Targets:
             if key in owners:
                 raise ValueError(f"{owners[key]} and {m.name} would both be {key!r} in the file")
             owners[key] = m.name
-            tensors = module_tensors(
-                LycorisModule(m.r, m.alpha, m.tensors, m.dora_scale), one_axis=self._has_one_axis(own, m)
-            )
+            tensors = module_tensors(m, one_axis=self._has_one_axis(own, m))
             if "hada_t1" in tensors or math.prod(self._source.shapes.get(m.name, ())[2:]) > 1:
                 convolutions.append(key)
             state |= {f"{key}.{part}": tensor for part, tensor in tensors.items()}

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating
 from .inspection import is_adapter
 from .low_rank_update import LowRankUpdate
+from .read_adapter import read_adapter
 from .update_norms import difference_norm, update_norm
 
 _BLOCK = 1 << 22

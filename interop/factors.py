@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -16,33 +15,17 @@ from loha_jax.init import FACTOR_NAMES
 from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
 
+from .adapter_file import AdapterModule
 from .files import FileError
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModuleFactors:
-    """One module's share of an adapter.
+def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModule]:
+    """The modules of a kernel that the adapter targets, without the padding of a stack.
 
-    Attributes:
-        index: of the module in the kernel's stack.
-        name: torch module name.
-        r, alpha: of the module; rank stabilisation is folded into alpha.
-        tensors: `hada_*` arrays in PEFT's shapes, without padding; `hada_w1_a` is multiplied by the scalar, if any.
-        dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
+    Rank stabilisation is folded into alpha, and the scalar, if any, into `hada_w1_a`.
     """
-
-    index: int
-    name: str
-    r: int
-    alpha: float
-    tensors: dict[str, np.ndarray]
-    dora_scale: np.ndarray | None = None
-
-
-def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[ModuleFactors]:
-    """The modules of a kernel that the adapter targets."""
     factors = leaf.adapters[adapter_name]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
     trained = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
@@ -55,7 +38,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[ModuleFactor
             if "scalar" in trained:
                 own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(own["hada_w1_a"].dtype)
             dora_scale = trained["dora_scale"][index] if "dora_scale" in trained else None
-            yield ModuleFactors(index, name, r, alpha, own, dora_scale)
+            yield AdapterModule(name, "loha", r, alpha, own, dora_scale)
 
 
 def exact_pattern(name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from loha_jax.config import CONFIG_NAME
 from loha_jax.init import FACTOR_NAMES
 
-from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating
 from .factors import rank_of
 from .files import FileError, read_safetensors
@@ -20,6 +20,7 @@ from .low_rank_update import LowRankUpdate
 from .lycoris_format import read_module
 from .orbax_folder import is_orbax_folder
 from .peft import DIFFUSERS_NAME, SAFETENSORS_NAME, module_key
+from .read_adapter import read_adapter
 from .update_norms import update_norm
 
 
@@ -122,7 +123,7 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
 
 
 def _describe_module(own: str, module: AdapterModule, problems: list[str], remarks: list[str]) -> dict[str, Any]:
-    tensors = dict(module.tensors) if module.dora_scale is None else {**module.tensors, "dora_scale": module.dora_scale}
+    tensors = module.arrays
     finite = [_check_finite(f"{own}.{part}", tensor, problems) for part, tensor in tensors.items()]
     update, norm = None, None
     try:

@@ -140,17 +140,17 @@ def to_lora(
 
 def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
     """The modules of a kernel, with the scaling that they have now."""
-    scaling = np.asarray(factors.scaling, np.float64).reshape(-1)
-    multiplier = None if factors.multiplier is None else np.asarray(factors.multiplier).reshape(-1)
+    scaling = dict(zip(leaf.names, np.asarray(factors.scaling, np.float64).reshape(-1).tolist(), strict=True))
+    given = np.ones(len(leaf.names)) if factors.multiplier is None else np.asarray(factors.multiplier).reshape(-1)
+    multiplier = dict(zip(leaf.names, given, strict=True))
     result = []
     for module in module_factors(leaf, adapter_name):
-        if multiplier is not None and multiplier[module.index] != 1:
+        if multiplier[module.name] != 1:
             raise ValueError(
-                f"{module.name} has a weight decomposition scaled by {multiplier[module.index]:g}, and PEFT's DoRA has "
+                f"{module.name} has a weight decomposition scaled by {multiplier[module.name]:g}, and PEFT's DoRA has "
                 f"no such number. Set it back, loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
             )
-        alpha = float(scaling[module.index]) * module.r
-        result.append(AdapterModule(module.name, "loha", module.r, alpha, module.tensors, module.dora_scale))
+        result.append(dataclasses.replace(module, alpha=scaling[module.name] * module.r))
     return result
 
 
@@ -319,8 +319,7 @@ def load_lora(
         (5, 4)
     """
     file = read_lora_folder(folder)
-    factors = {f"{m.name}.{key}": t for m in file.modules.values() for key, t in m.arrays.items()}
-    check_finite({**factors, **file.others}, folder)
+    check_finite(file.arrays, folder)
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:
         plan = plan_injection(base_params, config, names=names, layouts=layouts)

@@ -6,17 +6,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loha_jax.config import PEFT_VERSION, LoHaConfig
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import find_minimal_target_modules, match_pattern
-from loha_jax.untrusted import parse_json
 
+from .adapter_file import AdapterModule
 from .factors import exact_pattern
-
-if TYPE_CHECKING:
-    from .adapter_file import AdapterModule  # which reads LoRA too, and imports this module
 
 # Fields of both configs, by LoHa's names.
 _SHARED = (
@@ -96,15 +93,12 @@ def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
     return f"({'|'.join(map(re.escape, sorted(adapted)))})" if chosen & ends else sorted(chosen)
 
 
-def parse_lora_config(text: str) -> dict[str, Any]:
-    """The fields of the text of a LoRA's `adapter_config.json`, checked.
+def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a LoRA's `adapter_config.json`, checked.
 
     Raises:
         ValueError: it is not the configuration of a LoRA, or one with an option that LoHa has no counterpart of.
     """
-    values = parse_json(text, "the adapter configuration")
-    if not isinstance(values, dict):
-        raise ValueError(f"An adapter configuration is a JSON object, got {type(values).__name__}")
     if (kind := values.get("peft_type")) != "LORA":
         raise ValueError(f"This is the configuration of a {kind!r} adapter, not of a 'LORA' one")
     if (bias := values.get("bias", "none")) != "none":
@@ -126,7 +120,7 @@ def parse_lora_config(text: str) -> dict[str, Any]:
     for name in ("use_rslora", "use_dora"):
         if not isinstance(values.get(name, False), bool):
             raise ValueError(f"`{name}` should be true or false but is {values[name]!r}")
-    return values
+    return dict(values)
 
 
 def like_loha(values: Mapping[str, Any]) -> LoHaConfig:
@@ -139,7 +133,7 @@ def rank_and_alpha(values: Mapping[str, Any], config: LoHaConfig, name: str) -> 
     """A module's rank, and its alpha with rank stabilisation folded in: the scaling is alpha/r.
 
     Args:
-        values: from `parse_lora_config`.
+        values: from `check_lora_config`.
         config: `like_loha` of them.
         name: of the module.
     """
@@ -152,7 +146,7 @@ def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule])
     """The config of the LoHa adapter that is exactly a LoRA.
 
     Args:
-        values: from `parse_lora_config`.
+        values: from `check_lora_config`.
         modules: of the file, by name.
     """
     config = like_loha(values)

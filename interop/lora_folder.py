@@ -13,7 +13,7 @@ import numpy as np
 from .adapter_file import AdapterFile, AdapterModule
 from .carried import PREFIX
 from .files import FileError, read_metadata
-from .lora_config import like_loha, parse_lora_config, rank_and_alpha
+from .lora_config import check_lora_config, like_loha, rank_and_alpha
 from .peft import read_folder
 
 # The adapter's name stands in the keys of a model's state dict, not in those of a file.
@@ -35,7 +35,7 @@ def read_lora_folder(folder: str | Path) -> AdapterFile:
         FileError: they are broken, do not fit each other, or are a variant of LoRA that LoHa has no counterpart of.
     """
     folder = Path(folder)
-    return lora_file(folder, *read_folder(folder, parse_lora_config))
+    return lora_file(folder, *read_folder(folder, check_lora_config))
 
 
 def lora_file(folder: Path, values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
@@ -43,7 +43,7 @@ def lora_file(folder: Path, values: dict[str, Any], state: Mapping[str, np.ndarr
 
     Args:
         folder: where it lies.
-        values: from `parse_lora_config`.
+        values: from `check_lora_config`.
         state: the tensors by the file's keys.
         path: of the file that held them.
     """

@@ -16,7 +16,7 @@ from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .factors import chosen_adapter, module_factors
 from .files import write_atomically
-from .lycoris_format import NATIVE_PREFIX, NORM_PARTS, LycorisModule, file_bytes, in_dtype, module_key, module_tensors
+from .lycoris_format import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, module_key, module_tensors
 
 
 def save_lycoris(
@@ -133,9 +133,8 @@ def _component(params: Any, adapter_name: str | None, prefix: str) -> _Component
         if not isinstance(leaf, LoHaWeight) or adapter_name not in leaf.adapters:
             continue
         config, spatial = leaf.adapters[adapter_name].config, leaf.layout.sizes("k", leaf.kernel.shape)
-        for m in module_factors(leaf, adapter_name):
-            module = LycorisModule(m.r, m.alpha, m.tensors, m.dora_scale)
-            own = add(m.name, module_tensors(module, one_axis=len(spatial) == 1))
+        for module in module_factors(leaf, adapter_name):
+            own = add(module.name, module_tensors(module, one_axis=len(spatial) == 1))
             if any(size != 1 for size in spatial):
                 component.convolutions.append(own)
         if isinstance(config, LycorisConfig):

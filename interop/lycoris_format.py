@@ -11,13 +11,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.init import FACTOR_NAMES
 
+from .adapter_file import AdapterModule
 from .factors import most_common, rank_of
 from .files import FileError, safetensors_bytes
 
@@ -44,21 +45,6 @@ _OTHER_KINDS = (
     ("T-LoRA", r"\.lambda_layer$"),
     ("full-difference", r"\.diff(?:_b)?$"),
 )
-
-
-class LycorisModule(NamedTuple):
-    """What a file says of one module.
-
-    Attributes:
-        r, alpha: the rank is that of the tensors; alpha is r where the file has none, or 0.
-        tensors: `hada_*` in PEFT's shapes: the core of a Conv1d gets its trailing 1.
-        dora_scale: norms of a weight decomposition, or None.
-    """
-
-    r: int
-    alpha: float
-    tensors: dict[str, np.ndarray]
-    dora_scale: np.ndarray | None
 
 
 def split_prefix(name: str) -> tuple[str, str]:
@@ -102,12 +88,13 @@ def is_norm(parts: Mapping[str, np.ndarray]) -> bool:
     return any(part in parts for part in NORM_PARTS.values())
 
 
-def read_module(name: str, parts: Mapping[str, np.ndarray]) -> LycorisModule:
+def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
     """The factors of one module, checked; of any dtype.
 
     Args:
-        name: for messages.
-        parts: its tensors by LyCORIS' names.
+        name: of the module.
+        parts: its tensors by LyCORIS' names. Its alpha is r where they have none, or 0; the core of a Conv1d gets its
+            trailing 1.
 
     Raises:
         FileError: tensors are missing or do not fit each other, or alpha is no finite number.
@@ -125,10 +112,10 @@ def read_module(name: str, parts: Mapping[str, np.ndarray]) -> LycorisModule:
         if given.size != 1 or not math.isfinite(given.item()):
             raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
         alpha = float(given.item()) or alpha
-    return LycorisModule(r, alpha, tensors, parts.get("dora_scale"))
+    return AdapterModule(name, "loha", r, alpha, tensors, parts.get("dora_scale"))
 
 
-def module_tensors(module: LycorisModule, *, one_axis: bool) -> dict[str, np.ndarray]:
+def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.ndarray]:
     """One module's tensors by LyCORIS' names: `read_module` the other way.
 
     Args:

@@ -23,10 +23,11 @@ from loha_jax.naming import Names, all_names, torch_parameter
 from loha_jax.plan import Layouts, NamedTree, Plan, Saved, Target, plan_injection
 from loha_jax.weight import LoHaWeight
 
-from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .adapter_file import AdapterFile, AdapterModule
 from .factors import exact_pattern, most_common
 from .files import FileError, check_finite
 from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
+from .read_adapter import read_adapter
 
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
 

@@ -182,9 +182,7 @@ def _fingerprint(
     for adapter in adapters:
         for own, module in adapter.modules.items():
             add(own, module.kind, module.r, module.alpha)
-        own_tensors = [(f"{own}.{part}", t) for own, m in adapter.modules.items() for part, t in m.tensors.items()]
-        scales = [(f"{own}.dora_scale", m.dora_scale) for own, m in adapter.modules.items() if m.dora_scale is not None]
-        for key, tensor in (*own_tensors, *scales, *adapter.others.items()):
+        for key, tensor in adapter.arrays.items():
             add(key, str(tensor.dtype), list(tensor.shape))
             digest.update(np.ascontiguousarray(tensor).tobytes())
     return digest.hexdigest()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter_file import AdapterFile, AdapterModule, read_adapter
+from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating, read_config
-from .files import FileError
+from .files import FileError, check_finite
 from .low_rank_update import LowRankUpdate
 from .lycoris_format import NORM_PARTS
 from .module_lookup import ModuleLookup
 from .names import GPT2_CONV1D
+from .read_adapter import read_adapter
 
 _PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 _COUNTER = "num_batches_tracked"
@@ -103,7 +104,7 @@ class _Planner:
 
     def add(self, path: str | Path, weight: float) -> AdapterFile:
         adapter = read_adapter(path, modules=self._modules)
-        _check_finite(adapter)
+        check_finite(adapter.arrays, adapter.path)
         chosen = {own: m for own, m in adapter.modules.items() if self._only is None or self._only.fullmatch(own)}
         others = {k: v for k, v in adapter.others.items() if self._only is None or self._only.fullmatch(_owner(k))}
         if not chosen and not others:
@@ -233,15 +234,3 @@ def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np
     else:
         raise FileError(f"dora_scale of {module.name} is {list(scale.shape)}: neither one per out feature nor per in")
     return norms.T if transposed else norms
-
-
-def _check_finite(adapter: AdapterFile) -> None:
-    tensors = [(f"{own}.{part}", t) for own, m in adapter.modules.items() for part, t in m.tensors.items()]
-    tensors += [(f"{own}.dora_scale", m.dora_scale) for own, m in adapter.modules.items() if m.dora_scale is not None]
-    broken = [
-        key
-        for key, tensor in (*tensors, *adapter.others.items())
-        if is_floating(tensor.dtype) and not np.isfinite(tensor.astype(np.float32, copy=False)).all()
-    ]
-    if broken:
-        raise FileError(f"{adapter.path} holds NaN or infinity in {', '.join(broken)}; nothing was written")

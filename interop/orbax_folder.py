@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.untrusted import read_json
+
 from .adapter_file import AdapterFile, AdapterModule
 from .files import FileError, write_atomically
 
@@ -37,11 +39,7 @@ def write_orbax(folder: Path, adapter: AdapterFile) -> None:
     """
     import orbax.checkpoint as ocp
 
-    modules = {own: dict(m.tensors) for own, m in adapter.modules.items()}
-    for own, module in adapter.modules.items():
-        if module.dora_scale is not None:
-            modules[own]["dora_scale"] = module.dora_scale
-    tree = {"modules": modules, "others": dict(adapter.others)}
+    tree = {"modules": {own: m.arrays for own, m in adapter.modules.items()}, "others": dict(adapter.others)}
     folder.mkdir(parents=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((folder / TENSORS_NAME).absolute(), {name: part for name, part in tree.items() if part})
@@ -68,7 +66,7 @@ def read_orbax(folder: str | Path) -> AdapterFile:
 
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION_NAME).read_text())
+        description = read_json(folder / DESCRIPTION_NAME)
         if description["format"] != _FORMAT:
             raise FileError(f"{folder / DESCRIPTION_NAME} is of format {description['format']!r}, not {_FORMAT}")
         with ocp.PyTreeCheckpointer() as checkpointer:

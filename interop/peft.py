@@ -25,7 +25,7 @@ from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Target, plan_injection
-from loha_jax.untrusted import read_text
+from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
 
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
@@ -262,7 +262,7 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    config, state, path = read_folder(Path(folder), LoHaConfig.from_json)
+    config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
     check_finite(state, path)
     try:
         return from_peft_state_dict(
@@ -272,12 +272,12 @@ def load_peft(
         raise FileError(f"{path}: {error}") from error
 
 
-def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, np.ndarray], Path]:
+def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tuple[C, dict[str, np.ndarray], Path]:
     """The config and the tensors of an adapter, and the file that holds the latter.
 
     Args:
         folder: of PEFT or diffusers.
-        parse: makes the config of its text, as `LoHaConfig.from_json` does, and raises ValueError.
+        config_of: makes the config of its fields, as `LoHaConfig.from_dict` does, and raises ValueError.
     """
     has_config, diffusers = (folder / CONFIG_NAME).is_file(), folder / DIFFUSERS_NAME
     if not has_config and diffusers.is_file():
@@ -288,7 +288,7 @@ def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, n
                 "and give a config to `from_peft_state_dict`."
             )
         try:
-            config = parse(text)
+            config = config_of(json_object(text, "the adapter configuration"))
         except ValueError as error:
             raise FileError(f"{diffusers}: {error}") from error
         return config, read_safetensors(diffusers), diffusers
@@ -296,9 +296,9 @@ def read_folder(folder: Path, parse: Callable[[str], C]) -> tuple[C, dict[str, n
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
         hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
-    text = read_text(folder / CONFIG_NAME)
+    values = read_json(folder / CONFIG_NAME)
     try:
-        config = parse(text)
+        config = config_of(values)
     except ValueError as error:
         raise FileError(f"{folder / CONFIG_NAME}: {error}") from error
     if (path := folder / SAFETENSORS_NAME).is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loha_jax.init import INIT_SCHEMES
-from loha_jax.untrusted import FileError, check_pattern, parse_json, read_text
+from loha_jax.untrusted import FileError, check_pattern, json_object, read_json
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -224,10 +224,7 @@ class LoHaConfig:
     @classmethod
     def from_json(cls, text: str) -> LoHaConfig:
         """The config of the text of an `adapter_config.json`; see `from_dict`."""
-        values = parse_json(text, "the adapter configuration")
-        if not isinstance(values, dict):
-            raise FileError(f"An adapter configuration is a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json_object(text, "the adapter configuration"))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LoHaConfig:
@@ -240,9 +237,9 @@ class LoHaConfig:
         path = Path(folder) / CONFIG_NAME
         if not path.exists():
             raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'")
-        text = read_text(path)
+        values = read_json(path)
         try:
-            return cls.from_json(text)
+            return cls.from_dict(values)
         except ValueError as error:
             raise FileError(f"{path}: {error}") from error
 

@@ -102,12 +102,17 @@ def parse_json(text: str | bytes, origin: str | Path) -> Any:
     raise FileError(f"{origin}: JSON nested more than {_MAX_JSON_DEPTH} deep")
 
 
-def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError or FileError as of `read_text` and `parse_json`, or no object."""
-    value = parse_json(read_text(path, limit), path)
+def json_object(text: str | bytes, origin: str | Path) -> dict[str, Any]:
+    """The JSON object that a text is; FileError as of `parse_json`, or where it is no object."""
+    value = parse_json(text, origin)
     if not isinstance(value, dict):
-        raise FileError(f"{path} should hold a JSON object and holds a {type(value).__name__}")
+        raise FileError(f"{origin} should hold a JSON object and holds a {type(value).__name__}")
     return value
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or FileError as of `read_text` and `json_object`."""
+    return json_object(read_text(path), path)
 
 
 def check_pattern(pattern: str) -> None:

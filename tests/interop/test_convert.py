@@ -6,10 +6,10 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.adapter_file import read_adapter
 from loha_jax.interop.convert import FORMATS, convert_adapter
 from loha_jax.interop.differences import compare_paths
 from loha_jax.interop.files import safetensors_bytes
+from loha_jax.interop.read_adapter import read_adapter
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from loha_jax.interop.adapter_file import read_adapter
 from loha_jax.interop.checkpoint import Checkpoint
+from loha_jax.interop.read_adapter import read_adapter
 from lycoris_samples import LAYOUTS, base_params
 from mutations import mutate_folder
 from peft_samples import Sample

@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop.adapter_file import AdapterModule, read_adapter
+from loha_jax.interop.adapter_file import AdapterModule
 from loha_jax.interop.files import FileError
 from loha_jax.interop.lora_config import exact_targets
 from loha_jax.interop.lora_folder import read_lora_folder
 from loha_jax.interop.lora_math import loha_of, lora_of
+from loha_jax.interop.read_adapter import read_adapter
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop.adapter_file import read_adapter
 from loha_jax.interop.files import FileError, read_metadata
 from loha_jax.interop.lycoris_format import ModuleNames, split_prefix
+from loha_jax.interop.read_adapter import read_adapter
 from lycoris_samples import DATA, FORMS, LAYERS, LAYOUTS, base_params, jax_tree, native
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file

@@ -14,12 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from loha_jax.interop import merge_files, merge_shard
-from loha_jax.interop.adapter_file import AdapterModule, read_adapter
+from loha_jax.interop.adapter_file import AdapterModule
 from loha_jax.interop.checkpoint import Checkpoint, CheckpointWriter
 from loha_jax.interop.files import FileError, safetensors_bytes
 from loha_jax.interop.low_rank_update import LowRankUpdate
 from loha_jax.interop.merge_files import merge_checkpoint
 from loha_jax.interop.module_lookup import ModuleLookup
+from loha_jax.interop.read_adapter import read_adapter
 from loha_jax.interop.update_norms import difference_norm, update_norm
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file

@@ -107,6 +107,11 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def modules(self) -> list[str]:
+        """The names of the modules that have a weight."""
+        return [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
+
+    @property
     def is_whole_folder(self) -> bool:
         """Whether the files beside the weights (config, tokenizer) belong to them: not so beside a file of any name."""
         named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))

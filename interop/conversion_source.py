@@ -43,7 +43,7 @@ class Source:
     def __init__(self, path: str | Path, base: str | Path | None, only: str | None):
         self.checkpoint = None if base is None else Checkpoint(base)
         shapes = self.checkpoint.shapes if self.checkpoint else {}
-        names = [key.removesuffix(".weight") for key in shapes if key.endswith(".weight")]
+        names = self.checkpoint.modules if self.checkpoint else []
         adapter = read_adapter(path, modules=names if self.checkpoint else None)
         pattern = None if only is None else re.compile(only)
         modules = {own: m for own, m in adapter.modules.items() if pattern is None or pattern.fullmatch(own)}

@@ -20,7 +20,7 @@ from .adapter_file import AdapterModule
 from .carried import PREFIX
 from .checkpoint import read_config
 from .conversion_source import Source, cast_module
-from .factors import exact_pattern, most_common
+from .factors import ranks_and_alphas
 from .files import safetensors_bytes, write_atomically
 from .lora import check_decomposed, lora_tensors
 from .lora_config import exact_targets, like_loha, lora_config
@@ -148,8 +148,6 @@ class _Targets:
     def _config(self, modules: Mapping[str, AdapterModule], saved: list[str]) -> LoHaConfig:
         """A LoHa's config: the source's own where it has one."""
         given = {k: v for k, v in self._adapter.config.items() if v is not None}
-        r = most_common(m.r for m in modules.values())
-        alpha = most_common(m.alpha for m in modules.values())
         if self._adapter.config.get("peft_type") == "LOHA":
             config = LoHaConfig.from_dict(self._adapter.config)
         elif given:
@@ -160,10 +158,7 @@ class _Targets:
             return dataclasses.replace(config, inference_mode=True, peft_version=PEFT_VERSION)
         return dataclasses.replace(
             config,
-            r=r,
-            alpha=_number(alpha),
-            rank_pattern={exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
-            alpha_pattern={exact_pattern(n): _number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
+            **ranks_and_alphas(modules),
             use_effective_conv2d=any("hada_t1" in m.tensors for m in modules.values()),
             target_modules=self._targets(modules),
             exclude_modules=None,
@@ -180,8 +175,7 @@ class _Targets:
         if self._source.checkpoint is None:
             return sorted(modules)
         every = {key.rpartition(".")[0] for key in self._source.checkpoint.shapes}
-        above = {".".join(name.split(".")[:n]) for name in every for n in range(1, name.count(".") + 1)}
-        return exact_targets(set(modules), (every | above) - {""})
+        return exact_targets(set(modules), every - {""})
 
     def peft(self) -> Callable[[Path], None]:
         """A PEFT LoHa folder."""
@@ -308,8 +302,3 @@ class _Targets:
                 "them out with --only, or merge the adapter"
             )
         return state
-
-
-def _number(alpha: float) -> float:
-    """An alpha as people write it: 8, not 8.0."""
-    return int(alpha) if alpha == int(alpha) else alpha

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.init import FACTOR_NAMES
+from loha_jax.inject import factor_dtype
 from loha_jax.plan import Target
 from loha_jax.weight import LoHaWeight
 
@@ -49,6 +51,38 @@ def exact_pattern(name: str) -> str:
 def most_common(values: Iterable[T]) -> T:
     """The value that occurs most often; the first of several."""
     return collections.Counter(values).most_common(1)[0][0]
+
+
+def plain_number(alpha: float) -> float:
+    """An alpha as people write it: 8, not 8.0."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
+    """The fields of a config that give each module its own rank and alpha: the most common ones, and patterns."""
+    r, alpha = most_common(m.r for m in modules.values()), most_common(m.alpha for m in modules.values())
+    return {
+        "r": r,
+        "alpha": plain_number(alpha),
+        "rank_pattern": {exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
+        "alpha_pattern": {exact_pattern(n): plain_number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
+    }
+
+
+def stack_dora_scales(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
+    """The norms of a kernel's weight decomposition, `{"dora_scale": [*stack, …]}`; {} where it has none.
+
+    Args:
+        target: the kernel.
+        modules: of an adapter file, by torch name.
+    """
+    given = [modules[name].dora_scale if name in modules else None for name in target.names]
+    first = next((scale for scale in given if scale is not None), None)
+    if first is None:
+        return {}
+    # Where a module of the stack is not adapted, the multiplier is 0 and any norm will do.
+    stacked = np.stack([np.ones(first.shape, first.dtype) if scale is None else scale for scale in given])
+    return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}
 
 
 def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:

@@ -23,7 +23,7 @@ from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
-from .factors import chosen_adapter, module_factors
+from .factors import chosen_adapter, module_factors, stack_dora_scales
 from .files import FileError, check_finite, safetensors_bytes, write_atomically
 from .lora_config import exact_targets, loha_config, lora_config
 from .lora_folder import read_lora_folder
@@ -204,9 +204,6 @@ def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] |
             others.update(tree.possible_names(position))
     if renamed and names is None:
         return sorted(adapted)
-    others |= {
-        ".".join(parts[:n]) for name in adapted | others if (parts := name.split(".")) for n in range(1, len(parts))
-    }
     return exact_targets(adapted, others)
 
 
@@ -340,18 +337,10 @@ def load_lora(
             return stack_factors(own, target, dtype)
 
         def make_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-            out, *others = target.layout.torch_shape(target.shape)[len(target.stack) :]
-            norms = np.ones((len(target.names), out, *(1,) * len(others)))
-            for n, name in enumerate(target.names):
-                if target.ranks[n]:
-                    norms[n] = file.modules[name].dora_scale
-            return {
-                "dora_scale": jnp.asarray(norms.reshape(*target.stack, *norms.shape[1:]), factor_dtype(target.dtype))
-            }
+            return stack_dora_scales(target, file.modules)
 
         keys = {name: PREFIX + name for name in state}
-        extras = {"make_extras": make_extras} if file.config.get("use_dora") else {}
-        return add_loaded(base_params, plan, adapter_name, state, keys, wanted, make_factors, **extras)
+        return add_loaded(base_params, plan, adapter_name, state, keys, wanted, make_factors, make_extras)
     except ValueError as error:
         raise FileError(f"{folder}: {error}") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from loha_jax.config import PEFT_VERSION, LoHaConfig
 from loha_jax.lycoris_config import LycorisConfig
-from loha_jax.matching import find_minimal_target_modules, match_pattern
+from loha_jax.matching import find_minimal_target_modules, match_pattern, name_endings
 
 from .adapter_file import AdapterModule
 from .factors import exact_pattern
@@ -74,23 +74,26 @@ def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
 
     Args:
         adapted: their names.
-        others: the names of the other modules.
+        others: the names of the other modules; those that contain modules are known from these.
 
     Returns:
         The shortest name endings, sorted. Where no list does, since an adapted module's whole name ends another
         module's, a regular expression.
 
     Example:
-        >>> exact_targets({"layers.0.q", "layers.1.q", "head.0"}, {"layers.0.k", "layers", "head"})
+        >>> exact_targets({"layers.0.q", "layers.1.q", "head.0"}, {"layers.0.k"})
         ['head.0', 'q']
         >>> exact_targets({"q"}, {"layers.q"})
         '(q)'
     """
+    parts = [name.split(".") for name in adapted | others]
+    others = others | {".".join(of_one[:n]) for of_one in parts for n in range(1, len(of_one))}
     # A number alone is a place in a container, and torch has modules without parameters in some of these.
     numbers = {last for name in adapted if (last := name.rpartition(".")[2]).isdigit()}
     chosen = find_minimal_target_modules(adapted, (others - adapted) | numbers)
-    ends = {".".join(name.split(".")[n:]) for name in others - adapted for n in range(name.count(".") + 1)}
-    return f"({'|'.join(map(re.escape, sorted(adapted)))})" if chosen & ends else sorted(chosen)
+    if all(chosen.isdisjoint(name_endings(name)) for name in others - adapted):
+        return sorted(chosen)
+    return f"({'|'.join(map(re.escape, sorted(adapted)))})"
 
 
 def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.hadamard import khatri_rao_rows
+
 from .adapter_file import AdapterModule
 from .low_rank_update import LowRankUpdate
 
@@ -143,8 +145,8 @@ def _factors(
     update: LowRankUpdate, rank: int | None, energy: float | None, groups: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """`left [out, k]`, `right [groups, k, columns]` and the relative error; each group of rows has a `right`."""
-    ka = functools.reduce(_khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs)) * update.scale
-    kb = functools.reduce(_khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)).T
+    ka = functools.reduce(khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs)) * update.scale
+    kb = functools.reduce(khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)).T
     kept = ka.any(0) & kb.any(1)  # a pair that makes a matrix of ones has one column that is not zero
     if not kept.any():
         return np.zeros((update.rows, 1)), np.zeros((groups, 1, update.columns)), 0.0
@@ -167,10 +169,6 @@ def _factors(
     total = energies.sum()
     error = math.sqrt(energies[slots:].sum() / total) if total else 0.0
     return left.reshape(update.rows, slots), right, error
-
-
-def _khatri_rao_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return (first[:, :, None] * second[:, None, :]).reshape(first.shape[0], -1)
 
 
 def _over_all_channels(right: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:

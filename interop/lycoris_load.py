@@ -18,13 +18,14 @@ from loha_jax.dora import is_on_out
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.lycoris_config import LycorisConfig
+from loha_jax.matching import name_endings
 from loha_jax.models import takes_model
 from loha_jax.naming import Names, all_names, torch_parameter
 from loha_jax.plan import Layouts, NamedTree, Plan, Saved, Target, plan_injection
 from loha_jax.weight import LoHaWeight
 
 from .adapter_file import AdapterFile, AdapterModule
-from .factors import exact_pattern, most_common
+from .factors import most_common, plain_number, ranks_and_alphas, stack_dora_scales
 from .files import FileError, check_finite
 from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
 from .read_adapter import read_adapter
@@ -121,7 +122,7 @@ def load_lycoris(
         return (original.astype(wide) + jnp.asarray(difference, wide)).astype(original.dtype)
 
     def make_extras(target: Target, config: Any, kernel: jax.Array) -> dict[str, jax.Array]:
-        return _dora_scales(target, found.modules)
+        return stack_dora_scales(target, found.modules)
 
     return apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
 
@@ -211,11 +212,10 @@ def _plan(
     modules = found.modules
     if not modules:
         return Plan(LycorisConfig(), {}, {}), []
-    r = most_common(m.r for m in modules.values())
-    alpha = _number(most_common(m.alpha for m in modules.values()))
+    settings = ranks_and_alphas(modules)
     config = LycorisConfig(
-        r=r,
-        alpha=alpha,
+        r=settings["r"],
+        alpha=settings["alpha"],
         target_modules=_targets(modules, tree),
         use_effective_conv2d=any("hada_t1" in m.tensors for m in modules.values()),
         weight_decompose=any(m.dora_scale is not None for m in modules.values()),
@@ -232,7 +232,7 @@ def _plan(
         targets[position] = dataclasses.replace(
             target,
             ranks=tuple(m.r if m else 0 for m in own),
-            alphas=tuple(_number(m.alpha) if m else alpha for m in own),
+            alphas=tuple(plain_number(m.alpha) if m else config.alpha for m in own),
             cp=any("hada_t1" in m.tensors for m in given.values()),
         )
         problems += _misfits(targets[position], given, shape)
@@ -240,25 +240,18 @@ def _plan(
     saved, more = _saved(tree, found.norms)
     config = dataclasses.replace(
         plan.config,
+        **settings,
         modules_to_save=sorted(found.norms) or None,
-        rank_pattern={exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
-        alpha_pattern={exact_pattern(n): _number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
         wd_on_out=not axes or most_common(axes) == "out",
     )
     return Plan(config, targets, saved), problems + more
 
 
-def _number(alpha: float) -> float:
-    """An alpha as people write it: 8, not 8.0."""
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
 def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
     """`target_modules` that PEFT's rules match with these modules alone: their names, which also match endings."""
     chosen = frozenset(modules)
-    every = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
-    endings = (name.split(".", n + 1)[-1] for name in every for n in range(name.count(".")))
-    if chosen.isdisjoint(endings):
+    others = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
+    if all(chosen.isdisjoint(name_endings(name)) for name in others):
         return sorted(chosen)
     return "|".join(re.escape(name) for name in sorted(chosen))
 
@@ -330,14 +323,3 @@ def _saved(tree: NamedTree, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tu
                     f"{'none' if wanted is None else list(wanted)} in the model"
                 )
     return dict(sorted(saved.items())), problems
-
-
-def _dora_scales(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
-    """The norms of a kernel's weight decomposition, if it has one."""
-    given = [modules[name].dora_scale if name in modules else None for name in target.names]
-    first = next((scale for scale in given if scale is not None), None)
-    if first is None:
-        return {}
-    # Where a module of the stack is not adapted, the multiplier is 0 and any norm will do.
-    stacked = np.stack([np.ones(first.shape, first.dtype) if scale is None else scale for scale in given])
-    return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}

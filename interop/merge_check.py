@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .adapter_file import AdapterModule
+from .carried import PREFIX
 from .checkpoint import Checkpoint
+from .lora import lora_tensors
 from .low_rank_update import LowRankUpdate
 from .merge_plan import MergePlan, TensorUpdate
 
@@ -143,7 +145,7 @@ def _merge_in_peft(base: np.ndarray, dtype: np.dtype, updates: list[TensorUpdate
         module = update.module
         model.config = {}
         wrapped = peft.get_peft_model(model, _peft_config(peft, module))
-        state = {f"base_model.model.layer.{key}": torch.from_numpy(t.astype(np.float32)) for key, t in _keys(module)}
+        state = {key: torch.from_numpy(tensor.astype(np.float32)) for key, tensor in _state(module).items()}
         unexpected = peft.set_peft_model_state_dict(wrapped, state).unexpected_keys
         assert not unexpected, unexpected
         layer: Any = wrapped.base_model.model.layer
@@ -174,11 +176,9 @@ def _peft_config(peft: Any, module: AdapterModule) -> Any:
     return peft.LoHaConfig(r=module.r, alpha=module.alpha, target_modules=["layer"], use_effective_conv2d=cores)
 
 
-def _keys(module: AdapterModule) -> list[tuple[str, np.ndarray]]:
-    if module.kind == "loha":
-        return list(module.tensors.items())
-    keys = [(f"{part}.weight", tensor) for part, tensor in module.tensors.items()]
-    if module.dora_scale is not None:
-        out, *ones = module.dora_scale.shape[0], *module.dora_scale.shape[2:]
-        keys.append(("lora_magnitude_vector", module.dora_scale.reshape((1, out, *ones) if ones else (out,))))
-    return keys
+def _state(module: AdapterModule) -> dict[str, np.ndarray]:
+    """The module's tensors by the keys of a model whose one module is called "layer"."""
+    module = dataclasses.replace(module, name="layer")
+    if module.kind == "lora":
+        return lora_tensors(module)
+    return {f"{PREFIX}layer.{part}": tensor for part, tensor in module.tensors.items()}

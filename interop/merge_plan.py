@@ -92,7 +92,7 @@ class _Planner:
     def __init__(self, checkpoint: Checkpoint, only: str | None):
         self._checkpoint = checkpoint
         self._only = None if only is None else re.compile(only)
-        self._modules = [key.removesuffix(".weight") for key in checkpoint.shapes if key.endswith(".weight")]
+        self._modules = checkpoint.modules
         self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
         self._updates: dict[str, list[TensorUpdate]] = {}
         self._replaced: dict[str, np.ndarray] = {}

@@ -7,9 +7,12 @@ blocks of rows are built instead.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
+
+from loha_jax.hadamard import khatri_rao_rows
 
 from .low_rank_update import LowRankUpdate
 
@@ -83,8 +86,4 @@ def _gram(a: LowRankUpdate, b: LowRankUpdate) -> np.ndarray:
 
 def _left(update: LowRankUpdate, start: int, stop: int) -> np.ndarray:
     """Rows of the Khatri-Rao factor, in float64."""
-    result = np.ones((min(stop, update.rows) - start, 1))
-    for left, _ in update.pairs:
-        part = left[start:stop].astype(np.float64)
-        result = (result[:, :, None] * part[:, None, :]).reshape(len(result), -1)
-    return result
+    return functools.reduce(khatri_rao_rows, (left[start:stop].astype(np.float64) for left, _ in update.pairs))

@@ -13,14 +13,16 @@ Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loha_jax.xla_hints import alone
 
 Scale = jax.Array | float
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 def float32_or_wider(*dtypes: Any) -> jnp.dtype:
@@ -170,11 +172,12 @@ def hada_weight_cp(
     return (_plain_weight_cp if forward_mode else _weight_cp)(t1, w1_a, w1_b, t2, w2_a, w2_b, scale)
 
 
-def khatri_rao_rows(w1_a: jax.Array, w2_a: jax.Array) -> jax.Array:
+def khatri_rao_rows(w1_a: A, w2_a: A) -> A:
     """Row-wise Khatri-Rao product: `[*stack, out, r1]` and `[*stack, out, r2]` give `[*stack, out, r1·r2]`.
 
     With `khatri_rao_columns` it is the exact low-rank form of the update:
-    `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`.
+    `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`. Numpy arrays give
+    a numpy array.
     """
     product = w1_a[..., :, :, None] * w2_a[..., :, None, :]
     return product.reshape(*product.shape[:-2], -1)
@@ -184,6 +187,22 @@ def khatri_rao_columns(w1_b: jax.Array, w2_b: jax.Array) -> jax.Array:
     """Column-wise Khatri-Rao product: `[*stack, r1, in]` and `[*stack, r2, in]` give `[*stack, r1·r2, in]`."""
     product = w1_b[..., :, None, :] * w2_b[..., None, :, :]
     return product.reshape(*product.shape[:-3], -1, product.shape[-1])
+
+
+def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
+    """The in side of the flat form that equals one with cores, of the same rank: the core multiplies into w_b.
+
+    Args:
+        core: `[*stack, r, r, *spatial]`.
+        w_b: `[*stack, r, in]`.
+        dtype: to compute in.
+
+    Returns:
+        `[*stack, r, in·prod(spatial)]`. The out side of the flat form is the transposed w_a.
+    """
+    core = core.astype(dtype).reshape(*core.shape[: w_b.ndim], -1)
+    product = jnp.einsum("...pqk,...qi->...pik", core, w_b.astype(dtype))
+    return product.reshape(*product.shape[:-2], -1)
 
 
 def _check_shapes(*, w1_a, w1_b, w2_a, w2_b) -> None:

@@ -84,9 +84,11 @@ def inject(
     def make_factors(target: Target) -> dict[str, jax.Array]:
         return _initial_factors(target, key, config)
 
+    def make_copy(saved: Saved, kernel: jax.Array) -> jax.Array:
+        return jnp.array(kernel, copy=True)
+
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
-    copy = lambda saved, kernel: jnp.array(kernel, copy=True)  # noqa: E731
-    return apply_plan(params, plan, adapter_name, make_factors, copy, _initial_extras)
+    return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
 
 
 def apply_plan(

@@ -229,6 +229,8 @@ def _scale(eqn, values, options):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
+_UNPLACED = "a weight decomposition whose norms go with neither the operand nor the result"
+
 _READERS = ("dot_general", "conv_general_dilated", "gather")
 
 
@@ -246,8 +248,8 @@ def _dot_general(eqn, values, options):
     product = Product.of(view, x, kernel_first, eqn.params)
     if isinstance(product, str):
         return product
-    if problem := product.gain_problem(x, view):
-        return problem
+    if product.gain_factors(x, view) is None:
+        return _UNPLACED
     return _Computation(product, view, x, eqn.invars[int(kernel_first)])
 
 
@@ -261,8 +263,8 @@ def _conv_general_dilated(eqn, values, options):
     convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
     if isinstance(convolution, str):
         return convolution
-    if problem := convolution.gain_problem(x, view):
-        return problem
+    if convolution.gain_factors(x, view) is None:
+        return _UNPLACED
     return _Computation(convolution, view, x, eqn.invars[0])
 
 

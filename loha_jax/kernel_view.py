@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from loha_jax.dora import is_on_out, on_flat
-from loha_jax.hadamard import float32_or_wider, hada_weight
+from loha_jax.hadamard import float32_or_wider, hada_weight, multiply_core
 from loha_jax.weight import Factors, LoHaWeight
 
 
@@ -86,13 +86,9 @@ class ViewFactors:
         """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
         if self.t1 is None:
             return self
-        f = self.astype(self.dtype)
-
-        def b(core, w_b):
-            w = jnp.einsum("...pqk,...qi->...pik", core, w_b)
-            return w.reshape(*w.shape[:-2], -1)
-
-        return dataclasses.replace(f, w1_b=b(f.t1, f.w1_b), w2_b=b(f.t2, f.w2_b), t1=None, t2=None)
+        f, dtype = self.astype(self.dtype), self.dtype
+        w1_b, w2_b = multiply_core(f.t1, f.w1_b, dtype), multiply_core(f.t2, f.w2_b, dtype)
+        return dataclasses.replace(f, w1_b=w1_b, w2_b=w2_b, t1=None, t2=None)
 
 
 @jax.tree_util.register_dataclass

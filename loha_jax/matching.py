@@ -43,7 +43,7 @@ _OUTPUT_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
 _CONDENSE_FROM = 20
 
 
-def _endings(name: str) -> frozenset[str]:
+def name_endings(name: str) -> frozenset[str]:
     """A dotted name and its endings: a.b.c, b.c and c."""
     parts = name.split(".")
     return frozenset(".".join(parts[n:]) for n in range(len(parts)))
@@ -67,7 +67,7 @@ def match_target(name: str, config: LoHaConfig) -> bool | str:
     if isinstance(exclude, str):
         if exclude and fullmatch(exclude, name):
             return EXCLUDED
-    elif exclude and _endings(name) & frozenset(exclude):
+    elif exclude and name_endings(name) & frozenset(exclude):
         return EXCLUDED
     if any(match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.all_modules_to_save):
         return EXCLUDED
@@ -78,7 +78,7 @@ def match_target(name: str, config: LoHaConfig) -> bool | str:
     targets = targets if isinstance(targets, frozenset) else frozenset(targets or ())
     if name in targets:
         return True
-    if not _endings(name) & targets:
+    if not name_endings(name) & targets:
         return False
     layers = config.layers_to_transform
     if layers is None or layers == ():
@@ -156,7 +156,7 @@ def resolve_target_modules(
         return targets
 
     linear = list(linear)
-    heads = {name for name in linear if _endings(name) & set(_OUTPUT_HEADS)}
+    heads = {name for name in linear if name_endings(name) & set(_OUTPUT_HEADS)}
     if not heads and config.task_type == "SEQ_CLS":
         found = [name for head in ("score", "classifier") for name in linear if name == head]
         heads = set(found[:1])
@@ -181,7 +181,7 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
     other_endings = {ending for name in others for ending in endings(name)}
     chosen: set[str] = set()
     for name in sorted(set(targets)):
-        if _endings(name) & set(chosen):
+        if name_endings(name) & set(chosen):
             continue
         chosen.add(next((ending for ending in endings(name) if ending not in other_endings), name))
     return chosen

@@ -122,23 +122,24 @@ class Operation(abc.ABC):
 
     def base(self, x: jax.Array, view: KernelView) -> jax.Array:
         """The frozen operation, with what weight decompositions multiply the base weight by on x or on the result."""
-        gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
-        places = [place for gain in gains if (place := self.gain_place(x, gain)) is not None]
-        assert len(places) == len(gains), "gain_problem was not asked"
-        factors = dict(places)
+        factors = self.gain_factors(x, view)
+        assert factors is not None, "asked before"
         if True not in factors:
             return self.apply(x if False not in factors else (x * (1 + factors[False])).astype(x.dtype), view.kernel)
         plain = self.apply(x, view.kernel)
         base = (plain * (1 + factors[True])).astype(plain.dtype)
         return base + self.apply((x * factors[False]).astype(x.dtype), view.kernel) if False in factors else base
 
-    def gain_problem(self, x: Any, view: KernelView) -> str | None:
-        """Why `base` cannot be had without forming the weight, or None."""
+    def gain_factors(self, x: Any, view: KernelView) -> dict[bool, jax.Array] | None:
+        """The multiples of the base weight that weight decompositions add, as multiples of the result and of x.
+
+        Returns:
+            By whether it is of the result (see `gain_place`); None where one can be neither, and the weight is formed.
+        """
         gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
         places = [self.gain_place(x, gain) for gain in gains]
-        if None in places or len({place[0] for place in places if place}) < len(places):
-            return "a weight decomposition whose norms go with neither the operand nor the result"
-        return None
+        factors = dict(place for place in places if place is not None)
+        return factors if len(factors) == len(gains) else None
 
     @abc.abstractmethod
     def gain_place(self, x: Any, gain: jax.Array) -> tuple[bool, jax.Array] | None:

@@ -17,7 +17,7 @@ from jax import lax
 
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import adapted_norms, gain, is_on_out
-from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp
+from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
 
@@ -232,19 +232,12 @@ class Factors:
         if not self.is_cp:
             return self
         dtype = float32_or_wider(self.hada_w1_a.dtype)
-        stack = self.hada_w1_a.ndim - 2
-
-        def b(core: Any, w_b: Any) -> jax.Array:
-            core = core.astype(dtype).reshape(*core.shape[: stack + 2], -1)
-            w = jnp.einsum("...pqk,...qi->...pik", core, w_b.astype(dtype))
-            return w.reshape(*w.shape[:-2], -1)
-
         return dataclasses.replace(
             self,
             hada_w1_a=jnp.swapaxes(self.hada_w1_a, -1, -2),
             hada_w2_a=jnp.swapaxes(self.hada_w2_a, -1, -2),
-            hada_w1_b=b(self.hada_t1, self.hada_w1_b),
-            hada_w2_b=b(self.hada_t2, self.hada_w2_b),
+            hada_w1_b=multiply_core(self.hada_t1, self.hada_w1_b, dtype),
+            hada_w2_b=multiply_core(self.hada_t2, self.hada_w2_b, dtype),
             hada_t1=None,
             hada_t2=None,
         )

@@ -2,13 +2,13 @@
 
 import copy
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
+from parity.unet import small_unet
 from peft_samples import flax_value, torch_value
 
 import loha_jax
@@ -20,16 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("cores", [False, True], ids=["flat", "cores"])
 def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_path):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).eval()
+    unet = small_unet().eval()
     kernels = {k: v.numpy() for k, v in unet.state_dict().items() if k.endswith(".weight") and v.ndim > 1}
     flat = {
         (*key.split(".")[:-1], "kernel"): jnp.asarray(flax_value(key.split(".")[:-1], "weight", value))

@@ -5,7 +5,6 @@ Never of its merge: that of LyCORIS 4.1.3 multiplies by alpha/r twice.
 
 import functools
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import lycoris
@@ -18,6 +17,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from lycoris_samples import DATA, jax_tree, trained
 from lycoris_samples import model as sample_forward
+from parity.unet import small_unet
 from peft_samples import torch_value
 from safetensors.numpy import load_file, save_file
 
@@ -208,16 +208,7 @@ def as_torch(state):
 
 
 def unet():
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+    model = small_unet()
     model.load_state_dict(as_torch(kohya_base("unet")))
     return model.eval()
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.device_types import vary_alike
 from loha_jax.xla_hints import alone
 
 Scale = jax.Array | float
@@ -71,7 +72,7 @@ def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[-1])
 
     wrapped.defvjp(lambda *args: (fn(*args), args), backward)
-    return wrapped
+    return lambda *args: wrapped(*vary_alike(args))
 
 
 _weight = _recompute_vjp(_plain_weight)

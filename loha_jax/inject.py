@@ -18,6 +18,7 @@ from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
+from loha_jax.sharding import follow_kernel, place_like
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
 
@@ -54,6 +55,9 @@ def inject(
             or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
 
+    On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,
+    stack axes as they are (`loha_jax.sharding.factor_axes`).
+
     Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), else float64.
 
     Raises:
@@ -79,7 +83,7 @@ def inject(
                 params, config, key=key, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
             )
 
-        return jax.eval_shape(build, params)
+        return _with_shardings(jax.eval_shape(build, params), params)
 
     def make_factors(target: Target) -> dict[str, jax.Array]:
         return _initial_factors(target, key, config)
@@ -122,7 +126,7 @@ def apply_plan(
         )
         leaves[position] = LoHaWeight(
             kernel=kernel,
-            adapters={**adapters, adapter_name: factors},
+            adapters={**adapters, adapter_name: follow_kernel(factors, kernel, target.layout)},
             layout=target.layout,
             names=target.names,
             active=(adapter_name,),
@@ -132,7 +136,7 @@ def apply_plan(
         original, copies = (leaf.original, leaf.copies) if isinstance(leaf, SavedWeight) else (leaf, {})
         leaves[position] = SavedWeight(
             original=original,
-            copies={**copies, adapter_name: make_copy(saved, original)},
+            copies={**copies, adapter_name: place_like(make_copy(saved, original), original)},
             layout=saved.layout,
             name=saved.name,
             active=(adapter_name,),
@@ -140,6 +144,22 @@ def apply_plan(
     for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
         if is_adapted(leaf) and leaf.active != (adapter_name,):
             leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
+    return treedef.unflatten(leaves)
+
+
+def _with_shardings(shapes: Any, params: Any) -> Any:
+    """The shapes of an adapted tree, placed as the shapes it was made of are."""
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_adapted)
+    for position, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(params, is_leaf=is_adapted), strict=True)):
+        if isinstance(leaf, LoHaWeight):
+            kernel = old.kernel if isinstance(old, LoHaWeight) else old
+            adapters = {name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()}
+            leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
+        elif isinstance(leaf, SavedWeight):
+            original = old.original if isinstance(old, SavedWeight) else old
+            leaves[position] = dataclasses.replace(leaf, original=original, copies=dict.fromkeys(leaf.copies, original))
+        else:
+            leaves[position] = old
     return treedef.unflatten(leaves)
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from loha_jax._compat import Literal, bind_equation, open_jaxpr, scan_counts
 from loha_jax.convolutions import Convolution
+from loha_jax.device_types import vary_alike
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept, find_recipe
 from loha_jax.kernel_view import KernelView
@@ -206,11 +207,25 @@ def _split(eqn, values, options):
     return parts
 
 
-@_rule("sharding_constraint", "copy", "copy_p", "optimization_barrier")
+@_rule("sharding_constraint", "reshard", "pvary", "copy", "copy_p", "optimization_barrier")
 def _unchanged(eqn, values, options):
     if len(values) != 1:
         return "a barrier over several values"
     return [values[0].map_kernel(lambda kernel: bind_equation(eqn, [kernel])[0])]
+
+
+@_rule("all_gather")
+def _all_gather(eqn, values, options):
+    p = eqn.params
+    if not p["tiled"]:
+        return "a gather into a new axis"
+
+    def gather(x: jax.Array, axis: int) -> jax.Array:
+        groups = p["axis_index_groups"]
+        return lax.all_gather(x, p["axis_name"], axis=axis, tiled=True, axis_index_groups=groups)
+
+    # The factors are split as the kernel is: `KernelView.split`.
+    return _view_or(values[0].cut(p["all_gather_dimension"], gather), "a gather of a part of an in or out axis")
 
 
 @_rule("stop_gradient")
@@ -278,7 +293,9 @@ class _Computation:
     x_var: Any
 
     def run(self, kept: Callable[[Any], Kept], options: Options) -> jax.Array:
-        operation, view, x = self.operation, self.view, self.x
+        kept_x = kept(self.x_var)
+        operation, (view, x, values) = self.operation, vary_alike((self.view, self.x, kept_x.values))
+        kept_x = dataclasses.replace(kept_x, values=values)
         strategy = _strategy(options.strategy, view.name)
         if strategy == "auto":
             strategy = operation.choose(view, options.training)
@@ -287,9 +304,9 @@ class _Computation:
         if options.observer is not None:
             options.observer.computed(view, operation, strategy, options.times)
         if strategy == "factored":
-            return operation.factored(x, view, options.forward_mode, kept(self.x_var))
+            return operation.factored(x, view, options.forward_mode, kept_x)
         if strategy == "fused":
-            return operation.fused(x, view, kept(self.x_var))
+            return operation.fused(x, view, kept_x)
         return operation.apply(x, view.dense(forward_mode=options.forward_mode))
 
 
@@ -456,6 +473,37 @@ def _cond(eqn, values, options):
         return run
 
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
+
+
+@_rule("shard_map")
+def _shard_map(eqn, values, options):
+    p = eqn.params
+    specs = list(p["in_specs"])
+    local: dict[int, KernelView] = {}
+    for n, value in enumerate(values):
+        if isinstance(value, KernelView):
+            split = value.split(specs[n], p["mesh"].shape)
+            if split is None:
+                values[n] = densify(value, options, "shard_map", "a shard is no block of the factors")
+            else:
+                specs[n], local[n] = split
+
+    def body(*values):
+        shards = list(values)
+        for n, view in local.items():
+            shards[n] = dataclasses.replace(view, kernel=values[n].kernel, factors=values[n].factors)
+        outputs = evaluate(p["jaxpr"], (), shards, options)
+        return [densify(o, options, "shard_map", "a shard_map returns the weight") for o in outputs]
+
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(p["out_specs"]),
+        check_vma=p["check_vma"],
+        axis_names=set(p["newly_manual_axes"]),
+    )
+    return mapped(*values)
 
 
 @_rule("custom_jvp_call", "custom_vjp_call")

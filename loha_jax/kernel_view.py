@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from loha_jax.dora import is_on_out, on_flat
 from loha_jax.hadamard import float32_or_wider, hada_weight, multiply_core
@@ -270,7 +271,7 @@ class KernelView:
         return dataclasses.replace(self, kernel=operation(self.kernel))
 
     def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
-        """Applies `operation(array, axis)`, which keeps some positions of an axis, to the kernel and its factors.
+        """Applies `operation(array, axis)`, which changes the positions along an axis, to the kernel and its factors.
 
         None where the axis is made of several atoms: their positions cannot be told apart.
         """
@@ -308,6 +309,51 @@ class KernelView:
             return dataclasses.replace(self, dims=self.dims[1:])
         dims = tuple(tuple(n - (n > atom) for n in d) for d in self.dims[1:])
         return dataclasses.replace(self, atoms=self.atoms[:atom] + self.atoms[atom + 1 :], dims=dims)
+
+    def split(self, spec: Sequence[Any], mesh_shape: Mapping[str, int]) -> tuple[KernelView, KernelView] | None:
+        """Prepares the view to be split over the devices of a `shard_map`.
+
+        Args:
+            spec: per axis of the kernel the mesh axes that it is split over; missing ones are None.
+            mesh_shape: sizes of the mesh axes.
+
+        Returns:
+            The view with a `PartitionSpec` for every array, and the view of one shard, whose arrays are to be filled
+            in; or None where a shard of the kernel is not made from blocks of the factors.
+        """
+        atoms, split = list(self.atoms), {}
+        for dims, axes in zip(self.dims, spec, strict=False):  # axes that the spec leaves out are not split
+            count = math.prod(mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
+            if count == 1:
+                continue
+            if not dims or atoms[dims[0]].size % count:
+                return None
+            split[dims[0]] = axes
+            atoms[dims[0]] = dataclasses.replace(atoms[dims[0]], size=atoms[dims[0]].size // count)
+        sides = {side: [n for n in self.of_side(side) if self.atoms[n].size > 1] for side in "oi"}
+        if any(n in split for side in sides.values() for n in side[1:]):
+            return None
+        stack = tuple(split.get(n) for n in self.of_kind("s"))
+
+        def outermost(side: str) -> Any:
+            return split.get(sides[side][0]) if sides[side] else None
+
+        def specs(f: ViewFactors) -> ViewFactors:
+            out, in_ = outermost("o"), outermost("i")
+            by_name = {
+                **dict.fromkeys(("w1_a", "w2_a", "out_gain"), (*stack, out, None)),
+                **dict.fromkeys(("w1_b", "w2_b", "in_gain"), (*stack, None, in_)),
+                **dict.fromkeys(("t1", "t2", "scaling"), stack),
+            }
+            held = {name: axes for name, axes in by_name.items() if getattr(f, name) is not None}
+            return dataclasses.replace(f, **{name: PartitionSpec(*axes) for name, axes in held.items()})
+
+        own = PartitionSpec(*spec)
+        shard = dataclasses.replace(
+            self, atoms=tuple(atoms), dims=tuple(tuple(n for n in d if atoms[n].size > 1) for d in self.dims)
+        )
+        factors = tuple(specs(f) for f in self.factors)
+        return dataclasses.replace(self, kernel=own, factors=factors), shard
 
     # --- values -------------------------------------------------------------------------------------------------------
 

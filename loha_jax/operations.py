@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from loha_jax.device_types import split_as
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept
 from loha_jax.kernel_view import KernelView
@@ -79,8 +80,11 @@ class Operation(abc.ABC):
     def choose(self, view: KernelView, training: bool) -> str:
         """Factored, which forms nothing of W's shape, unless fused costs clearly less.
 
-        Building ΔW counts for more than its FLOPs, because it is bound by memory.
+        Building ΔW counts for more than its FLOPs, because it is bound by memory. In training on several devices fused
+        is never chosen: they would have to gather W + ΔW twice, or to add up gradients of its shape.
         """
+        if training and jax.device_count() > 1:
+            return "factored"
         costs = self.costs(view, training)
         saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
         worth = _WORTH_FORMING["training" if training else "inference"] * costs["base"]
@@ -117,7 +121,7 @@ class Operation(abc.ABC):
         update.defvjp(forward, backward)
         arguments = (x, kept.values, view.factors)
         delta = forward(*arguments)[0] if forward_mode else update(*arguments)
-        total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta
+        total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
         return materialized(total, view.factors[0].scaling).astype(base.dtype)
 
     def base(self, x: jax.Array, view: KernelView) -> jax.Array:

@@ -10,16 +10,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from loha_jax.device_types import result_sharding
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.kernel_view import KernelView, ViewFactors, size_of
 from loha_jax.operations import Operation
 
 
-def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str, precision: Any = None) -> jax.Array:
+def contract(
+    a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str, precision: Any = None, like: Any = None
+) -> jax.Array:
     """A two-operand einsum as one `dot_general` with the operands in this order, accumulated in float32 or better.
 
     Labels in both operands and in `out` are batch axes; those in both and not in `out` are contracted. Unlike
     `jnp.einsum`, it never swaps the operands: XLA:CPU runs some orientations several times faster than others.
+
+    Args:
+        like: on a mesh with explicit axes, an array that the result is split as. By default it is split as the
+            operands are, the first one first.
     """
     batch = [c for c in a_labels if c in b_labels and c in out]
     summed = [c for c in a_labels if c in b_labels and c not in out]
@@ -28,10 +35,21 @@ def contract(a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str,
         (tuple(map(a_labels.index, batch)), tuple(map(b_labels.index, batch))),
     )
     dtype = float32_or_wider(a.dtype, b.dtype)
-    result = lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
     labels = [*batch, *(c for c in a_labels if c not in b_labels), *(c for c in b_labels if c not in a_labels)]
+    sources = [(like, out)] if like is not None else [(a, a_labels), (b, b_labels)]
+    result = lax.dot_general(
+        a,
+        b,
+        numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=result_sharding(labels, sources),
+    )
     order = [labels.index(c) for c in out]
     return result if order == sorted(order) else lax.transpose(result, order)
+
+
+_ROW_LABELS = "nmlkjhgedazyxwvuts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +60,7 @@ class _Factored:
 
     Attributes:
         b, c, f, i, o: the labels of the groups that are there, "" for the others.
+        n: one label per axis of rows.
         stack: permutation of the factors' stack axes to b, c, f, and the shape they take.
         swapped: the kernel's out axes are contracted.
         dtype: of the factors' products.
@@ -53,6 +72,7 @@ class _Factored:
     f: str
     i: str
     o: str
+    n: str
     stack_order: tuple[int, ...]
     stack_shape: tuple[int, ...]
     swapped: bool
@@ -61,7 +81,7 @@ class _Factored:
 
     @property
     def x(self) -> str:
-        return f"{self.b}n{self.c}{self.i}"
+        return f"{self.b}{self.n}{self.c}{self.i}"
 
     @property
     def kb(self) -> str:
@@ -73,11 +93,11 @@ class _Factored:
 
     @property
     def h(self) -> str:
-        return f"{self.b}{self.c}n{self.f}R"
+        return f"{self.b}{self.c}{self.n}{self.f}R"
 
     @property
     def y(self) -> str:
-        return f"{self.b}{self.f}n{self.o}"
+        return f"{self.b}{self.f}{self.n}{self.o}"
 
     def khatri_rao(self, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """KB and KA of all adapters side by side, the second one scaled."""
@@ -108,7 +128,8 @@ class _Factored:
         return contract(h, self.h, ka, self.ka, self.y, self.precision), h
 
     def _has_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> bool:
-        return x.shape[0] < min(f.r for f in factors) and (self.x, self.y) == ("ni", "no")
+        plain = (self.x, self.y) == (f"{self.n}i", f"{self.n}o")
+        return plain and math.prod(x.shape[:-1]) < min(f.r for f in factors)
 
     def _run_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """The same for fewer rows than ranks, as in decoding: smaller without KB and KA, and then as cheap.
@@ -125,10 +146,11 @@ class _Factored:
             if self.swapped:
                 a1, b1, a2, b2 = b1, a1, b2, a2
                 before, after = after, before
-            h = contract(x.astype(self.dtype)[:, None, :] * b1, "npi", b2, "qi", "npq", self.precision) * before
-            y = y + (contract(h, "npq", a2, "qo", "npo", self.precision) * a1).sum(1) * after
-            hs.append(h.reshape(x.shape[0], -1))
-        return y, jnp.concatenate(hs, 1) if len(hs) > 1 else hs[0]
+            n, scaled = self.n, x.astype(self.dtype)[..., None, :] * b1
+            h = contract(scaled, f"{n}pi", b2, "qi", f"{n}pq", self.precision) * before
+            y = y + (contract(h, f"{n}pq", a2, "qo", f"{n}po", self.precision) * a1).sum(-2) * after
+            hs.append(h.reshape(*x.shape[:-1], -1))
+        return y, jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
 
     def pull_back(self, x, factors, h, g):
         """Cotangents of x and the factors.
@@ -139,9 +161,9 @@ class _Factored:
             return jax.vjp(lambda x, factors: self._run_few_rows(x, factors)[0], x.astype(self.dtype), factors)[1](g)
         (kb, ka), to_factors = jax.vjp(self.khatri_rao, factors)
         dh = contract(g, self.y, ka, self.ka, self.h, self.precision)
-        dx = contract(dh, self.h, kb, self.kb, self.x, self.precision)
-        dkb = contract(dh, self.h, x.astype(self.dtype), self.x, self.kb, self.precision)
-        dka = contract(h, self.h, g, self.y, self.ka, self.precision)
+        dx = contract(dh, self.h, kb, self.kb, self.x, self.precision, like=x)
+        dkb = contract(dh, self.h, x.astype(self.dtype), self.x, self.kb, self.precision, like=kb)
+        dka = contract(h, self.h, g, self.y, self.ka, self.precision, like=ka)
         return dx, *to_factors((dkb, dka))
 
 
@@ -272,10 +294,12 @@ class Product(Operation):
     def _steps(self, x: jax.Array, view: KernelView) -> _Factored:
         groups = (self.batch, self.contracted, self.free)
         stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
+        rows = len(self._row_sizes(x, view))
         return _Factored(
             *("bcf"[n] if group else "" for n, group in enumerate(groups)),
             i="i" if self.main else "",
             o="o" if self.rest else "",
+            n=_ROW_LABELS[:rows],
             stack_order=tuple(stack.index(n) for group in groups for n in group),
             stack_shape=tuple(size_of(view, group) for group in groups if group),
             swapped=self.swapped,
@@ -342,8 +366,16 @@ class Product(Operation):
         """The axes of x that make up its rows."""
         return [a for a in self._x_layout(x.shape, view) if a[0] == "row" or view.atoms[a[1]].kind == "b"]
 
+    def _row_sizes(self, x: jax.Array, view: KernelView) -> list[int]:
+        """The axes that x's rows are kept in: one; or, where several devices may share them, each its own.
+
+        Axes that are split over devices cannot be joined without moving data. Joined, XLA:CPU needs no transposed copy.
+        """
+        sizes = [a[2] for a in self._x_rows(x, view)]
+        return [math.prod(sizes)] if jax.device_count() == 1 else [size for size in sizes if size > 1]
+
     def _group_x(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """x as `[b, n, c, main]`."""
+        """x as `[b, n, c, main]`; n can be several axes."""
         axes, rows = self._x_layout(x.shape, view), self._x_rows(x, view)
         position = {a[:2]: n for n, a in enumerate(axes)}
         groups = [self.batch, None, self.contracted, self.main]
@@ -351,7 +383,7 @@ class Product(Operation):
         for group in groups:
             if group is None:
                 order += [position[a[:2]] for a in rows]
-                sizes.append(math.prod(a[2] for a in rows))
+                sizes += self._row_sizes(x, view)
             elif group:
                 order += [position["atom", n] for n in group]
                 sizes.append(size_of(view, group))

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from loha_jax.device_types import zeros_of_type
+
 
 def _unknown_zero(source: jax.Array | float) -> jax.Array:
     """An int32 that is 0 for every value of `source` (a small, replicated array), which XLA does not see."""
@@ -41,7 +43,7 @@ def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array | flo
 
     def branch(*args):
         result = jax.eval_shape(fn, *args)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
+        zeros = jax.tree.map(zeros_of_type, result)
         return lax.cond(_unknown_zero(source) == 0, fn, lambda *_: zeros, *args)
 
     return lax.platform_dependent(*args, cpu=branch, default=lambda *args: fn(*lax.optimization_barrier(args)))

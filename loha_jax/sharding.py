@@ -1,0 +1,124 @@
+"""Where an adapter's arrays live on a mesh: as the axes of the kernel that they stand beside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from loha_jax.device_types import explicit_sharding
+from loha_jax.layouts import Layout
+from loha_jax.weight import Factors
+
+
+def factor_axes(
+    layout: Layout, shape: Sequence[int], axes: Iterable[Any], factors: Factors
+) -> dict[str, tuple[Any, ...]]:
+    """What each axis of an adapter's arrays is split over, or called, given the same of the kernel's axes.
+
+    `w*_a` is split as the kernel's out axes are, `w*_b` as its in axes (and then its spatial ones), stack axes as they
+    are, r not at all. Of several axes that PEFT's tensors flatten into one, the outermost counts: the others cannot be
+    split without moving data.
+
+    Args:
+        layout, shape: of the kernel.
+        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing ones are None.
+        factors: the adapter; only the number of axes of its arrays counts.
+
+    Returns:
+        A tuple as long as the array has axes, for every array of the adapter by name.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jax.numpy.ones((6, 2, 4))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0), layouts={"q": "ioo"})
+        >>> leaf = params["q"]["kernel"]
+        >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), leaf.adapters["default"])
+        >>> axes["hada_w1_a"], axes["hada_w1_b"], axes["scaling"]
+        (('tensor', None), (None, 'fsdp'), ())
+    """
+    axes = tuple(axes)
+    axes += (None,) * (len(shape) - len(axes))
+    stack = tuple(axes[axis] for axis in layout.axes("s"))
+    spatial = tuple(axes[axis] for axis in layout.axes("k"))
+
+    def outermost(kinds: str) -> Any:
+        return next((axes[a] for kind in kinds for a in layout.axes(kind) if shape[a] > 1), None)
+
+    out, in_ = outermost("o"), outermost("i")
+    if factors.is_cp:
+        a, b = (*stack, None, out), (*stack, None, in_)
+    else:
+        a, b = (*stack, out, None), (*stack, None, outermost("ik"))
+    core = (*stack, None, None, *spatial)
+    known = {
+        "hada_w1_a": a,
+        "hada_w2_a": a,
+        "hada_w1_b": b,
+        "hada_w2_b": b,
+        "hada_t1": core,
+        "hada_t2": core,
+        "scaling": stack,
+        "scalar": stack,
+        "multiplier": stack,
+        "dora_scale": (*stack, out, in_),  # one of the two axes has size 1
+    }
+    arrays = {**factors.trained, **factors.untrained}
+    return {name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()}
+
+
+def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tuple[Any, ...]:
+    """As many as there are axes, with None for those of size 1 behind the stack."""
+    axes = (*axes, *(None,) * (len(shape) - len(axes)))[: len(shape)]
+    return tuple(
+        axis if size > 1 or n < stacked else None for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
+    )
+
+
+def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
+    """The adapter with its arrays placed as the kernel is (`factor_axes`).
+
+    Args:
+        factors: new arrays, equal in every process; or their shapes.
+        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its shape, with or
+            without a sharding. Beside any other one the arrays stay where they are.
+        layout: of the kernel.
+    """
+    sharding = explicit_sharding(kernel) if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
+    if isinstance(sharding, SingleDeviceSharding) and getattr(kernel, "committed", False):
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), factors)
+    if not isinstance(sharding, NamedSharding):
+        return factors
+    axes = factor_axes(layout, kernel.shape, sharding.spec, factors)
+    placed = {
+        name: _place(getattr(factors, name), NamedSharding(sharding.mesh, PartitionSpec(*own)))
+        for name, own in axes.items()
+    }
+    return dataclasses.replace(factors, **placed)
+
+
+def place_like(array: Any, other: Any) -> Any:
+    """An array of another one's shape, where that one is."""
+    sharding = getattr(other, "sharding", None)
+    if isinstance(other, Tracer) or not isinstance(sharding, NamedSharding | SingleDeviceSharding):
+        return array
+    if isinstance(sharding, SingleDeviceSharding) and not getattr(other, "committed", False):
+        return array
+    return _place(array, sharding)
+
+
+def _place(array: Any, sharding: NamedSharding | SingleDeviceSharding) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    if isinstance(array, Tracer):
+        return jax.sharding.reshard(array, sharding)
+    here = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if sharding.is_fully_addressable or not here:
+        return jax.device_put(array, sharding)
+    values = np.asarray(array)  # each process has all of them and gives its devices their part
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)

@@ -1,0 +1,98 @@
+"""What `loha_jax.train` records and shows: metrics, seconds, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LAG = 2
+"""Steps that the device may be ahead of the metrics that are read: it never waits for the host."""
+
+
+class Log:
+    """Reads metrics some steps after they were computed; keeps and shows them."""
+
+    def __init__(self, advance: Callable[[int, float], None], every: int, on_metrics: Callable[..., Any] | None):
+        self.history: list[dict[str, float]] = []
+        self.failure: tuple[int, dict[str, float]] | None = None  # the last good step, and what the next one gave
+        self._advance, self._every, self._on_metrics = advance, every, on_metrics
+        self._unread: deque[tuple[int, Any]] = deque()
+        self._window: list[dict[str, float]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes note of a step that was only just started."""
+        self._unread.append((step, metrics))
+        if len(self._unread) > LAG:
+            self._read()
+
+    def read_all(self) -> None:
+        """Waits for all steps."""
+        while self._unread:
+            self._read()
+
+    def _read(self) -> None:
+        step, metrics = self._unread.popleft()
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values.pop("good"):
+            self.failure = self.failure or (step - 1, values)
+            return
+        self._window.append(values)
+        self._advance(step, values["loss"])
+        if step % self._every == 0:
+            self.end(step)
+
+    def end(self, step: int) -> None:
+        """Records the mean of what was not recorded yet."""
+        if self._window:
+            self.record(step, {name: float(np.mean([v[name] for v in self._window])) for name in self._window[0]})
+            self._window.clear()
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """What was recorded of a step."""
+        rows = [row for row in self.history[-2:] if row["step"] == step]
+        return {name: value for row in rows for name, value in row.items() if name != "step"}
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds an entry to the history."""
+        self.history.append({"step": step, **metrics})
+        if self._on_metrics is not None:
+            self._on_metrics(step, metrics)
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """All of the time so far; "train" is what was not measured."""
+        other = {name: self._seconds[name] for name in ("compile", "evaluate", "save")}
+        return {"train": time.perf_counter() - self._start - sum(other.values()), **other}
+
+
+@contextlib.contextmanager
+def progress_bar(wanted: bool, start: int, steps: int | None) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar, as a function `(step, loss)`; nothing where nobody would see it."""
+    console = Console()
+    columns = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    seen = wanted and (console.is_terminal or console.is_jupyter) and jax.process_index() == 0
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not seen) as bar:
+        task = bar.add_task("training", total=steps, completed=start, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}")

@@ -232,15 +232,10 @@ def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str,
 
 
 def _fields(name: str, given: Any, held: Any) -> list[str]:
-    """A line for each field that differs; settings of a config one by one."""
-    if not isinstance(given, dict) or not isinstance(held, dict):
+    """A line for each field that differs, of a config too."""
+    if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
         return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
-    if name.endswith("_pattern") or not ({"layout", "ranks", "class"} & (given.keys() | held.keys())):
-        return _fields(name, list(given.items()), list(held.items()))
-    lines = []
-    for field, ours, theirs in _pairs(given, held):
-        lines += _fields(f"{name}, {field}", ours, theirs)
-    return lines
+    return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
 
 
 def _same(given: Any, held: Any) -> bool:

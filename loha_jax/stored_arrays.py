@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +48,7 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
                 sharding=sharding, global_shape=tuple(described["shape"]), dtype=jnp.dtype(described["dtype"])
             )
     # The handler, not the manager: there a process that fails would leave the others waiting for it.
-    read = ocp.PyTreeCheckpointHandler().restore(
+    read = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers()).restore(
         folder,
         args=ocp.args.PyTreeRestore(
             item=dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
@@ -62,7 +64,7 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -> Any:
-    """A restored array with the sharding of the given leaf, and its dtype (`cast`); None is given for the random key."""
+    """A restored array with the sharding of the given leaf (None for the random key), and its dtype if `cast`."""
     if described["kind"] == "key":
         value = jax.random.wrap_key_data(value, impl=described["impl"])
     elif cast and value.dtype != given.dtype:
@@ -93,6 +95,33 @@ def _sharding_to_read(given: Any, described: Mapping[str, Any]) -> Any:
     if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:  # float64 where that is switched off
         return None
     return None if jax.process_count() > 1 and sharding.is_fully_addressable else sharding
+
+
+@functools.cache
+def _patient_handlers() -> Any:
+    """Orbax' readers of arrays; where one array cannot be read, they wait for the others.
+
+    Orbax closes its event loop at the first error, and each read that ends later would complain about that.
+    """
+    import orbax.checkpoint as ocp
+
+    def patient(handler: Any) -> Any:
+        class Patient(handler):
+            async def deserialize(self, infos, args=None):
+                before = asyncio.all_tasks()
+                try:
+                    return await super().deserialize(infos, args)
+                except Exception:
+                    if others := asyncio.all_tasks() - before:
+                        await asyncio.wait(others)
+                    raise
+
+        return Patient()
+
+    handlers = ocp.type_handlers
+    return handlers.create_type_handler_registry(
+        (np.ndarray, patient(handlers.NumpyHandler)), (jax.Array, patient(handlers.ArrayHandler))
+    )
 
 
 def _empty(described: Mapping[str, Any]) -> np.ndarray:

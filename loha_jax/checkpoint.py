@@ -17,12 +17,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import operator
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +31,7 @@ import numpy as np
 
 from loha_jax.array_digest import digests
 from loha_jax.processes import gathered, of_first_process, same_everywhere
+from loha_jax.retention import Retention
 from loha_jax.saved_state import KEY, State, describe_leaf, differences, fingerprint, plain_json, take_apart
 from loha_jax.stored_arrays import as_given, read_arrays, storable
 from loha_jax.untrusted import FileError, json_object
@@ -103,32 +103,13 @@ class Checkpoints:
         best_mode: str = "min",
         keep_best: int = 1,
     ):
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise ValueError(f"`keep` should be a positive integer, or None for all checkpoints, got {keep!r}")
-        if isinstance(keep_best, bool) or not isinstance(keep_best, int) or keep_best < 0:
-            raise ValueError(f"`keep_best` should be an integer of at least 0, got {keep_best!r}")
-        if best_mode not in ("min", "max"):
-            raise ValueError(f"`best_mode` should be 'min' or 'max', got {best_mode!r}")
         import orbax.checkpoint as ocp  # takes a while
         from etils import epath
 
         name = os.fspath(folder)
         self.folder: Any = epath.Path(name if "://" in name else os.path.abspath(name))
-        self._best, self._best_mode = best, best_mode
-        self._broken: dict[int, str] = {}
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._retention = Retention(keep, best, best_mode, keep_best, lambda step: self._description(step)["metrics"])
         self._base: tuple[list[weakref.ref], dict[str, Any]] | None = None
-        managers = ocp.checkpoint_managers
-        policies: list[Any] = [managers.LatestN(keep)]
-        if best is not None:
-            policies.append(
-                managers.BestN(
-                    get_metric_fn=operator.itemgetter(best),
-                    reverse=best_mode == "min",
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=(_STATE, _DESCRIPTION),
@@ -137,7 +118,7 @@ class Checkpoints:
                 _DESCRIPTION: ocp.JsonCheckpointHandler(_FILE),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Preservation(self, managers.AnyPreservationPolicy(policies)),
+                preservation_policy=self._retention,
                 lightweight_initialize=True,  # a broken file of an old checkpoint stops nobody
             ),
         )
@@ -169,9 +150,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step with the best value of the metric `best` among the checkpoints, or None if none has any."""
-        ranked = [(self.ranked(step), step) for step in self.all_steps]
-        sign = -1 if self._best_mode == "min" else 1
-        return max(((sign * m[self._best], step) for m, step in ranked if m and self._best), default=(0, None))[1]
+        return self._retention.best_step(self.all_steps)
 
     def save(
         self,
@@ -195,13 +174,21 @@ class Checkpoints:
 
         Raises:
             ValueError: the step, or a later one, has a checkpoint already; the tree holds no adapter; `data` is nothing
-                that JSON holds; or, with several processes, these hold different values of what should be the same.
+                that JSON holds; a metric is no number; or several processes hold different values of what should be
+                the same.
             TypeError: a leaf is neither an array nor a number; `params` is a model.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
         step = self._checked_step(step)
+        data = plain_json(data, "data")
+        numbers = {str(name): _number(value, name) for name, value in (metrics or {}).items()}
+        if not same_everywhere({"step": step, "data": data, "metrics": numbers}):
+            raise ValueError(
+                f"The processes give different steps, data or metrics; this one gives {step}, {data!r}, {numbers!r}. A "
+                "checkpoint holds those of one process: make them the same everywhere."
+            )
         state = take_apart(params, opt_state, key)
         if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
             raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
@@ -222,21 +209,16 @@ class Checkpoints:
             "optimizer": state.optimizer,
             "leaves": leaves,
             "base": self._fingerprint(state.base),
-            "data": plain_json(data, "data"),
-            "metrics": {str(name): float(value) for name, value in (metrics or {}).items()},
+            "data": data,
+            "metrics": numbers,
         }
-        if not same_everywhere({"data": body["data"], "metrics": body["metrics"], "step": step}):
-            raise ValueError(
-                f"The processes give different steps, data or metrics; this one gives {step}, {data!r}, {metrics!r}. "
-                "A checkpoint holds those of one process: make them the same everywhere."
-            )
         if jax.process_index() == 0:
             for name in self._unfinished():
                 (self.folder / name).rmtree()
         if step in self._manager.all_steps():
             self._manager.delete(step)
-        self._broken.pop(step, None)
-        self._metrics[step] = body["metrics"]
+        self._retention.broken.pop(step, None)
+        self._retention.metrics[step] = body["metrics"]
         numbered = {leaves[name]["item"]: array for name, array in arrays.items() if array.size}  # Orbax wants no empty
         items = {
             _STATE: ocp.args.PyTreeSave(numbered),
@@ -281,14 +263,16 @@ class Checkpoints:
                 )
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
-                return self._restore_step(candidate, state, given)
+                restored = self._restore_step(candidate, state, given)
+                self._retention.broken.pop(candidate, None)
+                return restored
             except FileError as error:
-                self._broken[candidate] = str(error)
+                self._retention.broken[candidate] = str(error)
                 if step is not None:
                     raise
                 warnings.warn(f"{error}. It is left out.", stacklevel=2)
         if steps:
-            reasons = "".join(f"\n  - {self._broken[n]}" for n in sorted(steps, reverse=True))
+            reasons = "".join(f"\n  - {self._retention.broken[n]}" for n in sorted(steps, reverse=True))
             raise FileError(f"{self.folder} holds no whole checkpoint:{reasons}")
         return None
 
@@ -352,10 +336,8 @@ class Checkpoints:
             if len(known) == len(arrays) and all(ref() is array for ref, array in zip(known, arrays, strict=True)):
                 return result
         result = fingerprint(base)
-        try:
-            self._base = [weakref.ref(array) for array in arrays], result
-        except TypeError:  # a number, a function
-            self._base = None
+        fixed = all(isinstance(array, jax.Array) for array in arrays)  # numpy arrays may change in place
+        self._base = ([weakref.ref(array) for array in arrays], result) if fixed else None
         return result
 
     def _checked_step(self, step: Any) -> int:
@@ -365,7 +347,7 @@ class Checkpoints:
             number = -1
         if not 0 <= number <= _LARGEST_STEP:
             raise ValueError(f"The step should be an integer from 0 to {_LARGEST_STEP}, got {step!r}")
-        if later := [n for n in self.all_steps if n >= number and n not in self._broken]:
+        if later := [n for n in self.all_steps if n >= number and n not in self._retention.broken]:
             raise ValueError(
                 f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which would be taken for "
                 "the newer ones. Choose another folder, or delete those."
@@ -384,40 +366,6 @@ class Checkpoints:
 
         names = [path.name for path in self.folder.iterdir()]
         return sorted(n for n in names if ocp.utils.TMP_DIR_SUFFIX in n and n.partition(".")[0].isdigit())
-
-    def ranked(self, step: int) -> dict[str, float] | None:
-        """The metrics of a checkpoint that can be among the best; None of one that can not."""
-        if self._best is None or step in self._broken:
-            return None
-        if step not in self._metrics:
-            try:
-                self._metrics[step] = self._description(step)["metrics"]
-            except Exception:  # broken: `restore` says so
-                self._metrics[step] = {}
-        metrics = self._metrics[step]
-        return metrics if not math.isnan(metrics.get(self._best, math.nan)) else None
-
-    def is_broken(self, step: int) -> bool:
-        """Whether `restore` found a checkpoint broken."""
-        return step in self._broken
-
-
-@dataclasses.dataclass
-class _Preservation:
-    """Orbax' policies, on whole checkpoints with our own metrics.
-
-    A broken checkpoint is neither a latest nor a best one. It stays until training has come past it.
-    """
-
-    owner: Checkpoints
-    policy: Any
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        whole = [i for i in checkpoints if not self.owner.is_broken(i.step)]
-        ranked = [dataclasses.replace(i, metrics=self.owner.ranked(i.step)) for i in whole]
-        decided = self.policy.should_preserve(ranked, context=context)
-        kept = {i.step for i, keep in zip(whole, decided, strict=True) if keep}
-        return [i.step in kept or (self.owner.is_broken(i.step) and i.step > checkpoints[-1].step) for i in checkpoints]
 
 
 def save(
@@ -457,6 +405,13 @@ def restore(folder: str | os.PathLike[str], params: Any, opt_state: Any = None, 
             if (restored := checkpoints.restore(params, opt_state, step)) is not None:
                 return restored
     raise FileNotFoundError(f"{folder} holds no checkpoint")
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metrics[{name!r}] should be a number, got {value!r:.100}") from None
 
 
 def _text_digest(body: Any) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 try:
     import jax
-    import jax.numpy as jnp
     import numpy as np
     import optax
     from minilm import Encoder, Params, classify, embed, init_classifier, load_minilm, load_tokenizer, model_folder
@@ -34,7 +33,6 @@ try:
         peak_memory,
         plot_curves,
         show_comparison,
-        training_bar,
         write_results,
     )
     from sklearn.linear_model import LogisticRegression
@@ -43,6 +41,7 @@ try:
 
     import loha_jax
     from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
+    from loha_jax.train import fit
 except ImportError as error:
     sys.exit(f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs it and runs it.")
 
@@ -83,64 +82,52 @@ def train(
     data: Tokenized,
     validate: Callable[[Params], float],
     settings: Settings,
-    clock: Stopwatch,
-) -> tuple[Params, History]:
+) -> tuple[Params, History, dict[str, float]]:
     """Trains the adapter in `params`.
 
     Args:
         logits: the model: a function of parameters and batch.
-        params: a tree that `loha_jax.inject` made; its trained arrays are used up (donated to the training step).
+        params: a tree that `loha_jax.inject` made.
         data: the training sentences.
         validate: a function of parameters: the accuracy on the validation sentences.
         settings: how to train.
-        clock: gets the seconds to compile, to train and to validate.
 
     Returns:
-        The tree as it was at its best validation, and the course of the training.
+        The tree as it was at its best validation, the course of the training, and the seconds it took.
     """
     rng = np.random.default_rng(settings.seed)
     batches = [batch for _ in range(settings.epochs) for batch in data.epoch(settings.batch_size, rng)]
     adapted_logits = loha_jax.adapt(logits)  # the same function; no ΔW is built
-    trainable, frozen = loha_jax.partition(params)
-    optimizer = make_optimizer(settings, steps=len(batches))
-    opt_state = optimizer.init(trainable)
+    best: tuple[float, Params] = (-1.0, params)
 
-    @partial(jax.jit, donate_argnames=("trainable", "opt_state"))
-    def train_step(trainable, opt_state, frozen, batch):
-        def loss_fn(trainable):
-            params = loha_jax.combine(trainable, frozen)
-            scores = adapted_logits(params, batch)
-            return optax.softmax_cross_entropy_with_integer_labels(scores, batch["labels"]).mean()
+    def loss_fn(params: Params, batch: Any, key: jax.Array) -> jax.Array:
+        scores = adapted_logits(params, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch["labels"]).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
+    def evaluate(params: Params) -> dict[str, float]:
+        nonlocal best
+        best = max(best, (accuracy := validate(params), params), key=lambda pair: pair[0])
+        return {"accuracy": accuracy}
 
-    # jit would compile at the first batch of each shape. Ahead of time, compiling and training are timed apart.
-    with clock.measure("compile"):
-        one_of_each_shape = {batch["ids"].shape: batch for batch in batches}
-        compiled_step = {
-            shape: train_step.lower(trainable, opt_state, frozen, batch).compile()
-            for shape, batch in one_of_each_shape.items()
-        }
+    result = fit(
+        loss_fn,
+        params,
+        make_optimizer(settings, steps=len(batches)),
+        batches,
+        key=jax.random.key(settings.seed),
+        evaluate=evaluate,
+        eval_every=-(-len(batches) // settings.validations),
+        on_metrics=say_validation,
+    )
+    losses = [row["loss"] for row in result.history if "loss" in row]
+    validations = [(int(row["step"]), row["eval_accuracy"]) for row in result.history if "eval_accuracy" in row]
+    return best[1], History(losses, validations), result.seconds
 
-    history, best = History(), trainable
-    validate_after = {round(len(batches) * n / settings.validations) for n in range(1, settings.validations + 1)}
-    with training_bar(len(batches)) as bar:
-        for step, batch in enumerate(batches, start=1):
-            with clock.measure("train"):
-                step_fn = compiled_step[batch["ids"].shape]
-                trainable, opt_state, loss = step_fn(trainable, opt_state, frozen, batch)
-                history.losses.append(float(loss))
-            bar.advance(history.recent_loss)
-            if step in validate_after:
-                with clock.measure("validate"):
-                    accuracy = validate(loha_jax.combine(trainable, frozen))
-                history.validations.append((step, accuracy))
-                if history.best[0] == step:
-                    best = jax.tree.map(jnp.copy, trainable)  # the next step is donated the arrays themselves
-                bar.say(f"step {step}: loss {history.recent_loss:.3f}, validation accuracy {accuracy:.4f}")
-    return loha_jax.combine(best, frozen), history
+
+def say_validation(step: int, metrics: dict[str, float]) -> None:
+    """Prints the outcome of a validation."""
+    if "eval_accuracy" in metrics:
+        console.print(f"  step {step}: validation accuracy {metrics['eval_accuracy']:.4f}")
 
 
 def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
@@ -215,8 +202,7 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     def validate(params: Params) -> float:
         return accuracy(predict(params, validation_data).argmax(1), validation_data)
 
-    clock = Stopwatch()
-    params, history = train(logits, params, train_data, validate, settings, clock)
+    params, history, seconds = train(logits, params, train_data, validate, settings)
     loha_memory = peak_memory()
     plot_curves(history, probe_accuracy, out / "curves.png")
     interop.save_peft(out / "adapter", params)
@@ -237,8 +223,8 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     loha_outcome = Outcome(
         right=test_logits.argmax(1) == test_data.labels,
         parameters=summary.trainable_params,
-        compile_seconds=clock.seconds["compile"],
-        train_seconds=clock.seconds["train"],
+        compile_seconds=seconds["compile"],
+        train_seconds=seconds["train"],
         peak_memory=loha_memory,
     )
     show_comparison(probe_outcome, loha_outcome)
@@ -256,7 +242,7 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
         loha_outcome,
         settings=dataclasses.asdict(settings),
         validations=history.validations,
-        validate_seconds=clock.seconds["validate"],
+        validate_seconds=seconds["evaluate"],
         largest_logit_difference_to_peft=largest_difference,
     )
 

@@ -28,7 +28,7 @@ from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("interop", "linen", "nnx", "train")  # imported when they are first used: Flax takes a while to import
+_SUBMODULES = ("checkpoint", "interop", "linen", "nnx", "train")  # imported when first used: Flax takes a while
 
 __all__ = [
     "Factors",

@@ -34,9 +34,9 @@ def adapt(
 
     `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
     are computed on the factors, all others as they are. This works for Linen, NNX, Equinox, Haiku and hand-written
-    models, through jit, scan (stacked kernels too), while, cond, remat, vmap, grad, shard_map, custom_jvp and custom_vjp, and
-    for kernels that are transposed, reshaped, sliced, cast or used twice. Whatever it does not know gets the dense
-    weight: slower, never wrong; `explain` lists where.
+    models, through jit, scan (stacked kernels too), while, cond, remat, vmap, grad, shard_map, custom_jvp and
+    custom_vjp, and for kernels that are transposed, reshaped, sliced, cast or used twice. Whatever it does not know
+    gets the dense weight: slower, never wrong; `explain` lists where.
 
     Args:
         fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loha_jax.boxes import keeps_boxes
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
+@keeps_boxes
 def dropout(params: Any, key: jax.Array) -> Any:
     """Applies `rank_dropout` and `module_dropout` of each active adapter's config, for one training step.
 

@@ -156,6 +156,11 @@ class KernelView:
         """Shape of the view."""
         return self.kernel.shape
 
+    @property
+    def shapes(self) -> KernelView:
+        """The view with a `jax.ShapeDtypeStruct` for each array: differentiation rules outlive the trace of those."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
+
     def of_kind(self, kind: str) -> list[int]:
         """The atoms of one kind, in flattening order."""
         return [n for n, atom in enumerate(self.atoms) if atom.kind == kind]

@@ -47,6 +47,7 @@ from loha_jax.linen_trees import (
 )
 from loha_jax.naming import module_name, path_parts
 from loha_jax.plan import Target
+from loha_jax.sharding import factor_axes
 
 __all__ = [
     "LoHaConv",
@@ -413,26 +414,14 @@ def _boxed_factor(box: Any, target: Target, name: str, factor: jax.Array) -> Any
     """The factor in the kernel's partitioning box, with the names of its axes."""
     if not isinstance(box, nn.Partitioned):
         return factor
-    names, layout = tuple(box.names), target.layout
-    if len(names) != layout.ndim:
+    names = tuple(box.names)
+    if len(names) != target.layout.ndim:
         raise ValueError(
             f"The kernel of {target.names[0]} has shape {target.shape}, but its partitioning names {names}: give one "
             "name, or None, per axis."
         )
-
-    def of(kind: str) -> tuple[Any, ...]:
-        return tuple(names[axis] for axis in layout.axes(kind))
-
-    # Axes that are joined are cut along the first one: the others vary faster.
-    out, in_ = of("o")[:1], of("i")[:1]
-    if name.startswith("hada_t"):
-        tail = (None, None, *of("k"))
-    elif target.cp:
-        tail = (None, *(out if name.endswith("_a") else in_))
-    else:
-        tail = (*out, None) if name.endswith("_a") else (None, *in_)
-    own = (*of("s"), *tail)
-    return box.replace(value=factor, names=(*own, *(None,) * (factor.ndim - len(own))))
+    axes = factor_axes(target.layout, target.shape, names, {name: factor}, cp=target.cp)
+    return box.replace(value=factor, names=axes[name])
 
 
 def _einsum_layout(layer: LoHaEinsum, inputs: Any, shape: Sequence[int]) -> Layout:

@@ -1,4 +1,4 @@
-"""Lets the functions from tree to tree take a Flax NNX model as well."""
+"""Lets the functions from tree to tree take a Flax NNX model, or a tree with Linen's metadata boxes, as well."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
 
 import jax
 
+from loha_jax.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
 from loha_jax.weight import is_adapted
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
 
     The function gets the tree of the model's variables. What it returns is written into the model (`changes`), which
     is returned, as NNX users expect; or returned as it is. A `layouts` argument is completed with what the model's own
-    layers say.
+    layers say. A tree with boxes (`loha_jax.boxes`) is unboxed and its result boxed again.
     """
     if function is None:
         return functools.partial(takes_model, argument=argument, changes=changes)
@@ -43,6 +44,10 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         model = bound.arguments.get(argument)
+        if boxes := boxes_among(model):
+            bound.arguments[argument] = unbox(model)
+            result = function(*bound.args, **bound.kwargs)
+            return put_in_boxes(result, boxes) if changes else result
         if not is_model(model):
             return function(*args, **kwargs)
         from loha_jax import nnx_model  # imports Flax
@@ -64,7 +69,12 @@ def on_trees(
     *,
     changes: bool = True,
 ) -> Any:
-    """`run(fn, args, kwargs)`, with trees in place of the adapted NNX models among the arguments (`nnx_calls.call`)."""
+    """`run(fn, args, kwargs)`, with trees in place of the adapted NNX models among the arguments (`nnx_calls.call`),
+    and with Linen's boxes around adapted leaves.
+    """
+    if any(box_of(leaf) is not None for leaf in adapted_leaves((args, kwargs))):
+        args, kwargs = boxes_outside((args, kwargs))
+        return boxes_inside(on_trees(run, fn, args, kwargs, changes=changes))
     nnx_calls = sys.modules.get("loha_jax.nnx_calls")  # not imported: no model is adapted
     if nnx_calls is None or not nnx_calls.nodes_among((args, kwargs)):
         return run(fn, args, kwargs)

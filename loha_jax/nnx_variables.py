@@ -13,6 +13,7 @@ from flax import nnx
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.layouts import Layout
+from loha_jax.sharding import factor_axes
 from loha_jax.weight import ArrayLike, Factors, LoHaWeight, SavedWeight
 
 Path = tuple[Any, ...]
@@ -102,6 +103,8 @@ class AdaptedKernel(AdaptedVariable):
                 for name, factors in leaf.adapters.items()
             }
         )
+        for name, factors in leaf.adapters.items():
+            _name_axes(self.adapters[name], base, leaf, factors.is_cp)
         self.rngs: nnx.RngStream | None = nnx.data(old.rngs if old else None)
         self.deterministic = old.deterministic if old else True
 
@@ -177,6 +180,19 @@ class AdaptedCopy(AdaptedVariable):
         """The variable that counts: the active adapter's copy, or the base's."""
         name = self.leaf().copy_of(self.active)
         return self.base if name is None else self.copies[name]
+
+
+def _name_axes(variables: Mapping[str, nnx.Variable], base: nnx.Variable, leaf: LoHaWeight, cp: bool) -> None:
+    """Gives the arrays of an adapter the sharding metadata that they have beside their kernel's."""
+    metadata = base.get_metadata()
+    names = metadata.get("out_sharding")
+    if names is None or len(names) != leaf.layout.ndim:
+        return
+    arrays = {name: variable.get_value() for name, variable in variables.items()}
+    axes = factor_axes(leaf.layout, leaf.shape, names, arrays, cp=cp)
+    shared = {key: metadata[key] for key in ("mesh", "sharding_rules") if key in metadata}
+    for name, variable in variables.items():
+        variable.set_metadata(out_sharding=axes[name], **shared)
 
 
 def _trained(array: jax.Array, active: bool) -> nnx.Param:

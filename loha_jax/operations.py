@@ -101,17 +101,18 @@ class Operation(abc.ABC):
         """
         dtype = x.dtype
         base, view = self.base(x, view), view.without_gain()
+        shapes, build, rebuilds = view.shapes, kept.build, kept.rebuilds
 
         def forward(x, kept_values, factors):
-            update, h = self.update(x, dataclasses.replace(view, factors=factors))
+            update, h = self.update(x, dataclasses.replace(shapes, factors=factors))
             return update, (kept_values, factors, h)
 
         def backward(residuals, g):
             def pull_back(factors, kept_values, h, g):
-                return self.pull_back(kept.build(kept_values), dataclasses.replace(view, factors=factors), h, g)
+                return self.pull_back(build(kept_values), dataclasses.replace(shapes, factors=factors), h, g)
 
             kept_values, factors, h = residuals
-            if kept.rebuilds:
+            if rebuilds:
                 dx, dfactors = self._alone(pull_back, (factors, kept_values, h, g), 2, g)
             else:
                 dx, dfactors = pull_back(factors, kept_values, h, g)
@@ -160,28 +161,28 @@ class Operation(abc.ABC):
         """
         costs, dtype = self.gradient_costs(view), x.dtype
         through_weight = costs["weight"] < costs["factors"] or view.has_gain
+        shapes, build, rebuilt = view.shapes, kept.build, 2 if kept.rebuilds else 1
 
         def product(x, factors, kernel):
-            return self.formed(x, dataclasses.replace(view, kernel=kernel, factors=factors))
+            return self.formed(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
 
         def forward(x, kept_values, factors, kernel):
             def run(factors, x, kernel):
-                return self.formed_in_blocks(x, dataclasses.replace(view, kernel=kernel, factors=factors))
+                return self.formed_in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
 
             return self._alone(run, (factors, x, kernel), 1, x)
 
         def backward(residuals, g):
             def pull_back(factors, kept_values, kernel, g):
-                x = kept.build(kept_values)
+                x = build(kept_values)
                 if through_weight:
                     return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
                 (dx,) = jax.vjp(lambda x: product(x, factors, kernel), x)[1](g)
-                whole = dataclasses.replace(view, factors=factors)
+                whole = dataclasses.replace(shapes, factors=factors)
                 _, h = self.update(x, whole)
                 return dx, self.pull_back(x, whole, h, g)[1]
 
             kept_values, factors, kernel = residuals
-            rebuilt = 2 if kept.rebuilds else 1
             dx, dfactors = self._alone(pull_back, (factors, kept_values, kernel, g), rebuilt, g)
             return dx.astype(dtype), None, dfactors, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from loha_jax.weight import Factors
 
 
 def factor_axes(
-    layout: Layout, shape: Sequence[int], axes: Iterable[Any], factors: Factors
+    layout: Layout, shape: Sequence[int], axes: Iterable[Any], arrays: Mapping[str, Any], *, cp: bool
 ) -> dict[str, tuple[Any, ...]]:
     """What each axis of an adapter's arrays is split over, or called, given the same of the kernel's axes.
 
@@ -28,19 +28,21 @@ def factor_axes(
     Args:
         layout, shape: of the kernel.
         axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing ones are None.
-        factors: the adapter; only the number of axes of its arrays counts.
+        arrays: of the adapter, by their names in `Factors`.
+        cp: whether it has cores.
 
     Returns:
-        A tuple as long as the array has axes, for every array of the adapter by name.
+        A tuple as long as the array has axes, for every array.
 
     Example:
         >>> import loha_jax
         >>> params = loha_jax.inject({"q": {"kernel": jax.numpy.ones((6, 2, 4))}},
         ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0), layouts={"q": "ioo"})
         >>> leaf = params["q"]["kernel"]
-        >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), leaf.adapters["default"])
-        >>> axes["hada_w1_a"], axes["hada_w1_b"], axes["scaling"]
-        (('tensor', None), (None, 'fsdp'), ())
+        >>> arrays = leaf.adapters["default"].tensors
+        >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), arrays, cp=False)
+        >>> axes["hada_w1_a"], axes["hada_w1_b"]
+        (('tensor', None), (None, 'fsdp'))
     """
     axes = tuple(axes)
     axes += (None,) * (len(shape) - len(axes))
@@ -51,7 +53,7 @@ def factor_axes(
         return next((axes[a] for kind in kinds for a in layout.axes(kind) if shape[a] > 1), None)
 
     out, in_ = outermost("o"), outermost("i")
-    if factors.is_cp:
+    if cp:
         a, b = (*stack, None, out), (*stack, None, in_)
     else:
         a, b = (*stack, out, None), (*stack, None, outermost("ik"))
@@ -68,7 +70,6 @@ def factor_axes(
         "multiplier": stack,
         "dora_scale": (*stack, out, in_),  # one of the two axes has size 1
     }
-    arrays = {**factors.trained, **factors.untrained}
     return {name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()}
 
 
@@ -94,10 +95,10 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
         return jax.tree.map(lambda x: jax.device_put(x, sharding), factors)
     if not isinstance(sharding, NamedSharding):
         return factors
-    axes = factor_axes(layout, kernel.shape, sharding.spec, factors)
+    arrays = {**factors.trained, **factors.untrained}
+    axes = factor_axes(layout, kernel.shape, sharding.spec, arrays, cp=factors.is_cp)
     placed = {
-        name: _place(getattr(factors, name), NamedSharding(sharding.mesh, PartitionSpec(*own)))
-        for name, own in axes.items()
+        name: _place(arrays[name], NamedSharding(sharding.mesh, PartitionSpec(*own))) for name, own in axes.items()
     }
     return dataclasses.replace(factors, **placed)
 

@@ -1,0 +1,5 @@
+"""These tests run on eight virtual CPU devices, in a process of their own: `python -m pytest tests/devices`."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # an error where JAX has started with fewer

@@ -18,6 +18,7 @@ from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_paramete
 from loha_jax.plan import Layouts, NamedTree
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .atomic import whole_folder, write_atomically
 from .checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -27,7 +28,7 @@ from .checkpoint import (
     side_files,
     weight_files,
 )
-from .files import FileError, write_atomically
+from .files import FileError
 from .names import NameMap, leaf_path
 from .sources import Source
 
@@ -261,7 +262,8 @@ def save_merged(
 ) -> None:
     """Writes a tree, with its adapters merged, as a folder that transformers' `from_pretrained` loads in torch.
 
-    Tensors are merged and written one at a time, into temporary files that are renamed when all are whole.
+    Tensors are merged and written one at a time. A new folder appears whole; in one that holds other files the weights
+    appear last, when all are whole.
 
     Args:
         folder: made if it is not there; may not hold weights.
@@ -330,11 +332,10 @@ def save_merged(
             assert checkpoint is not None
             kind, shape = checkpoint.dtypes[key], checkpoint.shapes[key]
         plan.append((key, np.dtype(dtype) if dtype is not None and _kind(kind) == "float" else kind, tuple(shape)))
-    folder.mkdir(parents=True, exist_ok=True)
     stem = "model"
     if checkpoint is not None:
         stem = "diffusion_pytorch_model" if "_diffusers_version" in read_config(checkpoint.folder) else stem
-    with CheckpointWriter(folder, plan, size, stem, {"format": "pt"}) as writer:
+    with whole_folder(folder) as place, CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer:
         for key, target, shape in plan:
             if key not in owners:
                 assert checkpoint is not None
@@ -352,8 +353,8 @@ def save_merged(
             writer.write(key, _cast(value, target, key).reshape(shape))
         if checkpoint is not None:
             for file in side_files(checkpoint.folder):
-                if not (folder / file.name).exists():  # an author's own stays
-                    write_atomically(folder / file.name, side_file_content(file, dtype))
+                if not (place / file.name).exists():  # an author's own stays
+                    write_atomically(place / file.name, side_file_content(file, dtype))
         writer.commit()
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 
 from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
-from .files import DTYPES, open_safetensors, readable_by_umask, write_atomically
+from .atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
+from .files import DTYPES, open_safetensors
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -298,12 +298,12 @@ class CheckpointWriter:
         self.weight_map = {t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard}
         self._places: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
         self._pending = set(self.weight_map)
-        self._files: list[tuple[int, Path]] = []
+        self._files: list[TemporaryFile] = []
         try:
             for n, shard in enumerate(shards):
-                descriptor, temporary = tempfile.mkstemp(prefix=f".{self.names[n]}.", suffix=".tmp", dir=folder)
-                self._files.append((descriptor, Path(temporary)))
-                self._start(n, descriptor, shard, dict(metadata or {}))
+                with naming(folder / self.names[n]):
+                    self._files.append(TemporaryFile(folder / self.names[n]))
+                    self._start(n, self._files[-1].descriptor, shard, dict(metadata or {}))
         except BaseException:
             self.close()
             raise
@@ -320,18 +320,20 @@ class CheckpointWriter:
         n, offset, dtype, shape = self._places[name]
         if value.dtype != dtype or value.shape != shape:
             raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
-        write_at(self._files[n][0], offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        with naming(self._folder / self.names[n]):
+            write_at(self._files[n].descriptor, offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         self._pending.discard(name)
 
     def commit(self) -> None:
         """Flushes and renames the files; ValueError if a tensor was not written."""
         if self._pending:
             raise ValueError(f"These tensors were announced and not written: {', '.join(sorted(self._pending))}")
-        for descriptor, path in self._files:
-            os.fsync(descriptor)
-            readable_by_umask(path)
-        for (_, path), name in zip(self._files, self.names, strict=True):
-            os.replace(path, self._folder / name)
+        with naming(self._folder):
+            for file in self._files:
+                file.flush()
+            for file in self._files:
+                file.move_into_place()
+            sync_folder(self._folder)
         if len(self.names) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self.weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -339,9 +341,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Closes the files and removes those that were not renamed."""
-        for descriptor, path in self._files:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
+        for file in self._files:
+            file.close()
         self._files = []
 
     def __enter__(self) -> CheckpointWriter:
@@ -349,11 +350,3 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def write_at(descriptor: int, offset: int, data: Any) -> None:
-    """Writes all bytes of a buffer to a place in a file."""
-    view = memoryview(data)
-    while len(view):  # one call writes at most 2 GB
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

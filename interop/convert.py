@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ import numpy as np
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 
 from .adapter_file import AdapterModule
+from .atomic import move_into_place, naming, temporary_folder, write_atomically
 from .carried import PREFIX
 from .checkpoint import read_config
 from .conversion_source import Source, cast_module
 from .factors import ranks_and_alphas
-from .files import safetensors_bytes, write_atomically
+from .files import safetensors_bytes
 from .lora import check_decomposed, lora_tensors
 from .lora_config import exact_targets, like_loha, lora_config
 from .lora_math import lora_of
@@ -36,7 +35,6 @@ from .lycoris_format import (
 from .model_card import MODEL_CARD_NAME, model_card
 from .orbax_folder import write_orbax
 from .peft import SAFETENSORS_NAME
-from .working_folder import move_into_place
 
 FORMATS = ("peft", "lycoris", "kohya", "lora", "orbax")
 _KOHYA_DEFAULT = "lora_unet_"
@@ -91,7 +89,7 @@ def convert_adapter(
         ValueError: wrong arguments, or something that the target cannot hold, by name. Nothing is written then.
 
     Example:
-        >>> import jax, loha_jax
+        >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
         >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -129,12 +127,9 @@ def convert_adapter(
 
 
 def _write_whole(target: Path, write: Callable[[Path], None], force: bool) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with naming(target), temporary_folder(target) as work:
         write(work / "new")
-        move_into_place(work / "new", target, work / "replaced", force)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        move_into_place(work / "new", target, force)
 
 
 class _Targets:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import write_at
+from .atomic import write_at
 
 _PAGE = 4096
 """What Linux wants places, sizes and addresses to be multiples of."""

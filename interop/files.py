@@ -1,10 +1,8 @@
-"""Files that are whole or not there: atomic writes, and checkpoints as numpy arrays."""
+"""Checkpoints as numpy arrays: what safetensors and torch files hold."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -38,28 +36,6 @@ DTYPES = {
 """What numpy has for the dtypes of safetensors."""
 
 _MAX_HEADER_BYTES = 32 << 20  # a shard with 100,000 tensors has about 15 MB
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name in the same folder, flushes to disk, then renames: never half a file, never none."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        readable_by_umask(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def readable_by_umask(path: Path) -> None:
-    """Gives a temporary file, which is its owner's alone, the mode of a new file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

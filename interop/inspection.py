@@ -13,6 +13,7 @@ from loha_jax.config import CONFIG_NAME
 from loha_jax.init import FACTOR_NAMES
 
 from .adapter_file import AdapterFile, AdapterModule
+from .atomic import pending_or_own
 from .checkpoint import Checkpoint, is_floating
 from .factors import rank_of
 from .files import FileError, read_safetensors
@@ -63,7 +64,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 def is_adapter(path: Path) -> bool:
     """Whether a path that is there holds an adapter, of whatever kind, rather than a checkpoint."""
     if path.is_dir():
-        return any((path / name).is_file() for name in (CONFIG_NAME, DIFFUSERS_NAME)) or is_orbax_folder(path)
+        return any(pending_or_own(path, n).is_file() for n in (CONFIG_NAME, DIFFUSERS_NAME)) or is_orbax_folder(path)
     if path.suffix != ".safetensors":
         return not path.name.endswith(".index.json")
     keys = Checkpoint(path).shapes
@@ -82,7 +83,7 @@ def _is_readable(path: Path) -> bool:
 
 def _broken_modules(path: Path) -> list[str]:
     """What is wrong with each module of a LoHa whose file is whole."""
-    file = path / SAFETENSORS_NAME if path.is_dir() else path
+    file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in read_safetensors(file).items() if file.is_file() else ():
         module, _, part = (module_key(key) if path.is_dir() else key).rpartition(".")

@@ -22,9 +22,10 @@ from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
+from .atomic import write_together
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, module_factors, stack_dora_scales
-from .files import FileError, check_finite, safetensors_bytes, write_atomically
+from .files import FileError, check_finite, safetensors_bytes
 from .lora_config import exact_targets, loha_config, lora_config
 from .lora_folder import read_lora_folder
 from .lora_math import cast_tensors, check_limits, loha_of, lora_of
@@ -222,7 +223,7 @@ def save_lora(
     """Writes an adapter as a PEFT LoRA folder; `PeftModel.from_pretrained`, and servers of LoRA, open it.
 
     `adapter_config.json` and `adapter_model.safetensors` go into `folder`, and a model card, README.md, where there is
-    none. Each file is written under a temporary name and renamed. alpha is r in every module, so that the scaling is 1
+    none. Config and weights appear, or are replaced, together. alpha is r in every module, so that the scaling is 1
     also for a reader that ignores `alpha_pattern`; `target_modules` is a list of names.
 
     Args:
@@ -254,11 +255,9 @@ def save_lora(
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
     weights = safetensors_bytes(lora.tensors, {"format": "pt"})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SAFETENSORS_NAME, weights)
-    write_atomically(folder / CONFIG_NAME, json.dumps(lora.config, indent=2, sort_keys=True).encode())
-    if not (folder / MODEL_CARD_NAME).exists():  # an author's own stays
-        write_atomically(folder / MODEL_CARD_NAME, model_card(lora.config).encode())
+    config = json.dumps(lora.config, indent=2, sort_keys=True).encode()
+    card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
+    write_together(folder, {SAFETENSORS_NAME: weights, CONFIG_NAME: config}, card)
     return lora
 
 

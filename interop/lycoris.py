@@ -14,8 +14,8 @@ from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .atomic import write_atomically
 from .factors import chosen_adapter, module_factors
-from .files import write_atomically
 from .lycoris_format import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, module_key, module_tensors
 
 

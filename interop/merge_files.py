@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from .adapter_file import AdapterFile
+from .atomic import write_atomically
 from .checkpoint import Checkpoint, Header, side_file_content, side_files
-from .files import write_atomically
 from .merge_plan import MergePlan, plan_merge
 from .merge_shard import ShardWriter, new_dtype
 from .working_folder import WorkingFolder

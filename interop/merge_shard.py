@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoint import Checkpoint, Header, is_floating, write_at
+from .atomic import sync_folder, write_at
+from .checkpoint import Checkpoint, Header, is_floating
 from .direct_file import DirectFile
 from .low_rank_update import accumulator
 from .merge_plan import MergePlan
 from .merge_sum import RowUpdates, column_gains, merge_rows, squared_columns
-from .working_folder import sync_folder
 
 _BLOCK = 4 << 20
 """Bytes of a block of rows; a handful are in memory at a time."""

@@ -11,7 +11,8 @@ import numpy as np
 from loha_jax.untrusted import read_json
 
 from .adapter_file import AdapterFile, AdapterModule
-from .files import FileError, write_atomically
+from .atomic import write_atomically
+from .files import FileError
 
 DESCRIPTION_NAME = "loha_adapter.json"
 TENSORS_NAME = "tensors"

@@ -28,6 +28,7 @@ from loha_jax.plan import Layouts, Target, plan_injection
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
 
+from .atomic import pending_or_own, write_atomically, write_together
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, exact_pattern, module_factors, most_common
 from .files import (
@@ -37,7 +38,6 @@ from .files import (
     read_safetensors,
     read_torch_pickle,
     safetensors_bytes,
-    write_atomically,
 )
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
@@ -58,8 +58,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
 
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
     `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank stabilisation is folded into
-    alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Each file
-    is written under a temporary name and renamed.
+    alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Config and
+    weights of an adapter appear, or are replaced, together, whatever ends the process (docs/guide.md).
 
     Args:
         folder: made if it is not there.
@@ -98,14 +98,14 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name) for name in chosen}
+    card = model_card(configs[chosen[0]].to_dict()).encode()
     contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
-    for name in chosen:
+    for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
         target = folder if name == "default" else folder / name
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / SAFETENSORS_NAME, contents[name])
-        write_atomically(target / CONFIG_NAME, configs[name].to_json().encode())
-    if not (folder / MODEL_CARD_NAME).exists():  # an author's own stays
-        write_atomically(folder / MODEL_CARD_NAME, model_card(configs[chosen[0]].to_dict()).encode())
+        files = {SAFETENSORS_NAME: contents[name], CONFIG_NAME: configs[name].to_json().encode()}
+        write_together(target, files, {MODEL_CARD_NAME: card} if target == folder else {})
+    if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
+        write_atomically(folder / MODEL_CARD_NAME, card)
 
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
@@ -279,7 +279,8 @@ def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tu
         folder: of PEFT or diffusers.
         config_of: makes the config of its fields, as `LoHaConfig.from_dict` does, and raises ValueError.
     """
-    has_config, diffusers = (folder / CONFIG_NAME).is_file(), folder / DIFFUSERS_NAME
+    config_path, diffusers = pending_or_own(folder, CONFIG_NAME), folder / DIFFUSERS_NAME
+    has_config = config_path.is_file()
     if not has_config and diffusers.is_file():
         text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
         if text is None:
@@ -296,12 +297,12 @@ def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tu
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
         hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
-    values = read_json(folder / CONFIG_NAME)
+    values = read_json(config_path)
     try:
         config = config_of(values)
     except ValueError as error:
-        raise FileError(f"{folder / CONFIG_NAME}: {error}") from error
-    if (path := folder / SAFETENSORS_NAME).is_file():
+        raise FileError(f"{config_path}: {error}") from error
+    if (path := pending_or_own(folder, SAFETENSORS_NAME)).is_file():
         return config, read_safetensors(path), path
     if (path := folder / BIN_NAME).is_file():
         return config, read_torch_pickle(path), path

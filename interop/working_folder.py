@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 
-from .files import write_atomically
+from .atomic import move_into_place, naming, restore, sync_folder, write_atomically
 
 
 class WorkingFolder:
@@ -28,15 +27,28 @@ class WorkingFolder:
         self._manifest = self._folder / "manifest.json"
         self._fingerprint = fingerprint
         self.files = self._folder / "files"
+        self._done = self._folder / "done"  # where an old result comes in exchange, to be taken for none
 
     def __enter__(self) -> WorkingFolder:
-        self._folder.mkdir(exist_ok=True)
+        with naming(self._out):
+            self._folder.mkdir(exist_ok=True)
         self._lock = open(self._folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise FileExistsError(f"Another run is writing {self._out} ({self._folder} is locked)") from error
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        """Removes what cannot be continued."""
+        restore(self._folder, self._out)
+        shutil.rmtree(self._done, ignore_errors=True)
         try:
             manifest = json.loads(self._manifest.read_text())
         except (FileNotFoundError, ValueError):
@@ -50,7 +62,6 @@ class WorkingFolder:
         self.files.mkdir(exist_ok=True)
         for unfinished in self.files.glob(".*.part"):
             unfinished.unlink()
-        return self
 
     def is_finished(self, name: str, size: int) -> bool:
         """Whether an earlier run left a whole file."""
@@ -64,52 +75,15 @@ class WorkingFolder:
     def publish(self, force: bool) -> None:
         """Renames the folder of files to its place."""
         sync_folder(self.files)
-        move_into_place(self.files, self._out, self._folder / "replaced", force)
+        self.files.rename(self._done)
+        try:
+            move_into_place(self._done, self._out, force)
+        except BaseException:
+            self._done.rename(self.files)
+            raise
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
         if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to continue with
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
-
-
-def move_into_place(new: Path, out: Path, aside: Path, force: bool) -> None:
-    """Renames a finished file or folder to its place.
-
-    Args:
-        new, out: of one file system.
-        aside: where what is at `out` goes meanwhile; it is removed.
-        force: whether something may be at `out`.
-
-    Raises:
-        FileExistsError: something is.
-    """
-    if os.path.lexists(out) and not force:
-        raise FileExistsError(f"{out} has appeared meanwhile")
-    _remove(aside)
-    if os.path.lexists(out):
-        os.rename(out, aside)
-    try:
-        os.rename(new, out)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(out):
-            os.rename(aside, out)
-        raise
-    sync_folder(out.parent)
-    _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import operator
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -27,12 +28,20 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 
 from loha_jax.array_digest import digests
-from loha_jax.processes import gathered, of_first_process, same_everywhere
+from loha_jax.processes import agreed, of_first_process, same_everywhere
 from loha_jax.retention import Retention
-from loha_jax.saved_state import KEY, State, describe_leaf, differences, fingerprint, plain_json, take_apart
+from loha_jax.saved_state import (
+    KEY,
+    State,
+    describe_leaf,
+    differences,
+    fingerprint,
+    plain_json,
+    plain_numbers,
+    take_apart,
+)
 from loha_jax.stored_arrays import as_given, read_arrays, storable
 from loha_jax.untrusted import FileError, json_object
 
@@ -120,6 +129,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
                 lightweight_initialize=True,  # a broken file of an old checkpoint stops nobody
+                # Where a folder cannot be made, `save` says so; a background thread would be waited for, for minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
@@ -183,7 +194,7 @@ class Checkpoints:
         self.wait()
         step = self._checked_step(step)
         data = plain_json(data, "data")
-        numbers = {str(name): _number(value, name) for name, value in (metrics or {}).items()}
+        numbers = plain_numbers(metrics or {}, "metrics")
         if not same_everywhere({"step": step, "data": data, "metrics": numbers}):
             raise ValueError(
                 f"The processes give different steps, data or metrics; this one gives {step}, {data!r}, {numbers!r}. A "
@@ -214,7 +225,7 @@ class Checkpoints:
         }
         if jax.process_index() == 0:
             for name in self._unfinished():
-                (self.folder / name).rmtree()
+                _remove(self.folder / name)
         if step in self._manager.all_steps():
             self._manager.delete(step)
         self._retention.broken.pop(step, None)
@@ -279,7 +290,7 @@ class Checkpoints:
     def _restore_step(self, step: int, state: State, given: Mapping[str, Any]) -> Restored:
         """Raises FileError where the checkpoint is broken, ValueError where it belongs to something else."""
         origin = f"The checkpoint of step {step} ({self.folder / str(step)})"
-        held = self._agreed(origin, functools.partial(self._description, step))
+        held = agreed(functools.partial(self._description, step), f"{origin} is broken")
         if lines := differences(given, held):
             listed = "".join(f"\n  - {line}" for line in lines)
             raise ValueError(
@@ -291,7 +302,7 @@ class Checkpoints:
         values = {name: x["value"] for name in names if "value" in (x := held["leaves"][name])}
         wanted = {name: held["leaves"][name] for name in names if name not in values}
         read = functools.partial(read_arrays, self.folder / str(step) / _STATE, wanted, state.saved)
-        arrays = self._agreed(origin, read)
+        arrays = agreed(read, f"{origin} is broken")
         found = digests(arrays)
         if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
             raise FileError(f"{origin} is broken: what its files hold of {', '.join(changed)} is not what was saved")
@@ -313,20 +324,6 @@ class Checkpoints:
         if body["step"] != step:
             raise FileError(f"{path} is of step {body['step']}")
         return body
-
-    def _agreed(self, origin: str, read: Any) -> Any:
-        """What `read` returns; a FileError in all processes where it fails in one."""
-        result, problem = None, ""
-        try:
-            result = read()
-        except Exception as error:  # whatever Orbax and tensorstore stumble over in a broken file
-            text = " ".join(str(error).split())
-            problem = text if isinstance(error, FileError) else f"{type(error).__name__}: {text}"
-        failed = np.flatnonzero(gathered(np.array(bool(problem))))
-        if len(failed):
-            problem = problem or f"process {failed[0]} cannot read it"
-            raise FileError(f"{origin} is broken: {problem:.1000}")
-        return result
 
     def _fingerprint(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """`fingerprint`, which is remembered for as long as the arrays are the very same."""
@@ -407,11 +404,16 @@ def restore(folder: str | os.PathLike[str], params: Any, opt_state: Any = None, 
     raise FileNotFoundError(f"{folder} holds no checkpoint")
 
 
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"metrics[{name!r}] should be a number, got {value!r:.100}") from None
+def _remove(folder: Any) -> None:
+    """Removes a half-written folder. Where a save has just failed, its other writes may still go on for a moment."""
+    for _ in range(50):
+        try:
+            folder.rmtree()
+        except OSError:
+            time.sleep(0.1)
+        if not folder.exists():
+            return
+    folder.rmtree()
 
 
 def _text_digest(body: Any) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from loha_jax.untrusted import FileError
 
 
 def gathered(array: np.ndarray) -> np.ndarray:
@@ -44,3 +46,27 @@ def of_first_process(numbers: Sequence[int]) -> list[int]:
     padded = np.zeros(int(count.max()), np.int32)
     padded[: len(numbers)] = numbers
     return [int(n) for n in gathered(padded)[0, : count[0]]]
+
+
+def agreed(read: Callable[[], Any], failed: str) -> Any:
+    """What `read` returns; where it fails in one process, a FileError in all.
+
+    Args:
+        read: may fail in any way, as libraries do that stumble over a broken file; waits for no other process.
+        failed: how the message begins.
+
+    Example:
+        >>> agreed(lambda: 3, "The file is broken")
+        3
+    """
+    result, problem = None, ""
+    try:
+        result = read()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        problem = text if isinstance(error, FileError) else f"{type(error).__name__}: {text}"
+    where = np.flatnonzero(gathered(np.array(bool(problem))))
+    if len(where):
+        problem = problem or f"process {where[0]} cannot read it"
+        raise FileError(f"{failed}: {problem:.1000}")
+    return result

@@ -152,6 +152,22 @@ def plain_json(value: Any, where: str) -> Any:
     )
 
 
+def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Numbers by name, arrays of one element among them, as floats; raises ValueError for anything else.
+
+    Example:
+        >>> plain_numbers({"loss": np.float32(0.5)}, "metrics")
+        {'loss': 0.5}
+    """
+    numbers = {}
+    for name, value in values.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}[{name!r}] should be a number, got {value!r:.100}") from None
+    return numbers
+
+
 def _has_values(leaf: Any) -> bool:
     return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 

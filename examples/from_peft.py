@@ -24,6 +24,7 @@ from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import loha_jax
 from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
+from loha_jax.train import fit
 
 SIDE_BY_SIDE = """
   PEFT                                                loha-jax
@@ -100,26 +101,15 @@ def run(options: argparse.Namespace) -> None:
     base = interop.load_base(base_folder, model.params_shape_tree, names=names)
     arrived = interop.load_peft(adapter, base, names=names)
     apply = loha_jax.adapt(lambda params, ids: model(ids, params=params).logits)  # no ΔW is built
-    trainable, frozen = loha_jax.partition(arrived)
     # ------------------------------------------------------------------------------------------------------------
     print(loha_jax.summary(arrived).totals)
 
-    def loss_fn(params: Any, ids: Any) -> jax.Array:
+    def loss_fn(params: Any, ids: Any, key: jax.Array | None = None) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(apply(params, ids)[:, :-1], ids[:, 1:]).mean()
 
-    tx = optax.adam(RATE)
-    opt_state = tx.init(trainable)
-
-    @jax.jit
-    def train_step(trainable, opt_state, frozen, ids):
-        grads = jax.grad(lambda trainable: loss_fn(loha_jax.combine(trainable, frozen), ids))(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state
-
-    for ids in batches(config.vocab_size, steps, options.seed + 1):
-        trainable, opt_state = train_step(trainable, opt_state, frozen, ids)
+    data = batches(config.vocab_size, steps, options.seed + 1)
+    continued = fit(loss_fn, arrived, optax.adam(RATE), data, key=jax.random.key(options.seed)).params
     # -- And out -------------------------------------------------------------------------------------------------
-    continued = loha_jax.combine(trainable, frozen)
     interop.save_peft(options.out / "from_jax", continued)
     # ------------------------------------------------------------------------------------------------------------
     console.print(f"Saved as PEFT saves it: {options.out / 'from_jax'}")

@@ -34,11 +34,6 @@ class History:
     validations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     @property
-    def recent_loss(self) -> float:
-        """The mean of the last `RECENT` losses."""
-        return float(np.mean(self.losses[-RECENT:]))
-
-    @property
     def best(self) -> tuple[int, float]:
         """Step and accuracy of the best validation, the first of equals."""
         return max(self.validations, key=lambda validation: validation[1])
@@ -68,10 +63,6 @@ class TrainingBar:
     def advance(self, loss: float) -> None:
         """One step is done."""
         self._progress.update(self._task, advance=1, loss=f"loss {loss:.3f}")
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._progress.console.print(f"  {text}")
 
 
 @contextlib.contextmanager

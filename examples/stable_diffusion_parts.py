@@ -23,13 +23,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import missing, run_example, show_results
-from report import console, training_bar
+from report import console
 from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_images
 from transformers import CLIPTextConfig, FlaxCLIPTextModel
 
 import loha_jax
 from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
+from loha_jax.train import fit
 
 if packages := missing({"diffusers": "--no-deps diffusers==0.39.0"}):
     sys.exit(f"This example needs more than this Python has: {sys.executable} -m pip install {packages}")
@@ -124,30 +125,13 @@ def run(options: argparse.Namespace) -> None:
         text = text_encoder(batch["caption"], params=params["text_encoder"]).last_hidden_state  # type: ignore[attr-defined]
         return unet.apply({"params": params["unet"]}, batch["noisy"], batch["t"], text).sample
 
-    def loss_fn(params: Params, batch: dict[str, Any]) -> jax.Array:
+    def loss_fn(params: Params, batch: dict[str, Any], key: jax.Array) -> jax.Array:
         return jnp.mean((predict_noise(params, batch) - batch["noise"]) ** 2)
 
-    trainable, frozen = loha_jax.partition(params)  # of both parts at once
-    # ------------------------------------------------------------------------------------------------------------
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, RATE, steps // 10, steps))
-    opt_state = tx.init(trainable)
-
-    @jax.jit
-    def train_step(trainable, opt_state, frozen, batch):
-        def loss_of(trainable):
-            return loss_fn(loha_jax.combine(trainable, frozen), batch)
-
-        loss, grads = jax.value_and_grad(loss_of)(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
-
-    losses = []
-    with training_bar(steps) as bar:
-        for batch in batches(steps, options.seed):
-            trainable, opt_state, loss = train_step(trainable, opt_state, frozen, batch)
-            losses.append(float(loss))
-            bar.advance(float(np.mean(losses[-20:])))
-    params = loha_jax.combine(trainable, frozen)
+    result = fit(loss_fn, params, tx, batches(steps, options.seed), key=jax.random.key(options.seed))  # both parts
+    # ------------------------------------------------------------------------------------------------------------
+    params, losses = result.params, [row["loss"] for row in result.history]
     for part, tree in params.items():
         interop.save_peft(options.out / part, tree)
         print(f"{options.out / part}: {loha_jax.summary(tree).totals}")

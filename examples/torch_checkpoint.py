@@ -24,11 +24,12 @@ from common import missing, run_example, show_results
 from finetune_minilm import fit_probe
 from minilm import EVALUATION_BATCH, Encoder, embed, load_tokenizer, model_folder
 from movie_sentences import Tokenized, load, split
-from report import console, training_bar
+from report import console
 from transformers import BertConfig, FlaxBertModel
 
 import loha_jax
 from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
+from loha_jax.train import fit
 
 LOHA = loha_jax.LoHaConfig(
     r=8, alpha=16, target_modules=["query", "key", "value", "attention.output.dense"], task_type="FEATURE_EXTRACTION"
@@ -53,28 +54,14 @@ def train(model: Any, params: Params, data: Tokenized, epochs: int, seed: int) -
     batches = [batch for _ in range(epochs) for batch in data.epoch(BATCH, rng)]
     # ------------------------------------------------------------------------------------------------------------
     encode = loha_jax.adapt(lambda params, ids, mask: embed(model, params, ids, mask))  # no ΔW is built
-    trainable, frozen = loha_jax.partition(params)
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, RATE, len(batches) // 10, len(batches)))
-    opt_state = tx.init(trainable)
 
-    @jax.jit
-    def train_step(trainable, opt_state, frozen, batch):
-        def loss_fn(trainable):
-            vectors = encode(loha_jax.combine(trainable, frozen), batch["ids"], batch["mask"])
-            return contrast(vectors, batch["labels"])
+    def loss_fn(params, batch, key):
+        return contrast(encode(params, batch["ids"], batch["mask"]), batch["labels"])
 
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
-
+    result = fit(loss_fn, params, tx, batches, key=jax.random.key(seed))
     # ------------------------------------------------------------------------------------------------------------
-    losses = []
-    with training_bar(len(batches)) as bar:
-        for batch in batches:
-            trainable, opt_state, loss = train_step(trainable, opt_state, frozen, batch)
-            losses.append(float(loss))
-            bar.advance(float(np.mean(losses[-20:])))
-    return loha_jax.combine(trainable, frozen), losses
+    return result.params, [row["loss"] for row in result.history]
 
 
 def vectors_in_torch(module: Any, data: Tokenized) -> np.ndarray:

@@ -13,7 +13,7 @@ from loha_jax.config import CONFIG_NAME
 from loha_jax.init import FACTOR_NAMES
 
 from .adapter_file import AdapterFile, AdapterModule
-from .atomic import pending_or_own
+from .adapter_folder import pending_or_own
 from .checkpoint import Checkpoint, is_floating
 from .factors import rank_of
 from .files import FileError, read_safetensors

@@ -22,7 +22,7 @@ from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
-from .atomic import write_together
+from .adapter_folder import write_together
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, module_factors, stack_dora_scales
 from .files import FileError, check_finite, safetensors_bytes

@@ -28,7 +28,8 @@ from loha_jax.plan import Layouts, Target, plan_injection
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
 
-from .atomic import pending_or_own, write_atomically, write_together
+from .adapter_folder import pending_or_own, write_together
+from .atomic import write_atomically
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, exact_pattern, module_factors, most_common
 from .files import (

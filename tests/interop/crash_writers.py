@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint  # noqa: F401  # or each case would import it
 from jax._src import xla_bridge
-from loha_jax.interop import atomic
+from loha_jax.interop.adapter_folder import PENDING
 from loha_jax.interop.checkpoint import CheckpointWriter
 from loha_jax.interop.convert import convert_adapter
 from loha_jax.interop.merge_files import merge_checkpoint
@@ -134,7 +134,7 @@ def orbax_values(path):
 def as_read(path):
     """The same with pending files in their places, as `load_peft` reads them."""
     files = files_of(path)
-    for pending in path.rglob(f"{atomic.PENDING}/*") if path.is_dir() else ():
+    for pending in path.rglob(f"{PENDING}/*") if path.is_dir() else ():
         files[str((pending.parent.parent / pending.name).relative_to(path))] = pending.read_bytes()
     return files
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loha_jax.interop import atomic
+from loha_jax.interop import adapter_folder, atomic
 from loha_jax.interop.working_folder import WorkingFolder
 
 from loha_jax import LoHaConfig, interop
@@ -82,7 +82,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
 
 
 def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     out = tmp_path / "out"
     with atomic.temporary_folder(out) as work:
         (work / "new").mkdir()
@@ -125,14 +125,14 @@ def fail_at(count, call):
 
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(tmp_path, monkeypatch, exchanges):
-    folder, exchange = tmp_path / "a", atomic._exchange
+    folder, exchange = tmp_path / "a", atomic.exchange
     interop.save_peft(folder, script().tree(1))
 
     def late(new, old):
         (folder / "theirs").write_text("kept")
         return exchange(new, old) if exchanges else False
 
-    monkeypatch.setattr(atomic, "_exchange", late)
+    monkeypatch.setattr(adapter_folder, "exchange", late)
     interop.save_peft(folder, script().tree(2))
     assert (folder / "theirs").read_text() == "kept"
     assert LoHaConfig.from_pretrained(folder).alpha == 2
@@ -145,7 +145,7 @@ def test_pending_files_are_read_finished_by_the_next_save_and_refused_by_peft(tm
     for version in (1, 2):
         interop.save_peft(tmp_path / str(version), script().tree(version))
     interop.save_peft(folder, script().tree(1))
-    pending = folder / atomic.PENDING
+    pending = folder / adapter_folder.PENDING
     pending.mkdir()  # as a kill after the first move leaves it
     (folder / "adapter_config.json").unlink()
     os.replace(tmp_path / "2" / "adapter_model.safetensors", folder / "adapter_model.safetensors")

@@ -1,7 +1,7 @@
 """Sets up and runs the two jobs of this repository, each with one command.
 
     python3 run.py example [--quick ...]    fine-tune a real model with LoHa and open the result in PyTorch PEFT
-    python3 run.py test [pytest arguments]  run the tests
+    python3 run.py test [pytest arguments]  run the tests: all of them, or those that the arguments choose
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job needs: some minutes and
 gigabytes the first time, nothing after that. It needs Python 3.11 or newer with venv, and nothing else.
@@ -92,7 +92,11 @@ def run_tests(python: Path, arguments: list[str]) -> int:
         installer.install(what)
     own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
     parallel = [] if own_choice or not has_module(python, "xdist") else ["-n", "auto", "--maxprocesses", "4"]
-    return run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)
+    status = run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)
+    if arguments:  # a choice of tests, or options
+        return status
+    # Tests on a mesh of eight virtual devices need processes that start with them.
+    return run(python, ["-m", "pytest", *parallel, "tests/devices"], folder=REPOSITORY) or status
 
 
 def check_python() -> None:

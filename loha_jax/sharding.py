@@ -98,7 +98,7 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
     arrays = {**factors.trained, **factors.untrained}
     axes = factor_axes(layout, kernel.shape, sharding.spec, arrays, cp=factors.is_cp)
     placed = {
-        name: _place(arrays[name], NamedSharding(sharding.mesh, PartitionSpec(*own))) for name, own in axes.items()
+        name: place(arrays[name], NamedSharding(sharding.mesh, PartitionSpec(*own))) for name, own in axes.items()
     }
     return dataclasses.replace(factors, **placed)
 
@@ -110,16 +110,26 @@ def place_like(array: Any, other: Any) -> Any:
         return array
     if isinstance(sharding, SingleDeviceSharding) and not getattr(other, "committed", False):
         return array
-    return _place(array, sharding)
+    return place(array, sharding)
 
 
-def _place(array: Any, sharding: NamedSharding | SingleDeviceSharding) -> Any:
+def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
+    """An array where a sharding says; devices of other processes too, if all processes have the same array.
+
+    Args:
+        array: an array, a typed random key, a shape, or a traced array on a mesh with explicit axes.
+        sharding: the place.
+        may_alias: False for a copy even of what is there already.
+    """
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     if isinstance(array, Tracer):
         return jax.sharding.reshard(array, sharding)
     here = not isinstance(array, jax.Array) or array.is_fully_addressable
     if sharding.is_fully_addressable or not here:
-        return jax.device_put(array, sharding)
+        return jax.device_put(array, sharding, may_alias=may_alias)
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     values = np.asarray(array)  # each process has all of them and gives its devices their part
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)

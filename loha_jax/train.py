@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -25,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.models import refuse_model
 from loha_jax.partition import combine, partition
+from loha_jax.sharding import place
 from loha_jax.train_log import Clock, Log, progress_bar
 from loha_jax.train_step import TrainStep
 
@@ -145,9 +147,10 @@ def fit(
         stream = _stream(batches, step, steps, sharding)
         first = list(itertools.islice(stream, 1))
         home = _home((sharding, params, first))
-        frozen, key = (jax.device_put(tree, _shardings(tree, home)) for tree in (frozen, key))
+        frozen, key = (jax.tree.map(place, tree, _shardings(tree, home)) for tree in (frozen, key))
         places = _shardings((trainable, opt_state, True), home)
-        state = jax.device_put((*start, True), places, may_alias=False)  # a step uses it up, and not what was given
+        copied = functools.partial(place, may_alias=False)  # a step uses it up, and not what was given
+        state = jax.tree.map(copied, (*start, True), places)
         train_step = TrainStep(loss_fn, tx, state, frozen, key, accumulate, dtype)
         bar = progress_bar(progress, step, steps if steps is not None else _length(batches))
         log = Log(stack.enter_context(bar), log_every, on_metrics)
@@ -156,7 +159,7 @@ def fit(
             nonlocal evaluated
             if evaluate is not None and step > evaluated:
                 with clock.measure("evaluate"):
-                    found = evaluate(combine(jax.device_put(state[0], places[0], may_alias=False), frozen))
+                    found = evaluate(combine(jax.tree.map(copied, state[0], places[0]), frozen))
                 log.record(step, {f"eval_{name}": float(value) for name, value in found.items()})
                 evaluated = step
 

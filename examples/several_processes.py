@@ -46,6 +46,7 @@ def train(options: argparse.Namespace) -> None:
     from sklearn.datasets import load_digits
 
     import loha_jax
+    from loha_jax import interop
     from loha_jax.train import fit
 
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -91,7 +92,7 @@ def train(options: argparse.Namespace) -> None:
         if options.pause:
             time.sleep(options.pause)
 
-    fit(
+    result = fit(
         loss_fn,
         params,
         optax.adamw(1e-2),
@@ -104,6 +105,7 @@ def train(options: argparse.Namespace) -> None:
         on_metrics=report,
         progress=False,
     )
+    interop.save_peft(Path(options.folder) / "adapter", result.params)
 
 
 class Run:
@@ -170,6 +172,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
+    from safetensors.numpy import load_file
 
     console = Console()
     with tempfile.TemporaryDirectory() as work:
@@ -188,6 +191,10 @@ def demonstrate(options: argparse.Namespace) -> None:
             shutil.copytree(folder / "run", folder / f"run{count}")
             resumed = Run(count, folder / f"run{count}", folder / f"run{count}.log").finish()
             columns[f"resumed in {count}"] = resumed
+        adapters = {
+            count: load_file(folder / f"run{count}" / "adapter" / "adapter_model.safetensors") for count in others
+        }
+        expected = load_file(folder / "whole" / "adapter" / "adapter_model.safetensors")
 
     table = Table("step", "one process", *columns, title="Losses")
     shown = [1, SAVED_EVERY, SAVED_EVERY + 1, *range(2 * SAVED_EVERY, STEPS + 1, SAVED_EVERY)]
@@ -204,6 +211,11 @@ def demonstrate(options: argparse.Namespace) -> None:
     for name, losses in list(columns.items())[1:]:
         if not 1 < min(losses) <= KILLED_AFTER + 1 or max(losses) != STEPS:
             problems.append(f"{name}: it went from step {min(losses)} to {max(losses)}")
+    for count, tensors in adapters.items():
+        worst = max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected)
+        console.print(f"PEFT's file of the run resumed in {count}: largest difference of a factor {worst:.1e}")
+        if not worst < 1e-4:
+            problems.append(f"the adapter of the run resumed in {count} differs by {worst:.1e}")
     if not np.isfinite(list(whole.values())).all() or not whole[STEPS] < 0.8 * whole[1]:
         problems.append("the model did not learn")
     if problems:

@@ -18,6 +18,7 @@ from loha_jax.config import LoHaConfig
 from loha_jax.inject import apply_plan
 from loha_jax.naming import path_parts, torch_parameter
 from loha_jax.plan import Plan, Target
+from loha_jax.processes import on_host
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 PREFIX = "base_model.model."
@@ -39,7 +40,7 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
             state.update(_base_layers(leaf, adapter_name, biases.get(path_parts(path)[:-1])))
         elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
             copy = leaf.copies[adapter_name]
-            value = np.asarray(leaf.layout.unfold(copy) if leaf.layout else copy)
+            value = on_host(leaf.layout.unfold(copy) if leaf.layout else copy)
             state[PREFIX + leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
             for owner, name, count in leaf.counters:
                 if owner == adapter_name:
@@ -62,11 +63,11 @@ def _base_layers(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np
     state: dict[str, np.ndarray] = {}
     for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
         if r and name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(factors.config):
-            weight = np.asarray(leaf.layout.unfold(leaf.kernel))
+            weight = on_host(leaf.layout.unfold(leaf.kernel))
             stack = len(leaf.layout.axes("s"))
             state[f"{PREFIX}{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[index]
             if bias is not None:
-                own = np.asarray(bias).reshape(-1, weight.shape[stack])[index]
+                own = on_host(bias).reshape(-1, weight.shape[stack])[index]
                 state[f"{PREFIX}{name}.base_layer.bias"] = own
     return state
 

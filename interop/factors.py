@@ -15,6 +15,7 @@ from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import factor_dtype
 from loha_jax.plan import Target
+from loha_jax.processes import on_host
 from loha_jax.weight import LoHaWeight
 
 from .adapter_file import AdapterModule
@@ -30,7 +31,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
     """
     factors = leaf.adapters[adapter_name]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    trained = {n: np.asarray(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
+    trained = {n: on_host(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
     target = Target(
         (), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp
     )

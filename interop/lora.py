@@ -19,6 +19,7 @@ from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.models import takes_model
 from loha_jax.naming import Names, path_parts, stack_names
 from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
+from loha_jax.processes import in_first_process, on_host
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
@@ -141,8 +142,8 @@ def to_lora(
 
 def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
     """The modules of a kernel, with the scaling that they have now."""
-    scaling = dict(zip(leaf.names, np.asarray(factors.scaling, np.float64).reshape(-1).tolist(), strict=True))
-    given = np.ones(len(leaf.names)) if factors.multiplier is None else np.asarray(factors.multiplier).reshape(-1)
+    scaling = dict(zip(leaf.names, on_host(factors.scaling).astype(np.float64).reshape(-1).tolist(), strict=True))
+    given = np.ones(len(leaf.names)) if factors.multiplier is None else on_host(factors.multiplier).reshape(-1)
     multiplier = dict(zip(leaf.names, given, strict=True))
     result = []
     for module in module_factors(leaf, adapter_name):
@@ -257,7 +258,8 @@ def save_lora(
     weights = safetensors_bytes(lora.tensors, {"format": "pt"})
     config = json.dumps(lora.config, indent=2, sort_keys=True).encode()
     card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
-    write_together(folder, {SAFETENSORS_NAME: weights, CONFIG_NAME: config}, card)
+    files = {SAFETENSORS_NAME: weights, CONFIG_NAME: config}
+    in_first_process(lambda: write_together(folder, files, card), f"{folder} was not written")
     return lora
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
+from loha_jax.processes import in_first_process, on_host
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .atomic import write_atomically
@@ -71,7 +72,8 @@ def save_lycoris(
         state.update(in_dtype(component.state, dtype))
         convolutions += component.convolutions
         kept = {**component.metadata, **kept}
-    write_atomically(Path(path), file_bytes(state, {**kept, **metadata}, convolutions))
+    content = file_bytes(state, {**kept, **metadata}, convolutions)
+    in_first_process(lambda: write_atomically(Path(path), content), f"{path} was not written")
 
 
 def to_lycoris_state_dict(
@@ -154,5 +156,6 @@ def _norm_differences(module: str, leaves: Mapping[str, SavedWeight], adapter_na
     differences = {}
     for name, leaf in leaves.items():
         wide = float32_or_wider(leaf.original.dtype)
-        differences[NORM_PARTS[name]] = np.asarray(leaf.copies[adapter_name], wide) - np.asarray(leaf.original, wide)
+        copy, original = (on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original))
+        differences[NORM_PARTS[name]] = copy - original
     return differences

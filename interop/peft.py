@@ -25,6 +25,7 @@ from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Target, plan_injection
+from loha_jax.processes import in_first_process
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
 
@@ -60,7 +61,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
     `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank stabilisation is folded into
     alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Config and
-    weights of an adapter appear, or are replaced, together, whatever ends the process (docs/guide.md).
+    weights of an adapter appear, or are replaced, together, whatever ends the process (docs/guide.md). Of several
+    processes all call this, and the first one writes.
 
     Args:
         folder: made if it is not there.
@@ -101,12 +103,16 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     configs = {name: peft_config(params, name) for name in chosen}
     card = model_card(configs[chosen[0]].to_dict()).encode()
     contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
-    for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
-        target = folder if name == "default" else folder / name
-        files = {SAFETENSORS_NAME: contents[name], CONFIG_NAME: configs[name].to_json().encode()}
-        write_together(target, files, {MODEL_CARD_NAME: card} if target == folder else {})
-    if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
-        write_atomically(folder / MODEL_CARD_NAME, card)
+
+    def write() -> None:
+        for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
+            target = folder if name == "default" else folder / name
+            files = {SAFETENSORS_NAME: contents[name], CONFIG_NAME: configs[name].to_json().encode()}
+            write_together(target, files, {MODEL_CARD_NAME: card} if target == folder else {})
+        if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
+            write_atomically(folder / MODEL_CARD_NAME, card)
+
+    in_first_process(write, f"{folder} was not written")
 
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:

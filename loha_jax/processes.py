@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from loha_jax.untrusted import FileError
 
@@ -70,3 +71,36 @@ def agreed(read: Callable[[], Any], failed: str) -> Any:
         problem = problem or f"process {where[0]} cannot read it"
         raise FileError(f"{failed}: {problem:.1000}")
     return result
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array as numpy has it, in every process; the parts of those that other processes hold are sent around.
+
+    Example:
+        >>> on_host(jax.numpy.ones(3)).shape
+        (3,)
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    assert isinstance(array.sharding, NamedSharding), "no other one spans processes"
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(array))
+
+
+def in_first_process(write: Callable[[], Any], failed: str) -> None:
+    """Has the first process write to disk while the others wait; where it fails, FileError in all.
+
+    JAX is not started for it.
+
+    Args:
+        write: writes.
+        failed: how the message begins.
+
+    Example:
+        >>> in_first_process(lambda: print("written"), "Nothing was written")
+        written
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        write()
+    else:
+        agreed(lambda: write() if jax.process_index() == 0 else None, failed)

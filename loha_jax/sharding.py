@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -128,7 +129,7 @@ def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
     here = not isinstance(array, jax.Array) or array.is_fully_addressable
     if sharding.is_fully_addressable or not here:
         return jax.device_put(array, sharding, may_alias=may_alias)
-    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = place(jax.random.key_data(array), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     values = np.asarray(array)  # each process has all of them and gives its devices their part

@@ -1,6 +1,7 @@
-"""Sets up and runs the two jobs of this repository, each with one command.
+"""Sets up and runs the jobs of this repository, each with one command.
 
     python3 run.py example [--quick ...]    fine-tune a real model with LoHa and open the result in PyTorch PEFT
+    python3 run.py processes [...]          train in several processes, kill one, go on in other numbers of them
     python3 run.py test [pytest arguments]  run the tests: all of them, or those that the arguments choose
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job needs: some minutes and
@@ -59,13 +60,14 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command, *rest = arguments
-    if command not in ("example", "test"):
+    commands = {"example": run_example, "processes": run_processes, "test": run_tests}
+    if command not in commands:
         print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
         return 2
     try:
         check_python()
         python = find_environment()
-        return run_example(python, rest) if command == "example" else run_tests(python, rest)
+        return commands[command](python, rest)
     except Failed as error:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
@@ -83,6 +85,12 @@ def run_example(python: Path, arguments: list[str]) -> int:
     if not (with_torch and installer.install(PEFT, needed=False)):
         say("Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter")
     return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
+
+
+def run_processes(python: Path, arguments: list[str]) -> int:
+    """Installs what the example of several processes needs, and runs it."""
+    Installer(python, ["jax", "flax", "scikit-learn"]).install(EXAMPLE)
+    return run(python, [str(REPOSITORY / "examples" / "several_processes.py"), *arguments])
 
 
 def run_tests(python: Path, arguments: list[str]) -> int:

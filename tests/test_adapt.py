@@ -535,7 +535,7 @@ def widened(tree):
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(einsums(), st.sampled_from(list(BOUNDS)), st.sampled_from(["factored", "fused", "fused in blocks"]))
 def test_any_einsum_with_any_layout(case, dtype, strategy):
     layout, kernel_shape, x_shape, equation = case

@@ -150,7 +150,7 @@ def convolutions(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(convolutions(), st.sampled_from(list(BOUNDS)), st.sampled_from(["factored", "fused"]))
 def test_any_convolution_with_any_layout(case, dtype, strategy):
     word, kernel_shape, x_shape, numbers, window, cp, r = case

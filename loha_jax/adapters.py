@@ -16,6 +16,7 @@ from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
+from loha_jax.sharding import follow_kernel
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
 
@@ -219,7 +220,7 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
     def add(leaf: Any) -> Any:
         if isinstance(leaf, LoHaWeight):
             held = {name: weight for name, weight in by_name.items() if name in leaf.adapters}
-            added = {adapter_name: _sum_of(leaf, held, config)} if held else {}
+            added = {adapter_name: follow_kernel(_sum_of(leaf, held, config), leaf.kernel, leaf.layout)} if held else {}
             return dataclasses.replace(leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,))
         if isinstance(leaf, SavedWeight):
             source = leaf.copy_of(adapters)

@@ -104,6 +104,8 @@ def test_files_and_sums(tmp_path):
         factors_of(loaded), factors_of(loha_jax.inject(base, config, key=KEY)), P("tensor", None), P(None, "fsdp"), P()
     )
     assert loaded["head"]["kernel"].copies["default"].sharding.spec == spec
+    summed = factors_of(loha_jax.add_weighted_adapter(loaded, ["default"], [0.5], "sum"), "sum")
+    assert (summed.hada_w1_a.sharding.spec, summed.hada_w2_b.sharding.spec) == (P("tensor", None), P(None, "fsdp"))
     merged = loha_jax.merge(loaded)
     assert merged["layer"]["kernel"].sharding.is_equivalent_to(placed["layer"]["kernel"].sharding, 2)
 

@@ -182,10 +182,11 @@ def demonstrate(options: argparse.Namespace) -> None:
 
         first, *others = options.processes
         console.print(f"The same in {first} processes; one is killed after step {KILLED_AFTER}")
-        run = Run(first, folder / "run", folder / "run.log", pause=0.1)
+        run = Run(first, folder / "run", folder / "run.log", pause=0.2)
         run.wait_for(KILLED_AFTER)
         run.kill_one()
-        columns: dict[str, dict[int, float]] = {f"{first} processes, killed": run.losses()}
+        killed = run.losses()
+        columns: dict[str, dict[int, float]] = {f"{first} processes, killed": killed}
         for count in others:
             console.print(f"Restoring in {count} process{'es' if count > 1 else ''}")
             shutil.copytree(folder / "run", folder / f"run{count}")
@@ -209,7 +210,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         if not worst < 1e-4:
             problems.append(f"{name}: losses differ by {worst:.1e}")
     for name, losses in list(columns.items())[1:]:
-        if not 1 < min(losses) <= KILLED_AFTER + 1 or max(losses) != STEPS:
+        if not 1 < min(losses) <= max(killed) + 1 or max(losses) != STEPS:
             problems.append(f"{name}: it went from step {min(losses)} to {max(losses)}")
     for count, tensors in adapters.items():
         worst = max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected)
@@ -218,6 +219,8 @@ def demonstrate(options: argparse.Namespace) -> None:
             problems.append(f"the adapter of the run resumed in {count} differs by {worst:.1e}")
     if not np.isfinite(list(whole.values())).all() or not whole[STEPS] < 0.8 * whole[1]:
         problems.append("the model did not learn")
+    if max(killed) == STEPS:
+        problems.append("the run that was to be killed came to its end")
     if problems:
         raise SystemExit("; ".join(problems))
 

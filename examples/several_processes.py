@@ -125,6 +125,12 @@ class Run:
                 process = subprocess.Popen([*command, "--process", str(n)], stdout=output, stderr=subprocess.STDOUT)
             self.processes.append(process)
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
     def losses(self) -> dict[int, float]:
         """What the run has reported: losses by step."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -147,7 +153,6 @@ class Run:
     def _check(self) -> None:
         for number, process in enumerate(self.processes):
             if process.poll():
-                self.kill()
                 raise SystemExit(f"process {number} failed: {process.returncode}\n{self.outputs[number].read_text()}")
 
     def kill_one(self) -> None:
@@ -178,20 +183,21 @@ def demonstrate(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         console.print(f"Training {STEPS} steps in one process with {DEVICES} devices, undisturbed")
-        whole = Run(1, folder / "whole", folder / "whole.log").finish()
+        with Run(1, folder / "whole", folder / "whole.log") as run:
+            whole = run.finish()
 
         first, *others = options.processes
         console.print(f"The same in {first} processes; one is killed after step {KILLED_AFTER}")
-        run = Run(first, folder / "run", folder / "run.log", pause=0.2)
-        run.wait_for(KILLED_AFTER)
-        run.kill_one()
-        killed = run.losses()
+        with Run(first, folder / "run", folder / "run.log", pause=0.2) as run:
+            run.wait_for(KILLED_AFTER)
+            run.kill_one()
+            killed = run.losses()
         columns: dict[str, dict[int, float]] = {f"{first} processes, killed": killed}
         for count in others:
             console.print(f"Restoring in {count} process{'es' if count > 1 else ''}")
             shutil.copytree(folder / "run", folder / f"run{count}")
-            resumed = Run(count, folder / f"run{count}", folder / f"run{count}.log").finish()
-            columns[f"resumed in {count}"] = resumed
+            with Run(count, folder / f"run{count}", folder / f"run{count}.log") as run:
+                columns[f"resumed in {count}"] = run.finish()
         adapters = {
             count: load_file(folder / f"run{count}" / "adapter" / "adapter_model.safetensors") for count in others
         }

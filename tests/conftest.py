@@ -18,7 +18,7 @@ settings.load_profile("default")
 def pytest_addoption(parser):
     group = parser.getgroup("parity", "generated cases beside the real PEFT (tests/parity/test_harness.py)")
     group.addoption("--parity-seed", type=int, default=0, help="seed of the cases")
-    group.addoption("--parity-cases", type=int, default=200, help="how many in all")
+    group.addoption("--parity-cases", type=int, default=120, help="how many in all")
     group = parser.getgroup("models", "third-party models beside their PyTorch twins (tests/models)")
     group.addoption("--models-seed", type=int, default=0, help="seed of weights, inputs and factors")
     group.addoption("--models-width", type=int, default=32, help="width of the models, a multiple of 32")

@@ -99,11 +99,8 @@ def run_tests(python: Path, arguments: list[str]) -> int:
     for what in (TORCH, TEST, MODEL, THIRD_PARTY):
         installer.install(what)
     own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
-    parallel = (
-        []
-        if own_choice or not has_module(python, "xdist")
-        else ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
-    )
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+    parallel = [] if own_choice or not has_module(python, "xdist") else workers
     status = run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)
     if arguments:  # a choice of tests, or options
         return status

@@ -73,11 +73,9 @@ def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
     names = getattr(box, "names", None)
     if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
         return factors  # a box of some other kind says nothing of axes
-    arrays = {**factors.trained, **factors.untrained}
-    axes = factor_axes(leaf.layout, leaf.shape, names, arrays, cp=factors.is_cp)
-    return dataclasses.replace(
-        factors, **{name: dataclasses.replace(box, value=array, names=axes[name]) for name, array in arrays.items()}
-    )
+    axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+    boxes = {name: dataclasses.replace(box, value=x, names=axes[name]) for name, x in factors.arrays.items()}
+    return dataclasses.replace(factors, **boxes)
 
 
 def boxes_outside(tree: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
 
@@ -98,7 +98,7 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
         rows = [next(present) if name in leaf.adapters else zeros for name in leaf.active]
         return _take(jnp.stack([*rows, zeros]), index)
 
-    return jax.tree.map(lambda *values: stacked(values), *(_arrays(f) for f in held))
+    return jax.tree.map(lambda *values: stacked(values), *(f.arrays for f in held))
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -106,10 +106,6 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     size = table.shape[0]
     rows = jnp.where(index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size))
     return jnp.take(table, rows, axis=0, mode="fill")
-
-
-def _arrays(f: Factors) -> dict[str, Any]:
-    return {**f.trained, **f.untrained}
 
 
 def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:

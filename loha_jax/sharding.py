@@ -91,41 +91,46 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
             without a sharding. Beside any other one the arrays stay where they are.
         layout: of the kernel.
     """
-    sharding = explicit_sharding(kernel) if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
-    if isinstance(sharding, SingleDeviceSharding) and getattr(kernel, "committed", False):
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), factors)
+    sharding = _place_of(kernel)
     if not isinstance(sharding, NamedSharding):
-        return factors
-    arrays = {**factors.trained, **factors.untrained}
-    axes = factor_axes(layout, kernel.shape, sharding.spec, arrays, cp=factors.is_cp)
+        return factors if sharding is None else jax.tree.map(lambda x: place(x, sharding), factors)
+    axes = factor_axes(layout, kernel.shape, sharding.spec, factors.arrays, cp=factors.is_cp)
     placed = {
-        name: place(arrays[name], NamedSharding(sharding.mesh, PartitionSpec(*own))) for name, own in axes.items()
+        name: place(x, NamedSharding(sharding.mesh, PartitionSpec(*axes[name]))) for name, x in factors.arrays.items()
     }
     return dataclasses.replace(factors, **placed)
 
 
 def place_like(array: Any, other: Any) -> Any:
     """An array of another one's shape, where that one is."""
-    sharding = getattr(other, "sharding", None)
-    if isinstance(other, Tracer) or not isinstance(sharding, NamedSharding | SingleDeviceSharding):
-        return array
-    if isinstance(sharding, SingleDeviceSharding) and not getattr(other, "committed", False):
-        return array
-    return place(array, sharding)
+    sharding = _place_of(other)
+    return array if sharding is None else place(array, sharding)
+
+
+def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
+    """Where an array, or one of a shape, has been put; None where nobody has said."""
+    if isinstance(x, Tracer):
+        return explicit_sharding(x)
+    sharding = getattr(x, "sharding", None)
+    on_one = isinstance(sharding, SingleDeviceSharding) and getattr(x, "committed", False)
+    return sharding if on_one or isinstance(sharding, NamedSharding) else None
 
 
 def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
     """An array where a sharding says; devices of other processes too, if all processes have the same array.
 
     Args:
-        array: an array, a typed random key, a shape, or a traced array on a mesh with explicit axes.
+        array: an array, a typed random key, a shape, or a traced array.
         sharding: the place.
         may_alias: False for a copy even of what is there already.
     """
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     if isinstance(array, Tracer):
-        return jax.sharding.reshard(array, sharding)
+        if not isinstance(sharding, NamedSharding):
+            return jax.device_put(array, sharding)
+        explicit = sharding.mesh.explicit_axes
+        return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(array, sharding)
     here = not isinstance(array, jax.Array) or array.is_fully_addressable
     if sharding.is_fully_addressable or not here:
         return jax.device_put(array, sharding, may_alias=may_alias)

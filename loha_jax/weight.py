@@ -185,6 +185,11 @@ class Factors:
         return {name: value for name in ("scaling", "multiplier") if (value := getattr(self, name)) is not None}
 
     @property
+    def arrays(self) -> dict[str, Any]:
+        """All arrays, trained or not, by name."""
+        return {**self.trained, **self.untrained}
+
+    @property
     def scale(self) -> jax.Array:
         """What the product of the factors is multiplied by: `scaling`, times the scalar."""
         scaling = lax.stop_gradient(self.scaling)

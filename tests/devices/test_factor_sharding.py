@@ -129,3 +129,16 @@ def test_inject_inside_jit_with_explicit_axes():
         tree = jax.jit(lambda kernel: loha_jax.inject({"layer": {"kernel": kernel}}, config, key=KEY))(kernel)
     plain = loha_jax.inject({"layer": {"kernel": jnp.ones((8, 12))}}, config, key=KEY)
     check(factors_of(tree), factors_of(plain), P("tensor", None), P(None, "fsdp"), P())
+
+
+def test_inject_inside_jit_beside_a_base_from_outside():
+    config = LoHaConfig(r=2, target_modules=["layer"], init_weights=False)
+    plain = loha_jax.inject({"layer": {"kernel": jnp.ones((8, 12))}}, config, key=KEY)
+    for kernel, place_of_w1_a in (
+        (place(jnp.ones((8, 12)), P("fsdp", "tensor")), NamedSharding(mesh(), P("tensor", None))),
+        (jax.device_put(jnp.ones((8, 12)), jax.devices()[3]), jax.sharding.SingleDeviceSharding(jax.devices()[3])),
+    ):
+        base = {"layer": {"kernel": kernel}}
+        factors = jax.jit(lambda key, base=base: factors_of(loha_jax.inject(base, config, key=key)))(KEY)
+        assert factors.hada_w1_a.sharding.is_equivalent_to(place_of_w1_a, 2)
+        np.testing.assert_array_equal(factors.hada_w1_a, factors_of(plain).hada_w1_a)

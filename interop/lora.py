@@ -142,17 +142,14 @@ def to_lora(
 
 def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
     """The modules of a kernel, with the scaling that they have now."""
-    scaling = dict(zip(leaf.names, on_host(factors.scaling).astype(np.float64).reshape(-1).tolist(), strict=True))
-    given = np.ones(len(leaf.names)) if factors.multiplier is None else on_host(factors.multiplier).reshape(-1)
-    multiplier = dict(zip(leaf.names, given, strict=True))
     result = []
     for module in module_factors(leaf, adapter_name):
-        if multiplier[module.name] != 1:
+        if factors.dora_scale is not None and factors.multiplier != 1:
             raise ValueError(
-                f"{module.name} has a weight decomposition scaled by {multiplier[module.name]:g}, and PEFT's DoRA has "
+                f"{module.name} has a weight decomposition scaled by {factors.multiplier:g}, and PEFT's DoRA has "
                 f"no such number. Set it back, loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
             )
-        result.append(dataclasses.replace(module, alpha=scaling[module.name] * module.r))
+        result.append(dataclasses.replace(module, alpha=module.alpha * factors.multiplier))
     return result
 
 

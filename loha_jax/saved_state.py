@@ -195,6 +195,7 @@ def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
             described[f"adapter {name}"] = {
                 "ranks": list(factors.ranks),
                 "alphas": list(factors.alphas),
+                "multiplier": factors.multiplier,
                 "config": {"class": type(factors.config).__name__, **factors.config.to_dict()},
             }
     layout = None if leaf.layout is None else leaf.layout.word
@@ -225,8 +226,10 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
-        lines += _fields(name, ours, theirs)
-    wanted = {n: x for n, x in held["leaves"].items() if n != KEY}
+        lines += _fields(name, _structure(ours), _structure(theirs))
+    # Earlier versions held alpha/r as arrays.
+    arrays = ".scaling", ".multiplier"
+    wanted = {n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))}
     if given["optimizer"] is None:
         wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
     elif given["optimizer"] != held["optimizer"]:
@@ -243,13 +246,27 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _structure(described: Any) -> Any:
+    """What of an adapted leaf's description has to be equal: not what its config says of where it comes from."""
+    if not isinstance(described, dict):
+        return described
+    result = {name: value for name, value in described.items() if name != "counters"}
+    for name, value in described.items():
+        if isinstance(value, dict) and "config" in value:
+            config = value["config"]
+            rescaled = config["class"] != "LycorisConfig" or config["rank_dropout_scale"]
+            computing = {"rank_dropout": config["rank_dropout"], "module_dropout": config["module_dropout"]}
+            result[name] = {"multiplier": 1.0, **value, "config": {**computing, "rank_dropout_scale": rescaled}}
+    return result
+
+
 def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(name, given.get(name), held.get(name)) for name in {**given, **held}]
 
 
 def _fields(name: str, given: Any, held: Any) -> list[str]:
     """A line for each field that differs, of a config too."""
-    if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
+    if not all(isinstance(x, dict) and {"layout", "ranks", "rank_dropout"} & x.keys() for x in (given, held)):
         return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
     return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
 

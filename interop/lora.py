@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.before_saving import check_before_saving
 from loha_jax.config import CONFIG_NAME, LoHaConfig
 from loha_jax.init import init_factors
 from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.models import takes_model
 from loha_jax.naming import Names, path_parts, stack_names
 from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
-from loha_jax.processes import in_first_process, on_host
+from loha_jax.processes import in_first_process
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
@@ -249,6 +250,7 @@ def save_lora(
         raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
+    check_before_saving(params, None if adapter_name is None else [adapter_name])
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))

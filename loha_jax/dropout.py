@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.boxes import keeps_boxes
+from loha_jax.forgotten_dropout import note_dropout
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
@@ -43,6 +44,7 @@ def dropout(params: Any, key: jax.Array) -> Any:
         (3, 3)
     """
 
+    note_dropout()
     refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
 
     def drop(leaf: Any) -> Any:

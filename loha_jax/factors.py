@@ -49,7 +49,7 @@ class Factors:
         config: the config that made the adapter.
         scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
         dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
-            (`LycorisConfig.weight_decompose`), or None.
+            (`LycorisConfig.weight_decompose`), or None; zero where the rank is 0.
         multiplier: the number that `loha_jax.scale` set. Beside `dora_scale` it says how much of the adapted weight's
             difference from W counts, elsewhere it multiplies ΔW.
         module_index: integers `[*stack]`, only where alpha/r differs within a stack: which entry of `ranks` and
@@ -132,33 +132,38 @@ class Factors:
 
         `[*stack]`, the stack axes that the factors have now.
         """
-        ratios = [a / r if r else 0.0 for a, r in zip(self.alphas, self.ranks, strict=True)]
-        if self.dora_scale is not None:  # the multiplier comes later
-            return self._per_module(ratios, zero_elsewhere=False)
-        scaling = self._per_module([ratio * self.multiplier for ratio in ratios], zero_elsewhere=False)
-        return scaling if self.gate is None else scaling * lax.stop_gradient(self.gate).astype(scaling.dtype)
+        scaling = self._alpha_over_r()
+        return scaling if self.dora_scale is not None else self._with_multiplier(scaling)
 
     @property
     def strength(self) -> jax.Array:
         """Of a weight decomposition, how much of W' - W counts, `[*stack]`; 0 where nothing is adapted."""
-        strength = self._per_module([self.multiplier if r else 0.0 for r in self.ranks], zero_elsewhere=True)
-        return strength if self.gate is None else strength * lax.stop_gradient(self.gate).astype(strength.dtype)
+        strength = jnp.ones(self.stack, float32_or_wider(self.hada_w1_a.dtype))
+        if 0 in self.ranks:  # norms of zero mark these modules
+            norms = lax.stop_gradient(self.dora_scale)
+            strength *= (norms != 0).any(tuple(range(len(self.stack), norms.ndim)))
+        return self._with_multiplier(strength)
 
-    def _per_module(self, values: Sequence[float], *, zero_elsewhere: bool) -> jax.Array:
-        """Numbers per module for the slices of the stack that are left, `[*stack]`.
+    def _with_multiplier(self, x: jax.Array) -> jax.Array:
+        x = x if self.multiplier == 1 else x * self.multiplier
+        return x if self.gate is None else x * lax.stop_gradient(self.gate).astype(x.dtype)
 
-        Where the rank is 0 the factors are zero, so that any number will do unless `zero_elsewhere`.
+    def _alpha_over_r(self) -> jax.Array:
+        """alpha/r of the modules of the stack that are left, `[*stack]`.
+
+        Where the rank is 0 the factors are zero, and any number will do.
         """
         dtype = float32_or_wider(self.hada_w1_a.dtype)
-        distinct = {v for v, r in zip(values, self.ranks, strict=True) if r or zero_elsewhere}
+        ratios = [a / r if r else 0.0 for a, r in zip(self.alphas, self.ranks, strict=True)]
+        distinct = {ratio for ratio, r in zip(ratios, self.ranks, strict=True) if r}
         if len(distinct) < 2:
             return jnp.full(self.stack, distinct.pop() if distinct else 0.0, dtype)
-        table = np.asarray(values, dtype)
+        table = np.asarray(ratios, dtype)
         if self.module_index is not None:
             return jnp.asarray(table)[self.module_index]
-        if len(values) != np.prod(self.stack, dtype=int):
+        if len(ratios) != np.prod(self.stack, dtype=int):
             raise ValueError(
-                f"alpha/r differs within a stack of {len(values)} modules, the factors have been cut to the stack axes "
+                f"alpha/r differs within a stack of {len(ratios)} modules, the factors have been cut to the stack axes "
                 f"{self.stack}, and nothing says which modules are left: `module_index` is missing."
             )
         return jnp.asarray(table.reshape(self.stack))
@@ -223,16 +228,23 @@ class Factors:
         )
 
 
-def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int], *, decomposed: bool) -> Any:
+def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int]) -> Any:
     """`Factors.module_index` of a new adapter: None where one alpha/r holds for the whole stack.
 
     Args:
         ranks, alphas: per stack index.
         stack: sizes of the kernel's stack axes.
-        decomposed: whether there is a weight decomposition, which has to know the indices of rank 0 too.
     """
-    ratios = {a / r if r else 0.0 for a, r in zip(alphas, ranks, strict=True) if r or decomposed}
+    ratios = {a / r for a, r in zip(alphas, ranks, strict=True) if r}
     return None if len(ratios) < 2 else jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
+
+
+def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]) -> Any:
+    """The norms of a weight decomposition, with zeros for the modules of a stack that are not adapted."""
+    if 0 not in ranks:
+        return dora_scale
+    adapted = np.asarray(ranks).reshape(*stack, *(1,) * (dora_scale.ndim - len(stack))) > 0
+    return jnp.where(adapted, dora_scale, 0)
 
 
 def _keep(node: Any, **values: Any) -> None:
@@ -261,7 +273,7 @@ def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
         return state
     scaling, multiplier = state["scaling"], state.get("multiplier")
     fields = {name: value for name, value in state.items() if name not in ("scaling", "multiplier")}
-    stack, decomposed = np.shape(scaling), state.get("dora_scale") is not None
+    stack = np.shape(scaling)
     if scaling is not None and not isinstance(scaling, jax.core.Tracer):
         ratios = [a / r if r else 0.0 for a, r in zip(state["alphas"], state["ranks"], strict=True)]
         if multiplier is not None:
@@ -275,7 +287,9 @@ def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
                 f"({sorted(rounded)} times what the config says). Load the adapter from its files instead."
             )
         fields["multiplier"] = rounded.pop() if rounded else 1.0
-        fields["module_index"] = module_index(state["ranks"], state["alphas"], stack, decomposed=decomposed)
+        fields["module_index"] = module_index(state["ranks"], state["alphas"], stack)
+        if state.get("dora_scale") is not None:
+            fields["dora_scale"] = norms_of_adapted(state["dora_scale"], state["ranks"], stack)
     return fields
 
 

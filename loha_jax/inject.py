@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from loha_jax.adapters import check_new_adapter
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import weight_norms
+from loha_jax.factors import Factors, module_index, norms_of_adapted
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
 from loha_jax.kernel_samples import sample_kernels
@@ -20,7 +21,6 @@ from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
 from loha_jax.sharding import follow_kernel, place_like
-from loha_jax.factors import Factors, module_index
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
@@ -115,11 +115,12 @@ def apply_plan(
         tensors = make_factors(target)
         kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
         extras = make_extras(target, plan.config, kernel)
-        index = module_index(target.ranks, target.alphas, target.stack, decomposed="dora_scale" in extras)
+        if "dora_scale" in extras:
+            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
         factors = Factors(
             **tensors,
             **extras,
-            module_index=index,
+            module_index=module_index(target.ranks, target.alphas, target.stack),
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,

@@ -20,7 +20,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.config import LoHaConfig
 from loha_jax.init import FACTOR_NAMES
-from loha_jax.inject import factor_dtype
 from loha_jax.layouts import Layout
 from loha_jax.naming import Names, module_name, stack_names
 from loha_jax.plan import Target
@@ -367,7 +366,6 @@ def _misfit(leaf: Any, d: Described) -> str | None:
         "cores": (factors.is_cp, d.target.cp),
     }
     differ = [f"{name}={have} (the layer: {want})" for name, (have, want) in pairs.items() if have != want]
-    if not differ:
-        if factors.multiplier != 1 or factors.gate is not None:
-            differ = ["a scaling that `loha_jax.scale` has changed from alpha/r"]
+    if not differ and (factors.multiplier != 1 or factors.gate is not None):
+        differ = ["a scaling that `loha_jax.scale` has changed from alpha/r"]
     return f"has {', '.join(differ)}" if differ else None

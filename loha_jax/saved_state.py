@@ -23,6 +23,13 @@ KEY = "key"
 SAMPLE = 1 << 14
 """How many elements of each base array the fingerprint reads."""
 
+PROVENANCE = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_weights", "metadata"),
+)
+"""Fields of a config that say where an adapter comes from, or choose modules, which are compared by name."""
+
 _SCALARS = {bool: "bool", int: "int", float: "float"}
 _CONTAINERS = (dict, list, tuple, type(None), LoHaWeight, SavedWeight, Factors)
 
@@ -177,7 +184,7 @@ def _name(root: str, path: Any) -> str:
 
 
 def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
-    leaf.shape  # a leaf of the trained half of `partition` says so  # noqa: B018
+    leaf.require_whole()
     if isinstance(leaf, SavedWeight):
         described: dict[str, Any] = {
             "name": leaf.name,
@@ -187,11 +194,6 @@ def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
     else:
         described = {"names": list(leaf.names)}
         for name, factors in leaf.adapters.items():
-            if factors.hada_w1_a is None:
-                raise ValueError(
-                    f"The LoHaWeight of {leaf.names[0]} holds no factors: it comes from one half of `partition`. Put "
-                    "the halves together with `loha_jax.combine(trainable, frozen)` first."
-                )
             described[f"adapter {name}"] = {
                 "ranks": list(factors.ranks),
                 "alphas": list(factors.alphas),
@@ -227,9 +229,17 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
         lines += _fields(name, _structure(ours), _structure(theirs))
-    # Earlier versions held alpha/r as arrays.
+    # Earlier versions held alpha/r and `scale`'s numbers as arrays; and the norms of modules that are not adapted.
+    described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
+    padded = any(0 in adapter.get("ranks", ()) for adapter in described)
+    if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
+        lines.append(
+            "an earlier version wrote it, with norms of modules that are not adapted; load the adapter's files"
+        )
     arrays = ".scaling", ".multiplier"
-    wanted = {n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))}
+    wanted = {
+        n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))
+    }
     if given["optimizer"] is None:
         wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
     elif given["optimizer"] != held["optimizer"]:
@@ -247,16 +257,14 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
 
 
 def _structure(described: Any) -> Any:
-    """What of an adapted leaf's description has to be equal: not what its config says of where it comes from."""
+    """What of an adapted leaf's description has to be equal: not what it says of where the adapter comes from."""
     if not isinstance(described, dict):
         return described
     result = {name: value for name, value in described.items() if name != "counters"}
     for name, value in described.items():
         if isinstance(value, dict) and "config" in value:
-            config = value["config"]
-            rescaled = config["class"] != "LycorisConfig" or config["rank_dropout_scale"]
-            computing = {"rank_dropout": config["rank_dropout"], "module_dropout": config["module_dropout"]}
-            result[name] = {"multiplier": 1.0, **value, "config": {**computing, "rank_dropout_scale": rescaled}}
+            config = {field: x for field, x in value["config"].items() if field not in PROVENANCE}
+            result[name] = {**value, "multiplier": value.get("multiplier", 1.0), "config": config}
     return result
 
 
@@ -266,7 +274,7 @@ def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str,
 
 def _fields(name: str, given: Any, held: Any) -> list[str]:
     """A line for each field that differs, of a config too."""
-    if not all(isinstance(x, dict) and {"layout", "ranks", "rank_dropout"} & x.keys() for x in (given, held)):
+    if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
         return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
     return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
 

@@ -17,6 +17,7 @@ from jax import lax
 from jax.tree_util import GetAttrKey
 
 from loha_jax.factors import EXTRA_NAMES, Factors, flat_parts, keep_flat
+from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.layouts import Layout
 from loha_jax.provenance import Counters, interned
@@ -161,6 +162,15 @@ class LoHaWeight(ArrayLike):
             )
         return self.kernel
 
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(factors.hada_w1_a is None for factors in self.adapters.values()):
+            raise ValueError(
+                f"The LoHaWeight of {self.names[0]} holds no factors: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+
     @property
     def label(self) -> str:
         """The module's name for a person: the first and the last of a stack."""
@@ -184,10 +194,12 @@ class LoHaWeight(ArrayLike):
         Raises:
             ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
         """
+        self.require_whole()
         kernel = lax.stop_gradient(self._frozen)
         chosen = self.active_adapters if adapters is None else tuple(self.adapters[name] for name in adapters)
         if not chosen:
             return kernel
+        warn_of_forgotten_dropout(chosen)
         layout = self.layout.strip(kernel.ndim)
         stack = layout.sizes("s", kernel.shape)
         total = kernel.astype(float32_or_wider(kernel.dtype))
@@ -255,6 +267,15 @@ class SavedWeight(ArrayLike):
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
             )
         return self.original
+
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(copy is None for copy in self.copies.values()):
+            raise ValueError(
+                f"The SavedWeight of {self.name} holds no copy: it comes from one half of `partition`. Put the halves "
+                "together with `loha_jax.combine(trainable, frozen)` first."
+            )
 
     def copy_of(self, adapters: Sequence[str]) -> str | None:
         """The one of these adapters that has a copy, or None.

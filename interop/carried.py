@@ -16,6 +16,7 @@ import numpy as np
 
 from loha_jax.config import LoHaConfig
 from loha_jax.inject import apply_plan
+from loha_jax.kernel_samples import sample_kernels
 from loha_jax.naming import path_parts, torch_parameter
 from loha_jax.plan import Plan, Target
 from loha_jax.processes import on_host
@@ -205,7 +206,9 @@ def _with_base_weights(
             if not put(given, weights.reshape(math.prod(stack), *weights.shape[len(stack) :])):
                 return leaf  # the same weight: the tree's own array is kept
             kernel = leaf.layout.fold(jnp.asarray(weights), leaf.kernel.shape)
-            return dataclasses.replace(leaf, kernel=kernel)
+            sample = sample_kernels({"kernel": kernel}).get("kernel")
+            adapters = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
+            return dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
         if not is_adapted(leaf) and torch_parameter(parts) == "bias" and parts[:-1] in modules:
             if not (given := values_of(modules[parts[:-1]], "bias")):
                 return leaf

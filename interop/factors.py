@@ -29,6 +29,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
 
     Rank stabilisation is folded into alpha, and the scalar, if any, into `hada_w1_a`.
     """
+    leaf.require_whole()
     factors = leaf.adapters[adapter_name]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
     trained = {n: on_host(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
@@ -81,8 +82,7 @@ def stack_dora_scales(target: Target, modules: Mapping[str, AdapterModule]) -> d
     first = next((scale for scale in given if scale is not None), None)
     if first is None:
         return {}
-    # Where a module of the stack is not adapted, the multiplier is 0 and any norm will do.
-    stacked = np.stack([np.ones(first.shape, first.dtype) if scale is None else scale for scale in given])
+    stacked = np.stack([np.zeros(first.shape, first.dtype) if scale is None else scale for scale in given])
     return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}
 
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.before_saving import check_before_saving
 from loha_jax.config import CONFIG_NAME, LoHaConfig
 from loha_jax.init import init_factors
 from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.models import takes_model
 from loha_jax.naming import Names, path_parts, stack_names
 from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
-from loha_jax.processes import in_first_process, on_host
+from loha_jax.processes import in_first_process
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 from .adapter_file import AdapterModule
@@ -142,17 +143,14 @@ def to_lora(
 
 def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
     """The modules of a kernel, with the scaling that they have now."""
-    scaling = dict(zip(leaf.names, on_host(factors.scaling).astype(np.float64).reshape(-1).tolist(), strict=True))
-    given = np.ones(len(leaf.names)) if factors.multiplier is None else on_host(factors.multiplier).reshape(-1)
-    multiplier = dict(zip(leaf.names, given, strict=True))
     result = []
     for module in module_factors(leaf, adapter_name):
-        if multiplier[module.name] != 1:
+        if factors.dora_scale is not None and factors.multiplier != 1:
             raise ValueError(
-                f"{module.name} has a weight decomposition scaled by {multiplier[module.name]:g}, and PEFT's DoRA has "
+                f"{module.name} has a weight decomposition scaled by {factors.multiplier:g}, and PEFT's DoRA has "
                 f"no such number. Set it back, loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
             )
-        result.append(dataclasses.replace(module, alpha=scaling[module.name] * module.r))
+        result.append(dataclasses.replace(module, alpha=module.alpha * factors.multiplier))
     return result
 
 
@@ -252,6 +250,7 @@ def save_lora(
         raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
+    check_before_saving(params, None if adapter_name is None else [adapter_name])
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))

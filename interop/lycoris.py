@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from loha_jax.before_saving import check_before_saving
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
@@ -66,6 +67,7 @@ def save_lycoris(
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
+        check_before_saving(tree, None if adapter_name is None else [adapter_name])
         component = _component(tree, adapter_name, component_prefix)
         if both := sorted(state.keys() & component.state.keys()):
             raise ValueError(f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`")

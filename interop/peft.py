@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from loha_jax.adapters import adapter_names
+from loha_jax.before_saving import check_before_saving
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import factor_dtype, stack_factors
@@ -75,7 +76,9 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         NotADirectoryError: `folder` is a file.
 
     Warns:
-        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for.
+        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is untrained (its update
+            is exactly zero); or a kernel has changed since the adapter was made, so that the file is not what was
+            trained.
 
     Example:
         >>> import tempfile, loha_jax
@@ -98,6 +101,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         )
     if not chosen:
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
+    check_before_saving(params, chosen)
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name) for name in chosen}

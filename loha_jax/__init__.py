@@ -15,6 +15,7 @@ from loha_jax.adapters import adapter_names, add_weighted_adapter, delete_adapte
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.explain import explain
+from loha_jax.flax_state import register as _register_with_flax
 from loha_jax.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
 from loha_jax.inject import inject
 from loha_jax.layout_inference import infer_layouts
@@ -27,6 +28,8 @@ from loha_jax.summary import summary
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 __version__ = "0.1.0"
+
+_register_with_flax()
 
 _SUBMODULES = ("checkpoint", "interop", "linen", "nnx", "train")  # imported when first used: Flax takes a while
 

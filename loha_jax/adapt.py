@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from loha_jax._compat import Literal, without_dead_code
+from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import on_trees
@@ -172,7 +173,8 @@ def trace_and_evaluate(
 
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
     """The leaf as a view; the plain kernel where no adapter is active."""
-    leaf.shape  # a leaf of one half of `partition` says so  # noqa: B018
+    leaf.require_whole()
+    warn_of_forgotten_dropout(leaf.active_adapters)
     if not leaf.active_adapters:
         return jax.lax.stop_gradient(leaf.kernel)
     return KernelView.of(leaf, leaf.label if named else "")

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loha_jax.config import LoHaConfig
-from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
+from loha_jax.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
 from loha_jax.sharding import follow_kernel
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 
 @takes_model(changes=False)
@@ -95,7 +96,9 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
 
     Args:
         params: an adapted tree.
-        weights: numbers by adapter name; traced scalars too.
+        weights: numbers by adapter name. They are a part of the tree's structure, so that a jitted function that is
+            given the tree compiles again for each new one; pass the number to the function and call `scale` inside
+            with the traced scalar instead, and it compiles once.
 
     Raises:
         ValueError: no leaf has an adapter of that name, or a number is not finite.
@@ -118,16 +121,18 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
             return leaf
         adapters = dict(leaf.adapters)
         for name in weights.keys() & adapters.keys():
-            f = adapters[name]
-            if f.multiplier is not None:
-                new = multipliers(weights[name], f.ranks, f.multiplier.shape, f.multiplier.dtype)
-                adapters[name] = dataclasses.replace(f, multiplier=new)
-                continue
-            unit = alpha_over_r(f.alphas, f.ranks, f.scaling.shape, f.scaling.dtype)
-            adapters[name] = dataclasses.replace(f, scaling=unit * jnp.asarray(weights[name], unit.dtype))
+            adapters[name] = _with_multiplier(adapters[name], weights[name])
         return dataclasses.replace(leaf, adapters=adapters)
 
     return jax.tree.map(scaled, params, is_leaf=is_adapted)
+
+
+def _with_multiplier(factors: Factors, weight: Any) -> Factors:
+    if isinstance(weight, jax.core.Tracer):
+        gate = jnp.broadcast_to(jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack)
+        return dataclasses.replace(factors, multiplier=1.0, gate=gate)
+    parts = tuple(name for name in factors.parts if name != "gate")
+    return dataclasses.replace(factors, multiplier=float(weight), gate=None, parts=parts)
 
 
 @takes_model
@@ -262,12 +267,10 @@ def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) 
         hada_w1_b=w1_b,
         hada_w2_a=jnp.zeros_like(w1_a).at[..., 0].set(targeted),
         hada_w2_b=jnp.zeros_like(w1_b).at[..., 0, :].set(targeted),
-        hada_t1=None,
-        hada_t2=None,
-        scaling=alpha_over_r(ranks, ranks, sources[0].scaling.shape, w1_a.dtype),
         ranks=ranks,
         alphas=ranks,
         config=config,
+        base=sources[0].base,
     )
 
 
@@ -301,7 +304,11 @@ def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
 
 
 def _check_number(what: str, value: Any) -> None:
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.core.Tracer):
+        if value.shape:
+            raise ValueError(f"{what} should be a number but is an array of shape {value.shape}")
         return
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
+        value = np.asarray(value).item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{what} should be a finite number but is {value!r}")

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 
 from loha_jax.array_digest import digests
+from loha_jax.before_saving import warn_of_changed_base
 from loha_jax.processes import agreed, of_first_process, same_everywhere
 from loha_jax.retention import Retention
 from loha_jax.saved_state import (
@@ -188,6 +189,9 @@ class Checkpoints:
                 that JSON holds; a metric is no number; or several processes hold different values of what should be
                 the same.
             TypeError: a leaf is neither an array nor a number; `params` is a model.
+
+        Warns:
+            UserWarning: a kernel has changed since its adapter was made: the checkpoint does not hold it.
         """
         import orbax.checkpoint as ocp
 
@@ -201,6 +205,7 @@ class Checkpoints:
                 "checkpoint holds those of one process: make them the same everywhere."
             )
         state = take_apart(params, opt_state, key)
+        warn_of_changed_base(params)
         if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
             raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
         arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}

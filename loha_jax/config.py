@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -147,17 +148,28 @@ class LoHaConfig:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, LoHaConfig) and self._key() == other._key()
+        return isinstance(other, LoHaConfig) and self._key == other._key
 
     def __hash__(self) -> int:
-        # Read at every dispatch of a jitted function (the config is static metadata of each adapted leaf).
-        if "_hash" not in self.__dict__:
-            object.__setattr__(self, "_hash", hash(self._key()))
-        return self.__dict__["_hash"]
+        return hash(self._key)
 
-    def _key(self) -> str:
-        # Not sort_keys: the order of the patterns decides which one wins.
-        return json.dumps(self.to_dict(), default=str)
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process has other hashes of strings."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """The values of all fields, hashable. The order of the patterns counts: the first match wins."""
+        return tuple((f.name, _hashable(getattr(self, f.name))) for f in dataclasses.fields(self))
+
+    @property
+    def computing(self) -> tuple[Any, ...]:
+        """What an adapted tree needs of its config to compute: the dropouts, and whether kept rows are rescaled.
+
+        Ranks, alphas and layouts are in the tree itself. All else in a config is provenance: it is written to files,
+        but trees that differ in it alone have the same structure.
+        """
+        return self.rank_dropout, self.module_dropout, True
 
     @property
     def all_modules_to_save(self) -> tuple[str, ...]:
@@ -246,6 +258,19 @@ class LoHaConfig:
 
 _LARGEST_RANK = 2**31 - 1
 _LARGEST_ALPHA = 3.4e38  # float32
+
+
+def _hashable(value: Any) -> Any:
+    """A field's value with tuples in place of dicts and lists."""
+    if isinstance(value, Mapping):
+        return ("a mapping", *((key, _hashable(x)) for key, x in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(x) for x in value)
+    try:
+        hash(value)
+    except TypeError:
+        return str(value)
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.boxes import keeps_boxes
-from loha_jax.lycoris_config import LycorisConfig
+from loha_jax.forgotten_dropout import note_dropout
+from loha_jax.hadamard import float32_or_wider
 from loha_jax.models import refuse_model
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
@@ -43,6 +44,7 @@ def dropout(params: Any, key: jax.Array) -> Any:
         (3, 3)
     """
 
+    note_dropout()
     refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
 
     def drop(leaf: Any) -> Any:
@@ -65,7 +67,7 @@ def _named_key(key: jax.Array, *names: str) -> jax.Array:
 
 
 def _drop(factors: Factors, key: jax.Array) -> Factors:
-    rank_dropout, module_dropout = factors.config.rank_dropout, factors.config.module_dropout
+    rank_dropout, module_dropout, rescaled = factors.config.computing
     if not rank_dropout and not module_dropout:
         return factors
     w1_a = factors.hada_w1_a
@@ -76,12 +78,12 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     if rank_dropout:
         kept = jax.random.bernoulli(rank_key, 1 - rank_dropout, mask.shape)
         count = kept.sum(-1, keepdims=True)
-        rescaled = not isinstance(factors.config, LycorisConfig) or factors.config.rank_dropout_scale
         mask = kept * (out / jnp.maximum(count, 1)).astype(mask.dtype) if rescaled else kept.astype(mask.dtype)
     if module_dropout:
         present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
         mask *= present
-        if factors.multiplier is not None:
-            factors = dataclasses.replace(factors, multiplier=factors.multiplier * present[..., 0])
+        if factors.dora_scale is not None:  # what is dropped is the difference from W, not ΔW alone
+            gate = present[..., 0].astype(float32_or_wider(w1_a.dtype))
+            factors = dataclasses.replace(factors, gate=gate if factors.gate is None else factors.gate * gate)
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]
     return dataclasses.replace(factors, hada_w1_a=w1_a * mask.astype(w1_a.dtype))

@@ -69,7 +69,7 @@ def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     wrapped = jax.custom_vjp(fn)
 
     def backward(args, cotangent):
-        return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[-1])
+        return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[0])
 
     wrapped.defvjp(lambda *args: (fn(*args), args), backward)
     return lambda *args: wrapped(*vary_alike(args))

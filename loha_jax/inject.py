@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from loha_jax.adapters import check_new_adapter
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import weight_norms
+from loha_jax.factors import Factors, module_index, norms_of_adapted
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
+from loha_jax.kernel_samples import sample_kernels
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
 from loha_jax.sharding import follow_kernel, place_like
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
+from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 
 @takes_model
@@ -106,23 +108,23 @@ def apply_plan(
     """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
     check_new_adapter(params, adapter_name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
+    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
+    samples = sample_kernels(kernels)
     for position, target in plan.targets.items():
         leaf = leaves[position]
         tensors = make_factors(target)
         kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
         extras = make_extras(target, plan.config, kernel)
-        cp = {} if target.cp else {"hada_t1": None, "hada_t2": None}
-        dtype = float32_or_wider(tensors["hada_w1_a"].dtype)
         if "dora_scale" in extras:
-            extras["multiplier"] = multipliers(1, target.ranks, target.stack, dtype)
+            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
         factors = Factors(
             **tensors,
-            **cp,
             **extras,
-            scaling=alpha_over_r(target.alphas, target.ranks, target.stack, dtype),
+            module_index=module_index(target.ranks, target.alphas, target.stack),
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
+            base=samples.get(position),
         )
         leaves[position] = LoHaWeight(
             kernel=kernel,

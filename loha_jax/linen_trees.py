@@ -20,11 +20,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.config import LoHaConfig
 from loha_jax.init import FACTOR_NAMES
-from loha_jax.inject import factor_dtype
 from loha_jax.layouts import Layout
 from loha_jax.naming import Names, module_name, stack_names
 from loha_jax.plan import Target
-from loha_jax.weight import EXTRA_NAMES, Factors, LoHaWeight, SavedWeight, alpha_over_r
+from loha_jax.weight import EXTRA_NAMES, Factors, LoHaWeight, SavedWeight
 
 describing = jax.make_user_context(False)  # part of jit's cache key: a jitted init is traced again
 
@@ -56,10 +55,8 @@ def loha_weight(
 
 
 def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> Factors:
-    dtype = factor_dtype(target.dtype)
     return Factors(
         **{name: tensors.get(name) for name in FACTOR_NAMES},
-        scaling=alpha_over_r(target.alphas, target.ranks, target.stack, dtype),
         ranks=target.ranks,
         alphas=target.alphas,
         config=config,
@@ -369,8 +366,6 @@ def _misfit(leaf: Any, d: Described) -> str | None:
         "cores": (factors.is_cp, d.target.cp),
     }
     differ = [f"{name}={have} (the layer: {want})" for name, (have, want) in pairs.items() if have != want]
-    if not differ:
-        own = alpha_over_r(factors.alphas, factors.ranks, factors.scaling.shape, factors.scaling.dtype)
-        if not np.array_equal(np.asarray(factors.scaling), np.asarray(own)):
-            differ = ["a scaling that `loha_jax.scale` has changed from alpha/r"]
+    if not differ and (factors.multiplier != 1 or factors.gate is not None):
+        differ = ["a scaling that `loha_jax.scale` has changed from alpha/r"]
     return f"has {', '.join(differ)}" if differ else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from loha_jax.config import LoHaConfig
 
@@ -50,3 +51,8 @@ class LycorisConfig(LoHaConfig):
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in strings):
             raise ValueError(f"`metadata` should be a dict of strings but the value passed is {self.metadata!r}")
         object.__setattr__(self, "metadata", dict(self.metadata))
+
+    @property
+    def computing(self) -> tuple[Any, ...]:
+        """As of a `LoHaConfig`; `rank_dropout_scale` says whether the kept rows are rescaled."""
+        return self.rank_dropout, self.module_dropout, self.rank_dropout_scale

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.adapters import adapter_names, check_adapters, without_adapters
+from loha_jax.kernel_samples import sample_kernels
 from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
@@ -56,7 +57,9 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
             weight = leaf.dense(tuple(name for name in chosen if name in leaf.adapters))
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
-            new = dataclasses.replace(leaf, kernel=weight)
+            sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
+            others = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
+            new = dataclasses.replace(leaf, kernel=weight, adapters=others)
         else:
             name = leaf.copy_of(chosen)
             weight = leaf.original if name is None else leaf.copies[name]

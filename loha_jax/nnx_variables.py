@@ -13,6 +13,7 @@ from flax import nnx
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.layouts import Layout
+from loha_jax.provenance import Origin
 from loha_jax.sharding import factor_axes
 from loha_jax.weight import ArrayLike, Factors, LoHaWeight, SavedWeight
 
@@ -30,8 +31,8 @@ class InactiveLoHaParam(nnx.Param):
     """The same of an adapter that is not active: kept and saved, but not trained."""
 
 
-class Scaling(nnx.Variable):
-    """alpha/r of an adapter, and the weight that `loha_jax.scale` gave it; not trained."""
+class Untrained(nnx.Variable):
+    """An array of an adapter that is not trained (`Factors.untrained`)."""
 
 
 class AdaptedVariable(ArrayLike, nnx.Module):
@@ -74,7 +75,13 @@ class Settings:
     adapter: str
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    config: LoHaConfig = dataclasses.field(repr=False)
+    multiplier: float
+    origin: Origin = dataclasses.field(repr=False)
+
+    @property
+    def config(self) -> LoHaConfig:
+        """The config that made the adapter; only what computing needs of it counts where graphs are compared."""
+        return self.origin.config
 
 
 class AdaptedKernel(AdaptedVariable):
@@ -82,8 +89,8 @@ class AdaptedKernel(AdaptedVariable):
 
     Attributes:
         base: the model's own Param, frozen.
-        adapters: by name, the factors (`hada_w1_a`, …: `LoHaParam`) and their `scaling`; see `Factors`.
-        settings: ranks, alphas and config of each adapter.
+        adapters: by name, the factors (`hada_w1_a`, …: `LoHaParam`); see `Factors`.
+        settings: ranks, alphas, multiplier and config of each adapter.
         rngs: an `nnx.RngStream` for dropout, or None; `[*stack]` keys for a stacked kernel.
         deterministic: no dropout, as `model.eval()` sets it.
     """
@@ -93,12 +100,15 @@ class AdaptedKernel(AdaptedVariable):
         self.layout = leaf.layout
         self.names = leaf.names
         self.active = leaf.active
-        self.settings = tuple(Settings(name, f.ranks, f.alphas, f.config) for name, f in leaf.adapters.items())
+        self.settings = tuple(
+            Settings(name, f.ranks, f.alphas, f.multiplier, Origin(f.config, f.base))
+            for name, f in leaf.adapters.items()
+        )
         self.adapters: dict[str, dict[str, nnx.Variable]] = nnx.data(
             {
                 name: {
                     **{n: _trained(t, name in leaf.active) for n, t in factors.trained.items()},
-                    **{n: Scaling(t) for n, t in factors.untrained.items()},
+                    **{n: Untrained(t) for n, t in factors.untrained.items()},
                 }
                 for name, factors in leaf.adapters.items()
             }
@@ -119,7 +129,12 @@ class AdaptedKernel(AdaptedVariable):
             arrays = {n: v.get_value() for n, v in self.adapters[of.adapter].items()}
             cores = {n: arrays.get(n) for n in ("hada_t1", "hada_t2")}
             adapters[of.adapter] = Factors(
-                **{**arrays, **cores}, ranks=of.ranks * copies, alphas=of.alphas * copies, config=of.config
+                **{**arrays, **cores},
+                ranks=of.ranks * copies,
+                alphas=of.alphas * copies,
+                multiplier=of.multiplier,
+                config=of.config,
+                base=of.origin.base if copies == 1 else None,
             )
         return LoHaWeight(kernel, adapters, layout, self.names * copies, self.active)
 

@@ -123,7 +123,7 @@ class Operation(abc.ABC):
         arguments = (x, kept.values, view.factors)
         delta = forward(*arguments)[0] if forward_mode else update(*arguments)
         total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
-        return materialized(total, view.factors[0].scaling).astype(base.dtype)
+        return materialized(total, view.factors[0].w1_a).astype(base.dtype)
 
     def base(self, x: jax.Array, view: KernelView) -> jax.Array:
         """The frozen operation, with what weight decompositions multiply the base weight by on x or on the result."""
@@ -199,15 +199,17 @@ class Operation(abc.ABC):
             rebuilt: of how many of the first arguments `fn` makes what must not be kept from before.
             pending: one of the arguments, the last one to be there.
         """
-        (scaling, *_) = (f.scaling for f in args[0])
         if self.branches:
-            return alone(fn, args, scaling)
-        last = pending if jax.device_count() == 1 else scaling  # an element of a sharded array would be sent around
+            return alone(fn, args, args[0][0].w1_a)
 
         def tied(*args):
-            return fn(*after(last, args[:rebuilt]), *args[rebuilt:])
+            return fn(*after(pending, args[:rebuilt]), *args[rebuilt:])
 
-        return lax.platform_dependent(*args, cpu=tied, default=lambda *args: fn(*lax.optimization_barrier(args)))
+        def barrier(*args):
+            return fn(*lax.optimization_barrier(args))
+
+        # On several devices an element of a sharded array would be sent around.
+        return lax.platform_dependent(*args, cpu=tied if jax.device_count() == 1 else barrier, default=barrier)
 
     def formed(self, x: jax.Array, view: KernelView) -> jax.Array:
         """The operation with W + ΔW as one array."""

@@ -49,6 +49,9 @@ def partition(params: Any) -> tuple[Any, Any]:
 def combine(trainable: Any, frozen: Any) -> Any:
     """Puts the two halves of `partition` together.
 
+    The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable
+    half that it returns those of the first tree that it was called with.
+
     Raises:
         ValueError: the halves have different structures, or both hold, or both lack, an array.
 
@@ -60,7 +63,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         (3, 3)
     """
 
-    def pick(path, a, b):
+    def pick(path, b, a):
         if a is not None and b is not None:
             raise ValueError(
                 f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes the two halves of "
@@ -68,7 +71,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
             )
         return b if a is None else a
 
-    return jax.tree_util.tree_map_with_path(pick, trainable, frozen, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_map_with_path(pick, frozen, trainable, is_leaf=lambda x: x is None)
 
 
 def trainable_mask(params: Any) -> Any:

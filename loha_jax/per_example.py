@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
 
@@ -98,7 +98,30 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
         rows = [next(present) if name in leaf.adapters else zeros for name in leaf.active]
         return _take(jnp.stack([*rows, zeros]), index)
 
-    return jax.tree.map(lambda *values: stacked(values), *(f.arrays for f in held))
+    return jax.tree.map(lambda *values: stacked(values), *_arrays_of(held))
+
+
+def _scalings_differ(held: Sequence[Factors]) -> bool:
+    return len({(f.ranks, f.alphas, f.multiplier, f.parts) for f in held}) > 1 or bool(held[0].untrained)
+
+
+def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
+    """The arrays of adapters of one shape. What scales their updates is an array here, where it differs.
+
+    A weight decomposition always has its strength as an array: that of the base model is 0.
+    """
+    differ, result = _scalings_differ(held), []
+    for f in held:
+        arrays = f.trained
+        if f.dora_scale is not None:
+            arrays["gate"] = f.strength
+            if differ:
+                scaling = f.scaling[..., None, None]
+                arrays["hada_w1_a"] = f.hada_w1_a.astype(scaling.dtype) * scaling
+        elif differ:
+            arrays["gate"] = f.scaling
+        result.append(arrays)
+    return result
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -114,5 +137,13 @@ def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
         return chosen
     if chosen is None:
         return dataclasses.replace(leaf, active=())
-    pattern = next(leaf.adapters[name] for name in leaf.active if name in leaf.adapters)
-    return dataclasses.replace(leaf, adapters={_ROW: dataclasses.replace(pattern, **chosen)}, active=(_ROW,))
+    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    if _scalings_differ(held) or "gate" in chosen:
+        ranks = (max(held[0].ranks),) * len(held[0].ranks)
+        alphas = held[0].alphas if not _scalings_differ(held) else ranks
+        new = dataclasses.replace(
+            held[0], **chosen, ranks=ranks, alphas=alphas, multiplier=1.0, module_index=None, parts=()
+        )
+    else:
+        new = dataclasses.replace(held[0], **chosen)
+    return dataclasses.replace(leaf, adapters={_ROW: new}, active=(_ROW,))

@@ -23,6 +23,13 @@ KEY = "key"
 SAMPLE = 1 << 14
 """How many elements of each base array the fingerprint reads."""
 
+PROVENANCE = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_weights", "metadata"),
+)
+"""Fields of a config that say where an adapter comes from, or choose modules, which are compared by name."""
+
 _SCALARS = {bool: "bool", int: "int", float: "float"}
 _CONTAINERS = (dict, list, tuple, type(None), LoHaWeight, SavedWeight, Factors)
 
@@ -177,7 +184,7 @@ def _name(root: str, path: Any) -> str:
 
 
 def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
-    leaf.shape  # a leaf of the trained half of `partition` says so  # noqa: B018
+    leaf.require_whole()
     if isinstance(leaf, SavedWeight):
         described: dict[str, Any] = {
             "name": leaf.name,
@@ -187,14 +194,10 @@ def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
     else:
         described = {"names": list(leaf.names)}
         for name, factors in leaf.adapters.items():
-            if factors.hada_w1_a is None:
-                raise ValueError(
-                    f"The LoHaWeight of {leaf.names[0]} holds no factors: it comes from one half of `partition`. Put "
-                    "the halves together with `loha_jax.combine(trainable, frozen)` first."
-                )
             described[f"adapter {name}"] = {
                 "ranks": list(factors.ranks),
                 "alphas": list(factors.alphas),
+                "multiplier": factors.multiplier,
                 "config": {"class": type(factors.config).__name__, **factors.config.to_dict()},
             }
     layout = None if leaf.layout is None else leaf.layout.word
@@ -225,8 +228,18 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
-        lines += _fields(name, ours, theirs)
-    wanted = {n: x for n, x in held["leaves"].items() if n != KEY}
+        lines += _fields(name, _structure(ours), _structure(theirs))
+    # Earlier versions held alpha/r and `scale`'s numbers as arrays; and the norms of modules that are not adapted.
+    described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
+    padded = any(0 in adapter.get("ranks", ()) for adapter in described)
+    if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
+        lines.append(
+            "an earlier version wrote it, with norms of modules that are not adapted; load the adapter's files"
+        )
+    arrays = ".scaling", ".multiplier"
+    wanted = {
+        n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))
+    }
     if given["optimizer"] is None:
         wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
     elif given["optimizer"] != held["optimizer"]:
@@ -241,6 +254,18 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
             what = "other values" if _shown(ours) == _shown(theirs) else _shown(ours)
             lines.append(f"{name} (base): given {what}, the checkpoint was made on {_shown(theirs)}")
     return lines
+
+
+def _structure(described: Any) -> Any:
+    """What of an adapted leaf's description has to be equal: not what it says of where the adapter comes from."""
+    if not isinstance(described, dict):
+        return described
+    result = {name: value for name, value in described.items() if name != "counters"}
+    for name, value in described.items():
+        if isinstance(value, dict) and "config" in value:
+            config = {field: x for field, x in value["config"].items() if field not in PROVENANCE}
+            result[name] = {**value, "multiplier": value.get("multiplier", 1.0), "config": config}
+    return result
 
 
 def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -66,9 +66,9 @@ def factor_axes(
         "hada_w2_b": b,
         "hada_t1": core,
         "hada_t2": core,
-        "scaling": stack,
         "scalar": stack,
-        "multiplier": stack,
+        "module_index": stack,
+        "gate": stack,
         "dora_scale": (*stack, out, in_),  # one of the two axes has size 1
     }
     return {name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()}

@@ -100,7 +100,7 @@ def summary(params: Any) -> Summary:
                         leaf.layout.word,
                         str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
                         sum(
-                            _true_size(t.shape, factors.ranks, t.shape[: len(factors.scaling.shape)], n, factors.is_cp)
+                            _true_size(t.shape, factors.ranks, factors.stack, n, factors.is_cp)
                             for n, t in factors.tensors.items()
                         )
                         + sum(math.prod(factors.trained[n].shape) for n in EXTRA_NAMES if n in factors.trained),

@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import GetAttrKey
 
-from loha_jax.config import LoHaConfig
-from loha_jax.dora import adapted_norms, gain, is_on_out
-from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
-from loha_jax.init import FACTOR_NAMES
+from loha_jax.factors import EXTRA_NAMES, Factors, flat_parts, keep_flat
+from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
+from loha_jax.hadamard import float32_or_wider
 from loha_jax.layouts import Layout
+from loha_jax.provenance import Counters, interned
+
+__all__ = ["BUFFERS", "EXTRA_NAMES", "ArrayLike", "Factors", "LoHaWeight", "SavedWeight", "is_adapted"]
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
-
-
-EXTRA_NAMES = ("scalar", "dora_scale")
-"""Names of the trained arrays that LyCORIS adds to the factors."""
 
 
 class ArrayLike:
@@ -116,139 +115,6 @@ class ArrayLike:
         return -self.__jax_array__()
 
 
-def alpha_over_r(alphas: Sequence[float], ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
-    """PEFT's scaling alpha/r of each module of a stack, `[*stack]`; 0 where the rank is 0."""
-    scaling = [a / r if r else 0.0 for a, r in zip(alphas, ranks, strict=True)]
-    return jnp.array(scaling, dtype).reshape(tuple(stack))
-
-
-def multipliers(weight: Any, ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
-    """`Factors.multiplier`: a number per module of a stack; 0 where the rank is 0: nothing is adapted there."""
-    targeted = jnp.array([bool(r) for r in ranks], dtype).reshape(tuple(stack))
-    return targeted * jnp.asarray(weight, dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
-
-    Attributes:
-        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` beside cores.
-        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` beside cores.
-        hada_t1, hada_t2: cores `[*stack, r, r, *spatial]` (Conv1d: a trailing 1), or None.
-        scaling: alpha/r as an array, `()` or `[*stack]`; not trained.
-        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one module). Where ranks
-            differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
-            index that the config does not target.
-        config: the config that made the adapter.
-        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
-        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
-            (`LycorisConfig.weight_decompose`), or None.
-        multiplier: beside `dora_scale`, `[*stack]`: how much of the adapted weight's difference from W counts; not
-            trained. Elsewhere this is a part of `scaling`.
-    """
-
-    hada_w1_a: Any
-    hada_w1_b: Any
-    hada_w2_a: Any
-    hada_w2_b: Any
-    hada_t1: Any
-    hada_t2: Any
-    scaling: Any
-    ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    alphas: tuple[float, ...] = dataclasses.field(metadata={"static": True})
-    config: LoHaConfig = dataclasses.field(metadata={"static": True})
-    scalar: Any = None
-    dora_scale: Any = None
-    multiplier: Any = None
-
-    @property
-    def is_cp(self) -> bool:
-        """Whether the adapter has cores (`use_effective_conv2d`, for kernels larger than 1)."""
-        return self.hada_t1 is not None
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        """The factors by PEFT's names."""
-        return {name: value for name in FACTOR_NAMES if (value := getattr(self, name)) is not None}
-
-    @property
-    def trained(self) -> dict[str, Any]:
-        """All trained arrays: the factors and what LyCORIS adds to them."""
-        extra = {name: value for name in EXTRA_NAMES if (value := getattr(self, name)) is not None}
-        return {**self.tensors, **extra}
-
-    @property
-    def untrained(self) -> dict[str, Any]:
-        """The arrays that are not trained."""
-        return {name: value for name in ("scaling", "multiplier") if (value := getattr(self, name)) is not None}
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """All arrays, trained or not, by name."""
-        return {**self.trained, **self.untrained}
-
-    @property
-    def scale(self) -> jax.Array:
-        """What the product of the factors is multiplied by: `scaling`, times the scalar."""
-        scaling = lax.stop_gradient(self.scaling)
-        return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
-
-    def delta(self, *, forward_mode: bool = False) -> jax.Array:
-        """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
-
-        The result has at least float32; see `hada_weight` and `hada_weight_cp`.
-        """
-        dtype = float32_or_wider(self.hada_w1_a.dtype)
-        w1_a, w1_b, w2_a, w2_b = (
-            w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
-        )
-        if not self.is_cp:
-            return hada_weight(w1_a, w1_b, w2_a, w2_b, self.scale, forward_mode=forward_mode)
-        t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
-        return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
-
-    def gains(self, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array] | None:
-        """Of a weight decomposition, what ΔW and what W are multiplied by; None without one.
-
-        The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the multiplier m:
-        first = m g and second = m (g - 1).
-
-        Args:
-            kernel: as the layout says.
-            layout: of the kernel.
-
-        Returns:
-            Two arrays of the shape of `dora_scale`.
-        """
-        if self.dora_scale is None:
-            return None
-        stack = self.hada_w1_a.ndim - 2
-        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack)
-        factors = (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
-        norms = adapted_norms(kernel, layout, *factors, self.scale, on_out=on_out)
-        g = gain(norms, self.dora_scale)
-        m = lax.stop_gradient(self.multiplier).astype(g.dtype).reshape(*g.shape[:stack], *(1,) * (g.ndim - stack))
-        return m * g, m * (g - 1)
-
-    def flat(self) -> Factors:
-        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
-        if not self.is_cp:
-            return self
-        dtype = float32_or_wider(self.hada_w1_a.dtype)
-        return dataclasses.replace(
-            self,
-            hada_w1_a=jnp.swapaxes(self.hada_w1_a, -1, -2),
-            hada_w2_a=jnp.swapaxes(self.hada_w2_a, -1, -2),
-            hada_w1_b=multiply_core(self.hada_t1, self.hada_w1_b, dtype),
-            hada_w2_b=multiply_core(self.hada_t2, self.hada_w2_b, dtype),
-            hada_t1=None,
-            hada_t2=None,
-        )
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoHaWeight(ArrayLike):
     """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
@@ -273,9 +139,19 @@ class LoHaWeight(ArrayLike):
 
     kernel: Any
     adapters: dict[str, Factors]
-    layout: Layout = dataclasses.field(metadata={"static": True})
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    layout: Layout
+    names: tuple[str, ...]
+    active: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone, for `pickle` and `copy`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     @property
     def _frozen(self) -> jax.Array:
@@ -285,6 +161,15 @@ class LoHaWeight(ArrayLike):
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
             )
         return self.kernel
+
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(factors.hada_w1_a is None for factors in self.adapters.values()):
+            raise ValueError(
+                f"The LoHaWeight of {self.names[0]} holds no factors: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
 
     @property
     def label(self) -> str:
@@ -309,17 +194,19 @@ class LoHaWeight(ArrayLike):
         Raises:
             ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
         """
+        self.require_whole()
         kernel = lax.stop_gradient(self._frozen)
         chosen = self.active_adapters if adapters is None else tuple(self.adapters[name] for name in adapters)
         if not chosen:
             return kernel
+        warn_of_forgotten_dropout(chosen)
         layout = self.layout.strip(kernel.ndim)
         stack = layout.sizes("s", kernel.shape)
         total = kernel.astype(float32_or_wider(kernel.dtype))
         for factors in chosen:
-            if factors.scaling.shape != stack or factors.hada_w1_a.shape[:-2] != stack:
+            if factors.stack != stack:
                 raise ValueError(
-                    f"The adapter of {self.names[0]} has the stack axes {factors.hada_w1_a.shape[:-2]}, its kernel "
+                    f"The adapter of {self.names[0]} has the stack axes {factors.stack}, its kernel "
                     f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
                     "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
                 )
@@ -329,6 +216,14 @@ class LoHaWeight(ArrayLike):
                 delta = gains[0] * delta.reshape(weight.shape) + gains[1] * weight
             total += layout.fold(delta, kernel.shape)
         return total.astype(kernel.dtype)
+
+
+jax.tree_util.register_pytree_with_keys(
+    LoHaWeight,
+    lambda leaf: (((GetAttrKey("kernel"), leaf.kernel), (GetAttrKey("adapters"), leaf.adapters)), leaf._aux),
+    lambda aux, children: LoHaWeight(*children, *aux),
+    flat_parts,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -346,7 +241,7 @@ class SavedWeight(ArrayLike):
         name: torch parameter name, e.g. "classifier.weight".
         active: the adapters that count.
         counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the tree has no leaf for
-            (a BatchNorm's `num_batches_tracked`); written back as they were.
+            (a BatchNorm's `num_batches_tracked`); written back as they were. Not part of the tree's structure.
     """
 
     original: Any
@@ -354,7 +249,10 @@ class SavedWeight(ArrayLike):
     layout: Layout | None = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(metadata={"static": True})
     active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    counters: tuple[tuple[str, str, int], ...] = dataclasses.field(default=(), metadata={"static": True})
+    counters: Counters = dataclasses.field(default=Counters(), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counters", Counters(self.counters))
 
     @property
     def is_buffer(self) -> bool:
@@ -369,6 +267,15 @@ class SavedWeight(ArrayLike):
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
             )
         return self.original
+
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(copy is None for copy in self.copies.values()):
+            raise ValueError(
+                f"The SavedWeight of {self.name} holds no copy: it comes from one half of `partition`. Put the halves "
+                "together with `loha_jax.combine(trainable, frozen)` first."
+            )
 
     def copy_of(self, adapters: Sequence[str]) -> str | None:
         """The one of these adapters that has a copy, or None.

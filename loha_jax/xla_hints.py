@@ -17,28 +17,36 @@ from jax import lax
 from loha_jax.device_types import zeros_of_type
 
 
-def _unknown_zero(source: jax.Array | float) -> jax.Array:
-    """An int32 that is 0 for every value of `source` (a small, replicated array), which XLA does not see."""
-    number = jnp.ravel(jnp.asarray(source, jnp.float32))[:1].sum()
-    return jnp.minimum(lax.bitcast_convert_type(number, jnp.int32) & 1, 0)
+def _unknown_zero(source: jax.Array) -> jax.Array:
+    """An int32 that is 0 for every value of `source`, which XLA does not see."""
+    return _unknown_zeros(source[(slice(0, 1),) * source.ndim].sum())
 
 
-def materialized(x: jax.Array, source: jax.Array | float) -> jax.Array:
-    """`x`, a sum for example, as one array: XLA does not repeat a division by an unknown number, 1, in each reader."""
-    return x / (1 + _unknown_zero(source)).astype(x.dtype)
+def _unknown_zeros(x: jax.Array) -> jax.Array:
+    """The same for each element of an array: `[*x.shape]`."""
+    return jnp.minimum(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 1, 0)
+
+
+def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
+    """`x`, a sum for example, as one array: XLA does not repeat a division by an unknown number, 1, in each reader.
+
+    On several devices an element of `source` would be sent around; each then divides by numbers of its own.
+    """
+    zero = _unknown_zero(source) if jax.device_count() == 1 else _unknown_zeros(lax.stop_gradient(x))
+    return x / (1 + zero).astype(x.dtype)
 
 
 def after(pending: jax.Array, values: Any) -> Any:
     """`values`, unchanged, as arrays that XLA can neither merge with others nor have before `pending` is there."""
-    first = pending[(slice(0, 1),) * pending.ndim]
-    return jax.tree.map(lambda x: x + _unknown_zero(first).astype(x.dtype), values)
+    return jax.tree.map(lambda x: x + _unknown_zero(pending).astype(x.dtype), values)
 
 
-def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array | float) -> Any:
+def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
     """`fn(*args)`, started when all of `args` are there, and sharing nothing with the rest of the program.
 
     XLA:CPU starts whatever does not depend on a pending result, at the price of memory: it would build every layer's
-    ΔW at once. A branch that it cannot foresee holds it back. Elsewhere a barrier does, at no cost.
+    ΔW at once. A branch that it cannot foresee holds it back. Elsewhere a barrier does, at no cost; so it does on
+    several devices, where an element of `source` would be sent around.
     """
 
     def branch(*args):
@@ -46,4 +54,7 @@ def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array | flo
         zeros = jax.tree.map(zeros_of_type, result)
         return lax.cond(_unknown_zero(source) == 0, fn, lambda *_: zeros, *args)
 
-    return lax.platform_dependent(*args, cpu=branch, default=lambda *args: fn(*lax.optimization_barrier(args)))
+    def barrier(*args):
+        return fn(*lax.optimization_barrier(args))
+
+    return lax.platform_dependent(*args, cpu=branch if jax.device_count() == 1 else barrier, default=barrier)

@@ -29,6 +29,7 @@ from loha_jax.interop.orbax_folder import read_orbax
 
 import loha_jax
 from loha_jax import interop
+from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
 from loha_jax.weight import Factors, LoHaWeight
 
@@ -50,7 +51,8 @@ def tree(version, alpha=None, names=("default",)):
         shapes = [(SHAPE[1], RANK), (RANK, SHAPE[0])] * 2
         factors = [values.normal(size=shape).astype(np.float32) for shape in shapes]
         config = loha_jax.LoHaConfig(r=RANK, alpha=alpha, target_modules=["q"])
-        adapters[name] = Factors(*factors, None, None, np.float32(alpha / RANK), (RANK,), (alpha,), config)
+        tensors = dict(zip(FACTOR_NAMES, factors, strict=False))
+        adapters[name] = Factors(**tensors, ranks=(RANK,), alphas=(alpha,), config=config)
     kernel = np.ones(SHAPE, np.float32)
     return {"q": {"kernel": LoHaWeight(kernel, adapters, Layout("io"), ("q",), names)}}
 

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from loha_jax.array_like import ArrayLike
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.layouts import Layout
 from loha_jax.sharding import factor_axes
-from loha_jax.weight import ArrayLike, Factors, LoHaWeight, SavedWeight
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 Path = tuple[Any, ...]
 
@@ -63,7 +64,10 @@ class AdaptedVariable(ArrayLike, nnx.Module):
     def _frozen(self) -> jax.Array:
         return self.base.get_value()
 
-    # A module is a node of a graph, compared by identity; ArrayLike's arithmetic stays.
+    def _arrays(self) -> list[jax.Array]:
+        return jax.tree.leaves(self.leaf())
+
+    # A module is a node of a graph, found by its identity.
     __hash__ = object.__hash__
 
 

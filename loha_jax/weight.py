@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from loha_jax.array_like import ArrayLike
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import adapted_norms, gain, is_on_out
 from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
@@ -27,93 +27,6 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 EXTRA_NAMES = ("scalar", "dora_scale")
 """Names of the trained arrays that LyCORIS adds to the factors."""
-
-
-class ArrayLike:
-    """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`."""
-
-    def __jax_array__(self) -> jax.Array:
-        raise NotImplementedError
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.__jax_array__(), dtype)
-
-    @property
-    def _frozen(self) -> jax.Array:
-        raise NotImplementedError
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self._frozen.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of the weight."""
-        return self._frozen.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return self._frozen.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self._frozen.size
-
-    @property
-    def T(self) -> jax.Array:
-        """The adapted weight, transposed."""
-        return self.__jax_array__().T
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index) -> jax.Array:
-        return self.__jax_array__()[index]
-
-    def astype(self, dtype) -> jax.Array:
-        """The adapted weight in another dtype."""
-        return self.__jax_array__().astype(dtype)
-
-    def reshape(self, *shape, **kwargs) -> jax.Array:
-        """The adapted weight in another shape."""
-        return self.__jax_array__().reshape(*shape, **kwargs)
-
-    def transpose(self, *axes) -> jax.Array:
-        """The adapted weight with its axes permuted."""
-        return self.__jax_array__().transpose(*axes)
-
-    def __matmul__(self, other):
-        return self.__jax_array__() @ other
-
-    def __rmatmul__(self, other):
-        return other @ self.__jax_array__()
-
-    def __add__(self, other):
-        return self.__jax_array__() + other
-
-    def __radd__(self, other):
-        return other + self.__jax_array__()
-
-    def __sub__(self, other):
-        return self.__jax_array__() - other
-
-    def __rsub__(self, other):
-        return other - self.__jax_array__()
-
-    def __mul__(self, other):
-        return self.__jax_array__() * other
-
-    def __rmul__(self, other):
-        return other * self.__jax_array__()
-
-    def __truediv__(self, other):
-        return self.__jax_array__() / other
-
-    def __neg__(self):
-        return -self.__jax_array__()
 
 
 def alpha_over_r(alphas: Sequence[float], ranks: Sequence[int], stack: Sequence[int], dtype: Any) -> jax.Array:
@@ -249,7 +162,7 @@ class Factors:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
 class LoHaWeight(ArrayLike):
     """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
 
@@ -332,7 +245,7 @@ class LoHaWeight(ArrayLike):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from loha_jax._compat import Literal, without_dead_code
@@ -17,6 +18,7 @@ from loha_jax.kernel_view import KernelView
 from loha_jax.models import on_trees
 from loha_jax.operations import STRATEGIES
 from loha_jax.per_example import run_per_example
+from loha_jax.promotion import standard_promotion
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,7 +65,7 @@ def adapt(
             argument has rows.
 
     Example:
-        >>> import jax.numpy as jnp, loha_jax
+        >>> import loha_jax
         >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
         ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
         >>> adapt(lambda p, x: x @ p["q"]["kernel"])(params, jnp.ones((2, 3))).shape
@@ -153,23 +155,32 @@ def trace_and_evaluate(
         args, kwargs = treedef.unflatten(filled)
         outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
         for n, output in enumerate(outputs):
-            if not isinstance(output, jax.Array | np.ndarray | float | int | complex):
+            if not isinstance(output, jax.Array | np.ndarray | np.generic | float | int | complex):
                 static_outputs[n] = output
         return [o for n, o in enumerate(outputs) if n not in static_outputs]
 
     closed = without_dead_code(jax.make_jaxpr(flat)(*arrays))
-    results = evaluate(closed.jaxpr, closed.consts, values, options)
     returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
-    dynamic = iter(
-        returned[var]
-        if not isinstance(var, Literal) and var in returned
-        else densify(value, options, "return", "the function returns it")
-        for var, value in zip(closed.jaxpr.outvars, results, strict=True)
-    )
-    count = len(results) + len(static_outputs)
+    with standard_promotion():
+        results = evaluate(closed.jaxpr, closed.consts, values, options)
+        plain = [
+            returned[var]
+            if not isinstance(var, Literal) and var in returned
+            else _as_array(densify(value, options, "return", "the function returns it"), var.aval)
+            for var, value in zip(closed.jaxpr.outvars, results, strict=True)
+        ]
+    dynamic, count = iter(plain), len(plain) + len(static_outputs)
     return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
 
 
+def _as_array(value: Any, aval: Any) -> jax.Array:
+    """A constant that a function returns, as `jax.jit` would return it; arrays as they are."""
+    if isinstance(value, jax.Array):
+        return value
+    return jnp.asarray(np.asarray(value).item()) if aval.weak_type else jnp.asarray(np.asarray(value), aval.dtype)
+
+
+@standard_promotion()
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
     """The leaf as a view; the plain kernel where no adapter is active."""
     leaf.shape  # a leaf of one half of `partition` says so  # noqa: B018

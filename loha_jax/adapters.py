@@ -16,6 +16,7 @@ from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
+from loha_jax.promotion import standard_promotion
 from loha_jax.sharding import follow_kernel
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
@@ -237,6 +238,7 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
     return jax.tree.map(add, params, is_leaf=is_adapted)
 
 
+@standard_promotion()
 def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> Factors:
     if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
         raise ValueError(

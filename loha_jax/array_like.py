@@ -68,12 +68,15 @@ class ArrayLike:
         item: Callable[..., Any]
         tolist: Callable[[], Any]
         devices: Callable[[], Any]
-        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = lambda self, other: jnp.asarray(self)
-        __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __add__
-        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __lt__ = __le__ = __gt__ = __ge__ = __add__
-        __getitem__: Callable[[Any], jax.Array]
-        __iter__: Callable[[], Iterator[jax.Array]]
-        __neg__ = __abs__ = lambda self: jnp.asarray(self)
+
+        def __add__(self, other: Any, /) -> jax.Array: ...
+        def __neg__(self) -> jax.Array: ...
+        def __iter__(self) -> Iterator[jax.Array]: ...
+
+        __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
+        __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __add__
+        __matmul__ = __rmatmul__ = __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = __add__
+        __pos__ = __abs__ = __neg__
 
     def __jax_array__(self) -> jax.Array:
         raise NotImplementedError

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from loha_jax.boxes import keeps_boxes
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import refuse_model
+from loha_jax.promotion import standard_promotion
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
@@ -64,6 +65,7 @@ def _named_key(key: jax.Array, *names: str) -> jax.Array:
     return key
 
 
+@standard_promotion()
 def _drop(factors: Factors, key: jax.Array) -> Factors:
     rank_dropout, module_dropout = factors.config.rank_dropout, factors.config.module_dropout
     if not rank_dropout and not module_dropout:

@@ -18,6 +18,7 @@ from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
+from loha_jax.promotion import standard_promotion
 from loha_jax.sharding import follow_kernel, place_like
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
@@ -168,6 +169,7 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
     return float32_or_wider(kernel_dtype)
 
 
+@standard_promotion()
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     scheme = config.init_weights
     if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
@@ -184,6 +186,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
     return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
 
 
+@standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
     """The scalar and the norms that a `LycorisConfig` asks for."""
     if not isinstance(config, LycorisConfig):

@@ -109,8 +109,8 @@ class AdaptedKernel(AdaptedVariable):
         )
         for name, factors in leaf.adapters.items():
             _name_axes(self.adapters[name], base, leaf, factors.is_cp)
-        self.rngs: nnx.RngStream | None = nnx.data(old.rngs if old else None)
-        self.deterministic = old.deterministic if old else True
+        self.rngs: nnx.RngStream | None = nnx.data(None if old is None else old.rngs)
+        self.deterministic = True if old is None else old.deterministic
 
     def leaf(self) -> LoHaWeight:
         """The kernel as a leaf of a tree. Axes that `nnx.vmap` put in front since it was adapted are stack axes."""

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.promotion import standard_promotion
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
@@ -66,7 +67,7 @@ def run_per_example(
         return outputs
 
     outputs = jax.vmap(one)(chosen, rows)
-    return structure.unflatten([o.reshape(-1, *o.shape[2:]) if o.ndim > 1 else o for o in outputs])
+    return structure.unflatten([o.reshape(o.shape[0] * o.shape[1], *o.shape[2:]) if o.ndim > 1 else o for o in outputs])
 
 
 def _leaves_beside_adapted(args: tuple, kwargs: dict[str, Any]) -> list[bool]:
@@ -78,6 +79,7 @@ def _leaves_beside_adapted(args: tuple, kwargs: dict[str, Any]) -> list[bool]:
     return flags
 
 
+@standard_promotion()
 def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
     """What differs between the rows: the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
     if isinstance(leaf, SavedWeight):

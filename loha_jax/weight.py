@@ -20,6 +20,7 @@ from loha_jax.dora import adapted_norms, gain, is_on_out
 from loha_jax.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.layouts import Layout
+from loha_jax.promotion import standard_promotion
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
@@ -108,6 +109,7 @@ class Factors:
         scaling = lax.stop_gradient(self.scaling)
         return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
 
+    @standard_promotion()
     def delta(self, *, forward_mode: bool = False) -> jax.Array:
         """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
 
@@ -145,6 +147,7 @@ class Factors:
         m = lax.stop_gradient(self.multiplier).astype(g.dtype).reshape(*g.shape[:stack], *(1,) * (g.ndim - stack))
         return m * g, m * (g - 1)
 
+    @standard_promotion()
     def flat(self) -> Factors:
         """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
         if not self.is_cp:
@@ -212,6 +215,7 @@ class LoHaWeight(ArrayLike):
     def __jax_array__(self) -> jax.Array:
         return self.dense()
 
+    @standard_promotion()
     def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
         """`kernel + Σ ΔW`, in the kernel's shape and dtype.
 

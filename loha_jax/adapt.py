@@ -17,8 +17,9 @@ from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import on_trees
 from loha_jax.operations import STRATEGIES
-from loha_jax.per_example import run_per_example
+from loha_jax.per_example import check_index, run_per_example
 from loha_jax.promotion import standard_promotion
+from loha_jax.rows import mark_rows
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +32,8 @@ def adapt(
     training: bool = True,
     forward_mode: bool = False,
     adapter_index: Any = None,
+    in_axes: Any = None,
+    out_axes: Any = 0,
 ) -> F:
     """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
 
@@ -51,18 +54,25 @@ def adapt(
             products are `jax.custom_vjp`.
         adapter_index: `[batch]` integers, one per row: the row runs through that one of the active adapters
             (`set_adapter` says which, in order), -1 through the base model. The adapters have equal ranks and targets
-            (one that lacks a module leaves it as it is). Rows are the entries along the first axis of every array of
-            that length in the arguments that hold no adapted leaf; other arrays are the same for all rows. Results are
-            those of calling `fn` row by row, each a batch of one, concatenated; scalars come one per row. All
-            products are factored, and no ΔW is built; base products run once for the whole batch.
+            (one that lacks a module leaves it as it is). Results are those of calling `fn` row by row, each a batch
+            of one, concatenated; scalars come one per row. All products are factored, and no ΔW is built; base
+            products run once for the whole batch.
+        in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
+            an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
+            a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
+            integer for all arguments but the adapted tree. By default the one array that has an axis as long as
+            `adapter_index` has rows, along its first axis; where several have one (positions as long as the batch, a
+            mask, a random key), that is an error.
+        out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
+            prefix of the result's tree.
 
     Returns:
         A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
 
     Raises:
         ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`,
-            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, or no
-            argument has rows.
+            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, no
+            argument has rows, or it is open which have.
 
     Example:
         >>> import loha_jax
@@ -79,8 +89,14 @@ def adapt(
             return run(fn, args, kwargs, options)
         by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
 
+        index = check_index(adapter_index)
+        args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])
+
         def run_rows(fn, args, kwargs):
-            return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
+            def run_row(args, kwargs):
+                return run(fn, args, kwargs, by_row)
+
+            return run_per_example(run_row, args, kwargs, index, out_axes)
 
         return on_trees(run_rows, fn, args, kwargs, changes=False)
 

@@ -85,7 +85,8 @@ def fit(
         loss_fn: `(params, batch, key)` to the loss, or to `(loss, {name: scalar})`. It gets the adapted tree, the
             dropouts of its configs already applied; call the model through `loha_jax.adapt`.
         params: a tree that `inject` or `interop.load_peft` made. It stays usable.
-        tx: the optimizer, from optax.
+        tx: the optimizer, from optax. One that asks for `value`, `grad` or `value_fn` gets the step's loss, gradient and
+            loss as a function of the trained arrays (`reduce_on_plateau`, `lbfgs`).
         batches: one batch (a tree of arrays) per step; or, better where a run may be resumed, a function that takes how
             many were used and returns the others. Without it, a resumed run reads and drops those. Training ends
             where they end.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax._compat import Literal, without_dead_code
+from loha_jax.closures import callers_level, closed_over
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import on_trees
@@ -45,7 +47,7 @@ def adapt(
 
     Args:
         fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)
-            stays as it is. Weights that it closes over, rather than takes, are not seen.
+            stays as it is. Weights that it closes over, rather than takes, are not seen: a warning says so.
         strategy: "auto" chooses per product between "factored" (x·W + (x·KB)·KA, no array of the kernel's shape) and
             "fused" (x·(W + ΔW), ΔW built once and rebuilt in the backward pass) by their FLOPs; "dense" keeps ΔW. Or
             `{regex: strategy}` by torch module name (fullmatch), "auto" for the rest.
@@ -140,6 +142,12 @@ def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str
         values.append(value)
         arrays.append(value.kernel if isinstance(value, KernelView) else value)
     if not originals:
+        if names := closed_over(fn):
+            warnings.warn(
+                f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
+                "an argument: it computes with W + ΔW, formed as an array. Pass the adapted tree as an argument.",
+                stacklevel=callers_level(),
+            )
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
     return trace_and_evaluate(fn, leaves, treedef, positions, arrays, values, originals, options)

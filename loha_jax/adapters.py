@@ -17,6 +17,7 @@ from loha_jax.hadamard import khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
 from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import plain_scalar
 from loha_jax.sharding import follow_kernel
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
@@ -111,6 +112,7 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
         1.0
     """
     check_adapters(params, list(weights))
+    weights = {name: plain_scalar(weight) for name, weight in weights.items()}
     for name, weight in weights.items():
         _check_number(f"the weight of {name}", weight)
 
@@ -208,7 +210,7 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
         >>> both["q"]["kernel"].adapters["mix"].hada_w1_a.shape
         (3, 8)
     """
-    adapters, weights = tuple(adapters), tuple(weights)
+    adapters, weights = tuple(adapters), tuple(map(plain_scalar, weights))
     check_adapters(params, adapters)
     check_new_adapter(params, adapter_name)
     if not adapters or len(weights) != len(adapters) or len(set(adapters)) != len(adapters):

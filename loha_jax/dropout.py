@@ -13,6 +13,7 @@ from loha_jax.boxes import keeps_boxes
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import refuse_model
 from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import check_key
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
@@ -45,6 +46,8 @@ def dropout(params: Any, key: jax.Array) -> Any:
     """
 
     refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
+
+    check_key(key)
 
     def drop(leaf: Any) -> Any:
         if not isinstance(leaf, LoHaWeight):

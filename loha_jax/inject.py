@@ -19,6 +19,7 @@ from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
 from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import check_key
 from loha_jax.sharding import follow_kernel, place_like
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 
@@ -67,6 +68,7 @@ def inject(
 
     Warns:
         UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        TypeError: `key` is no JAX PRNG key.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 
     Mirrors PEFT's `get_peft_model` and `add_adapter`.
@@ -77,6 +79,7 @@ def inject(
         >>> adapted["layer"]["query"]["kernel"].adapters["default"].hada_w1_a.shape
         (4, 2)
     """
+    check_key(key)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
 
         def build(params):

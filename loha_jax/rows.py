@@ -152,7 +152,7 @@ def spread(axes: Any, tree: Any, what: str) -> list[int | None]:
 def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: Any) -> None:
     """Where nothing is said, the one array that has an axis of the batch's size has rows, along its first axis."""
     for argument in undecided:
-        argument.axes = [None] * len(argument.leaves)
+        argument.axes = [None for _ in argument.leaves]
     fitting = [
         (argument, name, array)
         for argument in undecided

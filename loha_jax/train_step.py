@@ -65,8 +65,12 @@ class TrainStep:
             get = gradient if accumulate == 1 else mean_gradient
             given = frozen, cast_floating(batch, dtype), jax.random.fold_in(key, number)
             grads, metrics = get(trainable, *given)
-            again = {"value": metrics["loss"], "grad": grads, "value_fn": lambda trainable: get(trainable, *given)[1]["loss"]}
-            updates, new_opt_state = tx.update(grads, opt_state, trainable, **again)
+
+            def value_fn(trainable):
+                return get(trainable, *given)[1]["loss"]
+
+            extra = {"value": metrics["loss"], "grad": grads, "value_fn": value_fn}
+            updates, new_opt_state = tx.update(grads, opt_state, trainable, **extra)
             new = optax.apply_updates(trainable, updates)
             finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((metrics["loss"], grads, new))]
             good &= jnp.stack(finite).all()  # once it is False, no later step changes anything

@@ -81,10 +81,11 @@ def outcome(function):
 
 def same(got, want, what):
     if isinstance(want, jax.Array | np.ndarray | np.generic):
-        assert isinstance(got, type(want)) and got.dtype == want.dtype, what
+        assert isinstance(got, type(want)), what
+        assert got.dtype == want.dtype, what
         assert np.array_equal(np.asarray(got), np.asarray(want), equal_nan=got.dtype.kind == "f"), what
     elif isinstance(want, tuple | list):
-        assert len(got) == len(want) and type(got) is type(want), what
+        assert (type(got), len(got)) == (type(want), len(want)), what
         for g, w in zip(got, want, strict=True):
             same(g, w, what)
     else:
@@ -108,7 +109,8 @@ def test_every_public_name_of_an_array(pair):
         if name not in ELSEWHERE:
             same(outcome(lambda name=name: of(leaf, name)), outcome(lambda name=name: of(array, name)), name)
     same(leaf.at[0].set(0), array.at[0].set(0), "at")
-    assert leaf.block_until_ready() is leaf and leaf.copy_to_host_async() is None
+    assert leaf.block_until_ready() is leaf
+    assert leaf.copy_to_host_async() is None
     same(leaf.addressable_shards[0].data, array, "addressable_shards")
 
 
@@ -148,7 +150,8 @@ def test_scalars_and_integers():
     for f in (operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift):
         same(f(ones, 2), f(jnp.array([1, 2, 4]), 2), f)
         same(f(2, ones), f(2, jnp.array([1, 2, 4])), f)
-    assert 2 in ones and 3 not in ones
+    assert 2 in ones
+    assert 3 not in ones
     same(~ones, ~jnp.array([1, 2, 4]), "invert")
     assert [10, 20, 30][number.__int__()] == 20
     with pytest.raises(TypeError, match="unhashable"):
@@ -159,7 +162,8 @@ def test_arrays_of_a_leaf_are_deleted_together():
     leaf = tree()["q"]["kernel"]
     assert not leaf.is_deleted()
     leaf.delete()
-    assert leaf.is_deleted() and leaf.kernel.is_deleted()
+    assert leaf.is_deleted()
+    assert leaf.kernel.is_deleted()
 
 
 def test_jax_still_takes_it_for_a_tree():

@@ -69,7 +69,9 @@ def test_equals_the_rows_one_by_one(cp):
     want = one_by_one(params, index, *args)
     assert np.ptp(np.asarray(want["loss"])) > 0.01  # the adapters differ
     eager = loha_jax.adapt(apply, adapter_index=jnp.array(index), in_axes=AXES)(params, *args)
-    jitted = jax.jit(lambda p, i, *a: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(p, *a))(params, jnp.array(index), *args)
+    jitted = jax.jit(lambda p, i, *a: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(p, *a))(
+        params, jnp.array(index), *args
+    )
     for got in (eager, jitted):
         for name, value in want.items():
             np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5 * np.abs(value).max())
@@ -147,7 +149,9 @@ def test_an_index_out_of_range_is_an_error_or_nan():
     with pytest.raises(ValueError, match=r"adapter_index 3 is out of range: the tree has 3 active adapters \(0 to 2\)"):
         loha_jax.adapt(apply, adapter_index=jnp.array([0, 3]), in_axes=AXES)(params, *args)
     for bad in (3, -2):
-        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(params, *args))(jnp.array([0, bad]))
+        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(params, *args))(
+            jnp.array([0, bad])
+        )
         assert np.isfinite(got["logits"][0]).all()
         assert np.isnan(got["logits"][1]).all()
 
@@ -239,9 +243,7 @@ def test_other_axes_trees_and_keyword_arguments():
         out_axes={"y": -2, "n": 0},
     )
     got = rows(params, {"x": x, "shift": shift}, scale=scale, flag=True)
-    want = by_row(
-        lambda p, x, scale: fn(p, {"x": x, "shift": shift}, scale=scale), index, (1, 0), params, x, scale
-    )
+    want = by_row(lambda p, x, scale: fn(p, {"x": x, "shift": shift}, scale=scale), index, (1, 0), params, x, scale)
     np.testing.assert_allclose(got["y"], jnp.concatenate([w["y"] for w in want], 1), rtol=0, atol=1e-4)
     np.testing.assert_allclose(got["n"], scale)
 

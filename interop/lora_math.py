@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loha_jax.hadamard import khatri_rao_rows
+from loha_jax.scalars import plain_scalar
 
 from .adapter_file import AdapterModule
 from .low_rank_update import LowRankUpdate
@@ -62,6 +63,7 @@ def lora_of(
         raise ValueError(f"{module.name} is the LoRA of a convolution in groups; its rank cannot be lowered here")
     update = LowRankUpdate.of(module)
     in_shape = _in_shape(module, update, shape)
+    groups = plain_scalar(groups)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"The groups of {module.name} should be a positive integer value but are {groups!r}")
     if update.rows % groups:
@@ -103,6 +105,7 @@ def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> di
 
 def check_limits(rank: int | None, energy: float | None) -> None:
     """Raises ValueError for a rank or an energy threshold that `lora_of` cannot use."""
+    rank, energy = plain_scalar(rank), plain_scalar(energy)
     if rank is not None and energy is not None:
         raise ValueError(f"Give `rank` or `energy`, not both: got rank={rank} and energy={energy}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):

@@ -27,6 +27,8 @@ from loha_jax.partition import combine, partition, trainable_mask
 from loha_jax.summary import summary
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
+importlib.import_module("loha_jax.export")  # tells jax.export of the leaves
+
 __version__ = "0.1.0"
 
 _register_with_flax()

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from loha_jax._compat import Literal, without_dead_code
+from loha_jax.closures import callers_level, closed_over
 from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import on_trees
 from loha_jax.operations import STRATEGIES
-from loha_jax.per_example import run_per_example
+from loha_jax.per_example import check_index, run_per_example
+from loha_jax.promotion import standard_promotion
+from loha_jax.rows import mark_rows
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +35,8 @@ def adapt(
     training: bool = True,
     forward_mode: bool = False,
     adapter_index: Any = None,
+    in_axes: Any = None,
+    out_axes: Any = 0,
 ) -> F:
     """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
 
@@ -41,7 +48,7 @@ def adapt(
 
     Args:
         fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)
-            stays as it is. Weights that it closes over, rather than takes, are not seen.
+            stays as it is. Weights that it closes over, rather than takes, are not seen: a warning says so.
         strategy: "auto" chooses per product between "factored" (x·W + (x·KB)·KA, no array of the kernel's shape) and
             "fused" (x·(W + ΔW), ΔW built once and rebuilt in the backward pass) by their FLOPs; "dense" keeps ΔW. Or
             `{regex: strategy}` by torch module name (fullmatch), "auto" for the rest.
@@ -50,21 +57,28 @@ def adapt(
             products are `jax.custom_vjp`.
         adapter_index: `[batch]` integers, one per row: the row runs through that one of the active adapters
             (`set_adapter` says which, in order), -1 through the base model. The adapters have equal ranks and targets
-            (one that lacks a module leaves it as it is). Rows are the entries along the first axis of every array of
-            that length in the arguments that hold no adapted leaf; other arrays are the same for all rows. Results are
-            those of calling `fn` row by row, each a batch of one, concatenated; scalars come one per row. All
-            products are factored, and no ΔW is built; base products run once for the whole batch.
+            (one that lacks a module leaves it as it is). Results are those of calling `fn` row by row, each a batch
+            of one, concatenated; scalars come one per row. All products are factored, and no ΔW is built; base
+            products run once for the whole batch.
+        in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
+            an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
+            a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
+            integer for all arguments but the adapted tree. By default the one array that has an axis as long as
+            `adapter_index` has rows, along its first axis; where several have one (positions as long as the batch, a
+            mask, a random key), that is an error.
+        out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
+            prefix of the result's tree.
 
     Returns:
         A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
 
     Raises:
         ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`,
-            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, or no
-            argument has rows.
+            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, no
+            argument has rows, or it is open which have.
 
     Example:
-        >>> import jax.numpy as jnp, loha_jax
+        >>> import loha_jax
         >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
         ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
         >>> adapt(lambda p, x: x @ p["q"]["kernel"])(params, jnp.ones((2, 3))).shape
@@ -78,8 +92,14 @@ def adapt(
             return run(fn, args, kwargs, options)
         by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
 
+        index = check_index(adapter_index)
+        args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])
+
         def run_rows(fn, args, kwargs):
-            return run_per_example(lambda args, kwargs: run(fn, args, kwargs, by_row), args, kwargs, adapter_index)
+            def run_row(args, kwargs):
+                return run(fn, args, kwargs, by_row)
+
+            return run_per_example(run_row, args, kwargs, index, out_axes)
 
         return on_trees(run_rows, fn, args, kwargs, changes=False)
 
@@ -123,6 +143,12 @@ def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str
         values.append(value)
         arrays.append(value.kernel if isinstance(value, KernelView) else value)
     if not originals:
+        if names := closed_over(fn):
+            warnings.warn(
+                f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
+                "an argument: it computes with W + ΔW, formed as an array. Pass the adapted tree as an argument.",
+                stacklevel=callers_level(),
+            )
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
     return trace_and_evaluate(fn, leaves, treedef, positions, arrays, values, originals, options)
@@ -154,23 +180,32 @@ def trace_and_evaluate(
         args, kwargs = treedef.unflatten(filled)
         outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
         for n, output in enumerate(outputs):
-            if not isinstance(output, jax.Array | np.ndarray | float | int | complex):
+            if not isinstance(output, jax.Array | np.ndarray | np.generic | float | int | complex):
                 static_outputs[n] = output
         return [o for n, o in enumerate(outputs) if n not in static_outputs]
 
     closed = without_dead_code(jax.make_jaxpr(flat)(*arrays))
-    results = evaluate(closed.jaxpr, closed.consts, values, options)
     returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
-    dynamic = iter(
-        returned[var]
-        if not isinstance(var, Literal) and var in returned
-        else densify(value, options, "return", "the function returns it")
-        for var, value in zip(closed.jaxpr.outvars, results, strict=True)
-    )
-    count = len(results) + len(static_outputs)
+    with standard_promotion():
+        results = evaluate(closed.jaxpr, closed.consts, values, options)
+        plain = [
+            returned[var]
+            if not isinstance(var, Literal) and var in returned
+            else _as_array(densify(value, options, "return", "the function returns it"), var.aval)
+            for var, value in zip(closed.jaxpr.outvars, results, strict=True)
+        ]
+    dynamic, count = iter(plain), len(plain) + len(static_outputs)
     return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
 
 
+def _as_array(value: Any, aval: Any) -> jax.Array:
+    """A constant that a function returns, as `jax.jit` would return it; arrays as they are."""
+    if isinstance(value, jax.Array):
+        return value
+    return jnp.asarray(np.asarray(value).item()) if aval.weak_type else jnp.asarray(np.asarray(value), aval.dtype)
+
+
+@standard_promotion()
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
     """The leaf as a view; the plain kernel where no adapter is active."""
     leaf.require_whole()

@@ -17,6 +17,8 @@ from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import takes_model
+from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import plain_scalar
 from loha_jax.sharding import follow_kernel
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
@@ -113,6 +115,7 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
         1.0
     """
     check_adapters(params, list(weights))
+    weights = {name: plain_scalar(weight) for name, weight in weights.items()}
     for name, weight in weights.items():
         _check_number(f"the weight of {name}", weight)
 
@@ -212,7 +215,7 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
         >>> both["q"]["kernel"].adapters["mix"].hada_w1_a.shape
         (3, 8)
     """
-    adapters, weights = tuple(adapters), tuple(weights)
+    adapters, weights = tuple(adapters), tuple(map(plain_scalar, weights))
     check_adapters(params, adapters)
     check_new_adapter(params, adapter_name)
     if not adapters or len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
@@ -242,6 +245,7 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
     return jax.tree.map(add, params, is_leaf=is_adapted)
 
 
+@standard_promotion()
 def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> Factors:
     if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
         raise ValueError(

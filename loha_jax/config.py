@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loha_jax.init import INIT_SCHEMES
+from loha_jax.scalars import plain_scalar
 from loha_jax.untrusted import FileError, check_pattern, json_object, read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -83,6 +86,8 @@ class LoHaConfig:
         def store(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        for field in dataclasses.fields(self):
+            store(field.name, _plain(getattr(self, field.name)))
         store("peft_type", "LOHA")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(
@@ -271,6 +276,17 @@ def _hashable(value: Any) -> Any:
     except TypeError:
         return str(value)
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A field's value with Python's own numbers for numpy's, in its lists and dicts too."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return value.tolist()
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(plain_scalar, value))
+    if type(value) is dict:
+        return {key: plain_scalar(item) for key, item in value.items()}
+    return plain_scalar(value)
 
 
 def _is_number(value: Any) -> bool:

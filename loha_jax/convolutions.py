@@ -21,6 +21,7 @@ from loha_jax.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.kernel_view import KernelView, ViewFactors, size_of
 from loha_jax.operations import Operation
 from loha_jax.products import contract
+from loha_jax.sizes import nominal
 
 _SPACE = "tuvwxyz"
 
@@ -114,8 +115,8 @@ class Convolution(Operation):
 
     Attributes:
         params: of the `conv_general_dilated`.
-        rows: positions of the result, over the whole batch.
-        x_rows: positions of x, over the whole batch.
+        rows: positions of the result, over the whole batch; symbolic sizes count as 1.
+        x_rows: the same of x.
         stacked: modules stacked in the kernel's out axis.
         groups: of each module.
     """
@@ -148,11 +149,11 @@ class Convolution(Operation):
         stacked, groups = size_of(view, stack), params["feature_group_count"]
         if tuple(stack) != out[: len(stack)] or groups % stacked:
             return "modules stacked in the out axis do not have groups of their own"
-        batch, feature = x.shape[numbers.lhs_spec[0]], result_shape[numbers.out_spec[1]]
+        batch, _, *space = numbers.out_spec
         return cls(
             params={name: value for name, value in params.items() if name not in ("lhs_shape", "rhs_shape")},
-            rows=math.prod(result_shape) // max(feature, 1),
-            x_rows=batch * math.prod(x.shape[axis] for axis in numbers.lhs_spec[2:]),
+            rows=nominal(result_shape[axis] for axis in (batch, *space)),
+            x_rows=nominal(x.shape[axis] for axis in (numbers.lhs_spec[0], *numbers.lhs_spec[2:])),
             stacked=stacked,
             groups=groups // stacked,
         )

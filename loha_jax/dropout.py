@@ -13,6 +13,8 @@ from loha_jax.boxes import keeps_boxes
 from loha_jax.forgotten_dropout import note_dropout
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.models import refuse_model
+from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import check_key
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
@@ -47,6 +49,8 @@ def dropout(params: Any, key: jax.Array) -> Any:
     note_dropout()
     refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
 
+    check_key(key)
+
     def drop(leaf: Any) -> Any:
         if not isinstance(leaf, LoHaWeight):
             return leaf
@@ -66,6 +70,7 @@ def _named_key(key: jax.Array, *names: str) -> jax.Array:
     return key
 
 
+@standard_promotion()
 def _drop(factors: Factors, key: jax.Array) -> Factors:
     rank_dropout, module_dropout, rescaled = factors.config.computing
     if not rank_dropout and not module_dropout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from loha_jax.adapt import make_options, run
+from loha_jax.closures import closed_over
 from loha_jax.kernel_view import KernelView
 from loha_jax.models import adapted_leaves
 from loha_jax.operations import Operation
@@ -56,10 +58,12 @@ class Explanation:
     Attributes:
         uses: in the order of the computation.
         unused: modules with an adapter that the function never reads.
+        note: why there is nothing to explain: no argument holds an active adapter.
     """
 
     uses: tuple[Use, ...]
     unused: tuple[str, ...]
+    note: str = ""
 
     @property
     def dense(self) -> tuple[Use, ...]:
@@ -88,6 +92,7 @@ class Explanation:
             extra = sum(use.extra_flops for use in self.uses)
             lines.append(f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: {1 + extra / flops:.3f}")
         lines += [f"never read: {name}" for name in self.unused]
+        lines += [self.note] if self.note else []
         return "\n".join(lines)
 
 
@@ -177,8 +182,17 @@ def explain(
         args, kwargs = treedef.unflatten(filled)
         return [o for o in jax.tree.leaves(run(fn, args, kwargs, options)) if isinstance(o, jax.Array)]
 
-    jax.eval_shape(traced, [leaves[n] for n in dynamic])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The function that adapt was given closes over")  # the note says it
+        jax.eval_shape(traced, [leaves[n] for n in dynamic])
     seen = {use.module for use in recorder.uses}
     adapted = adapted_leaves((params, args, kwargs))
     names = [leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters]
-    return Explanation(tuple(recorder.uses), tuple(name for name in names if name not in seen))
+    note = "" if names else _nothing_adapted(fn)
+    return Explanation(tuple(recorder.uses), tuple(name for name in names if name not in seen), note)
+
+
+def _nothing_adapted(fn: Callable[..., Any]) -> str:
+    closed = closed_over(fn)
+    reason = f"; the function closes over adapted kernels ({', '.join(closed)}), which are not seen" if closed else ""
+    return f"No argument holds a kernel with an active adapter{reason}. Pass the adapted tree as an argument."

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.device_types import vary_alike
+from loha_jax.promotion import standard_promotion
 from loha_jax.xla_hints import alone
 
 Scale = jax.Array | float
 A = TypeVar("A", jax.Array, np.ndarray)
 
 
+@standard_promotion()
 def float32_or_wider(*dtypes: Any) -> jnp.dtype:
     """What values of these dtypes are computed in: their common dtype, at least float32 (JAX promotes no float8)."""
     return jnp.result_type(jnp.float32, *(d for d in map(jnp.dtype, dtypes) if d.itemsize > 1))
@@ -66,8 +68,10 @@ def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
 
 def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`fn`, whose last argument is the scale, as a `custom_vjp` that keeps its arguments alone and runs twice."""
+    fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
     wrapped = jax.custom_vjp(fn)
 
+    @standard_promotion()
     def backward(args, cotangent):
         return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[0])
 
@@ -79,6 +83,7 @@ _weight = _recompute_vjp(_plain_weight)
 _weight_cp = _recompute_vjp(_plain_weight_cp)
 
 
+@standard_promotion()
 def hada_weight(
     w1_a: jax.Array,
     w1_b: jax.Array,
@@ -113,6 +118,7 @@ def hada_weight(
     return (_plain_weight if forward_mode else _weight)(w1_a, w1_b, w2_a, w2_b, scale)
 
 
+@standard_promotion()
 def hada_weight_cp(
     t1: jax.Array,
     w1_a: jax.Array,

@@ -20,6 +20,8 @@ from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
 from loha_jax.naming import Names
 from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
+from loha_jax.promotion import standard_promotion
+from loha_jax.scalars import check_key
 from loha_jax.sharding import follow_kernel, place_like
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
@@ -68,6 +70,7 @@ def inject(
 
     Warns:
         UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        TypeError: `key` is no JAX PRNG key.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 
     Mirrors PEFT's `get_peft_model` and `add_adapter`.
@@ -78,6 +81,7 @@ def inject(
         >>> adapted["layer"]["query"]["kernel"].adapters["default"].hada_w1_a.shape
         (4, 2)
     """
+    check_key(key)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
 
         def build(params):
@@ -170,6 +174,7 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
     return float32_or_wider(kernel_dtype)
 
 
+@standard_promotion()
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     scheme = config.init_weights
     if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
@@ -186,6 +191,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
     return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
 
 
+@standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
     """The scalar and the norms that a `LycorisConfig` asks for."""
     if not isinstance(config, LycorisConfig):

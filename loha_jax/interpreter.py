@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,6 +24,8 @@ from loha_jax.kept_inputs import Kept, find_recipe
 from loha_jax.kernel_view import KernelView
 from loha_jax.operations import Operation
 from loha_jax.products import Product
+from loha_jax.promotion import standard_promotion
+from loha_jax.sizes import is_empty, nominal
 
 
 class Observer(Protocol):
@@ -165,7 +167,8 @@ def _squeeze(eqn, values, options):
 def _broadcast_in_dim(eqn, values, options):
     if len(values) != 1:
         return "a broadcast to a dynamic shape"
-    return [values[0].broadcast_in_dim(eqn.params["shape"], eqn.params["broadcast_dimensions"])]
+    view = values[0].broadcast_in_dim(eqn.params["shape"], eqn.params["broadcast_dimensions"])
+    return _view_or(view, "a broadcast to a size that is not known")
 
 
 @_rule("convert_element_type")
@@ -303,6 +306,8 @@ class _Computation:
             strategy = "dense"  # without a custom_vjp the two are the same
         if options.observer is not None:
             options.observer.computed(view, operation, strategy, options.times)
+        if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
+            return operation.apply(x, view.kernel)
         if strategy == "factored":
             return operation.factored(x, view, options.forward_mode, kept_x)
         if strategy == "fused":
@@ -321,38 +326,55 @@ def _gather(eqn, values, options):
     view, indices = values
     if not isinstance(view, KernelView) or isinstance(indices, KernelView):
         return "a gather by adapted indices"
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    axes = [axis for axis, (size, have) in enumerate(zip(sizes, view.shape, strict=True)) if size != have]
-    batched = numbers.operand_batching_dims or numbers.start_indices_batching_dims
-    if len(axes) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(axes) or sizes[axes[0]] != 1 or batched:
-        return "a gather of other than whole rows"
-    (axis,) = axes
-    if tuple(numbers.start_index_map) != (axis,):
+    row = _row_axis(eqn.params, view.shape)
+    if row is None:
         return "a gather of other than whole rows"
     if not view.factors:
         return bind_equation(eqn, [view.kernel, indices])
+    axis, column = row
+    positions = indices[..., column : column + 1]
 
     def gather(table: jax.Array) -> jax.Array:
         return lax.gather(
             table,
-            indices,
+            positions,
             lax.GatherDimensionNumbers(
                 offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
             ),
             slice_sizes=(1, table.shape[1]),
             mode=eqn.params["mode"],
-            fill_value=eqn.params["fill_value"],
+            fill_value=0,  # the base's rows hold the caller's own value
         )
 
     delta = view.rows(axis, gather, forward_mode=options.forward_mode)
     if delta is None:
         return "a gather along a stack axis or along one of several in or out axes"
     if options.observer is not None:
-        options.observer.rows(view, delta.size // max(delta.shape[-1], 1), options.times)
+        options.observer.rows(view, nominal(delta.shape[:-1]), options.times)
     base = bind_equation(eqn, [view.kernel, indices])[0]
+    numbers = eqn.params["dimension_numbers"]
     count = len(numbers.offset_dims)
+    if not numbers.collapsed_slice_dims:
+        delta = jnp.expand_dims(delta, delta.ndim - count + 1 + axis)
     delta = jnp.moveaxis(delta, tuple(range(delta.ndim - count, delta.ndim)), numbers.offset_dims)
     return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
+
+
+def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int] | None:
+    """For a gather of single positions along one axis: the axis, and where among the indices its positions stand.
+
+    None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are read whole: they are
+    clipped to 0.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    axes = [axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have]
+    if len(axes) != 1 or sizes[axes[0]] != 1 or tuple(numbers.collapsed_slice_dims) not in ((), tuple(axes)):
+        return None
+    if numbers.operand_batching_dims or numbers.start_indices_batching_dims or axes[0] not in numbers.start_index_map:
+        return None
+    if len(numbers.start_index_map) > 1 and params["mode"] != lax.GatherScatterMode.CLIP:
+        return None
+    return axes[0], numbers.start_index_map.index(axes[0])
 
 
 # --- functions and control flow ---------------------------------------------------------------------------------------
@@ -516,10 +538,12 @@ def _custom_derivative(eqn, values, options):
     jaxpr, consts = open_jaxpr(closed)
     name = eqn.primitive.name
 
+    @standard_promotion()  # also where the derivative is taken later
     def factored(values):
         outputs = evaluate(jaxpr, consts, values, options)
         return [densify(o, options, name, "a function with its own derivative returns the weight") for o in outputs]
 
+    @standard_promotion()
     def dense(values):
         # JAX differentiates a custom_jvp forwards, whatever the user asked for.
         quiet = dataclasses.replace(options, observer=None, forward_mode=name == "custom_jvp_call")

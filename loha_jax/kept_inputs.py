@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax._compat import Literal, bind_equation, open_jaxpr
+from loha_jax.sizes import nominal
 
 _STRUCTURAL = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "neg")
 _ELEMENTWISE = {
@@ -40,6 +41,8 @@ _ELEMENTWISE = {
 }
 _SMALL = 8
 """An array of at most 1/8 of the input's size may be kept beside it."""
+_UNKNOWN = 1024
+"""What a batch or length counts as that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
     """
     equations: list[Any] = []
     anchors: list[Any] = []
-    budget = var.aval.size // _SMALL
+    budget = _size(var) // _SMALL
 
     def source(operand: Any) -> tuple[Any, list[Any]]:
         """The array behind structural operations, and those operations, last one first."""
@@ -125,7 +128,7 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
     def is_small(operand: Any) -> bool:
         """Whether an operand may be kept beside another: it is narrow, or a mask."""
         origin, _ = source(operand)
-        return isinstance(origin, Literal) or origin.aval.size <= budget or not _is_floating(origin)
+        return isinstance(origin, Literal) or _size(origin) <= budget or not _is_floating(origin)
 
     current = var
     while True:
@@ -156,6 +159,10 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
         return None
     steps = [eqn for eqn in dict.fromkeys(reversed(equations)) if eqn.outvars[0] not in unique]
     return Recipe(unique, tuple(steps), var)
+
+
+def _size(var: Any) -> int:
+    return nominal(var.aval.shape, _UNKNOWN)
 
 
 def _is_floating(var: Any) -> bool:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from loha_jax.dora import is_on_out, on_flat
 from loha_jax.hadamard import float32_or_wider, hada_weight, multiply_core
+from loha_jax.sizes import is_empty, is_known
 from loha_jax.weight import Factors, LoHaWeight
 
 
@@ -192,8 +193,10 @@ class KernelView:
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
         return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
 
-    def broadcast_in_dim(self, shape: Sequence[int], broadcast_dimensions: Sequence[int]) -> KernelView:
+    def broadcast_in_dim(self, shape: Sequence[int], broadcast_dimensions: Sequence[int]) -> KernelView | None:
         """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, hold atoms of kind "b"."""
+        if not all(map(is_known, shape)):
+            return None
         atoms, dims = list(self.atoms), []
         for axis, size in enumerate(shape):
             source = broadcast_dimensions.index(axis) if axis in broadcast_dimensions else None
@@ -278,12 +281,14 @@ class KernelView:
     def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
         """Applies `operation(array, axis)`, which changes the positions along an axis, to the kernel and its factors.
 
-        None where the axis is made of several atoms: their positions cannot be told apart.
+        None where the axis is made of several atoms, whose positions cannot be told apart, or nothing is left.
         """
         if len(self.dims[axis]) != 1:
             return None
         (atom,) = self.dims[axis]
         kernel = operation(self.kernel, axis)
+        if is_empty(kernel.shape):
+            return None
         view = self._map_atom(atom, operation, kernel.shape[axis])
         dims = list(view.dims)
         if kernel.shape[axis] == 1:

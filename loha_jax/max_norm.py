@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from loha_jax.adapters import check_adapters
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.models import takes_model
+from loha_jax.promotion import standard_promotion
 from loha_jax.weight import Factors, LoHaWeight, is_adapted
 
 
@@ -57,6 +58,7 @@ def apply_max_norm(params: Any, max_norm: float, adapters: Sequence[str] | None 
     return jax.tree.map(limited, params, is_leaf=is_adapted)
 
 
+@standard_promotion()
 def _limited(factors: Factors, max_norm: Any) -> Factors:
     norm = update_norm(factors)
     ratio = jnp.where(norm > max_norm, max_norm / jnp.maximum(norm, max_norm), 1)
@@ -66,6 +68,7 @@ def _limited(factors: Factors, max_norm: Any) -> Factors:
     return dataclasses.replace(factors, hada_w1_a=w1_a * ratio.astype(w1_a.dtype)[..., None, None])
 
 
+@standard_promotion()
 def update_norm(factors: Factors) -> jax.Array:
     """‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
     f = factors.flat()

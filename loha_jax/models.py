@@ -88,6 +88,12 @@ def adapted_leaves(tree: Any) -> list[Any]:
     return inside + [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapted) if is_adapted(leaf)]
 
 
+def is_model_part(x: Any) -> bool:
+    """Whether `x` is a module or variable of Flax NNX."""
+    nnx_calls = sys.modules.get("loha_jax.nnx_calls")
+    return nnx_calls is not None and nnx_calls.is_node(x)
+
+
 def refuse_model(tree: Any, advice: str) -> None:
     """Raises TypeError where a function of trees is given an NNX model."""
     if is_model(tree):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from loha_jax.adapt import adapt
+from loha_jax.nnx_attributes import changed_attributes, detach_attributes, set_attribute
 from loha_jax.nnx_variables import (
     AdaptedCopy,
     AdaptedKernel,
@@ -129,8 +130,8 @@ def call(
     """Calls `fn` with the models among its arguments in their original form, through `run(fn, args, kwargs)`.
 
     `run` gets a function of trees, in which adapted kernels are leaves. What `fn` changes in the models (BatchNorm
-    statistics, counts of random streams, `sow`, plain attributes) is changed in the caller's, unless `changes` is
-    False; a module of theirs that `fn` returns is the caller's.
+    statistics, counts of random streams, `sow`, attributes that hold plain data) is changed in the caller's, unless
+    `changes` is False; a module of theirs that `fn` returns is the caller's.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
     positions = [n for n, leaf in enumerate(leaves) if is_node(leaf)]
@@ -162,6 +163,7 @@ def call(
         for path, node in nnx.iter_graph(clones):
             if isinstance(node, nnx.Pytree):
                 _set_class(node, _base_class(node))
+                detach_attributes(node)
             if is_node(node):
                 paths[id(node)] = path
         modules, rest = iter(clones), iter(others)
@@ -177,7 +179,7 @@ def call(
                 old = before.get(path, variables[path] if path in variables and path not in adapted else None)
                 if not frozen and not _same(_value(variable), _value(old)):
                     changed[path] = variable
-            attributes.extend(_changed_attributes(clones, originals))
+            attributes.extend(changed_attributes(clones, originals))
             left = {id(node) for _, node in nnx.iter_graph(clones)}
             removed.update(path for node, path in paths.items() if node not in left and path in variables)
         result = jax.tree.map(lambda x: _Returned(paths.get(id(x))) if is_node(x) else x, result, is_leaf=is_node)
@@ -195,7 +197,7 @@ def call(
     if removed:
         nnx.pop(nodes, lambda path, _: path in removed)
     for node, name, value in attributes:
-        setattr(node, name, value)
+        set_attribute(node, name, value)
     return jax.tree.map(lambda x: originals[x.path or ()] if isinstance(x, _Returned) else x, result)
 
 
@@ -220,23 +222,6 @@ def _value(variable: Any) -> Any:
 
 def _with_value(variable: Any, value: Any) -> Any:
     return variable.replace(value) if isinstance(variable, nnx.Variable) else value
-
-
-def _changed_attributes(clones: Any, originals: Mapping[Path, Any]) -> Iterator[tuple[Any, str, Any]]:
-    """Attributes, other than variables and arrays, that a call set in the clones: the original node, name and value."""
-    for path, clone in nnx.iter_graph(clones):
-        if not isinstance(clone, nnx.Pytree):
-            continue
-        if path not in originals:
-            raise ValueError(
-                f"A call of an adapted module adds the module {'.'.join(map(str, path[1:]))}. Make modules in "
-                "`__init__`, or before `inject`."
-            )
-        original = originals[path]
-        for name, value in vars(clone).items():
-            data = clone._pytree__nodes.get(name, False)
-            if not data and not name.startswith("_pytree__") and vars(original).get(name, originals) is not value:
-                yield original, name, value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from loha_jax.array_like import ArrayLike
 from loha_jax.config import LoHaConfig
 from loha_jax.dropout import dropout
 from loha_jax.layouts import Layout
 from loha_jax.provenance import Origin
 from loha_jax.sharding import factor_axes
-from loha_jax.weight import ArrayLike, Factors, LoHaWeight, SavedWeight
+from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 Path = tuple[Any, ...]
 
@@ -64,7 +65,10 @@ class AdaptedVariable(ArrayLike, nnx.Module):
     def _frozen(self) -> jax.Array:
         return self.base.get_value()
 
-    # A module is a node of a graph, compared by identity; ArrayLike's arithmetic stays.
+    def _arrays(self) -> list[jax.Array]:
+        return jax.tree.leaves(self.leaf())
+
+    # A module is a node of a graph, found by its identity.
     __hash__ = object.__hash__
 
 
@@ -115,8 +119,8 @@ class AdaptedKernel(AdaptedVariable):
         )
         for name, factors in leaf.adapters.items():
             _name_axes(self.adapters[name], base, leaf, factors.is_cp)
-        self.rngs: nnx.RngStream | None = nnx.data(old.rngs if old else None)
-        self.deterministic = old.deterministic if old else True
+        self.rngs: nnx.RngStream | None = nnx.data(None if old is None else old.rngs)
+        self.deterministic = True if old is None else old.deterministic
 
     def leaf(self) -> LoHaWeight:
         """The kernel as a leaf of a tree. Axes that `nnx.vmap` put in front since it was adapted are stack axes."""

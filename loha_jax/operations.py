@@ -15,6 +15,7 @@ from loha_jax.device_types import split_as
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.kept_inputs import Kept
 from loha_jax.kernel_view import KernelView
+from loha_jax.promotion import standard_promotion
 from loha_jax.xla_hints import after, alone, materialized
 
 STRATEGIES = ("auto", "factored", "fused", "dense")
@@ -103,10 +104,12 @@ class Operation(abc.ABC):
         base, view = self.base(x, view), view.without_gain()
         shapes, build, rebuilds = view.shapes, kept.build, kept.rebuilds
 
+        @standard_promotion()
         def forward(x, kept_values, factors):
             update, h = self.update(x, dataclasses.replace(shapes, factors=factors))
             return update, (kept_values, factors, h)
 
+        @standard_promotion()
         def backward(residuals, g):
             def pull_back(factors, kept_values, h, g):
                 return self.pull_back(build(kept_values), dataclasses.replace(shapes, factors=factors), h, g)
@@ -166,12 +169,14 @@ class Operation(abc.ABC):
         def product(x, factors, kernel):
             return self.formed(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
 
+        @standard_promotion()
         def forward(x, kept_values, factors, kernel):
             def run(factors, x, kernel):
                 return self.formed_in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
 
             return self._alone(run, (factors, x, kernel), 1, x)
 
+        @standard_promotion()
         def backward(residuals, g):
             def pull_back(factors, kept_values, kernel, g):
                 x = build(kept_values)

@@ -9,27 +9,33 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
+from loha_jax.promotion import standard_promotion
+from loha_jax.rows import Rows, spread
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
 
 
+def check_index(adapter_index: Any) -> jax.Array:
+    """`adapter_index` as an array, `[batch]`."""
+    index = jnp.asarray(adapter_index)
+    if index.ndim != 1 or not (jnp.issubdtype(index.dtype, jnp.integer) or not index.size):
+        raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
+    return index.astype(jnp.int32)
+
+
 def run_per_example(
-    run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], adapter_index: Any
+    run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], index: jax.Array, out_axes: Any
 ) -> Any:
     """Calls `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one of the tree.
 
     Args:
         run: applies the model to arguments with one active adapter; its products are computed factored.
-        args, kwargs: of the model; see `loha_jax.adapt` for which arrays have rows.
-        adapter_index: `[batch]` integers.
+        args, kwargs: of the model, with `Rows` where arrays have rows.
+        index: `[batch]` integers.
+        out_axes: the axis of each result that rows are put together along, as a prefix of its tree.
     """
-    index = jnp.asarray(adapter_index)
-    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
-    (batch,) = index.shape
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
     adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
     count = max((len(leaf.active) for leaf in adapted.values()), default=0)
@@ -42,17 +48,9 @@ def run_per_example(
         )
 
     chosen = {n: _choose(leaf, index) for n, leaf in adapted.items()}
-    holds_parameters = _leaves_beside_adapted(args, kwargs)
-    rows = {
-        n: leaf
-        for n, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array | np.ndarray) and leaf.shape[:1] == (batch,) and not holds_parameters[n]
-    }
-    if not rows:
-        raise ValueError(
-            f"No argument has a row for each of the {batch} entries of adapter_index: arrays with rows stand in "
-            f"arguments apart from the adapted tree, with a first axis of {batch}"
-        )
+    marked = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Rows)}
+    rows = {n: leaf.array for n, leaf in marked.items()}
+    axes = {n: leaf.axis for n, leaf in marked.items()}
     structure: Any = None
 
     def one(chosen: dict[int, Any], rows: dict[int, Any]) -> list[Any]:
@@ -61,23 +59,28 @@ def run_per_example(
         for n, leaf in adapted.items():
             filled[n] = _with_row(leaf, chosen[n])
         for n, row in rows.items():
-            filled[n] = row[None]
+            filled[n] = jnp.expand_dims(row, axes[n])
         outputs, structure = jax.tree.flatten(run(*treedef.unflatten(filled)))
         return outputs
 
-    outputs = jax.vmap(one)(chosen, rows)
-    return structure.unflatten([o.reshape(-1, *o.shape[2:]) if o.ndim > 1 else o for o in outputs])
+    outputs = jax.vmap(one, in_axes=(0, axes))(chosen, rows)
+    places = spread(out_axes, structure.unflatten(outputs), "out_axes")
+    return structure.unflatten([_joined(o, axis) for o, axis in zip(outputs, places, strict=True)])
 
 
-def _leaves_beside_adapted(args: tuple, kwargs: dict[str, Any]) -> list[bool]:
-    """For each leaf, whether its argument holds an adapted leaf: then it is a parameter, not a row."""
-    flags: list[bool] = []
-    for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
-        leaves = jax.tree.leaves(argument, is_leaf=is_adapted)
-        flags += [any(map(is_adapted, leaves))] * len(leaves)
-    return flags
+def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
+    """`[batch, ...]` of batches of one as one batch along an axis; scalars one per row."""
+    if outputs.ndim == 1:
+        return outputs
+    if axis is None or not 1 - outputs.ndim <= axis < outputs.ndim - 1:
+        raise ValueError(f"out_axes says {axis} for a result of shape {outputs.shape[1:]} of one row")
+    axis %= outputs.ndim - 1
+    moved = jnp.moveaxis(outputs, 0, axis)
+    batch, own, *rest = moved.shape[axis:]
+    return moved.reshape(*moved.shape[:axis], batch * own, *rest)
 
 
+@standard_promotion()
 def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
     """What differs between the rows: the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
     if isinstance(leaf, SavedWeight):

@@ -14,6 +14,7 @@ from loha_jax.device_types import result_sharding
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.kernel_view import KernelView, ViewFactors, size_of
 from loha_jax.operations import Operation
+from loha_jax.sizes import is_known, nominal
 
 
 def contract(
@@ -129,7 +130,8 @@ class _Factored:
 
     def _has_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> bool:
         plain = (self.x, self.y) == (f"{self.n}i", f"{self.n}o")
-        return plain and math.prod(x.shape[:-1]) < min(f.r for f in factors)
+        known = all(map(is_known, x.shape))
+        return plain and known and math.prod(x.shape[:-1]) < min(f.r for f in factors)
 
     def _run_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
         """The same for fewer rows than ranks, as in decoding: smaller without KB and KA, and then as cheap.
@@ -149,7 +151,7 @@ class _Factored:
             n, scaled = self.n, x.astype(self.dtype)[..., None, :] * b1
             h = contract(scaled, f"{n}pi", b2, "qi", f"{n}pq", self.precision) * before
             y = y + (contract(h, f"{n}pq", a2, "qo", f"{n}po", self.precision) * a1).sum(-2) * after
-            hs.append(h.reshape(*x.shape[:-1], -1))
+            hs.append(h.reshape(*x.shape[:-1], math.prod(h.shape[-2:])))
         return y, jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
 
     def pull_back(self, x, factors, h, g):
@@ -182,7 +184,7 @@ class Product(Operation):
         swapped: the kernel's out axes are contracted (x @ Wᵀ of an `io` kernel, a tied embedding, an input gradient).
         params: of the `dot_general`, without the dimension numbers.
         kernel_dims, x_dims: (contracted, batch) axes of the two operands, pairwise.
-        rows: number of rows of x per batch stack index.
+        rows: number of rows of x per batch stack index; symbolic sizes count as 1.
     """
 
     primitive: ClassVar[str] = "dot_general"
@@ -225,7 +227,7 @@ class Product(Operation):
         if main in kinds(in_free) or rest in kinds(in_contracted):
             return "only some of the in or out axes are contracted"
         big = {side: tuple(n for n in view.of_side(side) if view.atoms[n].size > 1) for side in "sio"}
-        rows = x.size // max(math.prod(x.shape[d] for d in x_dims[0] + x_dims[1]), 1)
+        rows = nominal(size for d, size in enumerate(x.shape) if d not in x_dims[0] + x_dims[1])
         return cls(
             kernel_first=kernel_first,
             batch=tuple(n for n in big["s"] if n in in_batch),
@@ -372,7 +374,11 @@ class Product(Operation):
         Axes that are split over devices cannot be joined without moving data. Joined, XLA:CPU needs no transposed copy.
         """
         sizes = [a[2] for a in self._x_rows(x, view)]
-        return [math.prod(sizes)] if jax.device_count() == 1 else [size for size in sizes if size > 1]
+        return (
+            [math.prod(sizes)]
+            if jax.device_count() == 1
+            else [size for size in sizes if not is_known(size) or size > 1]
+        )
 
     def _group_x(self, x: jax.Array, view: KernelView) -> jax.Array:
         """x as `[b, n, c, main]`; n can be several axes."""

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from loha_jax.scalars import plain_scalar
+
 
 class Retention:
     """The latest `keep` checkpoints stay and, beside them, the best `keep_best`; a preservation policy of Orbax.
@@ -41,6 +43,7 @@ class Retention:
         keep_best: int,
         read_metrics: Callable[[int], dict[str, float] | None],
     ):
+        keep, keep_best = plain_scalar(keep), plain_scalar(keep_best)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"`keep` should be a positive integer, or None for all checkpoints, got {keep!r}")
         if isinstance(keep_best, bool) or not isinstance(keep_best, int) or keep_best < 0:

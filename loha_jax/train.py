@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.models import refuse_model
 from loha_jax.partition import combine, partition
+from loha_jax.scalars import check_key
 from loha_jax.sharding import place
 from loha_jax.train_log import Clock, Log, progress_bar
 from loha_jax.train_step import TrainStep
@@ -85,7 +86,8 @@ def fit(
         loss_fn: `(params, batch, key)` to the loss, or to `(loss, {name: scalar})`. It gets the adapted tree, the
             dropouts of its configs already applied; call the model through `loha_jax.adapt`.
         params: a tree that `inject` or `interop.load_peft` made. It stays usable.
-        tx: the optimizer, from optax.
+        tx: the optimizer, from optax. One that takes more than gradients (`reduce_on_plateau`, `lbfgs`) gets the step's
+            loss as `value`, `grad`, and its loss as a function of the trained arrays as `value_fn`.
         batches: one batch (a tree of arrays) per step; or, better where a run may be resumed, a function that takes how
             many were used and returns the others. Without it, a resumed run reads and drops those. Training ends
             where they end.
@@ -130,7 +132,7 @@ def fit(
         >>> result.step, result.stopped, result.history[-1]["loss"] < result.history[0]["loss"]
         (20, 'finished', True)
     """
-    _check(params, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every)
+    _check(params, key, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every)
     clock = Clock()
     with contextlib.ExitStack() as stack:
         terminated = stack.enter_context(_sigterm())
@@ -207,8 +209,11 @@ def fit(
     return Result(combine(state[0], frozen), state[1], step, log.history, stopped, clock.seconds())
 
 
-def _check(params, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every) -> None:
+def _check(
+    params, key, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every
+) -> None:
     """Raises ValueError for arguments that make no sense."""
+    check_key(key)
     refuse_model(params, "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam).")
     if steps is not None and steps < 0:
         raise ValueError(f"steps is a number of steps or None, got {steps}")

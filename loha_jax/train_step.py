@@ -36,6 +36,8 @@ class TrainStep:
         accumulate: int,
         dtype: Any,
     ):
+        tx = optax.with_extra_args_support(tx)
+
         def loss(trainable, frozen, batch, key):
             dropout_key, loss_key = jax.random.split(key)
             params = dropout(combine(cast_floating(trainable, dtype), frozen), dropout_key)
@@ -61,8 +63,14 @@ class TrainStep:
         def step(state, frozen, batch, key, number):
             trainable, opt_state, good = state
             get = gradient if accumulate == 1 else mean_gradient
-            grads, metrics = get(trainable, frozen, cast_floating(batch, dtype), jax.random.fold_in(key, number))
-            updates, new_opt_state = tx.update(grads, opt_state, trainable)
+            given = frozen, cast_floating(batch, dtype), jax.random.fold_in(key, number)
+            grads, metrics = get(trainable, *given)
+
+            def value_fn(trainable):
+                return get(trainable, *given)[1]["loss"]
+
+            extra = {"value": metrics["loss"], "grad": grads, "value_fn": value_fn}
+            updates, new_opt_state = tx.update(grads, opt_state, trainable, **extra)
             new = optax.apply_updates(trainable, updates)
             finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((metrics["loss"], grads, new))]
             good &= jnp.stack(finite).all()  # once it is False, no later step changes anything

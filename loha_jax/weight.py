@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.tree_util import GetAttrKey
 
+from loha_jax.array_like import ArrayLike
 from loha_jax.factors import EXTRA_NAMES, Factors, flat_parts, keep_flat
 from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.layouts import Layout
+from loha_jax.promotion import standard_promotion
 from loha_jax.provenance import Counters, interned
 
 __all__ = ["BUFFERS", "EXTRA_NAMES", "ArrayLike", "Factors", "LoHaWeight", "SavedWeight", "is_adapted"]
@@ -28,94 +29,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
 
 
-class ArrayLike:
-    """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`."""
-
-    def __jax_array__(self) -> jax.Array:
-        raise NotImplementedError
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.__jax_array__(), dtype)
-
-    @property
-    def _frozen(self) -> jax.Array:
-        raise NotImplementedError
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self._frozen.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of the weight."""
-        return self._frozen.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return self._frozen.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self._frozen.size
-
-    @property
-    def T(self) -> jax.Array:
-        """The adapted weight, transposed."""
-        return self.__jax_array__().T
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index) -> jax.Array:
-        return self.__jax_array__()[index]
-
-    def astype(self, dtype) -> jax.Array:
-        """The adapted weight in another dtype."""
-        return self.__jax_array__().astype(dtype)
-
-    def reshape(self, *shape, **kwargs) -> jax.Array:
-        """The adapted weight in another shape."""
-        return self.__jax_array__().reshape(*shape, **kwargs)
-
-    def transpose(self, *axes) -> jax.Array:
-        """The adapted weight with its axes permuted."""
-        return self.__jax_array__().transpose(*axes)
-
-    def __matmul__(self, other):
-        return self.__jax_array__() @ other
-
-    def __rmatmul__(self, other):
-        return other @ self.__jax_array__()
-
-    def __add__(self, other):
-        return self.__jax_array__() + other
-
-    def __radd__(self, other):
-        return other + self.__jax_array__()
-
-    def __sub__(self, other):
-        return self.__jax_array__() - other
-
-    def __rsub__(self, other):
-        return other - self.__jax_array__()
-
-    def __mul__(self, other):
-        return self.__jax_array__() * other
-
-    def __rmul__(self, other):
-        return other * self.__jax_array__()
-
-    def __truediv__(self, other):
-        return self.__jax_array__() / other
-
-    def __neg__(self):
-        return -self.__jax_array__()
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
 class LoHaWeight(ArrayLike):
     """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
 
@@ -184,6 +98,7 @@ class LoHaWeight(ArrayLike):
     def __jax_array__(self) -> jax.Array:
         return self.dense()
 
+    @standard_promotion()
     def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
         """`kernel + Σ ΔW`, in the kernel's shape and dtype.
 
@@ -227,7 +142,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 

@@ -580,3 +580,72 @@ def test_a_report_names_what_is_dense_and_why():
     assert (use.module, use.primitive, use.note) == ("m", "sort", "no rule for this primitive")
     assert re.search(r"m\s+sort\s+4x6\s+-\s+dense", str(explanation))
     assert "never read: idle" in str(explanation)
+
+
+# --- lookups, constants, closures ---
+
+IDS = jnp.array([1, 2, 12, -1, -13])
+LOOKUPS = {
+    "take, fill 7": lambda t: jnp.take(t, IDS, axis=0, mode="fill", fill_value=7.0),
+    "take, NaN": lambda t: jnp.nan_to_num(jnp.take(t, IDS, axis=0), nan=5.0),
+    "take, clip": lambda t: jnp.take(t, IDS, axis=0, mode="clip"),
+    "take, wrap": lambda t: jnp.take(t, IDS, axis=0, mode="wrap"),
+    "get, fill -1": lambda t: t.at[IDS].get(mode="fill", fill_value=-1.0),
+    "get, promised": lambda t: t.at[jnp.arange(3)].get(mode="promise_in_bounds"),
+    "get, fill inf": lambda t: t.at[IDS].get(mode="fill", fill_value=jnp.inf),
+    "columns, fill 3": lambda t: jnp.take(t, IDS, axis=1, mode="fill", fill_value=3.0),
+    "half the table, fill 7": lambda t: jnp.take(0.5 * t, IDS, axis=0, mode="fill", fill_value=7.0),
+    "vmap": lambda t: jax.vmap(lambda i: t[i])(IDS),
+    "vmap of vmap": lambda t: jax.vmap(jax.vmap(lambda i: t[i]))(IDS[None, :4]),
+    "vmap, columns": lambda t: jax.vmap(lambda i: t[:, i])(IDS % 6),
+    "vmap, take with fill": lambda t: jax.vmap(lambda i: jnp.take(t, i, axis=0, mode="fill", fill_value=7.0))(IDS),
+    "vmap, dynamic index": lambda t: jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(t, i, keepdims=False))(IDS),
+    "vmap, a window": lambda t: jax.vmap(lambda i: jax.lax.dynamic_slice(t, (i, 0), (2, 6)))(IDS),
+    "take_along_axis": lambda t: jnp.take_along_axis(t, IDS[:2, None], axis=0),
+    "equinox": lambda t: jax.vmap(eqx.nn.Embedding(weight=t))(IDS[:2]),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookups_out_of_range_give_what_the_plain_table_gives(name):
+    params = adapted({"q": {"embedding": normal(10, 6)}}, {"q": "oi"})
+    fn = lambda p: LOOKUPS[name](p["q"]["embedding"])  # noqa: E731
+    got, want = loha_jax.adapt(fn)(params), fn(loha_jax.merge(params))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    uses = {use.strategy for use in loha_jax.explain(fn, params).uses}
+    assert uses == {"dense" if name in ("take_along_axis", "vmap, a window") else "rows"}
+
+
+def test_constants_come_back_as_jax_returns_them():
+    params, array = adapted({"q": {"kernel": normal(4, 4)}}), np.arange(3.0)
+
+    def fn(p, x):
+        numbers = [1, 2.0, True, np.float32(3), np.int64(2), x.shape]
+        return [*numbers, array, jnp.zeros(2), None, "s", x, p["q"]["kernel"] @ x]
+
+    x = np.ones(4, np.float32)
+    got = loha_jax.adapt(fn)(params, x)
+    assert got[9] == "s"
+    del got[9]
+    want = jax.jit(lambda p, x: [o for o in fn(p, x) if not isinstance(o, str)])(loha_jax.merge(params), x)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert isinstance(g, jax.Array)
+        assert (g.dtype, g.weak_type) == (w.dtype, w.weak_type)
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-4)
+
+
+def test_a_function_that_closes_over_its_weights_is_told_so():
+    params, x = adapted({"q": {"kernel": normal(4, 4)}}), normal(2, 4)
+    closed = lambda x: x @ params["q"]["kernel"]  # noqa: E731
+    for fn, args in ((closed, (x,)), (partial(lambda p, x: x @ p["q"]["kernel"], params), (x,))):
+        with pytest.warns(UserWarning, match=r"closes over adapted kernels .*Pass the adapted tree") as caught:
+            got = loha_jax.adapt(fn)(*args)
+        assert caught[0].filename == __file__
+        np.testing.assert_allclose(got, x @ loha_jax.merge(params)["q"]["kernel"], rtol=0, atol=1e-5)
+        explanation = loha_jax.explain(fn, x)
+        assert not explanation.uses
+        assert "No argument holds a kernel with an active adapter; the function closes over" in str(explanation)
+    plain = loha_jax.explain(lambda p, x: x @ p["q"]["kernel"], loha_jax.unload(params), x)
+    assert str(plain).endswith(
+        "No argument holds a kernel with an active adapter. Pass the adapted tree as an argument."
+    )

@@ -13,6 +13,7 @@ from loha_jax import LoHaConfig
 
 NAMES = ("french", "german", "legal")
 KEY = jax.random.key(0)
+AXES = (None, 0, 0)  # of `apply`
 
 
 class Model(nn.Module):
@@ -67,8 +68,10 @@ def test_equals_the_rows_one_by_one(cp):
     params, index, args = tree(use_effective_conv2d=cp), [2, 0, -1, 1, 2], inputs(5)
     want = one_by_one(params, index, *args)
     assert np.ptp(np.asarray(want["loss"])) > 0.01  # the adapters differ
-    eager = loha_jax.adapt(apply, adapter_index=jnp.array(index))(params, *args)
-    jitted = jax.jit(lambda p, i, *a: loha_jax.adapt(apply, adapter_index=i)(p, *a))(params, jnp.array(index), *args)
+    eager = loha_jax.adapt(apply, adapter_index=jnp.array(index), in_axes=AXES)(params, *args)
+    jitted = jax.jit(lambda p, i, *a: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(p, *a))(
+        params, jnp.array(index), *args
+    )
     for got in (eager, jitted):
         for name, value in want.items():
             np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5 * np.abs(value).max())
@@ -101,7 +104,7 @@ def test_gradients_reach_each_rows_own_adapter():
 
         return jax.jit(jax.grad(value))(trainable)
 
-    got = loss(loha_jax.adapt(apply, adapter_index=index))
+    got = loss(loha_jax.adapt(apply, adapter_index=index, in_axes=AXES))
     want = loss(lambda p, *a: one_by_one(p, index.tolist(), *a))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * max(np.abs(w).max(), 1e-3))
@@ -144,9 +147,11 @@ def test_no_weight_is_built():
 def test_an_index_out_of_range_is_an_error_or_nan():
     params, args = tree(), inputs(2)
     with pytest.raises(ValueError, match=r"adapter_index 3 is out of range: the tree has 3 active adapters \(0 to 2\)"):
-        loha_jax.adapt(apply, adapter_index=jnp.array([0, 3]))(params, *args)
+        loha_jax.adapt(apply, adapter_index=jnp.array([0, 3]), in_axes=AXES)(params, *args)
     for bad in (3, -2):
-        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i)(params, *args))(jnp.array([0, bad]))
+        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(params, *args))(
+            jnp.array([0, bad])
+        )
         assert np.isfinite(got["logits"][0]).all()
         assert np.isnan(got["logits"][1]).all()
 
@@ -160,9 +165,111 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="explain adapt\\(fn\\) without adapter_index"):
         loha_jax.explain(loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int)), params, *args)
     with pytest.raises(ValueError, match="the arguments hold none"):
-        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int))(loha_jax.unload(params), *args)
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(loha_jax.unload(params), *args)
     config = LoHaConfig(r=3, target_modules=["query"])
     params = loha_jax.inject(params, config, key=KEY, adapter_name="wide")
     params = loha_jax.set_adapter(params, ["french", "wide"])
     with pytest.raises(ValueError, match=r"adapters of attention.query differ in shape.*french.*wide"):
-        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int))(params, *args)
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(params, *args)
+
+
+# --- which arguments have rows ---
+
+
+def small(r=2):
+    params = {"q": {"kernel": jax.random.normal(KEY, (4, 4))}}
+    for n, name in enumerate(NAMES):
+        config = LoHaConfig(r=r, target_modules=["q"], init_weights=False)
+        params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
+    return loha_jax.set_adapter(params, NAMES)
+
+
+def by_row(fn, index, in_axes, params, *args):
+    """`fn` of each row alone, with that row's adapter merged; results along axis 0."""
+    results = []
+    for row, n in enumerate(index):
+        merged = loha_jax.merge(loha_jax.set_adapter(params, NAMES[n]))
+        own = [a if ax is None else jnp.take(a, jnp.array([row]), ax) for a, ax in zip(args, in_axes, strict=True)]
+        results.append(fn(merged, *own))
+    return results
+
+
+def positions(p, x, at):
+    return (x * jnp.cos(at)[:, None]) @ p["q"]["kernel"]
+
+
+def masked(p, x, mask):
+    return jnp.einsum("ts,bsd->btd", mask, x) @ p["q"]["kernel"]
+
+
+def noisy(p, x, key):
+    return (x + jax.random.normal(key, x.shape)) @ p["q"]["kernel"]
+
+
+B3 = jax.random.normal(jax.random.key(5), (3, 3, 4))
+COINCIDENCES = {  # one of the arguments is as long as the batch by chance
+    "positions": (positions, B3, jnp.arange(3.0)),
+    "a square mask": (masked, B3, jnp.tril(jnp.ones((3, 3)))),
+    "a raw key": (noisy, B3[:2], jnp.array([1, 2], jnp.uint32)),
+    "a bias": (lambda p, x, b: x @ p["q"]["kernel"] + b, jnp.ones((4, 4)), jnp.arange(4.0)),
+}
+
+
+@pytest.mark.parametrize("case", COINCIDENCES)
+def test_what_is_as_long_as_the_batch_by_chance_is_refused_or_said(case):
+    fn, x, other = COINCIDENCES[case]
+    params, index = small(), [2, 0, 1, 2][: len(x)]
+    with pytest.raises(ValueError, match=r"It is open which arguments.*in_axes=\(None, 0, 0\)"):
+        loha_jax.adapt(fn, adapter_index=jnp.array(index))(params, x, other)
+    _, first, second = fn.__code__.co_varnames[:3]
+    for in_axes in ((None, 0, None), {first: 0, second: None}):
+        got = loha_jax.adapt(fn, adapter_index=jnp.array(index), in_axes=in_axes)(params, x, other)
+        want = jnp.concatenate(by_row(fn, index, (0, None), params, x, other))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_other_axes_trees_and_keyword_arguments():
+    params, index = small(), [2, 0, 1]
+    x = jax.random.normal(jax.random.key(7), (5, 3, 4))  # time first
+
+    def fn(p, inputs, *, scale, flag=True):
+        return {"y": inputs["x"] @ p["q"]["kernel"] * scale[None, :, None] + inputs["shift"], "n": scale.sum()}
+
+    scale, shift = jnp.array([1.0, 2.0, 3.0]), jnp.arange(4.0)
+    rows = loha_jax.adapt(
+        fn,
+        adapter_index=np.array(index, np.uint8),
+        in_axes={"inputs": {"x": 1, "shift": None}, "scale": np.int64(0)},
+        out_axes={"y": -2, "n": 0},
+    )
+    got = rows(params, {"x": x, "shift": shift}, scale=scale, flag=True)
+    want = by_row(lambda p, x, scale: fn(p, {"x": x, "shift": shift}, scale=scale), index, (1, 0), params, x, scale)
+    np.testing.assert_allclose(got["y"], jnp.concatenate([w["y"] for w in want], 1), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got["n"], scale)
+
+
+def test_one_array_with_the_batchs_size_needs_no_in_axes():
+    params, index, x = small(), jnp.array([1, 0, 2]), B3[0]
+    got = loha_jax.adapt(positions, adapter_index=index)(params, x[:, None], jnp.ones(1))
+    assert got.shape == (3, 1, 4)
+    assert loha_jax.adapt(positions, adapter_index=index[:0])(params, x[:0, None], jnp.ones(1)).shape == (0, 1, 4)
+
+
+def test_in_axes_that_do_not_fit():
+    params, index = small(), jnp.array([1, 0, 2])
+    run = lambda in_axes, *args, **kw: loha_jax.adapt(positions, adapter_index=index, in_axes=in_axes, **kw)(*args)  # noqa: E731
+    x, at = B3, jnp.arange(3.0)
+    for in_axes, message in {
+        (0, 0, None): r"p\['q'\]\['kernel'\] is adapted: it has no rows",
+        (None, 2, None): r"in_axes says 2 for x of shape \(3, 3, 4\): that axis does not hold the 3 rows",
+        (None, 0): "one entry for each of the 3 positional arguments",
+        (None, "x", None): "in_axes for x holds 'x'",
+        (None, (0, 0), None): "in_axes for x: .* is no prefix of its tree",
+        (None, None, None): "No argument has a row",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run(in_axes, params, x, at)
+    with pytest.raises(ValueError, match="in_axes names 'y', which is no argument"):
+        run({"y": 0}, params, x, at)
+    with pytest.raises(ValueError, match=r"out_axes says 3 for a result of shape \(1, 3, 4\)"):
+        run((None, 0, None), params, x, at, out_axes=3)

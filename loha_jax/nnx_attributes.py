@@ -1,0 +1,77 @@
+"""What a call of an adapted NNX model does to attributes that are neither variables nor arrays.
+
+A call is traced. Whatever an attribute is given there may hold traced values, which mean nothing afterwards
+(`functools.cached_property` keeps them), so that only plain data goes back to the caller's model.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum, np.generic, np.dtype, np.ndarray)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is data that no trace can be in: numbers, strings, and containers of them."""
+    if isinstance(value, Mapping):
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
+    if isinstance(value, tuple | list | set | frozenset):
+        return all(map(is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def detach_attributes(clone: nnx.Pytree) -> None:
+    """Lets a clone compute for itself: it gets its own containers, and computes what it had cached of its weights."""
+    for name, value in list(vars(clone).items()):
+        if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False):
+            continue
+        if isinstance(getattr(type(clone), name, None), functools.cached_property) and not is_plain(value):
+            del vars(clone)[name]
+        elif (copy := _copied(value)) is not value:
+            vars(clone)[name] = copy
+
+
+def _copied(value: Any) -> Any:
+    """New lists, dicts and sets, those inside them too; anything else as it is."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_copied(item) for item in value]
+    return set(value) if type(value) is set else value
+
+
+def changed_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Attributes that a call set to plain data in the clones: the original node, the name and the value."""
+    for path, clone in nnx.iter_graph(clones):
+        if not isinstance(clone, nnx.Pytree):
+            continue
+        if path not in originals:
+            raise ValueError(
+                f"A call of an adapted module adds the module {'.'.join(map(str, path[1:]))}. Make modules in "
+                "`__init__`, or before `inject`."
+            )
+        original = originals[path]
+        for name, value in vars(clone).items():
+            if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False) or not is_plain(value):
+                continue
+            old = vars(original).get(name, originals)
+            if old is not value and not (type(old) is type(value) in (list, dict, set) and repr(old) == repr(value)):
+                yield original, name, value
+
+
+def set_attribute(node: Any, name: str, value: Any) -> None:
+    """Sets an attribute; the contents of a list, dict or set, which others may hold too, where it is one."""
+    old = vars(node).get(name)
+    if type(old) is type(value) is list:
+        old[:] = value
+    elif type(old) is type(value) in (dict, set):
+        old.clear()
+        old.update(value)
+    else:
+        setattr(node, name, value)

@@ -1,0 +1,33 @@
+"""Numbers and keys as people pass them: numpy's scalars, arrays without axes, and an integer in the place of a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+
+def plain_scalar(value: Any) -> Any:
+    """Python's own number (or string) for a numpy scalar or a concrete array without axes; else the value itself.
+
+    Example:
+        >>> plain_scalar(np.int64(4)), plain_scalar(jnp.float32(0.5)), plain_scalar("r")
+        (4, 0.5, 'r')
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return value if jnp.issubdtype(value.dtype, jax.dtypes.extended) else value.item()
+    return value
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError for what is no JAX PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
+        seed = key if isinstance(key, int) else 0
+        given = repr(key) if dtype is None else f"an array of {dtype}{list(jnp.shape(key))}"
+        raise TypeError(f"key is a JAX PRNG key, got {given}: use jax.random.key({seed})")

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
+from loha_jax.default_layouts import is_torch_oriented
+from loha_jax.layouts import Layout
 from loha_jax.merge import merge
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
-from loha_jax.plan import Layouts, NamedTree
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .atomic import whole_folder, write_atomically
@@ -181,16 +183,23 @@ def _source(
         if leaf.layout is not None:
             return Source.of_layout((leaf.name,), leaf.layout)
         return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
+    if tree.is_transposed_convolution(position) and position in tree.kernels:
+        raise ValueError(
+            "it is a transposed convolution's, which torch keeps as [in, out, *spatial] with the taps in reversed order; "
+            "no layout says that. Convert it by hand"
+        )
     if isinstance(leaf, LoHaWeight):
         return _kernel_source(tree, position, leaf.names, names)
     if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
-        source = _kernel_source(tree, position, None, names)
+        source = _kernel_source(tree, position, None, names, shapes)
         if shapes is not None and not given and source.keys[0] not in shapes:
             vectors = _vector_source(tree, position, shapes)  # Llama's stacked norms are called weight too
             return vectors if all(key in shapes for key in vectors.keys) else source
         return source
     if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:  # a parameter of its own, such as a class token
         (name,) = tree.module_names(position, ())
+        if is_torch_oriented(parts[-1]) and not given:  # a recurrent cell's weight_ih
+            return Source((name,), (), tuple((axis,) for axis in range(len(leaf.shape))))
         if given or (position in tree.kernels and shapes and name not in shapes and f"{name}.weight" in shapes):
             return _kernel_source(tree, position, None, names)
         if shapes is None:
@@ -199,14 +208,36 @@ def _source(
     return _vector_source(tree, position, shapes)
 
 
-def _kernel_source(tree: NamedTree, position: int, modules: Sequence[str] | None, names: Names | None) -> Source:
-    layout = tree.layout(position)
+def _kernel_source(
+    tree: NamedTree,
+    position: int,
+    modules: Sequence[str] | None,
+    names: Names | None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Source:
+    try:
+        layout = tree.layout(position)
+    except ValueError:
+        if (source := _source_of_shape(tree, position, shapes or {})) is None:
+            raise
+        return source
     modules = modules or tree.module_names(position, layout.sizes("s", tree.leaves[position].shape))
     source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
     if isinstance(names, NameMap) and names.is_conv1d(tree.names[position]):
         out, in_ = source.axes
         return dataclasses.replace(source, axes=(in_, out))
     return source
+
+
+def _source_of_shape(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]]) -> Source | None:
+    """The source of a kernel of three or more axes whose one torch tensor has as many: a convolution."""
+    shape, torch = tuple(tree.leaves[position].shape), is_torch_oriented(tree.paths[position][-1])
+    key = f"{tree.module_names(position, ())[0]}.weight"
+    if len(shape) < 3 or len(shapes.get(key, ())) != len(shape):
+        return None
+    spatial = "k" * (len(shape) - 2)
+    source = Source.of_layout((key,), Layout(f"oi{spatial}" if torch else f"{spatial}io"))
+    return source if source.torch_shape(shape) == shapes[key] else None
 
 
 def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Source:

@@ -23,8 +23,9 @@ from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts
 from loha_jax.naming import Names
-from loha_jax.plan import Layouts, Target, plan_injection
+from loha_jax.plan import Target, plan_injection
 from loha_jax.processes import in_first_process
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted

@@ -16,8 +16,9 @@ from loha_jax.hadamard import float32_or_wider
 from loha_jax.init import init_factors
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts
 from loha_jax.naming import Names
-from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
+from loha_jax.plan import Plan, Saved, Target, plan_injection
 from loha_jax.sharding import follow_kernel, place_like
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, alpha_over_r, is_adapted, multipliers
 

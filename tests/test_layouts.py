@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loha_jax import Layout
-from loha_jax.layouts import default_layout
+from loha_jax.default_layouts import default_layout
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def attention(query, out, bias=None):
         (attention((3, 8, 2, 4), (3, 2, 4, 8)), ("attn", "out", "kernel"), "siio"),
         (attention((4, 4, 4), (4, 4, 4), (4, 4)), ("attn", "query", "kernel"), "ioo"),
         ({("c", "kernel"): (3, 3, 6, 4), ("c", "bias"): (4,)}, ("c", "kernel"), "kkio"),
-        ({("c", "kernel"): (3, 3, 3, 6, 4)}, ("c", "kernel"), "kkkio"),
+        ({("c", "kernel"): (3, 3, 3, 6, 4), ("c", "bias"): (4,)}, ("c", "kernel"), "kkkio"),
     ],
 )
 def test_default_layouts(shapes, path, word):

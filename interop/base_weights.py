@@ -84,7 +84,7 @@ def load_base(
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise ValueError("load_base takes the base model's tree: load it first, then inject or load adapters.")
     checkpoint = Checkpoint(path)
-    tree, sources, problems = _find_sources(params, names, layouts, checkpoint.shapes)
+    tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
     missing: list[str] = []
     for position, source in sources.items():
         shape, where = tuple(tree.leaves[position].shape), ".".join(tree.paths[position])
@@ -152,6 +152,17 @@ def _place(value: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(value, sharding)
 
 
+def _find_sources_in(
+    checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
+) -> tuple[NamedTree, dict[int, Source], list[str]]:
+    """`_find_sources`, for a checkpoint whose names may all begin with DataParallel's "module."."""
+    found = _find_sources(params, names, layouts, checkpoint.shapes if checkpoint else None)
+    if checkpoint and not any(key in checkpoint.shapes for source in found[1].values() for key in source.keys):
+        checkpoint.drop_prefix("module.")
+        return _find_sources(params, names, layouts, checkpoint.shapes)
+    return found
+
+
 def _find_sources(
     params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
@@ -185,8 +196,8 @@ def _source(
         return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
     if tree.is_transposed_convolution(position) and position in tree.kernels:
         raise ValueError(
-            "it is a transposed convolution's, which torch keeps as [in, out, *spatial] with the taps in reversed order; "
-            "no layout says that. Convert it by hand"
+            "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with the taps reversed, which no "
+            "layout says: convert it by hand"
         )
     if isinstance(leaf, LoHaWeight):
         return _kernel_source(tree, position, leaf.names, names)
@@ -334,7 +345,7 @@ def save_merged(
     size = parse_size(max_shard_size)
     checkpoint = Checkpoint(base) if base is not None else None
     shapes = checkpoint.shapes if checkpoint else None
-    tree, sources, problems = _find_sources(params, names, layouts, shapes)
+    tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
     tied = dict(tied or {})
     owners: dict[str, list[tuple[int, int]]] = {}
     for position, source in sources.items():

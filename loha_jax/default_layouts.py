@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -114,8 +115,10 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
         ValueError: the kernel could be several things; the message names them and how to settle it.
 
     Example:
-        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {}).word, default_layout((8, 6), ("q", "weight"), {}).word
-        ('kkio', 'oi')
+        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {}).word
+        'kkio'
+        >>> default_layout((8, 6), ("q", "weight"), {}).word
+        'oi'
     """
     shape, path = tuple(shape), tuple(path)
     torch = is_torch_oriented(path[-1])
@@ -182,7 +185,7 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
         return True
     below_scan = any(
         _STACK.fullmatch(part) and not following.isdigit()
-        for part, following in zip(path[:-2], path[1:-1], strict=True)
+        for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
     return len(shape) == 4 and not stacked

@@ -43,9 +43,8 @@ def equinox_layers(tree: Any) -> EquinoxLayers:
     if equinox is None:
         return found
     nn = equinox.nn
-    for path, layer in _layers(
-        tree, equinox.Module, (nn.Linear, nn.Conv, nn.ConvTranspose, nn.Embedding, nn.GRUCell, nn.LSTMCell)
-    ):
+    kinds = (nn.Linear, nn.Conv, nn.ConvTranspose, nn.Embedding, nn.GRUCell, nn.LSTMCell)
+    for path, layer in _layers(tree, kinds):
         for field, word, core in _weights(layer, nn):
             shape = getattr(getattr(layer, field), "shape", None)
             name = module_name((*path, field))
@@ -58,11 +57,11 @@ def equinox_layers(tree: Any) -> EquinoxLayers:
             elif isinstance(layer, nn.ConvTranspose):
                 found.transposed.add(name)
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm)
-    found.vectors.update(module_name((*path, "weight")) for path, _ in _layers(tree, equinox.Module, norms))
+    found.vectors.update(module_name((*path, "weight")) for path, _ in _layers(tree, norms))
     return found
 
 
-def _layers(tree: Any, module: type, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _layers(tree: Any, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The nodes of these types in a tree, with their paths."""
     for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, types))[0]:
         if isinstance(node, types):

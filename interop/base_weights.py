@@ -196,8 +196,8 @@ def _source(
         return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
     if tree.is_transposed_convolution(position) and position in tree.kernels:
         raise ValueError(
-            "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with the taps reversed, which no "
-            "layout says: convert it by hand"
+            "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with the taps reversed, which "
+            "no layout says: convert it by hand"
         )
     if isinstance(leaf, LoHaWeight):
         return _kernel_source(tree, position, leaf.names, names)

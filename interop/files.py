@@ -132,7 +132,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a `.bin` file (`read_safetensors`), by torch's `weights_only` loader, which runs no code from the file.
+    """All tensors of a `.bin` file, by torch's `weights_only` loader, which runs no code from the file.
+
+    Keys are those of `read_safetensors`.
 
     Raises:
         ImportError: torch is not installed.

@@ -343,10 +343,13 @@ def from_peft_state_dict(
     # PEFT writes inference_mode=true always; what a tree holds can always be trained.
     config = map_names(dataclasses.replace(config, inference_mode=False), without_wrappers)
     keys = {module_key(key): key for key in state}
-    if keys and all(key.startswith("module.") for key in keys):  # DataParallel's, unless the tree has it too
-        if not any(name.split(".")[0] == "module" for name in NamedTree(base_params, names, layouts).modules):
-            keys = {name.removeprefix("module."): key for name, key in keys.items()}
-            config = map_names(config, lambda name: name.removeprefix("module."))
+    # DataParallel's, unless the tree has it too
+    if (
+        all(key.startswith("module.") for key in keys)
+        and "module" not in NamedTree(base_params, names, layouts).modules
+    ):
+        keys = {name.removeprefix("module."): key for name, key in keys.items()}
+        config = map_names(config, lambda name: name.removeprefix("module."))
     arrays = {name: state[key] for name, key in keys.items()}
     config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
     plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
@@ -368,7 +371,7 @@ def from_peft_state_dict(
 
 
 def map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
-    """The config with its module names renamed: the entries of lists and the keys of patterns, no regular expression."""
+    """The config with its module names renamed: the entries of lists and the keys of patterns."""
 
     def entries(names: Any) -> Any:
         return names if names is None or isinstance(names, str) else [rename(name) for name in names]

@@ -184,8 +184,7 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
     if unstacked:
         return True
     below_scan = any(
-        _STACK.fullmatch(part) and not following.isdigit()
-        for part, following in itertools.pairwise(path[:-1])
+        _STACK.fullmatch(part) and not following.isdigit() for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
     return len(shape) == 4 and not stacked

@@ -31,6 +31,7 @@ from loha_jax.naming import (
     path_parts,
     stack_names,
 )
+from loha_jax.target_advice import require_named_leaves
 from loha_jax.weight import LoHaWeight, is_adapted
 
 Layouts = Mapping[str, "str | Layout"]
@@ -43,7 +44,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
     Attributes:
         own: by default dotted name; they come after the layouts that `names` has, which may split what is one kernel
             to a layer (a fused projection) into the modules that torch has.
-        lookups: see `InferredLayouts`; those of the given layouts.
+        lookups, heads: see `InferredLayouts`; those of the given layouts.
         transposed: names of transposed convolutions.
     """
 
@@ -51,6 +52,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
         super().__init__(given)
         self.own = dict(own)
         self.lookups = frozenset(getattr(given, "lookups", ()))
+        self.heads = frozenset(getattr(given, "heads", ()))
         self.transposed = frozenset(transposed)
 
 
@@ -58,12 +60,14 @@ class NamedTree:
     """The leaves of a tree with their paths, names and layouts."""
 
     def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
+        require_named_leaves(params)
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
         self.given_layouts = _as_layouts(layouts)
         equinox = equinox_layers(params)
         self.own_layouts: dict[str, Layout] = getattr(layouts, "own", equinox.layouts)
         self.lookups: frozenset[str] = getattr(layouts, "lookups", frozenset()) | equinox.lookups
+        self._heads: frozenset[str] = getattr(layouts, "heads", frozenset())
         self._transposed: frozenset[str] = getattr(layouts, "transposed", frozenset()) | equinox.transposed
         known = getattr(names, "layouts", None) or {}
         self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
@@ -181,7 +185,7 @@ class NamedTree:
         kernel that `layouts` or its layer knows, unless as a lookup table (`infer_layouts`, Equinox, torch's names).
         """
         name, path = self.names[position], self.paths[position]
-        if name in self.lookups:
+        if name in self.lookups or name in self._heads:
             return ()
         known = self.layout_pattern(position) is not None or name in self.own_layouts
         if not known and (path[-1] not in ("kernel", "w", "weight") or is_named_lookup(path)):

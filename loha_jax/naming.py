@@ -81,7 +81,7 @@ def _key_parts(key: Any) -> list[str]:
 
 def is_kernel_leaf(parts: Sequence[str]) -> bool:
     """Whether a leaf can hold a kernel, by its name: biases and normalisation scales can not."""
-    return parts[-1] not in _OTHER_LEAVES
+    return bool(parts) and parts[-1] not in _OTHER_LEAVES
 
 
 def module_name(parts: Sequence[str]) -> str:

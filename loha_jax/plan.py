@@ -27,6 +27,7 @@ from loha_jax.naming import (
     Names,
     torch_parameter,
 )
+from loha_jax.target_advice import QUANTISED_ADVICE, quantised_kernels, spelling_advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +83,21 @@ def plan_injection(
 ) -> Plan:
     """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
     tree = NamedTree(params, names, layouts)
-    modules = sorted(tree.modules)
-    linear = [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
+    quantised = quantised_kernels(params)
+    modules = sorted(tree.modules | quantised.keys())
+    linear = [*quantised] + [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
     config_matched = dataclasses.replace(
         config, target_modules=resolve_target_modules(config, modules, linear, model_type)
     )
+
+    if refused := [said for name, said in quantised.items() if match_target(name, config_matched) is True]:
+        raise ValueError(f"{'; '.join(refused)}. {QUANTISED_ADVICE}")
 
     targets: dict[int, Target] = {}
     excluded: list[str] = []
     matched: list[str] = []
     misfits: list[str] = []
+    is_quantised = False
     candidates: list[str] = []
     for position in tree.weights:
         candidate_names = tree.names_of(position, config_matched)
@@ -104,6 +110,7 @@ def plan_injection(
         leaf = tree.leaves[position]
         if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
             misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
+            is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
             continue
         layout = tree.layout(position)
         spatial = layout.sizes("k", leaf.shape)
@@ -130,6 +137,7 @@ def plan_injection(
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a "
             f"floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
+            + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
     if not targets:
         raise ValueError(no_match_message(config_matched, candidates, excluded))
@@ -206,7 +214,8 @@ def _warn_unmatched(
         unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
         if unused:
             warnings.warn(
-                f"target_modules={unused} match no module; the other entries do." + near_misses(unused, modules),
+                f"target_modules={unused} match no module; the other entries do."
+                + (spelling_advice(unused, modules) or near_misses(unused, modules)),
                 UserWarning,
                 stacklevel=5,
             )

@@ -343,11 +343,8 @@ def from_peft_state_dict(
     # PEFT writes inference_mode=true always; what a tree holds can always be trained.
     config = map_names(dataclasses.replace(config, inference_mode=False), without_wrappers)
     keys = {module_key(key): key for key in state}
-    # DataParallel's, unless the tree has it too
-    if (
-        all(key.startswith("module.") for key in keys)
-        and "module" not in NamedTree(base_params, names, layouts).modules
-    ):
+    wrapped = all(key.startswith("module.") for key in keys)  # by DataParallel, unless the tree has it too
+    if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
         keys = {name.removeprefix("module."): key for name, key in keys.items()}
         config = map_names(config, lambda name: name.removeprefix("module."))
     arrays = {name: state[key] for name, key in keys.items()}

@@ -50,7 +50,9 @@ FORMS = {
 def test_an_adapter_with_wrapped_names_is_that_without(form, adapter, tmp_path):
     folder, tensors = adapter
     plain = "base_model.model.layers.0.q"
-    save_file({key.replace(plain, FORMS[form]): t for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {key.replace(plain, FORMS[form]): t for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
     text = (folder / "adapter_config.json").read_text()
     if "inside" in form:
         text = text.replace("layers.0.q", FORMS[form].removeprefix("base_model.model."))

@@ -262,7 +262,7 @@ def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[in
             stacks = [len(stack)] if shape[: len(stack)] == stack else stacks
             break
     else:
-        stacks = list(range(len(shape))) if shapes is not None else stacks
+        stacks = list(range(max(len(shape), 1))) if shapes is not None else stacks
     first = None
     for count in stacks:
         try:

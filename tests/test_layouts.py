@@ -121,6 +121,7 @@ def attention(query, out, bias=None):
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (8, 6)}, ("x", "kernel"), "iso"),
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (6, 8)}, ("x", "kernel"), "ioo"),
         ({("x", "kernel"): (2, 4, 6, 8), ("x", "bias"): (2, 4, 8)}, ("x", "kernel"), "ssio"),
+        ({("x", "kernel"): (2, 3, 8, 4), ("x", "bias"): (2, 8, 4)}, ("x", "kernel"), "sioo"),
         ({("x", "weight"): (8, 6, 3), ("x", "bias"): (8, 1)}, ("x", "weight"), "oik"),
         ({("x", "weight"): (8, 6, 3, 3), ("x", "bias"): (8,)}, ("x", "weight"), "oikk"),
         ({("x", "weight"): (4, 8, 6), ("x", "bias"): (4, 8)}, ("x", "weight"), "soi"),
@@ -140,7 +141,6 @@ def test_default_layouts(shapes, path, word):
         (attention((3, 8, 8), (3, 8, 8)), ("attn", "query", "kernel")),  # three Dense in a scan
         (attention((8, 8, 8), (8, 8, 8)), ("attn", "query", "kernel")),  # could be either
         ({("x", "kernel"): (2, 256, 8, 4)}, ("x", "kernel")),  # no convolution is 256 wide
-        ({("x", "kernel"): (2, 3, 8, 4), ("x", "bias"): (2, 8, 4)}, ("x", "kernel")),
         ({("x", "kernel"): (2, 3, 8, 8)}, ("x", "kernel")),  # scanned experts as well as a Conv2d
         ({("x", "kernel"): (3, 3, 3, 8, 8)}, ("x", "kernel")),
         ({("wi",): (2, 3, 8, 8), ("norm", "scale"): (8,)}, ("wi",)),

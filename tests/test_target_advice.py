@@ -34,10 +34,12 @@ def test_one_entry_among_good_ones_is_a_warning_with_the_rule():
         inject(TREE, ["q_proj", "a.*"])
 
 
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # qwix asks Flax for it
 @pytest.mark.parametrize("targets", [["layers_0"], ".*", "all-linear"])
 def test_a_qwix_kernel_is_named(targets):
     import flax.linen as nn
-    import qwix
+
+    qwix = pytest.importorskip("qwix")
 
     model, x = nn.Sequential([nn.Dense(4), nn.Dense(3)]), jnp.ones((2, 8))
     params = model.init(jax.random.key(0), x)["params"]
@@ -93,7 +95,7 @@ def test_loras_fields(config, field, own):
 
 def test_a_rank_far_above_what_a_kernel_holds_warns_once():
     tree = {f"q{n}": {"kernel": jnp.ones((3, 8))} for n in range(2)}
-    with pytest.warns(UserWarning, match=r"r = 8 allows updates of rank 64.*q0; 2 module") as found:
+    with pytest.warns(UserWarning, match=r"r = 8 allows updates of rank 64.*q0 can have; 2 module") as found:
         loha_jax.inject(tree, LoHaConfig(r=8, target_modules=".*"), key=jax.random.key(0))
     assert [warning.filename for warning in found] == [__file__]
     loha_jax.inject(tree, LoHaConfig(r=4, target_modules=".*"), key=jax.random.key(0))

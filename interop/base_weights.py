@@ -13,7 +13,6 @@ import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.default_layouts import is_torch_oriented
-from loha_jax.layouts import Layout
 from loha_jax.merge import merge
 from loha_jax.models import takes_model
 from loha_jax.named_tree import Layouts, NamedTree
@@ -32,7 +31,7 @@ from .checkpoint import (
 )
 from .files import FileError
 from .names import NameMap, leaf_path
-from .sources import Source
+from .sources import Source, convolution_source
 
 # What a torch checkpoint may hold beside weights: no Flax model has a place for it.
 _BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")
@@ -229,7 +228,9 @@ def _kernel_source(
     try:
         layout = tree.layout(position)
     except ValueError:
-        if (source := _source_of_shape(tree, position, shapes or {})) is None:
+        shape, key = tuple(tree.leaves[position].shape), f"{tree.module_names(position, ())[0]}.weight"
+        torch = is_torch_oriented(tree.paths[position][-1])
+        if (source := convolution_source(key, shape, (shapes or {}).get(key, ()), torch)) is None:
             raise
         return source
     modules = modules or tree.module_names(position, layout.sizes("s", tree.leaves[position].shape))
@@ -238,17 +239,6 @@ def _kernel_source(
         out, in_ = source.axes
         return dataclasses.replace(source, axes=(in_, out))
     return source
-
-
-def _source_of_shape(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]]) -> Source | None:
-    """The source of a kernel of three or more axes whose one torch tensor has as many: a convolution."""
-    shape, torch = tuple(tree.leaves[position].shape), is_torch_oriented(tree.paths[position][-1])
-    key = f"{tree.module_names(position, ())[0]}.weight"
-    if len(shape) < 3 or len(shapes.get(key, ())) != len(shape):
-        return None
-    spatial = "k" * (len(shape) - 2)
-    source = Source.of_layout((key,), Layout(f"oi{spatial}" if torch else f"{spatial}io"))
-    return source if source.torch_shape(shape) == shapes[key] else None
 
 
 def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Source:

@@ -120,9 +120,7 @@ class Checkpoint:
         if not all(key.startswith(prefix) for key in self.shapes):
             return
         for table in (self._files, self.shapes, self.dtypes):
-            renamed = {key.removeprefix(prefix): value for key, value in table.items()}
-            table.clear()
-            table.update(renamed)
+            _drop_prefix(table, prefix)
         self._prefix = prefix + self._prefix
 
     @property
@@ -173,6 +171,11 @@ class Checkpoint:
         }
         self._headers[file] = Header(data, places, metadata)
         return self._headers[file]
+
+
+def _drop_prefix(table: dict[str, Any], prefix: str) -> None:
+    for key in list(table):  # in its order
+        table[key.removeprefix(prefix)] = table.pop(key)
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:

@@ -13,7 +13,7 @@ _Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 
 _TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
 _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
-_CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*conv(?!e|i|oy).*")
+_CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
 _TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
     r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|relative_attention_bias"

@@ -49,7 +49,7 @@ def equinox_layers(tree: Any) -> EquinoxLayers:
             shape = getattr(getattr(layer, field), "shape", None)
             name = module_name((*path, field))
             missing = len(shape) - len(core) if shape is not None else -1
-            if missing < 0 or (missing and tuple(shape[missing:]) != core):  # replaced by something else
+            if shape is None or missing < 0 or (missing and tuple(shape[missing:]) != core):
                 continue
             found.layouts[name] = Layout("s" * missing + word)
             if isinstance(layer, nn.Embedding):

@@ -126,7 +126,11 @@ def attention(query, out, bias=None):
         ({("x", "weight"): (8, 6, 3, 3), ("x", "bias"): (8,)}, ("x", "weight"), "oikk"),
         ({("x", "weight"): (4, 8, 6), ("x", "bias"): (4, 8)}, ("x", "weight"), "soi"),
         ({("conv", "w"): (3, 3, 6, 8), ("conv", "b"): (8, 1, 1)}, ("conv", "w"), "kkio"),
-        ({("conv2_d_transpose", "w"): (3, 3, 8, 6), ("conv2_d_transpose", "b"): (8,)}, ("conv2_d_transpose", "w"), "kkoi"),
+        (
+            {("conv2_d_transpose", "w"): (3, 3, 8, 6), ("conv2_d_transpose", "b"): (8,)},
+            ("conv2_d_transpose", "w"),
+            "kkoi",
+        ),
     ],
 )
 def test_default_layouts(shapes, path, word):
@@ -153,7 +157,10 @@ def test_default_layouts(shapes, path, word):
         ({("experts", "weight"): (3, 8, 8)}, ("experts", "weight")),
         ({("experts", "weight"): (2, 3, 8, 8), ("norm", "weight"): (8,)}, ("experts", "weight")),
         ({("x", "kernel"): (4, 4, 4), ("x", "bias"): (4, 4)}, ("x", "kernel")),
-        ({("ConvTranspose_0", "kernel"): (3, 3, 4, 4), ("ConvTranspose_0", "bias"): (4,)}, ("ConvTranspose_0", "kernel")),
+        (
+            {("ConvTranspose_0", "kernel"): (3, 3, 4, 4), ("ConvTranspose_0", "bias"): (4,)},
+            ("ConvTranspose_0", "kernel"),
+        ),
         ({("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)}, ("up_transposed_conv_transpose", "weight")),
     ],
 )
@@ -193,7 +200,7 @@ def test_scanned_experts_are_refused_until_the_model_says_what_they_are():
 def test_a_scan_over_axis_1_is_refused_until_the_model_says_so(shape):
     tree = {"layers": {"q": {"kernel": jnp.ones(shape)}}}
     config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-    with pytest.raises(ValueError, match="'sio'.*'iso'"):
+    with pytest.raises(ValueError, match=r"'sio'.*'iso'"):
         loha_jax.inject(tree, config, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="'sio'.*'iso'"):
+    with pytest.raises(ValueError, match=r"'sio'.*'iso'"):
         loha_jax.interop.save_merged("unused", tree)

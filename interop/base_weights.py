@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
+from loha_jax.default_layouts import is_torch_oriented
 from loha_jax.merge import merge
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
-from loha_jax.plan import Layouts, NamedTree
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .atomic import whole_folder, write_atomically
@@ -30,7 +31,7 @@ from .checkpoint import (
 )
 from .files import FileError
 from .names import NameMap, leaf_path
-from .sources import Source
+from .sources import Source, convolution_source
 
 # What a torch checkpoint may hold beside weights: no Flax model has a place for it.
 _BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")
@@ -82,7 +83,7 @@ def load_base(
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise ValueError("load_base takes the base model's tree: load it first, then inject or load adapters.")
     checkpoint = Checkpoint(path)
-    tree, sources, problems = _find_sources(params, names, layouts, checkpoint.shapes)
+    tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
     missing: list[str] = []
     for position, source in sources.items():
         shape, where = tuple(tree.leaves[position].shape), ".".join(tree.paths[position])
@@ -150,6 +151,17 @@ def _place(value: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(value, sharding)
 
 
+def _find_sources_in(
+    checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
+) -> tuple[NamedTree, dict[int, Source], list[str]]:
+    """`_find_sources`, for a checkpoint whose names may all begin with DataParallel's "module."."""
+    found = _find_sources(params, names, layouts, checkpoint.shapes if checkpoint else None)
+    if checkpoint and not any(key in checkpoint.shapes for source in found[1].values() for key in source.keys):
+        checkpoint.drop_prefix("module.")
+        return _find_sources(params, names, layouts, checkpoint.shapes)
+    return found
+
+
 def _find_sources(
     params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
@@ -181,16 +193,23 @@ def _source(
         if leaf.layout is not None:
             return Source.of_layout((leaf.name,), leaf.layout)
         return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
+    if tree.is_transposed_convolution(position) and position in tree.kernels:
+        raise ValueError(
+            "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with the taps reversed, which "
+            "no layout says: convert it by hand"
+        )
     if isinstance(leaf, LoHaWeight):
         return _kernel_source(tree, position, leaf.names, names)
     if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
-        source = _kernel_source(tree, position, None, names)
+        source = _kernel_source(tree, position, None, names, shapes)
         if shapes is not None and not given and source.keys[0] not in shapes:
             vectors = _vector_source(tree, position, shapes)  # Llama's stacked norms are called weight too
             return vectors if all(key in shapes for key in vectors.keys) else source
         return source
     if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:  # a parameter of its own, such as a class token
         (name,) = tree.module_names(position, ())
+        if is_torch_oriented(parts[-1]) and not given:  # a recurrent cell's weight_ih
+            return Source((name,), (), tuple((axis,) for axis in range(len(leaf.shape))))
         if given or (position in tree.kernels and shapes and name not in shapes and f"{name}.weight" in shapes):
             return _kernel_source(tree, position, None, names)
         if shapes is None:
@@ -199,8 +218,21 @@ def _source(
     return _vector_source(tree, position, shapes)
 
 
-def _kernel_source(tree: NamedTree, position: int, modules: Sequence[str] | None, names: Names | None) -> Source:
-    layout = tree.layout(position)
+def _kernel_source(
+    tree: NamedTree,
+    position: int,
+    modules: Sequence[str] | None,
+    names: Names | None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Source:
+    try:
+        layout = tree.layout(position)
+    except ValueError:
+        shape, key = tuple(tree.leaves[position].shape), f"{tree.module_names(position, ())[0]}.weight"
+        torch = is_torch_oriented(tree.paths[position][-1])
+        if (source := convolution_source(key, shape, (shapes or {}).get(key, ()), torch)) is None:
+            raise
+        return source
     modules = modules or tree.module_names(position, layout.sizes("s", tree.leaves[position].shape))
     source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
     if isinstance(names, NameMap) and names.is_conv1d(tree.names[position]):
@@ -220,7 +252,7 @@ def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[in
             stacks = [len(stack)] if shape[: len(stack)] == stack else stacks
             break
     else:
-        stacks = list(range(len(shape))) if shapes is not None else stacks
+        stacks = list(range(max(len(shape), 1))) if shapes is not None else stacks
     first = None
     for count in stacks:
         try:
@@ -303,7 +335,7 @@ def save_merged(
     size = parse_size(max_shard_size)
     checkpoint = Checkpoint(base) if base is not None else None
     shapes = checkpoint.shapes if checkpoint else None
-    tree, sources, problems = _find_sources(params, names, layouts, shapes)
+    tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
     tied = dict(tied or {})
     owners: dict[str, list[tuple[int, int]]] = {}
     for position, source in sources.items():

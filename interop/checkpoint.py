@@ -17,7 +17,7 @@ import numpy as np
 from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
 from .atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
-from .files import DTYPES, open_safetensors
+from .files import DTYPES, open_safetensors, without_wrappers
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -41,15 +41,22 @@ class Header:
 
     @classmethod
     def of(
-        cls, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+        cls,
+        tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        stored_names: Mapping[str, str] | None = None,
     ) -> Header:
-        """A header for these tensors. As safetensors itself does, the widest dtypes come first: values are aligned."""
+        """A header for these tensors. As safetensors itself does, the widest dtypes come first: values are aligned.
+
+        `stored_names` are those that the file has instead of a tensor's own.
+        """
         entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offsets: dict[str, tuple[int, int]] = {}
         end = 0
         for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            entries[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            stored = (stored_names or {}).get(name, name)
+            entries[stored] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
             offsets[name] = (start, end)
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -71,7 +78,9 @@ class Checkpoint:
             in shards with `*.safetensors.index.json`, or a single safetensors file of any name.
 
     Attributes:
-        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone.
+        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone. What torch's
+            wrappers put into names (`_orig_mod`) is left out.
+        stored_names: what the files call the tensors whose names have lost wrappers.
         files: the safetensors files.
         index: the file that names the shards, or None.
 
@@ -84,22 +93,35 @@ class Checkpoint:
         self.path = Path(path)
         self._files: dict[str, Path] = {}
         self._headers: dict[Path, Header] = {}
+        self._prefix = ""
+        self.stored_names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self.files, self.index, weight_map = _find_files(self.path)
         for file in self.files:
             with open_safetensors(file) as opened:
                 for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
+                    part, stored, key = opened.get_slice(key), key, without_wrappers(key)
                     if key in self._files:
                         raise FileError(f"{key} is in {self._files[key]} and again in {file}")
-                    part = opened.get_slice(key)
                     if (word := part.get_dtype()) not in DTYPES:
                         raise FileError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
                     self._files[key] = file
+                    if stored != key:
+                        self.stored_names[key] = stored
                     self.shapes[key] = tuple(part.get_shape())
                     self.dtypes[key] = np.dtype(DTYPES[word])
-        if weight_map is not None and (lost := sorted(key for key in weight_map if key not in self._files)):
+        lost = sorted(key for key in weight_map or () if without_wrappers(key) not in self._files)
+        if lost:
             raise FileError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
+
+    def drop_prefix(self, prefix: str) -> None:
+        """Takes away what all names begin with (`module.` of DataParallel); nothing where one does not."""
+        if not all(key.startswith(prefix) for key in self.shapes):
+            return
+        for table in (self._files, self.shapes, self.dtypes):
+            _drop_prefix(table, prefix)
+        self._prefix = prefix + self._prefix
 
     @property
     def folder(self) -> Path:
@@ -124,7 +146,7 @@ class Checkpoint:
         float8.
         """
         file = self._files[key]
-        start, end = self.header(file).places[key]
+        start, end = self.header(file).places[self._prefix + key]
         data = np.fromfile(file, np.uint8, end - start, offset=start)
         if data.size != end - start:
             raise FileError(f"{file} became shorter while it was read")
@@ -144,11 +166,16 @@ class Checkpoint:
         entries = parse_json(data[8:], file)
         metadata = entries.pop("__metadata__", {})
         places = {
-            name: (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
+            without_wrappers(name): (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
             for name, entry in entries.items()
         }
         self._headers[file] = Header(data, places, metadata)
         return self._headers[file]
+
+
+def _drop_prefix(table: dict[str, Any], prefix: str) -> None:
+    for key in list(table):  # in its order
+        table[key.removeprefix(prefix)] = table.pop(key)
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:

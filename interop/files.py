@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,35 @@ DTYPES = {
 """What numpy has for the dtypes of safetensors."""
 
 _MAX_HEADER_BYTES = 32 << 20  # a shard with 100,000 tensors has about 15 MB
+
+
+_WRAPPERS = re.compile(r"(?:(?<=\.)|(?<=_)|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]")
+
+
+def without_wrappers(key: str) -> str:
+    """A tensor's key without what torch's wrappers put into names: `torch.compile`, FSDP, checkpointed activations.
+
+    Example:
+        >>> without_wrappers("base_model.model._orig_mod.layers.0._checkpoint_wrapped_module.q.weight")
+        'base_model.model.layers.0.q.weight'
+        >>> without_wrappers("lora_unet__orig_mod_mid_block.alpha")
+        'lora_unet_mid_block.alpha'
+    """
+    return _WRAPPERS.sub("", key)
+
+
+def unwrapped(tensors: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a file by their keys `without_wrappers`.
+
+    Raises:
+        FileError: two keys differ by wrappers alone.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        if (plain := without_wrappers(key)) in found:
+            raise FileError(f"{path}: {key} and another key are both {plain} without the names of torch's wrappers")
+        found[plain] = tensor
+    return found
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -73,7 +103,7 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file, by their keys `without_wrappers`.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -92,7 +122,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             tensors[key] = np.frombuffer(bytearray(tensor["data"]), DTYPES[word]).reshape(tensor["shape"])
         except ValueError as error:
             raise FileError(f"{path}: {key} cannot be read: {error}") from error
-    return tensors
+    return unwrapped(tensors, path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -103,6 +133,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a `.bin` file, by torch's `weights_only` loader, which runs no code from the file.
+
+    Keys are those of `read_safetensors`.
 
     Raises:
         ImportError: torch is not installed.
@@ -144,7 +176,7 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
         except (TypeError, RuntimeError) as error:
             raise FileError(f"{path}: {key} is of dtype {tensor.dtype}, which numpy has no type for") from error
 
-    return {key: to_numpy(key, value) for key, value in loaded.items()}
+    return unwrapped({key: to_numpy(key, value) for key, value in loaded.items()}, path)
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -18,8 +18,9 @@ from loha_jax.config import CONFIG_NAME, LoHaConfig
 from loha_jax.init import init_factors
 from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import Names, path_parts, stack_names
-from loha_jax.plan import Layouts, NamedTree, Target, plan_injection
+from loha_jax.plan import Target, plan_injection
 from loha_jax.processes import in_first_process
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight, is_adapted
 

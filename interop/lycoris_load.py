@@ -20,8 +20,9 @@ from loha_jax.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import name_endings
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import Names, all_names, torch_parameter
-from loha_jax.plan import Layouts, NamedTree, Plan, Saved, Target, plan_injection
+from loha_jax.plan import Plan, Saved, Target, plan_injection
 from loha_jax.weight import LoHaWeight
 
 from .adapter_file import AdapterFile, AdapterModule

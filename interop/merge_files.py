@@ -162,7 +162,7 @@ def _new_header(checkpoint: Checkpoint, file: Path, dtype: Any) -> Header:
     if dtype is None:
         return header
     tensors = [(key, new_dtype(checkpoint.dtypes[key], dtype), checkpoint.shapes[key]) for key in header.places]
-    return Header.of(tensors, header.metadata)
+    return Header.of(tensors, header.metadata, checkpoint.stored_names)
 
 
 def _fingerprint(

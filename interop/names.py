@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.layouts import Layout
+from loha_jax.named_tree import Layouts
 from loha_jax.naming import KERNEL_LEAVES, Names, UnknownNameError, all_names, module_name, path_parts
-from loha_jax.plan import Layouts
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
 from .checkpoint import Checkpoint

@@ -24,8 +24,9 @@ from loha_jax.inject import factor_dtype, stack_factors
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import match_pattern
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import Names
-from loha_jax.plan import Layouts, Target, plan_injection
+from loha_jax.plan import Target, plan_injection
 from loha_jax.processes import in_first_process
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
@@ -41,6 +42,7 @@ from .files import (
     read_safetensors,
     read_torch_pickle,
     safetensors_bytes,
+    without_wrappers,
 )
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
@@ -343,8 +345,12 @@ def from_peft_state_dict(
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
     # PEFT writes inference_mode=true always; what a tree holds can always be trained.
-    config = dataclasses.replace(config, inference_mode=False)
+    config = map_names(dataclasses.replace(config, inference_mode=False), without_wrappers)
     keys = {module_key(key): key for key in state}
+    wrapped = all(key.startswith("module.") for key in keys)  # by DataParallel, unless the tree has it too
+    if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
+        keys = {name.removeprefix("module."): key for name, key in keys.items()}
+        config = map_names(config, lambda name: name.removeprefix("module."))
     arrays = {name: state[key] for name, key in keys.items()}
     config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
     plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
@@ -365,7 +371,26 @@ def from_peft_state_dict(
     return add_loaded(base_params, plan, adapter_name, arrays, keys, wanted, make_factors)
 
 
+def map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
+    """The config with its module names renamed: the entries of lists and the keys of patterns."""
+
+    def entries(names: Any) -> Any:
+        return names if names is None or isinstance(names, str) else [rename(name) for name in names]
+
+    return dataclasses.replace(
+        config,
+        target_modules=entries(config.target_modules),
+        exclude_modules=entries(config.exclude_modules),
+        modules_to_save=entries(config.modules_to_save),
+        rank_pattern={rename(name): r for name, r in config.rank_pattern.items()},
+        alpha_pattern={rename(name): alpha for name, alpha in config.alpha_pattern.items()},
+    )
+
+
 def module_key(key: str) -> str:
     """A key without PEFT's prefix and without an adapter's name: "layer.q.hada_w1_a"."""
+    key = without_wrappers(key)
+    if key.startswith(f"module.{PREFIX}"):  # DataParallel around PEFT's model
+        key = key.removeprefix("module.")
     key = key.removeprefix(PREFIX)
     return re.sub(rf"\.({'|'.join(FACTOR_NAMES)})\.[^.]+$", r".\1", key)

@@ -69,6 +69,22 @@ class Source:
         part[...] = tensor.reshape(part.shape)
 
 
+def convolution_source(
+    key: str, shape: Sequence[int], torch_shape: Sequence[int], torch_oriented: bool
+) -> Source | None:
+    """The source of a kernel of three or more axes whose one torch tensor has as many, or None: a convolution's.
+
+    Example:
+        >>> convolution_source("c.weight", (3, 3, 6, 8), (8, 6, 3, 3), False).layout.word
+        'kkio'
+    """
+    if len(shape) < 3 or len(torch_shape) != len(shape):
+        return None
+    spatial = "k" * (len(shape) - 2)
+    source = Source.of_layout((key,), Layout(f"oi{spatial}" if torch_oriented else f"{spatial}io"))
+    return source if source.torch_shape(shape) == tuple(torch_shape) else None
+
+
 def make_source(
     keys: tuple[str, ...],
     shape: Sequence[int],

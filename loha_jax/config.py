@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,6 +19,12 @@ from loha_jax.untrusted import FileError, check_pattern, json_object, read_json
 CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
 """The PEFT release whose file format is written."""
+
+_LORA_NAMES = {
+    "lora_alpha": "`alpha`",
+    "lora_dropout": "`rank_dropout` or `module_dropout`",
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "`r`"),
+}
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -81,6 +87,13 @@ class LoHaConfig:
     layers_to_transform: int | Iterable[int] | None = None
     layers_pattern: str | Iterable[str] | None = None
     modules_to_save: Iterable[str] | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Refuses LoRA's names for LoHa's fields."""
+        for name in fields:
+            if name in _LORA_NAMES:
+                raise TypeError(f"LoHaConfig has no `{name}`, which is LoRA's: LoHa's is {_LORA_NAMES[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,9 @@ from loha_jax.init import init_factors
 from loha_jax.kernel_samples import sample_kernels
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.models import takes_model
+from loha_jax.named_tree import Layouts
 from loha_jax.naming import Names
-from loha_jax.plan import Layouts, Plan, Saved, Target, plan_injection
+from loha_jax.plan import Plan, Saved, Target, plan_injection
 from loha_jax.promotion import standard_promotion
 from loha_jax.scalars import check_key
 from loha_jax.sharding import follow_kernel, place_like
@@ -71,6 +74,7 @@ def inject(
     Warns:
         UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
         TypeError: `key` is no JAX PRNG key.
+        UserWarning: r² is more than 16 times the rank that a kernel's update can have.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 
     Mirrors PEFT's `get_peft_model` and `add_adapter`.
@@ -98,7 +102,24 @@ def inject(
         return jnp.array(kernel, copy=True)
 
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
+    if wasted := _with_rank_to_spare(plan):
+        warnings.warn(
+            f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of {wasted[0]} can have; "
+            f"{len(wasted)} module(s) are so small. A smaller r (`rank_pattern`) does the same with fewer parameters.",
+            UserWarning,
+            stacklevel=3,
+        )
     return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
+
+
+def _with_rank_to_spare(plan: Plan) -> list[str]:
+    """Modules for which r² is more than 16 times the largest rank that an update can have."""
+    found = []
+    for target in plan.targets.values():
+        out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        most = min(out, in_ * math.prod(spatial))
+        found += [name for name, r in zip(target.names, target.ranks, strict=True) if r * r > 16 * most > 16]
+    return found
 
 
 def apply_plan(

@@ -25,9 +25,12 @@ class InferredLayouts(dict[str, str]):
 
     Attributes:
         lookups: modules whose rows are looked up: no linear layers to "all-linear", whatever their leaves are called.
+        heads: the output head, which "all-linear" leaves out too: the last product of the function, if it has as many
+            outputs as a table that is looked up has rows, and as many inputs as that has features.
     """
 
     lookups: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
 
 
 def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> InferredLayouts:
@@ -75,6 +78,9 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
     found = InferredLayouts({name: layout for name in candidates.values() if (layout := roles.layout(name))})
     found.lookups = frozenset(roles.lookups & found.keys())
+    sizes = {name: Layout(found[name]).torch_shape(leaves[n].shape) for n, name in candidates.items() if name in found}
+    if roles.last not in found.lookups and sizes.get(roles.last) in [sizes[name] for name in found.lookups]:
+        found.heads = frozenset({roles.last})
     return found
 
 
@@ -92,6 +98,7 @@ class _Roles:
         self.found: dict[str, dict[int, str]] = {}
         self.stacked: dict[str, set[int]] = {}
         self.lookups: set[str] = set()
+        self.last = ""  # the kernel of the last product
 
     def layout(self, name: str) -> str | None:
         roles = self.found.get(name)
@@ -110,6 +117,8 @@ class _Roles:
 
     def used(self, view: KernelView, eqn: Any, operand: int) -> None:
         kinds = _operand_kinds(eqn, operand, view)
+        if eqn.primitive.name == "dot_general":
+            self.last = view.name
         if kinds is None or view.name in self.found:
             return
         roles = dict.fromkeys(self.stacked.get(view.name, ()), "s")

@@ -10,13 +10,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 _TOKEN = re.compile(r"([siok])(\d*)")
-_MAX_SPATIAL = 64  # no convolution of a published model is wider; a 4-D kernel that is, is no convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,64 +147,3 @@ def einsum_layout(equation: str) -> str | None:
     kinds = {(True, True): "s", (True, False): "i", (False, True): "o", (False, False): "?"}
     word = "".join(kinds[letter in given, letter in result] for letter in letters)
     return word if "?" not in word and {"i", "o"} <= set(word) and len(set(letters)) == len(letters) else None
-
-
-def default_layout(
-    shape: Sequence[int], path: Sequence[str], shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
-) -> Layout:
-    """The layout of a kernel where nothing else says it: 2-D `io`, Flax attention, 4-D and 5-D convolutions.
-
-    Args:
-        shape: the kernel's shape.
-        path: its tree path as strings, e.g. ("attn", "query", "kernel").
-        shape_at: shapes of all leaves by path; the bias beside the kernel and the other kernels of an attention module
-            decide between what a shape alone leaves open.
-
-    Raises:
-        ValueError: the kernel could be several things; the message names them and how to settle it.
-    """
-    ndim = len(shape)
-    if ndim == 2:
-        return Layout("io")
-    if attention := _attention_layout(tuple(shape), tuple(path), shape_at):
-        return attention
-    bias = shape_at.get((*path[:-1], "bias"), shape_at.get((*path[:-1], "b")))
-    if ndim in (4, 5) and max(shape[: ndim - 2]) <= _MAX_SPATIAL and (bias is None or bias == tuple(shape[-1:])):
-        return Layout("k" * (ndim - 2) + "io")
-    candidates = {
-        3: "'sio' (a Dense stacked by a scan), 'ioo' or 'iio' (DenseGeneral), 'kio' (Conv1d), 'oio' (einsum)",
-        4: "'kkio' (Conv2d), 'sioo' or 'siio' (DenseGeneral stacked by a scan), 'skio' (stacked Conv1d), 'soio' "
-        "(fused einsum)",
-    }.get(ndim, "any order of s (stack), i (in), o (out) and k (spatial)")
-    name = ".".join(path)
-    raise ValueError(
-        f"The kernel {name} of shape {tuple(shape)} could be several things: {candidates}. Settle it with "
-        f"layouts={{r'{re.escape('.'.join(path[:-1]) or name)}': '...'}}, or let the model say it with "
-        "layouts=loha_jax.infer_layouts(fn, params, *args)."
-    )
-
-
-def _attention_layout(
-    shape: tuple[int, ...], path: tuple[str, ...], shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
-) -> Layout | None:
-    """`ioo`/`iio` for Flax's MultiHeadDotProductAttention, `sioo`/`siio` for one stacked by a scan."""
-    if len(path) < 2 or path[-2] not in ("query", "key", "value", "out") or len(shape) not in (3, 4):
-        return None
-    parent, leaf = path[:-2], path[-1]
-    query, out = shape_at.get((*parent, "query", leaf)), shape_at.get((*parent, "out", leaf))
-    if query is None or out is None or not len(query) == len(out) == len(shape):
-        return None
-
-    def fits(stacked: bool) -> bool:
-        n = int(stacked)
-        if query[:n] != out[:n] or query[n + 1 :] != out[n:-1]:
-            return False
-        bias = shape_at.get((*parent, "query", "bias"))
-        return bias is None or bias == query[:n] + query[n + 1 :]
-
-    stacked = len(shape) == 4
-    if not fits(stacked):
-        return None
-    if not stacked and shape_at.get((*parent, "query", "bias")) is None and len({*query, *out}) == 1:
-        return None  # (n, n, n): three Dense layers stacked by a scan look the same
-    return Layout(("s" if stacked else "") + ("iio" if path[-2] == "out" else "ioo"))

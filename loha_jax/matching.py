@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from loha_jax.config import LoHaConfig
+from loha_jax.target_advice import spelling_advice
 from loha_jax.untrusted import fullmatch, match
 
 T = TypeVar("T")
@@ -39,7 +40,10 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
 """PEFT 0.21.2's default `target_modules` for LoHa by `model_type`."""
 
 ALL_LINEAR = "all-linear"
-_OUTPUT_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+_OUTPUT_HEADS = (
+    *("lm_head", "lm_head.decoder", "embed_out", "predictions.decoder", "output_projection"),  # transformers
+    *("logits_dense", "logits", "to_logits", "unembed", "unembedding"),  # MaxText and other JAX models
+)
 _CONDENSE_FROM = 20
 
 
@@ -126,7 +130,8 @@ def resolve_target_modules(
     Args:
         config: the adapter's config.
         modules: all module names of the model.
-        linear: those with a linear (matrix product) kernel.
+        linear: those with a linear (matrix product) kernel, which "all-linear" takes but for the output head: what is
+            called one of `_OUTPUT_HEADS`, or, where none is and the task type is SEQ_CLS, `score` or `classifier`.
         model_type: a key of `DEFAULT_TARGET_MODULES`, read only where `target_modules` is None.
 
     Raises:
@@ -210,7 +215,7 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
         )
         if config.layers_pattern is not None:
             message += f" You also specified 'layers_pattern': {config.layers_pattern}."
-    return message + near_misses(targets, names)
+    return message + (spelling_advice(targets, names) or near_misses(targets, names))
 
 
 def near_misses(targets: Any, names: Sequence[str]) -> str:

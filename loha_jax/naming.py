@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
 Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
 """How `inject` takes names: a function of the default name, or `{regex: template}`.
@@ -23,6 +24,8 @@ _OTHER_LEAVES = {
     *("running_mean", "running_var", "num_batches_tracked"),  # torch
 }
 _WRAPPERS = ("value", "raw_value")  # what holds the array inside an nnx.Variable or an nn.Partitioned box
+_BOXED = ("weight", "bias")
+_BOXES = (FlattenedIndexKey(0), GetAttrKey("array"))  # haliax' NamedArray
 _COLLECTIONS = ("params", "batch_stats")
 _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
 
@@ -42,23 +45,43 @@ class UnknownNameError(ValueError):
 
 
 def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
-    """A `jax.tree_util` key path as strings, without the attribute that only boxes the array."""
+    """A `jax.tree_util` key path as strings.
+
+    The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give several parts, as the
+    nested tree has them. An attribute or index that only boxes the array gives none.
+
+    Example:
+        >>> import jax
+        >>> [(path, _)] = jax.tree_util.tree_flatten_with_path({"layers.0.q_proj.weight": 1.0})[0]
+        >>> path_parts(path)
+        ('layers', '0', 'q_proj', 'weight')
+    """
     parts: list[str] = []
     for key in path:
         for attribute in ("key", "idx", "name"):
             if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
+                parts += _key_parts(getattr(key, attribute))
                 break
         else:
             parts.append(str(key))
     while len(parts) > 1 and parts[-1] in _WRAPPERS and getattr(path[-1], "name", None) is not None:
         parts.pop()
+    if len(parts) > 1 and parts[-2] in _BOXED and path[-1] in _BOXES:
+        parts.pop()
     return tuple(parts)
+
+
+def _key_parts(key: Any) -> list[str]:
+    """The parts of one key: several where a dictionary is flat."""
+    if isinstance(key, tuple):
+        return [part for inner in key for part in _key_parts(inner)]
+    parts = re.split(r"/~/|[/.]", key) if isinstance(key, str) else [str(key)]
+    return parts if all(parts) else [str(key)]
 
 
 def is_kernel_leaf(parts: Sequence[str]) -> bool:
     """Whether a leaf can hold a kernel, by its name: biases and normalisation scales can not."""
-    return parts[-1] not in _OTHER_LEAVES
+    return bool(parts) and parts[-1] not in _OTHER_LEAVES
 
 
 def module_name(parts: Sequence[str]) -> str:

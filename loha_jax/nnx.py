@@ -18,11 +18,11 @@ from flax import nnx
 
 from loha_jax.config import LoHaConfig
 from loha_jax.inject import inject as inject_tree
+from loha_jax.named_tree import Layouts
 from loha_jax.naming import Names
 from loha_jax.nnx_calls import adapted_class
 from loha_jax.nnx_model import adapt_layer
 from loha_jax.nnx_variables import AdaptedCopy, AdaptedKernel, InactiveLoHaParam, LoHaParam, adapted_nodes
-from loha_jax.plan import Layouts
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from loha_jax.config import LoHaConfig
 from loha_jax.inject import inject
 from loha_jax.layouts import Layout, einsum_layout
+from loha_jax.named_tree import Layouts, ModelLayouts
 from loha_jax.naming import module_name, stack_names
 from loha_jax.nnx_calls import dress
 from loha_jax.nnx_variables import (
@@ -32,7 +33,6 @@ from loha_jax.nnx_variables import (
     replace_nodes,
     slots,
 )
-from loha_jax.plan import Layouts, ModelLayouts
 from loha_jax.weight import LoHaWeight, SavedWeight
 
 
@@ -105,14 +105,18 @@ def _flat_leaves(tree: Any) -> dict[Path, Any]:
 def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     """The `given` layouts with those, by module name, that the layers of the model have by themselves."""
     own: dict[str, Layout] = {}
+    transposed: set[str] = set()
     owners = {id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in slots(node)}
     for path, variable in _weights(model).items():
         if not isinstance(variable, nnx.Variable) or id(variable) not in owners:
             continue
         owner, key = owners[id(variable)]
         if word := _layer_layout(owner, key, variable.get_value().shape):
-            own[module_name(tuple(map(str, path)))] = Layout(word)
-    return ModelLayouts(given or {}, own)
+            name = module_name(tuple(map(str, path)))
+            own[name] = Layout(word)
+            if isinstance(owner, nnx.ConvTranspose):
+                transposed.add(name)
+    return ModelLayouts(given or {}, own, transposed)
 
 
 def _layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from loha_jax.config import LoHaConfig
 from loha_jax.init import factor_shapes
-from loha_jax.layouts import Layout, default_layout
+from loha_jax.layouts import Layout
 from loha_jax.lycoris_config import LycorisConfig
 from loha_jax.matching import (
     EXCLUDED,
@@ -25,33 +22,12 @@ from loha_jax.matching import (
     no_match_message,
     resolve_target_modules,
 )
+from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import (
     Names,
-    UnknownNameError,
-    all_names,
-    is_kernel_leaf,
-    module_name,
-    path_parts,
-    stack_names,
     torch_parameter,
 )
-from loha_jax.weight import LoHaWeight, is_adapted
-
-Layouts = Mapping[str, "str | Layout"]
-"""How `inject` takes layouts: by default dotted name, or by a regular expression for the whole of it."""
-
-
-class ModelLayouts(dict[str, "str | Layout"]):
-    """Layouts that a user gave for a model, with those that its layers have by themselves.
-
-    Attributes:
-        own: by default dotted name; they come after the layouts that `names` has, which may split what is one kernel
-            to a layer (a fused projection) into the modules that torch has.
-    """
-
-    def __init__(self, given: Layouts, own: Mapping[str, Layout]):
-        super().__init__(given)
-        self.own = dict(own)
+from loha_jax.target_advice import QUANTISED_ADVICE, quantised_kernels, spelling_advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +83,21 @@ def plan_injection(
 ) -> Plan:
     """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
     tree = NamedTree(params, names, layouts)
-    modules = sorted(tree.modules)
-    linear = [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
+    quantised = quantised_kernels(params)
+    modules = sorted(tree.modules | quantised.keys())
+    linear = [*quantised] + [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
     config_matched = dataclasses.replace(
         config, target_modules=resolve_target_modules(config, modules, linear, model_type)
     )
+
+    if refused := [said for name, said in quantised.items() if match_target(name, config_matched) is True]:
+        raise ValueError(f"{'; '.join(refused)}. {QUANTISED_ADVICE}")
 
     targets: dict[int, Target] = {}
     excluded: list[str] = []
     matched: list[str] = []
     misfits: list[str] = []
+    is_quantised = False
     candidates: list[str] = []
     for position in tree.weights:
         candidate_names = tree.names_of(position, config_matched)
@@ -129,6 +110,7 @@ def plan_injection(
         leaf = tree.leaves[position]
         if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
             misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
+            is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
             continue
         layout = tree.layout(position)
         spatial = layout.sizes("k", leaf.shape)
@@ -155,6 +137,7 @@ def plan_injection(
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a "
             f"floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
+            + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
     if not targets:
         raise ValueError(no_match_message(config_matched, candidates, excluded))
@@ -169,156 +152,6 @@ def plan_injection(
     saved = _plan_saved(tree, config_matched, targets)
     _warn_unmatched(config, config_matched, modules, matched, excluded)
     return Plan(config_matched, targets, saved)
-
-
-class NamedTree:
-    """The leaves of a tree with their paths, names and layouts."""
-
-    def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
-        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-        self.given_names = names
-        self.given_layouts = _as_layouts(layouts)
-        self.own_layouts: dict[str, Layout] = getattr(layouts, "own", {})
-        self.lookups: frozenset[str] = getattr(layouts, "lookups", frozenset())
-        known = getattr(names, "layouts", None) or {}
-        self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
-        vectors = {name for name, layout in known.items() if layout is None}
-        self.paths: list[tuple[str, ...]] = []
-        self.leaves: list[Any] = []
-        self.weights: list[int] = []  # positions of the leaf that stands for its module
-        self.kernels: set[int] = set()  # those that can be adapted
-        self.names: dict[int, str] = {}
-        self._layouts: dict[int, Layout] = {}
-        for position, (path, leaf) in enumerate(flat):
-            parts = path_parts(path)
-            self.paths.append(parts)
-            self.leaves.append(leaf)
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-                continue
-            self.names[position] = module_name(parts)
-            if is_kernel_leaf(parts) and leaf.ndim >= 2:
-                if self.names[position] not in vectors:
-                    self.kernels.add(position)
-                self.weights.append(position)
-        with_kernel = {self.names[n] for n in self.weights}
-        for position, name in self.names.items():  # normalisation layers: modules without a kernel
-            parts = self.paths[position]
-            if position not in self.kernels and name not in with_kernel and parts[-1] in ("scale", "weight"):
-                self.weights.append(position)
-        self.weights.sort()
-        self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
-        self.modules = {
-            ".".join(name.split(".")[: n + 1]) for name in self.names.values() for n in range(name.count(".") + 1)
-        }
-
-    def layout(self, position: int) -> Layout:
-        """The kernel's layout: given, kept from an earlier adapter, or the default.
-
-        Raises:
-            ValueError: it is ambiguous, or the given one does not fit the kernel.
-        """
-        if position not in self._layouts:
-            self._layouts[position] = self._find_layout(position)
-        return self._layouts[position]
-
-    def layout_pattern(self, position: int) -> str | None:
-        """The key of `layouts` that names a kernel, itself or as a regular expression for the whole name."""
-        return _pattern_of(self.names[position], self.given_layouts)
-
-    def _find_layout(self, position: int) -> Layout:
-        leaf, name = self.leaves[position], self.names[position]
-        if (pattern := self.layout_pattern(position)) is not None:
-            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf)
-        if is_adapted(leaf) and leaf.layout is not None:
-            return leaf.layout
-        if (pattern := _pattern_of(name, self.map_layouts)) is not None:
-            return _fitting(self.map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
-        if name in self.own_layouts:
-            return self.own_layouts[name]
-        if self.paths[position][-1] == "embedding" and leaf.ndim == 2:
-            return Layout("oi")  # [vocabulary, features]: the lm_head that is tied to it has out = vocabulary
-        return default_layout(leaf.shape, self.paths[position], self.shape_at)
-
-    def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
-        """The torch module names of a weight; an ambiguous layout is an error only where it may be targeted."""
-        leaf = self.leaves[position]
-        if isinstance(leaf, LoHaWeight):
-            return leaf.names
-        default = self.names[position]
-        try:
-            stack = self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
-        except ValueError:
-            if self._may_match(position, config):
-                raise
-            return (default,)
-        try:
-            return all_names(default, self.given_names) if stack is None else self.module_names(position, stack)
-        except UnknownNameError:
-            if self._may_match(position, config):
-                raise
-            return (default,)
-
-    def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
-        """The torch module names of a leaf with these stack axes; see `stack_names`."""
-        return stack_names(self.names[position], stack, self.given_names)
-
-    def _may_match(self, position: int, config: LoHaConfig) -> bool:
-        return any(match_target(name, config) is True for name in self.possible_names(position))
-
-    def possible_names(self, position: int) -> list[str]:
-        """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""
-        default, shape = self.names[position], self.leaves[position].shape
-        possible = [default]
-        try:
-            all_names(default, self.given_names)
-        except UnknownNameError as error:
-            return [default, *error.candidates]
-        for stack in ((), (1,), (1, 1)):
-            try:
-                possible += stack_names(default, stack, self.given_names)
-            except ValueError:  # a template for another number of indices
-                continue
-        if self.given_names is not None:
-            with contextlib.suppress(ValueError):
-                possible += stack_names(default, shape[:1], self.given_names)
-        return possible
-
-    def linear_names(self, position: int) -> tuple[str, ...]:
-        """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
-        kernel that `layouts` knows, unless it knows it for a lookup table (`infer_layouts`).
-        """
-        if self.names[position] in self.lookups:
-            return ()
-        known = self.layout_pattern(position) is not None or self.names[position] in self.own_layouts
-        if not known and self.paths[position][-1] not in ("kernel", "w", "weight"):
-            return ()
-        try:
-            layout = self.layout(position)
-        except ValueError:
-            return (self.names[position],)  # named by all-linear, hence an error that says how to settle it
-        if layout.axes("k"):
-            return ()
-        try:
-            return self.module_names(position, layout.sizes("s", self.leaves[position].shape))
-        except UnknownNameError:
-            return (self.names[position],)
-
-
-def _as_layouts(layouts: Layouts | None) -> dict[str, Layout]:
-    return {p: w if isinstance(w, Layout) else Layout(w) for p, w in (layouts or {}).items()}
-
-
-def _pattern_of(name: str, layouts: Mapping[str, Layout]) -> str | None:
-    return name if name in layouts else next((p for p in layouts if re.fullmatch(p, name)), None)
-
-
-def _fitting(layout: Layout, origin: str, name: str, leaf: Any) -> Layout:
-    if layout.ndim != leaf.ndim:
-        raise ValueError(
-            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has shape "
-            f"{tuple(leaf.shape)}"
-        )
-    return layout
 
 
 def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
@@ -381,7 +214,8 @@ def _warn_unmatched(
         unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
         if unused:
             warnings.warn(
-                f"target_modules={unused} match no module; the other entries do." + near_misses(unused, modules),
+                f"target_modules={unused} match no module; the other entries do."
+                + (spelling_advice(unused, modules) or near_misses(unused, modules)),
                 UserWarning,
                 stacklevel=5,
             )

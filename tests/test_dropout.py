@@ -83,7 +83,7 @@ def test_masks_are_reproducible_whatever_the_order_of_the_tree():
 @pytest.mark.parametrize("cp", [False, True])
 def test_convolutions_drop_output_channels_in_both_forms(cp):
     config = LoHaConfig(r=2, target_modules=["c"], init_weights=False, rank_dropout=0.5, use_effective_conv2d=cp)
-    params = loha_jax.inject({"c": {"kernel": jnp.zeros((3, 3, 4, 6))}}, config, key=KEY)
+    params = loha_jax.inject({"c": {"kernel": jnp.zeros((3, 3, 4, 6))}}, config, key=KEY, layouts={"c": "kkio"})
     factor = delta(loha_jax.dropout(params, KEY), "c") / delta(params, "c")
     np.testing.assert_allclose(factor, np.broadcast_to(factor[0, 0, 0], factor.shape), rtol=1e-4)
     assert 0 < (factor[0, 0, 0] != 0).sum() < 6

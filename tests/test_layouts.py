@@ -1,13 +1,15 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loha_jax
 from loha_jax import Layout
-from loha_jax.layouts import default_layout
+from loha_jax.default_layouts import default_layout
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,41 @@ def attention(query, out, bias=None):
         (attention((3, 8, 2, 4), (3, 2, 4, 8)), ("attn", "out", "kernel"), "siio"),
         (attention((4, 4, 4), (4, 4, 4), (4, 4)), ("attn", "query", "kernel"), "ioo"),
         ({("c", "kernel"): (3, 3, 6, 4), ("c", "bias"): (4,)}, ("c", "kernel"), "kkio"),
-        ({("c", "kernel"): (3, 3, 3, 6, 4)}, ("c", "kernel"), "kkkio"),
+        ({("c", "kernel"): (3, 3, 3, 6, 4), ("c", "bias"): (4,)}, ("c", "kernel"), "kkkio"),
+        # names
+        ({}, ("q", "weight"), "oi"),
+        ({}, ("gru", "weight_ih"), "oi"),
+        ({}, ("mha", "in_proj_weight"), "oi"),
+        ({}, ("q", "w"), "io"),
+        ({}, ("embed", "embedding"), "oi"),
+        ({}, ("embed", "embeddings"), "oi"),
+        ({("Conv_0", "kernel"): (3, 3, 6, 6)}, ("Conv_0", "kernel"), "kkio"),
+        ({("Conv_0", "kernel"): (3, 6, 6)}, ("Conv_0", "kernel"), "kio"),
+        ({("res_net", "initial_conv", "w"): (3, 3, 6, 6)}, ("res_net", "initial_conv", "w"), "kkio"),
+        ({("conv1", "weight"): (6, 6, 3, 3)}, ("conv1", "weight"), "oikk"),
+        # neighbours
+        ({("Conv_0", "kernel"): (3, 3, 3, 6, 6), ("norm", "scale"): (6,)}, ("Conv_0", "kernel"), "kkkio"),
+        (
+            {("layers", "Conv_0", "kernel"): (3, 3, 6, 6), ("layers", "norm", "scale"): (6,)},
+            ("layers", "Conv_0", "kernel"),
+            "kkio",
+        ),
+        ({("down", "0", "weight"): (8, 6, 3, 3), ("down", "1", "weight"): (8,)}, ("down", "0", "weight"), "oikk"),
+        # biases
+        ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (4, 8)}, ("x", "kernel"), "sio"),
+        ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (8, 6)}, ("x", "kernel"), "iso"),
+        ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (6, 8)}, ("x", "kernel"), "ioo"),
+        ({("x", "kernel"): (2, 4, 6, 8), ("x", "bias"): (2, 4, 8)}, ("x", "kernel"), "ssio"),
+        ({("x", "kernel"): (2, 3, 8, 4), ("x", "bias"): (2, 8, 4)}, ("x", "kernel"), "sioo"),
+        ({("x", "weight"): (8, 6, 3), ("x", "bias"): (8, 1)}, ("x", "weight"), "oik"),
+        ({("x", "weight"): (8, 6, 3, 3), ("x", "bias"): (8,)}, ("x", "weight"), "oikk"),
+        ({("x", "weight"): (4, 8, 6), ("x", "bias"): (4, 8)}, ("x", "weight"), "soi"),
+        ({("conv", "w"): (3, 3, 6, 8), ("conv", "b"): (8, 1, 1)}, ("conv", "w"), "kkio"),
+        (
+            {("conv2_d_transpose", "w"): (3, 3, 8, 6), ("conv2_d_transpose", "b"): (8,)},
+            ("conv2_d_transpose", "w"),
+            "kkoi",
+        ),
     ],
 )
 def test_default_layouts(shapes, path, word):
@@ -109,9 +145,62 @@ def test_default_layouts(shapes, path, word):
         (attention((3, 8, 8), (3, 8, 8)), ("attn", "query", "kernel")),  # three Dense in a scan
         (attention((8, 8, 8), (8, 8, 8)), ("attn", "query", "kernel")),  # could be either
         ({("x", "kernel"): (2, 256, 8, 4)}, ("x", "kernel")),  # no convolution is 256 wide
-        ({("x", "kernel"): (2, 3, 8, 4), ("x", "bias"): (2, 8, 4)}, ("x", "kernel")),
+        ({("x", "kernel"): (2, 3, 8, 8)}, ("x", "kernel")),  # scanned experts as well as a Conv2d
+        ({("x", "kernel"): (3, 3, 3, 8, 8)}, ("x", "kernel")),
+        ({("wi",): (2, 3, 8, 8), ("norm", "scale"): (8,)}, ("wi",)),
+        # scanned blocks: Conv1d as well as Conv2d
+        ({("ScanBlock_0", "Conv_0", "kernel"): (2, 3, 8, 8)}, ("ScanBlock_0", "Conv_0", "kernel")),
+        ({("layers", "Conv_0", "kernel"): (2, 3, 8, 8)}, ("layers", "Conv_0", "kernel")),
+        ({("a", "Conv_0", "kernel"): (2, 3, 8, 8), ("a", "LayerNorm_0", "scale"): (2, 8)}, ("a", "Conv_0", "kernel")),
+        ({("Conv_0", "kernel"): (2, 3, 3, 8, 8)}, ("Conv_0", "kernel")),  # an ensemble by vmap, or Conv3d
+        ({("experts", "weight"): (2, 3, 8, 8)}, ("experts", "weight")),
+        ({("experts", "weight"): (3, 8, 8)}, ("experts", "weight")),
+        ({("experts", "weight"): (2, 3, 8, 8), ("norm", "weight"): (8,)}, ("experts", "weight")),
+        ({("x", "kernel"): (4, 4, 4), ("x", "bias"): (4, 4)}, ("x", "kernel")),
+        (
+            {("ConvTranspose_0", "kernel"): (3, 3, 4, 4), ("ConvTranspose_0", "bias"): (4,)},
+            ("ConvTranspose_0", "kernel"),
+        ),
+        ({("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)}, ("up_transposed_conv_transpose", "weight")),
     ],
 )
 def test_ambiguous_kernels_are_errors_that_say_how_to_settle_them(shapes, path):
     with pytest.raises(ValueError, match=r"could be several things.*layouts=.*infer_layouts"):
         default_layout(shapes[path], path, shapes)
+
+
+def test_scanned_experts_are_refused_until_the_model_says_what_they_are():
+    """[layers, experts, in, out], square: silently a Conv2d of 2 x 3 taps otherwise."""
+    random = np.random.default_rng(0)
+    tree = {"layers": {"experts": {"kernel": random.normal(size=(2, 3, 4, 4)).astype(np.float32)}}}
+
+    def fn(tree, x):  # [experts, rows, in]
+        def layer(x, kernel):
+            return jnp.einsum("erd,edf->erf", x, kernel), None
+
+        return jax.lax.scan(layer, x, tree["layers"]["experts"]["kernel"])[0]
+
+    for targets in (["experts"], "all-linear"):
+        config = loha_jax.LoHaConfig(r=2, target_modules=targets, init_weights=False)
+        with pytest.raises(ValueError, match=r"'kkio'.*'ssio'.*'isoo'.*layouts=loha_jax\.infer_layouts"):
+            loha_jax.inject(tree, config, key=jax.random.key(0))
+        x = jnp.ones((3, 5, 4))
+        layouts = loha_jax.infer_layouts(fn, tree, x)
+        adapted = loha_jax.inject(tree, config, key=jax.random.key(0), layouts=layouts)
+        leaf = adapted["layers"]["experts"]["kernel"]
+        assert (leaf.layout.word, len(leaf.names)) == ("ssio", 6)
+        factors = leaf.adapters["default"]
+        delta = np.einsum("lear,lerb->leba", factors.hada_w1_a, factors.hada_w1_b)
+        delta = delta * np.einsum("lear,lerb->leba", factors.hada_w2_a, factors.hada_w2_b) * 4
+        expected = fn({"layers": {"experts": {"kernel": leaf.kernel + delta}}}, x)
+        np.testing.assert_allclose(loha_jax.adapt(fn)(adapted, x), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 4), (4, 2, 6)])
+def test_a_scan_over_axis_1_is_refused_until_the_model_says_so(shape):
+    tree = {"layers": {"q": {"kernel": jnp.ones(shape)}}}
+    config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+    with pytest.raises(ValueError, match=r"'sio'.*'iso'"):
+        loha_jax.inject(tree, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"'sio'.*'iso'"):
+        loha_jax.interop.save_merged("unused", tree)

@@ -236,7 +236,8 @@ def test_nothing_is_written_where_nothing_can_be(tmp_path):
 
 def test_a_conv3d_is_refused_by_name():
     config = LoHaConfig(r=1, target_modules=["c"])
-    params = loha_jax.inject({"c": {"kernel": jnp.ones((3, 3, 3, 2, 4))}}, config, key=jax.random.key(0))
+    kernel = jnp.ones((3, 3, 3, 2, 4))
+    params = loha_jax.inject({"c": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"c": "kkkio"})
     with pytest.raises(ValueError, match="c is a convolution over 3 axes"):
         interop.to_peft_state_dict(params)
 

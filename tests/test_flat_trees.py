@@ -1,0 +1,104 @@
+"""Flat dictionaries (`safetensors.flax.load_file`, `flatten_dict`): names, layouts and files as of the nested tree."""
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.flax import load_file, save_file
+
+import loha_jax
+from loha_jax import LoHaConfig, LoHaWeight, interop
+
+RANDOM = np.random.default_rng(0)
+NESTED = {
+    "params": {
+        "decoder": {
+            "layers_0": {"q_proj": {"kernel": jnp.asarray(RANDOM.normal(size=(4, 4)), jnp.float32)}},
+            "conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.zeros(4)},
+            "norm": {"scale": jnp.ones(4)},
+        }
+    }
+}
+FLAT = {
+    "slashes": lambda tree: flax.traverse_util.flatten_dict(tree, sep="/"),
+    "dots": lambda tree: flax.traverse_util.flatten_dict(tree, sep="."),
+    "tuples": flax.traverse_util.flatten_dict,
+}
+
+
+def adapted_leaves(tree):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, LoHaWeight))
+    return {leaf.names[0]: leaf for leaf in leaves if isinstance(leaf, LoHaWeight)}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "conv"], "all-linear"])
+@pytest.mark.parametrize("form", FLAT)
+def test_a_flat_tree_is_the_nested_one(form, targets, tmp_path):
+    config = LoHaConfig(r=2, target_modules=targets, init_weights=False)
+    nested = loha_jax.inject(NESTED, config, key=jax.random.key(0))
+    flat = loha_jax.inject(FLAT[form](NESTED), config, key=jax.random.key(0))
+    expected, found = adapted_leaves(nested), adapted_leaves(flat)
+    assert {n: leaf.layout for n, leaf in found.items()} == {n: leaf.layout for n, leaf in expected.items()}
+    assert interop.to_peft_state_dict(flat).keys() == interop.to_peft_state_dict(nested).keys()
+    interop.save_peft(tmp_path / "adapter", flat)
+    loaded = loha_jax.merge(interop.load_peft(tmp_path / "adapter", FLAT[form](NESTED)))
+    jax.tree.map(np.testing.assert_array_equal, loaded, FLAT[form](loha_jax.merge(nested)))
+    interop.save_merged(tmp_path / "flat", flat)
+    interop.save_merged(tmp_path / "nested", nested)
+    read = [load_file(tmp_path / name / "model.safetensors") for name in ("flat", "nested")]
+    jax.tree.map(np.testing.assert_array_equal, *read)
+    again = interop.load_base(tmp_path / "flat", FLAT[form](NESTED))
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(4, 4, 3, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(4)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4, bias=False)})])
+
+    def forward(self, x):
+        return self.layers[0]["q_proj"](torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
+
+
+def test_torchs_names_square_weights_and_the_real_peft(tmp_path):
+    torch.manual_seed(0)
+    module = Net().eval()
+    save_file({name: jnp.asarray(t.numpy()) for name, t in module.state_dict().items()}, tmp_path / "m.safetensors")
+    flat = load_file(tmp_path / "m.safetensors")
+    config = LoHaConfig(r=2, target_modules=["q_proj", "conv1"], init_weights=False)
+    adapted = loha_jax.inject(flat, config, key=jax.random.key(0))
+    found = {name: leaf.layout.word for name, leaf in adapted_leaves(adapted).items()}
+    assert found == {"layers.0.q_proj": "oi", "conv1": "oikk"}
+    interop.save_peft(tmp_path / "adapter", adapted)
+    opened = peft.PeftModel.from_pretrained(module, tmp_path / "adapter").merge_and_unload()
+    merged = loha_jax.merge(adapted)
+    for name, tensor in opened.state_dict().items():
+        np.testing.assert_allclose(merged[name], tensor.numpy(), atol=1e-6, err_msg=name)
+    interop.save_merged(tmp_path / "out", adapted, base=tmp_path / "m.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_file(tmp_path / "out/model.safetensors"), merged)
+
+
+def test_all_linear_leaves_torchs_embeddings_and_head_out():
+    shapes = {"model.embed_tokens": (8, 4), "model.layers.0.q_proj": (4, 4), "lm_head": (8, 4), "model.norm": (4,)}
+    flat = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
+    adapted = loha_jax.inject(flat, LoHaConfig(r=2, target_modules="all-linear"), key=jax.random.key(0))
+    assert adapted_leaves(adapted).keys() == {"model.layers.0.q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "name"),
+    [
+        ({"linear/~/sub": {"w": jnp.ones((3, 4))}}, "linear.sub"),
+        ({"layers.0": {"weight": jnp.ones((3, 4))}}, "layers.0"),
+        ({"a..b": {"w": jnp.ones((3, 4))}}, "a..b"),
+        ({("a", 0): {"w": jnp.ones((3, 4))}}, "a.0"),
+    ],
+)
+def test_names_of_keys_with_dots_and_slashes(tree, name):
+    adapted = loha_jax.inject(tree, LoHaConfig(r=2, target_modules=[name]), key=jax.random.key(0))
+    assert adapted_leaves(adapted).keys() == {name}

@@ -13,7 +13,7 @@ from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating, read_config
 from .files import FileError, check_finite
 from .low_rank_update import LowRankUpdate
-from .lycoris_format import NORM_PARTS
+from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .module_lookup import ModuleLookup
 from .names import GPT2_CONV1D
 from .read_adapter import read_adapter
@@ -50,7 +50,7 @@ class MergePlan:
     Attributes:
         updates: `W + Σ weight·ΔW`.
         replaced: new values (`modules_to_save`, base layers that came with the adapter).
-        added: LyCORIS' differences of normalisation layers, with their weights.
+        added: LyCORIS' differences of whole parameters, with their weights.
         notes: what a user should know, one sentence each.
     """
 
@@ -91,7 +91,7 @@ def plan_merge(
 class _Planner:
     def __init__(self, checkpoint: Checkpoint, only: str | None):
         self._checkpoint = checkpoint
-        self._only = None if only is None else re.compile(only)
+        self._only = only
         self._modules = checkpoint.modules
         self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
         self._updates: dict[str, list[TensorUpdate]] = {}
@@ -103,14 +103,11 @@ class _Planner:
         self._notes: list[str] = []
 
     def add(self, path: str | Path, weight: float) -> AdapterFile:
-        adapter = read_adapter(path, modules=self._modules)
+        adapter = read_adapter(path, modules=self._modules, only=self._only)
         check_finite(adapter.arrays, adapter.path)
-        chosen = {own: m for own, m in adapter.modules.items() if self._only is None or self._only.fullmatch(own)}
-        others = {k: v for k, v in adapter.others.items() if self._only is None or self._only.fullmatch(_owner(k))}
-        if not chosen and not others:
-            raise ValueError(
-                f"No module of {adapter.path} is named so that --only {self._only and self._only.pattern!r}"
-            )
+        chosen, others = adapter.modules, adapter.others
+        if adapter.embeddings:
+            self._notes.append(f"{adapter.path}: {embeddings_note(adapter.embeddings)}")
         lookup = ModuleLookup(self._modules, chosen.values())
         self._notes += [f"{adapter.path}: {note}" for note in lookup.notes]
         found: list[_Found] = []
@@ -164,9 +161,8 @@ class _Planner:
         self, adapter: AdapterFile, lookup: ModuleLookup, key: str, value: np.ndarray, weight: float
     ) -> None:
         module, _, part = key.rpartition(".")
-        if adapter.form in ("lycoris", "kohya") and part in NORM_PARTS.values():
-            parameter = next(name for name, own in NORM_PARTS.items() if own == part)
-            target = f"{lookup.find_own(module)}.{parameter}"
+        if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
+            target = f"{lookup.find_own(module)}.{PARAMETER_OF[part]}"
             if self._check_shape(target, value, module):
                 self._added.setdefault(target, []).append((value, weight))
             return
@@ -215,11 +211,6 @@ class _Planner:
         if both := sorted(key for key in self._replaced if key in self._added):
             raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
         return MergePlan(self._updates, self._replaced, self._added, tuple(dict.fromkeys(self._notes)))
-
-
-def _owner(key: str) -> str:
-    base_layer = _PREFIX_OF_BASE_LAYER.fullmatch(key)
-    return base_layer[1] if base_layer else key.rpartition(".")[0]
 
 
 def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:

@@ -111,9 +111,12 @@ def _kind_of(keys: Iterable[str]) -> str:
     return next((kind for kind, pattern in _OTHER_KINDS for key in keys if re.search(pattern, key)), "")
 
 
-def is_difference(parts: Mapping[str, np.ndarray]) -> bool:
-    """Whether some of a module's tensors are differences of whole parameters."""
-    return any(part in parts for part in PARAMETER_OF)
+def are_adapters(keys: Iterable[str]) -> bool:
+    """Whether keys are those of an adapter, of whatever kind, and not of a model's checkpoint."""
+    keys = list(keys)
+    own = [key for key in keys if re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key)]
+    small = ("on_input", "lambda_layer", "alpha", "dora_scale", *PARAMETER_OF)  # which a model could have too
+    return bool(own) or (bool(keys) and all(key.rpartition(".")[2] in small or EMBEDDINGS in key for key in keys))
 
 
 def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +11,10 @@ from loha_jax.untrusted import json_object, read_json
 from .adapter_folder import DIFFUSERS_NAME, find_adapter_file, pending_or_own
 from .checkpoint import Checkpoint
 from .files import read_metadata
+from .lycoris_keys import are_adapters
 from .orbax_folder import is_orbax_folder
 
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
-_ADAPTER_KEY = re.compile(r"\.(?:hada_|lora[._]|lokr_|oft_|diff(?:_b)?$|on_input$|lambda_layer$|[wb]_norm$)")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -110,7 +109,7 @@ def _file_kind(file: Path) -> Kind | None:
     keys = list(Checkpoint(file).shapes)
     if any(key.startswith("base_model.model.") for key in keys):
         return _peft_file(file)
-    if any(_ADAPTER_KEY.search(key) for key in keys):
+    if are_adapters(keys):
         return Kind("an adapter's file of LyCORIS, kohya or diffusers", "load_lycoris")
     return _CHECKPOINT if keys else None
 

@@ -21,6 +21,8 @@ from loha_jax.plan import Plan, Target
 from loha_jax.processes import on_host
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .resized_vocabulary import resizing_hint
+
 PREFIX = "base_model.model."
 """What stands before every key of PEFT's files."""
 
@@ -127,9 +129,11 @@ def add_loaded(
         if found
     ]
     if problems:
+        hint = resizing_hint({**wanted, **optional}, {n: tuple(np.shape(state[n])) for n in keys})
         raise ValueError(
-            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's modules are "
-            "named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are transposed."
+            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. {hint}The model's "
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are "
+            "transposed."
         )
 
     def make_copy(saved: Any, original: jax.Array) -> jax.Array:

@@ -132,8 +132,8 @@ def add_loaded(
         hint = resizing_hint({**wanted, **optional}, {n: tuple(np.shape(state[n])) for n in keys})
         raise ValueError(
             f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. {hint}The model's "
-            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are "
-            "transposed."
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
+            "are transposed."
         )
 
     def make_copy(saved: Any, original: jax.Array) -> jax.Array:

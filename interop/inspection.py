@@ -25,7 +25,7 @@ from .orbax_folder import is_orbax_folder
 from .peft import SAFETENSORS_NAME, module_key
 from .read_adapter import module_of, read_everything
 from .update_norms import update_norm
-from .wrong_loader import has_peft_config, with_hint
+from .wrong_loader import has_peft_config
 
 _KINDS = {"loha": "LoHa", "lora": "LoRA"}
 
@@ -61,7 +61,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         adapter = read_everything(path)
     except FileError as error:
         if not _is_readable(path):
-            raise with_hint(error, path) from error
+            raise
         return {"path": str(path), "kind": None, "problems": _broken_modules(path) or [str(error)], "remarks": []}
     return _describe_adapter(adapter)
 

@@ -97,12 +97,9 @@ def load_lycoris(
         ('a.q',)
     """
     path = Path(path)
-    try:
-        adapter = read_adapter(path, only=only, prefix=prefix or "")
-        if adapter.form not in ("lycoris", "kohya"):
-            raise FileError(f"{path} is no file of LyCORIS or kohya")
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, path, "load_lycoris") from error
+    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
+    if adapter.form not in ("lycoris", "kohya"):
+        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
     try:
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)

@@ -34,7 +34,12 @@ _BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
 
 
 def read_adapter(
-    path: str | Path, *, modules: Iterable[str] | None = None, only: str | None = None, prefix: str = ""
+    path: str | Path,
+    *,
+    modules: Iterable[str] | None = None,
+    only: str | None = None,
+    prefix: str = "",
+    loader: str = "",
 ) -> AdapterFile:
     """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya, or a folder with one.
 
@@ -46,6 +51,7 @@ def read_adapter(
             one that is not among them keeps the file's name.
         only: a regular expression for the whole names of modules in the file; the others are left out.
         prefix: modules that LoHa cannot hold are refused only where their names begin so.
+        loader: the function of `loha_jax.interop` that reads it, for messages; "" for a command.
 
     Returns:
         The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file has none or 0, as
@@ -68,22 +74,28 @@ def read_adapter(
         ...     read_adapter(f"{folder}/adapter.safetensors", modules=["a.q"]).modules["lycoris_a_q"].name
         'a.q'
     """
-    adapter = read_everything(path, modules=modules)
+    adapter = read_everything(path, modules=modules, loader=loader)
     if only is not None:
         adapter = _chosen(adapter, only)
     foreign = {own: f for own, f in adapter.foreign.items() if own.startswith(prefix)}
     known = dict.fromkeys((*adapter.modules, *(module_of(key) for key in adapter.others)))
     if foreign:
-        raise with_hint(FileError(f"{path}: {foreign_message(foreign, known)}"), path)
+        raise with_hint(FileError(f"{path}: {foreign_message(foreign, known)}"), path, loader)
     if not known:
         held = f"only token embeddings ({', '.join(adapter.embeddings)})" if adapter.embeddings else "no adapter"
         raise FileError(f"{path}: the file holds {held}")
     return adapter
 
 
-def read_everything(path: str | Path, *, modules: Iterable[str] | None = None) -> AdapterFile:
+def read_everything(path: str | Path, *, modules: Iterable[str] | None = None, loader: str = "") -> AdapterFile:
     """Reads an adapter with all that there is in its file, also what LoHa cannot hold; see `read_adapter`."""
-    path = Path(path)
+    try:
+        return _read(Path(path), None if modules is None else ModuleNames(modules))
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, path, loader) from error
+
+
+def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
     if path.is_dir():
         if is_orbax_folder(path):
             return read_orbax(path)
@@ -97,7 +109,7 @@ def read_everything(path: str | Path, *, modules: Iterable[str] | None = None) -
     else:
         state, metadata = read_safetensors(file), read_metadata(file)
     try:
-        adapter = _lycoris(path, state, metadata, None if modules is None else ModuleNames(modules))
+        adapter = _lycoris(path, state, metadata, names)
         if without := [own for own in adapter.modules if f"{own}.alpha" not in state]:
             _check_scale(file, {adapter.modules[own].r for own in without}, without[0])
         return adapter

@@ -57,7 +57,7 @@ def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception
         loader: the function that it was given to; "" for a command, whose user knows no functions.
     """
     kind = kind_of(path)
-    if kind is None or (kind.loader == loader and not kind.advice):
+    if kind is None or (loader and kind.loader == loader and not kind.advice):
         return error
     if not loader and kind.loader not in ("", "load_base"):
         return error  # every command opens every adapter

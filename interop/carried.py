@@ -34,7 +34,11 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
     """The tensors beside the factors, by PEFT's keys.
 
     `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
+
+    Raises:
+        ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`), which PEFT has not.
     """
+    _check_saved_or_adapted(params, adapter_name)
     state: dict[str, np.ndarray] = {}
     biases = _biases(params)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
@@ -51,6 +55,19 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
         # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
         state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
     return state
+
+
+def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
+    lohas = [leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters]
+    adapted = {n for leaf in lohas for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r}
+    saved = [leaf for leaf in leaves if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies]
+    for leaf in saved:
+        if (module := leaf.name.rpartition(".")[0]) in adapted:
+            raise ValueError(
+                f"{module} has factors and a copy of {leaf.name}, and PEFT does not adapt a module that it saves whole "
+                "(modules_to_save). Use `save_lycoris`, or merge the adapter (`merge`, `save_merged`)."
+            )
 
 
 def _biases(params: Any) -> dict[tuple[str, ...], Any]:

@@ -196,6 +196,24 @@ def test_full_differences_are_added(name, tmp_path):
         same(np.moveaxis(np.asarray(params[module]["kernel"]), (-1, -2), (0, 1)), weight(module) + change)
         same(params[module]["bias"], 1 + bias)
     assert inspect_path(path)["kinds"] == {"LoHa": 1, "difference": 2}
+    adapted = interop.load_lycoris(path, tree("q", name), layouts=layouts)
+    with pytest.raises(ValueError, match=r"down\.q has factors and a copy of down\.q\.bias"):
+        interop.save_peft(tmp_path / "peft", adapted)
+    assert not (tmp_path / "peft").exists()
+    if name == "conv":
+        with pytest.raises(ValueError, match=r"down\.conv is in modules_to_save, and LyCORIS' files have no place"):
+            interop.save_lycoris(tmp_path / "again.safetensors", adapted)
+    with pytest.raises(ValueError, match=r"down_q have factors and differences|down\.q have factors and differences"):
+        convert_adapter(path, tmp_path / "peft", "peft", base=folder)
+
+
+def test_the_difference_of_a_bias_is_written_again(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"q": loha("q") | {"diff_b": normal(6)}})
+    interop.save_lycoris(tmp_path / "b.safetensors", interop.load_lycoris(path, tree("q")), prefix="lora_unet_")
+    ours, theirs = load_file(tmp_path / "b.safetensors"), load_file(path)
+    assert ours.keys() - theirs.keys() == {"lora_unet_down_q.alpha"}
+    for key, value in theirs.items():
+        same(ours[key], value)
 
 
 OTHERS = {

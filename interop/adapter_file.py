@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class AdapterModule:
         dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
         prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`, `lora_te1_`,
             `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in PEFT's folders.
+        in_shape: `(in, *spatial)` of a convolution's flat factors, where the file shows it, or None.
     """
 
     name: str
@@ -36,12 +37,27 @@ class AdapterModule:
     tensors: dict[str, np.ndarray]
     dora_scale: np.ndarray | None = None
     prefix: str = ""
+    in_shape: tuple[int, ...] | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays of the module by the ends of their keys."""
         extra = {} if self.dora_scale is None else {"dora_scale": self.dora_scale}
         return {**self.tensors, **extra}
+
+
+class Foreign(NamedTuple):
+    """A module that is no LoHa and cannot become one.
+
+    Attributes:
+        kind: "LoKr", "OFT", …; "" where its keys are not known.
+        key: one of its keys, which shows the kind.
+        tensors: all of its tensors by their keys.
+    """
+
+    kind: str
+    key: str
+    tensors: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +69,11 @@ class AdapterFile:
         form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file), or "orbax".
         modules: by the name that the file itself has for them, with the prefix.
         others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`, `base_layer`s,
-            LyCORIS' norm layers (`<module>.w_norm`, `<module>.b_norm`).
+            LyCORIS' differences (of norm layers, `<module>.w_norm`, `<module>.b_norm`; of others, `.diff`, `.diff_b`).
         config: the parsed `adapter_config.json`, or {} where the format has none.
         metadata: the strings in the file's header.
+        foreign: modules that LoHa cannot hold, by the file's name for them; `read_adapter` refuses them.
+        embeddings: token embeddings that are bundled with the weights, by their keys.
     """
 
     path: Path
@@ -64,6 +82,8 @@ class AdapterFile:
     others: dict[str, np.ndarray]
     config: dict[str, Any]
     metadata: dict[str, str]
+    foreign: dict[str, Foreign] = dataclasses.field(default_factory=dict)
+    embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

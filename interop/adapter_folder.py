@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from loha_jax.untrusted import FileError
+
 from .atomic import (
     exchange,
     is_replaceable,
@@ -18,6 +20,9 @@ from .atomic import (
     temporary_folder,
     write_atomically,
 )
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+"""What diffusers and SimpleTuner call an adapter's file."""
 
 PENDING = ".loha_jax_pending"
 """In a folder: new files that a killed process had no time to move to their places."""
@@ -64,6 +69,37 @@ def pending_or_own(folder: Path, name: str) -> Path:
     """A file that `write_together` wrote, or the place where it would be."""
     pending = folder / PENDING / name
     return pending if pending.is_file() else folder / name
+
+
+def find_adapter_file(folder: Path) -> Path:
+    """The file of an adapter in a folder that has no `adapter_config.json`.
+
+    That is `pytorch_lora_weights.safetensors` (diffusers, SimpleTuner), or else the only safetensors file.
+
+    Raises:
+        FileNotFoundError: the folder has no safetensors file; the error names those in folders inside.
+        FileError: it has several.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "style.safetensors").touch()
+        ...     find_adapter_file(Path(folder)).name
+        'style.safetensors'
+    """
+    if (file := folder / DIFFUSERS_NAME).is_file():
+        return file
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise FileError(f"'{folder}' holds several safetensors files: {names}. Give the path of one of them.")
+    inside = sorted({f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()})
+    pickles = sorted(f"'{file}'" for file in folder.iterdir() if file.suffix in (".pt", ".pth", ".bin", ".ckpt"))
+    hint = f"; give one of its folders: {', '.join(inside)}" if inside else ""
+    hint = f"; give the file that is the adapter: {', '.join(pickles)}" if pickles else hint
+    raise FileNotFoundError(f"There is no adapter in '{folder}'{hint}")
 
 
 def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:

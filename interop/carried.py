@@ -22,6 +22,8 @@ from loha_jax.plan import Plan, Target
 from loha_jax.processes import on_host
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+from .resized_vocabulary import resizing_hint
+
 PREFIX = "base_model.model."
 """What stands before every key of PEFT's files."""
 
@@ -33,7 +35,11 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
     """The tensors beside the factors, by PEFT's keys.
 
     `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
+
+    Raises:
+        ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`), which PEFT has not.
     """
+    _check_saved_or_adapted(params, adapter_name)
     state: dict[str, np.ndarray] = {}
     biases = _biases(params)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
@@ -50,6 +56,19 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
         # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
         state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
     return state
+
+
+def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
+    lohas = [leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters]
+    adapted = {n for leaf in lohas for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r}
+    saved = [leaf for leaf in leaves if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies]
+    for leaf in saved:
+        if (module := leaf.name.rpartition(".")[0]) in adapted:
+            raise ValueError(
+                f"{module} has factors and a copy of {leaf.name}, and PEFT does not adapt a module that it saves whole "
+                "(modules_to_save). Use `save_lycoris`, or merge the adapter (`merge`, `save_merged`)."
+            )
 
 
 def _biases(params: Any) -> dict[tuple[str, ...], Any]:
@@ -128,9 +147,11 @@ def add_loaded(
         if found
     ]
     if problems:
+        hint = resizing_hint({**wanted, **optional}, {n: tuple(np.shape(state[n])) for n in keys})
         raise ValueError(
-            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's modules are "
-            "named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes are transposed."
+            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. {hint}The model's "
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
+            "are transposed."
         )
 
     def make_copy(saved: Any, original: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from .carried import PREFIX
 from .checkpoint import Checkpoint
 from .lora_math import cast_tensors, loha_of
 from .low_rank_update import LowRankUpdate
-from .lycoris_format import NORM_PARTS
+from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .module_lookup import ModuleLookup
 from .read_adapter import read_adapter
 
@@ -44,13 +44,11 @@ class Source:
         self.checkpoint = None if base is None else Checkpoint(base)
         shapes = self.checkpoint.shapes if self.checkpoint else {}
         names = self.checkpoint.modules if self.checkpoint else []
-        adapter = read_adapter(path, modules=names if self.checkpoint else None)
-        pattern = None if only is None else re.compile(only)
-        modules = {own: m for own, m in adapter.modules.items() if pattern is None or pattern.fullmatch(own)}
-        others = {k: t for k, t in adapter.others.items() if pattern is None or pattern.fullmatch(k.rpartition(".")[0])}
+        adapter = read_adapter(path, modules=names if self.checkpoint else None, only=only)
+        modules, others = adapter.modules, adapter.others
         if not modules:
-            raise ValueError(f"{path} has no module" + (f" whose name is {only!r}" if only else ""))
-        self.notes: list[str] = []
+            raise ValueError(f"{path} has no module with factors")
+        self.notes: list[str] = [embeddings_note(adapter.embeddings)] if adapter.embeddings else []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.lookup = ModuleLookup(names, modules.values())
         if self.checkpoint is not None:
@@ -115,7 +113,7 @@ class Source:
         return {m.name: m for m in modules.values()}
 
     def saved(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """What PEFT keeps beside the factors, by its keys, and the modules that LyCORIS' norm layers are."""
+        """What PEFT keeps beside the factors, by its keys, and the modules that LyCORIS' differences belong to."""
         if self.adapter.config:
             return {PREFIX + key: value for key, value in self.adapter.others.items()}, []
         if not self.adapter.others:
@@ -123,17 +121,23 @@ class Source:
         if self.checkpoint is None:
             owners = sorted({key.rpartition(".")[0] for key in self.adapter.others})
             raise ValueError(
-                f"The source has differences of normalisation layers ({', '.join(owners)}), PEFT has their whole "
-                "parameters: give the base model's checkpoint, --base"
+                f"The source has differences of whole parameters ({', '.join(owners)}), PEFT has the parameters "
+                "themselves: give the base model's checkpoint, --base"
             )
         saved: dict[str, np.ndarray] = {}
         modules: list[str] = []
         differences = {
             f"{self.lookup.find_own(key.rpartition('.')[0])}.{parameter}": value
             for key, value in self.adapter.others.items()
-            for parameter, part in NORM_PARTS.items()
+            for part, parameter in PARAMETER_OF.items()
             if key.endswith(f".{part}")
         }
+        adapted = {module.name for module in self.adapter.modules.values()}
+        if both := sorted({key.rpartition(".")[0] for key in differences} & adapted):
+            raise ValueError(
+                f"{', '.join(both)} have factors and differences of whole parameters (diff, diff_b), and PEFT adapts a "
+                "module or saves it. Leave them out with `only=`, or merge the adapter"
+            )
         for key, difference in differences.items():
             if self.checkpoint.shapes.get(key) != difference.shape:
                 raise ValueError(f"The base has no {key} of the shape {list(difference.shape)}")

@@ -27,11 +27,11 @@ from .lora_math import lora_of
 from .lycoris_format import (
     KOHYA_PREFIX,
     NATIVE_PREFIX,
-    NORM_PARTS,
     file_bytes,
     module_key,
     module_tensors,
 )
+from .lycoris_keys import PARAMETER_OF
 from .model_card import MODEL_CARD_NAME, model_card
 from .orbax_folder import write_orbax
 from .peft import SAFETENSORS_NAME
@@ -279,12 +279,12 @@ class _Targets:
         return len(self._source.shapes[module.name]) == 3
 
     def _norm_differences(self, prefix: str | None) -> dict[str, np.ndarray]:
-        """LyCORIS' norm layers under their new names; what else there is beside the factors has no place."""
+        """LyCORIS' differences under their new names; what else there is beside the factors has no place."""
         state: dict[str, np.ndarray] = {}
         refused: list[str] = []
         for key, value in self._adapter.others.items():
             module, _, part = key.rpartition(".")
-            if self._adapter.config or part not in NORM_PARTS.values():
+            if self._adapter.config or part not in PARAMETER_OF:
                 if not self._source.is_base_weight(module, part, value):
                     refused.append(key)
             elif prefix is None:

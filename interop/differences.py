@@ -13,7 +13,7 @@ from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating
 from .inspection import is_adapter
 from .low_rank_update import LowRankUpdate
-from .read_adapter import read_adapter
+from .read_adapter import read_everything
 from .update_norms import difference_norm, update_norm
 
 _BLOCK = 1 << 22
@@ -64,12 +64,12 @@ def compare_paths(
 
 def _read_both(first: Path, second: Path) -> tuple[AdapterFile, AdapterFile]:
     """The adapters; dotted names of one say what the other one's underscores stand for."""
-    a, b = read_adapter(first), read_adapter(second)
+    a, b = read_everything(first), read_everything(second)
     dotted = [[m.name for m in x.modules.values() if not m.prefix.endswith("_")] for x in (a, b)]
     if dotted[0] and not dotted[1]:
-        b = read_adapter(second, modules=dotted[0])
+        b = read_everything(second, modules=dotted[0])
     elif dotted[1] and not dotted[0]:
-        a = read_adapter(first, modules=dotted[1])
+        a = read_everything(first, modules=dotted[1])
     return a, b
 
 
@@ -138,7 +138,10 @@ def _same_norms(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, Any]]:
     """Tensors beside the factors that are not the same."""
-    a, b = first.others, second.others
+    a, b = (
+        {**x.others, **{key: t for f in x.foreign.values() for key, t in f.tensors.items()}, **x.embeddings}
+        for x in (first, second)
+    )
     result: list[dict[str, Any]] = []
     for key in dict.fromkeys((*a, *b)):
         if key not in a or key not in b:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loha_jax.config import CONFIG_NAME
 from loha_jax.init import FACTOR_NAMES
 
 from .adapter_file import AdapterFile, AdapterModule
-from .adapter_folder import pending_or_own
+from .adapter_folder import find_adapter_file, pending_or_own
 from .checkpoint import Checkpoint, is_floating
 from .factors import rank_of
 from .files import FileError, read_safetensors
 from .low_rank_update import LowRankUpdate
 from .lycoris_format import read_module
+from .lycoris_keys import are_adapters, embeddings_note
 from .orbax_folder import is_orbax_folder
-from .peft import DIFFUSERS_NAME, SAFETENSORS_NAME, module_key
-from .read_adapter import read_adapter
+from .peft import SAFETENSORS_NAME, module_key
+from .read_adapter import module_of, read_everything
 from .update_norms import update_norm
+from .wrong_loader import has_peft_config
+
+_KINDS = {"loha": "LoHa", "lora": "LoRA"}
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if not is_adapter(path):
         return _describe_checkpoint(Checkpoint(path))
     try:
-        adapter = read_adapter(path)
+        adapter = read_everything(path)
     except FileError as error:
         if not _is_readable(path):
             raise
@@ -64,11 +69,16 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 def is_adapter(path: Path) -> bool:
     """Whether a path that is there holds an adapter, of whatever kind, rather than a checkpoint."""
     if path.is_dir():
-        return any(pending_or_own(path, n).is_file() for n in (CONFIG_NAME, DIFFUSERS_NAME)) or is_orbax_folder(path)
+        if is_orbax_folder(path) or has_peft_config(path):
+            return True
+        if any(path.glob("*.index.json")):
+            return False
+        with contextlib.suppress(FileNotFoundError, FileError):
+            return is_adapter(find_adapter_file(path))
+        return False  # the checkpoint's own error says what there is
     if path.suffix != ".safetensors":
         return not path.name.endswith(".index.json")
-    keys = Checkpoint(path).shapes
-    return any(".hada_" in key or ".lora_" in key or ".lokr_" in key for key in keys)
+    return are_adapters(Checkpoint(path).shapes)
 
 
 def _is_readable(path: Path) -> bool:
@@ -101,21 +111,41 @@ def _broken_modules(path: Path) -> list[str]:
 def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     problems: list[str] = []
     remarks: list[str] = []
+    rest = {**{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()}, **adapter.embeddings}
     modules = [_describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()]
     for key, tensor in adapter.others.items():
         _check_finite(key, tensor, problems)
+    for key, tensor in adapter.embeddings.items():
+        _check_finite(key, tensor, problems)
+    kinds = Counter([_KINDS[m.kind] for m in adapter.modules.values()])
+    if not adapter.config:
+        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
+    for own, found in adapter.foreign.items():
+        kinds[found.kind or "unknown"] += 1
+        if found.kind:
+            remarks.append(f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges")
+    if unknown := [found.key for found in adapter.foreign.values() if not found.kind]:
+        problems.append(f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}")
+    if adapter.embeddings:
+        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
+        remarks.append(embeddings_note(adapter.embeddings))
     ranks = sorted({m["r"] for m in modules})
     return {
         "path": str(adapter.path),
         "kind": adapter.form,
-        "adapter": "loha" if all(m.kind == "loha" for m in adapter.modules.values()) else "lora",
+        "adapter": next(iter(kinds)).lower() if len(kinds) == 1 else "mixed",
+        "kinds": dict(kinds),
         "ranks": ranks,
         "alphas": sorted({m["alpha"] for m in modules}),
         "dtypes": sorted({m["dtype"] for m in modules}),
         "parameters": sum(m["parameters"] for m in modules),
         "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
         "modules": modules,
-        "others": [_describe_tensor(key, tensor.shape, tensor.dtype) for key, tensor in adapter.others.items()],
+        "foreign": [
+            {"file_name": own, "kind": f.kind, "tensors": {key: list(t.shape) for key, t in f.tensors.items()}}
+            for own, f in adapter.foreign.items()
+        ],
+        "others": [_describe_tensor(key, t.shape, t.dtype) for key, t in (*adapter.others.items(), *rest.items())],
         "config": _plain(adapter.config),
         "metadata": dict(adapter.metadata),
         "problems": problems,
@@ -145,7 +175,7 @@ def _describe_module(own: str, module: AdapterModule, problems: list[str], remar
         "scaling": module.alpha / module.r,
         "rows": update.rows if update else len(module.tensors["lora_B"]),
         "columns": update.columns if update else math.prod(module.tensors["lora_A"].shape[1:]),
-        "form": "cp" if "hada_t1" in tensors else "flat",
+        "form": "lora" if module.kind == "lora" else "cp" if "hada_t1" in tensors else "flat",
         "dora": module.dora_scale is not None,
         "dtype": "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()})),
         "parameters": sum(tensor.size for tensor in tensors.values()),

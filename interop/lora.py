@@ -35,6 +35,7 @@ from .lora_math import cast_tensors, check_limits, loha_of, lora_of
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
 from .peft import SAFETENSORS_NAME
+from .wrong_loader import with_hint
 
 _OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
 
@@ -316,7 +317,10 @@ def load_lora(
         ...     load_lora(folder, base, key=jax.random.key(1))["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (5, 4)
     """
-    file = read_lora_folder(folder)
+    try:
+        file = read_lora_folder(folder)
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_lora") from error
     check_finite(file.arrays, folder)
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:

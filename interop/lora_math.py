@@ -214,4 +214,6 @@ def loha_of(module: AdapterModule, spare: np.ndarray | None = None) -> AdapterMo
     w2_b = np.zeros_like(w1_b)
     w2_a[:, 0], w2_b[0] = 1, 1
     tensors = {"hada_w1_a": w1_a, "hada_w1_b": w1_b, "hada_w2_a": w2_a, "hada_w2_b": w2_b}
-    return dataclasses.replace(module, kind="loha", tensors=tensors)
+    spatial = lora_a.shape[2:]
+    in_shape = (columns.shape[-1] // math.prod(spatial), *spatial) if spatial else None
+    return dataclasses.replace(module, kind="loha", tensors=tensors, in_shape=in_shape)

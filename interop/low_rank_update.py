@@ -53,7 +53,7 @@ class LowRankUpdate:
             spatial = a.shape[1:] if a.ndim > 2 else None
             return cls(((b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)),), scale, spatial)
         if "hada_t1" not in tensors:
-            return cls(tuple((tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]) for n in "12"), scale)
+            return cls(tuple((tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]) for n in "12"), scale, module.in_shape)
         pairs = []
         for n in "12":
             core, w_b = tensors[f"hada_t{n}"], tensors[f"hada_w{n}_b"]

@@ -144,7 +144,11 @@ def _component(params: Any, adapter_name: str | None, prefix: str) -> _Component
         if isinstance(config, LycorisConfig):
             component = component._replace(metadata=config.metadata)
     for module, leaves in saved.items():
-        add(module, _norm_differences(module, leaves, adapter_name))
+        differences = _norm_differences(module, leaves, adapter_name)
+        if owners.get(own := module_key(prefix, module)) == module:  # beside its factors: of its bias
+            component.state.update({f"{own}.diff_b": value for value in differences.values()})
+        else:
+            add(module, differences)
     return component
 
 

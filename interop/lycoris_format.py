@@ -21,6 +21,7 @@ from loha_jax.init import FACTOR_NAMES
 from .adapter_file import AdapterModule
 from .factors import most_common, rank_of
 from .files import FileError, safetensors_bytes
+from .lycoris_keys import group_keys
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"
@@ -33,18 +34,8 @@ _PREFIX = re.compile(
     r"|text_encoder(?:_\d+)?\.|text_encoders\.[^.]+\.(?:transformer\.)?"
 )
 _CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
-_PEFT = re.compile(r"base_model\.model\.")
-_PARTS = (*FACTOR_NAMES, "alpha", "dora_scale", *NORM_PARTS.values())
+_LORA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 _DTYPES = ("float16", "bfloat16", "float32")
-_OTHER_KINDS = (
-    ("LoRA", r"\.lora_(?:up|down|mid|A|B)\b|\.lora\.(?:up|down)\b"),
-    ("LoKr", r"\.lokr_\w+$"),
-    ("(IA)³", r"\.on_input$"),
-    ("OFT", r"\.oft_\w+(?:\.weight)?$"),
-    ("GLoRA", r"\.(?:a1|a2|b1|b2|bm)\.weight$"),
-    ("T-LoRA", r"\.lambda_layer$"),
-    ("full-difference", r"\.diff(?:_b)?$"),
-)
 
 
 def split_prefix(name: str) -> tuple[str, str]:
@@ -58,61 +49,80 @@ def split_prefix(name: str) -> tuple[str, str]:
     return ("", name) if found is None else (found[0], name[found.end() :])
 
 
-def group_keys(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of a LyCORIS or kohya state dict by module (with its prefix) and parameter.
-
-    Raises:
-        FileError: the keys are PEFT's, another kind of adapter's, or unknown; or there are none.
-    """
-    if any(_PEFT.match(key) for key in state):
-        raise FileError("these are PEFT's keys; `load_peft` opens the folder that holds them")
-    for kind, pattern in _OTHER_KINDS:
-        if found := next((key for key in state if re.search(pattern, key)), None):
-            raise FileError(f"this is (at least in part) a {kind} adapter: {found!r}. A LoHa has hada_* tensors alone")
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    unknown: list[str] = []
-    for key, tensor in state.items():
-        module, _, part = key.rpartition(".")
-        if not module or part not in _PARTS:
-            unknown.append(key)
-        modules.setdefault(module, {})[part] = tensor
-    if unknown:
-        raise FileError(f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}")
-    if not modules:
-        raise FileError("the file holds no tensor")
-    return modules
-
-
-def is_norm(parts: Mapping[str, np.ndarray]) -> bool:
-    """Whether the parameters of a module are those of a normalisation layer."""
-    return any(part in parts for part in NORM_PARTS.values())
-
-
 def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
     """The factors of one module, checked; of any dtype.
 
     Args:
         name: of the module.
-        parts: its tensors by LyCORIS' names. Its alpha is r where they have none, or 0; the core of a Conv1d gets its
-            trailing 1.
+        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA. Its alpha is r where they have none, or 0.
+            The core of a Conv1d gets its trailing 1; a convolution's flat factors, which OneTrainer and A1111 write as
+            `[out, r, 1, 1]` and `[r, in, *spatial]`, become matrices; the core of a LoRA (LyCORIS' `lora_mid`) is
+            multiplied into `lora_A`, which is exact and keeps the rank.
 
     Raises:
         FileError: tensors are missing or do not fit each other, or alpha is no finite number.
     """
-    tensors = {part: parts[part] for part in FACTOR_NAMES if part in parts}
-    for part, tensor in tensors.items():
-        if part.startswith("hada_t") and tensor.ndim == 3:
-            tensors[part] = tensor[..., None]
-        elif part.endswith("_b") and tensor.ndim > 2:  # [r, in, *spatial], which A1111 takes too
-            tensors[part] = tensor.reshape(tensor.shape[0], -1)
-    r = rank_of(name, tensors)
+    is_lora = any(part.startswith("lora_") for part in parts)
+    if is_lora and (both := [part for part in FACTOR_NAMES if part in parts]):
+        raise FileError(f"{name} has the factors of a LoRA and {both[0]} of a LoHa")
+    if is_lora:
+        tensors = _lora_tensors(name, parts)
+        r, in_shape = tensors["lora_A"].shape[0], tensors["lora_A"].shape[1:]
+        in_shape = in_shape if len(in_shape) > 1 else None
+    else:
+        tensors, in_shape = _loha_tensors(name, {part: parts[part] for part in FACTOR_NAMES if part in parts})
+        r = rank_of(name, tensors)
     alpha = float(r)
     if "alpha" in parts:
         given = np.asarray(parts["alpha"])
         if given.size != 1 or not math.isfinite(given.item()):
             raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
         alpha = float(given.item()) or alpha
-    return AdapterModule(name, "loha", r, alpha, tensors, parts.get("dora_scale"))
+    kind = "lora" if is_lora else "loha"
+    return AdapterModule(name, kind, r, alpha, tensors, parts.get("dora_scale"), in_shape=in_shape)
+
+
+def _loha_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
+    """The factors in PEFT's shapes, and `(in, *spatial)` where those of the file show it."""
+    result: dict[str, np.ndarray] = {}
+    in_shapes: dict[str, tuple[int, ...]] = {}
+    has_cores = "hada_t1" in tensors or "hada_t2" in tensors
+    for part, tensor in tensors.items():
+        result[part] = tensor
+        if part.startswith("hada_t"):
+            result[part] = tensor[..., None] if tensor.ndim == 3 else tensor
+        elif tensor.ndim > 2 and (part.endswith("_a") or has_cores):
+            if set(tensor.shape[2:]) == {1}:  # otherwise `rank_of` names it
+                result[part] = tensor.reshape(tensor.shape[:2])
+        elif tensor.ndim > 2 and tensor.size:
+            in_shapes[part] = tensor.shape[1:]
+            result[part] = tensor.reshape(tensor.shape[0], -1)
+    if len(set(in_shapes.values())) > 1:
+        found = ", ".join(f"{part} {list(tensors[part].shape)}" for part in in_shapes)
+        raise FileError(f"the factors of {name} do not fit each other: {found}")
+    return result, next(iter(in_shapes.values()), None)
+
+
+def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`lora_A [r, in, *spatial]` and `lora_B [out, r, 1, ...]` of a LoRA in kohya's, LyCORIS' or diffusers' names."""
+    if missing := [f"{part} ({other})" for part, other in _LORA_NAMES.items() if part not in parts]:
+        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
+    tensors = {part: parts[part] for part in (*_LORA_NAMES, "lora_mid") if part in parts}
+    shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+    if odd := [part for part, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
+        raise FileError(f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers")
+    a, b, core = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_mid")
+    fits = a.ndim >= 2 and b.ndim >= 2 and set(b.shape[2:]) <= {1} and a.shape[0] == b.shape[1]
+    fits = fits and all(0 not in tensor.shape for tensor in tensors.values())
+    if core is not None:
+        fits = fits and set(a.shape[2:]) <= {1} and core.ndim >= 3 and core.shape[:2] == (a.shape[0],) * 2
+    if not fits:
+        raise FileError(f"the factors of {name} do not fit each other: {shown}")
+    if core is not None:
+        wide = np.float64 if a.dtype == np.float64 else np.float32
+        flat = a.reshape(a.shape[:2]).astype(wide)
+        a = np.einsum("pq...,qi->pi...", core.astype(wide), flat)
+    return {"lora_A": a, "lora_B": b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))}
 
 
 def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.ndarray]:
@@ -191,11 +201,11 @@ def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], con
 
 def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[str]) -> dict[str, str]:
     """kohya's description of a network, as far as the tensors show it."""
-    modules = group_keys(state)
+    modules = group_keys(state).modules
     parts_of = modules.values()
     of_kind: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
     for own, parts in modules.items():
-        if not is_norm(parts):
+        if "hada_w1_b" in parts:
             of_kind[own in convolutions].append((len(parts["hada_w1_b"]), parts["alpha"].item()))
     linear, conv = of_kind[False], of_kind[True]
     if not linear and not conv:
@@ -207,7 +217,7 @@ def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[s
     args["use_tucker"] = str(any("hada_t1" in parts for parts in parts_of))
     if dora:
         args |= {"dora_wd": "True", "wd_on_output": str(any(len(d) > 1 for d in dora))}
-    if any(is_norm(parts) for parts in parts_of):
+    if any("w_norm" in parts or "b_norm" in parts for parts in parts_of):
         args["train_norm"] = "True"
     r, alpha = most_common(linear or conv)
     return {

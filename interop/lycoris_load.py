@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ from loha_jax.weight import LoHaWeight
 from .adapter_file import AdapterFile, AdapterModule
 from .factors import most_common, plain_number, ranks_and_alphas, stack_dora_scales
 from .files import FileError, check_finite
+from .lora_math import loha_of
+from .low_rank_update import LowRankUpdate
 from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
+from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .read_adapter import read_adapter
+from .wrong_loader import with_hint
 
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
 
@@ -41,6 +46,7 @@ def load_lycoris(
     *,
     adapter_name: str = "default",
     prefix: str | None = None,
+    only: str | None = None,
     names: Names | None = None,
     layouts: Layouts | None = None,
     conv2d_weights_fix: bool = False,
@@ -52,11 +58,14 @@ def load_lycoris(
     among the tree's modules, never split. CLIP's `text_model`, which transformers 5 dropped, may be in one of the two.
 
     Args:
-        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch.
+        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch; or of a folder with
+            one: `pytorch_lora_weights.safetensors` (SimpleTuner, diffusers), or a single safetensors file.
         base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
         adapter_name: the name in the tree.
         prefix: which component of the file (`"lora_unet_"`): what the keys to load begin with. May be left out where
             the file has only one.
+        only: a regular expression for the whole names of modules in the file (`"lora_unet_.*attn.*"`); the others are
+            left out.
         names, layouts: as for `loha_jax.inject`.
         conv2d_weights_fix: for files of LyCORIS 1.9.0 and earlier, which used `hada_t1` in the place of `hada_t2` in
             training: takes it for both cores of a 2-D convolution (PEFT's converter has the same option).
@@ -65,15 +74,19 @@ def load_lycoris(
         The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the file's `metadata`.
         Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled by 1 (alpha = r),
         as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file without. Weight
-        decompositions of both axes are loaded (LyCORIS reads one alone). Differences of normalisation layers
-        (`train_norm=True`) become copies of the layers, as with `modules_to_save`. Modules of the tree that are not in
-        the file are not adapted.
+        decompositions of both axes are loaded (LyCORIS reads one alone). LoRA modules in the file become the LoHa of
+        their rank that is equal to them, as in `load_lora`. Differences of whole parameters (of normalisation layers,
+        `train_norm=True`, or of any layer, `algo=full`) become copies of the parameters, as with `modules_to_save`.
+        Modules of the tree that are not in the file are not adapted.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileError: the file is broken, or another kind of adapter, or has several components; two modules have the name
-            that it uses; or it and the tree do not fit: one error lists all modules that the tree lacks and all that
-            are misshapen.
+        FileError: the file is broken, or has several components, or modules of a kind that LoHa cannot hold (LoKr, OFT,
+            …) and that `only` does not leave out; two modules have the name that it uses; or it and the tree do not
+            fit: one error lists all modules that the tree lacks and all that are misshapen.
+
+    Warns:
+        UserWarning: token embeddings (`bundle_emb.…`) are bundled with the weights; they are not loaded.
 
     Example:
         >>> import tempfile, loha_jax
@@ -85,9 +98,9 @@ def load_lycoris(
         ('a.q',)
     """
     path = Path(path)
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
     if adapter.form not in ("lycoris", "kohya"):
-        raise FileError(f"{path} is no file of LyCORIS or kohya, but a folder; `load_peft` opens PEFT's")
+        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
     try:
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)
@@ -95,14 +108,17 @@ def load_lycoris(
         plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    read = {**{name: m.arrays for name, m in found.modules.items()}, **found.norms}
-    check_finite({f"{name}.{key}": array for name, arrays in read.items() for key, array in arrays.items()}, path)
+    read = [*((name, m.arrays) for name, m in found.modules.items()), *found.differences.items()]
+    check_finite({f"{name}.{key}": array for name, arrays in read for key, array in arrays.items()}, path)
     if problems := [*problems, *more]:
         raise FileError(
             f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "
             "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
             "are transposed, `prefix=` where the keys begin otherwise."
         )
+
+    if adapter.embeddings:
+        warnings.warn(f"{path}: {embeddings_note(adapter.embeddings)}", UserWarning, stacklevel=3)
 
     def tensors_of(target: Target, name: str) -> dict[str, np.ndarray]:
         tensors = found.modules[name].tensors
@@ -116,11 +132,13 @@ def load_lycoris(
 
     def make_copy(saved: Saved, original: jax.Array) -> jax.Array:
         module, _, parameter = saved.name.rpartition(".")
-        difference = found.norms[module].get(NORM_PARTS[parameter])
+        difference = _difference(found.differences[module], parameter)
         if difference is None:
             return jnp.array(original, copy=True)
         wide = float32_or_wider(original.dtype)
-        return (original.astype(wide) + jnp.asarray(difference, wide)).astype(original.dtype)
+        change = jnp.asarray(difference, wide)
+        change = saved.layout.fold(change, saved.shape) if saved.layout else change
+        return (original.astype(wide) + change).astype(original.dtype)
 
     def make_extras(target: Target, config: Any, kernel: jax.Array) -> dict[str, jax.Array]:
         return stack_dora_scales(target, found.modules)
@@ -133,27 +151,37 @@ class _Found:
     """One component of a file, by the tree's module names."""
 
     modules: dict[str, AdapterModule]
-    norms: dict[str, dict[str, np.ndarray]]
+    differences: dict[str, dict[str, np.ndarray]]
 
 
 def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
-    """The modules of one component, by their names in the file after the prefix."""
-    norms: dict[str, dict[str, np.ndarray]] = {}
+    """The modules of one component, as LoHa, by their names in the file after the prefix."""
+    differences: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in adapter.others.items():
         module, _, part = key.rpartition(".")
-        norms.setdefault(module, {})[part] = tensor
-    counts = collections.Counter(split_prefix(own)[0] for own in (*adapter.modules, *norms))
+        differences.setdefault(module, {})[part] = tensor
+    counts = collections.Counter(split_prefix(own)[0] for own in {**adapter.modules, **differences})
     listed = ", ".join(f"{p!r} ({n} modules)" for p, n in counts.items())
     if prefix is None:
         if len(counts) > 1:
             raise ValueError(f"the file has several components: {listed}. Choose one with `prefix=`")
         (prefix,) = counts
     chosen = _Found(
-        {own[len(prefix) :]: module for own, module in adapter.modules.items() if own.startswith(prefix)},
-        {own[len(prefix) :]: parts for own, parts in norms.items() if own.startswith(prefix)},
+        {
+            own[len(prefix) :]: loha_of(module) if module.kind == "lora" else module
+            for own, module in adapter.modules.items()
+            if own.startswith(prefix)
+        },
+        {own[len(prefix) :]: parts for own, parts in differences.items() if own.startswith(prefix)},
     )
+    if not chosen.modules and chosen.differences:
+        named = ", ".join(prefix + own for own in chosen.differences)
+        raise ValueError(
+            f"it has only differences of whole parameters ({named}), "
+            "which are no LoHa. Merge the file into the model's checkpoint (`loha-jax merge`)"
+        )
     if not chosen.modules:
-        raise ValueError(f"no hada_* key begins with prefix={prefix!r}; the file has {listed}")
+        raise ValueError(f"no module with factors begins with prefix={prefix!r}; the file has {listed}")
     return prefix, chosen
 
 
@@ -162,24 +190,34 @@ def _found(component: tuple[str, _Found], tree: NamedTree) -> tuple[_Found, list
     prefix, own = component
     kernels = [name for position in tree.kernels for name in _names_at(tree, position)]
     norms = [name for position in tree.weights if position not in tree.kernels for name in _names_at(tree, position)]
+    in_kernels, in_norms = ModuleNames(kernels), ModuleNames(norms)
     origin: dict[str, str] = {}
     missing: list[str] = []
 
-    def resolved(parts: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-        lookup, result = ModuleNames(names), {}
+    def resolved(parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]) -> dict[str, Any]:
+        result = {}
         for name, value in parts.items():
-            found = lookup.find(prefix, name)
+            found = next((hit for lookup in lookups if (hit := lookup.find(prefix, name))), None)
             if found is None:
                 missing.append(f"{prefix}{name}" + _near_miss(name, names) * (len(missing) < _SHOWN_NEAR))
-            elif found in origin:
-                raise ValueError(f"{origin[found]} and {prefix}{name} are both {found} in the tree")
+            elif origin.get(found, name) != name:
+                raise ValueError(f"{prefix}{origin[found]} and {prefix}{name} are both {found} in the tree")
             else:
-                origin[found], result[found] = f"{prefix}{name}", value
+                origin[found], result[found] = name, value
         return result
 
-    by_name = _Found(resolved(own.modules, kernels), resolved(own.norms, norms))
+    of_norms = {name: parts for name, parts in own.differences.items() if parts.keys() <= {*NORM_PARTS.values()}}
+    of_others = {name: parts for name, parts in own.differences.items() if name not in of_norms}
+    modules = resolved(own.modules, [in_kernels], kernels)
+    differences = resolved(of_norms, [in_norms], norms)
+    differences |= resolved(of_others, [in_kernels, in_norms], [*kernels, *norms])
     title = f"modules that the tree lacks ({len(missing)}): {', '.join(missing)}"
-    return by_name, [title] if missing else []
+    return _Found(modules, differences), [title] if missing else []
+
+
+def _difference(parts: Mapping[str, np.ndarray], parameter: str) -> np.ndarray | None:
+    """What is added to a parameter of a module, "weight" or "bias"."""
+    return next((value for part, value in parts.items() if PARAMETER_OF[part] == parameter), None)
 
 
 def _names_at(tree: NamedTree, position: int) -> Iterable[str]:
@@ -238,11 +276,11 @@ def _plan(
         )
         problems += _misfits(targets[position], given, shape)
         axes += [axis for m in given.values() if (axis := _decomposed_axis(m, shape))]
-    saved, more = _saved(tree, found.norms)
+    saved, more = _saved(tree, found.differences, targets)
     config = dataclasses.replace(
         plan.config,
         **settings,
-        modules_to_save=sorted(found.norms) or None,
+        modules_to_save=sorted(found.differences) or None,
         wd_on_out=not axes or most_common(axes) == "out",
     )
     return Plan(config, targets, saved), problems + more
@@ -270,6 +308,10 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
             for part, tensor in module.tensors.items()
             if tensor.shape != wanted.get(part)
         ]
+        if module.in_shape is not None and not LowRankUpdate.of(module).fits(shape):
+            problems.append(
+                f"{name}: a kernel [in, ...] of {list(module.in_shape)} in the file, {list(shape[1:])} in the model"
+            )
         if dora is not None and dora.shape not in dora_shapes:
             wanted_dora = " or ".join(str(list(allowed)) for allowed in dora_shapes)
             problems.append(f"{name}.dora_scale: {list(dora.shape)} in the file, {wanted_dora} in the model")
@@ -297,30 +339,38 @@ def _decomposed_axis(module: AdapterModule, shape: tuple[int, ...]) -> str | Non
     return "out" if is_on_out(module.dora_scale.shape, shape, 0) else "in"
 
 
-def _saved(tree: NamedTree, norms: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[int, Saved], list[str]]:
-    """The leaves of the normalisation layers that the file has differences of, and what does not fit."""
+def _saved(
+    tree: NamedTree, differences: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping[int, Target]
+) -> tuple[dict[int, Saved], list[str]]:
+    """The leaves that the file has differences of, and what does not fit."""
     # Not by `modules_to_save`, which also matches by the end of a name: the file says which modules it means.
     saved: dict[int, Saved] = {}
-    stacks: list[str] = []
-    for position in tree.names.keys() - tree.kernels:
+    refused: list[str] = []
+    for position in tree.names:
         names, parameter = list(_names_at(tree, position)), torch_parameter(tree.paths[position])
-        if norms.keys().isdisjoint(names) or parameter not in NORM_PARTS:
+        module = next((name for name in names if name in differences), None)
+        if module is None or parameter not in NORM_PARTS:
             continue
-        shape = tuple(tree.leaves[position].shape)
-        if len(names) > 1:
-            path = ".".join(tree.paths[position])
-            stacks.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
-        saved[position] = Saved(tree.paths[position], f"{names[0]}.{parameter}", None, shape)
-    if stacks:
-        return {}, stacks
+        leaf, path = tree.leaves[position], ".".join(tree.paths[position])
+        if position in tree.kernels and _difference(differences[module], parameter) is None:
+            continue
+        if position in targets or isinstance(leaf, LoHaWeight):
+            refused.append(f"{module}.diff: {path} has an adapter, and a tree holds either this or a changed copy")
+            continue
+        layout, shape = tree.layout(position) if position in tree.kernels else None, tuple(leaf.shape)
+        if len(names) > 1 or (layout and layout.axes("s")):
+            refused.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
+        saved[position] = Saved(tree.paths[position], f"{module}.{parameter}", layout, shape)
+    if refused:
+        return {}, refused
     problems: list[str] = []
-    shapes = {s.name: s.shape for s in saved.values()}
-    for module, parts in norms.items():
-        for parameter, part in NORM_PARTS.items():
-            have, wanted = parts.get(part), shapes.get(f"{module}.{parameter}")
-            if have is not None and have.shape != wanted:
+    shapes = {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in saved.values()}
+    for module, parts in differences.items():
+        for part, value in parts.items():
+            wanted = shapes.get(f"{module}.{PARAMETER_OF[part]}")
+            if value.shape != wanted:
                 problems.append(
-                    f"{module}.{part}: {list(have.shape)} in the file, "
+                    f"{module}.{part}: {list(value.shape)} in the file, "
                     f"{'none' if wanted is None else list(wanted)} in the model"
                 )
     return dict(sorted(saved.items())), problems

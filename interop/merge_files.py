@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .atomic import write_atomically
 from .checkpoint import Checkpoint, Header, side_file_content, side_files
 from .merge_plan import MergePlan, plan_merge
 from .merge_shard import ShardWriter, new_dtype
+from .resized_vocabulary import with_vocabulary_size
 from .working_folder import WorkingFolder
 
 _VERSION = 1
@@ -99,7 +100,7 @@ def merge_checkpoint(
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))
     _check_place(checkpoint, out, force)
     plan, files = plan_merge(checkpoint, adapters, only=only)
-    headers = {file.name: _new_header(checkpoint, file, dtype) for file in checkpoint.files}
+    headers = {file.name: _new_header(checkpoint, file, dtype, plan.resized) for file in checkpoint.files}
     total = sum(header.file_size for header in headers.values())
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
     with WorkingFolder(out, fingerprint) as work:
@@ -117,7 +118,7 @@ def merge_checkpoint(
         for file in checkpoint.files:
             if file.name not in kept:
                 ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count).write(work.files / file.name)
-        _write_side_files(checkpoint, work.files, dtype)
+        _write_side_files(checkpoint, work.files, dtype, plan.resized)
         if check is not None:
             try:
                 check(work.files, checkpoint, plan)
@@ -157,11 +158,12 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _new_header(checkpoint: Checkpoint, file: Path, dtype: Any) -> Header:
+def _new_header(checkpoint: Checkpoint, file: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> Header:
     header = checkpoint.header(file)
-    if dtype is None:
+    if dtype is None and header.places.keys().isdisjoint(resized):
         return header
-    tensors = [(key, new_dtype(checkpoint.dtypes[key], dtype), checkpoint.shapes[key]) for key in header.places]
+    shapes = {**checkpoint.shapes, **resized}
+    tensors = [(key, new_dtype(checkpoint.dtypes[key], dtype), shapes[key]) for key in header.places]
     return Header.of(tensors, header.metadata, checkpoint.stored_names)
 
 
@@ -188,17 +190,21 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any) -> None:
+def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> None:
     if checkpoint.index is not None:
         text = checkpoint.index.read_text()
-        if dtype is not None:
+        if dtype is not None or resized:
             index = json.loads(text)
-            sizes = {
-                k: math.prod(s) * new_dtype(checkpoint.dtypes[k], dtype).itemsize for k, s in checkpoint.shapes.items()
-            }
+            shapes = {**checkpoint.shapes, **resized}
+            sizes = {k: math.prod(s) * new_dtype(checkpoint.dtypes[k], dtype).itemsize for k, s in shapes.items()}
             index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
             text = json.dumps(index, indent=2) + "\n"
         write_atomically(folder / checkpoint.index.name, text.encode())
     if checkpoint.is_whole_folder:
         for file in side_files(checkpoint.folder):
-            write_atomically(folder / file.name, side_file_content(file, dtype))
+            content = side_file_content(file, dtype)
+            if file.name == "config.json" and resized:
+                key, new = next(iter(resized.items()))
+                config = with_vocabulary_size(json.loads(content), checkpoint.shapes[key][0], new[0])
+                content = (json.dumps(config, indent=2) + "\n").encode()
+            write_atomically(folder / file.name, content)

@@ -13,13 +13,16 @@ from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating, read_config
 from .files import FileError, check_finite
 from .low_rank_update import LowRankUpdate
-from .lycoris_format import NORM_PARTS
+from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .module_lookup import ModuleLookup
 from .names import GPT2_CONV1D
 from .read_adapter import read_adapter
+from .resized_vocabulary import is_resized, resizing_note, resizing_problems
 
 _PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 _COUNTER = "num_batches_tracked"
+_HEAD = "lm_head.weight"
+_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings)\.weight$")
 
 _Found = tuple[AdapterModule, str, LowRankUpdate]  # a module, the key of its tensor, its update
 
@@ -50,14 +53,16 @@ class MergePlan:
     Attributes:
         updates: `W + Σ weight·ΔW`.
         replaced: new values (`modules_to_save`, base layers that came with the adapter).
-        added: LyCORIS' differences of normalisation layers, with their weights.
+        added: LyCORIS' differences of whole parameters, with their weights.
         notes: what a user should know, one sentence each.
+        resized: shapes of replaced tensors that are not those of the base: of a resized vocabulary.
     """
 
     updates: dict[str, list[TensorUpdate]]
     replaced: dict[str, np.ndarray]
     added: dict[str, list[tuple[np.ndarray, float]]]
     notes: tuple[str, ...]
+    resized: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> set[str]:
@@ -91,7 +96,7 @@ def plan_merge(
 class _Planner:
     def __init__(self, checkpoint: Checkpoint, only: str | None):
         self._checkpoint = checkpoint
-        self._only = None if only is None else re.compile(only)
+        self._only = only
         self._modules = checkpoint.modules
         self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
         self._updates: dict[str, list[TensorUpdate]] = {}
@@ -101,16 +106,14 @@ class _Planner:
         self._missing: list[str] = []
         self._problems: list[str] = []
         self._notes: list[str] = []
+        self._resized: dict[str, tuple[int, ...]] = {}
 
     def add(self, path: str | Path, weight: float) -> AdapterFile:
-        adapter = read_adapter(path, modules=self._modules)
+        adapter = read_adapter(path, modules=self._modules, only=self._only)
         check_finite(adapter.arrays, adapter.path)
-        chosen = {own: m for own, m in adapter.modules.items() if self._only is None or self._only.fullmatch(own)}
-        others = {k: v for k, v in adapter.others.items() if self._only is None or self._only.fullmatch(_owner(k))}
-        if not chosen and not others:
-            raise ValueError(
-                f"No module of {adapter.path} is named so that --only {self._only and self._only.pattern!r}"
-            )
+        chosen, others = adapter.modules, adapter.others
+        if adapter.embeddings:
+            self._notes.append(f"{adapter.path}: {embeddings_note(adapter.embeddings)}")
         lookup = ModuleLookup(self._modules, chosen.values())
         self._notes += [f"{adapter.path}: {note}" for note in lookup.notes]
         found: list[_Found] = []
@@ -120,15 +123,17 @@ class _Planner:
                 self._missing.append(self._say_missing(key))
                 continue
             found.append((module, key, LowRankUpdate.of(module)))
-        self._add_updates(adapter, found, weight)
-        for key, value in others.items():
+        for key, value in sorted(
+            others.items(), key=lambda item: item[0].endswith(_HEAD)
+        ):  # after what it may be tied to
             self._add_other(adapter, lookup, key, value, weight)
+        self._add_updates(adapter, found, weight)
         return adapter
 
     def _add_updates(self, adapter: AdapterFile, found: list[_Found], weight: float) -> None:
         is_conv1d = self._is_conv1d(adapter, found)
         for module, key, update in found:
-            shape, dtype = self._checkpoint.shapes[key], self._checkpoint.dtypes[key]
+            shape, dtype = self._resized.get(key, self._checkpoint.shapes[key]), self._checkpoint.dtypes[key]
             fits = update.fits(shape)
             turned = len(shape) == 2 and update.fits(shape[::-1])
             if not is_floating(dtype):
@@ -164,9 +169,8 @@ class _Planner:
         self, adapter: AdapterFile, lookup: ModuleLookup, key: str, value: np.ndarray, weight: float
     ) -> None:
         module, _, part = key.rpartition(".")
-        if adapter.form in ("lycoris", "kohya") and part in NORM_PARTS.values():
-            parameter = next(name for name, own in NORM_PARTS.items() if own == part)
-            target = f"{lookup.find_own(module)}.{parameter}"
+        if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
+            target = f"{lookup.find_own(module)}.{PARAMETER_OF[part]}"
             if self._check_shape(target, value, module):
                 self._added.setdefault(target, []).append((value, weight))
             return
@@ -175,13 +179,23 @@ class _Planner:
         target = f"{lookup.find(module, '')}.{part}"
         if target not in self._checkpoint.shapes:  # a head beside the model that has the prefix
             target = f"{module}.{part}"
-        if part == _COUNTER and target not in self._checkpoint.shapes:
+        if target not in self._checkpoint.shapes and (part == _COUNTER or self._is_tied_copy(target, value)):
             return
-        if not self._check_shape(target, value, key):
+        old = self._checkpoint.shapes.get(target)
+        if old is not None and is_resized(target, old, value.shape):
+            if self._resized.setdefault(target, value.shape) != value.shape:
+                self._problems.append(f"{target} has {self._resized[target][0]} rows, {key} has {value.shape[0]}")
+        elif not self._check_shape(target, value, key):
             return
         if target in self._replaced and not np.array_equal(self._replaced[target], value):
             self._problems.append(f"{self._replaced_by[target]} and {adapter.path} each hold values for {target}")
         self._replaced[target], self._replaced_by[target] = value, adapter.path
+
+    def _is_tied_copy(self, key: str, value: np.ndarray) -> bool:
+        """Whether an output head that the base has not is the embedding that it is tied to, saved with it."""
+        if not key.endswith(_HEAD) or not self._config.get("tie_word_embeddings", True):
+            return False
+        return any(_EMBEDDING.search(own) and np.array_equal(v, value) for own, v in self._replaced.items())
 
     def _check_shape(self, key: str, value: np.ndarray, name: str) -> bool:
         if key not in self._checkpoint.shapes:
@@ -193,14 +207,17 @@ class _Planner:
         return False
 
     def _say_missing(self, key: str) -> str:
-        if key.endswith("lm_head.weight"):
-            tied = [k for k in self._checkpoint.shapes if re.search(r"(embed_tokens|wte|word_embeddings)\.weight$", k)]
+        if key.endswith(_HEAD):
+            tied = [k for k in self._checkpoint.shapes if _EMBEDDING.search(k)]
             if tied:
                 return f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
         return key
 
     def finish(self) -> MergePlan:
         shapes = self._checkpoint.shapes
+        self._problems += resizing_problems(shapes, self._resized, self._config)
+        if self._resized and not self._problems:
+            self._notes.append(resizing_note(shapes, self._resized, self._config))
         if self._missing or self._problems:
             parts = []
             if self._missing:
@@ -214,12 +231,7 @@ class _Planner:
             )
         if both := sorted(key for key in self._replaced if key in self._added):
             raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
-        return MergePlan(self._updates, self._replaced, self._added, tuple(dict.fromkeys(self._notes)))
-
-
-def _owner(key: str) -> str:
-    base_layer = _PREFIX_OF_BASE_LAYER.fullmatch(key)
-    return base_layer[1] if base_layer else key.rpartition(".")[0]
+        return MergePlan(self._updates, self._replaced, self._added, tuple(dict.fromkeys(self._notes)), self._resized)
 
 
 def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:

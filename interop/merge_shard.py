@@ -97,8 +97,8 @@ class ShardWriter:
     def _tensor_tasks(
         self, pool: concurrent.futures.Executor, key: str, start: int, own: np.dtype, target: np.dtype
     ) -> Iterator[Callable[[], int]]:
-        shape = self._checkpoint.shapes[key]
         value = self._plan.replaced.get(key)
+        shape = self._checkpoint.shapes[key] if value is None else value.shape
         if value is not None and not is_floating(own):  # a counter
             yield lambda: self._write_value(key, value.astype(own))
             return

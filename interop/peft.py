@@ -31,7 +31,7 @@ from loha_jax.processes import in_first_process
 from loha_jax.untrusted import json_object, read_json
 from loha_jax.weight import LoHaWeight, is_adapted
 
-from .adapter_folder import pending_or_own, write_together
+from .adapter_folder import DIFFUSERS_NAME, pending_or_own, write_together
 from .atomic import write_atomically
 from .carried import PREFIX, add_loaded, carried_tensors, with_names_that_end_alike
 from .factors import chosen_adapter, exact_pattern, module_factors, most_common
@@ -46,13 +46,12 @@ from .files import (
 )
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
+from .wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
 
 C = TypeVar("C")
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
 
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
 
@@ -275,7 +274,10 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
+    try:
+        config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_peft") from error
     check_finite(state, path)
     try:
         return from_peft_state_dict(

@@ -27,6 +27,9 @@ from loha_jax import cli_tables
 _PIPE_WIDTH = 160
 """Columns of tables that go to a file or another program."""
 
+_FLAGS = ("only", "base", "prefix", "dtype", "rank", "energy", "force")
+"""Arguments of the library that are options here."""
+
 FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 _EPILOG = (
@@ -160,7 +163,9 @@ def convert(
 @app.command(epilog=_EPILOG)
 def merge(
     base: Annotated[Path, typer.Argument(help="The base model's safetensors checkpoint: a file, or a folder.")],
-    adapter: Annotated[Path, typer.Argument(help="An adapter: PEFT's LoHa or LoRA folder, LyCORIS' or kohya's file.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter: PEFT's LoHa or LoRA folder, LyCORIS' or kohya's file or its folder.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it appears when it is whole.")],
     weight: Annotated[float, typer.Option(help="What ADAPTER's update is multiplied by.")] = 1.0,
     more: Annotated[
@@ -340,7 +345,7 @@ def _paragraph(error: Exception) -> str:
     if isinstance(error, re.error):
         return f"--only {error.pattern!r} is not a regular expression: {error}"
     if isinstance(error, ValueError | OSError | ImportError):
-        return str(error)
+        return re.sub(rf"`({'|'.join(_FLAGS)})=`", r"--\1", str(error))  # the library names Python's arguments
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     return f"loha-jax has a fault ({type(error).__name__}: {error}); LOHA_JAX_TRACEBACK=1 shows where"

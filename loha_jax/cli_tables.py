@@ -47,7 +47,7 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("path", found["path"]), ("kind", _KINDS[found["kind"]])]
     if "modules" in found:
         facts += [
-            ("adapter", "LoHa" if found["adapter"] == "loha" else "LoRA"),
+            ("adapter", _kinds(found["kinds"])),
             ("rank", _several(found["ranks"])),
             ("alpha", _several(found["alphas"])),
             ("modules", str(len(found["modules"]))),
@@ -62,6 +62,11 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         facts += [("dtype", _several(found["dtypes"])), ("parameters", f"{found['parameters']:,}")]
         facts += [(f"metadata {key}", value[:200]) for key, value in found["metadata"].items()]
     return facts
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    """The kinds of a file's modules, with their numbers where there are several."""
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
 
 
 def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -> None:

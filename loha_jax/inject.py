@@ -70,10 +70,10 @@ def inject(
     Raises:
         ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
             kernel's layout is ambiguous, two leaves have one name, or the adapter's name is taken or unusable.
+        TypeError: `key` is no JAX PRNG key.
 
     Warns:
         UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
-        TypeError: `key` is no JAX PRNG key.
         UserWarning: r² is more than 16 times the rank that a kernel's update can have.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 

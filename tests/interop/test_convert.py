@@ -176,7 +176,7 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
         ("native_dora", "peft", {"base": BASE, "only": WITHOUT_C3D}, r"weight decomposition \(DoRA\) in .*fc1"),
         ("native_tucker", "kohya", {}, r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*--base"),
         ("native_plain", "peft", {"base": "other"}, r"has no weight for lycoris_blocks_0_out, .*lycoris_fc1"),
-        ("native_plain", "lycoris", {"only": "nothing"}, r"no module whose name is 'nothing'"),
+        ("native_plain", "lycoris", {"only": "nothing"}, r"no module whose whole name in the file matches"),
         ("native_plain", "lycoris", {"rank": 2}, r"--rank and --energy are for --to lora"),
         ("native_plain", "peft", {"prefix": "x_"}, r"--prefix is for --to lycoris"),
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,7 @@ class LoHaWeight(ArrayLike):
     layout: Layout
     names: tuple[str, ...]
     active: tuple[str, ...]
+    _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))

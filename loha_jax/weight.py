@@ -253,7 +253,8 @@ class SavedWeight(ArrayLike):
     counters: Counters = dataclasses.field(default=Counters(), metadata={"static": True})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counters", Counters(self.counters))
+        if not isinstance(self.counters, Counters):
+            object.__setattr__(self, "counters", Counters(self.counters))
 
     @property
     def is_buffer(self) -> bool:

@@ -252,7 +252,6 @@ def save_lora(
         raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
-    check_before_saving(params, None if adapter_name is None else [adapter_name])
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
@@ -260,6 +259,7 @@ def save_lora(
     config = json.dumps(lora.config, indent=2, sort_keys=True).encode()
     card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
     files = {SAFETENSORS_NAME: weights, CONFIG_NAME: config}
+    check_before_saving(params, None if adapter_name is None else [adapter_name])
     in_first_process(lambda: write_together(folder, files, card), f"{folder} was not written")
     return lora
 

@@ -67,7 +67,6 @@ def save_lycoris(
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
-        check_before_saving(tree, None if adapter_name is None else [adapter_name])
         component = _component(tree, adapter_name, component_prefix)
         if both := sorted(state.keys() & component.state.keys()):
             raise ValueError(f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`")
@@ -75,6 +74,8 @@ def save_lycoris(
         convolutions += component.convolutions
         kept = {**component.metadata, **kept}
     content = file_bytes(state, {**kept, **metadata}, convolutions)
+    for tree in (params, *(others or {}).values()):
+        check_before_saving(tree, None if adapter_name is None else [adapter_name])
     in_first_process(lambda: write_atomically(Path(path), content), f"{path} was not written")
 
 

@@ -102,12 +102,12 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         )
     if not chosen:
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
-    check_before_saving(params, chosen)
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name) for name in chosen}
     card = model_card(configs[chosen[0]].to_dict()).encode()
     contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
+    check_before_saving(params, chosen)
 
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from loha_jax.config import LoHaConfig
 from loha_jax.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
@@ -131,7 +132,7 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
 
 
 def _with_multiplier(factors: Factors, weight: Any) -> Factors:
-    if isinstance(weight, jax.core.Tracer):
+    if isinstance(weight, Tracer):
         gate = jnp.broadcast_to(jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack)
         return dataclasses.replace(factors, multiplier=1.0, gate=gate)
     parts = tuple(name for name in factors.parts if name != "gate")
@@ -308,7 +309,7 @@ def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
 
 
 def _check_number(what: str, value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         if value.shape:
             raise ValueError(f"{what} should be a number but is an array of shape {value.shape}")
         return

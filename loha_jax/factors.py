@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
 from loha_jax.config import LoHaConfig
@@ -76,6 +77,8 @@ class Factors:
     gate: Any = None
     base: KernelSample | None = dataclasses.field(default=None, repr=False, compare=False)
     parts: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    _children: ClassVar[tuple[Any, ...]]
+    _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         held = (*FACTOR_NAMES[:4], *self.parts)
@@ -274,7 +277,7 @@ def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
     scaling, multiplier = state["scaling"], state.get("multiplier")
     fields = {name: value for name, value in state.items() if name not in ("scaling", "multiplier")}
     stack = np.shape(scaling)
-    if scaling is not None and not isinstance(scaling, jax.core.Tracer):
+    if scaling is not None and not isinstance(scaling, Tracer):
         ratios = [a / r if r else 0.0 for a, r in zip(state["alphas"], state["ranks"], strict=True)]
         if multiplier is not None:
             found = [float(m) for m, r in zip(np.ravel(multiplier), state["ranks"], strict=True) if r]

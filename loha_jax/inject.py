@@ -139,7 +139,7 @@ def apply_plan(
         leaf = leaves[position]
         tensors = make_factors(target)
         kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
-        extras = make_extras(target, plan.config, kernel)
+        extras: dict[str, Any] = make_extras(target, plan.config, kernel)
         if "dora_scale" in extras:
             extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
         factors = Factors(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from loha_jax.array_digest import grid
 
@@ -52,7 +53,7 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
     for name, kernel in kernels.items():
         if isinstance(kernel, np.ndarray):
             shards: list[tuple[Any, Any]] = [(kernel, (slice(None),) * kernel.ndim)]
-        elif isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer) and not kernel.is_deleted():
+        elif isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer) and not kernel.is_deleted():
             shards = [(s.data, s.index) for s in kernel.addressable_shards if s.replica_id == 0]
         else:
             continue

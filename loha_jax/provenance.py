@@ -11,7 +11,7 @@ carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from loha_jax.config import LoHaConfig
@@ -50,21 +50,23 @@ class Origin(tuple):
         return Origin, (self.config, self.base)
 
 
-class Counters(tuple):
+class Counters:
     """`(adapter, torch name, value)` of integer buffers in a file that a tree has no leaf for. All are equal."""
 
-    def __new__(cls, values: Iterable[tuple[str, str, int]] = ()) -> Counters:
-        """The counters; an existing object is returned as it is."""
-        return values if isinstance(values, Counters) else super().__new__(cls, values)
+    def __init__(self, values: Iterable[tuple[str, str, int]] = ()):
+        self._values = tuple(values)
+
+    def __iter__(self) -> Iterator[tuple[str, str, int]]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Counters) or tuple(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+        return isinstance(other, Counters)
 
     def __hash__(self) -> int:
         return hash(Counters)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Counters, (tuple(self),)
+    def __repr__(self) -> str:
+        return f"Counters({self._values})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class LoHaWeight(ArrayLike):
     layout: Layout
     names: tuple[str, ...]
     active: tuple[str, ...]
+    _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
@@ -167,7 +168,8 @@ class SavedWeight(ArrayLike):
     counters: Counters = dataclasses.field(default=Counters(), metadata={"static": True})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counters", Counters(self.counters))
+        if not isinstance(self.counters, Counters):
+            object.__setattr__(self, "counters", Counters(self.counters))
 
     @property
     def is_buffer(self) -> bool:

@@ -14,7 +14,7 @@ from loha_jax import LoHaConfig, LycorisConfig, interop
 
 KEY = jax.random.key(0)
 
-# (shape, layout, how the kernel is split, w*_a, w*_b, scaling) on a mesh of 4 (fsdp) x 2 (tensor)
+# (shape, layout, how the kernel is split, w*_a, w*_b, stack) on a mesh of 4 (fsdp) x 2 (tensor)
 FLAT = {
     "dense": ((8, 12), "io", P("fsdp", "tensor"), P("tensor", None), P(None, "fsdp"), P()),
     "both axes on one": ((8, 16), "io", P(None, ("fsdp", "tensor")), P(("fsdp", "tensor"), None), P(None, None), P()),
@@ -48,8 +48,8 @@ def factors_of(tree, name="default"):
     return tree["layer"]["kernel"].adapters[name]
 
 
-def check(factors, plain, w_a, w_b, scaling):
-    wanted = {"hada_w1_a": w_a, "hada_w2_a": w_a, "hada_w1_b": w_b, "hada_w2_b": w_b, "scaling": scaling}
+def check(factors, plain, w_a, w_b, _=None):
+    wanted = {"hada_w1_a": w_a, "hada_w2_a": w_a, "hada_w1_b": w_b, "hada_w2_b": w_b}
     for name, spec in wanted.items():
         array = getattr(factors, name)
         assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, spec), array.ndim), (name, spec)
@@ -87,7 +87,7 @@ def test_cores_and_norms():
         config = LycorisConfig(r=2, target_modules=".*", weight_decompose=True, wd_on_out=on_out, use_scalar=True)
         factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY))
         assert factors.dora_scale.sharding.spec == spec
-        assert factors.scalar.sharding.spec == factors.multiplier.sharding.spec == P()
+        assert factors.scalar.sharding.spec == P()
 
 
 def test_files_and_sums(tmp_path):

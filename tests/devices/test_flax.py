@@ -64,7 +64,6 @@ def test_linen_logical_names():
     assert kernel.kernel == P("layers", "embed", "mlp")
     assert kernel.adapters["default"].hada_w1_a == P("layers", "mlp", None)
     assert kernel.adapters["default"].hada_w1_b == P("layers", None, "embed")
-    assert kernel.adapters["default"].scaling == P("layers")
     shardings = nn.logical_to_mesh_sharding(specs, mesh(), RULES)
     params = jax.jit(create, out_shardings=shardings)()
     up = params["first"]["up"]["kernel"]
@@ -104,7 +103,7 @@ def test_nnx_metadata():
         model = build(nnx.Rngs(0))
     loha_jax.nnx.inject(model, config, rngs=nnx.Rngs(1))
     factors = model.layers[0].kernel.adapters["default"]
-    wanted = {"hada_w1_a": ("tensor", None), "hada_w1_b": (None, "fsdp"), "scaling": ()}
+    wanted = {"hada_w1_a": ("tensor", None), "hada_w1_b": (None, "fsdp")}
     for name, names in wanted.items():
         assert factors[name].get_metadata()["out_sharding"] == names
         assert factors[name].get_value().sharding == NamedSharding(mesh(), P(*names))

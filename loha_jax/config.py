@@ -296,7 +296,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim:
         return value.tolist()
     if type(value) in (list, tuple, set, frozenset):
-        return type(value)(map(plain_scalar, value))
+        return type(value)([plain_scalar(item) for item in value])
     if type(value) is dict:
         return {key: plain_scalar(item) for key, item in value.items()}
     return plain_scalar(value)

@@ -175,3 +175,33 @@ def test_exported_functions_are_written_and_read_with_the_tree_as_argument():
     assert read.in_tree == jax.tree.structure(((params, x), {}))
     want = fn(loha_jax.merge(params), x)
     np.testing.assert_allclose(read.call(params, x), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_numpys_numbers_are_numbers():
+    given = {
+        "r": np.int64(4),
+        "alpha": np.float32(8),
+        "rank_dropout": jnp.float32(0.25),
+        "rank_pattern": {"q": np.int32(2)},
+        "layers_to_transform": [np.int64(0), np.int64(1)],
+        "use_effective_conv2d": np.bool_(True),
+    }
+    plain = {"r": 4, "alpha": 8.0, "rank_dropout": 0.25, "rank_pattern": {"q": 2}}
+    plain |= {"layers_to_transform": [0, 1], "use_effective_conv2d": True}
+    assert LoHaConfig(**given).to_json() == LoHaConfig(**plain).to_json()
+    assert LoHaConfig(layers_to_transform=np.arange(2)) == LoHaConfig(layers_to_transform=[0, 1])
+    _, params, _ = made("product")
+    for half in (0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        scaled = loha_jax.scale(params, {"default": half})["q"]["w"].dense()
+        kernel = params["q"]["w"].kernel
+        np.testing.assert_allclose(scaled, kernel + (params["q"]["w"].dense() - kernel) / 2, rtol=0, atol=1e-6)
+
+
+def test_an_integer_is_no_key():
+    base, config = {"q": {"w": jnp.ones((4, 4))}}, LoHaConfig(r=2, target_modules=["q"], rank_dropout=0.5)
+    params = loha_jax.inject(base, config, key=jax.random.PRNGKey(0))
+    for key, advice in ((0, r"got 0: use jax.random.key\(0\)"), (None, "got None"), (jnp.ones(2), "float32")):
+        with pytest.raises(TypeError, match=advice):
+            loha_jax.inject(base, config, key=key)
+        with pytest.raises(TypeError, match=advice):
+            loha_jax.dropout(params, key)

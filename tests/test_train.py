@@ -466,3 +466,21 @@ def test_a_model_is_referred_to_its_own_optimizer():
 
     with pytest.raises(TypeError, match=r"nnx\.Optimizer"):
         fit(loss_fn, nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TX, data(5), key=KEY)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "reduce_on_plateau"])
+def test_optimizers_that_ask_for_the_loss_get_it(name):
+    """Beside optax' own loop, written by hand."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5, rtol=1.0)
+    tx = optax.lbfgs() if name == "lbfgs" else optax.chain(optax.sgd(0.1), plateau)
+    params, batches = adapted(), data(3)
+    result = fit(loss_fn, params, tx, batches, key=KEY, progress=False)
+    trained, frozen = loha_jax.partition(params)
+    state = tx.init(trained)
+    for batch in batches:
+        value_fn = lambda t, batch=batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0]  # noqa: E731
+        value, grad = jax.value_and_grad(value_fn)(trained)
+        updates, state = tx.update(grad, state, trained, value=value, grad=grad, value_fn=value_fn)
+        trained = optax.apply_updates(trained, updates)
+    for got, want in zip(*map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())

@@ -103,8 +103,8 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
     - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
     - Flax' attention, by the shapes of its four kernels.
     - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
-    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale of
-      one axis beside it shows that it is not stacked.
+    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
+      of one axis beside it shows that it is not stacked.
 
     Args:
         shape: the kernel's shape.

@@ -103,8 +103,8 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
     - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
     - Flax' attention, by the shapes of its four kernels.
     - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
-    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), unless it may be
-      stacked: it stands under a scan, or biases and scales around it have a stack axis.
+    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
+      of one axis beside it shows that it is not stacked.
 
     Args:
         shape: the kernel's shape.
@@ -115,7 +115,7 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
         ValueError: the kernel could be several things; the message names them and how to settle it.
 
     Example:
-        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {}).word
+        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {("BatchNorm_0", "scale"): (8,)}).word
         'kkio'
         >>> default_layout((8, 6), ("q", "weight"), {}).word
         'oi'
@@ -187,7 +187,8 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
         _STACK.fullmatch(part) and not following.isdigit() for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
-    return len(shape) == 4 and not stacked
+    # torch numbers its layers; patches are embedded once
+    return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
 
 
 def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> Layout:

@@ -353,9 +353,7 @@ def test_a_scale_beside_quantised_factors_is_refused(tmp_path):
         read_adapter(path)
 
 
-@pytest.mark.parametrize(
-    ("only", "match"), [("(", r"`only=` '\(' is not a regular"), ("x", r"matches `only=` 'x'; it")]
-)
+@pytest.mark.parametrize(("only", "match"), [("(", r"is not a regular"), ("x", r"matches `only=` 'x'; it")])
 def test_a_choice_that_chooses_nothing(only, match, tmp_path):
     path = write(tmp_path / "a.safetensors", {"q": loha("q")})
     with pytest.raises(ValueError, match=match):

@@ -147,7 +147,10 @@ def _has_header(file: Path) -> bool:
 
 def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
     """The modules whose whole name in the file matches a regular expression, and what belongs to them."""
-    pattern = re.compile(only)
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise ValueError(f"`only=` {only!r} is not a regular expression: {error}") from error
     chosen = dataclasses.replace(
         adapter,
         modules={own: m for own, m in adapter.modules.items() if pattern.fullmatch(own)},

@@ -351,3 +351,13 @@ def test_a_scale_beside_quantised_factors_is_refused(tmp_path):
     path = write(tmp_path / "a.safetensors", {"q": loha("q") | {"hada_w1_a_scale": np.float32(2)}})
     with pytest.raises(FileError, match=r"lora_unet_down_q\.hada_w1_a_scale"):
         read_adapter(path)
+
+
+@pytest.mark.parametrize(("only", "match"), [("(", r"is not a regular"), ("x", r"matches `only=` 'x'; it")])
+def test_a_choice_that_chooses_nothing(only, match, tmp_path):
+    path = write(tmp_path / "a.safetensors", {"q": loha("q")})
+    with pytest.raises(ValueError, match=match):
+        loaded(path, ["q"], only=only)
+    code, text = run("convert", path, tmp_path / "o", "--to", "kohya", "--only", only)
+    assert code == 2
+    assert "--only" in text

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 INIT_SCHEMES = ("lycoris",)
 """Named values that `LoHaConfig.init_weights` takes beside True and False."""
@@ -23,6 +24,9 @@ FACTOR_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "
 _LYCORIS_RANDOM = "lycoris, all random"
 
 _LYCORIS_STD = {"a": 0.1, "b": 1.0, "t": 0.1}
+
+_SMALLEST = 2**14
+"""Values of the smallest flat draw: under a millisecond, and enough for r=8 of 2048 features."""
 
 
 def factor_shapes(out: int, in_: int, spatial: Sequence[int], r: int, cp: bool) -> dict[str, tuple[int, ...]]:
@@ -45,41 +49,89 @@ def init_factors(
     shapes: Mapping[str, tuple[int, ...]],
     init_weights: bool | str,
     dtype: jnp.dtype,
+    stack: Sequence[int] | None = None,
 ) -> dict[str, jax.Array]:
-    """The factors of several modules of equal shape, stacked: each array is `[len(module_names), *shape]`.
+    """Draw the factors of several modules of equal shape, stacked: each array is `[*stack, *shape]`.
+
+    Few programs are compiled: a factor is the beginning of a flat draw of one of a few sizes, which
+    all shapes share.
 
     Args:
         key: a JAX PRNG key; the same key and name give the same values.
         module_names: torch module names.
         shapes: from `factor_shapes`.
-        init_weights: True: PEFT's law, uniform in ±1/√fan_in where fan_in is the factor's second dimension times the
-            spatial ones (torch's `kaiming_uniform_(a=√5)`), with w2_b zero. False: the same with w2_b random too.
-            "lycoris": normal with standard deviation 0.1 for w1_a and the cores, 1 for w*_b, and w2_a zero. "lycoris,
-            all random": the same with w2_a as w1_a, for an update that a scalar makes zero.
+        init_weights: True: PEFT's law, uniform in ±1/√fan_in where fan_in is the factor's second
+            dimension times the spatial ones (torch's `kaiming_uniform_(a=√5)`), with w2_b zero.
+            False: the same with w2_b random too. "lycoris": normal with standard deviation 0.1 for
+            w1_a and the cores, 1 for w*_b, and w2_a zero. "lycoris, all random": the same with w2_a
+            as w1_a, for an update that a scalar makes zero.
         dtype: of the factors.
+        stack: shape of the stack axes, whose product is the number of modules; by default one axis.
     """
     digests = [hashlib.sha256(name.encode()).digest() for name in module_names]
     seeds = np.array([[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests], np.uint32)
-    return _init(key, seeds, shapes=tuple(shapes.items()), init_weights=init_weights, dtype=jnp.dtype(dtype))
+    stack = (len(module_names),) if stack is None else tuple(stack)
+    traced = isinstance(key, Tracer) or isinstance(jax.device_put(seeds), Tracer)
+    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}
+    factors = {}
+    for name, shape in shapes.items():
+        full = (*stack, *shape)
+        if name == zero[init_weights]:
+            factors[name] = jnp.zeros(full, dtype) if traced else _put(np.zeros(full, dtype), key)
+            continue
+        size = math.prod(shape)
+        flat = _draw(
+            key,
+            seeds,
+            np.uint32(FACTOR_NAMES.index(name)),
+            np.asarray(1 / math.sqrt(math.prod(shape[1:])), dtype),
+            size=size if traced and _begins_alike(key) else max(_SMALLEST, _power_of_two(size)),
+            dtype=jnp.dtype(dtype),
+            std=_std(name, init_weights),
+            at_once=_begins_alike(key),
+        )
+        if traced or not flat.is_fully_addressable:
+            factors[name] = flat[:, :size].reshape(full)
+        else:  # on the host, where no program is compiled for a shape
+            factors[name] = _put(jax.device_get(flat)[:, :size].reshape(full), key)
+    return factors
 
 
-@functools.partial(jax.jit, static_argnames=("shapes", "init_weights", "dtype"))
-def _init(key, seeds, *, shapes, init_weights, dtype):
-    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}[init_weights]
+def _std(name: str, init_weights: bool | str) -> float | None:
+    """The standard deviation of LyCORIS' law; None for PEFT's."""
+    if not isinstance(init_weights, str):
+        return None
+    return _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _begins_alike(key: jax.Array) -> bool:
+    """Whether flat draws of all sizes begin with the same values, of several keys at once too."""
+    counted = getattr(jax.config, "jax_threefry_partitionable", True)
+    return bool(counted) and str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+def _put(array: np.ndarray, key: jax.Array) -> jax.Array:
+    """An array on the device, where the key has been put if it has."""
+    return jax.device_put(array, key.sharding if key.committed else None)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "dtype", "std", "at_once"))
+def _draw(key, seeds, index, bound, *, size, dtype, std, at_once):
+    """Draw one factor of each module, `[modules, size]`: normal, or uniform in ±bound if `std` is None.
+
+    `std` is static because XLA rounds its product otherwise where it is not a constant.
+    """
 
     def one(seed):
         module_key = jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1])
-        factors = {}
-        for name, shape in shapes:
-            factor_key = jax.random.fold_in(module_key, FACTOR_NAMES.index(name))
-            if name == zero:
-                factors[name] = jnp.zeros(shape, dtype)
-            elif init_weights in ("lycoris", _LYCORIS_RANDOM):
-                std = _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
-                factors[name] = std * jax.random.normal(factor_key, shape, dtype)
-            else:
-                bound = 1 / math.sqrt(math.prod(shape[1:]))
-                factors[name] = jax.random.uniform(factor_key, shape, dtype, -bound, bound)
-        return factors
+        factor_key = jax.random.fold_in(module_key, index)
+        if std is not None:
+            return std * jax.random.normal(factor_key, (size,), dtype)
+        return jax.random.uniform(factor_key, (size,), dtype, -bound, bound)
 
-    return jax.vmap(one)(seeds)
+    # [modules, size]; the values of other kinds of keys depend on what is drawn beside them.
+    return jax.vmap(one)(seeds) if at_once else jax.lax.map(one, seeds)

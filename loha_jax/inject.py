@@ -202,14 +202,12 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
         scheme = {True: False, "lycoris": "lycoris, all random"}.get(scheme, scheme)
     dtype = factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
-        stacked = init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype)
-    else:
-        per_module = []
-        for name, r in zip(target.names, target.ranks, strict=True):
-            tensors = init_factors(key, [name], target.shapes(r), scheme, dtype) if r else {}
-            per_module.append({n: t[0] for n, t in tensors.items()})
-        return stack_factors(per_module, target, dtype)
-    return {name: t.reshape(*target.stack, *t.shape[1:]) for name, t in stacked.items()}
+        return init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack)
+    per_module = [
+        init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
+        for name, r in zip(target.names, target.ranks, strict=True)
+    ]
+    return stack_factors(per_module, target, dtype)
 
 
 @standard_promotion()

@@ -394,7 +394,7 @@ def _initial_factor(
         key = jax.random.fold_in(key, FACTOR_NAMES.index(name))
         return _fedpara_std(layer, target, config) * jax.random.normal(key, (*target.stack, *shape), dtype)
     names = [str(n) for n in range(len(target.names))]
-    return init_factors(key, names, {name: shape}, config.init_weights, dtype)[name].reshape(*target.stack, *shape)
+    return init_factors(key, names, {name: shape}, config.init_weights, dtype, target.stack)[name]
 
 
 def _fedpara_std(layer: Any, target: Target, config: LoHaConfig) -> float:

@@ -1,5 +1,6 @@
 """Every bound and standard deviation of PEFT's and LyCORIS' initialisation, by statistics with computed bounds."""
 
+import hashlib
 import math
 
 import jax
@@ -74,3 +75,53 @@ def test_draws_depend_on_the_key_and_the_name_alone():
         assert (alone[name] != other[name]).any()
     # Factors of equal shape are drawn independently.
     assert np.abs(np.corrcoef(alone["hada_w1_a"].ravel(), alone["hada_w2_a"].ravel())[0, 1]) < 4 / math.sqrt(300 * 16)
+
+
+@pytest.mark.parametrize(
+    ("impl", "partitionable", "law"),
+    [
+        ("threefry2x32", True, True),
+        ("threefry2x32", True, "lycoris"),
+        ("threefry2x32", False, True),
+        ("rbg", True, True),
+        ("unsafe_rbg", True, True),
+    ],
+)
+def test_draws_are_the_same_in_a_stack_and_under_jit(impl, partitionable, law):
+    shapes = {"hada_w1_a": (5, 3), "hada_w2_b": (3, 7)}
+    with jax.threefry_partitionable(partitionable):
+        key = jax.random.key(0, impl=impl)
+
+        def draw(key, names, stack=None):
+            return init_factors(key, names, shapes, law, jnp.float32, stack)
+
+        stacked, alone = draw(key, ["a", "b"], (2, 1)), draw(key, ["b"], ())
+        traced = jax.jit(lambda key: draw(key, ["a", "b"], (2, 1)))(key)
+    for name, shape in shapes.items():
+        assert stacked[name].shape == (2, 1, *shape)
+        np.testing.assert_array_equal(stacked[name][1, 0], alone[name])
+        np.testing.assert_array_equal(stacked[name], traced[name])
+
+
+@pytest.mark.parametrize("law", [True, "lycoris"])
+def test_values_are_those_of_a_draw_of_the_factors_own_shape(law):
+    factors = init_factors(jax.random.key(5), ["q"], {"hada_w1_b": (3, 7)}, law, jnp.float32)
+    key, digest = jax.random.key(5), hashlib.sha256(b"q").digest()
+    for data in (int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big"), 1):
+        key = jax.random.fold_in(key, np.uint32(data))
+    if law is True:
+        expected = jax.random.uniform(key, (3, 7), jnp.float32, -1 / math.sqrt(7), 1 / math.sqrt(7))
+    else:
+        expected = jax.random.normal(key, (3, 7))
+    np.testing.assert_array_equal(factors["hada_w1_b"][0], expected)
+
+
+def test_all_shapes_share_one_compiled_draw():
+    compiled, key = [], jax.random.key(0)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    for n in range(1, 8):
+        init_factors(key, ["q"], factor_shapes(8 * n, 5 * n, (), n, False), True, jnp.float32)
+    assert len(compiled) == 1

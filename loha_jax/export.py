@@ -16,6 +16,7 @@ import jax.export
 from loha_jax.config import LoHaConfig
 from loha_jax.layouts import Layout
 from loha_jax.lycoris_config import LycorisConfig
+from loha_jax.provenance import Counters, Origin
 from loha_jax.weight import Factors, LoHaWeight, SavedWeight
 
 
@@ -25,9 +26,12 @@ def _fields(value: Any) -> dict[str, Any]:
 
 _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     tuple: (list, tuple),
+    type: (lambda kind: kind.__name__, {"int": int, "float": float}.__getitem__),
     frozenset: (sorted, frozenset),
     dict: (lambda value: list(value.items()), dict),
     Layout: (lambda layout: layout.word, Layout),
+    Origin: (lambda origin: [origin.config], lambda parts: Origin(*parts)),
+    Counters: (list, Counters),
     LoHaConfig: (_fields, lambda fields: LoHaConfig(**fields)),
     LycorisConfig: (_fields, lambda fields: LycorisConfig(**fields)),
 }

@@ -55,8 +55,14 @@ def loha_weight(
 
 
 def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> Factors:
+    w1_a, w1_b, w2_a, w2_b, t1, t2 = (tensors.get(name) for name in FACTOR_NAMES)
     return Factors(
-        **{name: tensors.get(name) for name in FACTOR_NAMES},
+        hada_w1_a=w1_a,
+        hada_w1_b=w1_b,
+        hada_w2_a=w2_a,
+        hada_w2_b=w2_b,
+        hada_t1=t1,
+        hada_t2=t2,
         ranks=target.ranks,
         alphas=target.alphas,
         config=config,

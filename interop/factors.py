@@ -13,6 +13,7 @@ import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.init import FACTOR_NAMES
+from loha_jax.before_saving import check_whole
 from loha_jax.inject import factor_dtype
 from loha_jax.plan import Target
 from loha_jax.processes import on_host
@@ -121,7 +122,11 @@ def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
 
 
 def chosen_adapter(params: Any, adapter_name: str | None) -> str:
-    """The adapter of that name, or the tree's only one; ValueError where there is no such, or more than one."""
+    """The adapter of that name, or the tree's only one; ValueError where there is no such, or more than one.
+
+    ValueError also for one half of `partition`: all that is written of a tree is chosen here.
+    """
+    check_whole(params)
     if adapter_name is not None:
         check_adapters(params, [adapter_name])
         return adapter_name

@@ -23,7 +23,8 @@ PEFT_VERSION = "0.21.2"
 _LORA_NAMES = {
     "lora_alpha": "`alpha`",
     "lora_dropout": "`rank_dropout` or `module_dropout`",
-    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "`r`"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank", "linear_dim", "network_dim"), "`r`"),
+    **dict.fromkeys(("linear_alpha", "network_alpha"), "`alpha`"),
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -92,7 +93,7 @@ class LoHaConfig:
         """Refuses LoRA's names for LoHa's fields."""
         for name in fields:
             if name in _LORA_NAMES:
-                raise TypeError(f"LoHaConfig has no `{name}`, which is LoRA's: LoHa's is {_LORA_NAMES[name]}")
+                raise TypeError(f"LoHaConfig has no `{name}`: LoHa's is {_LORA_NAMES[name]}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -31,3 +31,8 @@ def check_key(key: Any) -> None:
         seed = key if isinstance(key, int) else 0
         given = repr(key) if dtype is None else f"an array of {dtype}{list(jnp.shape(key))}"
         raise TypeError(f"key is a JAX PRNG key, got {given}: use jax.random.key({seed})")
+    raw = 0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1  # a raw key is a row of numbers
+    if key.ndim != raw:
+        raise TypeError(
+            f"key is one JAX PRNG key, got an array of shape {tuple(key.shape)}: pass one of them, such as key[0]"
+        )

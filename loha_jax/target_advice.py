@@ -32,10 +32,11 @@ def spelling_advice(targets: Any, names: Sequence[str]) -> str:
             rules.append("name the module, not the array in it")
         if rules:
             said += f" {target!r}: {' and '.join(rules)}: {right!r}."
-        elif not isinstance(targets, str) and re.search(r"[*+?^$|()\[\]\\]", target) and _matches(target, names):
+        elif not isinstance(targets, str) and re.search(r"[*+?^$|()\[\]\\]", target):
+            whole = target if _matches(target, names) else f".*{target.lstrip('^')}"  # a string matches whole names
             said += (
                 f" {target!r} is a regular expression, and a list holds names or their endings: pass "
-                f"target_modules={target!r}."
+                f"target_modules={(whole if _matches(whole, names) else target)!r}."
             )
     return said
 
@@ -74,6 +75,8 @@ def require_named_leaves(params: Any) -> None:
         )
     if params is not None:
         hint = ": pass its `params`" if hasattr(params, "params") or "flax" in _packages(params) else ""
+        if "torch" in _packages(params):
+            kind, hint = f"torch module ({kind})", ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
         raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
 
 

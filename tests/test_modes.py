@@ -200,7 +200,12 @@ def test_numpys_numbers_are_numbers():
 def test_an_integer_is_no_key():
     base, config = {"q": {"w": jnp.ones((4, 4))}}, LoHaConfig(r=2, target_modules=["q"], rank_dropout=0.5)
     params = loha_jax.inject(base, config, key=jax.random.PRNGKey(0))
-    for key, advice in ((0, r"got 0: use jax.random.key\(0\)"), (None, "got None"), (jnp.ones(2), "float32")):
+    for key, advice in (
+        (0, r"got 0: use jax.random.key\(0\)"),
+        (None, "got None"),
+        (jnp.ones(2), "float32"),
+        (jax.random.split(jax.random.key(0)), "key\\[0\\]"),
+    ):
         with pytest.raises(TypeError, match=advice):
             loha_jax.inject(base, config, key=key)
         with pytest.raises(TypeError, match=advice):

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.naming import Names
+
 from .adapter_file import AdapterFile
 from .atomic import write_atomically
 from .checkpoint import Checkpoint, Header, side_file_content, side_files
@@ -60,6 +62,7 @@ def merge_checkpoint(
     *,
     dtype: Any = None,
     only: str | None = None,
+    names: Names | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[Path, Checkpoint, MergePlan], None] | None = None,
@@ -76,7 +79,10 @@ def merge_checkpoint(
         out: a folder that is not there yet. Files beside the base's weights (config, tokenizer) are copied into it.
         dtype: of all floating tensors, instead of the base's.
         only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
-        force: an `out` that is there is replaced, when the new one is whole.
+        names: other names for modules, `{regex: template}` or a function, where the base's were changed since the
+            adapter was trained; patterns are for whole names of modules in the adapters' files.
+        force: an `out` that is there is replaced, when the new one is whole; and a base of float8 without scales is
+            written although rounding loses most of the update.
         progress: called with the bytes written so far and in all.
         check: called with the folder, the base and the plan before the folder appears; what it raises ends the merge.
 
@@ -98,7 +104,7 @@ def merge_checkpoint(
     """
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))
     _check_place(checkpoint, out, force)
-    plan, files = plan_merge(checkpoint, adapters, only=only)
+    plan, files = plan_merge(checkpoint, adapters, only=only, names=names)
     headers = {file.name: _new_header(checkpoint, file, dtype) for file in checkpoint.files}
     total = sum(header.file_size for header in headers.values())
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
@@ -181,7 +187,7 @@ def _fingerprint(
         digest.update(checkpoint.header(file).data)
     for adapter in adapters:
         for own, module in adapter.modules.items():
-            add(own, module.kind, module.r, module.alpha)
+            add(own, module.name, module.kind, module.r, module.alpha)
         for key, tensor in adapter.arrays.items():
             add(key, str(tensor.dtype), list(tensor.shape))
             digest.update(np.ascontiguousarray(tensor).tobytes())

@@ -73,6 +73,16 @@ OnlyOption = Annotated[
         help="Only modules whose whole name in the adapter's file matches, such as 'lora_unet_.*'.",
     ),
 ]
+NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--names",
+        metavar="REGEX=TEMPLATE",
+        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
+        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
+        "times.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there, when the new one is whole.")]
 
 
@@ -124,8 +134,19 @@ def convert(
         str | None, typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_).")
     ] = None,
     only: OnlyOption = None,
+    names: NamesOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the factors; their own by default.")] = None,
-    force: ForceOption = False,
+    force: NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--names",
+        metavar="REGEX=TEMPLATE",
+        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
+        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
+        "times.",
+    ),
+]
+ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes an adapter in another format; the factors stay what they are, bit for bit.
@@ -143,6 +164,7 @@ def convert(
             base=base,
             prefix=prefix,
             only=only,
+            names=_interop("renames").parse_names(names or []),
             dtype=_dtype(dtype),
             force=force,
         )
@@ -169,13 +191,24 @@ def merge(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")] = None,
     only: OnlyOption = None,
+    names: NamesOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with what PEFT gives (needs torch and peft); exit code 1 if not.")
     ] = False,
     check_count: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="--check only N tensors, spread evenly.")
     ] = None,
-    force: ForceOption = False,
+    force: NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--names",
+        metavar="REGEX=TEMPLATE",
+        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
+        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
+        "times.",
+    ),
+]
+ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes a checkpoint with adapters merged into it.
@@ -214,6 +247,7 @@ def merge(
                     out,
                     dtype=_dtype(dtype),
                     only=only,
+                    names=_interop("renames").parse_names(names or []),
                     force=force,
                     progress=progress,
                     check=compare if wants_check else None,

@@ -25,10 +25,11 @@ from .adapter_file import AdapterFile
 from .atomic import write_atomically
 from .checkpoint import Checkpoint, Header, side_file_content, side_files
 from .merge_plan import MergePlan, plan_merge
+from .merge_scaled import Loss, Losses, check_losses, loss_notes
 from .merge_shard import ShardWriter, new_dtype
 from .working_folder import WorkingFolder
 
-_VERSION = 1
+_VERSION = 2
 """Of the working folder; a change in what is written counts it up."""
 
 
@@ -42,6 +43,7 @@ class MergeReport:
         kept: those that an earlier run, cut off, had finished.
         merged, replaced, copied: numbers of tensors: with updates added, with new values, as they were.
         bytes: of the files of weights.
+        losses: what rounding loses, by merged tensor of fewer than 32 bits.
         notes: what a user should know, one sentence each.
     """
 
@@ -52,6 +54,7 @@ class MergeReport:
     replaced: int
     copied: int
     bytes: int
+    losses: dict[str, Loss]
     notes: tuple[str, ...]
 
 
@@ -88,7 +91,8 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: `out` is there, or another run is writing it.
-        ValueError: see `plan_merge`; or values that float16 cannot hold. There is no `out` then.
+        ValueError: see `plan_merge`; or values that float16 cannot hold; or `dtype` with a quantised base; or rounding
+            to float8 without scales would lose more than half of the update. There is no `out` then.
         OSError: the disk is full, or cannot hold the result.
 
     Example:
@@ -104,12 +108,24 @@ def merge_checkpoint(
     """
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))
     _check_place(checkpoint, out, force)
+    if dtype is not None and checkpoint.quantisation.is_used:
+        raise ValueError(
+            f"{checkpoint.path} is quantised ({checkpoint.quantisation.example}): its tensors keep their dtypes, leave "
+            "--dtype (dtype=) out"
+        )
     plan, files = plan_merge(checkpoint, adapters, only=only, names=names)
     headers = {file.name: _new_header(checkpoint, file, dtype) for file in checkpoint.files}
     total = sum(header.file_size for header in headers.values())
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
     with WorkingFolder(out, fingerprint) as work:
-        kept = tuple(name for name, header in headers.items() if work.is_finished(name, header.file_size))
+        losses = Losses()
+        kept = tuple(
+            name
+            for name, header in headers.items()
+            if work.is_finished(name, header.file_size) and work.losses(name).is_file()
+        )
+        for name in kept:
+            losses.add_json(json.loads(work.losses(name).read_text()))
         done = sum(headers[name].file_size for name in kept)
         _check_space(out.parent, total - done)
 
@@ -122,7 +138,16 @@ def merge_checkpoint(
         count(0)
         for file in checkpoint.files:
             if file.name not in kept:
-                ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count).write(work.files / file.name)
+                own = Losses()
+                writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
+                note, text = work.losses(file.name), own.to_json
+                writer.write(work.files / file.name, lambda: write_atomically(note, json.dumps(text()).encode()))
+                losses.add_json(own.to_json())
+        try:
+            check_losses(losses.tensors, force)
+        except ValueError:
+            work.discard()
+            raise
         _write_side_files(checkpoint, work.files, dtype)
         if check is not None:
             try:
@@ -139,7 +164,8 @@ def merge_checkpoint(
         len(plan.replaced.keys() - plan.updates.keys()),
         len(checkpoint.shapes) - len(plan.keys),
         total,
-        plan.notes,
+        losses.tensors,
+        (*plan.notes, *loss_notes(losses.tensors)),
     )
 
 

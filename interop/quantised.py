@@ -57,13 +57,6 @@ class Scale:
                 result = result.take(index[first:last] if axis == 0 else index, axis)
         return result
 
-    def largest(self, sizes: np.ndarray) -> np.ndarray:
-        """The largest of a tensor's absolute values for each value of the scale."""
-        for axis, (block, count) in enumerate(zip(self.blocks, self.grid, strict=True)):
-            starts = np.arange(count) * block
-            sizes = np.maximum.reduceat(sizes, starts, axis)
-        return sizes
-
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The scale for new values: the old one where they use its range, else their largest over float8's.
 
@@ -150,6 +143,13 @@ class Quantisation:
     def is_used(self) -> bool:
         """Whether any tensor is quantised."""
         return bool(self.scales or self.problems or self.packed)
+
+    @property
+    def example(self) -> str:
+        """One quantised tensor, for a message."""
+        return next((f"{key} with {scale.key}" for key, scale in self.scales.items()), None) or next(
+            iter([*self.problems.values(), *self.packed.values()]), ""
+        )
 
     def owner_is_packed(self, key: str) -> bool:
         """Whether a tensor is part of a packed weight."""

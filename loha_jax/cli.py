@@ -83,7 +83,14 @@ NamesOption = Annotated[
         "times.",
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there, when the new one is whole.")]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace what is there, when the new one is whole; merge: also into unscaled float8 that loses most of the "
+        "update.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -266,6 +273,10 @@ ForceOption = False,
             "replaced": report.replaced,
             "copied": report.copied,
             "bytes": report.bytes,
+            "losses": [
+                {"name": key, "dtype": t.dtype, "scaled": t.scaled, "error": t.relative, "lost_share": t.share}
+                for key, t in report.losses.items()
+            ],
             "notes": list(report.notes),
             "checked": [
                 {"name": c.key, "max_difference": c.max_difference, "units": c.units, "fine": c.is_fine}

@@ -87,8 +87,8 @@ ForceOption = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Replace what is there, when the new one is whole; merge: also into unscaled float8 that loses most of the "
-        "update.",
+        help="Replace what is there, when the new one is whole; merge: also write float8 without scales where rounding "
+        "loses most of the update.",
     ),
 ]
 
@@ -143,17 +143,7 @@ def convert(
     only: OnlyOption = None,
     names: NamesOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the factors; their own by default.")] = None,
-    force: NamesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--names",
-        metavar="REGEX=TEMPLATE",
-        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
-        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
-        "times.",
-    ),
-]
-ForceOption = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes an adapter in another format; the factors stay what they are, bit for bit.
@@ -205,17 +195,7 @@ def merge(
     check_count: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="--check only N tensors, spread evenly.")
     ] = None,
-    force: NamesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--names",
-        metavar="REGEX=TEMPLATE",
-        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
-        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
-        "times.",
-    ),
-]
-ForceOption = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes a checkpoint with adapters merged into it.

@@ -126,7 +126,13 @@ class Source:
                 f"The source writes dots of module names as underscores ({', '.join(unknown[:5])}"
                 f"{', …' if len(unknown) > 5 else ''}); --base, the base model's checkpoint, says which they are"
             )
-        return {m.name: m for m in modules.values()}
+        result: dict[str, AdapterModule] = {}
+        owners: dict[str, str] = {}
+        for own, module in modules.items():
+            if (other := owners.setdefault(module.name, own)) != own:
+                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with --only")
+            result[module.name] = module
+        return result
 
     def saved(self) -> tuple[dict[str, np.ndarray], list[str]]:
         """What PEFT keeps beside the factors, by its keys, and the modules that LyCORIS' norm layers are."""

@@ -121,7 +121,7 @@ class ScaledRows:
     """
 
     def __init__(self, checkpoint: Checkpoint, key: str, replaced: np.ndarray | None = None):
-        self._scale = checkpoint.quantisation.scales[key]
+        self._key, self._scale = key, checkpoint.quantisation.scales[key]
         self._old = checkpoint.read_scale(key)
         self._torch_shape = checkpoint.shapes[key]
         self._file = checkpoint.file_of(key)
@@ -155,22 +155,16 @@ class ScaledRows:
             spans: of all rows.
             run: `map`, or that of a pool.
         """
-        width = [(axis, count) for axis, count in enumerate(self._scale.grid) if axis > 0 and count > 1]
-
         def largest(span: Span) -> np.ndarray:
-            sizes = np.abs(merged(span)).reshape(-1, *self._torch_shape[1:]) if len(self._torch_shape) > 1 else (
-                np.abs(merged(span)).reshape(-1)
-            )  # fmt: skip
+            sizes = np.abs(merged(span))
             if not np.isfinite(sizes).all():
-                raise ValueError(f"{self._scale.key}: the merged weight has values that are not finite")
-            for axis in range(1, sizes.ndim):
-                starts = np.arange(self._scale.grid[axis]) * self._scale.blocks[axis]
-                sizes = np.maximum.reduceat(sizes, starts if (axis, len(starts)) in width else [0], axis)
-            return sizes
+                raise ValueError(f"{self._key}: the merged weight has values that are not finite")
+            shape = self._torch_shape
+            sizes = sizes.reshape(-1, *shape[1:]) if len(shape) > 1 else sizes.reshape(-1)
+            return self._scale.largest(sizes, first_axis=1)
 
         rows = np.concatenate(list(run(largest, spans)))
-        top = np.maximum.reduceat(rows, np.arange(self._scale.grid[0]) * self._scale.blocks[0], 0) if rows.ndim else rows
-        self.scale = self._scale.renewed(self._old, top, self.dtype)
+        self.scale = self._scale.renewed(self._old, self._scale.largest(rows, last_axis=1), self.dtype)
 
     def quantised(self, merged: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Merged rows in float8, and their values."""

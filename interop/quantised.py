@@ -23,7 +23,7 @@ _PACKED = re.compile(
     r"_?qweight|qzeros|scales|g_idx|_?weight_(packed|shape|qdata|zero_point|g_idx)|SCB|weight_format|W_q|codebooks?|"
     r"\w+_blocks|\w+_scales|(_data|_scale|absmax|quant_map|nested_\w+|quant_state\.\w+)"
 )
-_SCALE_LIKE = re.compile(r".*(scale|zero_point|absmax|amax|quant|_inv$)", re.IGNORECASE)
+_SCALE_LIKE = re.compile(r".*(scale|zero_point|absmax|amax|quant|_inv).*", re.IGNORECASE)
 _ADVICE = "merge into the float base that it was quantised from, and quantise the result"
 
 
@@ -56,6 +56,13 @@ class Scale:
                 index = np.arange(size) // block
                 result = result.take(index[first:last] if axis == 0 else index, axis)
         return result
+
+    def largest(self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None) -> np.ndarray:
+        """The largest of a tensor's absolute values for each value of the scale, along some of its axes."""
+        for axis in range(len(self.grid))[first_axis:last_axis]:
+            count, block = self.grid[axis], self.blocks[axis]
+            sizes = np.maximum.reduceat(sizes, np.arange(count) * block, axis)
+        return sizes
 
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The scale for new values: the old one where they use its range, else their largest over float8's.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from .checkpoint import (
     weight_files,
 )
 from .files import FileError
-from .merge_scaled import LOSS_LIMIT, Loss, overall
+from .merge_scaled import Loss
 from .names import NameMap, leaf_path
-from .quantised import Quantisation, dequantised, is_float8, quantised
+from .quantised import is_float8
+from .scaled_leaves import quantised_problem, requantised, warn_of_losses
 from .sources import Source
 
 # What a torch checkpoint may hold beside weights: no Flax model has a place for it.
@@ -96,7 +96,7 @@ def load_base(
         for key in keys:
             if key not in checkpoint.shapes:
                 missing.append(f"{key} (for {where} {list(shape)}{quantisation.why_missing(key)})")
-            elif problem := _quantised_problem(quantisation, taken, key, _target(tree.leaves[position], dtype)):
+            elif problem := quantised_problem(quantisation, taken, key, _target(tree.leaves[position], dtype)):
                 problems.append(f"{where}: {problem}")
             elif not source.fits(shape, checkpoint.shapes[key]):
                 need = list(source.torch_shape(shape))
@@ -128,16 +128,6 @@ def load_base(
 def _target(like: Any, dtype: Any) -> np.dtype:
     """The dtype that a leaf gets."""
     return np.dtype(dtype) if dtype is not None and _kind(like.dtype) == "float" else np.dtype(like.dtype)
-
-
-def _quantised_problem(quantisation: Quantisation, taken: Collection[str], key: str, target: np.dtype) -> str | None:
-    """Why a leaf cannot get a tensor's values; a tree that holds the scale too takes them as they are stored."""
-    if key in quantisation.scales:
-        scale = quantisation.scales[key].key
-        if scale in taken or not is_float8(target):
-            return None
-        return f"{key} is multiplied by {scale}, for which a {target} leaf has no place: give dtype= or a wider leaf"
-    return quantisation.problems.get(key) if _kind(target) == "float" else None
 
 
 def _report(path: Path, missing: list[str], problems: list[str], unused: list[str]) -> str:
@@ -317,7 +307,8 @@ def save_merged(
         FileExistsError: the folder holds weights.
         NotADirectoryError: it is a file.
         ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
-            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is quantised in another way than by
+            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is quantised in
+            another way than by
             float8 with scales; float8 without scales that loses the update. Nothing is written then.
 
     Example:
@@ -357,7 +348,8 @@ def save_merged(
             if shapes is not None and not source.fits(shape, shapes[key]):
                 need = list(source.torch_shape(shape))
                 problems.append(f"{key} is {list(shapes[key])} in the base, {where} {list(shape)} gives {need}")
-            if quantisation is not None and key in quantisation.problems and _kind(tree.leaves[position].dtype) == "float":
+            is_float = _kind(tree.leaves[position].dtype) == "float"
+            if quantisation is not None and is_float and key in quantisation.problems:
                 problems.append(quantisation.problems[key])
             owners.setdefault(key, []).append((position, n))
     scales = {k: s for k, s in (quantisation.scales if quantisation else {}).items() if k in owners}
@@ -391,7 +383,9 @@ def save_merged(
             first, *others = owners[key]
             value = _merged(tree, sources, *first, adapters, safe, force)
             for other in others:
-                if not np.array_equal(value, _merged(tree, sources, *other, adapters, safe, force).reshape(value.shape)):
+                if not np.array_equal(
+                    value, _merged(tree, sources, *other, adapters, safe, force).reshape(value.shape)
+                ):
                     raise ValueError(
                         f"{' and '.join('.'.join(tree.paths[p]) for p, _ in owners[key])} are both {key} in torch, and "
                         "have different values now. The weight is tied: adapt or change all of its copies alike. "
@@ -399,7 +393,7 @@ def save_merged(
                     )
             if key in scales:
                 assert checkpoint is not None
-                values, scale = _requantised(checkpoint, key, value.reshape(shape), losses)
+                values, scale = requantised(checkpoint, key, value.reshape(shape), losses)
                 writer.write(key, values)
                 writer.write(scales[key].key, scale)
                 continue
@@ -408,7 +402,7 @@ def save_merged(
                 base_value = _of_base(tree, sources, *first)
                 check_rounding(stored, value, base_value, key, force)
             writer.write(key, stored.reshape(shape))
-        _warn_of_losses(losses)
+        warn_of_losses(losses)
         if checkpoint is not None:
             for file in side_files(checkpoint.folder):
                 if not (place / file.name).exists():  # an author's own stays
@@ -443,33 +437,3 @@ def _merged(
 def _of_base(tree: NamedTree, sources: Mapping[int, Source], position: int, index: int) -> np.ndarray:
     """One torch tensor of an adapted leaf's base."""
     return sources[position].tensor(np.asarray(unload(tree.leaves[position])), index)
-
-
-def _requantised(
-    checkpoint: Checkpoint, key: str, value: np.ndarray, losses: dict[str, Loss]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A tensor in the base's scaled float8, and its scale; the base's own bits where it has the base's values."""
-    scale, raw, old = checkpoint.quantisation.scales[key], checkpoint.read(key), checkpoint.read_scale(key)
-    base = dequantised(raw, scale.rows(old, raw.shape))
-    if np.array_equal(base.astype(value.dtype), value):
-        return raw, old
-    wide = value.astype(np.float32)
-    if not np.isfinite(wide).all():
-        raise ValueError(f"{key} has values that are not finite, which scaled float8 cannot hold")
-    new = scale.renewed(old, scale.largest(np.abs(wide)), raw.dtype)
-    spread = scale.rows(new, raw.shape)
-    result = quantised(wide, spread, raw.dtype)
-    parts = (dequantised(result, spread) - wide, wide - base, wide)
-    losses[key] = Loss(raw.dtype.name, True, *(float(np.vdot(part, part)) for part in parts))
-    return result, new
-
-
-def _warn_of_losses(losses: Mapping[str, Loss]) -> None:
-    if losses and (share := overall(list(losses.values()))) > LOSS_LIMIT:
-        worst = max(losses, key=lambda key: losses[key].share)
-        warnings.warn(
-            f"Quantising the merged weights to float8 again loses {share:.0%} of the update, most in {worst} "
-            f"({losses[worst].share:.0%}; relative error of the weight {losses[worst].relative:.1%}). Save without "
-            "base=, or onto a base of more bits, to keep it.",
-            stacklevel=4,  # the line that called `save_merged`, past `takes_model`
-        )

@@ -26,7 +26,8 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?")
 _CONVERT = (
-    "Base checkpoints are read from safetensors alone: load the model in torch and save it with safe_serialization=True "
+    "Base checkpoints are read from safetensors alone: load the model in torch and save it with "
+    "safe_serialization=True "
     "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
 )
 _WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -140,8 +141,7 @@ def merge_checkpoint(
             if file.name not in kept:
                 own = Losses()
                 writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
-                note, text = work.losses(file.name), own.to_json
-                writer.write(work.files / file.name, lambda: write_atomically(note, json.dumps(text()).encode()))
+                writer.write(work.files / file.name, functools.partial(own.write, work.losses(file.name)))
                 losses.add_json(own.to_json())
         try:
             check_losses(losses.tensors, force)

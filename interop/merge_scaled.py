@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .atomic import write_atomically
 from .checkpoint import Checkpoint
 from .quantised import dequantised, quantised
 
@@ -67,8 +70,12 @@ class Losses:
             own = self.tensors.setdefault(key, Loss(dtype.name, scaled))
             own.lost, own.update, own.size = own.lost + lost, own.update + update, own.size + size
 
+    def write(self, path: Path) -> None:
+        """Notes them in a file beside a finished shard."""
+        write_atomically(path, json.dumps(self.to_json()).encode())
+
     def to_json(self) -> dict[str, Any]:
-        """For a file beside a finished shard."""
+        """What `add_json` takes."""
         return {key: dataclasses.asdict(loss) for key, loss in self.tensors.items()}
 
     def add_json(self, values: dict[str, Any]) -> None:
@@ -129,7 +136,7 @@ class ScaledRows:
         self._replaced = None if replaced is None else replaced.reshape(matrix(replaced.shape))
         self.dtype = checkpoint.dtypes[key]
         self.shape = matrix(self._torch_shape)
-        self.scale: np.ndarray | None = None
+        self.new_scale = self._old
 
     def _expanded(self, scale: np.ndarray, first: int, last: int) -> np.ndarray:
         """A scale for rows of the matrix."""
@@ -155,6 +162,7 @@ class ScaledRows:
             spans: of all rows.
             run: `map`, or that of a pool.
         """
+
         def largest(span: Span) -> np.ndarray:
             sizes = np.abs(merged(span))
             if not np.isfinite(sizes).all():
@@ -164,11 +172,10 @@ class ScaledRows:
             return self._scale.largest(sizes, first_axis=1)
 
         rows = np.concatenate(list(run(largest, spans)))
-        self.scale = self._scale.renewed(self._old, self._scale.largest(rows, last_axis=1), self.dtype)
+        self.new_scale = self._scale.renewed(self._old, self._scale.largest(rows, last_axis=1), self.dtype)
 
     def quantised(self, merged: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Merged rows in float8, and their values."""
-        assert self.scale is not None
-        scale = self._expanded(self.scale, first, last)
+        scale = self._expanded(self.new_scale, first, last)
         result = quantised(merged, scale, self.dtype)
         return result, dequantised(result, scale)

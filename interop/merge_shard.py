@@ -94,8 +94,9 @@ class ShardWriter:
             if key in self._plan.keys and key in scales:
                 yield from self._scaled_tasks(pool, key)
                 continue
-            if weight in self._plan.keys:
-                yield lambda key=key, value=self._scaled_rows(pool, weight).scale: self._write_value(key, value)
+            if weight is not None and weight in self._plan.keys:
+                value = self._scaled_rows(pool, weight).new_scale
+                yield lambda key=key, value=value: self._write_value(key, value)
                 continue
             if key in self._plan.keys or own != target:
                 yield from self._tensor_tasks(pool, key, start, own, target)

@@ -221,7 +221,9 @@ class Quantisation:
             and not _MARKER.fullmatch(name)
         ]
         if lost:
-            self.problems[key] = f"{key} is scaled by {lost[0]}, which is in another shard; give the folder or the index"
+            self.problems[key] = (
+                f"{key} is scaled by {lost[0]}, which is in another shard; give the folder or the index"
+            )
         elif others or len(known) > 1:
             found = ", ".join([*known, *others])
             self.problems[key] = f"{key} is float8 with scales of an unknown form ({found}); {_ADVICE}"
@@ -235,7 +237,7 @@ class Quantisation:
         shape, own = self._shapes[key], self._shapes[scale_key]
         dtype = self._dtypes[scale_key]
         if dtype.kind in "iub" or is_float8(dtype):
-            self.problems[key] = f"{key} is scaled by {scale_key}, which holds {dtype}: a form that is not known; {_ADVICE}"
+            self.problems[key] = f"{key} is scaled by {scale_key}, which holds {dtype}: an unknown form; {_ADVICE}"
             return
         size = self._block()
         grid = _grid(shape, own, size, bool(self._config.get("weight_block_size")))
@@ -279,7 +281,7 @@ def _grid(
     if len(grid) != ndim:
         return None
     for axis, (n, count) in enumerate(zip(shape, grid, strict=True)):
-        own = block[axis - ndim] if block and 2 <= ndim and axis >= ndim - 2 else None
+        own = block[axis - ndim] if block and ndim >= 2 and axis >= ndim - 2 else None
         blocks = None if own is None else -(-n // own)
         if count != blocks and (count not in (1, n) or (must_be_blocks and own is not None)):
             return None

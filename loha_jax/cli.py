@@ -79,8 +79,8 @@ NamesOption = Annotated[
         "--names",
         metavar="REGEX=TEMPLATE",
         help="Other names for modules, where the base model's were changed since: those whose whole name in the "
-        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several "
-        "times.",
+        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given "
+        "several times.",
     ),
 ]
 ForceOption = Annotated[

@@ -141,7 +141,12 @@ def show_merge(console: Console, result: dict[str, Any], checked: bool) -> None:
         facts.append(("rounding loses", f"at most {worst['lost_share']:.2%} of an update ({worst['name']})"))
     _facts(console, facts)
     rows = [
-        (loss["name"], f"{'scaled ' * loss['scaled']}{loss['dtype']}", f"{loss['error']:.2e}", f"{loss['lost_share']:.1%}")
+        (
+            loss["name"],
+            f"{'scaled ' * loss['scaled']}{loss['dtype']}",
+            f"{loss['error']:.2e}",
+            f"{loss['lost_share']:.1%}",
+        )
         for loss in losses
         if loss["dtype"].startswith("float8")
     ]

@@ -44,7 +44,8 @@ def merge(
 
     Raises:
         ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, (`safe`) a merged
-            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the message names the modules.
+            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
+            message names the modules.
 
     Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
     which PEFT's layers leave out the adapters that are active and not merged.

@@ -13,7 +13,7 @@ import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
 from loha_jax.default_layouts import is_torch_oriented
-from loha_jax.merge import merge
+from loha_jax.merge import check_rounding, merge, unload
 from loha_jax.models import takes_model
 from loha_jax.named_tree import Layouts, NamedTree
 from loha_jax.naming import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
@@ -30,7 +30,10 @@ from .checkpoint import (
     weight_files,
 )
 from .files import FileError
+from .merge_scaled import Loss
 from .names import NameMap, leaf_path
+from .quantised import is_float8
+from .scaled_leaves import quantised_problem, requantised, warn_of_losses
 from .sources import Source, convolution_source
 
 # What a torch checkpoint may hold beside weights: no Flax model has a place for it.
@@ -58,7 +61,7 @@ def load_base(
             dtypes and, where they are placed, shardings.
         names: a `NameMap`, or what `inject` takes; by default a leaf's torch name is its path.
         layouts: as for `inject`.
-        dtype: of all floating leaves, instead of each leaf's own.
+        dtype: of all floating leaves, instead of each leaf's own. Scaled float8 is multiplied by its scales.
         tied: `{name that is missing in the file: name that it shares its values with}`, e.g.
             `{"lm_head.weight": "model.embed_tokens.weight"}`.
         strict: tensors that no leaf takes are an error. Buffers such as `num_batches_tracked` never are.
@@ -83,7 +86,9 @@ def load_base(
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise ValueError("load_base takes the base model's tree: load it first, then inject or load adapters.")
     checkpoint = Checkpoint(path)
+    quantisation = checkpoint.quantisation
     tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
+    taken = {key for source in sources.values() for key in (*source.keys, *source.also)}
     missing: list[str] = []
     for position, source in sources.items():
         shape, where = tuple(tree.leaves[position].shape), ".".join(tree.paths[position])
@@ -91,25 +96,39 @@ def load_base(
         sources[position] = dataclasses.replace(source, keys=keys)
         for key in keys:
             if key not in checkpoint.shapes:
-                missing.append(f"{key} (for {where} {list(shape)})")
+                missing.append(f"{key} (for {where} {list(shape)}{quantisation.why_missing(key)})")
+            elif problem := quantised_problem(quantisation, taken, key, _target(tree.leaves[position], dtype)):
+                problems.append(f"{where}: {problem}")
             elif not source.fits(shape, checkpoint.shapes[key]):
                 need = list(source.torch_shape(shape))
                 problems.append(f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}")
             elif _kind(checkpoint.dtypes[key]) != _kind(tree.leaves[position].dtype):
                 problems.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {tree.leaves[position].dtype}")
     used = {key for source in sources.values() for key in (*source.keys, *source.also)}
-    unused = [key for key in checkpoint.shapes if key not in used and not _BUFFERS.fullmatch(key)] if strict else []
+    used |= {scale.key for key, scale in quantisation.scales.items() if key in used} | quantisation.extras
+    unused = [
+        key
+        for key in checkpoint.shapes
+        if strict and key not in used and not _BUFFERS.fullmatch(key) and not quantisation.owner_is_packed(key)
+    ]
     if missing or problems or unused:
         raise FileError(_report(checkpoint.path, missing, problems, unused))
     leaves = list(tree.leaves)
     for position, source in sources.items():
         like = leaves[position]
-        target = np.dtype(dtype) if dtype is not None and _kind(like.dtype) == "float" else np.dtype(like.dtype)
+        target = _target(like, dtype)
         value = np.empty(tuple(like.shape), target)
         for n, key in enumerate(source.keys):
-            source.put(_cast(checkpoint.read(key), target, key), value, n)
+            raw = key in quantisation.scales and quantisation.scales[key].key in taken
+            tensor = checkpoint.read(key) if raw else checkpoint.read_values(key)
+            source.put(_cast(tensor, target, key), value, n)
         leaves[position] = _place(value, like)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _target(like: Any, dtype: Any) -> np.dtype:
+    """The dtype that a leaf gets."""
+    return np.dtype(dtype) if dtype is not None and _kind(like.dtype) == "float" else np.dtype(like.dtype)
 
 
 def _report(path: Path, missing: list[str], problems: list[str], unused: list[str]) -> str:
@@ -291,6 +310,7 @@ def save_merged(
     tied: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     safe: bool = False,
+    force: bool = False,
 ) -> None:
     """Writes a tree, with its adapters merged, as a folder that transformers' `from_pretrained` loads in torch.
 
@@ -310,12 +330,18 @@ def save_merged(
             have its values still.
         max_shard_size: of one file: bytes, or "5GB".
         safe: refuse a merged weight with NaN or infinity.
+        force: write float8 without scales although rounding loses more than half of an update.
+
+    Scaled float8 of the base is quantised again, with a scale that fits; a warning says where that loses more than half
+    of an update.
 
     Raises:
         FileExistsError: the folder holds weights.
         NotADirectoryError: it is a file.
         ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
-            tensor and different values; a leaf that is tied no longer; an unknown adapter. Nothing is written then.
+            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is quantised in
+            another way than by
+            float8 with scales; float8 without scales that loses the update. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -335,7 +361,10 @@ def save_merged(
     size = parse_size(max_shard_size)
     checkpoint = Checkpoint(base) if base is not None else None
     shapes = checkpoint.shapes if checkpoint else None
+    quantisation = checkpoint.quantisation if checkpoint else None
     tree, sources, problems = _find_sources_in(checkpoint, params, names, layouts)
+    if quantisation is not None and quantisation.is_used and dtype is not None:
+        raise ValueError(f"{base} is quantised ({quantisation.example}): leave dtype= out, or give another base")
     tied = dict(tied or {})
     owners: dict[str, list[tuple[int, int]]] = {}
     for position, source in sources.items():
@@ -344,13 +373,21 @@ def save_merged(
         for n, key in copies:
             if shapes is not None and key not in shapes:
                 if tied.get(key) not in shapes:
-                    problems.append(f"{key} (for {where} {list(shape)}) is not in the base checkpoint")
+                    why = quantisation.why_missing(key) if quantisation is not None else ""
+                    problems.append(f"{key} (for {where} {list(shape)}) is not in the base checkpoint{why}")
                     continue
                 key = tied[key]
             if shapes is not None and not source.fits(shape, shapes[key]):
                 need = list(source.torch_shape(shape))
                 problems.append(f"{key} is {list(shapes[key])} in the base, {where} {list(shape)} gives {need}")
+            is_float = _kind(tree.leaves[position].dtype) == "float"
+            if quantisation is not None and is_float and key in quantisation.problems:
+                problems.append(quantisation.problems[key])
             owners.setdefault(key, []).append((position, n))
+    scales = {k: s for k, s in (quantisation.scales if quantisation else {}).items() if k in owners}
+    scales = {key: scale for key, scale in scales.items() if scale.key not in owners}
+    held = {scale.key for scale in scales.values()}
+    losses: dict[str, Loss] = {}
     if problems:
         raise ValueError(f"The tree cannot be saved; nothing was written ({len(problems)}): {'; '.join(problems)}")
     plan = []
@@ -369,20 +406,35 @@ def save_merged(
         stem = "diffusion_pytorch_model" if "_diffusers_version" in read_config(checkpoint.folder) else stem
     with whole_folder(folder) as place, CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer:
         for key, target, shape in plan:
+            if key in held:
+                continue  # written with its tensor
             if key not in owners:
                 assert checkpoint is not None
                 writer.write(key, _cast(checkpoint.read(key), target, key))
                 continue
             first, *others = owners[key]
-            value = _merged(tree, sources, *first, adapters, safe)
+            value = _merged(tree, sources, *first, adapters, safe, force)
             for other in others:
-                if not np.array_equal(value, _merged(tree, sources, *other, adapters, safe).reshape(value.shape)):
+                if not np.array_equal(
+                    value, _merged(tree, sources, *other, adapters, safe, force).reshape(value.shape)
+                ):
                     raise ValueError(
                         f"{' and '.join('.'.join(tree.paths[p]) for p, _ in owners[key])} are both {key} in torch, and "
                         "have different values now. The weight is tied: adapt or change all of its copies alike. "
                         "Nothing was written."
                     )
-            writer.write(key, _cast(value, target, key).reshape(shape))
+            if key in scales:
+                assert checkpoint is not None
+                values, scale = requantised(checkpoint, key, value.reshape(shape), losses)
+                writer.write(key, values)
+                writer.write(scales[key].key, scale)
+                continue
+            stored = _cast(value, target, key)
+            if is_float8(target) and not is_float8(value.dtype) and is_adapted(tree.leaves[first[0]]):
+                base_value = _of_base(tree, sources, *first)
+                check_rounding(stored, value, base_value, key, force)
+            writer.write(key, stored.reshape(shape))
+        warn_of_losses(losses)
         if checkpoint is not None:
             for file in side_files(checkpoint.folder):
                 if not (place / file.name).exists():  # an author's own stays
@@ -397,6 +449,7 @@ def _merged(
     index: int,
     adapters: Sequence[str] | None,
     safe: bool,
+    force: bool,
 ) -> np.ndarray:
     """One torch tensor of a leaf; of an adapted stack, only the module that is asked for is merged."""
     leaf, source = tree.leaves[position], sources[position]
@@ -409,5 +462,10 @@ def _merged(
             leaf = dataclasses.replace(leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],))
             moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
             source, index = Source(source.keys[index : index + 1], (), moved), 0
-        leaf = merge(leaf, own, safe=safe)
+        leaf = merge(leaf, own, safe=safe, force=force)
     return source.tensor(np.asarray(leaf), index)
+
+
+def _of_base(tree: NamedTree, sources: Mapping[int, Source], position: int, index: int) -> np.ndarray:
+    """One torch tensor of an adapted leaf's base."""
+    return sources[position].tensor(np.asarray(unload(tree.leaves[position])), index)

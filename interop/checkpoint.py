@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,10 +19,17 @@ from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
 from .atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
 from .files import DTYPES, open_safetensors, without_wrappers
+from .quantised import Quantisation, dequantised
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?")
+_CONVERT = (
+    "Base checkpoints are read from safetensors alone: load the model in torch and save it with "
+    "safe_serialization=True "
+    "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
+)
 _WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}
 
 
@@ -130,8 +138,45 @@ class Checkpoint:
 
     @property
     def modules(self) -> list[str]:
-        """The names of the modules that have a weight."""
-        return [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
+        """The names of the modules that have a weight, be it packed into other tensors."""
+        plain = [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
+        return list(dict.fromkeys([*plain, *self.quantisation.packed]))
+
+    @functools.cached_property
+    def quantisation(self) -> Quantisation:
+        """Which of the tensors are no plain values."""
+        return Quantisation(self.shapes, self.dtypes, read_config(self.folder), self._elsewhere())
+
+    def _elsewhere(self) -> list[str]:
+        """Tensors of an index beside a single file that is one of its shards."""
+        if self.index is not None or self.path.is_dir():
+            return []
+        for stem in _STEMS:
+            if (index := self.folder / f"{stem}.safetensors{INDEX}").is_file():
+                weight_map = _from_index(index, missing_is_fine=True)[2]
+                if self.path.name in weight_map.values():
+                    return [key for key, name in weight_map.items() if name != self.path.name]
+        return []
+
+    def read_scale(self, key: str) -> np.ndarray:
+        """The scale of a float8 tensor, as it is stored.
+
+        Raises:
+            FileError: it holds values that are negative or not finite.
+        """
+        name = self.quantisation.scales[key].key
+        values = self.read(name)
+        wide = values.astype(np.float32)
+        if not np.isfinite(wide).all() or (wide < 0).any():
+            raise FileError(f"{self._files[name]}: the scale {name} holds values that are negative or not finite")
+        return values
+
+    def read_values(self, key: str) -> np.ndarray:
+        """The values of one tensor; those of a scaled float8 tensor in float32, multiplied by its scale."""
+        values, scale = self.read(key), self.quantisation.scales.get(key)
+        if scale is None:
+            return values
+        return dequantised(values, scale.rows(self.read_scale(key), values.shape))
 
     @property
     def is_whole_folder(self) -> bool:
@@ -180,6 +225,8 @@ def _drop_prefix(table: dict[str, Any], prefix: str) -> None:
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:
     if path.is_file():
+        if _PICKLES.fullmatch(path.name):
+            raise FileError(f"{path} is a torch pickle. {_CONVERT}")
         if not path.name.endswith(INDEX):
             return [path], None, None
         return _from_index(path)
@@ -199,15 +246,11 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
             "of one of them."
         )
     other = sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name))
-    hint = (
-        f"; it has {', '.join(other)}: load the model in torch and save it with safe_serialization=True"
-        if other
-        else ""
-    )
+    hint = f"; it has {', '.join(other)}. {_CONVERT}" if other else ""
     raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
 
 
-def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
+def _from_index(index: Path, *, missing_is_fine: bool = False) -> tuple[list[Path], Path, dict[str, str]]:
     values = parse_json(read_text(index), index)
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -217,7 +260,7 @@ def _from_index(index: Path) -> tuple[list[Path], Path, dict[str, str]]:
     if outside := [repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)]:
         raise FileError(f"{index} names shards that are no files beside it: {', '.join(outside)}")
     files = [index.parent / name for name in names]
-    if missing := [str(file) for file in files if not file.is_file()]:
+    if not missing_is_fine and (missing := [str(file) for file in files if not file.is_file()]):
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
     return files, index, weight_map
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.naming import Names
+
 from .adapter_file import AdapterModule
 from .carried import PREFIX
 from .checkpoint import Checkpoint
@@ -18,6 +20,7 @@ from .low_rank_update import LowRankUpdate
 from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .module_lookup import ModuleLookup
 from .read_adapter import read_adapter
+from .renames import rename_hint, renamed
 
 
 class Source:
@@ -27,6 +30,7 @@ class Source:
         path: of the adapter.
         base: the base model's checkpoint, if given.
         only: a regular expression for the whole names of modules in the file; the others are left out.
+        names: other names for these modules, see `renamed`.
 
     Attributes:
         adapter: its modules have the base's names.
@@ -37,20 +41,21 @@ class Source:
         notes: what a user should know, one sentence each.
 
     Raises:
-        ValueError: the base has no weight for a module, or one of another shape.
+        ValueError: the base has no weight for a module, or one of another shape, or one for two modules.
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None, only: str | None):
+    def __init__(self, path: str | Path, base: str | Path | None, only: str | None, names: Names | None = None):
         self.checkpoint = None if base is None else Checkpoint(base)
         shapes = self.checkpoint.shapes if self.checkpoint else {}
-        names = self.checkpoint.modules if self.checkpoint else []
-        adapter = read_adapter(path, modules=names if self.checkpoint else None, only=only)
+        known = self.checkpoint.modules if self.checkpoint else []
+        read = read_adapter(path, modules=known if self.checkpoint else None, only=only)
+        adapter = renamed(read, names, known)
         modules, others = adapter.modules, adapter.others
         if not modules:
             raise ValueError(f"{path} has no module with factors")
         self.notes: list[str] = [embeddings_note(adapter.embeddings)] if adapter.embeddings else []
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.lookup = ModuleLookup(names, modules.values())
+        self.lookup = ModuleLookup(known, modules.values())
         if self.checkpoint is not None:
             self.notes += self.lookup.notes
             modules = self._in_base(modules, shapes)
@@ -61,13 +66,22 @@ class Source:
         self, modules: Mapping[str, AdapterModule], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, AdapterModule]:
         """The modules under the base's names."""
-        result, lost = {}, []
+        assert self.checkpoint is not None
+        quantisation = self.checkpoint.quantisation
+        result, lost, owners = {}, [], {}
         for own, module in modules.items():
             name = self.lookup.find(module.name, module.prefix)
             shape = shapes.get(f"{name}.weight")
             if shape is None:
-                lost.append(own)
+                lost.append(own + quantisation.why_missing(f"{name}.weight"))
                 continue
+            if (other := owners.setdefault(name, own)) != own:
+                raise ValueError(
+                    f"{other} and {own} are both {name} in {self.checkpoint.path}, which has one of the two models. "
+                    "Choose with --only"
+                )
+            if f"{name}.weight" in quantisation.problems:
+                raise ValueError(f"{self.checkpoint.path}: {quantisation.problems[f'{name}.weight']}")
             update = LowRankUpdate.of(module)
             if not update.fits(shape) and not (len(shape) == 2 and update.fits(shape[::-1])):
                 raise ValueError(
@@ -79,7 +93,8 @@ class Source:
         if lost:
             raise ValueError(
                 f"{self.checkpoint and self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
-                "that the adapter was made for, or choose modules with --only"
+                "that the adapter was made for, or choose modules with --only."
+                + rename_hint([m.name for own, m in modules.items() if own in lost], self.checkpoint.modules)
             )
         return result
 
@@ -110,7 +125,13 @@ class Source:
                 f"The source writes dots of module names as underscores ({', '.join(unknown[:5])}"
                 f"{', …' if len(unknown) > 5 else ''}); --base, the base model's checkpoint, says which they are"
             )
-        return {m.name: m for m in modules.values()}
+        result: dict[str, AdapterModule] = {}
+        owners: dict[str, str] = {}
+        for own, module in modules.items():
+            if (other := owners.setdefault(module.name, own)) != own:
+                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with --only")
+            result[module.name] = module
+        return result
 
     def saved(self) -> tuple[dict[str, np.ndarray], list[str]]:
         """What PEFT keeps beside the factors, by its keys, and the modules that LyCORIS' differences belong to."""
@@ -145,7 +166,9 @@ class Source:
             modules.append(module)
             for name in (f"{module}.weight", f"{module}.bias"):
                 if name in self.checkpoint.shapes:
-                    value = self.checkpoint.read(name)
+                    if name in self.checkpoint.quantisation.problems:
+                        raise ValueError(f"{self.checkpoint.path}: {self.checkpoint.quantisation.problems[name]}")
+                    value = self.checkpoint.read_values(name)
                     if name in differences:
                         value = (value.astype(np.float32) + differences[name].astype(np.float32)).astype(value.dtype)
                     saved[PREFIX + name] = value
@@ -156,7 +179,7 @@ class Source:
         key = f"{module.removesuffix('.base_layer')}.{part}"
         if self.checkpoint is None or not module.endswith(".base_layer") or key not in self.checkpoint.shapes:
             return False
-        return np.array_equal(self.checkpoint.read(key), value)
+        return np.array_equal(self.checkpoint.read_values(key), value)
 
 
 def cast_module(module: AdapterModule, dtype: Any) -> AdapterModule:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
+from loha_jax.naming import Names
 
 from .adapter_file import AdapterModule
 from .atomic import move_into_place, naming, temporary_folder, write_atomically
@@ -67,6 +68,7 @@ def convert_adapter(
     base: str | Path | None = None,
     prefix: str | None = None,
     only: str | None = None,
+    names: Names | None = None,
     dtype: Any = None,
     force: bool = False,
 ) -> Conversion:
@@ -81,6 +83,8 @@ def convert_adapter(
             modules are convolutions.
         prefix: of keys in LyCORIS' and kohya's files.
         only: a regular expression for the whole names of modules in the source; the others are left out.
+        names: other names for modules, `{regex: template}` or a function, where the base model's were changed since
+            the adapter was trained; patterns are for whole names of modules in the source.
         dtype: of the factors, instead of their own.
         force: a target that is there is replaced.
 
@@ -110,7 +114,7 @@ def convert_adapter(
         raise ValueError(f"{target} is the source itself")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{target.parent}' to put {target.name} into")
-    read = Source(source, base, only)
+    read = Source(source, base, only, names)
     if dtype is not None and to != "lora":  # whose factors are computed from the source's own
         read.cast(dtype)
     job = _Targets(read)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters
-from loha_jax.init import FACTOR_NAMES
 from loha_jax.before_saving import check_whole
+from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import factor_dtype
 from loha_jax.plan import Target
 from loha_jax.processes import on_host

@@ -68,7 +68,7 @@ def check_merge(
 
     Returns:
         The comparisons; and the tensors that PEFT cannot merge: a LoHa with a weight decomposition or of a Conv3d, a
-        weight decomposition that is scaled or one of several.
+        weight decomposition that is scaled or one of several, and scaled float8.
     """
     merged = Checkpoint(folder)
     able = [
@@ -90,7 +90,7 @@ def check_merge(
 
 def _is_known(checkpoint: Checkpoint, key: str, updates: list[TensorUpdate]) -> bool:
     decomposed = [u for u in updates if u.norms is not None]
-    if len(checkpoint.shapes[key]) > 4:
+    if len(checkpoint.shapes[key]) > 4 or key in checkpoint.quantisation.scales:
         return False
     return all(u.module.kind == "lora" and u.weight == 1 and len(updates) == 1 for u in decomposed)
 

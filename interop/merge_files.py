@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -19,15 +20,18 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.naming import Names
+
 from .adapter_file import AdapterFile
 from .atomic import write_atomically
 from .checkpoint import Checkpoint, Header, side_file_content, side_files
 from .merge_plan import MergePlan, plan_merge
+from .merge_scaled import Loss, Losses, check_losses, loss_notes
 from .merge_shard import ShardWriter, new_dtype
 from .resized_vocabulary import with_vocabulary_size
 from .working_folder import WorkingFolder
 
-_VERSION = 1
+_VERSION = 2
 """Of the working folder; a change in what is written counts it up."""
 
 
@@ -41,6 +45,7 @@ class MergeReport:
         kept: those that an earlier run, cut off, had finished.
         merged, replaced, copied: numbers of tensors: with updates added, with new values, as they were.
         bytes: of the files of weights.
+        losses: what rounding loses, by merged tensor of fewer than 32 bits.
         notes: what a user should know, one sentence each.
     """
 
@@ -51,6 +56,7 @@ class MergeReport:
     replaced: int
     copied: int
     bytes: int
+    losses: dict[str, Loss]
     notes: tuple[str, ...]
 
 
@@ -61,6 +67,7 @@ def merge_checkpoint(
     *,
     dtype: Any = None,
     only: str | None = None,
+    names: Names | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[Path, Checkpoint, MergePlan], None] | None = None,
@@ -77,13 +84,17 @@ def merge_checkpoint(
         out: a folder that is not there yet. Files beside the base's weights (config, tokenizer) are copied into it.
         dtype: of all floating tensors, instead of the base's.
         only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
-        force: an `out` that is there is replaced, when the new one is whole.
+        names: other names for modules, `{regex: template}` or a function, where the base's were changed since the
+            adapter was trained; patterns are for whole names of modules in the adapters' files.
+        force: an `out` that is there is replaced, when the new one is whole; and a base of float8 without scales is
+            written although rounding loses most of the update.
         progress: called with the bytes written so far and in all.
         check: called with the folder, the base and the plan before the folder appears; what it raises ends the merge.
 
     Raises:
         FileExistsError: `out` is there, or another run is writing it.
-        ValueError: see `plan_merge`; or values that float16 cannot hold. There is no `out` then.
+        ValueError: see `plan_merge`; or values that float16 cannot hold; or `dtype` with a quantised base; or rounding
+            to float8 without scales would lose more than half of the update. There is no `out` then.
         OSError: the disk is full, or cannot hold the result.
 
     Example:
@@ -99,12 +110,24 @@ def merge_checkpoint(
     """
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))
     _check_place(checkpoint, out, force)
-    plan, files = plan_merge(checkpoint, adapters, only=only)
+    if dtype is not None and checkpoint.quantisation.is_used:
+        raise ValueError(
+            f"{checkpoint.path} is quantised ({checkpoint.quantisation.example}): its tensors keep their dtypes, leave "
+            "--dtype (dtype=) out"
+        )
+    plan, files = plan_merge(checkpoint, adapters, only=only, names=names)
     headers = {file.name: _new_header(checkpoint, file, dtype, plan.resized) for file in checkpoint.files}
     total = sum(header.file_size for header in headers.values())
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
     with WorkingFolder(out, fingerprint) as work:
-        kept = tuple(name for name, header in headers.items() if work.is_finished(name, header.file_size))
+        losses = Losses()
+        kept = tuple(
+            name
+            for name, header in headers.items()
+            if work.is_finished(name, header.file_size) and work.losses(name).is_file()
+        )
+        for name in kept:
+            losses.add_json(json.loads(work.losses(name).read_text()))
         done = sum(headers[name].file_size for name in kept)
         _check_space(out.parent, total - done)
 
@@ -117,7 +140,15 @@ def merge_checkpoint(
         count(0)
         for file in checkpoint.files:
             if file.name not in kept:
-                ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count).write(work.files / file.name)
+                own = Losses()
+                writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
+                writer.write(work.files / file.name, functools.partial(own.write, work.losses(file.name)))
+                losses.add_json(own.to_json())
+        try:
+            check_losses(losses.tensors, force)
+        except ValueError:
+            work.discard()
+            raise
         _write_side_files(checkpoint, work.files, dtype, plan.resized)
         if check is not None:
             try:
@@ -134,7 +165,8 @@ def merge_checkpoint(
         len(plan.replaced.keys() - plan.updates.keys()),
         len(checkpoint.shapes) - len(plan.keys),
         total,
-        plan.notes,
+        losses.tensors,
+        (*plan.notes, *loss_notes(losses.tensors)),
     )
 
 
@@ -183,7 +215,7 @@ def _fingerprint(
         digest.update(checkpoint.header(file).data)
     for adapter in adapters:
         for own, module in adapter.modules.items():
-            add(own, module.kind, module.r, module.alpha)
+            add(own, module.name, module.kind, module.r, module.alpha)
         for key, tensor in adapter.arrays.items():
             add(key, str(tensor.dtype), list(tensor.shape))
             digest.update(np.ascontiguousarray(tensor).tobytes())

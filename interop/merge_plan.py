@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from loha_jax.naming import Names
+
 from .adapter_file import AdapterFile, AdapterModule
 from .checkpoint import Checkpoint, is_floating, read_config
 from .files import FileError, check_finite
@@ -17,6 +19,7 @@ from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .module_lookup import ModuleLookup
 from .names import GPT2_CONV1D
 from .read_adapter import read_adapter
+from .renames import rename_hint, renamed
 from .resized_vocabulary import is_resized, resizing_note, resizing_problems
 
 _PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
@@ -71,7 +74,11 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[str | Path, float]], *, only: str | None = None
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[str | Path, float]],
+    *,
+    only: str | None = None,
+    names: Names | None = None,
 ) -> tuple[MergePlan, list[AdapterFile]]:
     """Reads the adapters and finds the tensor of each of their modules.
 
@@ -79,23 +86,26 @@ def plan_merge(
         checkpoint: the base.
         adapters: paths and weights.
         only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
+        names: other names for these modules, see `renamed`.
 
     Returns:
         The plan, and the adapters.
 
     Raises:
-        ValueError: modules without a tensor, or whose tensor has another shape or holds integers, all in one error; a
-            tensor that two adapters replace.
+        ValueError: modules without a tensor, or whose tensor has another shape or is quantised in a way that is not
+            known, and tensors that two modules of one adapter would change, all in one error; a tensor that two
+            adapters replace.
         FileError: an adapter is broken, or holds NaN or infinity.
     """
-    planner = _Planner(checkpoint, only)
+    planner = _Planner(checkpoint, only, names)
     files = [planner.add(path, weight) for path, weight in adapters]
     return planner.finish(), files
 
 
 class _Planner:
-    def __init__(self, checkpoint: Checkpoint, only: str | None):
+    def __init__(self, checkpoint: Checkpoint, only: str | None, names: Names | None):
         self._checkpoint = checkpoint
+        self._names = names
         self._only = only
         self._modules = checkpoint.modules
         self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
@@ -109,7 +119,8 @@ class _Planner:
         self._resized: dict[str, tuple[int, ...]] = {}
 
     def add(self, path: str | Path, weight: float) -> AdapterFile:
-        adapter = read_adapter(path, modules=self._modules, only=self._only)
+        read = read_adapter(path, modules=self._modules, only=self._only)
+        adapter = renamed(read, self._names, self._modules)
         check_finite(adapter.arrays, adapter.path)
         chosen, others = adapter.modules, adapter.others
         if adapter.embeddings:
@@ -117,18 +128,29 @@ class _Planner:
         lookup = ModuleLookup(self._modules, chosen.values())
         self._notes += [f"{adapter.path}: {note}" for note in lookup.notes]
         found: list[_Found] = []
-        for module in chosen.values():
+        owners: dict[str, str] = {}
+        for own, module in chosen.items():
             key = f"{lookup.find(module.name, module.prefix)}.weight"
             if key not in self._checkpoint.shapes:
                 self._missing.append(self._say_missing(key))
                 continue
+            if self._is_taken(key, own, owners):
+                continue
             found.append((module, key, LowRankUpdate.of(module)))
-        for key, value in sorted(
-            others.items(), key=lambda item: item[0].endswith(_HEAD)
-        ):  # after what it may be tied to
-            self._add_other(adapter, lookup, key, value, weight)
+        # Resized tensors come before updates of them, an output head after what it may be tied to.
+        for key, value in sorted(others.items(), key=lambda item: item[0].endswith(_HEAD)):
+            self._add_other(adapter, lookup, key, value, weight, owners)
         self._add_updates(adapter, found, weight)
         return adapter
+
+    def _is_taken(self, key: str, own: str, owners: dict[str, str]) -> bool:
+        """Whether another module of the same adapter changes a tensor already, as two text encoders' would."""
+        other = owners.setdefault(key, own)
+        if other != own:
+            self._problems.append(
+                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with --only"
+            )
+        return other != own
 
     def _add_updates(self, adapter: AdapterFile, found: list[_Found], weight: float) -> None:
         is_conv1d = self._is_conv1d(adapter, found)
@@ -136,8 +158,10 @@ class _Planner:
             shape, dtype = self._resized.get(key, self._checkpoint.shapes[key]), self._checkpoint.dtypes[key]
             fits = update.fits(shape)
             turned = len(shape) == 2 and update.fits(shape[::-1])
-            if not is_floating(dtype):
-                self._problems.append(f"{key} holds {dtype}: quantised weights can't be merged into")
+            if key in self._checkpoint.quantisation.problems:
+                self._problems.append(self._checkpoint.quantisation.problems[key])
+            elif not is_floating(dtype):
+                self._problems.append(f"{key} holds {dtype}: no weights that can be merged into")
             elif not fits and not turned:
                 need = [update.rows, *(update.in_shape or (update.columns,))]
                 self._problems.append(f"{key} is {list(shape)}, the adapter's {module.name} is for {need}")
@@ -166,12 +190,18 @@ class _Planner:
         return lambda name: False
 
     def _add_other(
-        self, adapter: AdapterFile, lookup: ModuleLookup, key: str, value: np.ndarray, weight: float
+        self,
+        adapter: AdapterFile,
+        lookup: ModuleLookup,
+        key: str,
+        value: np.ndarray,
+        weight: float,
+        owners: dict[str, str],
     ) -> None:
         module, _, part = key.rpartition(".")
         if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
             target = f"{lookup.find_own(module)}.{PARAMETER_OF[part]}"
-            if self._check_shape(target, value, module):
+            if self._check_shape(target, value, module) and not self._is_taken(target, module, owners):
                 self._added.setdefault(target, []).append((value, weight))
             return
         if base_layer := _PREFIX_OF_BASE_LAYER.fullmatch(key):
@@ -200,6 +230,8 @@ class _Planner:
     def _check_shape(self, key: str, value: np.ndarray, name: str) -> bool:
         if key not in self._checkpoint.shapes:
             self._missing.append(self._say_missing(key))
+        elif key in self._checkpoint.quantisation.problems:
+            self._problems.append(self._checkpoint.quantisation.problems[key])
         elif self._checkpoint.shapes[key] != value.shape:
             self._problems.append(f"{key} is {list(self._checkpoint.shapes[key])}, {name} is {list(value.shape)}")
         else:
@@ -211,7 +243,7 @@ class _Planner:
             tied = [k for k in self._checkpoint.shapes if _EMBEDDING.search(k)]
             if tied:
                 return f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
-        return key
+        return key + self._checkpoint.quantisation.why_missing(key)
 
     def finish(self) -> MergePlan:
         shapes = self._checkpoint.shapes
@@ -225,9 +257,10 @@ class _Planner:
             if self._problems:
                 parts.append(f"tensors that do not fit ({len(self._problems)}): {'; '.join(self._problems)}")
             some = ", ".join(list(shapes)[:3])
+            lost = [key.split(" ")[0].removesuffix(".weight") for key in self._missing if ":" not in key]
             raise ValueError(
                 f"{self._checkpoint.path} and the adapter do not fit; nothing was written. {'. '.join(parts)}. The "
-                f"base has {len(shapes)} tensors, such as {some}"
+                f"base has {len(shapes)} tensors, such as {some}.{rename_hint(lost, self._modules)}"
             )
         if both := sorted(key for key in self._replaced if key in self._added):
             raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")

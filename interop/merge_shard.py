@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import errno
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from .checkpoint import Checkpoint, Header, is_floating
 from .direct_file import DirectFile
 from .low_rank_update import accumulator
 from .merge_plan import MergePlan
+from .merge_scaled import Losses, ScaledRows, matrix
 from .merge_sum import RowUpdates, column_gains, merge_rows, squared_columns
 
 _BLOCK = 4 << 20
@@ -48,14 +48,16 @@ class ShardWriter:
         header: Header,
         dtype: Any,
         count: Callable[[int], None],
+        losses: Losses,
     ):
         self._checkpoint, self._plan, self._file = checkpoint, plan, file
         self._old, self._new, self._dtype = checkpoint.header(file), header, dtype
-        self._count = count
+        self._count, self._losses = count, losses
+        self._scaled: dict[str, ScaledRows] = {}
         self._buffers = threading.local()
 
-    def write(self, path: Path) -> None:
-        """Writes to a name of its own in the same folder, flushes, renames."""
+    def write(self, path: Path, finish: Callable[[], None]) -> None:
+        """Writes to a name of its own in the same folder, flushes, calls `finish`, renames."""
         part = path.with_name(f".{path.name}.part")
         self._source = os.open(self._file, os.O_RDONLY)
         self._target = DirectFile(part, self._new.file_size)
@@ -68,6 +70,7 @@ class ShardWriter:
             ):
                 _run_all(pool, self._tasks(pool, flusher), self._count)
             os.fsync(self._target.descriptor)
+            finish()
             os.rename(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -87,12 +90,61 @@ class ShardWriter:
                 flushed, flush = start, flusher.submit(self._flush)  # the fsync at the end says whether it failed
             own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
             place = self._new.places[key][0]
+            scales, weight = self._checkpoint.quantisation.scales, self._checkpoint.quantisation.weights.get(key)
+            if key in self._plan.keys and key in scales:
+                yield from self._scaled_tasks(pool, key)
+                continue
+            if weight is not None and weight in self._plan.keys:
+                value = self._scaled_rows(pool, weight).new_scale
+                yield lambda key=key, value=value: self._write_value(key, value)
+                continue
             if key in self._plan.keys or own != target:
                 yield from self._tensor_tasks(pool, key, start, own, target)
                 continue
             for offset in range(0, end - start, 8 * _BLOCK):
                 size = min(8 * _BLOCK, end - start - offset)
                 yield lambda a=start + offset, b=place + offset, n=size: self._copy(a, b, n)
+
+    def _merged(self, base: ScaledRows, updates: RowUpdates, key: str, span: tuple[int, int]) -> np.ndarray:
+        """Rows of a scaled tensor with its updates, in float32."""
+        block = base.rows(*span)
+        for value, weight in self._plan.added.get(key, ()):
+            block = block + weight * value.reshape(base.shape)[slice(*span)].astype(np.float32)
+        return np.asarray(_in_precision(np.float32, merge_rows, block, updates.rows(*span), np.dtype(np.float32)))
+
+    def _scaled_parts(
+        self, pool: concurrent.futures.Executor, key: str, base: ScaledRows
+    ) -> tuple[RowUpdates, list[tuple[int, int]]]:
+        rows, columns = base.shape
+        step = max(1, _BLOCK // max(1, 4 * columns))
+        spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
+        return self._row_updates(pool, key, base, spans), spans
+
+    def _scaled_rows(self, pool: concurrent.futures.Executor, key: str) -> ScaledRows:
+        """A scaled tensor that is merged, with its new scale."""
+        if key not in self._scaled:
+            base = ScaledRows(self._checkpoint, key, self._plan.replaced.get(key))
+            updates, spans = self._scaled_parts(pool, key, base)
+            base.fit(lambda span: self._merged(base, updates, key, span), spans, pool.map)
+            self._scaled[key] = base
+        return self._scaled[key]
+
+    def _scaled_tasks(self, pool: concurrent.futures.Executor, key: str) -> Iterator[Callable[[], int]]:
+        """Those of a float8 tensor with a scale, which is in a tensor of its own."""
+        base = self._scaled_rows(pool, key)
+        updates, spans = self._scaled_parts(pool, key, base)
+        place = self._new.places[key][0]
+
+        def write(span: tuple[int, int]) -> int:
+            merged = self._merged(base, updates, key, span)
+            result, values = base.quantised(merged, *span)
+            parts = (values - merged, merged - base.rows(*span), merged)
+            self._losses.add(key, base.dtype, True, [np.vdot(x, x) for x in parts])
+            self._target.write(place + span[0] * base.shape[1], result.reshape(-1).view(np.uint8))
+            return result.nbytes
+
+        for span in spans:
+            yield lambda span=span: write(span)
 
     def _tensor_tasks(
         self, pool: concurrent.futures.Executor, key: str, start: int, own: np.dtype, target: np.dtype
@@ -106,11 +158,11 @@ class ShardWriter:
             if key in self._plan.updates:  # PEFT puts it into the model, in its dtype, and adds to that
                 value = _rounded(key, value, own)
             own = value.dtype
-            base: Any = np.ascontiguousarray(value).reshape(_matrix(shape))
+            base: Any = np.ascontiguousarray(value).reshape(matrix(shape))
         else:
-            base = _FileMatrix(self._source, start, own, _matrix(shape))
-        added = [(value.reshape(_matrix(shape)), weight) for value, weight in self._plan.added.get(key, ())]
-        rows, columns = _matrix(shape)
+            base = _FileMatrix(self._source, start, own, matrix(shape))
+        added = [(value.reshape(matrix(shape)), weight) for value, weight in self._plan.added.get(key, ())]
+        rows, columns = matrix(shape)
         step = max(1, _BLOCK // max(1, columns * max(own.itemsize, target.itemsize)))
         spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
         updates = self._row_updates(pool, key, base, spans)
@@ -121,7 +173,12 @@ class ShardWriter:
             wide = accumulator(own, target)
             if added:
                 block = sum((w * d[first:last].astype(wide) for d, w in added), block.astype(wide))
-            result = np.asarray(_in_precision(wide, merge_rows, block, updates.rows(first, last), target))
+            measure = target.itemsize < 4 and key in self._plan.updates
+            result = _in_precision(wide, merge_rows, block, updates.rows(first, last), target, measure)
+            if measure:
+                self._losses.add(key, target, False, result[1])
+                result = result[0]
+            result = np.asarray(result)
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
                 raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
             self._target.write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
@@ -162,6 +219,8 @@ class ShardWriter:
         return RowUpdates(updates, gains)
 
     def _rows(self, base: Any, first: int, last: int) -> np.ndarray:
+        if isinstance(base, ScaledRows):
+            return base.rows(first, last)
         if not isinstance(base, _FileMatrix):
             return base[first:last]
         size = (last - first) * base.shape[1] * base.dtype.itemsize
@@ -181,11 +240,6 @@ class _FileMatrix:
     start: int
     dtype: np.dtype
     shape: tuple[int, int]
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows are out features; what has no second axis is one row per value of its first."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def _rounded(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -65,17 +65,19 @@ class RowUpdates:
         )
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "measure"))
+def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any, measure: bool = False) -> Any:
     """Rows of the merged weight.
 
     Args:
         weight: `[rows, columns]`.
         updates: for these rows.
         dtype: of the result.
+        measure: whether to say what rounding loses.
 
     Returns:
-        `W + Σ weight·ΔW`; with a decomposition, `W + weight·(g·(W + ΔW) − W)` with g = norms/‖W + ΔW‖.
+        `W + Σ weight·ΔW`; with a decomposition, `W + weight·(g·(W + ΔW) − W)` with g = norms/‖W + ΔW‖. With `measure`
+        a tuple of it and the sums of squares of what rounding adds, of the update, and of the sum.
     """
     factors = [factor for u in updates for pair in u.pairs for factor in pair]
     wide = float32_or_wider(weight.dtype, *(f.dtype for f in factors))
@@ -92,7 +94,10 @@ def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any)
         if gains is None:
             gains = gain(jnp.sqrt(jnp.sum(adapted**2, 1, keepdims=True)), update.norms)
         total += share * (gains.astype(wide) * adapted - base)
-    return total.astype(dtype)
+    result = total.astype(dtype)
+    if not measure:
+        return result
+    return result, [jnp.sum(x * x) for x in (result.astype(wide) - total, total - base, total)]
 
 
 @jax.jit

@@ -171,7 +171,7 @@ class NameMap:
 
         Raises:
             TypeError: `params` has shapes instead of values.
-            FileNotFoundError, ValueError: see `Checkpoint`.
+            FileNotFoundError, ValueError: see `Checkpoint`; or it is quantised.
 
         A torch `Conv1D` (GPT-2) stores [in, out] instead of [out, in], which contents do not show: give `layouts=`.
 
@@ -202,7 +202,13 @@ class NameMap:
             ):  # fmt: skip
                 parts = path_parts(path)
                 leaves.append(Leaf(leaf_path(parts), parts, leaf))
-        found = match_contents(leaves, Checkpoint(base))
+        checkpoint = Checkpoint(base)
+        if checkpoint.quantisation.scales or checkpoint.quantisation.packed:
+            raise ValueError(
+                f"NameMap.infer compares values, and {base} is quantised ({checkpoint.quantisation.example}). Give it "
+                "the float checkpoint of the same model"
+            )
+        found = match_contents(leaves, checkpoint)
         result = cls()
         result._closed = True
         result.sources, result._options, result.unmatched = found.sources, found.ambiguous, found.unmatched

@@ -68,6 +68,10 @@ class WorkingFolder:
         path = self.files / name
         return path.is_file() and path.stat().st_size == size
 
+    def losses(self, name: str) -> Path:
+        """The place of the note on what rounding lost in one of the files."""
+        return self._folder / f"losses-{name}.json"
+
     def discard(self) -> None:
         """Removes all files."""
         shutil.rmtree(self.files, ignore_errors=True)

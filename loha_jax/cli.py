@@ -76,7 +76,24 @@ OnlyOption = Annotated[
         help="Only modules whose whole name in the adapter's file matches, such as 'lora_unet_.*'.",
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there, when the new one is whole.")]
+NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--names",
+        metavar="REGEX=TEMPLATE",
+        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
+        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given "
+        "several times.",
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace what is there, when the new one is whole; merge: also write float8 without scales where rounding "
+        "loses most of the update.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -127,6 +144,7 @@ def convert(
         str | None, typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_).")
     ] = None,
     only: OnlyOption = None,
+    names: NamesOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the factors; their own by default.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -146,6 +164,7 @@ def convert(
             base=base,
             prefix=prefix,
             only=only,
+            names=_interop("renames").parse_names(names or []),
             dtype=_dtype(dtype),
             force=force,
         )
@@ -174,6 +193,7 @@ def merge(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")] = None,
     only: OnlyOption = None,
+    names: NamesOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with what PEFT gives (needs torch and peft); exit code 1 if not.")
     ] = False,
@@ -219,6 +239,7 @@ def merge(
                     out,
                     dtype=_dtype(dtype),
                     only=only,
+                    names=_interop("renames").parse_names(names or []),
                     force=force,
                     progress=progress,
                     check=compare if wants_check else None,
@@ -237,6 +258,10 @@ def merge(
             "replaced": report.replaced,
             "copied": report.copied,
             "bytes": report.bytes,
+            "losses": [
+                {"name": key, "dtype": t.dtype, "scaled": t.scaled, "error": t.relative, "lost_share": t.share}
+                for key, t in report.losses.items()
+            ],
             "notes": list(report.notes),
             "checked": [
                 {"name": c.key, "max_difference": c.max_difference, "units": c.units, "fine": c.is_fine}

@@ -140,7 +140,23 @@ def show_merge(console: Console, result: dict[str, Any], checked: bool) -> None:
         facts.append(("beside PEFT", f"{len(tensors)} tensors the same but for rounding (at most {worst:.2f} of it)"))
         if result["unchecked"]:
             facts.append(("PEFT cannot merge", _several(result["unchecked"])))
+    losses = result["losses"]
+    if losses:
+        worst = max(losses, key=lambda loss: loss["lost_share"])
+        facts.append(("rounding loses", f"at most {worst['lost_share']:.2%} of an update ({worst['name']})"))
     _facts(console, facts)
+    rows = [
+        (
+            loss["name"],
+            f"{'scaled ' * loss['scaled']}{loss['dtype']}",
+            f"{loss['error']:.2e}",
+            f"{loss['lost_share']:.1%}",
+        )
+        for loss in losses
+        if loss["dtype"].startswith("float8")
+    ]
+    if rows:
+        _table(console, ("tensor", "dtype", "relative error of the weight", "of the update lost"), rows)
     _list(console, "Notes", result["notes"], "yellow")
 
 

@@ -8,15 +8,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from loha_jax.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.kernel_samples import sample_kernels
 from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
+_LOSS_LIMIT = 0.5
+"""The share of an update that rounding to float8 may lose."""
+
 
 @takes_model
-def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = False, unload: bool = True) -> Any:
+def merge(
+    params: Any,
+    adapters: Sequence[str] | None = None,
+    *,
+    safe: bool = False,
+    unload: bool = True,
+    force: bool = False,
+) -> Any:
     """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
     Args:
@@ -26,13 +37,16 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
         unload: the other adapters are left out, and the result holds plain arrays, ready to serve. False keeps them:
             the merged ones are gone from the tree, the others adapt the merged weights, and those that were active
             are active still.
+        force: merge into float8 kernels although rounding loses more than half of an update. Under `jax.jit`, where
+            values cannot be read, this is not checked.
 
     Returns:
         The merged tree; leaves of `modules_to_save` are the trained copies. To unmerge, keep the tree you had.
 
     Raises:
-        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, or (`safe`) a merged
-            weight holds NaN or infinity; the message names the modules.
+        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, (`safe`) a merged
+            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
+            message names the modules.
 
     Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
     which PEFT's layers leave out the adapters that are active and not merged.
@@ -54,7 +68,11 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
             return leaf
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
-            weight = leaf.dense(tuple(name for name in chosen if name in leaf.adapters))
+            own = tuple(name for name in chosen if name in leaf.adapters)
+            weight = leaf.dense(own)
+            if own and weight.dtype.itemsize < 2 and not force and not isinstance(weight, jax.core.Tracer):
+                wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
+                check_rounding(weight, wide, leaf.kernel, ", ".join(leaf.names[:3]), force)
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
@@ -74,6 +92,28 @@ def merge(params: Any, adapters: Sequence[str] | None = None, *, safe: bool = Fa
             f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
     return result
+
+
+def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> None:
+    """Refuses a merged float8 weight if rounding loses more than half of the update.
+
+    Args:
+        stored, exact, base: the merged weight as it is stored and before rounding, and the weight without the update.
+        name: of the weight, for the message.
+        force: whether to do nothing.
+
+    Raises:
+        ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
+    """
+    if force:
+        return
+    stored, exact, base = (np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base))
+    lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
+    if lost > _LOSS_LIMIT * update:
+        raise ValueError(
+            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
+            "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"
+        )
 
 
 @takes_model

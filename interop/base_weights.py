@@ -308,7 +308,8 @@ def save_merged(
         NotADirectoryError: it is a file.
         ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
             tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is
-            quantised, but not as float8 with scales; float8 without scales that loses the update. Nothing is written then.
+            quantised, but not as float8 with scales; float8 without scales that loses the update.
+            Nothing is written then.
 
     Example:
         >>> import tempfile

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.scalars import plain_scalar
 from loha_jax.untrusted import FileError, parse_json, read_json, read_text
 
 from .atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
@@ -315,10 +316,11 @@ def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "200MB" or a number, in powers of ten as in huggingface_hub.
 
     Example:
-        >>> parse_size("5GB"), parse_size(100)
+        >>> parse_size("5GB"), parse_size(np.int64(100))
         (5000000000, 100)
     """
-    if isinstance(size, int) and size > 0:
+    size = plain_scalar(size)
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     found = re.fullmatch(r"(\d+)\s*([KMGT]?)B", str(size).upper())
     if not found or not int(found[1]):

@@ -65,6 +65,15 @@ def changed_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tu
                 yield original, name, value
 
 
+def new_data_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Attributes with arrays that a call added to the clones: the path and the value, traced arrays in it."""
+    for path, clone in nnx.iter_graph(clones):
+        if isinstance(clone, nnx.Pytree) and path in originals:
+            for name, value in vars(clone).items():
+                if clone._pytree__nodes.get(name, False) and name not in vars(originals[path]):
+                    yield (*path, name), value
+
+
 def set_attribute(node: Any, name: str, value: Any) -> None:
     """Sets an attribute; the contents of a list, dict or set, which others may hold too, where it is one."""
     old = vars(node).get(name)

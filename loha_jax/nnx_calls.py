@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from loha_jax.adapt import adapt
-from loha_jax.nnx_attributes import changed_attributes, detach_attributes, set_attribute
+from loha_jax.nnx_attributes import changed_attributes, detach_attributes, new_data_attributes, set_attribute
 from loha_jax.nnx_variables import (
     AdaptedCopy,
     AdaptedKernel,
@@ -147,6 +147,7 @@ def call(
     originals = dict(nnx.iter_graph(nodes))
     changed: dict[Path, Any] = {}
     attributes: list[tuple[Any, str, Any]] = []
+    made: dict[Path, Any] = {}
     removed: set[Path] = set()
 
     def pure(model: tuple[list[Any], list[Any]], others: list[Any]) -> Any:
@@ -171,6 +172,7 @@ def call(
         result = fn(*args, **kwargs)
         changed.clear()
         attributes.clear()
+        made.clear()
         removed.clear()
         if changes:
             for path, variable in nnx.to_flat_state(nnx.split(clones)[1]):
@@ -180,17 +182,23 @@ def call(
                 if not frozen and not _same(_value(variable), _value(old)):
                     changed[path] = variable
             attributes.extend(changed_attributes(clones, originals))
+            made.update(new_data_attributes(clones, originals))
             left = {id(node) for _, node in nnx.iter_graph(clones)}
             removed.update(path for node, path in paths.items() if node not in left and path in variables)
         result = jax.tree.map(lambda x: _Returned(paths.get(id(x))) if is_node(x) else x, result, is_leaf=is_node)
         return result, [_value(variable) for variable in changed.values()]
 
     result, new = run(pure, ((weights, values), others), {})
+    traced = jax.tree.leaves([_value(variable) for variable in changed.values()])
+    computed = {id(old): array for old, array in zip(traced, jax.tree.leaves(new), strict=True)}
+    for path, container in made.items():
+        own = jax.tree.map(lambda leaf: computed.get(id(leaf), leaf), container)
+        setattr(originals[path[:-1]], path[-1], nnx.data(own))
     updates: dict[Path, Any] = {}
     for (path, variable), value in zip(changed.items(), new, strict=True):
         if isinstance(node := adapted.get(path), AdaptedCopy):
             node.current.set_value(value)
-        else:
+        elif not any(path[: len(start)] == start for start in made):
             updates[path] = _with_value(variable, value)
     if updates:
         nnx.update(nodes, nnx.from_flat_state(updates))

@@ -77,3 +77,24 @@ def test_what_was_cached_before_the_model_was_adapted_is_computed_again():
     assert "doubled" in vars(model)
     model.seen.clear()
     check(adapted(model), 1)
+
+
+class Remembers(nnx.Module):
+    def __init__(self):
+        self.q = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        y = self.q(x)
+        self.last = nnx.data(y)
+        self.both = nnx.data({"x": x, "y": y})
+        return y
+
+
+def test_arrays_that_a_call_keeps_as_data_are_values_after_it():
+    model = adapted(Remembers())
+    for run in (lambda m, x: m(x), nnx.jit(lambda m, x: m(x))):
+        for x in (X, 2 * X):
+            y = run(model, x)
+            np.testing.assert_array_equal(model.last, y)
+            np.testing.assert_array_equal(model.both["x"], x)
+            np.testing.assert_array_equal(model.both["y"], y)

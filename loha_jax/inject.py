@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.adapters import check_new_adapter
+from loha_jax.caller import warn_caller
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import weight_norms
 from loha_jax.factors import Factors, module_index, norms_of_adapted
@@ -103,11 +103,9 @@ def inject(
 
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
     if wasted := _with_rank_to_spare(plan):
-        warnings.warn(
+        warn_caller(
             f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of {wasted[0]} can have; "
             f"{len(wasted)} module(s) are so small. A smaller r (`rank_pattern`) does the same with fewer parameters.",
-            UserWarning,
-            stacklevel=3,
         )
     return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
 

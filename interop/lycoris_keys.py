@@ -127,8 +127,6 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
         known: the other modules of the file.
     """
     unknown = [f.key for f in foreign.values() if not f.kind]
-    if unknown and not (known := list(known)):
-        return f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"
     named = [f"{own} is a {f.kind} adapter ({f.key!r})" for own, f in foreign.items() if f.kind]
     parts = [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"] if unknown else []
     if named:

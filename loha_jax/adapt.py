@@ -63,9 +63,9 @@ def adapt(
         in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
             an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
             a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
-            integer for all arguments but the adapted tree. By default the one array, no weight, that has an axis as long as
-            `adapter_index` has rows, along its first axis; where several have one (positions as long as the batch, a
-            mask, a random key), that is an error.
+            integer for all arguments but the adapted tree. By default the one array, no weight, that has an axis as
+            long as `adapter_index`, along its first axis; where several have one (positions as long as the batch, a
+            mask, a random key, a cache), that is an error.
         out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
             prefix of the result's tree.
 

@@ -183,7 +183,7 @@ class LoHaConfig:
 
     @property
     def computing(self) -> tuple[Any, ...]:
-        """What an adapted tree needs of its config to compute: the dropouts, and whether kept rows are rescaled.
+        """The part of a config that an adapted tree computes with: the dropouts, and whether kept rows are rescaled.
 
         Ranks, alphas and layouts are in the tree itself. All else in a config is provenance: it is written to files,
         but trees that differ in it alone have the same structure.

@@ -130,7 +130,7 @@ class Factors:
 
     @property
     def scaling(self) -> jax.Array:
-        """What the factors' product is multiplied by, less the scalar: alpha/r, and what `loha_jax.scale` set.
+        """The multiplier of the factors' product without the scalar: alpha/r, times the number that `scale` set.
 
         `[*stack]`, the stack axes that the factors have now.
         """
@@ -172,7 +172,7 @@ class Factors:
 
     @property
     def scale(self) -> jax.Array:
-        """What the product of the factors is multiplied by: `scaling`, times the scalar. `[*stack]`."""
+        """The multiplier of the factors' product: `scaling`, times the scalar. `[*stack]`."""
         scaling = self.scaling
         return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
 

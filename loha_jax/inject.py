@@ -58,8 +58,8 @@ def inject(
         names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
             name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
             `loha_jax.naming.stack_names`.
-        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels that are not Dense, 2-D
-            or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of three or more axes that
+            neither their layer nor a bias or a name settles (docs/guide.md); `infer_layouts` makes one from the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
 
     On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,

@@ -1,4 +1,4 @@
-"""What travels beside a tree without being part of its structure.
+"""Data that travels with a tree without being part of its structure.
 
 Two trees have the same structure if they compute the same function of their arrays. Where an adapter comes from (the
 base model's name, the PEFT version, a file's metadata) is kept in static objects whose `==` and `hash` ignore it, so

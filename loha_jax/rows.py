@@ -119,7 +119,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _names(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """What the function calls its arguments."""
+    """Return the function's own names of its arguments."""
     numbered = [f"argument {n}" for n in range(len(args))]
     try:
         bound = inspect.signature(fn).bind_partial(*args).arguments
@@ -188,10 +188,12 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
         argument.axes = [0 if leaf is array else None for leaf in argument.leaves]
         return
     listed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for _, name, array in fitting)
-    entries = ", ".join(argument.entry for argument in given if isinstance(argument.key, int))
+    entries = f"({', '.join(argument.entry for argument in given if isinstance(argument.key, int))})"
+    if any(isinstance(argument.key, str) for argument, _, _ in fitting):  # keyword arguments have no place in a tuple
+        entries = f"{{{', '.join(f'{argument.label!r}: {argument.entry}' for argument in given)}}}"
     raise ValueError(
         f"It is open which arguments have a row for each of the {batch} entries of adapter_index: an axis of that size "
-        f"is in {listed}. Say it as for jax.vmap, such as adapt(fn, adapter_index=..., in_axes=({entries})) with None "
+        f"is in {listed}. Say it as for jax.vmap, such as adapt(fn, adapter_index=..., in_axes={entries}) with None "
         "for what is the same for all rows, or in_axes={name: 0, ...} by the arguments' names."
     )
 

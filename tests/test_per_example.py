@@ -311,3 +311,10 @@ def test_a_cache_beside_the_adapted_tree_is_no_weight(given):
     merged = loha_jax.merge(params)["q"]["kernel"]
     want = np.stack([x[0] @ merged, x[1] @ jnp.ones((2, 3)), x[2] @ merged]) + cache
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_keyword_arguments_are_proposed_by_name():
+    params = loha_jax.inject({"q": {"kernel": jnp.ones((2, 3))}}, LoHaConfig(r=2, target_modules=["q"]), key=KEY)
+    fn = loha_jax.adapt(lambda p, x, y=0: x @ p["q"]["kernel"] + y, adapter_index=[0, -1], in_axes=(None, 0))
+    with pytest.raises(ValueError, match=r"in_axes=\{'p': None, 'x': 0, 'y': 0\}"):
+        fn(params, jnp.ones((2, 2)), y=jnp.ones((2, 3)))

@@ -339,9 +339,9 @@ def save_merged(
         FileExistsError: the folder holds weights.
         NotADirectoryError: it is a file.
         ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
-            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is quantised in
-            another way than by
-            float8 with scales; float8 without scales that loses the update. Nothing is written then.
+            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is
+            quantised, but not as float8 with scales; float8 without scales that loses the update.
+            Nothing is written then.
 
     Example:
         >>> import tempfile

@@ -104,7 +104,7 @@ def test_a_merge_into_scaled_float8(form, dtype, tmp_path, monkeypatch):
     """Every stored value is within half a unit of float8 of W + ΔW, and the report's error is the true one."""
     monkeypatch.setattr("loha_jax.interop.merge_shard._BLOCK", 500)  # several blocks of rows
     tensors, weight, size, config = quantised(form, dtype)
-    extra = {"q.input_scale": np.float32([0.3]), "other.weight": normal(3, 3)}
+    extra = {"q.input_scale": np.array([0.3], np.float32), "other.weight": normal(3, 3)}
     base = write(tmp_path / "base", {**tensors, **extra}, config)
     path, delta = adapter(tmp_path / "adapter", scale=0.1)
     report = merge_checkpoint(base, [(path, 0.5)], tmp_path / "out")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from loha_jax.interop.checkpoint import CheckpointWriter  # pyright: ignore[reportMissingImports]
+from loha_jax.interop.checkpoint_writer import CheckpointWriter  # pyright: ignore[reportMissingImports]
 from loha_jax.interop.files import safetensors_bytes  # pyright: ignore[reportMissingImports]
 
 from loha_jax import LoHaConfig

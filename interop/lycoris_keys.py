@@ -20,7 +20,7 @@ PARAMETER_OF: Mapping[str, str] = {"w_norm": "weight", "b_norm": "bias", "diff":
 """The parameter that each difference is added to; `diff` and `diff_b` are those of a whole layer (`algo=full`)."""
 
 EMBEDDINGS = "bundle_emb."
-"""What the keys of token embeddings begin with that A1111 and OneTrainer put into an adapter's file."""
+"""The prefix of token embeddings, which A1111 and OneTrainer put into an adapter's file."""
 
 _PEFT = re.compile(r"base_model\.model\.")
 _KEY = re.compile(
@@ -127,8 +127,6 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
         known: the other modules of the file.
     """
     unknown = [f.key for f in foreign.values() if not f.kind]
-    if unknown and not (known := list(known)):
-        return f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"
     named = [f"{own} is a {f.kind} adapter ({f.key!r})" for own, f in foreign.items() if f.kind]
     parts = [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"] if unknown else []
     if named:
@@ -136,12 +134,13 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
     known = list(known)
     if not known:
         return "; ".join(parts)
-    names = known if len(known) <= len(foreign) else foreign
-    pattern = "|".join(map(re.escape, list(names)[:_SHOWN]))
+    names = known if len(known) <= len(foreign) else list(foreign)
+    pattern = "|".join(map(re.escape, names[:_SHOWN]))
     pattern = pattern if names is known else f"(?!({pattern})$).*"
+    more = f", which names the first {_SHOWN} of {len(names)}" if len(names) > _SHOWN else ""
     return (
         f"{'; '.join(parts)}. Nothing is left out unasked: choose the modules to read by a regular expression of their "
-        f"whole names in the file, `only=` {pattern!r}"
+        f"whole names in the file, `only=` {pattern!r}{more}"
     )
 
 

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.caller import warn_caller
 from loha_jax.dora import is_on_out
 from loha_jax.hadamard import float32_or_wider
 from loha_jax.inject import apply_plan, factor_dtype, stack_factors
@@ -118,7 +118,7 @@ def load_lycoris(
         )
 
     if adapter.embeddings:
-        warnings.warn(f"{path}: {embeddings_note(adapter.embeddings)}", UserWarning, stacklevel=3)
+        warn_caller(f"{path}: {embeddings_note(adapter.embeddings)}")
 
     def tensors_of(target: Target, name: str) -> dict[str, np.ndarray]:
         tensors = found.modules[name].tensors

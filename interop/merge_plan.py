@@ -213,7 +213,10 @@ class _Planner:
             return
         old = self._checkpoint.shapes.get(target)
         if old is not None and is_resized(target, old, value.shape):
-            if self._resized.setdefault(target, value.shape) != value.shape:
+            if scale := self._checkpoint.quantisation.scales.get(target):
+                rows = f"{key} has {value.shape[0]} rows, {target} {old[0]}"
+                self._problems.append(f"{rows} and a scale ({scale.key}): merge into the float base")
+            elif self._resized.setdefault(target, value.shape) != value.shape:
                 self._problems.append(f"{target} has {self._resized[target][0]} rows, {key} has {value.shape[0]}")
         elif not self._check_shape(target, value, key):
             return

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.merge import LOSS_LIMIT
+
 from .atomic import write_atomically
 from .checkpoint import Checkpoint
 from .quantised import dequantised, quantised
-
-LOSS_LIMIT = 0.5
-"""The share of an update that rounding to a float8 without scales may lose."""
 
 Span = tuple[int, int]
 
@@ -57,7 +56,7 @@ class Loss:
 
 
 class Losses:
-    """What rounding loses of each merged tensor, added up from several threads."""
+    """The rounding losses of all merged tensors, added up from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -75,11 +74,11 @@ class Losses:
         write_atomically(path, json.dumps(self.to_json()).encode())
 
     def to_json(self) -> dict[str, Any]:
-        """What `add_json` takes."""
+        """Return the losses in the form that `add_json` takes."""
         return {key: dataclasses.asdict(loss) for key, loss in self.tensors.items()}
 
     def add_json(self, values: dict[str, Any]) -> None:
-        """Those of a shard that an earlier run finished."""
+        """Take over the losses of a shard that an earlier run finished."""
         self.tensors.update({key: Loss(**loss) for key, loss in values.items()})
 
 

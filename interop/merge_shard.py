@@ -130,7 +130,7 @@ class ShardWriter:
         return self._scaled[key]
 
     def _scaled_tasks(self, pool: concurrent.futures.Executor, key: str) -> Iterator[Callable[[], int]]:
-        """Those of a float8 tensor with a scale, which is in a tensor of its own."""
+        """Yield the tasks of a float8 tensor whose scale is a tensor of its own."""
         base = self._scaled_rows(pool, key)
         updates, spans = self._scaled_parts(pool, key, base)
         place = self._new.places[key][0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import numpy as np
 
 from loha_jax.adapters import adapter_names
 from loha_jax.before_saving import check_before_saving
+from loha_jax.caller import warn_caller
 from loha_jax.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
 from loha_jax.init import FACTOR_NAMES
 from loha_jax.inject import factor_dtype, stack_factors
@@ -127,12 +127,10 @@ def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
         n for leaf in leaves if leaf.layout.word == "oi" and leaf.adapters.keys() & set(adapters) for n in leaf.names
     ]
     if found := [name for name in named if re.fullmatch(GPT2_CONV1D, name)]:
-        warnings.warn(
+        warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
             "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
             "opens, or merge the adapter (`save_merged`).",
-            UserWarning,
-            stacklevel=4,
         )
 
 

@@ -102,7 +102,7 @@ def is_float8(dtype: Any) -> bool:
 
 
 class Quantisation:
-    """What names, shapes, dtypes and config say of a checkpoint's quantised tensors.
+    """The quantised tensors of a checkpoint, by names, shapes, dtypes and config.
 
     Args:
         shapes, dtypes: by name.
@@ -164,7 +164,7 @@ class Quantisation:
         return any(".".join(parts[:-n]) in self.packed for n in (1, 2, 3) if n < len(parts))
 
     def why_missing(self, key: str) -> str:
-        """What stands in the place of a weight that is not there, as the end of a sentence; "" if nothing."""
+        """Name what replaces a missing weight, as the end of a sentence; "" if nothing does."""
         found = self.packed.get(key.rpartition(".")[0])
         return "" if found is None else f": in its place the base has {found}; {_ADVICE}"
 

@@ -132,8 +132,9 @@ def _check_scale(file: Path, ranks: set[int], example: str) -> None:
     last = {key: key.rpartition(".")[2] for key in said}
     alphas = {key: value for key, value in said.items() if last[key] in _ALPHAS and value is not None}
     odd = [key for key, value in said.items() if last[key] in ("alpha_pattern", "use_rslora") and value]
+    odd += [key for key, value in alphas.items() if not isinstance(value, int | float)]
     if odd or (alphas and set(alphas.values()) != ranks):
-        shown = ", ".join(f"{key}={said[key]!r}" for key in (*alphas, *odd))
+        shown = ", ".join(f"{key}={said[key]!r}" for key in dict.fromkeys((*alphas, *odd)))
         raise FileError(
             f"{example} has no alpha of its own, and {place} says {shown} for modules of rank "
             f"{', '.join(map(str, sorted(ranks)))}: how the updates are scaled cannot be told from the file. Add a "

@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def is_resized(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether a tensor is an embedding or an output head, and its shapes differ in the size of the vocabulary alone.
+    """Whether a tensor is an embedding or an output head, and its shapes differ in the size of the vocabulary only.
 
     Example:
         >>> is_resized("model.embed_tokens.weight", (10, 4), (12, 4)), is_resized("q_proj.weight", (10, 4), (12, 4))
@@ -29,7 +29,7 @@ def is_resized(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
 
 
 def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> list[str]:
-    """What keeps a checkpoint with some tensors resized from being a model.
+    """List the reasons why a checkpoint with some tensors resized is no model.
 
     Args:
         base: shapes of all tensors of the base.
@@ -80,7 +80,7 @@ def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[
 
 
 def resizing_note(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> str:
-    """What a user should know of a merge that resizes the vocabulary."""
+    """Write the note about a merge that resizes the vocabulary."""
     (key, new), *_ = resized.items()
     said = "as config.json says now" if vocabulary_sizes(config) else "which the config has to say (vocab_size)"
     return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 
 import numpy as np
+
+from loha_jax.caller import warn_caller
 
 from .checkpoint import Checkpoint, is_floating
 from .merge_scaled import LOSS_LIMIT, Loss, overall
@@ -45,9 +46,8 @@ def warn_of_losses(losses: Mapping[str, Loss]) -> None:
     """Warns where quantising again lost more than half of the update."""
     if losses and (share := overall(list(losses.values()))) > LOSS_LIMIT:
         worst = max(losses, key=lambda key: losses[key].share)
-        warnings.warn(
+        warn_caller(
             f"Quantising the merged weights to float8 again loses {share:.0%} of the update, most in {worst} "
             f"({losses[worst].share:.0%}; relative error of the weight {losses[worst].relative:.1%}). Save without "
             "base=, or onto a base of more bits, to keep it.",
-            stacklevel=4,  # the line that called `save_merged`, past `takes_model`
         )

@@ -1,4 +1,4 @@
-"""What is at a path, said to someone who gave it to a function or command that opens something else."""
+"""Recognises what is at a path, for errors of functions and commands that open something else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class Kind(NamedTuple):
-    """What is at a path.
+    """A description of what is at a path.
 
     Attributes:
         name: as it stands after "is".
@@ -40,7 +40,7 @@ _CHECKPOINT = Kind("the checkpoint of a model and not an adapter", "load_base")
 
 
 def kind_of(path: str | Path) -> Kind | None:
-    """What is at a path, by its names and headers alone; None where that cannot be told."""
+    """Tell what is at a path by names and headers only; None if that cannot be told."""
     path = Path(path)
     try:
         return _folder_kind(path) if path.is_dir() else _file_kind(path)

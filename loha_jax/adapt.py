@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax._compat import Literal, without_dead_code
-from loha_jax.closures import callers_level, closed_over
+from loha_jax.caller import warn_caller
+from loha_jax.closures import closed_over
 from loha_jax.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.interpreter import Options, densify, evaluate
 from loha_jax.kernel_view import KernelView
@@ -63,9 +63,9 @@ def adapt(
         in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
             an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
             a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
-            integer for all arguments but the adapted tree. By default the one array that has an axis as long as
-            `adapter_index` has rows, along its first axis; where several have one (positions as long as the batch, a
-            mask, a random key), that is an error.
+            integer for all arguments but the adapted tree. By default the one array, no weight, that has an axis as
+            long as `adapter_index`, along its first axis; where several have one (positions as long as the batch, a
+            mask, a random key, a cache), that is an error.
         out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
             prefix of the result's tree.
 
@@ -144,10 +144,9 @@ def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str
         arrays.append(value.kernel if isinstance(value, KernelView) else value)
     if not originals:
         if names := closed_over(fn):
-            warnings.warn(
+            warn_caller(
                 f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
                 "an argument: it computes with W + ΔW, formed as an array. Pass the adapted tree as an argument.",
-                stacklevel=callers_level(),
             )
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)

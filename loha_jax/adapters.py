@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from loha_jax.config import LoHaConfig
@@ -313,7 +312,5 @@ def _check_number(what: str, value: Any) -> None:
         if value.shape:
             raise ValueError(f"{what} should be a number but is an array of shape {value.shape}")
         return
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
-        value = np.asarray(value).item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{what} should be a finite number but is {value!r}")

@@ -33,7 +33,7 @@ _OF_ARRAYS_ON_DEVICES = (
 """Public names of concrete arrays that `dir(jax.Array)` lacks (`aval` would make JAX take the node for an array)."""
 
 _OF_THE_BASE = ("sharding", "device", "devices", "committed", "format", "is_fully_addressable", "is_fully_replicated")
-"""What is asked of the frozen array: nothing is computed for it."""
+"""Names that the frozen array answers: nothing is computed for them."""
 
 
 class ArrayLike:

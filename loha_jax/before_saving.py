@@ -1,4 +1,4 @@
-"""What is checked before a tree is written: whole leaves, a base that has not changed, adapters that do something."""
+"""Checks before a tree is written: whole leaves, a base that has not changed, adapters that do something."""
 
 from __future__ import annotations
 

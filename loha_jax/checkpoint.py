@@ -20,7 +20,6 @@ import json
 import operator
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ import jax
 
 from loha_jax.array_digest import digests
 from loha_jax.before_saving import warn_of_changed_base
+from loha_jax.caller import warn_caller
 from loha_jax.processes import agreed, of_first_process, same_everywhere
 from loha_jax.retention import Retention
 from loha_jax.saved_state import (
@@ -274,9 +274,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}; it has {steps or 'none'}")
         for name in self._unfinished():
             if step is None and int(name.partition(".")[0]) > max(steps, default=-1):
-                warnings.warn(
-                    f"{self.folder / name} is half-written: saving was interrupted. It is left out.", stacklevel=2
-                )
+                warn_caller(f"{self.folder / name} is half-written: saving was interrupted. It is left out.")
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
                 restored = self._restore_step(candidate, state, given)
@@ -286,7 +284,7 @@ class Checkpoints:
                 self._retention.broken[candidate] = str(error)
                 if step is not None:
                     raise
-                warnings.warn(f"{error}. It is left out.", stacklevel=2)
+                warn_caller(f"{error}. It is left out.")
         if steps:
             reasons = "".join(f"\n  - {self._retention.broken[n]}" for n in sorted(steps, reverse=True))
             raise FileError(f"{self.folder} holds no whole checkpoint:{reasons}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,11 +38,3 @@ def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
 
 def _holds_adapted(value: Any) -> bool:
     return any(isinstance(leaf, LoHaWeight) for leaf in jax.tree.leaves(value, is_leaf=is_adapted))
-
-
-def callers_level() -> int:
-    """The `stacklevel`, for a warning of whoever calls this, of the first line outside this library."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "loha_jax":
-        frame, level = frame.f_back, level + 1
-    return level

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from loha_jax.caller import warn_caller
 from loha_jax.init import INIT_SCHEMES
 from loha_jax.scalars import plain_scalar
 from loha_jax.untrusted import FileError, check_pattern, json_object, read_json
@@ -183,7 +183,7 @@ class LoHaConfig:
 
     @property
     def computing(self) -> tuple[Any, ...]:
-        """What an adapted tree needs of its config to compute: the dropouts, and whether kept rows are rescaled.
+        """The part of a config that an adapted tree computes with: the dropouts, and whether kept rows are rescaled.
 
         Ranks, alphas and layouts are in the tree itself. All else in a config is provenance: it is written to files,
         but trees that differ in it alone have the same structure.
@@ -237,11 +237,9 @@ class LoHaConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(
+            warn_caller(
                 f"Unexpected keys {unknown} in the LoHa configuration are ignored; they may come from a newer PEFT "
                 f"than {PEFT_VERSION}.",
-                UserWarning,
-                stacklevel=2,
             )
         given = {k: v for k, v in values.items() if k in known}
         for name in ("rank_pattern", "alpha_pattern"):

@@ -179,14 +179,14 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
     if not _CONVOLUTION.fullmatch(_module(path)):
         return torch and len(shape) > 3 and shape[:1] in beside  # a normalisation of its channels
-    if len(shape) == 3:
-        return True  # with a stack axis there would be no spatial one
     if unstacked:
         return True
     below_scan = any(
         _STACK.fullmatch(part) and not following.isdigit() for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
+    if len(shape) == 3:  # stacked, it is a Dense that is called a convolution: one of 1x1
+        return not stacked
     # torch numbers its layers; patches are embedded once
     return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
 

@@ -1,4 +1,4 @@
-"""What Equinox' layers in a tree of parameters say of their weights by themselves."""
+"""Layouts and kinds of weights that Equinox' layers in a tree of parameters give by themselves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EquinoxLayers:
 
 
 def equinox_layers(tree: Any) -> EquinoxLayers:
-    """Reads the Equinox layers of a tree. Equinox is not imported for it: who has such a tree has done so.
+    """Reads the Equinox layers of a tree. It does not import Equinox: whoever has such a tree has imported it.
 
     Example:
         >>> import equinox as eqx

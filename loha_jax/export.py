@@ -26,11 +26,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     tuple: (list, tuple),
-    type: (lambda kind: kind.__name__, {"int": int, "float": float}.__getitem__),
     frozenset: (sorted, frozenset),
     dict: (lambda value: list(value.items()), dict),
     Layout: (lambda layout: layout.word, Layout),
-    Origin: (lambda origin: [origin.config], lambda parts: Origin(*parts)),
+    Origin: (lambda origin: [origin.config, origin.alphas], lambda parts: Origin(parts[0], alphas=parts[1])),
     Counters: (list, Counters),
     LoHaConfig: (_fields, lambda fields: LoHaConfig(**fields)),
     LycorisConfig: (_fields, lambda fields: LycorisConfig(**fields)),

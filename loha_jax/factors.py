@@ -83,10 +83,9 @@ class Factors:
     def __post_init__(self) -> None:
         held = (*FACTOR_NAMES[:4], *self.parts)
         parts = interned(*(name for name in _ARRAYS if name in held or getattr(self, name) is not None))
-        kinds = tuple(map(type, self.alphas))  # 8 and 8.0 are written differently
-        key = interned(parts, self.ranks, self.alphas, kinds, self.multiplier)
+        key = interned(parts, self.ranks, self.alphas, self.multiplier)
         _keep(self, parts=parts, _children=tuple(getattr(self, name) for name in parts))
-        _keep(self, _aux=(key, Origin(self.config, self.base)))
+        _keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone, for `pickle` and `copy`."""
@@ -131,7 +130,7 @@ class Factors:
 
     @property
     def scaling(self) -> jax.Array:
-        """What the factors' product is multiplied by, less the scalar: alpha/r, and what `loha_jax.scale` set.
+        """The multiplier of the factors' product without the scalar: alpha/r, times the number that `scale` set.
 
         `[*stack]`, the stack axes that the factors have now.
         """
@@ -173,7 +172,7 @@ class Factors:
 
     @property
     def scale(self) -> jax.Array:
-        """What the product of the factors is multiplied by: `scaling`, times the scalar. `[*stack]`."""
+        """The multiplier of the factors' product: `scaling`, times the scalar. `[*stack]`."""
         scaling = self.scaling
         return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
 
@@ -261,11 +260,11 @@ def keep_flat(node: Any, children: tuple[Any, ...], aux: tuple[Any, ...]) -> Non
 
 
 def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Factors:
-    (parts, ranks, alphas, _, multiplier), origin = aux
+    (parts, ranks, _, multiplier), origin = aux
     factors, children = object.__new__(Factors), tuple(children)
     _keep(factors, **dict.fromkeys(_ARRAYS))
     _keep(factors, **dict(zip(parts, children, strict=True)))
-    _keep(factors, ranks=ranks, alphas=alphas, multiplier=multiplier, parts=parts)
+    _keep(factors, ranks=ranks, alphas=origin.alphas, multiplier=multiplier, parts=parts)
     _keep(factors, config=origin.config, base=origin.base, _children=children, _aux=aux)
     return factors
 

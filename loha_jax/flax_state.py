@@ -79,14 +79,19 @@ def register() -> None:
 class _WhenImported(importlib.abc.MetaPathFinder):
     """Runs `_register` after the one import of `flax.serialization`."""
 
+    _is_looking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The module's own spec, with a loader that registers the types at the end."""
-        if fullname != _MODULE:
+        if fullname != _MODULE or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_looking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Registering(spec.loader)
         return spec
@@ -104,6 +109,7 @@ class _Registering(importlib.abc.Loader):
         """Executes the module, then adds the types to its table."""
         self._loader.exec_module(module)
         _register(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -71,6 +71,7 @@ def init_factors(
     digests = [hashlib.sha256(name.encode()).digest() for name in module_names]
     seeds = np.array([[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests], np.uint32)
     stack = (len(module_names),) if stack is None else tuple(stack)
+    key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
     traced = isinstance(key, Tracer) or isinstance(jax.device_put(seeds), Tracer)
     zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}
     factors = {}

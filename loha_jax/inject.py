@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.adapters import check_new_adapter
+from loha_jax.caller import warn_caller
 from loha_jax.config import LoHaConfig
 from loha_jax.dora import weight_norms
 from loha_jax.factors import Factors, module_index, norms_of_adapted
@@ -58,8 +58,8 @@ def inject(
         names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
             name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
             `loha_jax.naming.stack_names`.
-        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels that are not Dense, 2-D
-            or 4-D convolutions or Flax attention; `infer_layouts` makes one from the model.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of three or more axes that
+            neither their layer nor a bias or a name settles (docs/guide.md); `infer_layouts` makes one from the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
 
     On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,
@@ -103,11 +103,9 @@ def inject(
 
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
     if wasted := _with_rank_to_spare(plan):
-        warnings.warn(
+        warn_caller(
             f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of {wasted[0]} can have; "
             f"{len(wasted)} module(s) are so small. A smaller r (`rank_pattern`) does the same with fewer parameters.",
-            UserWarning,
-            stacklevel=3,
         )
     return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
 

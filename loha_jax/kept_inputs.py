@@ -42,7 +42,7 @@ _ELEMENTWISE = {
 _SMALL = 8
 """An array of at most 1/8 of the input's size may be kept beside it."""
 _UNKNOWN = 1024
-"""What a batch or length counts as that is not known."""
+"""The size that an unknown batch or length counts as."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from loha_jax.kernel_samples import sample_kernels
 from loha_jax.models import takes_model
 from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
 
-_LOSS_LIMIT = 0.5
-"""The share of an update that rounding to float8 may lose."""
+LOSS_LIMIT = 0.5
+"""The share of an update that rounding to a float8 without scales may lose."""
 
 
 @takes_model
@@ -110,7 +110,7 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
         return
     stored, exact, base = (np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base))
     lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
-    if lost > _LOSS_LIMIT * update:
+    if lost > LOSS_LIMIT * update:
         raise ValueError(
             f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
             "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"

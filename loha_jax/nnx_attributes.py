@@ -1,7 +1,7 @@
-"""What a call of an adapted NNX model does to attributes that are neither variables nor arrays.
+"""Changes that a call of an adapted NNX model makes to attributes that are neither variables nor arrays.
 
 A call is traced. Whatever an attribute is given there may hold traced values, which mean nothing afterwards
-(`functools.cached_property` keeps them), so that only plain data goes back to the caller's model.
+(`functools.cached_property` keeps them), so only plain data goes back to the caller's model.
 """
 
 from __future__ import annotations

@@ -142,8 +142,11 @@ def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
         return dataclasses.replace(leaf, active=())
     held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
     if _scalings_differ(held) or "gate" in chosen:
-        ranks = (max(held[0].ranks),) * len(held[0].ranks)
-        alphas = held[0].alphas if not _scalings_differ(held) else ranks
+        # One rank for all modules of a stack, and the one alpha/r that holds for those that are adapted.
+        r = max(held[0].ranks)
+        ranks = (r,) * len(held[0].ranks)
+        ratios = [a / n for a, n in zip(held[0].alphas, held[0].ranks, strict=True) if n]
+        alphas = ranks if _scalings_differ(held) or not ratios else (ratios[0] * r,) * len(ranks)
         new = dataclasses.replace(
             held[0], **chosen, ranks=ranks, alphas=alphas, multiplier=1.0, module_index=None, parts=()
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from loha_jax.caller import warn_caller
 from loha_jax.config import LoHaConfig
 from loha_jax.init import factor_shapes
 from loha_jax.layouts import Layout
@@ -144,10 +144,8 @@ def plan_injection(
     _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
     used = {tree.layout_pattern(position) for position in tree.kernels}
     if unused := [pattern for pattern in tree.given_layouts if pattern not in used]:
-        warnings.warn(
+        warn_caller(
             f"layouts={unused} match no kernel." + near_misses(unused, sorted(tree.names.values())),
-            UserWarning,
-            stacklevel=4,  # the line that called `inject`, past `takes_model`
         )
     saved = _plan_saved(tree, config_matched, targets)
     _warn_unmatched(config, config_matched, modules, matched, excluded)
@@ -179,11 +177,9 @@ def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Targe
     optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
     unused = [entry for entry in config.modules_to_save or () if entry not in used and entry not in optional]
     if unused:
-        warnings.warn(
+        warn_caller(
             f"modules_to_save={unused} match no module and nothing is saved for them."
             + near_misses(unused, sorted(tree.modules)),
-            UserWarning,
-            stacklevel=5,
         )
     return saved
 
@@ -213,27 +209,22 @@ def _warn_unmatched(
         entries = sorted(resolved.target_modules or ())
         unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
         if unused:
-            warnings.warn(
+            warn_caller(
                 f"target_modules={unused} match no module; the other entries do."
                 + (spelling_advice(unused, modules) or near_misses(unused, modules)),
-                UserWarning,
-                stacklevel=5,
             )
     if config.exclude_modules and not excluded:
         shown = config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules)
-        warnings.warn(
+        warn_caller(
             f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
             "was set correctly.",
-            UserWarning,
-            stacklevel=5,
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         used = {match_pattern_key(name, patterns) for name in matched}
         unused = [p for p in patterns if p not in used and not any(match_pattern_key(n, [p]) for n in matched)]
         if unused:
-            warnings.warn(
+            warn_caller(
                 f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
                 RuntimeWarning,
-                stacklevel=5,
             )

@@ -1,4 +1,4 @@
-"""What travels beside a tree without being part of its structure.
+"""Data that travels with a tree without being part of its structure.
 
 Two trees have the same structure if they compute the same function of their arrays. Where an adapter comes from (the
 base model's name, the PEFT version, a file's metadata) is kept in static objects whose `==` and `hash` ignore it, so
@@ -30,6 +30,7 @@ class Origin(tuple):
     Attributes:
         config: that made the adapter.
         base: a sample of the kernel that the adapter was made on, or None.
+        alphas: of the adapter's modules, as they are written: 8 and 8.0 are equal, and differ in a file.
 
     Example:
         >>> one, other = LoHaConfig(base_model_name_or_path="org/base"), LoHaConfig(base_model_name_or_path="/data")
@@ -39,15 +40,16 @@ class Origin(tuple):
 
     config: LoHaConfig
     base: KernelSample | None
+    alphas: tuple[float, ...]
 
-    def __new__(cls, config: LoHaConfig, base: KernelSample | None = None) -> Origin:
+    def __new__(cls, config: LoHaConfig, base: KernelSample | None = None, alphas: tuple[float, ...] = ()) -> Origin:
         """An origin of which only `config.computing` is compared."""
         self = super().__new__(cls, (interned(*config.computing),))
-        self.config, self.base = config, base
+        self.config, self.base, self.alphas = config, base, alphas
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Origin, (self.config, self.base)
+        return Origin, (self.config, self.base, self.alphas)
 
 
 class Counters:

@@ -64,10 +64,22 @@ class _Argument:
         paths, self.treedef = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_leaf)
         self.paths, self.leaves = [path for path, _ in paths], [leaf for _, leaf in paths]
         self.is_adapted = bool(adapted_leaves(self.value))
+        self.beside: set[Any] = _beside(self.value) if self.is_adapted else set()
+
+    @property
+    def entry(self) -> str:
+        """A proposal for its place in `in_axes`."""
+        if not self.beside:
+            return "None" if self.is_adapted else "0"
+        if isinstance(self.value, Mapping):
+            return repr({key: 0 if key in self.beside else None for key in self.value})
+        return repr(tuple(0 if n in self.beside else None for n in range(len(self.value))))
 
     def arrays(self) -> Iterator[tuple[str, Any]]:
-        """The arrays that may have rows, with what a person calls them."""
+        """The arrays that may have rows, with what a person calls them: no weights."""
         for path, leaf in zip(self.paths, self.leaves, strict=True):
+            if self.is_adapted and not (path and getattr(path[0], "key", getattr(path[0], "idx", None)) in self.beside):
+                continue
             if _is_array(leaf) and leaf.ndim:
                 yield f"{self.label}{jax.tree_util.keystr(path)}", leaf
 
@@ -89,6 +101,15 @@ class _Argument:
         return self.treedef.unflatten(leaves)
 
 
+def _beside(value: Any) -> set[Any]:
+    """The parts of an adapted argument that hold no weights: `cache` beside Flax' `params`, other items of a tuple."""
+    if isinstance(value, Mapping) and "params" in value:
+        return {key for key, part in value.items() if key != "params" and not adapted_leaves(part)}
+    if type(value) is tuple:
+        return {n for n, part in enumerate(value) if not adapted_leaves(part)}
+    return set()
+
+
 def _is_leaf(x: Any) -> bool:
     return is_adapted(x) or is_model_part(x)
 
@@ -98,7 +119,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _names(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """What the function calls its arguments."""
+    """Return the function's own names of its arguments."""
     numbered = [f"argument {n}" for n in range(len(args))]
     try:
         bound = inspect.signature(fn).bind_partial(*args).arguments
@@ -156,7 +177,6 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
     fitting = [
         (argument, name, array)
         for argument in undecided
-        if not argument.is_adapted
         for name, array in argument.arrays()
         if any(size == batch for size in array.shape)
     ]
@@ -168,10 +188,12 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
         argument.axes = [0 if leaf is array else None for leaf in argument.leaves]
         return
     listed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for _, name, array in fitting)
-    entries = ", ".join("None" if argument.is_adapted else "0" for argument in given if isinstance(argument.key, int))
+    entries = f"({', '.join(argument.entry for argument in given if isinstance(argument.key, int))})"
+    if any(isinstance(argument.key, str) for argument, _, _ in fitting):  # keyword arguments have no place in a tuple
+        entries = f"{{{', '.join(f'{argument.label!r}: {argument.entry}' for argument in given)}}}"
     raise ValueError(
         f"It is open which arguments have a row for each of the {batch} entries of adapter_index: an axis of that size "
-        f"is in {listed}. Say it as for jax.vmap, such as adapt(fn, adapter_index=..., in_axes=({entries})) with None "
+        f"is in {listed}. Say it as for jax.vmap, such as adapt(fn, adapter_index=..., in_axes={entries}) with None "
         "for what is the same for all rows, or in_axes={name: 0, ...} by the arguments' names."
     )
 

@@ -257,7 +257,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
 
 
 def _structure(described: Any) -> Any:
-    """What of an adapted leaf's description has to be equal: not what it says of where the adapter comes from."""
+    """Return the part of an adapted leaf's description that has to be equal: all but the adapter's provenance."""
     if not isinstance(described, dict):
         return described
     result = {name: value for name, value in described.items() if name != "counters"}

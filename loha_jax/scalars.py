@@ -28,7 +28,7 @@ def check_key(key: Any) -> None:
     """Raises TypeError for what is no JAX PRNG key."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
-        seed = key if isinstance(key, int) else 0
+        seed = int(key) if isinstance(key, int) else 0
         given = repr(key) if dtype is None else f"an array of {dtype}{list(jnp.shape(key))}"
         raise TypeError(f"key is a JAX PRNG key, got {given}: use jax.random.key({seed})")
     raw = 0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1  # a raw key is a row of numbers

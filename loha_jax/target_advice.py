@@ -1,4 +1,4 @@
-"""What to say where a config and a tree do not meet: how targets are spelt, and what is no tree of kernels."""
+"""Advice where a config and a tree do not fit: the spelling of targets, and objects that are no tree of kernels."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _packages(node: Any) -> set[str]:
 
 
 def quantised_kernels(params: Any) -> dict[str, str]:
-    """What stands in a tree for a quantised kernel, by default module name: "qwix QArray (int8)"."""
+    """Describe the quantised kernels of a tree, by default module name: "q.kernel is a qwix QArray (int8)"."""
 
     def is_quantised(node: Any) -> bool:
         return type(node).__module__.split(".")[0] in _QUANTISED

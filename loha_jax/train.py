@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from loha_jax.caller import warn_caller
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.models import refuse_model
 from loha_jax.partition import combine, partition
@@ -196,11 +196,10 @@ def fit(
         log.read_all()
         if log.failure is not None:
             stopped, (step, values) = "nan", log.failure
-            warnings.warn(
+            warn_caller(
                 f"Step {step + 1} is not finite (loss {values['loss']}, norm of the gradient {values['grad_norm']}); "
                 f"training ends with the state after step {step}.",
                 RuntimeWarning,
-                stacklevel=2,
             )
         log.end(step)
         if stopped == "finished":

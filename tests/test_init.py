@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import loha_jax
 from loha_jax.init import factor_shapes, init_factors
 
 # Shapes and bounds from PEFT's kaiming_uniform_(a=sqrt(5)): 1/sqrt(shape[1] * prod(shape[2:])) of each factor.
@@ -125,3 +126,10 @@ def test_all_shapes_share_one_compiled_draw():
     for n in range(1, 8):
         init_factors(key, ["q"], factor_shapes(8 * n, 5 * n, (), n, False), True, jnp.float32)
     assert len(compiled) == 1
+
+
+def test_a_raw_key_that_was_read_from_a_file_is_a_key():
+    base, config = {"q": {"kernel": jnp.ones((3, 4))}}, loha_jax.LoHaConfig(r=2, target_modules=["q"])
+    key = jax.random.PRNGKey(3)
+    trees = [loha_jax.inject(base, config, key=k) for k in (key, np.asarray(key))]
+    assert all(map(np.array_equal, *map(jax.tree.leaves, trees)))

@@ -210,3 +210,17 @@ def test_a_scan_over_axis_1_is_refused_until_the_model_says_so(shape):
         loha_jax.inject(tree, config, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"'sio'.*'iso'"):
         loha_jax.interop.save_merged("unused", tree)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"layers": {"pointwise_conv": {"kernel": (3, 6, 6)}}},
+        {"pointwise_conv": {"kernel": (3, 6, 6)}, "norm": {"scale": (3, 6)}},
+    ],
+)
+def test_stacked_dense_layers_called_convolutions_are_no_convolution(tree):
+    params = jax.tree.map(jnp.ones, tree, is_leaf=lambda node: isinstance(node, tuple))
+    config = loha_jax.LoHaConfig(r=2, target_modules=["pointwise_conv"])
+    with pytest.raises(ValueError, match=r"pointwise_conv.*'sio'.*'kio'"):
+        loha_jax.inject(params, config, key=jax.random.key(0))

@@ -273,3 +273,48 @@ def test_in_axes_that_do_not_fit():
         run({"y": 0}, params, x, at)
     with pytest.raises(ValueError, match=r"out_axes says 3 for a result of shape \(1, 3, 4\)"):
         run((None, 0, None), params, x, at, out_axes=3)
+
+
+def test_a_stack_of_modules_with_decomposed_weights_of_several_ranks():
+    config = loha_jax.LycorisConfig(
+        r=2, alpha=4, rank_pattern={"l.1": 4}, alpha_pattern={"l.1": 8}, target_modules=["0", "1"], init_weights=False,
+        weight_decompose=True,
+    )  # fmt: skip
+    base = {"l": {"kernel": jax.random.normal(KEY, (2, 6, 6))}}
+    params = loha_jax.inject(base, config, key=KEY, layouts={"l": "sio"}, names=lambda name: "l.{}")
+
+    def fn(params, x):
+        return jnp.einsum("bi,sio->bso", x, params["l"]["kernel"])
+
+    x = jax.random.normal(KEY, (3, 6))
+    got = loha_jax.adapt(fn, adapter_index=[0, -1, 0], in_axes=(None, 0))(params, x)
+    want = np.stack([fn(p, x)[n] for n, p in enumerate((loha_jax.merge(params), base, loha_jax.merge(params)))])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["variables", "tuple"])
+def test_a_cache_beside_the_adapted_tree_is_no_weight(given):
+    cache, x = jnp.arange(9.0).reshape(3, 3), jnp.ones((3, 2))
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    params = loha_jax.inject({"q": {"kernel": jnp.ones((2, 3))}}, config, key=KEY)
+
+    def fn(state, x):
+        params, cache = (state["params"], state["cache"]) if given == "variables" else state
+        return x @ params["q"]["kernel"] + cache
+
+    state, axes = (params, cache), (None, 0)
+    if given == "variables":
+        state, axes = {"params": params, "cache": cache}, {"params": None, "cache": 0}
+    with pytest.raises(ValueError, match=rf"in_axes=\({re.escape(repr(axes))}, 0\)"):
+        loha_jax.adapt(fn, adapter_index=[0, -1, 0])(state, x)
+    got = loha_jax.adapt(fn, adapter_index=[0, -1, 0], in_axes=(axes, 0))(state, x)
+    merged = loha_jax.merge(params)["q"]["kernel"]
+    want = np.stack([x[0] @ merged, x[1] @ jnp.ones((2, 3)), x[2] @ merged]) + cache
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_keyword_arguments_are_proposed_by_name():
+    params = loha_jax.inject({"q": {"kernel": jnp.ones((2, 3))}}, LoHaConfig(r=2, target_modules=["q"]), key=KEY)
+    fn = loha_jax.adapt(lambda p, x, y=0: x @ p["q"]["kernel"] + y, adapter_index=[0, -1], in_axes=(None, 0))
+    with pytest.raises(ValueError, match=r"in_axes=\{'p': None, 'x': 0, 'y': 0\}"):
+        fn(params, jnp.ones((2, 2)), y=jnp.ones((2, 3)))

@@ -187,6 +187,15 @@ def test_what_computing_needs_is_structure(fields):
     assert jax.tree.structure(adapted()) != jax.tree.structure(adapted(**fields))
 
 
+def test_how_a_number_is_written_is_no_structure(tmp_path):
+    whole, point = adapted(alpha=4), adapted(key=1, alpha=4.0)
+    assert jax.tree.structure(whole) == jax.tree.structure(point)
+    jax.tree.map(lambda x, y: (x + y) / 2, whole, point)
+    for params, written in ((whole, "4"), (jax.tree.map(lambda x: x, point), "4.0")):
+        interop.save_peft(tmp_path, params)
+        assert f'"alpha": {written},' in (tmp_path / "adapter_config.json").read_text()
+
+
 def config_of(params):
     return params["q"]["kernel"].adapters["default"].config
 

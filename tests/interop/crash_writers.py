@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint  # noqa: F401  # or each case would import it
 from jax._src import xla_bridge
 from loha_jax.interop.adapter_folder import PENDING
-from loha_jax.interop.checkpoint import CheckpointWriter
+from loha_jax.interop.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.convert import convert_adapter
 from loha_jax.interop.merge_files import merge_checkpoint
 from loha_jax.interop.orbax_folder import read_orbax

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from loha_jax.interop import merge_files, merge_shard
 from loha_jax.interop.adapter_file import AdapterModule
-from loha_jax.interop.checkpoint import Checkpoint, CheckpointWriter
+from loha_jax.interop.checkpoint import Checkpoint
+from loha_jax.interop.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.files import FileError, safetensors_bytes
 from loha_jax.interop.low_rank_update import LowRankUpdate
 from loha_jax.interop.merge_files import merge_checkpoint

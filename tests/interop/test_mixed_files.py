@@ -310,6 +310,7 @@ def test_a_folder_with_several_files_is_refused_with_their_names(tmp_path):
         ({"transformer.r": 2, "transformer.lora_alpha": 4}, 2, False),
         ({"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.use_rslora": True}, 2, False),
         ({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"q": 1}}, 2, False),
+        ({"transformer.lora_alpha": [2]}, 2, False),
     ],
 )
 def test_a_scale_that_only_the_header_tells_is_not_ignored(said, rank, fine, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from loha_jax.interop.merge_files import merge_checkpoint
@@ -81,6 +82,15 @@ def test_what_makes_no_model_is_refused(config, more, saved, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         merge_checkpoint(folder, [(given, 1.0)], tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_scaled_vocabulary_is_not_resized(tmp_path):
+    given, folder = adapter(tmp_path / "a", **{"embed_tokens.weight": normal(NEW, WIDTH)}), base(tmp_path / "b")
+    scaled = {"embed_tokens.weight": normal(OLD, WIDTH).astype(ml_dtypes.float8_e4m3fn)}
+    scaled["embed_tokens.weight_scale"] = np.ones(1, np.float32)
+    save_file({"q_proj.weight": normal(6, WIDTH), **scaled}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has 12 rows, embed_tokens\.weight 10 and a scale.*float base"):
+        merge_checkpoint(folder, [(given, 1.0)], tmp_path / "o")
 
 
 def test_two_adapters_must_agree(tmp_path):

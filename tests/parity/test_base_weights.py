@@ -13,7 +13,8 @@ import torch
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loha_jax.interop import NameMap, base_weights
-from loha_jax.interop.checkpoint import Checkpoint, parse_size
+from loha_jax.interop.checkpoint import Checkpoint
+from loha_jax.interop.checkpoint_writer import parse_size
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -2,7 +2,8 @@
 
     python3 run.py example [--quick ...]    fine-tune a real model with LoHa and open the result in PyTorch PEFT
     python3 run.py processes [...]          train in several processes, kill one, go on in other numbers of them
-    python3 run.py test [pytest arguments]  run the tests: all of them, or those that the arguments choose
+    python3 run.py test [pytest arguments]  run the tests of every day, or those that the arguments choose
+    python3 run.py test-long [...]          run the rest: more parity, third-party models, kills, devices, long runs
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job needs: some minutes and
 gigabytes the first time, nothing after that. It needs Python 3.11 or newer with venv, and nothing else.
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command, *rest = arguments
-    commands = {"example": run_example, "processes": run_processes, "test": run_tests}
+    commands = {"example": run_example, "processes": run_processes, "test": run_tests, "test-long": run_long_tests}
     if command not in commands:
         print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
         return 2
@@ -95,18 +96,27 @@ def run_processes(python: Path, arguments: list[str]) -> int:
 
 
 def run_tests(python: Path, arguments: list[str]) -> int:
-    """Installs what the tests need, torch included, and runs them, up to four at a time."""
+    """Installs what the tests need, torch included, and runs those of every day, or those that arguments choose."""
+    workers = prepare_tests(python, arguments)
+    return run(python, ["-m", "pytest", *workers, *(arguments or ["-m", "not slow"])], folder=REPOSITORY)
+
+
+def run_long_tests(python: Path, arguments: list[str]) -> int:
+    """Runs what `run_tests` leaves out. Arguments are more options of pytest, for both of its runs."""
+    workers = prepare_tests(python, arguments)
+    status = run(python, ["-m", "pytest", *workers, "-m", "slow", *arguments], folder=REPOSITORY)
+    # Tests on a mesh of eight virtual devices need processes that start with them.
+    return run(python, ["-m", "pytest", *workers, "tests/devices", *arguments], folder=REPOSITORY) or status
+
+
+def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
+    """Installs what the tests need. Returns pytest's options for up to four workers, if arguments have none."""
     installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers", "lycoris-lora"])
     for what in (TORCH, TEST, MODEL, THIRD_PARTY):
         installer.install(what)
     own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
     workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
-    parallel = [] if own_choice or not has_module(python, "xdist") else workers
-    status = run(python, ["-m", "pytest", *parallel, *arguments], folder=REPOSITORY)
-    if arguments:  # a choice of tests, or options
-        return status
-    # Tests on a mesh of eight virtual devices need processes that start with them.
-    return run(python, ["-m", "pytest", *parallel, "tests/devices"], folder=REPOSITORY) or status
+    return [] if own_choice or not has_module(python, "xdist") else workers
 
 
 def check_python() -> None:

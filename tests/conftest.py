@@ -1,15 +1,24 @@
 """Settings of all tests."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Nearly every program of the tests runs once or twice: LLVM's optimisation costs more than it saves.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Nearly every program of the tests runs once or twice: to optimise it costs more than it saves.
+# tests/test_examples.py runs programs that are optimised as a user's are.
+CHEAP_TO_COMPILE = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *CHEAP_TO_COMPILE])
 
 import jax
 import pytest
 from hypothesis import settings
+from jax._src.lru_cache import LRUCache
 
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.load_profile("default")
@@ -29,6 +38,34 @@ def pytest_addoption(parser):
     group = parser.getgroup("checkpoint", "processes killed while they save (tests/test_checkpoint_kill.py)")
     group.addoption("--checkpoint-kills", type=int, default=8, help="how many")
     group.addoption("--checkpoint-seed", type=int, default=0, help="seed of the moments")
+
+
+def pytest_configure(config):
+    """What one process compiles, all processes of a run read: from COMPILED_PROGRAMS, or a folder of this run alone.
+
+    Not by JAX's own environment variable: processes that tests start, and some kill, do not write there.
+    """
+    if not os.environ.get("COMPILED_PROGRAMS"):  # else .ci/run's, or that of the process that started this worker
+        os.environ["COMPILED_PROGRAMS"] = tempfile.mkdtemp(prefix="loha-jax-compiled-")
+        config.add_cleanup(forget_folder)
+    LRUCache.put = put_whole
+    jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED_PROGRAMS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A program that cannot be read is an error, as every warning here, and not compiled again in silence.
+    jax.config.update("jax_raise_persistent_cache_errors", True)
+
+
+def forget_folder():
+    shutil.rmtree(os.environ.pop("COMPILED_PROGRAMS"), ignore_errors=True)
+
+
+def put_whole(self, key, value):
+    """Writes a compiled program in one step, which JAX does not: another process may be reading it."""
+    path = Path(str(self.path)) / f"{key}-cache"
+    part = path.with_name(f"{key}.{os.getpid()}.part")
+    part.write_bytes(value)
+    part.replace(path)
 
 
 def pytest_ignore_collect(collection_path, config):

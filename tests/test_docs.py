@@ -17,10 +17,17 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     name
     for package in (loha_jax, interop)
-    for _, name, is_package in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    for _, name, is_package in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not is_package
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+FOLDERS = [Path(path) for package in (loha_jax, interop) for path in package.__path__]
+
+
+def examples(text):
+    return len(re.findall(r"^ *>>> ", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -28,6 +35,18 @@ def test_docstring_examples(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"jax": jax, "jnp": jnp}, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+    assert result.attempted == examples(Path(module.__file__ or "").read_text(encoding="utf-8"))
+
+
+def test_no_file_with_examples_is_left_out():
+    files = {path for folder in FOLDERS for path in folder.rglob("*.py")}
+    tested = {Path(importlib.import_module(name).__file__ or "") for name in MODULES}
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    # Only the faces of packages are left out: no examples there.
+    assert not any(examples(texts[path]) for path in files - tested)
+    assert {path.name for path in files - tested} == {"__init__.py"}
+    assert len(tested) > 80
+    assert sum(map(examples, texts.values())) > 250
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

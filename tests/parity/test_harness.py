@@ -34,7 +34,6 @@ STEPS = 20
 OUTPUT, GRADIENT, TRAJECTORY = 1e-6, 1e-5, 1e-4
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:You have passed exclude_modules:UserWarning"),
     pytest.mark.filterwarnings("ignore:(target_modules|modules_to_save)=:UserWarning"),
@@ -262,10 +261,10 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
 
 
 CHUNKS = 4
-"""The cases run in so many tests, side by side where pytest has several workers."""
+"""The cases run in so many tests, side by side where pytest has several workers; the first is one of every day."""
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, CHUNKS))])
 def test_peft_and_loha_jax_do_the_same(chunk, request, tmp_path_factory):
     """The number of cases and the seed are options of pytest; hypothesis prints a failing case."""
     options = request.config.option

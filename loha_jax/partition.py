@@ -88,7 +88,7 @@ def trainable_mask(params: Any) -> Any:
         >>> tx = optax.chain(optax.masked(optax.adamw(1e-3), mask),
         ...                  optax.masked(optax.set_to_zero(), jax.tree.map(lambda train: not train, mask)))
         >>> len(jax.tree.leaves(mask)), sum(jax.tree.leaves(mask))
-        (6, 4)
+        (5, 4)
     """
 
     refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")

@@ -285,7 +285,7 @@ def flops(fn, *args):
 def test_auto_is_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expected):
     kernel = jax.ShapeDtypeStruct((3, 3, in_ // groups, out), jnp.float32)
     config = LoHaConfig(r=r, target_modules=["conv"], use_effective_conv2d=cp)
-    params = loha_jax.inject({"conv": {"kernel": kernel}}, config, key=jax.random.key(0))
+    params = loha_jax.inject({"conv": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"conv": "kkio"})
     trainable, frozen = loha_jax.partition(params)
     x = jax.ShapeDtypeStruct((2, size, size, in_), jnp.float32)
     conv = nn.Conv(out, (3, 3), use_bias=False, feature_group_count=groups)

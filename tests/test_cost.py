@@ -104,7 +104,9 @@ def conv_step(strategy, layers, cp, width=512):
     if strategy is None:
         return jax.jit(jax.value_and_grad(lambda x, p: forward(p, x).sum())).lower(x, kernels).compile()
     config = loha_jax.LoHaConfig(r=2, target_modules=list(kernels), use_effective_conv2d=cp)
-    trainable, frozen = loha_jax.partition(loha_jax.inject(kernels, config, key=jax.random.key(0)))
+    trainable, frozen = loha_jax.partition(
+        loha_jax.inject(kernels, config, key=jax.random.key(0), layouts={r"\d": "kkio"})
+    )
     apply = loha_jax.adapt(forward, strategy=strategy)
     loss = lambda t, x, f: apply(loha_jax.combine(t, f), x).sum()  # noqa: E731
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(trainable, x, frozen).compile()

@@ -115,7 +115,7 @@ def test_no_rule_of_differentiation_holds_a_tracer(config, strategy):
         "layers": {"up": {"kernel": jnp.ones((3, 8, 8))}},
         "conv": {"kernel": jnp.ones((3, 3, 8, 2))},
     }
-    layouts = {r"layers\.up": "sio"}
+    layouts = {r"layers\.up": "sio", "conv": "kkio"}
     params = loha_jax.inject(base, config(r=2, **options), key=jax.random.key(0), layouts=layouts)
 
     def fn(params, ids):

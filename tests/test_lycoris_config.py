@@ -1,6 +1,7 @@
 """LyCORIS' options that are not PEFT's: rank stabilisation, the scalar, rank dropout without rescaling."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,18 @@ def delta(params, name="q"):
 
 
 def test_rank_stabilisation_scales_by_alpha_over_the_root_of_r():
-    plain, stable = inject(), inject(rs_lora=True, rank_pattern={"v": 9}, alpha_pattern={"v": 2})
+    plain, stable = inject(), inject(rs_lora=True, rank_pattern={"v": 8}, alpha_pattern={"v": 2})
     np.testing.assert_allclose(delta(stable), delta(plain) * 2, rtol=1e-4, atol=1e-6)  # 3/√4 instead of 3/4
     (factors,) = stable["v"]["kernel"].adapters.values()
-    np.testing.assert_allclose(factors.scaling, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(factors.scaling, 2 / math.sqrt(8), rtol=1e-6)
     # files hold it folded into alpha, so that alpha/r is the scaling for every reader
     state = interop.to_lycoris_state_dict(stable)
     np.testing.assert_allclose(state["lycoris_q.alpha"], 6, rtol=1e-6)
-    np.testing.assert_allclose(state["lycoris_v.alpha"], 6, rtol=1e-6)
+    np.testing.assert_allclose(state["lycoris_v.alpha"], 2 * math.sqrt(8), rtol=1e-6)
 
 
 def test_peft_gets_rank_stabilisation_folded_into_alpha(tmp_path):
-    params = inject(rs_lora=True, rank_pattern={"v": 9}, alpha_pattern={"v": 2})
+    params = inject(rs_lora=True, rank_pattern={"v": 8}, alpha_pattern={"v": 2})
     interop.save_peft(tmp_path, params)
     config = LoHaConfig.from_pretrained(tmp_path)
     assert type(config) is LoHaConfig

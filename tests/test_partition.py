@@ -76,7 +76,7 @@ def test_the_mask_freezes_everything_else_under_optax():
 
 def test_batch_norm_statistics_are_saved_but_not_trained():
     base = {"q": {"kernel": jnp.ones((3, 3))}, "bn": {"scale": jnp.ones(3), "mean": jnp.zeros(3), "var": jnp.ones(3)}}
-    params = loha_jax.inject(base, LoHaConfig(target_modules=["q"], modules_to_save=["bn"]), key=KEY)
+    params = loha_jax.inject(base, LoHaConfig(r=2, target_modules=["q"], modules_to_save=["bn"]), key=KEY)
     mask = loha_jax.trainable_mask(params)
     assert mask["bn"]["scale"].copies == {"default": True}
     assert mask["bn"]["mean"].copies == {"default": False}

@@ -555,8 +555,9 @@ def test_an_adapted_tree_gets_one_more_adapter(tmp_path):
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
     write_lora(tmp_path, {"modules_to_save": ["head"]}, **{"other.weight": np.ones(3), "head.weight": np.ones((2, 5))})
     base = {**BASE, "q": {"kernel": jnp.ones((6, 4))}, "a": {"conv": {"kernel": jnp.ones((3, 3, 2, 3))}}}
+    layouts = {r"(a\.)?conv": "kkio"}
     with pytest.raises(ValueError, match="nothing was loaded") as error:
-        interop.load_lora(tmp_path, base)
+        interop.load_lora(tmp_path, base, layouts=layouts)
     message = str(error.value)
     assert str(tmp_path) in message
     assert f"unexpected keys (1): {PREFIX}other.weight" in message
@@ -616,7 +617,7 @@ def test_broken_configs_are_named(text, tmp_path):
 
 
 def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp_path):
-    base = {"conv": {"kernel": jnp.zeros((3, 3, 2, 6))}}
+    base = {"conv": {"kernel": jnp.zeros((3, 3, 2, 6)), "bias": jnp.zeros(6)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=2, target_modules=["conv"], init_weights=False), key=jax.random.key(0)
     )  # fmt: skip

@@ -101,8 +101,8 @@ def test_a_wrong_merge_fails_the_check(tmp_path, monkeypatch):
     sample = Sample("linear_bf16_base_fp32_adapter")
     real = merge_files._write_side_files
 
-    def spoil(checkpoint, folder, dtype):
-        real(checkpoint, folder, dtype)
+    def spoil(checkpoint, folder, *options):
+        real(checkpoint, folder, *options)
         path = folder / "base.safetensors"
         start, _ = checkpoint.header(checkpoint.files[0]).places["lin1.weight"]
         data = bytearray(path.read_bytes())

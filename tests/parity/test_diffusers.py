@@ -29,7 +29,7 @@ def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_pat
     config = LoHaConfig(
         r=2, alpha=20, target_modules=["to_q", "to_v", "conv1"], init_weights=False, use_effective_conv2d=cores
     )
-    params = loha_jax.inject(unflatten_dict(flat), config, key=jax.random.key(0))
+    params = loha_jax.inject(unflatten_dict(flat), config, key=jax.random.key(0), layouts={r".*\.conv1": "kkio"})
     interop.save_lora(tmp_path, params)
 
     merged = copy.deepcopy(unet)

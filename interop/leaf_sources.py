@@ -35,7 +35,8 @@ def _find_sources(
     """The tree, the sources of its leaves by flat position, and what is wrong with those that have none."""
     if isinstance(names, NameMap) and shapes is not None:
         names = names.bind(shapes)
-    tree = NamedTree(params, names, layouts)
+    in_file = {key.removesuffix(".weight"): shape for key, shape in (shapes or {}).items() if len(shape) > 2}
+    tree = NamedTree(params, names, layouts, in_file)
     sources: dict[int, Source] = {}
     problems: list[str] = []
     for position in tree.names:

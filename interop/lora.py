@@ -35,6 +35,7 @@ from .lora_math import cast_tensors, check_limits, loha_of, lora_of
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
 from .peft import SAFETENSORS_NAME
+from .update_shapes import module_shapes
 from .wrong_loader import with_hint
 
 _OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
@@ -324,7 +325,8 @@ def load_lora(
     check_finite(file.arrays, folder)
     config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
     try:
-        plan = plan_injection(base_params, config, names=names, layouts=layouts)
+        shapes = module_shapes(file.modules)
+        plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
         state = {
             k.removeprefix(PREFIX): t for m in file.modules.values() for k, t in lora_tensors(m).items()
         } | file.others

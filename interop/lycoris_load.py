@@ -34,6 +34,7 @@ from .low_rank_update import LowRankUpdate
 from .lycoris_format import NORM_PARTS, ModuleNames, split_prefix
 from .lycoris_keys import PARAMETER_OF, embeddings_note
 from .read_adapter import read_adapter
+from .update_shapes import module_shapes
 from .wrong_loader import with_hint
 
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
@@ -260,7 +261,8 @@ def _plan(
         weight_decompose=any(m.dora_scale is not None for m in modules.values()),
         metadata=metadata,
     )
-    plan = plan_injection(base_params, config, names=names, layouts=layouts)
+    shapes = module_shapes(modules)
+    plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
     targets: dict[int, Target] = {}
     problems: list[str] = []
     axes: list[str] = []

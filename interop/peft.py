@@ -46,6 +46,7 @@ from .files import (
 )
 from .model_card import MODEL_CARD_NAME, model_card
 from .names import GPT2_CONV1D
+from .update_shapes import update_shapes
 from .wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
 
 C = TypeVar("C")
@@ -353,7 +354,9 @@ def from_peft_state_dict(
         config = map_names(config, lambda name: name.removeprefix("module."))
     arrays = {name: state[key] for name, key in keys.items()}
     config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
-    plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type)
+    plan = plan_injection(
+        base_params, config, names=names, layouts=layouts, model_type=model_type, torch_shapes=update_shapes(arrays)
+    )
     wanted = {
         f"{name}.{part}": shape
         for target in plan.targets.values()

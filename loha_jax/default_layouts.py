@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -97,7 +98,9 @@ def is_transposed_convolution(path: Sequence[str]) -> bool:
     return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
 
 
-def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> Layout:
+def default_layout(
+    shape: Sequence[int], path: Sequence[str], shape_at: _Shapes, torch_shape: Sequence[int] | None = None
+) -> Layout:
     """The layout of a kernel where nothing else says it.
 
     - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
@@ -105,11 +108,13 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
     - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
     - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
       of one axis beside it shows that it is not stacked.
+    - The shape that a file has for the one module of that name, where it leaves one possibility.
 
     Args:
         shape: the kernel's shape.
         path: its tree path as strings, e.g. ("attn", "query", "kernel").
         shape_at: shapes of all leaves by path.
+        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
 
     Raises:
         ValueError: the kernel could be several things; the message names them and how to settle it.
@@ -119,6 +124,8 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
         'kkio'
         >>> default_layout((8, 6), ("q", "weight"), {}).word
         'oi'
+        >>> default_layout((3, 3, 6, 8), ("mix", "kernel"), {}, torch_shape=(8, 54)).word
+        'kkio'
     """
     shape, path = tuple(shape), tuple(path)
     torch = is_torch_oriented(path[-1])
@@ -140,6 +147,9 @@ def default_layout(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
             return Layout(convolution)
     elif candidates and _is_convolution(shape, path, shape_at, torch):
         return Layout(convolution)
+    found = [word for word, _, _ in candidates if torch_shape and _fits_torch(Layout(word), shape, torch_shape)]
+    if len(found) == 1:
+        return Layout(found[0])
     raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
 
 
@@ -169,6 +179,14 @@ def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]
     expected = tuple(sizes[letter].pop(0) for letter in letters)
     ones = (1,) * word.count("k")  # Equinox, and Haiku over channels-first images: [out, 1, 1]
     return bias == expected or (bool(ones) and bias == expected + ones)
+
+
+def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[int]) -> bool:
+    """Whether a kernel with this layout is one module, and has this shape in torch, flat or not."""
+    if layout.axes("s"):
+        return False
+    out, *rest = layout.torch_shape(shape)
+    return tuple(torch_shape) in ((out, *rest), (out, *rest, 1), (out, math.prod(rest)))  # PEFT's Conv1d ends in 1
 
 
 def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> bool:

@@ -57,12 +57,24 @@ class ModelLayouts(dict[str, "str | Layout"]):
 
 
 class NamedTree:
-    """The leaves of a tree with their paths, names and layouts."""
+    """The leaves of a tree with their paths, names and layouts.
 
-    def __init__(self, params: Any, names: Names | None, layouts: Layouts | None):
+    Args:
+        params, names, layouts: as for `inject`.
+        torch_shapes: what a file shows of its modules, by torch name; see `default_layout`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        names: Names | None,
+        layouts: Layouts | None,
+        torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
         require_named_leaves(params)
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.given_names = names
+        self._torch_shapes = torch_shapes or {}
         self.given_layouts = _as_layouts(layouts)
         equinox = equinox_layers(params)
         self.own_layouts: dict[str, Layout] = getattr(layouts, "own", equinox.layouts)
@@ -128,7 +140,17 @@ class NamedTree:
             return _fitting(self.map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
         if name in self.own_layouts:
             return self.own_layouts[name]
-        return default_layout(leaf.shape, self.paths[position], self.shape_at)
+        return default_layout(leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name))
+
+    def _torch_shape(self, name: str) -> tuple[int, ...] | None:
+        """What the file shows of a kernel that is one module."""
+        if not self._torch_shapes:
+            return None
+        try:
+            own = all_names(name, self.given_names)
+        except UnknownNameError:
+            return None
+        return self._torch_shapes.get(own[0]) if len(own) == 1 else None
 
     def is_transposed_convolution(self, position: int) -> bool:
         """Whether a kernel is a transposed convolution's that torch does not keep as it is kept here."""

@@ -80,9 +80,13 @@ def plan_injection(
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
+    torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Plan:
-    """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`."""
-    tree = NamedTree(params, names, layouts)
+    """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`.
+
+    A loader also says what shapes its file shows; see `NamedTree`.
+    """
+    tree = NamedTree(params, names, layouts, torch_shapes)
     quantised = quantised_kernels(params)
     modules = sorted(tree.modules | quantised.keys())
     linear = [*quantised] + [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]

@@ -5,6 +5,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
+import pytest
+from hypothesis import settings
+from jax._src.lru_cache import LRUCache
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nearly every program of the tests runs once or twice: to optimise it costs more than it saves.
 # tests/test_examples.py runs programs that are optimised as a user's are.
@@ -14,11 +19,6 @@ CHEAP_TO_COMPILE = [
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *CHEAP_TO_COMPILE])
-
-import jax
-import pytest
-from hypothesis import settings
-from jax._src.lru_cache import LRUCache
 
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.load_profile("default")

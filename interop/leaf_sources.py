@@ -21,7 +21,10 @@ from .sources import Source, convolution_source
 def find_sources_in(
     checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
-    """`_find_sources`, for a checkpoint whose names may all begin with DataParallel's "module."."""
+    """The tree, the sources of its leaves by flat position, and what is wrong with those that have none.
+
+    The names in the checkpoint may all begin with DataParallel's "module.".
+    """
     found = _find_sources(params, names, layouts, checkpoint.shapes if checkpoint else None)
     if checkpoint and not any(key in checkpoint.shapes for source in found[1].values() for key in source.keys):
         checkpoint.drop_prefix("module.")

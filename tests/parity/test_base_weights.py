@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from loha_jax.interop import NameMap, base_weights
+from loha_jax.interop import NameMap
 from loha_jax.interop.checkpoint import Checkpoint
 from loha_jax.interop.checkpoint_writer import parse_size
+from loha_jax.interop.leaf_sources import find_sources_in
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -173,7 +174,7 @@ def test_transformers_checkpoints_load_into_their_flax_twins(builder, twins, tmp
     assert not inferred.unmatched
     again = interop.load_base(tmp_path, shapes_of(flax), names=inferred)
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    _, sources, problems = base_weights._find_sources(params, names, None, Checkpoint(tmp_path).shapes)
+    _, sources, problems = find_sources_in(Checkpoint(tmp_path), params, names, None)
     assert not problems
     for position, leaf in enumerate(inferred.sources):
         assert inferred.sources[leaf].keys == sources[position].keys

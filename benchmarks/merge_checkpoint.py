@@ -21,8 +21,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from loha_jax.interop.checkpoint_writer import CheckpointWriter  # pyright: ignore[reportMissingImports]
-from loha_jax.interop.files import safetensors_bytes  # pyright: ignore[reportMissingImports]
+from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter  # pyright: ignore[reportMissingImports]
+from loha_jax.interop.disk.tensor_files import safetensors_bytes  # pyright: ignore[reportMissingImports]
 
 from loha_jax import LoHaConfig
 
@@ -33,7 +33,7 @@ RANK = 8
 _MERGE = """
 import json, resource, sys, time
 start = time.perf_counter()
-from loha_jax.interop.merge_files import merge_checkpoint
+from loha_jax.interop.merge.files import merge_checkpoint
 imported = time.perf_counter()
 report = merge_checkpoint(sys.argv[1], [(sys.argv[2], 1.0)], sys.argv[3])
 done = time.perf_counter()

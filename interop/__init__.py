@@ -1,13 +1,13 @@
 """Exchange with PyTorch: PEFT's adapter folders and state dicts, LyCORIS' files, base checkpoints and names."""
 
-from loha_jax.untrusted import FileError
+from loha_jax.interop.exchange.base_weights import load_base, save_merged
+from loha_jax.interop.exchange.lora import load_lora, save_lora, to_lora
+from loha_jax.interop.exchange.lycoris import save_lycoris, to_lycoris_state_dict
+from loha_jax.interop.exchange.lycoris_load import load_lycoris
+from loha_jax.interop.exchange.peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
+from loha_jax.interop.names.name_map import NameMap
 
-from .base_weights import load_base, save_merged
-from .lora import load_lora, save_lora, to_lora
-from .lycoris import save_lycoris, to_lycoris_state_dict
-from .lycoris_load import load_lycoris
-from .names import NameMap
-from .peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
+from loha_jax.runtime.untrusted import FileError
 
 __all__ = [
     "FileError",

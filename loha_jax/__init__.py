@@ -10,24 +10,24 @@ Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.
 import importlib
 from typing import Any
 
-from loha_jax.adapt import adapt
-from loha_jax.adapters import adapter_names, add_weighted_adapter, delete_adapter, scale, set_adapter
-from loha_jax.config import LoHaConfig
-from loha_jax.dropout import dropout
-from loha_jax.explain import explain
-from loha_jax.flax_state import register as _register_with_flax
-from loha_jax.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
-from loha_jax.inject import inject
-from loha_jax.layout_inference import infer_layouts
-from loha_jax.layouts import Layout
-from loha_jax.lycoris_config import LycorisConfig
-from loha_jax.max_norm import apply_max_norm
-from loha_jax.merge import merge, unload
-from loha_jax.partition import combine, partition, trainable_mask
-from loha_jax.summary import summary
-from loha_jax.weight import Factors, LoHaWeight, SavedWeight
+from loha_jax.lowrank.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.lycoris_config import LycorisConfig
+from loha_jax.transform.adapt import adapt
+from loha_jax.transform.explain import explain
+from loha_jax.transform.infer_layouts import infer_layouts
+from loha_jax.tree.adapters import adapter_names, add_weighted_adapter, delete_adapter, scale, set_adapter
+from loha_jax.tree.dropout import dropout
+from loha_jax.tree.flax_state import register as _register_with_flax
+from loha_jax.tree.inject import inject
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.max_norm import apply_max_norm
+from loha_jax.tree.merge import merge, unload
+from loha_jax.tree.partition import combine, partition, trainable_mask
+from loha_jax.tree.summary import summary
 
-importlib.import_module("loha_jax.export")  # tells jax.export of the leaves
+importlib.import_module("loha_jax.tree.export")  # tells jax.export of the leaves
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,8 @@ from jax import lax
 from peft_samples import flax_leaf, flax_value
 from safetensors.numpy import load_file
 
-from loha_jax.inject import apply_plan
-from loha_jax.plan import plan_injection
+from loha_jax.tree.inject import apply_plan
+from loha_jax.tree.plan import plan_injection
 
 DATA = Path(__file__).parent / "data" / "lycoris"
 FORMS = ["plain", "tucker", "dora", "dora_in", "scalar", "bypass"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from loha_jax.interop.files import read_safetensors, read_torch_pickle
+from loha_jax.interop.disk.tensor_files import read_safetensors, read_torch_pickle
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent / "data" / "peft"

@@ -336,7 +336,7 @@ def test_equinox_mlp():
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def fn(arrays, x):
-        return jax.vmap(eqx.combine(arrays, static, is_leaf=loha_jax.weight.is_adapted))(x)
+        return jax.vmap(eqx.combine(arrays, static, is_leaf=loha_jax.tree.leaves.is_adapted))(x)
 
     layouts = loha_jax.infer_layouts(fn, arrays, x)
     assert set(layouts.values()) == {"oi"}
@@ -541,7 +541,7 @@ def test_any_einsum_with_any_layout(case, dtype, strategy):
     layout, kernel_shape, x_shape, equation = case
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         if strategy == "fused in blocks":  # one after the other, of three elements each
-            patch.setattr(loha_jax.operations, "_BLOCK_ELEMENTS", 3)
+            patch.setattr(loha_jax.transform.operation, "_BLOCK_ELEMENTS", 3)
             strategy = "fused"
         params = adapted({"m": {"kernel": normal(*kernel_shape, dtype=dtype)}}, {"m": layout}, r".*\bm", r=2)
         x = normal(*x_shape, seed=1, dtype=dtype)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loha_jax.array_digest import digests, grid
+from loha_jax.runtime.digests import digests, grid
 
 DTYPES = [
     *("bool", "int8", "uint16", "int32", "uint32", "float16", "float32", "complex64", "bfloat16"),
@@ -66,7 +66,7 @@ def test_wide_types_agree(dtype, x64):
 
 def test_the_words_of_traced_arrays_are_those_of_numpy():
     """Accelerators hash their own shards; on a CPU that path is not taken."""
-    from loha_jax.array_digest import _device_words, _host_words
+    from loha_jax.runtime.digests import _device_words, _host_words
 
     for dtype in DTYPES:
         array = draw((3, 2), dtype)

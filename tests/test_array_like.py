@@ -174,7 +174,7 @@ def test_jax_still_takes_it_for_a_tree():
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), leaf)
     got = jax.vmap(lambda w: loha_jax.adapt(lambda w: x @ w)(w))(stacked)
     np.testing.assert_allclose(got[1], want, rtol=1e-5, atol=1e-5)
-    (moved,) = jax.tree.leaves(jax.device_put({"w": leaf}, jax.devices()[0]), is_leaf=loha_jax.weight.is_adapted)
+    (moved,) = jax.tree.leaves(jax.device_put({"w": leaf}, jax.devices()[0]), is_leaf=loha_jax.tree.leaves.is_adapted)
     assert isinstance(moved, loha_jax.LoHaWeight)
     assert isinstance(jax.eval_shape(lambda w: w, leaf), loha_jax.LoHaWeight)
     out = loha_jax.adapt(lambda w: (w.sum(), [row.mean() for row in w], w == 0, w**2, -abs(w)))(leaf)

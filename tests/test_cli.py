@@ -10,13 +10,13 @@ from pathlib import Path
 import lycoris_samples
 import numpy as np
 import pytest
-from loha_jax.interop.files import safetensors_bytes
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from loha_jax import LoHaConfig
-from loha_jax.cli import app
 
 LINEAR = Sample("linear")
 BASE = LINEAR.folder / "base.safetensors"
@@ -319,7 +319,7 @@ def test_a_warning_is_a_note_on_standard_error(tmp_path):
 
 
 def test_an_interrupted_merge_says_how_to_go_on(tmp_path, monkeypatch):
-    from loha_jax.interop import merge_files
+    from loha_jax.interop.merge import files as merge_files
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -330,7 +330,7 @@ def test_an_interrupted_merge_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_a_fault_is_said_without_a_traceback(tmp_path, monkeypatch):
-    from loha_jax.interop import inspection
+    from loha_jax.interop.commands import inspection
 
     monkeypatch.setattr(inspection, "inspect_path", lambda _: {}["lost"])
     _, err = run("inspect", BASE, code=2)
@@ -340,7 +340,7 @@ def test_a_fault_is_said_without_a_traceback(tmp_path, monkeypatch):
 
 def test_as_a_program(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "loha_jax.cli"]
+    command = [sys.executable, "-m", "loha_jax.interop.commands.main"]
     root = Path(__file__).parents[1]
     script = [*command, "merge", str(BASE), str(LINEAR.adapter), str(tmp_path / "out"), "--json"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=root, env=environment, check=True)
@@ -354,7 +354,7 @@ def test_as_a_program(tmp_path):
 def test_help_imports_no_interop():
     """What takes time to import is imported when a command runs."""
     code = (
-        "import sys, loha_jax.cli\n"
+        "import sys, loha_jax.interop.commands.main\n"
         "print([m for m in sys.modules if m.startswith(('loha_jax.interop', 'flax', 'orbax', 'torch', 'safetensors'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

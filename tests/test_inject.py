@@ -33,7 +33,7 @@ def tree():
 
 
 def adapted_names(params):
-    leaves = jax.tree.leaves(params, is_leaf=loha_jax.weight.is_adapted)
+    leaves = jax.tree.leaves(params, is_leaf=loha_jax.tree.leaves.is_adapted)
     return [leaf.names for leaf in leaves if isinstance(leaf, LoHaWeight)]
 
 
@@ -75,7 +75,7 @@ def test_ranks_and_alphas_follow_the_first_pattern():
     params = loha_jax.inject(tree(), config, key=KEY)
     found = {
         leaf.names[0]: (f.ranks[0], f.alphas[0], float(f.scaling), f.hada_w1_a.shape[1])
-        for leaf in jax.tree.leaves(params, is_leaf=loha_jax.weight.is_adapted)
+        for leaf in jax.tree.leaves(params, is_leaf=loha_jax.tree.leaves.is_adapted)
         if isinstance(leaf, LoHaWeight)
         for f in leaf.adapters.values()
     }

@@ -5,7 +5,7 @@ import pytest
 
 import loha_jax
 from loha_jax import infer_layouts
-from loha_jax.weight import is_adapted
+from loha_jax.tree.leaves import is_adapted
 
 USES = {
     "dense": (lambda w, x: x @ w, (4, 6), (5, 4), "io"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import loha_jax
 from loha_jax import Layout
-from loha_jax.default_layouts import default_layout
+from loha_jax.targets.default_layouts import default_layout
 
 
 @pytest.mark.parametrize(

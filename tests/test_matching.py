@@ -5,7 +5,7 @@ import pytest
 from peft_samples import ROOT
 
 from loha_jax import LoHaConfig
-from loha_jax.matching import (
+from loha_jax.targets.matching import (
     find_minimal_target_modules,
     match_pattern_key,
     match_target,

@@ -4,7 +4,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from loha_jax.naming import module_name, path_parts, stack_names, torch_parameter
+from loha_jax.targets.module_names import module_name, path_parts, stack_names, torch_parameter
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_what_a_call_changes_is_changed_in_the_model():
         jax.tree.map(close, sown, expected)
     assert len(sown["hidden"].get_value()) == 1
     assert model.calls == plain.calls == 2
-    rest = nnx.Not(nnx.Any(nnx.Param, LoHaParam, loha_jax.nnx_variables.Untrained))
+    rest = nnx.Not(nnx.Any(nnx.Param, LoHaParam, loha_jax.nnx.variables.Untrained))
     ours, theirs = nnx.to_flat_state(nnx.state(model, rest)), nnx.to_flat_state(nnx.state(plain, rest))
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (_, one), (_, other) in zip(ours, theirs, strict=True):
@@ -465,7 +465,7 @@ def functional(model, **settings):
 
     def fn(tree, x):
         variables = nnx.to_flat_state(state)
-        leaves = [loha_jax.nnx_model._flat_leaves(tree)[path] for path, _ in variables]
+        leaves = [loha_jax.nnx.model_tree._flat_leaves(tree)[path] for path, _ in variables]
         flat = [(path, v.replace(leaf)) for (path, v), leaf in zip(variables, leaves, strict=True)]
         return nnx.merge(graphdef, nnx.from_flat_state(flat))(x)
 
@@ -692,7 +692,7 @@ def test_functions_of_adapters_change_a_model_in_place(name):
     assert change(model) is model
     close(model(IDS), with_deltas(weights)(IDS))
     active = {"add_weighted_adapter": {"mix"}}.get(name, set(weights))
-    for path, node in loha_jax.nnx_variables.adapted_nodes(model).items():
+    for path, node in loha_jax.nnx.variables.adapted_nodes(model).items():
         for adapter, variables in node.adapters.items():
             expected = LoHaParam if adapter in active else InactiveLoHaParam
             assert {type(v) for v in variables.values()} == {expected}, path

@@ -291,7 +291,7 @@ def test_a_model_of_author_layers_is_saved_by_its_paths(tmp_path):
     assert type(base.up) is nnx.Linear
     loaded = interop.load_peft(tmp_path, base)
     np.testing.assert_array_equal(loaded(x), model(x))
-    factors = loha_jax.nnx_model.tree_of(loaded)["down"][0]["kernel"].adapters["default"]
+    factors = loha_jax.nnx.model_tree.tree_of(loaded)["down"][0]["kernel"].adapters["default"]
     assert (factors.ranks, factors.alphas) == ((3,), (5,))
 
 

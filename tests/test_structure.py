@@ -339,7 +339,7 @@ def test_flax_may_be_imported_before_or_after():
 
 
 def test_a_dropout_config_that_nothing_reads_is_a_warning_once(monkeypatch):
-    from loha_jax import forgotten_dropout
+    from loha_jax.tree import forgotten_dropout
 
     monkeypatch.setattr(forgotten_dropout, "_done", set())
     trainable, frozen = loha_jax.partition(adapted(rank_dropout=0.5))

@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint  # noqa: F401  # or each case would import it
 from jax._src import xla_bridge
-from loha_jax.interop.adapter_folder import PENDING
-from loha_jax.interop.checkpoint_writer import CheckpointWriter
-from loha_jax.interop.convert import convert_adapter
-from loha_jax.interop.merge_files import merge_checkpoint
-from loha_jax.interop.orbax_folder import read_orbax
+from loha_jax.interop.commands.convert import convert_adapter
+from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
+from loha_jax.interop.disk.paired_files import PENDING
+from loha_jax.interop.formats.orbax_folder import read_orbax
+from loha_jax.interop.merge.files import merge_checkpoint
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.init import FACTOR_NAMES
-from loha_jax.layouts import Layout
-from loha_jax.weight import Factors, LoHaWeight
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.lowrank.layout import Layout
+from loha_jax.tree.leaves import Factors, LoHaWeight
 
 OLD, NEW = 1, 2
 SHAPE, RANK = (48, 40), 4

@@ -6,10 +6,10 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.convert import FORMATS, convert_adapter
-from loha_jax.interop.differences import compare_paths
-from loha_jax.interop.files import safetensors_bytes
-from loha_jax.interop.read_adapter import read_adapter
+from loha_jax.interop.commands.convert import FORMATS, convert_adapter
+from loha_jax.interop.commands.differences import compare_paths
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
+from loha_jax.interop.formats.read_adapter import read_adapter
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
@@ -228,7 +228,7 @@ def test_what_is_there_stays_without_force(tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
-    from loha_jax.interop import convert
+    from loha_jax.interop.commands import convert
 
     monkeypatch.setattr(convert, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from loha_jax.interop import adapter_folder, atomic
-from loha_jax.interop.working_folder import WorkingFolder
+from loha_jax.interop.disk import atomic
+from loha_jax.interop.disk import paired_files as adapter_folder
+from loha_jax.interop.disk.resumable_folder import WorkingFolder
 
 from loha_jax import LoHaConfig, interop
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from loha_jax.interop.direct_file import DirectFile
+from loha_jax.interop.disk.direct_file import DirectFile
 
 
 @pytest.mark.parametrize("system", ["as it is", "without O_DIRECT", "refuses to open", "refuses to write"])

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from loha_jax.interop.checkpoint import Checkpoint
-from loha_jax.interop.read_adapter import read_adapter
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.formats.read_adapter import read_adapter
 from lycoris_samples import LAYOUTS, base_params
 from mutations import mutate_folder
 from peft_samples import Sample
@@ -24,7 +25,6 @@ from typer.testing import CliRunner
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.cli import app
 
 SECONDS = 30  # far more than any case needs, far less than a pattern that backtracks
 MEGABYTES = 1500  # what a process may grow by over all cases

@@ -12,19 +12,19 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop.adapter_file import AdapterModule
-from loha_jax.interop.files import FileError
-from loha_jax.interop.lora_config import exact_targets
-from loha_jax.interop.lora_folder import read_lora_folder
-from loha_jax.interop.lora_math import loha_of, lora_of
-from loha_jax.interop.read_adapter import read_adapter
+from loha_jax.interop.disk.tensor_files import FileError
+from loha_jax.interop.formats.adapter_file import AdapterModule
+from loha_jax.interop.formats.lora_config import exact_targets
+from loha_jax.interop.formats.lora_files import read_lora_folder
+from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.interop.updates.lora_conversion import loha_of, lora_of
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.matching import match_target
-from loha_jax.weight import LoHaWeight, is_adapted
+from loha_jax.targets.matching import match_target
+from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 PREFIX = "base_model.model."
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.factors import module_factors
-from loha_jax.interop.files import FileError
+from loha_jax.interop.disk.tensor_files import FileError
+from loha_jax.interop.exchange.factors import module_factors
 from lycoris_samples import CONVOLUTIONS, DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs, trained
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.plan import plan_injection
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.plan import plan_injection
 
 
 def loaded(form, base=None):

@@ -13,16 +13,17 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop import merge_files, merge_shard
-from loha_jax.interop.adapter_file import AdapterModule
-from loha_jax.interop.checkpoint import Checkpoint
-from loha_jax.interop.checkpoint_writer import CheckpointWriter
-from loha_jax.interop.files import FileError, safetensors_bytes
-from loha_jax.interop.low_rank_update import LowRankUpdate
-from loha_jax.interop.merge_files import merge_checkpoint
-from loha_jax.interop.module_lookup import ModuleLookup
-from loha_jax.interop.read_adapter import read_adapter
-from loha_jax.interop.update_norms import difference_norm, update_norm
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
+from loha_jax.interop.disk.tensor_files import FileError, safetensors_bytes
+from loha_jax.interop.formats.adapter_file import AdapterModule
+from loha_jax.interop.formats.module_lookup import ModuleLookup
+from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.interop.merge import files as merge_files
+from loha_jax.interop.merge import shard as merge_shard
+from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.interop.updates.low_rank_update import LowRankUpdate
+from loha_jax.interop.updates.norms import difference_norm, update_norm
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
@@ -449,8 +450,8 @@ def check_merged(out, base, modules, weight=1.0):
 
 KILLED = """
 import os, signal, sys
-from loha_jax.interop import merge_shard
-from loha_jax.interop.merge_files import merge_checkpoint
+from loha_jax.interop.merge import shard as merge_shard
+from loha_jax.interop.merge.files import merge_checkpoint
 merge_shard._BLOCK = 1024
 def progress(done, total):
     if done >= int(sys.argv[4]):

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.naming import UnknownNameError
+from loha_jax.targets.module_names import UnknownNameError
 
 D, N, K, H, F, V, E = 12, 4, 2, 5, 7, 11, 3  # embed, heads, kv heads, head, hidden, vocabulary, experts
 

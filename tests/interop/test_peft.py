@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LoHaWeight, interop
-from loha_jax.weight import is_adapted
+from loha_jax.tree.leaves import is_adapted
 
 MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_seqcls": "bert"}
 

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from loha_jax.interop import NameMap, load_base, save_merged, save_peft
-from loha_jax.interop.checkpoint import Checkpoint
-from loha_jax.interop.convert import convert_adapter
-from loha_jax.interop.files import FileError, safetensors_bytes
-from loha_jax.interop.merge_files import merge_checkpoint
+from loha_jax.interop.commands.convert import convert_adapter
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.tensor_files import FileError, safetensors_bytes
+from loha_jax.interop.merge.files import merge_checkpoint
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -102,7 +102,7 @@ def read(path):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_merge_into_scaled_float8(form, dtype, tmp_path, monkeypatch):
     """Every stored value is within half a unit of float8 of W + ΔW, and the report's error is the true one."""
-    monkeypatch.setattr("loha_jax.interop.merge_shard._BLOCK", 500)  # several blocks of rows
+    monkeypatch.setattr("loha_jax.interop.merge.shard._BLOCK", 500)  # several blocks of rows
     tensors, weight, size, config = quantised(form, dtype)
     extra = {"q.input_scale": np.array([0.3], np.float32), "other.weight": normal(3, 3)}
     base = write(tmp_path / "base", {**tensors, **extra}, config)

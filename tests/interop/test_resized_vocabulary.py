@@ -5,8 +5,8 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.merge_files import merge_checkpoint
-from loha_jax.interop.resized_vocabulary import with_vocabulary_size
+from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
 from safetensors.numpy import load_file, save_file
 
 from loha_jax import interop

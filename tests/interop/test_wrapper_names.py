@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from loha_jax.interop.merge_files import merge_checkpoint
+from loha_jax.interop.merge.files import merge_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import loha_jax

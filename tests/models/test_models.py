@@ -15,7 +15,7 @@ from models.twins import Size
 
 import loha_jax
 from loha_jax import LoHaConfig
-from loha_jax.weight import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 pytestmark = [
     pytest.mark.slow,

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.weight import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 OUTPUT = 1e-4  # of the largest output: how far twins may be from each other, adapted or not
 MOVED = 1e-2  # of the largest output: how far at least an adapter moves the base's

@@ -13,9 +13,9 @@ import torch
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loha_jax.interop import NameMap
-from loha_jax.interop.checkpoint import Checkpoint
-from loha_jax.interop.checkpoint_writer import parse_size
-from loha_jax.interop.leaf_sources import find_sources_in
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.checkpoint_writer import parse_size
+from loha_jax.interop.names.tree_sources import find_sources_in
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -11,17 +11,16 @@ import peft
 import pytest
 import torch
 import transformers
-from loha_jax.interop import merge_files
-from loha_jax.interop.checkpoint import Checkpoint
-from loha_jax.interop.merge_check import CheckedTensor, check_merge
-from loha_jax.interop.merge_files import merge_checkpoint
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.merge import files as merge_files
+from loha_jax.interop.merge.check import CheckedTensor, check_merge
+from loha_jax.interop.merge.files import merge_checkpoint
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from typer.testing import CliRunner
-
-from loha_jax.cli import app
 
 LLAMAS = ["llama_default_targets", "llama_patterns", "llama_lm_head_targeted"]
 
@@ -187,7 +186,7 @@ def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
     model.save_pretrained(tmp_path / "base")
     random = np.random.default_rng(0)
     names = {"transformer.h.0.attn.c_attn": (24, 8), "transformer.h.0.attn.c_proj": (8, 8)}
-    from loha_jax.interop.files import safetensors_bytes
+    from loha_jax.interop.disk.tensor_files import safetensors_bytes
 
     from loha_jax import LoHaConfig, hada_weight
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 
 from loha_jax import LoHaConfig
-from loha_jax.matching import DEFAULT_TARGET_MODULES
+from loha_jax.targets.matching import DEFAULT_TARGET_MODULES
 
 
 def peft_json(folder, **kwargs):

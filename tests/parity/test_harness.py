@@ -26,7 +26,7 @@ from peft_samples import torch_value
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.weight import is_adapted
+from loha_jax.tree.leaves import is_adapted
 
 STEPS = 20
 

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from loha_jax.interop.files import read_torch_pickle
+from loha_jax.interop.disk.tensor_files import read_torch_pickle
 from peft_samples import Sample
 
 from loha_jax import interop

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.inject import apply_plan, stack_factors
-from loha_jax.plan import plan_injection
+from loha_jax.tree.inject import apply_plan, stack_factors
+from loha_jax.tree.plan import plan_injection
 
 BOUND = 1e-5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry

@@ -1,0 +1,203 @@
+"""How two adapters differ, module by module and without building ΔW; and two checkpoints, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loha_jax.interop.commands.inspection import is_adapter
+from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.read_adapter import read_everything
+from loha_jax.interop.updates.low_rank_update import LowRankUpdate
+from loha_jax.interop.updates.norms import difference_norm, update_norm
+
+_BLOCK = 1 << 22
+
+
+def compare_paths(
+    first: str | Path,
+    second: str | Path,
+    *,
+    tolerance: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compares two adapters of any formats, or two checkpoints.
+
+    Args:
+        first, second: paths of the same kind.
+        tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules count as equal; of
+            checkpoints, the absolute difference of values.
+        progress: called with the number of tensors compared and their number in all.
+
+    Returns:
+        JSON's types alone: `different`, `only_first`, `only_second`, and a row for each common module or tensor.
+
+    Raises:
+        ValueError: one is an adapter and the other one a checkpoint, or a file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"w": np.ones(3)}, f"{folder}/a.safetensors")
+        ...     save_file({"w": np.zeros(3)}, f"{folder}/b.safetensors")
+        ...     compare_paths(f"{folder}/a.safetensors", f"{folder}/b.safetensors")["tensors"][0]["max_difference"]
+        1.0
+    """
+    first, second = Path(first), Path(second)
+    for path in (first, second):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder '{path}'")
+    kinds = [is_adapter(path) for path in (first, second)]
+    if kinds[0] != kinds[1]:
+        adapter, other = (first, second) if kinds[0] else (second, first)
+        raise ValueError(f"{adapter} is an adapter and {other} a checkpoint; two of a kind can be compared")
+    if kinds[0]:
+        return _compare_adapters(*_read_both(first, second), tolerance)
+    return _compare_checkpoints(Checkpoint(first), Checkpoint(second), tolerance, progress)
+
+
+def _read_both(first: Path, second: Path) -> tuple[AdapterFile, AdapterFile]:
+    """The adapters; dotted names of one say what the other one's underscores stand for."""
+    a, b = read_everything(first), read_everything(second)
+    dotted = [[m.name for m in x.modules.values() if not m.prefix.endswith("_")] for x in (a, b)]
+    if dotted[0] and not dotted[1]:
+        b = read_everything(second, modules=dotted[0])
+    elif dotted[1] and not dotted[0]:
+        a = read_everything(first, modules=dotted[1])
+    return a, b
+
+
+def _by_name(adapter: AdapterFile) -> dict[str, AdapterModule]:
+    """Modules by their names; with their prefixes where several models' would be alike."""
+    several = len({m.prefix for m in adapter.modules.values()}) > 1
+    return {(own if several else m.name): m for own, m in adapter.modules.items()}
+
+
+def _compare_adapters(first: AdapterFile, second: AdapterFile, tolerance: float) -> dict[str, Any]:
+    a, b = _by_name(first), _by_name(second)
+    rows = [_compare_modules(name, a[name], b[name], tolerance) for name in a if name in b]
+    only_first, only_second = [n for n in a if n not in b], [n for n in b if n not in a]
+    others = _compare_others(first, second)
+    return {
+        "kind": "adapters",
+        "first": str(first.path),
+        "second": str(second.path),
+        "different": bool(only_first or only_second or others) or any(row["different"] for row in rows),
+        "only_first": only_first,
+        "only_second": only_second,
+        "modules": rows,
+        "others": others,
+    }
+
+
+def _compare_modules(name: str, a: AdapterModule, b: AdapterModule, tolerance: float) -> dict[str, Any]:
+    first, second = LowRankUpdate.of(a), LowRankUpdate.of(b)
+    row: dict[str, Any] = {
+        "name": name,
+        "r": [a.r, b.r],
+        "alpha": [a.alpha, b.alpha],
+        "dtype": ["/".join(sorted({str(t.dtype) for t in m.tensors.values()})) for m in (a, b)],
+        "shape": [[u.rows, u.columns] for u in (first, second)],
+        "bit_equal": _bit_equal(a, b),
+        "norms_differ": not _same_norms(a.dora_scale, b.dora_scale),
+        "norm": None,
+        "difference": None,
+        "relative": None,
+        "different": True,
+    }
+    if row["shape"][0] != row["shape"][1]:
+        return row
+    norm = update_norm(first)
+    difference = 0.0 if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r else difference_norm(first, second)
+    if not math.isfinite(norm) or not math.isfinite(difference):
+        return row
+    relative = difference / norm if norm else (0.0 if difference == 0 else None)
+    row |= {"norm": norm, "difference": difference, "relative": relative}
+    row["different"] = relative is None or relative > tolerance or row["norms_differ"]
+    return row
+
+
+def _bit_equal(a: AdapterModule, b: AdapterModule) -> bool:
+    return a.tensors.keys() == b.tensors.keys() and all(
+        tensor.dtype == b.tensors[part].dtype
+        and tensor.shape == b.tensors[part].shape
+        and np.ascontiguousarray(tensor).tobytes() == np.ascontiguousarray(b.tensors[part]).tobytes()
+        for part, tensor in a.tensors.items()
+    )
+
+
+def _same_norms(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, Any]]:
+    """Tensors beside the factors that are not the same."""
+    a, b = (
+        {**x.others, **{key: t for f in x.foreign.values() for key, t in f.tensors.items()}, **x.embeddings}
+        for x in (first, second)
+    )
+    result: list[dict[str, Any]] = []
+    for key in dict.fromkeys((*a, *b)):
+        if key not in a or key not in b:
+            result.append({"name": key, "difference": f"only in the {'first' if key in a else 'second'}"})
+        elif a[key].shape != b[key].shape:
+            result.append({"name": key, "difference": f"{list(a[key].shape)} and {list(b[key].shape)}"})
+        elif not np.array_equal(a[key], b[key]):
+            largest = _largest(a[key].reshape(-1), b[key].reshape(-1))
+            result.append({"name": key, "difference": f"up to {largest:.3g}"})
+    return result
+
+
+def _compare_checkpoints(
+    a: Checkpoint, b: Checkpoint, tolerance: float, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    only_first = [key for key in a.shapes if key not in b.shapes]
+    only_second = [key for key in b.shapes if key not in a.shapes]
+    common = [key for key in a.shapes if key in b.shapes]
+    rows = []
+    for done, key in enumerate(common, 1):
+        row: dict[str, Any] = {
+            "name": key,
+            "shape": [list(a.shapes[key]), list(b.shapes[key])],
+            "dtype": [str(a.dtypes[key]), str(b.dtypes[key])],
+            "max_difference": None,
+            "different": True,
+        }
+        if a.shapes[key] == b.shapes[key]:
+            largest = _largest(a.read(key).reshape(-1), b.read(key).reshape(-1))
+            row["max_difference"] = largest if math.isfinite(largest) else None
+            row["different"] = not largest <= tolerance
+        rows.append(row)
+        if progress is not None:
+            progress(done, len(common))
+    return {
+        "kind": "checkpoints",
+        "first": str(a.path),
+        "second": str(b.path),
+        "different": bool(only_first or only_second) or any(row["different"] for row in rows),
+        "only_first": only_first,
+        "only_second": only_second,
+        "tensors": rows,
+    }
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference of two vectors; NaN or infinity where one alone has such a value."""
+    largest = 0.0
+    for start in range(0, a.size, _BLOCK):
+        x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
+        if x.dtype == y.dtype and x.tobytes() == y.tobytes():
+            continue
+        if is_floating(x.dtype) or is_floating(y.dtype):
+            x, y = (v.astype(np.float64 if v.dtype.itemsize > 4 else np.float32, copy=False) for v in (x, y))
+            with np.errstate(invalid="ignore"):
+                difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
+            largest = float(np.maximum(largest, difference.max()))  # NaN stays
+        else:
+            largest = max(largest, float(np.abs(x.astype(object) - y.astype(object)).max()))
+    return largest

@@ -1,0 +1,227 @@
+"""What a file or folder is, as plain data: an adapter with its modules and norms, or a base checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating
+from loha_jax.interop.disk.paired_files import find_adapter_file, pending_or_own
+from loha_jax.interop.disk.tensor_files import FileError, read_safetensors
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.lycoris_files import read_module
+from loha_jax.interop.formats.lycoris_keys import are_adapters, embeddings_note
+from loha_jax.interop.formats.orbax_folder import is_orbax_folder
+from loha_jax.interop.formats.peft_files import SAFETENSORS_NAME, module_key
+from loha_jax.interop.formats.ranks import rank_of
+from loha_jax.interop.formats.read_adapter import module_of, read_everything
+from loha_jax.interop.formats.wrong_loader import has_peft_config
+from loha_jax.interop.updates.low_rank_update import LowRankUpdate
+from loha_jax.interop.updates.norms import update_norm
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+_KINDS = {"loha": "LoHa", "lora": "LoRA"}
+
+
+def inspect_path(path: str | Path) -> dict[str, Any]:
+    """Describes what is at a path.
+
+    Returns:
+        JSON's types alone. Of an adapter: `kind`, `modules` (name, own name, r, alpha, shapes, dtype, parameters, and
+        ‖scale·ΔW‖ computed without building ΔW), `others`, `config`, `metadata`, `parameters`; of a checkpoint its
+        tensors. `problems` lists what is broken: values that are not finite, tensors that lack their partners or do
+        not fit them. `remarks` lists what may be wrong: updates that are zero.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is no adapter and no checkpoint, or cannot be read.
+
+    Example:
+        >>> import tempfile, jax, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loha_jax.interop.save_peft(folder, params)
+        ...     inspect_path(folder)["remarks"]
+        ['the update of q is zero: hada_w2_b is zero']
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder '{path}'")
+    if not is_adapter(path):
+        return _describe_checkpoint(Checkpoint(path))
+    try:
+        adapter = read_everything(path)
+    except FileError as error:
+        if not _is_readable(path):
+            raise
+        return {"path": str(path), "kind": None, "problems": _broken_modules(path) or [str(error)], "remarks": []}
+    return _describe_adapter(adapter)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path that is there holds an adapter, of whatever kind, rather than a checkpoint."""
+    if path.is_dir():
+        if is_orbax_folder(path) or has_peft_config(path):
+            return True
+        if any(path.glob("*.index.json")):
+            return False
+        with contextlib.suppress(FileNotFoundError, FileError):
+            return is_adapter(find_adapter_file(path))
+        return False  # the checkpoint's own error says what there is
+    if path.suffix != ".safetensors":
+        return not path.name.endswith(".index.json")
+    return are_adapters(Checkpoint(path).shapes)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the file itself is whole, so that it is the adapter in it which is broken."""
+    if path.is_dir():
+        path = next((file for file in sorted(path.glob("*.safetensors"))), path)
+    try:
+        return bool(Checkpoint(path).shapes)
+    except (OSError, ValueError):
+        return False
+
+
+def _broken_modules(path: Path) -> list[str]:
+    """What is wrong with each module of a LoHa whose file is whole."""
+    file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
+    parts_of: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in read_safetensors(file).items() if file.is_file() else ():
+        module, _, part = (module_key(key) if path.is_dir() else key).rpartition(".")
+        if part in FACTOR_NAMES:
+            parts_of.setdefault(module, {})[part] = tensor
+    problems = []
+    for module, parts in parts_of.items():
+        try:
+            (read_module if file == path else rank_of)(module, parts)
+        except FileError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
+    problems: list[str] = []
+    remarks: list[str] = []
+    rest = {**{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()}, **adapter.embeddings}
+    modules = [_describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()]
+    for key, tensor in adapter.others.items():
+        _check_finite(key, tensor, problems)
+    for key, tensor in adapter.embeddings.items():
+        _check_finite(key, tensor, problems)
+    kinds = Counter([_KINDS[m.kind] for m in adapter.modules.values()])
+    if not adapter.config:
+        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
+    for own, found in adapter.foreign.items():
+        kinds[found.kind or "unknown"] += 1
+        if found.kind:
+            remarks.append(f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges")
+    if unknown := [found.key for found in adapter.foreign.values() if not found.kind]:
+        problems.append(f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}")
+    if adapter.embeddings:
+        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
+        remarks.append(embeddings_note(adapter.embeddings))
+    ranks = sorted({m["r"] for m in modules})
+    return {
+        "path": str(adapter.path),
+        "kind": adapter.form,
+        "adapter": next(iter(kinds)).lower() if len(kinds) == 1 else "mixed",
+        "kinds": dict(kinds),
+        "ranks": ranks,
+        "alphas": sorted({m["alpha"] for m in modules}),
+        "dtypes": sorted({m["dtype"] for m in modules}),
+        "parameters": sum(m["parameters"] for m in modules),
+        "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
+        "modules": modules,
+        "foreign": [
+            {"file_name": own, "kind": f.kind, "tensors": {key: list(t.shape) for key, t in f.tensors.items()}}
+            for own, f in adapter.foreign.items()
+        ],
+        "others": [_describe_tensor(key, t.shape, t.dtype) for key, t in (*adapter.others.items(), *rest.items())],
+        "config": _plain(adapter.config),
+        "metadata": dict(adapter.metadata),
+        "problems": problems,
+        "remarks": remarks,
+    }
+
+
+def _describe_module(own: str, module: AdapterModule, problems: list[str], remarks: list[str]) -> dict[str, Any]:
+    tensors = module.arrays
+    finite = [_check_finite(f"{own}.{part}", tensor, problems) for part, tensor in tensors.items()]
+    update, norm = None, None
+    try:
+        update = LowRankUpdate.of(module)
+        norm = update_norm(update) if all(finite) else None
+    except ValueError as error:
+        remarks.append(f"no norm: {error}")
+    if norm == 0:
+        zero = [part for part, tensor in module.tensors.items() if not tensor.any()]
+        why = f"{', '.join(zero)} is zero" if zero else "alpha is zero" if module.alpha == 0 else "its factors cancel"
+        remarks.append(f"the update of {own} is zero: {why}")
+    return {
+        "name": module.name,
+        "file_name": own,
+        "kind": module.kind,
+        "r": module.r,
+        "alpha": module.alpha,
+        "scaling": module.alpha / module.r,
+        "rows": update.rows if update else len(module.tensors["lora_B"]),
+        "columns": update.columns if update else math.prod(module.tensors["lora_A"].shape[1:]),
+        "form": "lora" if module.kind == "lora" else "cp" if "hada_t1" in tensors else "flat",
+        "dora": module.dora_scale is not None,
+        "dtype": "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()})),
+        "parameters": sum(tensor.size for tensor in tensors.values()),
+        "norm": _number(norm),
+        "tensors": {part: list(tensor.shape) for part, tensor in tensors.items()},
+    }
+
+
+def _check_finite(key: str, tensor: np.ndarray, problems: list[str]) -> bool:
+    if not is_floating(tensor.dtype):
+        return True
+    values = tensor.astype(np.float32) if tensor.dtype.itemsize < 4 else tensor
+    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    if nan or infinite:
+        problems.append(f"{key} has {nan} NaN and {infinite} infinite values of {values.size}")
+    return not nan and not infinite
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = [_describe_tensor(key, shape, checkpoint.dtypes[key]) for key, shape in checkpoint.shapes.items()]
+    return {
+        "path": str(checkpoint.path),
+        "kind": "checkpoint",
+        "files": [file.name for file in checkpoint.files],
+        "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "dtypes": sorted({tensor["dtype"] for tensor in tensors}),
+        "parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
+        "tensors": tensors,
+        "metadata": checkpoint.header(checkpoint.files[0]).metadata,
+        "problems": [],
+        "remarks": [],
+    }
+
+
+def _describe_tensor(key: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    return {"name": key, "shape": list(shape), "dtype": str(dtype)}
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    plain = isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
+    return value if value is None or plain else str(value)

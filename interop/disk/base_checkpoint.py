@@ -1,0 +1,308 @@
+"""Base checkpoints in Hugging Face's form: safetensors files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.disk.quantised import Quantisation, dequantised
+from loha_jax.interop.disk.tensor_files import DTYPES, open_safetensors, without_wrappers
+
+from loha_jax.runtime.untrusted import FileError, parse_json, read_json, read_text
+
+INDEX = ".index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?")
+_CONVERT = (
+    "Base checkpoints are read from safetensors alone: load the model in torch and save it with "
+    "safe_serialization=True "
+    "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
+)
+_WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What stands before the values of a safetensors file.
+
+    Attributes:
+        data: the bytes themselves, the eight of the length first.
+        places: start and end of each tensor's values in the file, by name and in the header's order.
+        metadata: its strings.
+    """
+
+    data: bytes
+    places: dict[str, tuple[int, int]]
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        stored_names: Mapping[str, str] | None = None,
+    ) -> Header:
+        """A header for these tensors. As safetensors itself does, the widest dtypes come first: values are aligned.
+
+        `stored_names` are those that the file has instead of a tensor's own.
+        """
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            stored = (stored_names or {}).get(name, name)
+            entries[stored] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            offsets[name] = (start, end)
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        size = 8 + len(text)
+        places = {name: (size + start, size + end) for name, (start, end) in offsets.items()}
+        return cls(len(text).to_bytes(8, "little") + text, places, dict(metadata or {}))
+
+    @property
+    def file_size(self) -> int:
+        """Of the whole file, in bytes."""
+        return max((end for _, end in self.places.values()), default=len(self.data))
+
+
+class Checkpoint:
+    """The tensors of a safetensors file or of a folder of them, by name; values are read when asked for.
+
+    Args:
+        path: a file; or a folder that holds `model.safetensors`, `diffusion_pytorch_model.safetensors`, one of these
+            in shards with `*.safetensors.index.json`, or a single safetensors file of any name.
+
+    Attributes:
+        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone. What torch's
+            wrappers put into names (`_orig_mod`) is left out.
+        stored_names: what the files call the tensors whose names have lost wrappers.
+        files: the safetensors files.
+        index: the file that names the shards, or None.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a shard of the index is missing.
+        ValueError: the folder holds several checkpoints, a file is broken, or index and shards do not agree.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._files: dict[str, Path] = {}
+        self._headers: dict[Path, Header] = {}
+        self._prefix = ""
+        self.stored_names: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self.files, self.index, weight_map = _find_files(self.path)
+        for file in self.files:
+            with open_safetensors(file) as opened:
+                for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
+                    part, stored, key = opened.get_slice(key), key, without_wrappers(key)
+                    if key in self._files:
+                        raise FileError(f"{key} is in {self._files[key]} and again in {file}")
+                    if (word := part.get_dtype()) not in DTYPES:
+                        raise FileError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
+                    self._files[key] = file
+                    if stored != key:
+                        self.stored_names[key] = stored
+                    self.shapes[key] = tuple(part.get_shape())
+                    self.dtypes[key] = np.dtype(DTYPES[word])
+        lost = sorted(key for key in weight_map or () if without_wrappers(key) not in self._files)
+        if lost:
+            raise FileError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
+
+    def drop_prefix(self, prefix: str) -> None:
+        """Takes away what all names begin with (`module.` of DataParallel); nothing where one does not."""
+        if not all(key.startswith(prefix) for key in self.shapes):
+            return
+        for table in (self._files, self.shapes, self.dtypes):
+            _drop_prefix(table, prefix)
+        self._prefix = prefix + self._prefix
+
+    @property
+    def folder(self) -> Path:
+        """The folder, also of a single file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules that have a weight, be it packed into other tensors."""
+        plain = [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
+        return list(dict.fromkeys([*plain, *self.quantisation.packed]))
+
+    @functools.cached_property
+    def quantisation(self) -> Quantisation:
+        """Which of the tensors are no plain values."""
+        return Quantisation(self.shapes, self.dtypes, read_config(self.folder), self._elsewhere())
+
+    def _elsewhere(self) -> list[str]:
+        """Tensors of an index beside a single file that is one of its shards."""
+        if self.index is not None or self.path.is_dir():
+            return []
+        for stem in _STEMS:
+            if (index := self.folder / f"{stem}.safetensors{INDEX}").is_file():
+                weight_map = _from_index(index, missing_is_fine=True)[2]
+                if self.path.name in weight_map.values():
+                    return [key for key, name in weight_map.items() if name != self.path.name]
+        return []
+
+    def read_scale(self, key: str) -> np.ndarray:
+        """The scale of a float8 tensor, as it is stored.
+
+        Raises:
+            FileError: it holds values that are negative or not finite.
+        """
+        name = self.quantisation.scales[key].key
+        values = self.read(name)
+        wide = values.astype(np.float32)
+        if not np.isfinite(wide).all() or (wide < 0).any():
+            raise FileError(f"{self._files[name]}: the scale {name} holds values that are negative or not finite")
+        return values
+
+    def read_values(self, key: str) -> np.ndarray:
+        """The values of one tensor; those of a scaled float8 tensor in float32, multiplied by its scale."""
+        values, scale = self.read(key), self.quantisation.scales.get(key)
+        if scale is None:
+            return values
+        return dequantised(values, scale.rows(self.read_scale(key), values.shape))
+
+    @property
+    def is_whole_folder(self) -> bool:
+        """Whether the files beside the weights (config, tokenizer) belong to them: not so beside a file of any name."""
+        named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
+        return self.path.is_dir() or self.index is not None or (named and (self.folder / "config.json").is_file())
+
+    def read(self, key: str) -> np.ndarray:
+        """The values of one tensor.
+
+        They are read, not mapped: a mapped file's pages would count as memory. And safetensors has no numpy arrays of
+        float8.
+        """
+        file = self._files[key]
+        start, end = self.header(file).places[self._prefix + key]
+        data = np.fromfile(file, np.uint8, end - start, offset=start)
+        if data.size != end - start:
+            raise FileError(f"{file} became shorter while it was read")
+        return data.view(self.dtypes[key]).reshape(self.shapes[key])
+
+    def file_of(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[key]
+
+    def header(self, file: Path) -> Header:
+        """The header of one of `files`, as it stands there."""
+        if file in self._headers:
+            return self._headers[file]
+        with open(file, "rb") as opened:
+            data = opened.read(8)
+            data += opened.read(int.from_bytes(data, "little"))
+        entries = parse_json(data[8:], file)
+        metadata = entries.pop("__metadata__", {})
+        places = {
+            without_wrappers(name): (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
+            for name, entry in entries.items()
+        }
+        self._headers[file] = Header(data, places, metadata)
+        return self._headers[file]
+
+
+def _drop_prefix(table: dict[str, Any], prefix: str) -> None:
+    for key in list(table):  # in its order
+        table[key.removeprefix(prefix)] = table.pop(key)
+
+
+def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:
+    if path.is_file():
+        if _PICKLES.fullmatch(path.name):
+            raise FileError(f"{path} is a torch pickle. {_CONVERT}")
+        if not path.name.endswith(INDEX):
+            return [path], None, None
+        return _from_index(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no file or folder '{path}'")
+    for stem in _STEMS:
+        if (file := path / f"{stem}.safetensors").is_file():
+            return [file], None, None
+        if (index := path / f"{stem}.safetensors{INDEX}").is_file():
+            return _from_index(index)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, None, None
+    if found:
+        raise FileError(
+            f"'{path}' holds several safetensors files and no index: {', '.join(f.name for f in found)}. Give the path "
+            "of one of them."
+        )
+    other = sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name))
+    hint = f"; it has {', '.join(other)}. {_CONVERT}" if other else ""
+    raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
+
+
+def _from_index(index: Path, *, missing_is_fine: bool = False) -> tuple[list[Path], Path, dict[str, str]]:
+    values = parse_json(read_text(index), index)
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FileError(f"{index} is not an index of safetensors shards: it has no `weight_map` of file names")
+    # A file of another folder could be anything that this user may read.
+    names = list(dict.fromkeys(weight_map.values()))
+    if outside := [repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)]:
+        raise FileError(f"{index} names shards that are no files beside it: {', '.join(outside)}")
+    files = [index.parent / name for name in names]
+    if not missing_is_fine and (missing := [str(file) for file in files if not file.is_file()]):
+        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
+    return files, index, weight_map
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether values of a dtype are floating-point numbers, bfloat16's and float8's among them."""
+    return jnp.issubdtype(dtype, np.floating)
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files beside a checkpoint's weights: its config, its tokenizer, its licence.
+
+    Raises:
+        FileError: one is a link that leads out of the folder.
+    """
+    found = sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+    own = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # Hugging Face's cache links to the latter
+    if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
+        raise FileError(
+            f"{folder} links to files elsewhere, which would be copied: {', '.join(p.name for p in outside)}. Remove "
+            "the links, or put the files themselves there."
+        )
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a checkpoint's folder; {} where there is none.
+
+    Raises:
+        FileError: it is not a JSON object.
+    """
+    return read_json(file) if (file := folder / "config.json").is_file() else {}
+
+
+def side_file_content(file: Path, dtype: Any) -> bytes:
+    """The content of a file beside the weights; where the weights change their dtype, a config says the new one."""
+    if file.name == "config.json" and dtype is not None:
+        config = read_config(file.parent)
+        for field in ("dtype", "torch_dtype"):
+            if field in config:
+                config[field] = np.dtype(dtype).name
+        return (json.dumps(config, indent=2) + "\n").encode()
+    return file.read_bytes()
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that hold weights or index them."""
+    return sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []

@@ -1,0 +1,129 @@
+"""`CheckpointWriter`: a checkpoint in Hugging Face's form, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loha_jax.interop.disk.atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
+from loha_jax.interop.disk.base_checkpoint import INDEX, Header
+
+from loha_jax.runtime.scalars import plain_scalar
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200MB" or a number, in powers of ten as in huggingface_hub.
+
+    Example:
+        >>> parse_size("5GB"), parse_size(np.int64(100))
+        (5000000000, 100)
+    """
+    size = plain_scalar(size)
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)B", str(size).upper())
+    if not found or not int(found[1]):
+        raise ValueError(f"A size is a positive number of bytes or such as '5GB', got {size!r}")
+    return int(found[1]) * 1000 ** " KMGT".index(found[2] or " ")
+
+
+class CheckpointWriter:
+    """Writes a checkpoint tensor by tensor, in any order, in shards of a size, with Hugging Face's file names.
+
+    All headers are made from the names, dtypes and shapes, so that each tensor goes straight to its place in a
+    temporary file. `commit` flushes the files and renames them, the index last; leaving the `with` block without it
+    removes them.
+
+    Args:
+        folder: exists.
+        tensors: `(name, dtype, shape)` in the order in which they are to stand.
+        max_shard_size: of the values of one file, in bytes; one larger tensor has a file of its own.
+        stem: "model" or "diffusion_pytorch_model".
+        metadata: strings for the header of every file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
+        max_shard_size: int,
+        stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self._folder, self._stem = folder, stem
+        shards: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
+        filled = 0
+        self._total = 0
+        for name, dtype, shape in tensors:
+            size = math.prod(shape) * dtype.itemsize
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, dtype, shape))
+            filled += size
+            self._total += size
+        if len(shards) == 1:
+            self.names = [f"{stem}.safetensors"]
+        else:
+            self.names = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+        self.weight_map = {t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard}
+        self._places: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
+        self._pending = set(self.weight_map)
+        self._files: list[TemporaryFile] = []
+        try:
+            for n, shard in enumerate(shards):
+                with naming(folder / self.names[n]):
+                    self._files.append(TemporaryFile(folder / self.names[n]))
+                    self._start(n, self._files[-1].descriptor, shard, dict(metadata or {}))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]) -> None:
+        header = Header.of(shard, metadata)
+        for name, dtype, shape in shard:
+            self._places[name] = (n, header.places[name][0], dtype, shape)
+        write_at(descriptor, 0, header.data)
+        os.truncate(descriptor, header.file_size)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Puts a tensor into its place; its dtype and shape are those announced."""
+        n, offset, dtype, shape = self._places[name]
+        if value.dtype != dtype or value.shape != shape:
+            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
+        with naming(self._folder / self.names[n]):
+            write_at(self._files[n].descriptor, offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        self._pending.discard(name)
+
+    def commit(self) -> None:
+        """Flushes and renames the files; ValueError if a tensor was not written."""
+        if self._pending:
+            raise ValueError(f"These tensors were announced and not written: {', '.join(sorted(self._pending))}")
+        with naming(self._folder):
+            for file in self._files:
+                file.flush()
+            for file in self._files:
+                file.move_into_place()
+            sync_folder(self._folder)
+        if len(self.names) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": self.weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            write_atomically(self._folder / f"{self._stem}.safetensors{INDEX}", text.encode())
+
+    def close(self) -> None:
+        """Closes the files and removes those that were not renamed."""
+        for file in self._files:
+            file.close()
+        self._files = []
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

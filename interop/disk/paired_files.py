@@ -1,0 +1,175 @@
+"""The files of an adapter's folder, config and weights, which change together."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from loha_jax.interop.disk.atomic import (
+    exchange,
+    is_replaceable,
+    naming,
+    remove_abandoned,
+    sync_folder,
+    temporary_folder,
+    write_atomically,
+)
+
+from loha_jax.runtime.untrusted import FileError
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+"""What diffusers and SimpleTuner call an adapter's file."""
+
+PENDING = ".loha_jax_pending"
+"""In a folder: new files that a killed process had no time to move to their places."""
+
+
+def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, bytes]) -> None:
+    """Writes the files of a folder that are read together, so that no reader finds old and new ones mixed.
+
+    A new folder appears whole. Where one file alone has changed, it is replaced. Where several have and the folder
+    holds nothing else, a new folder takes its place in one step. Else the new files are made in a folder `PENDING`
+    inside, and then moved. A process that ends between the moves leaves a folder that lacks the last file:
+    `pending_or_own` finds the new ones, other readers miss a file, and the next write finishes the moves.
+
+    Args:
+        folder: made if it is not there.
+        files: content by name; the last one is what a reader looks for first.
+        once: likewise, written where there is no such file.
+    """
+    if not folder.is_dir() and _make_folder(folder, {**files, **once}):
+        return
+    for place in (folder, *(folder / name for name in (*files, *once, PENDING))):
+        remove_abandoned(place)
+    with naming(folder), _locked(folder):
+        _finish(folder, list(files))
+    changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
+    new = {name: data for name, data in once.items() if not os.path.lexists(folder / name)}
+    if len(changed) < 2:
+        for name, data in {**changed, **new}.items():
+            write_atomically(folder / name, data)
+        return
+    kept = {name: (folder / name).read_bytes() for name in once.keys() - new.keys() if (folder / name).is_file()}
+    if _replace_folder(folder, {**files, **new, **kept}):
+        return
+    with naming(folder), _locked(folder), temporary_folder(folder / PENDING) as work:
+        _write_all(work / "new", files)
+        os.rename(work / "new", folder / PENDING)  # from here on it is the new files that count
+        sync_folder(folder)
+        _finish(folder, list(files))
+    for name, data in new.items():
+        write_atomically(folder / name, data)
+
+
+def pending_or_own(folder: Path, name: str) -> Path:
+    """A file that `write_together` wrote, or the place where it would be."""
+    pending = folder / PENDING / name
+    return pending if pending.is_file() else folder / name
+
+
+def find_adapter_file(folder: Path) -> Path:
+    """The file of an adapter in a folder that has no `adapter_config.json`.
+
+    That is `pytorch_lora_weights.safetensors` (diffusers, SimpleTuner), or else the only safetensors file.
+
+    Raises:
+        FileNotFoundError: the folder has no safetensors file; the error names those in folders inside.
+        FileError: it has several.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "style.safetensors").touch()
+        ...     find_adapter_file(Path(folder)).name
+        'style.safetensors'
+    """
+    if (file := folder / DIFFUSERS_NAME).is_file():
+        return file
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise FileError(f"'{folder}' holds several safetensors files: {names}. Give the path of one of them.")
+    inside = sorted({f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()})
+    pickles = sorted(f"'{file}'" for file in folder.iterdir() if file.suffix in (".pt", ".pth", ".bin", ".ckpt"))
+    hint = f"; give one of its folders: {', '.join(inside)}" if inside else ""
+    hint = f"; give the file that is the adapter: {', '.join(pickles)}" if pickles else hint
+    raise FileNotFoundError(f"There is no adapter in '{folder}'{hint}")
+
+
+def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Makes a folder of these files, unless another process makes one meanwhile."""
+    folder = Path(os.path.realpath(folder))
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as work:
+            _write_all(work / "new", files)
+            try:
+                os.rename(work / "new", folder)
+            except OSError:
+                if folder.is_dir():
+                    return False
+                raise
+        sync_folder(folder.parent)
+    return True
+
+
+def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Puts a folder of these files in place of one that holds no others; False where that cannot be."""
+    entries = list(os.scandir(folder))
+    if not is_replaceable(folder) or not all(e.name in files and e.is_file(follow_symlinks=False) for e in entries):
+        return False
+    folder = Path(os.path.realpath(folder))
+    with naming(folder), temporary_folder(folder) as work:
+        _write_all(work / "new", files)
+        if (work / "new").stat().st_gid != folder.stat().st_gid:
+            return False
+        shutil.copystat(folder, work / "new")
+        if not exchange(work / "new", folder):
+            return False
+        sync_folder(folder.parent)
+        for entry in os.scandir(work / "new"):  # put there in the last moment
+            if entry.name not in files:
+                os.rename(entry, folder / entry.name)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time moves the files of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, data in files.items():
+        write_atomically(folder / name, data)
+
+
+def _finish(folder: Path, names: list[str]) -> None:
+    """Moves pending files to their places; the last one is missing meanwhile."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    if (pending / names[-1]).is_file():
+        (folder / names[-1]).unlink(missing_ok=True)
+    for name in names:
+        if (pending / name).is_file():
+            os.replace(pending / name, folder / name)
+    sync_folder(folder)
+    shutil.rmtree(pending)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data

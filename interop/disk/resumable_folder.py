@@ -1,0 +1,93 @@
+"""Results that appear whole: a hidden folder beside the place of the result, and one rename at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+from loha_jax.interop.disk.atomic import move_into_place, naming, restore, sync_folder, write_atomically
+
+
+class WorkingFolder:
+    """The hidden folder beside a result that takes long; one run at a time has it, and the next one can go on.
+
+    Args:
+        out: the place of the result.
+        fingerprint: of everything that the result depends on. Files of a run with another one are removed.
+
+    Attributes:
+        files: the folder that becomes the result.
+    """
+
+    def __init__(self, out: Path, fingerprint: str):
+        self._out = out
+        self._folder = out.parent / f".{out.name}.merging"
+        self._manifest = self._folder / "manifest.json"
+        self._fingerprint = fingerprint
+        self.files = self._folder / "files"
+        self._done = self._folder / "done"  # where an old result comes in exchange, to be taken for none
+
+    def __enter__(self) -> WorkingFolder:
+        with naming(self._out):
+            self._folder.mkdir(exist_ok=True)
+        self._lock = open(self._folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise FileExistsError(f"Another run is writing {self._out} ({self._folder} is locked)") from error
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        """Removes what cannot be continued."""
+        restore(self._folder, self._out)
+        shutil.rmtree(self._done, ignore_errors=True)
+        try:
+            manifest = json.loads(self._manifest.read_text())
+        except (FileNotFoundError, ValueError):
+            manifest = {}
+        if manifest.get("fingerprint") != self._fingerprint:  # of other files, weights or options
+            self._manifest.unlink(missing_ok=True)
+            shutil.rmtree(self.files, ignore_errors=True)
+            self.files.mkdir(exist_ok=True)
+            text = json.dumps({"out": self._out.name, "fingerprint": self._fingerprint}, indent=2)
+            write_atomically(self._manifest, text.encode())
+        self.files.mkdir(exist_ok=True)
+        for unfinished in self.files.glob(".*.part"):
+            unfinished.unlink()
+
+    def is_finished(self, name: str, size: int) -> bool:
+        """Whether an earlier run left a whole file."""
+        path = self.files / name
+        return path.is_file() and path.stat().st_size == size
+
+    def losses(self, name: str) -> Path:
+        """The place of the note on what rounding lost in one of the files."""
+        return self._folder / f"losses-{name}.json"
+
+    def discard(self) -> None:
+        """Removes all files."""
+        shutil.rmtree(self.files, ignore_errors=True)
+
+    def publish(self, force: bool) -> None:
+        """Renames the folder of files to its place."""
+        sync_folder(self.files)
+        self.files.rename(self._done)
+        try:
+            move_into_place(self._done, self._out, force)
+        except BaseException:
+            self._done.rename(self.files)
+            raise
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to continue with
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()

@@ -1,0 +1,1 @@
+"""`load_*` and `save_*`: from trees to files and back."""

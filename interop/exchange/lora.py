@@ -1,0 +1,370 @@
+"""LoRA: adapters written as PEFT LoRA folders, which servers that know nothing else can use, and read from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.disk.paired_files import write_together
+from loha_jax.interop.disk.tensor_files import FileError, check_finite, safetensors_bytes
+from loha_jax.interop.exchange.factors import chosen_adapter, module_factors, stack_dora_scales
+from loha_jax.interop.exchange.saved_modules import add_loaded, carried_tensors, with_names_that_end_alike
+from loha_jax.interop.formats.adapter_file import AdapterModule
+from loha_jax.interop.formats.lora_config import exact_targets, loha_config, lora_config
+from loha_jax.interop.formats.lora_files import read_lora_folder
+from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
+from loha_jax.interop.formats.peft_files import PREFIX, SAFETENSORS_NAME
+from loha_jax.interop.formats.wrong_loader import with_hint
+from loha_jax.interop.names.name_map import GPT2_CONV1D
+from loha_jax.interop.updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
+from loha_jax.interop.updates.shapes import module_shapes
+
+from loha_jax.lowrank.initial_values import init_factors
+from loha_jax.runtime.processes import in_first_process
+from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
+from loha_jax.targets.module_names import Names, path_parts, stack_names
+from loha_jax.tree.before_saving import check_before_saving
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.inject import factor_dtype, stack_factors
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.plan import Target, plan_injection
+
+_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA adapter as PEFT's files hold it.
+
+    Attributes:
+        tensors: by PEFT's keys.
+        config: the content of `adapter_config.json`.
+        errors: by module, the relative error of its update in the Frobenius norm; 0 where the LoRA is exact.
+    """
+
+    tensors: dict[str, np.ndarray]
+    config: dict[str, Any]
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        rows = [("module", "rank", "relative error")]
+        for name, error in self.errors.items():
+            rank = self.tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0]
+            rows.append((name, str(rank), f"{error:.2e}" if error else "exact"))
+        widths = [max(len(row[n]) for row in rows) for n in range(3)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+
+
+@takes_model(changes=False)
+def to_lora(
+    params: Any,
+    adapter_name: str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    names: Names | None = None,
+    groups: Mapping[str, int] | None = None,
+) -> LoraAdapter:
+    """The LoRA of an adapter: the exact one, of rank r², or the best one of a smaller rank in each module.
+
+    ΔW is never built: the factors of the exact LoRA are Khatri-Rao products of LoHa's, and the best approximation
+    comes from an SVD of a matrix of r² rows. The scaling, as the adapter is now scaled (`loha_jax.scale`), is in the
+    factors.
+
+    Args:
+        params: an adapted tree with values.
+        adapter_name: which adapter; may be left out where the tree has only one.
+        rank: at most this rank; exact where that is enough.
+        energy: in (0, 1], instead of `rank`: the smallest rank of each module that keeps this share of the squared
+            singular values.
+        names: what was given to `inject`, if anything. The tree holds the torch names of adapted modules alone; without
+            the others' `target_modules` are full names.
+        groups: `{regex: groups}` of the adapted convolutions with groups, by torch name (fullmatched). A tree does not
+            show them, and the LoRA of such a convolution, taken for one without, does not open.
+
+    Returns:
+        Tensors, config and errors; `print` shows a table. A weight decomposition becomes PEFT's DoRA, of W plus the
+        approximated update. `modules_to_save` and base weights come along as in `to_peft_state_dict`.
+
+    Raises:
+        ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA cannot hold: norms
+            per in feature, a scaled weight decomposition, an embedding table.
+
+    PEFT's LoRA knows neither a convolution's dilation nor its padding mode: one with either does not work there.
+
+    Example:
+        >>> import loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((6, 5))}}, config, key=jax.random.key(0))
+        >>> print(to_lora(params))
+        module  rank  relative error
+        q          4           exact
+    """
+    adapter_name = chosen_adapter(params, adapter_name)
+    check_limits(rank, energy)
+    groups = dict(groups or {})
+    found: dict[str, AdapterModule] = {}
+    errors: dict[str, float] = {}
+    config: LoHaConfig | None = None
+    conv1d, used = False, set()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
+        if not isinstance(leaf, LoHaWeight) or adapter_name not in leaf.adapters:
+            continue
+        factors = leaf.adapters[adapter_name]
+        config = factors.config
+        stack = len(leaf.layout.axes("s"))
+        shape = leaf.layout.torch_shape(leaf.kernel.shape)[stack:]
+        for module in _modules(leaf, factors, adapter_name):
+            _check_embedding(path_parts(path), module.name)
+            pattern = next((p for p in groups if re.fullmatch(p, module.name)), None)
+            if pattern is not None and len(shape) < 3:
+                raise ValueError(f"groups[{pattern!r}] names {module.name}, which is no convolution")
+            used.add(pattern)
+            number = 1 if pattern is None else groups[pattern]
+            lora, errors[module.name] = lora_of(module, rank, energy, shape=shape, groups=number)
+            found[module.name] = lora
+            conv1d |= leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
+    if config is None:
+        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+    if unused := [pattern for pattern in groups if pattern not in used]:
+        raise ValueError(f"groups={unused} match no adapted module; these are {', '.join(found)}")
+    check_decomposed(found)
+    targets = _targets(params, adapter_name, names)
+    tensors = {key: tensor for module in found.values() for key, tensor in lora_tensors(module).items()}
+    tensors |= carried_tensors(params, adapter_name)
+    return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
+
+
+def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
+    """The modules of a kernel, with the scaling that they have now."""
+    result = []
+    for module in module_factors(leaf, adapter_name):
+        if factors.dora_scale is not None and factors.multiplier != 1:
+            raise ValueError(
+                f"{module.name} has a weight decomposition scaled by {factors.multiplier:g}, and PEFT's DoRA has "
+                f"no such number. Set it back, loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
+            )
+        result.append(dataclasses.replace(module, alpha=module.alpha * factors.multiplier))
+    return result
+
+
+def _check_embedding(path: tuple[str, ...], name: str) -> None:
+    if path[-1] == "embedding" and name.rpartition(".")[2] not in _OUTPUT_HEADS:
+        raise ValueError(
+            f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. Merge the adapter, or "
+            "exclude it; an output head that is tied to it is known by its torch name (`names=`)."
+        )
+
+
+def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
+    """Raises ValueError where some modules have a weight decomposition and others have not."""
+    without = [name for name, module in modules.items() if module.dora_scale is None]
+    if 0 < len(without) < len(modules):
+        raise ValueError(
+            f"PEFT's config has one use_dora for all modules, and {', '.join(without)} has no weight decomposition, "
+            "unlike the others. Keep them in adapters of their own."
+        )
+
+
+def lora_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+    """One module's tensors by PEFT's keys."""
+    key = PREFIX + module.name
+    tensors = {f"{key}.{part}.weight": tensor for part, tensor in module.tensors.items()}
+    if module.dora_scale is not None:
+        spatial = module.tensors["lora_A"].ndim - 2
+        shape = (1, -1, *(1,) * spatial) if spatial else (-1,)
+        tensors[f"{key}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
+    return tensors
+
+
+def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] | str:
+    """`target_modules`: the shortest endings where all modules' torch names are known, else full names."""
+    tree = NamedTree(params, names, None)
+    adapted: set[str] = set()
+    others: set[str] = set()
+    renamed = False
+    for position in tree.weights:
+        leaf = tree.leaves[position]
+        if isinstance(leaf, LoHaWeight):
+            factors = leaf.adapters.get(adapter_name)
+            ranks = factors.ranks if factors else (0,) * len(leaf.names)
+            for name, r in zip(leaf.names, ranks, strict=True):
+                (adapted if r else others).add(name)
+            stack = leaf.layout.sizes("s", leaf.kernel.shape)
+            renamed |= leaf.names != stack_names(tree.names[position], stack, None)
+        elif isinstance(leaf, SavedWeight):
+            others.add(leaf.name.rpartition(".")[0])
+        else:
+            others.update(tree.possible_names(position))
+    if renamed and names is None:
+        return sorted(adapted)
+    return exact_targets(adapted, others)
+
+
+@takes_model(changes=False)
+def save_lora(
+    folder: str | Path,
+    params: Any,
+    *,
+    adapter_name: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: Any = None,
+    names: Names | None = None,
+    groups: Mapping[str, int] | None = None,
+) -> LoraAdapter:
+    """Writes an adapter as a PEFT LoRA folder; `PeftModel.from_pretrained`, and servers of LoRA, open it.
+
+    `adapter_config.json` and `adapter_model.safetensors` go into `folder`, and a model card, README.md, where there is
+    none. Config and weights appear, or are replaced, together. alpha is r in every module, so that the scaling is 1
+    also for a reader that ignores `alpha_pattern`; `target_modules` is a list of names.
+
+    Args:
+        folder: made if it is not there.
+        params, adapter_name, rank, energy, names, groups: as for `to_lora`.
+        dtype: of the LoRA's tensors; the factors' own by default.
+
+    Returns:
+        What was written; `print` shows the error of each module (without that of rounding to `dtype`).
+
+    Raises:
+        ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too large for it.
+        NotADirectoryError: `folder` is a file.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((6, 5))}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(folder, params, rank=1).config["r"]
+        1
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
+    lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
+    if dtype is not None:
+        lora = _in_dtype(lora, jnp.dtype(dtype))
+    weights = safetensors_bytes(lora.tensors, {"format": "pt"})
+    config = json.dumps(lora.config, indent=2, sort_keys=True).encode()
+    card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
+    files = {SAFETENSORS_NAME: weights, CONFIG_NAME: config}
+    check_before_saving(params, None if adapter_name is None else [adapter_name])
+    in_first_process(lambda: write_together(folder, files, card), f"{folder} was not written")
+    return lora
+
+
+def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
+    """The adapter with its own tensors in another dtype; what it carries keeps the base's."""
+    tensors = dict(lora.tensors)
+    for name in lora.errors:
+        key = f"{PREFIX}{name}."
+        own = {k.removeprefix(key): t for k, t in tensors.items() if k.startswith(f"{key}lora_")}
+        tensors |= {key + part: tensor for part, tensor in cast_tensors(name, own, dtype).items()}
+    return dataclasses.replace(lora, tensors=tensors)
+
+
+@takes_model(argument="base_params")
+def load_lora(
+    folder: str | Path,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    key: jax.Array | None = None,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+) -> Any:
+    """Adds a LoRA (or DoRA) adapter that PEFT wrote to a tree of base parameters, as the LoHa that it exactly is.
+
+    The first pair of LoHa's factors are `lora_B` and `lora_A`, of the same rank and alpha; the second makes a matrix of
+    ones: the first column of `hada_w2_a` and the first row of `hada_w2_b`. Convolutions are flat.
+
+    Args:
+        folder: holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, which needs torch).
+        base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
+        adapter_name: the name in the tree; it need not be the one in PEFT.
+        key: JAX PRNG key. With it the other columns of `hada_w2_a` are random, as LoHa starts, and the second pair
+            trains to more than a LoRA can hold. Without it they are zero, as are the rows of `hada_w2_b` that they
+            meet: neither ever gets a gradient, and only the first column and row of the second pair train.
+        names, layouts: as for `loha_jax.inject`.
+
+    Returns:
+        The adapted tree, the new adapter active. DoRA is a `LycorisConfig` with `weight_decompose`; LoRA's dropout has
+        no counterpart and is left out.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        ValueError: the file and the tree do not fit (one error lists all unexpected, missing and misshapen keys), or
+            the adapter is more than factors: trained biases or embeddings, variants of LoRA, an initialisation that
+            changes the base weights.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((6, 5))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lora = save_lora(folder, loha_jax.inject(base, config, key=jax.random.key(0)))
+        ...     load_lora(folder, base, key=jax.random.key(1))["q"]["kernel"].adapters["default"].hada_w1_a.shape
+        (5, 4)
+    """
+    try:
+        file = read_lora_folder(folder)
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_lora") from error
+    check_finite(file.arrays, folder)
+    config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
+    try:
+        shapes = module_shapes(file.modules)
+        plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
+        state = {
+            k.removeprefix(PREFIX): t for m in file.modules.values() for k, t in lora_tensors(m).items()
+        } | file.others
+        wanted: dict[str, tuple[int, ...]] = {}
+        for target in plan.targets.values():
+            for name, r in zip(target.names, target.ranks, strict=True):
+                wanted |= _wanted(target, name, r, file.modules.get(name)) if r else {}
+
+        def make_factors(target: Target) -> dict[str, jax.Array]:
+            dtype = factor_dtype(target.dtype)
+            own = [
+                _loha_tensors(file.modules[name], key, dtype) if r else {}
+                for name, r in zip(target.names, target.ranks, strict=True)
+            ]
+            return stack_factors(own, target, dtype)
+
+        def make_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
+            return stack_dora_scales(target, file.modules)
+
+        keys = {name: PREFIX + name for name in state}
+        return add_loaded(base_params, plan, adapter_name, state, keys, wanted, make_factors, make_extras)
+    except ValueError as error:
+        raise FileError(f"{folder}: {error}") from error
+
+
+def _wanted(target: Target, name: str, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
+    out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
+    groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
+    ones = (1,) * len(spatial)
+    shapes = {f"{name}.lora_A.weight": (r, in_ * groups, *spatial), f"{name}.lora_B.weight": (out, r // groups, *ones)}
+    if module is not None and module.dora_scale is not None:
+        shapes[f"{name}.lora_magnitude_vector"] = (1, out, *ones) if spatial else (out,)
+    return shapes
+
+
+def _loha_tensors(module: AdapterModule, key: jax.Array | None, dtype: Any) -> dict[str, np.ndarray]:
+    spare = None
+    if key is not None:
+        shape = (module.tensors["lora_B"].shape[0], module.r)
+        spare = np.asarray(init_factors(key, [module.name], {"hada_w2_a": shape}, True, dtype)["hada_w2_a"][0])
+    return loha_of(module, spare).tensors

@@ -1,0 +1,378 @@
+"""`load_lycoris`: an adapter of LyCORIS, kohya or ComfyUI onto a tree of base parameters."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.disk.tensor_files import FileError, check_finite
+from loha_jax.interop.exchange.factors import stack_dora_scales
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.lycoris_files import NORM_PARTS, ModuleNames, split_prefix
+from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
+from loha_jax.interop.formats.ranks import most_common, plain_number, ranks_and_alphas
+from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.interop.formats.wrong_loader import with_hint
+from loha_jax.interop.updates.lora_conversion import loha_of
+from loha_jax.interop.updates.low_rank_update import LowRankUpdate
+from loha_jax.interop.updates.shapes import module_shapes
+
+from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.lowrank.weight_decomposition import is_on_out
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.targets.lycoris_config import LycorisConfig
+from loha_jax.targets.matching import name_endings
+from loha_jax.targets.module_names import Names, all_names, torch_parameter
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+_SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
+
+
+@takes_model(argument="base_params")
+def load_lycoris(
+    path: str | Path,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    prefix: str | None = None,
+    only: str | None = None,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    conv2d_weights_fix: bool = False,
+) -> Any:
+    """Adds an adapter that LyCORIS, kohya's scripts or `save_lycoris` wrote to a tree of base parameters.
+
+    Keys may be LyCORIS' (`lycoris_blocks_0_q.hada_w1_a`), kohya's (`lora_unet_…`, `lora_te_…`, `lora_te1_…`), or
+    dotted with a prefix (`diffusion_model.`, `transformer.`, …) or without one. Names with underscores are looked up
+    among the tree's modules, never split. CLIP's `text_model`, which transformers 5 dropped, may be in one of the two.
+
+    Args:
+        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch; or of a folder with
+            one: `pytorch_lora_weights.safetensors` (SimpleTuner, diffusers), or a single safetensors file.
+        base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
+        adapter_name: the name in the tree.
+        prefix: which component of the file (`"lora_unet_"`): what the keys to load begin with. May be left out where
+            the file has only one.
+        only: a regular expression for the whole names of modules in the file (`"lora_unet_.*attn.*"`); the others are
+            left out.
+        names, layouts: as for `loha_jax.inject`.
+        conv2d_weights_fix: for files of LyCORIS 1.9.0 and earlier, which used `hada_t1` in the place of `hada_t2` in
+            training: takes it for both cores of a 2-D convolution (PEFT's converter has the same option).
+
+    Returns:
+        The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the file's `metadata`.
+        Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled by 1 (alpha = r),
+        as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file without. Weight
+        decompositions of both axes are loaded (LyCORIS reads one alone). LoRA modules in the file become the LoHa of
+        their rank that is equal to them, as in `load_lora`. Differences of whole parameters (of normalisation layers,
+        `train_norm=True`, or of any layer, `algo=full`) become copies of the parameters, as with `modules_to_save`.
+        Modules of the tree that are not in the file are not adapted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: the file is broken, or has several components, or modules of a kind that LoHa cannot hold (LoKr, OFT,
+            …) and that `only` does not leave out; two modules have the name that it uses; or it and the tree do not
+            fit: one error lists all modules that the tree lacks and all that are misshapen.
+
+    Warns:
+        UserWarning: token embeddings (`bundle_emb.…`) are bundled with the weights; they are not loaded.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> base = {"a": {"q": {"kernel": jnp.ones((3, 3))}}}
+        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
+        ...     load_lycoris(f"{folder}/adapter.safetensors", base)["a"]["q"]["kernel"].names
+        ('a.q',)
+    """
+    path = Path(path)
+    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
+    if adapter.form not in ("lycoris", "kohya"):
+        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
+    try:
+        component = _component(adapter, prefix)
+        tree = NamedTree(base_params, names, layouts)
+        found, problems = _found(component, tree)
+        plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
+    read = [*((name, m.arrays) for name, m in found.modules.items()), *found.differences.items()]
+    check_finite({f"{name}.{key}": array for name, arrays in read for key, array in arrays.items()}, path)
+    if problems := [*problems, *more]:
+        raise FileError(
+            f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
+            "are transposed, `prefix=` where the keys begin otherwise."
+        )
+
+    if adapter.embeddings:
+        warn_caller(f"{path}: {embeddings_note(adapter.embeddings)}")
+
+    def tensors_of(target: Target, name: str) -> dict[str, np.ndarray]:
+        tensors = found.modules[name].tensors
+        if conv2d_weights_fix and target.cp and len(target.layout.axes("k")) == 2:
+            tensors = {**tensors, "hada_t2": tensors["hada_t1"]}
+        return tensors
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        per_module = [tensors_of(target, n) if r else {} for n, r in zip(target.names, target.ranks, strict=True)]
+        return stack_factors(per_module, target, factor_dtype(target.dtype))
+
+    def make_copy(saved: Saved, original: jax.Array) -> jax.Array:
+        module, _, parameter = saved.name.rpartition(".")
+        difference = _difference(found.differences[module], parameter)
+        if difference is None:
+            return jnp.array(original, copy=True)
+        wide = float32_or_wider(original.dtype)
+        change = jnp.asarray(difference, wide)
+        change = saved.layout.fold(change, saved.shape) if saved.layout else change
+        return (original.astype(wide) + change).astype(original.dtype)
+
+    def make_extras(target: Target, config: Any, kernel: jax.Array) -> dict[str, jax.Array]:
+        return stack_dora_scales(target, found.modules)
+
+    return apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """One component of a file, by the tree's module names."""
+
+    modules: dict[str, AdapterModule]
+    differences: dict[str, dict[str, np.ndarray]]
+
+
+def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
+    """The modules of one component, as LoHa, by their names in the file after the prefix."""
+    differences: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in adapter.others.items():
+        module, _, part = key.rpartition(".")
+        differences.setdefault(module, {})[part] = tensor
+    counts = collections.Counter(split_prefix(own)[0] for own in {**adapter.modules, **differences})
+    listed = ", ".join(f"{p!r} ({n} modules)" for p, n in counts.items())
+    if prefix is None:
+        if len(counts) > 1:
+            raise ValueError(f"the file has several components: {listed}. Choose one with `prefix=`")
+        (prefix,) = counts
+    chosen = _Found(
+        {
+            own[len(prefix) :]: loha_of(module) if module.kind == "lora" else module
+            for own, module in adapter.modules.items()
+            if own.startswith(prefix)
+        },
+        {own[len(prefix) :]: parts for own, parts in differences.items() if own.startswith(prefix)},
+    )
+    if not chosen.modules and chosen.differences:
+        named = ", ".join(prefix + own for own in chosen.differences)
+        raise ValueError(
+            f"it has only differences of whole parameters ({named}), "
+            "which are no LoHa. Merge the file into the model's checkpoint (`loha-jax merge`)"
+        )
+    if not chosen.modules:
+        raise ValueError(f"no module with factors begins with prefix={prefix!r}; the file has {listed}")
+    return prefix, chosen
+
+
+def _found(component: tuple[str, _Found], tree: NamedTree) -> tuple[_Found, list[str]]:
+    """The component by the tree's names, and what the tree lacks."""
+    prefix, own = component
+    kernels = [name for position in tree.kernels for name in _names_at(tree, position)]
+    norms = [name for position in tree.weights if position not in tree.kernels for name in _names_at(tree, position)]
+    in_kernels, in_norms = ModuleNames(kernels), ModuleNames(norms)
+    origin: dict[str, str] = {}
+    missing: list[str] = []
+
+    def resolved(parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]) -> dict[str, Any]:
+        result = {}
+        for name, value in parts.items():
+            found = next((hit for lookup in lookups if (hit := lookup.find(prefix, name))), None)
+            if found is None:
+                missing.append(f"{prefix}{name}" + _near_miss(name, names) * (len(missing) < _SHOWN_NEAR))
+            elif origin.get(found, name) != name:
+                raise ValueError(f"{prefix}{origin[found]} and {prefix}{name} are both {found} in the tree")
+            else:
+                origin[found], result[found] = name, value
+        return result
+
+    of_norms = {name: parts for name, parts in own.differences.items() if parts.keys() <= {*NORM_PARTS.values()}}
+    of_others = {name: parts for name, parts in own.differences.items() if name not in of_norms}
+    modules = resolved(own.modules, [in_kernels], kernels)
+    differences = resolved(of_norms, [in_norms], norms)
+    differences |= resolved(of_others, [in_kernels, in_norms], [*kernels, *norms])
+    title = f"modules that the tree lacks ({len(missing)}): {', '.join(missing)}"
+    return _Found(modules, differences), [title] if missing else []
+
+
+def _difference(parts: Mapping[str, np.ndarray], parameter: str) -> np.ndarray | None:
+    """What is added to a parameter of a module, "weight" or "bias"."""
+    return next((value for part, value in parts.items() if PARAMETER_OF[part] == parameter), None)
+
+
+def _names_at(tree: NamedTree, position: int) -> Iterable[str]:
+    """Names of a weight's modules; all that there could be, where that cannot be told."""
+    leaf = tree.leaves[position]
+    if isinstance(leaf, LoHaWeight):
+        return leaf.names
+    try:
+        if position not in tree.kernels:
+            return all_names(tree.names[position], tree.given_names)
+        return tree.module_names(position, tree.layout(position).sizes("s", leaf.shape))
+    except ValueError:  # `plan_injection` raises it again for a kernel that the file has factors for
+        return tree.possible_names(position)
+
+
+def _near_miss(name: str, names: list[str]) -> str:
+    underscored = {n.replace(".", "_"): n for n in names}
+    near = difflib.get_close_matches(name.replace(".", "_"), underscored, n=1, cutoff=0.7)
+    return f" (the tree has {underscored[near[0]]})" if near else ""
+
+
+def _plan(
+    found: _Found,
+    base_params: Any,
+    names: Names | None,
+    layouts: Layouts | None,
+    tree: NamedTree,
+    metadata: Mapping[str, str],
+) -> tuple[Plan, list[str]]:
+    """What to put where, with the ranks, alphas and forms of the file; and what does not fit."""
+    modules = found.modules
+    if not modules:
+        return Plan(LycorisConfig(), {}, {}), []
+    settings = ranks_and_alphas(modules)
+    config = LycorisConfig(
+        r=settings["r"],
+        alpha=settings["alpha"],
+        target_modules=_targets(modules, tree),
+        use_effective_conv2d=any("hada_t1" in m.tensors for m in modules.values()),
+        weight_decompose=any(m.dora_scale is not None for m in modules.values()),
+        metadata=metadata,
+    )
+    shapes = module_shapes(modules)
+    plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
+    targets: dict[int, Target] = {}
+    problems: list[str] = []
+    axes: list[str] = []
+    for position, target in plan.targets.items():
+        own = [modules.get(name) for name in target.names]
+        given = {name: m for name, m in zip(target.names, own, strict=True) if m}
+        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        targets[position] = dataclasses.replace(
+            target,
+            ranks=tuple(m.r if m else 0 for m in own),
+            alphas=tuple(plain_number(m.alpha) if m else config.alpha for m in own),
+            cp=any("hada_t1" in m.tensors for m in given.values()),
+        )
+        problems += _misfits(targets[position], given, shape)
+        axes += [axis for m in given.values() if (axis := _decomposed_axis(m, shape))]
+    saved, more = _saved(tree, found.differences, targets)
+    config = dataclasses.replace(
+        plan.config,
+        **settings,
+        modules_to_save=sorted(found.differences) or None,
+        wd_on_out=not axes or most_common(axes) == "out",
+    )
+    return Plan(config, targets, saved), problems + more
+
+
+def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
+    """`target_modules` that PEFT's rules match with these modules alone: their names, which also match endings."""
+    chosen = frozenset(modules)
+    others = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
+    if all(chosen.isdisjoint(name_endings(name)) for name in others):
+        return sorted(chosen)
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[int, ...]) -> list[str]:
+    """What does not fit of a kernel's modules, whose shape in torch is `shape`."""
+    problems: list[str] = []
+    forms: dict[Any, list[str]] = {}
+    dora_shapes = _dora_shapes(shape)
+    for name, module in given.items():
+        cp, dora = "hada_t1" in module.tensors, module.dora_scale
+        wanted = dataclasses.replace(target, cp=cp and any(n != 1 for n in shape[2:])).shapes(module.r)
+        problems += [
+            f"{name}.{part}: {list(tensor.shape)} in the file, {list(wanted.get(part, ())) or 'none'} in the model"
+            for part, tensor in module.tensors.items()
+            if tensor.shape != wanted.get(part)
+        ]
+        if module.in_shape is not None and not LowRankUpdate.of(module).fits(shape):
+            problems.append(
+                f"{name}: a kernel [in, ...] of {list(module.in_shape)} in the file, {list(shape[1:])} in the model"
+            )
+        if dora is not None and dora.shape not in dora_shapes:
+            wanted_dora = " or ".join(str(list(allowed)) for allowed in dora_shapes)
+            problems.append(f"{name}.dora_scale: {list(dora.shape)} in the file, {wanted_dora} in the model")
+        forms.setdefault((cp, _decomposed_axis(module, shape)), []).append(name)
+    if len(forms) > 1:
+        shown = [
+            f"{names[0]} has {'' if cp else 'no '}cores and {f'a dora_scale per {axis}' if axis else 'no dora_scale'}"
+            for (cp, axis), names in forms.items()
+        ]
+        problems.append(f"one stacked kernel holds modules of different forms: {', '.join(shown)}")
+    return problems
+
+
+def _dora_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the norms of a kernel `[out, in, *spatial]` are: one per out feature, or one per in feature."""
+    out, into, *spatial = shape
+    ones = (1,) * len(spatial)
+    return (out, 1, *ones), (1, into, *ones)
+
+
+def _decomposed_axis(module: AdapterModule, shape: tuple[int, ...]) -> str | None:
+    """Whose norms a module has, "out" or "in"; None where it has none, or misshapen ones."""
+    if module.dora_scale is None or module.dora_scale.shape not in _dora_shapes(shape):
+        return None
+    return "out" if is_on_out(module.dora_scale.shape, shape, 0) else "in"
+
+
+def _saved(
+    tree: NamedTree, differences: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping[int, Target]
+) -> tuple[dict[int, Saved], list[str]]:
+    """The leaves that the file has differences of, and what does not fit."""
+    # Not by `modules_to_save`, which also matches by the end of a name: the file says which modules it means.
+    saved: dict[int, Saved] = {}
+    refused: list[str] = []
+    for position in tree.names:
+        names, parameter = list(_names_at(tree, position)), torch_parameter(tree.paths[position])
+        module = next((name for name in names if name in differences), None)
+        if module is None or parameter not in NORM_PARTS:
+            continue
+        leaf, path = tree.leaves[position], ".".join(tree.paths[position])
+        if position in tree.kernels and _difference(differences[module], parameter) is None:
+            continue
+        if position in targets or isinstance(leaf, LoHaWeight):
+            refused.append(f"{module}.diff: {path} has an adapter, and a tree holds either this or a changed copy")
+            continue
+        layout, shape = tree.layout(position) if position in tree.kernels else None, tuple(leaf.shape)
+        if len(names) > 1 or (layout and layout.axes("s")):
+            refused.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
+        saved[position] = Saved(tree.paths[position], f"{module}.{parameter}", layout, shape)
+    if refused:
+        return {}, refused
+    problems: list[str] = []
+    shapes = {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in saved.values()}
+    for module, parts in differences.items():
+        for part, value in parts.items():
+            wanted = shapes.get(f"{module}.{PARAMETER_OF[part]}")
+            if value.shape != wanted:
+                problems.append(
+                    f"{module}.{part}: {list(value.shape)} in the file, "
+                    f"{'none' if wanted is None else list(wanted)} in the model"
+                )
+    return dict(sorted(saved.items())), problems

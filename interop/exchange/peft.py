@@ -1,0 +1,345 @@
+"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, both ways and bit for bit.
+
+PEFT's tensors are the parameters of a `LoHaWeight`, so an export is a rename and an import a check.
+Facts about the format were read off files that PEFT 0.21.2 wrote (tests/data/peft).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from loha_jax.interop.disk.atomic import write_atomically
+from loha_jax.interop.disk.paired_files import write_together
+from loha_jax.interop.disk.tensor_files import (
+    FileError,
+    check_finite,
+    safetensors_bytes,
+    without_wrappers,
+)
+from loha_jax.interop.exchange.factors import chosen_adapter, module_factors
+from loha_jax.interop.exchange.saved_modules import add_loaded, carried_tensors, with_names_that_end_alike
+from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
+from loha_jax.interop.formats.peft_files import PREFIX, SAFETENSORS_NAME, module_key, read_folder
+from loha_jax.interop.formats.ranks import exact_pattern, most_common
+from loha_jax.interop.formats.wrong_loader import with_hint
+from loha_jax.interop.names.name_map import GPT2_CONV1D
+from loha_jax.interop.updates.shapes import update_shapes
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.runtime.processes import in_first_process
+from loha_jax.targets.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
+from loha_jax.targets.lycoris_config import LycorisConfig
+from loha_jax.targets.matching import match_pattern
+from loha_jax.targets.module_names import Names
+from loha_jax.tree.adapters import adapter_names
+from loha_jax.tree.before_saving import check_before_saving
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.inject import factor_dtype, stack_factors
+from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.plan import Target, plan_injection
+
+_SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
+
+
+@takes_model(changes=False)
+def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
+    """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
+
+    The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
+    `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank stabilisation is folded into
+    alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Config and
+    weights of an adapter appear, or are replaced, together, whatever ends the process (docs/guide.md). Of several
+    processes all call this, and the first one writes.
+
+    Args:
+        folder: made if it is not there.
+        params: an adapted tree with values (not under `jax.jit`).
+        adapters: which ones; all by default.
+
+    Raises:
+        ValueError: the tree has no such adapter, or holds something PEFT's format cannot: a Conv3d, a weight
+            decomposition, convolutions with and without cores.
+        NotADirectoryError: `folder` is a file.
+
+    Warns:
+        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is untrained (its update
+            is exactly zero); or a kernel has changed since the adapter was made, so that the file is not what was
+            trained.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, params)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_peft writes a folder")
+    known = adapter_names(params)
+    chosen = known if adapters is None else tuple(adapters)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(
+            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; "
+            f"it has {list(known)}."
+        )
+    if not chosen:
+        raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
+    _warn_of_gpt2(params, chosen)
+    # All content is made before the first file is touched.
+    configs = {name: peft_config(params, name) for name in chosen}
+    card = model_card(configs[chosen[0]].to_dict()).encode()
+    contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
+    check_before_saving(params, chosen)
+
+    def write() -> None:
+        for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
+            target = folder if name == "default" else folder / name
+            files = {SAFETENSORS_NAME: contents[name], CONFIG_NAME: configs[name].to_json().encode()}
+            write_together(target, files, {MODEL_CARD_NAME: card} if target == folder else {})
+        if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
+            write_atomically(folder / MODEL_CARD_NAME, card)
+
+    in_first_process(write, f"{folder} was not written")
+
+
+def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
+    """Says which modules PEFT will refuse to open. In Flax GPT-2's projections are `oi`, a Linear's kernel is `io`."""
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    named = [
+        n for leaf in leaves if leaf.layout.word == "oi" and leaf.adapters.keys() & set(adapters) for n in leaf.names
+    ]
+    if found := [name for name in named if re.fullmatch(GPT2_CONV1D, name)]:
+        warn_caller(
+            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
+            "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
+            "opens, or merge the adapter (`save_merged`).",
+        )
+
+
+@takes_model(changes=False)
+def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
+    """PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` … and the saved modules' parameters.
+
+    Args:
+        params: an adapted tree with values.
+        adapter_name: which adapter; may be left out where the tree has only one.
+
+    Returns:
+        numpy arrays (bfloat16 as `ml_dtypes.bfloat16`) in torch's orientation; a stacked kernel gives one set per
+        module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`, as in PEFT.
+
+    Raises:
+        ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa for.
+    """
+    adapter_name = chosen_adapter(params, adapter_name)
+    state: dict[str, np.ndarray] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            state.update(_factors_of(leaf, adapter_name))
+    return {**state, **carried_tensors(params, adapter_name)}
+
+
+def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
+    if len(leaf.layout.axes("k")) > 2:
+        raise ValueError(
+            f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
+            "Save it in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
+        )
+    if leaf.adapters[adapter_name].dora_scale is not None:
+        raise ValueError(
+            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use `save_lycoris` or `save_lora`, "
+            "or merge it (`merge`, `save_merged`)."
+        )
+    return {
+        f"{PREFIX}{module.name}.{part}": tensor
+        for module in module_factors(leaf, adapter_name)
+        for part, tensor in module.tensors.items()
+    }
+
+
+@takes_model(changes=False)
+def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
+    """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
+
+    The heads that a task type saves (`classifier`, `score`, …) are in `modules_to_save`, each once: PEFT appends them
+    again at every load. PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match
+    wins. Where that would change a module's rank or alpha, patterns for the full names of the modules are written.
+
+    Raises:
+        ValueError: no such adapter, or layers that were made with their adapters differ in what PEFT has one setting
+            for: convolutions with and without cores, or the dropouts.
+    """
+    adapter_name = chosen_adapter(params, adapter_name)
+    config: LoHaConfig | None = None
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    settings: dict[str, dict[Any, str]] = {field: {} for field in _SAME_FOR_ALL}
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            factors = leaf.adapters[adapter_name]
+            config = factors.config
+            for field in ("rank_dropout", "module_dropout"):
+                settings[field].setdefault(getattr(config, field), leaf.label)
+            if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
+                settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
+            for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
+                if r:
+                    ranks[name], alphas[name] = r, alpha
+    if config is None:
+        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+    for field, found in settings.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"PEFT's config has one {field} for all modules, the adapter {adapter_name} has "
+                + ", ".join(f"{value} in {label}" for value, label in found.items())
+                + ". Make the layers with the same setting, or keep them in adapters of their own."
+            )
+    alpha = config.alpha
+    if isinstance(config, LycorisConfig):  # PEFT has the fields of LoHaConfig; rank stabilisation is folded into alpha
+        config = LoHaConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LoHaConfig)})
+        alpha = most_common(alphas.values())
+    return dataclasses.replace(
+        config,
+        alpha=alpha,
+        use_effective_conv2d=next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d),
+        inference_mode=True,
+        peft_version=PEFT_VERSION,
+        # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.
+        target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
+        modules_to_save=config.all_modules_to_save or None,
+        rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
+        alpha_pattern=_sortable(config.alpha_pattern, alpha, alphas),
+    )
+
+
+def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    ordered = dict(sorted(patterns.items()))
+    if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
+        return dict(patterns)
+    return {exact_pattern(name): value for name, value in wanted.items() if value != default}
+
+
+def load_peft(
+    folder: str | Path,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin` (which needs torch);
+            or `pytorch_lora_weights.safetensors`, which diffusers' `save_lora_adapter` writes with the config inside.
+        base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
+        adapter_name: the name in the tree; it need not be the one in PEFT.
+        names, layouts, model_type: as for `loha_jax.inject`.
+
+    Returns:
+        The adapted tree, the new adapter active. A `base_layer.weight` in the file replaces the kernel, as in PEFT.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        interop.FileError: a file is broken or holds NaN, or it and the tree do not fit; one error lists all unexpected,
+            missing and misshapen keys.
+
+    Example:
+        >>> import tempfile, loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, params)
+        ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
+        (3, 2)
+    """
+    try:
+        config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_peft") from error
+    check_finite(state, path)
+    try:
+        return from_peft_state_dict(
+            state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+        )
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+@takes_model(argument="base_params")
+def from_peft_state_dict(
+    state: Mapping[str, Any],
+    config: LoHaConfig,
+    base_params: Any,
+    *,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds an adapter from PEFT's state dict; see `load_peft`.
+
+    Args:
+        state: arrays by PEFT's keys, with or without the prefix "base_model.model." and the adapter's name at the end.
+        config: the adapter's config.
+        base_params: the base model's tree.
+        adapter_name, names, layouts, model_type: as for `load_peft`.
+
+    Raises:
+        ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
+    """
+    # PEFT writes inference_mode=true always; what a tree holds can always be trained.
+    config = map_names(dataclasses.replace(config, inference_mode=False), without_wrappers)
+    keys = {module_key(key): key for key in state}
+    wrapped = all(key.startswith("module.") for key in keys)  # by DataParallel, unless the tree has it too
+    if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
+        keys = {name.removeprefix("module."): key for name, key in keys.items()}
+        config = map_names(config, lambda name: name.removeprefix("module."))
+    arrays = {name: state[key] for name, key in keys.items()}
+    config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
+    plan = plan_injection(
+        base_params, config, names=names, layouts=layouts, model_type=model_type, torch_shapes=update_shapes(arrays)
+    )
+    wanted = {
+        f"{name}.{part}": shape
+        for target in plan.targets.values()
+        for name, r in zip(target.names, target.ranks, strict=True)
+        for part, shape in (target.shapes(r) if r else {}).items()
+    }
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        per_module = [
+            {part: arrays[f"{name}.{part}"] for part in target.shapes(r)} if r else {}
+            for name, r in zip(target.names, target.ranks, strict=True)
+        ]
+        return stack_factors(per_module, target, factor_dtype(target.dtype))
+
+    return add_loaded(base_params, plan, adapter_name, arrays, keys, wanted, make_factors)
+
+
+def map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
+    """The config with its module names renamed: the entries of lists and the keys of patterns."""
+
+    def entries(names: Any) -> Any:
+        return names if names is None or isinstance(names, str) else [rename(name) for name in names]
+
+    return dataclasses.replace(
+        config,
+        target_modules=entries(config.target_modules),
+        exclude_modules=entries(config.exclude_modules),
+        modules_to_save=entries(config.modules_to_save),
+        rank_pattern={rename(name): r for name, r in config.rank_pattern.items()},
+        alpha_pattern={rename(name): alpha for name, alpha in config.alpha_pattern.items()},
+    )

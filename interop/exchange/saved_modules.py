@@ -1,0 +1,257 @@
+"""What a PEFT folder holds beside the factors, be it LoHa or LoRA, and how it gets into a tree with them.
+
+These are the copies of `modules_to_save`, a BatchNorm's counter, and the base weights of targeted embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.formats.peft_files import PREFIX
+from loha_jax.interop.names.resized_vocabulary import resizing_hint
+
+from loha_jax.runtime.processes import on_host
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.module_names import path_parts, torch_parameter
+from loha_jax.tree.inject import apply_plan
+from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.plan import Plan, Target
+
+# Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
+    """The tensors beside the factors, by PEFT's keys.
+
+    `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
+
+    Raises:
+        ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`), which PEFT has not.
+    """
+    _check_saved_or_adapted(params, adapter_name)
+    state: dict[str, np.ndarray] = {}
+    biases = _biases(params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
+        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            state.update(_base_layers(leaf, adapter_name, biases.get(path_parts(path)[:-1])))
+        elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
+            copy = leaf.copies[adapter_name]
+            value = on_host(leaf.layout.unfold(copy) if leaf.layout else copy)
+            state[PREFIX + leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
+            for owner, name, count in leaf.counters:
+                if owner == adapter_name:
+                    state[PREFIX + name] = np.array(count, np.int64)
+    for key in [key for key in state if key.endswith(".running_mean")]:
+        # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
+        state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
+    return state
+
+
+def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
+    lohas = [leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters]
+    adapted = {n for leaf in lohas for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r}
+    saved = [leaf for leaf in leaves if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies]
+    for leaf in saved:
+        if (module := leaf.name.rpartition(".")[0]) in adapted:
+            raise ValueError(
+                f"{module} has factors and a copy of {leaf.name}, and PEFT does not adapt a module that it saves whole "
+                "(modules_to_save). Use `save_lycoris`, or merge the adapter (`merge`, `save_merged`)."
+            )
+
+
+def _biases(params: Any) -> dict[tuple[str, ...], Any]:
+    """The biases of a tree by the path of their module."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+    named = [(path_parts(path), leaf) for path, leaf in flat]
+    return {parts[:-1]: leaf for parts, leaf in named if torch_parameter(parts) == "bias" and not is_adapted(leaf)}
+
+
+def _base_layers(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np.ndarray]:
+    factors = leaf.adapters[adapter_name]
+    state: dict[str, np.ndarray] = {}
+    for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
+        if r and name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(factors.config):
+            weight = on_host(leaf.layout.unfold(leaf.kernel))
+            stack = len(leaf.layout.axes("s"))
+            state[f"{PREFIX}{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[index]
+            if bias is not None:
+                own = on_host(bias).reshape(-1, weight.shape[stack])[index]
+                state[f"{PREFIX}{name}.base_layer.bias"] = own
+    return state
+
+
+def _targets_embeddings(config: LoHaConfig) -> bool:
+    # PEFT's test is `name in target_modules`: membership in a list, a substring of a regular expression.
+    targets = config.target_modules or ()
+    return any(name in targets for name in _EMBEDDINGS)  # type: ignore[operator]
+
+
+def add_loaded(
+    base_params: Any,
+    plan: Plan,
+    adapter_name: str,
+    state: Mapping[str, Any],
+    keys: Mapping[str, str],
+    wanted: Mapping[str, tuple[int, ...]],
+    make_factors: Callable[[Target], dict[str, jax.Array]],
+    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
+) -> Any:
+    """Checks what a file holds against a plan, then adds it to the tree as one more adapter.
+
+    Args:
+        base_params: the base model's tree.
+        plan: what the file's config targets in it.
+        adapter_name: of the new adapter.
+        state: the file's arrays by torch parameter name, without PEFT's prefix.
+        keys: the file's own key of each, for messages.
+        wanted: the shapes of all of the adapter's tensors; those of saved modules are known here.
+        make_factors, make_extras: as for `apply_plan`; called once everything fits.
+
+    Raises:
+        ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
+    """
+    wanted = {**wanted, **_saved_shapes(plan)}
+    optional = _base_layer_shapes(plan, base_params)
+    saved_names = {saved.name for saved in plan.saved.values()}
+    counters = {
+        name: key
+        for name, key in keys.items()
+        if name.endswith(".num_batches_tracked")
+        and name not in wanted
+        and any(_same_module(name, saved) for saved in saved_names)
+    }
+    unexpected = [
+        key for name, key in keys.items() if name not in wanted and name not in optional and name not in counters
+    ]
+    missing = [PREFIX + name for name in wanted if name not in keys]
+    misshapen = [
+        f"{keys[name]}: {list(np.shape(state[name]))} in the file, {list(shape)} in the model"
+        for name, shape in {**wanted, **optional}.items()
+        if name in keys and tuple(np.shape(state[name])) != shape
+    ]
+    problems = [
+        f"{title} ({len(found)}): {', '.join(found)}"
+        for title, found in (("unexpected keys", unexpected), ("missing keys", missing), ("misshapen", misshapen))
+        if found
+    ]
+    if problems:
+        hint = resizing_hint({**wanted, **optional}, {n: tuple(np.shape(state[n])) for n in keys})
+        raise ValueError(
+            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. {hint}The model's "
+            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
+            "are transposed."
+        )
+
+    def make_copy(saved: Any, original: jax.Array) -> jax.Array:
+        value = jnp.asarray(state[saved.name]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
+        return saved.layout.fold(value, saved.shape) if saved.layout else value
+
+    params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
+    return _with_base_weights(
+        params,
+        adapter_name,
+        {name: state[name] for name in optional if name in keys},
+        {name: count for name in counters if (count := int(state[name]))},  # 0 is written without being noted
+    )
+
+
+def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaConfig:
+    """The config with the full names of saved modules that PEFT found by the end of their name alone.
+
+    PEFT saves every module whose name ends with an entry of `modules_to_save`, "overhead" too for "head". Here an entry
+    is a whole name; only the modules that such a file holds are added.
+
+    Args:
+        config: the file's.
+        names: torch names of the parameters that are no factors.
+    """
+    entries = config.all_modules_to_save
+    added: list[str] = []
+    for parts in (name.split(".") for name in names):
+        if "base_layer" in parts:
+            continue
+        above = [".".join(parts[:n]) for n in range(1, len(parts))]
+        if not any(name == e or name.endswith(f".{e}") for name in above for e in entries):
+            added += [name for name in above if name.endswith(entries)][:1]
+    if not added:
+        return config
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *added))
+
+
+def _same_module(a: str, b: str) -> bool:
+    return a.rpartition(".")[0] == b.rpartition(".")[0]
+
+
+def _saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes in torch's orientation of the parameters of saved modules."""
+    return {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in plan.saved.values()}
+
+
+def _base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of base weights that a file may hold: PEFT writes those of targeted embeddings and output heads."""
+    biases = _biases(base_params)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in plan.targets.values():
+        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        for name in target.names:
+            shapes[f"{name}.base_layer.weight"] = shape
+            if target.path[:-1] in biases:
+                shapes[f"{name}.base_layer.bias"] = shape[:1]
+    return shapes
+
+
+def _with_base_weights(
+    params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
+) -> Any:
+    """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
+
+    def update(path: Any, leaf: Any) -> Any:
+        parts = path_parts(path)
+        if isinstance(leaf, LoHaWeight):
+            if not (given := values_of(leaf.names, "weight")):
+                return leaf
+            weights = np.array(leaf.layout.unfold(leaf.kernel))
+            stack = leaf.layout.sizes("s", leaf.kernel.shape)
+            if not put(given, weights.reshape(math.prod(stack), *weights.shape[len(stack) :])):
+                return leaf  # the same weight: the tree's own array is kept
+            kernel = leaf.layout.fold(jnp.asarray(weights), leaf.kernel.shape)
+            sample = sample_kernels({"kernel": kernel}).get("kernel")
+            adapters = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
+            return dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
+        if not is_adapted(leaf) and torch_parameter(parts) == "bias" and parts[:-1] in modules:
+            if not (given := values_of(modules[parts[:-1]], "bias")):
+                return leaf
+            bias = np.array(leaf)
+            return jnp.asarray(bias) if put(given, bias.reshape(len(modules[parts[:-1]]), -1)) else leaf
+        if isinstance(leaf, SavedWeight):
+            own = tuple(
+                (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
+            )
+            noted.update(k for _, k, _ in own)
+            return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
+        return leaf
+
+    def values_of(names: Sequence[str], part: str) -> dict[int, np.ndarray]:
+        keys = {n: f"{name}.base_layer.{part}" for n, name in enumerate(names)}
+        return {n: np.asarray(base_weights[key]) for n, key in keys.items() if key in base_weights}
+
+    def put(given: Mapping[int, np.ndarray], modules: np.ndarray) -> bool:
+        """Writes values into the rows of a stack, and says whether that changed them."""
+        before = modules.copy()
+        for n, value in given.items():
+            modules[n] = value.astype(modules.dtype)
+        return not np.array_equal(modules, before)
+
+    noted: set[str] = set()
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+    modules = {path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)}
+    return jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)

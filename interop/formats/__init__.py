@@ -1,0 +1,1 @@
+"""Adapter files, and what they say."""

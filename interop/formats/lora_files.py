@@ -1,0 +1,95 @@
+"""PEFT's LoRA folders as they are, without a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.disk.tensor_files import FileError, read_metadata
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.lora_config import check_lora_config, like_loha, rank_and_alpha
+from loha_jax.interop.formats.peft_files import PREFIX, read_folder
+
+# The adapter's name stands in the keys of a model's state dict, not in those of a file.
+_KEYS = re.compile(
+    r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight|(?P<norms>lora_magnitude_vector)(?:\.[^.]+){0,2})"
+)
+_OTHER_PART = re.compile(r"(?:^|\.)(lora_\w+)")
+
+
+def read_lora_folder(folder: str | Path) -> AdapterFile:
+    """Reads a folder that PEFT wrote for a LoRA (or DoRA) adapter.
+
+    Returns:
+        The tensors as they are in the file; rank stabilisation (`use_rslora`) is folded into alpha, and DoRA's
+        magnitudes have the shape of LyCORIS' norms. `r` and `alpha` follow the config's patterns.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        FileError: they are broken, do not fit each other, or are a variant of LoRA that LoHa has no counterpart of.
+    """
+    folder = Path(folder)
+    return lora_file(folder, *read_folder(folder, check_lora_config))
+
+
+def lora_file(folder: Path, values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
+    """The adapter of a folder that has been read.
+
+    Args:
+        folder: where it lies.
+        values: from `check_lora_config`.
+        state: the tensors by the file's keys.
+        path: of the file that held them.
+    """
+    parts_of: dict[str, dict[str, np.ndarray]] = {}
+    others: dict[str, np.ndarray] = {}
+    for key, tensor in state.items():
+        name = key.removeprefix(PREFIX)
+        if found := _KEYS.fullmatch(name):
+            parts_of.setdefault(found["module"], {})[found["factor"] or found["norms"]] = tensor
+        elif other := _OTHER_PART.search(name):
+            raise FileError(f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no counterpart of")
+        else:
+            others[name] = tensor
+    if not parts_of:
+        raise FileError(f"{path} has no lora_A and lora_B")
+    config = like_loha(values)
+    modules: dict[str, AdapterModule] = {}
+    for name, parts in parts_of.items():
+        r, alpha = rank_and_alpha(values, config, name)
+        try:
+            modules[name] = _module(name, parts, r, alpha, bool(values.get("use_dora", False)))
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from error
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return AdapterFile(folder, "lora", modules, others, values, metadata)
+
+
+def _module(name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_dora: bool) -> AdapterModule:
+    wanted = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if use_dora else ()))
+    if missing := [part for part in wanted if part not in parts]:
+        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
+    if len(parts) > len(wanted):
+        raise FileError(f"{name} has a lora_magnitude_vector, and adapter_config.json does not say use_dora")
+    for part, tensor in parts.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise FileError(f"{name}.{part} is {tensor.dtype}; factors hold floating-point numbers")
+    a, b = parts["lora_A"].shape, parts["lora_B"].shape
+    shown = f"lora_A {list(a)}, lora_B {list(b)}"
+    fits = len(a) == len(b) >= 2 and 0 not in (*a, *b) and set(b[2:]) <= {1} and a[0] % b[1] == 0
+    groups = a[0] // b[1] if fits else 0
+    if not fits or b[0] % groups or a[1] % groups or (groups > 1 and len(a) == 2):
+        raise FileError(f"the factors of {name} do not fit each other: {shown}")
+    if a[0] != r:
+        raise FileError(f"the factors of {name} have rank {a[0]} ({shown}), adapter_config.json says {r}")
+    tensors = {part: parts[part] for part in ("lora_A", "lora_B")}
+    if not use_dora:
+        return AdapterModule(name, "lora", r, alpha, tensors)
+    norms = parts["lora_magnitude_vector"]
+    if groups > 1 or norms.size != b[0] or norms.shape not in ((b[0],), (1, b[0], *b[2:])):
+        raise FileError(f"{name} does not fit its lora_magnitude_vector {list(norms.shape)}: {shown}")
+    return AdapterModule(name, "lora", r, alpha, tensors, norms.reshape(b[0], *(1,) * (len(b) - 1)))

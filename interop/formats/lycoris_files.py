@@ -1,0 +1,273 @@
+"""LyCORIS' and kohya's files as they are, without a model: keys, prefixes and the tensors of each module.
+
+A key is `<prefix><module>.<parameter>`. Most writers put underscores for the dots of the module's name, which cannot be
+undone by splitting; `ModuleNames` finds the module among those that there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.disk.tensor_files import FileError, safetensors_bytes
+from loha_jax.interop.formats.adapter_file import AdapterModule
+from loha_jax.interop.formats.lycoris_keys import group_keys
+from loha_jax.interop.formats.ranks import most_common, rank_of
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+NATIVE_PREFIX = "lycoris_"
+KOHYA_PREFIX = "lora_"
+NORM_PARTS: Mapping[str, str] = {"weight": "w_norm", "bias": "b_norm"}
+"""LyCORIS' differences of a normalisation layer's parameters (`train_norm=True`)."""
+
+_PREFIX = re.compile(
+    r"lycoris_|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # LyCORIS; kohya, sd-scripts, OneTrainer
+    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model)\."  # ComfyUI, and what diffusers calls its parts
+    r"|text_encoder(?:_\d+)?\.|text_encoders\.[^.]+\.(?:transformer\.)?"
+)
+_CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
+_LORA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def split_prefix(name: str) -> tuple[str, str]:
+    """A module's name in a file as its component's prefix, "" if none is known, and the rest.
+
+    Example:
+        >>> split_prefix("lora_te1_encoder_layers_0_mlp_fc1")
+        ('lora_te1_', 'encoder_layers_0_mlp_fc1')
+    """
+    found = _PREFIX.match(name)
+    return ("", name) if found is None else (found[0], name[found.end() :])
+
+
+def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
+    """The factors of one module, checked; of any dtype.
+
+    Args:
+        name: of the module.
+        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA. Its alpha is r where they have none, or 0.
+            The core of a Conv1d gets its trailing 1; a convolution's flat factors, which OneTrainer and A1111 write as
+            `[out, r, 1, 1]` and `[r, in, *spatial]`, become matrices; the core of a LoRA (LyCORIS' `lora_mid`) is
+            multiplied into `lora_A`, which is exact and keeps the rank.
+
+    Raises:
+        FileError: tensors are missing or do not fit each other, or alpha is no finite number.
+    """
+    is_lora = any(part.startswith("lora_") for part in parts)
+    if is_lora and (both := [part for part in FACTOR_NAMES if part in parts]):
+        raise FileError(f"{name} has the factors of a LoRA and {both[0]} of a LoHa")
+    if is_lora:
+        tensors = _lora_tensors(name, parts)
+        r, in_shape = tensors["lora_A"].shape[0], tensors["lora_A"].shape[1:]
+        in_shape = in_shape if len(in_shape) > 1 else None
+    else:
+        tensors, in_shape = _loha_tensors(name, {part: parts[part] for part in FACTOR_NAMES if part in parts})
+        r = rank_of(name, tensors)
+    alpha = float(r)
+    if "alpha" in parts:
+        given = np.asarray(parts["alpha"])
+        if given.size != 1 or not math.isfinite(given.item()):
+            raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
+        alpha = float(given.item()) or alpha
+    kind = "lora" if is_lora else "loha"
+    return AdapterModule(name, kind, r, alpha, tensors, parts.get("dora_scale"), in_shape=in_shape)
+
+
+def _loha_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
+    """The factors in PEFT's shapes, and `(in, *spatial)` where those of the file show it."""
+    result: dict[str, np.ndarray] = {}
+    in_shapes: dict[str, tuple[int, ...]] = {}
+    has_cores = "hada_t1" in tensors or "hada_t2" in tensors
+    for part, tensor in tensors.items():
+        result[part] = tensor
+        if part.startswith("hada_t"):
+            result[part] = tensor[..., None] if tensor.ndim == 3 else tensor
+        elif tensor.ndim > 2 and (part.endswith("_a") or has_cores):
+            if set(tensor.shape[2:]) == {1}:  # otherwise `rank_of` names it
+                result[part] = tensor.reshape(tensor.shape[:2])
+        elif tensor.ndim > 2 and tensor.size:
+            in_shapes[part] = tensor.shape[1:]
+            result[part] = tensor.reshape(tensor.shape[0], -1)
+    if len(set(in_shapes.values())) > 1:
+        found = ", ".join(f"{part} {list(tensors[part].shape)}" for part in in_shapes)
+        raise FileError(f"the factors of {name} do not fit each other: {found}")
+    return result, next(iter(in_shapes.values()), None)
+
+
+def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`lora_A [r, in, *spatial]` and `lora_B [out, r, 1, ...]` of a LoRA in kohya's, LyCORIS' or diffusers' names."""
+    if missing := [f"{part} ({other})" for part, other in _LORA_NAMES.items() if part not in parts]:
+        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
+    tensors = {part: parts[part] for part in (*_LORA_NAMES, "lora_mid") if part in parts}
+    shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+    if odd := [part for part, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
+        raise FileError(f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers")
+    a, b, core = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_mid")
+    fits = a.ndim >= 2 and b.ndim >= 2 and set(b.shape[2:]) <= {1} and a.shape[0] == b.shape[1]
+    fits = fits and all(0 not in tensor.shape for tensor in tensors.values())
+    if core is not None:
+        fits = fits and set(a.shape[2:]) <= {1} and core.ndim >= 3 and core.shape[:2] == (a.shape[0],) * 2
+    if not fits:
+        raise FileError(f"the factors of {name} do not fit each other: {shown}")
+    if core is not None:
+        wide = np.float64 if a.dtype == np.float64 else np.float32
+        flat = a.reshape(a.shape[:2]).astype(wide)
+        a = np.einsum("pq...,qi->pi...", core.astype(wide), flat)
+    return {"lora_A": a, "lora_B": b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))}
+
+
+def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.ndarray]:
+    """One module's tensors by LyCORIS' names: `read_module` the other way.
+
+    Args:
+        module: what to write.
+        one_axis: whether it is a Conv1d, whose core has no trailing axis in LyCORIS.
+    """
+    tensors = {
+        part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
+        for part, tensor in module.tensors.items()
+    }
+    if module.dora_scale is not None:
+        tensors["dora_scale"] = module.dora_scale
+    return {"alpha": np.array(module.alpha, np.float32), **tensors}
+
+
+def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    """The tensors in another dtype, but for alphas, which stay float32: half precision would change the scale.
+
+    Args:
+        state: by the file's keys.
+        dtype: "float16", "bfloat16" or "float32", or None for what they are.
+
+    Raises:
+        ValueError: another dtype, or a value is too large for it.
+    """
+    if dtype is None:
+        return dict(state)
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or wanted.name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: LyCORIS' files hold {', '.join(_DTYPES)}")
+    result = {}
+    for key, tensor in state.items():
+        with np.errstate(over="ignore"):
+            result[key] = tensor if key.endswith(".alpha") else tensor.astype(wanted)
+        if np.isinf(result[key]).sum() > np.isinf(tensor).sum():
+            raise ValueError(f"{key} has values that {wanted.name} cannot hold; choose another dtype")
+    return result
+
+
+def module_key(prefix: str, name: str) -> str:
+    """A module's name in a file: after a prefix that ends with an underscore, its dots are underscores too.
+
+    Raises:
+        ValueError: the prefix ends with neither.
+    """
+    if prefix and prefix[-1] not in "._":
+        raise ValueError(f"prefix={prefix!r} should end with '_' (names with underscores) or '.' (dotted names)")
+    return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+
+
+def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()) -> bytes:
+    """The content of a file: the tensors, and metadata whose hash is that of these tensors.
+
+    Where keys are kohya's (`lora_…`), what user interfaces read of a network (`ss_network_dim`, …) is added if absent.
+
+    Args:
+        state: by the file's keys.
+        metadata: strings for the header; hashes of a file that it comes from are left out.
+        convolutions: the modules, as the file names them, that have a `conv_dim` of their own in kohya's scripts.
+    """
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}  # stale, whatever they were
+    data = safetensors_bytes(state, kept)
+    if any(key.startswith(KOHYA_PREFIX) for key in state):
+        body = data[8 + int.from_bytes(data[:8], "little") :]
+        # As sd-scripts and A1111 hash a file. LyCORIS' own depends on an order of the tensors that it does not store.
+        hashed = {"sshs_model_hash": hashlib.sha256(body).hexdigest()}
+        data = safetensors_bytes(state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed})
+    return data
+
+
+def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[str]) -> dict[str, str]:
+    """kohya's description of a network, as far as the tensors show it."""
+    modules = group_keys(state).modules
+    parts_of = modules.values()
+    of_kind: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
+    for own, parts in modules.items():
+        if "hada_w1_b" in parts:
+            of_kind[own in convolutions].append((len(parts["hada_w1_b"]), parts["alpha"].item()))
+    linear, conv = of_kind[False], of_kind[True]
+    if not linear and not conv:
+        return {}
+    dora = [parts["dora_scale"] for parts in parts_of if "dora_scale" in parts]
+    args = {"algo": "loha"}
+    if conv:
+        args["conv_dim"], args["conv_alpha"] = map(str, most_common(conv))
+    args["use_tucker"] = str(any("hada_t1" in parts for parts in parts_of))
+    if dora:
+        args |= {"dora_wd": "True", "wd_on_output": str(any(len(d) > 1 for d in dora))}
+    if any("w_norm" in parts or "b_norm" in parts for parts in parts_of):
+        args["train_norm"] = "True"
+    r, alpha = most_common(linear or conv)
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(r),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps(args),
+    }
+
+
+class ModuleNames:
+    """Finds the modules that a file names, among those of a model.
+
+    Args:
+        names: the model's dotted module names.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._names = frozenset(names)
+        self._underscored: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            self._underscored.setdefault(name.replace(".", "_"), []).append(name)
+
+    def find(self, prefix: str, name: str) -> str | None:
+        """The dotted name of a module, or None.
+
+        Args:
+            prefix: of its component; one that ends with a dot, or none, stands before a dotted name.
+            name: in the file, after the prefix.
+
+        Raises:
+            ValueError: two modules have that name when their dots are underscores.
+        """
+        dotted = not prefix.endswith("_")
+        for candidate in (name, *self._with_or_without_clip(name)):
+            if dotted and (found := next((n for n in (candidate, prefix + candidate) if n in self._names), None)):
+                return found
+            if dotted and prefix:
+                continue
+            found = self._underscored.get(candidate.replace(".", "_"), ())
+            if len(found) > 1:
+                raise ValueError(
+                    f"{prefix}{name} could be {' or '.join(found)}: the file writes their dots as underscores"
+                )
+            if found:
+                return found[0]
+        return None
+
+    @staticmethod
+    def _with_or_without_clip(name: str) -> tuple[str, ...]:
+        for separator in "._":
+            if name.startswith(_CLIP + separator):
+                return (name[len(_CLIP) + 1 :],)
+        return (f"{_CLIP}.{name}",)

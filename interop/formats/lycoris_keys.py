@@ -1,0 +1,156 @@
+"""The keys of LyCORIS', kohya's and diffusers' files: which tensors belong to which module, and of what kind each is.
+
+A file may mix kinds: LyCORIS' presets choose an algorithm per module, and user interfaces bundle token embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from loha_jax.interop.disk.tensor_files import FileError
+from loha_jax.interop.formats.adapter_file import Foreign
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+PARAMETER_OF: Mapping[str, str] = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
+"""The parameter that each difference is added to; `diff` and `diff_b` are those of a whole layer (`algo=full`)."""
+
+EMBEDDINGS = "bundle_emb."
+"""The prefix of token embeddings, which A1111 and OneTrainer put into an adapter's file."""
+
+_PEFT = re.compile(r"base_model\.model\.")
+_KEY = re.compile(
+    rf"(?P<module>.+)\.(?:(?P<part>{'|'.join((*FACTOR_NAMES, 'alpha', 'dora_scale', *PARAMETER_OF))})"
+    r"|(?P<b>lora_up|lora_B(?:\.default)?|lora\.up)\.weight"
+    r"|(?P<a>lora_down|lora_A(?:\.default)?|lora\.down)\.weight"
+    r"|(?P<mid>lora_mid)\.weight)"
+)
+_OTHER_KINDS = (
+    ("LoKr", r"\.lokr_\w+$"),
+    ("(IA)³", r"\.on_input$"),
+    ("OFT", r"\.oft_\w+(?:\.weight)?$"),
+    ("GLoRA", r"\.(?:a1|a2|b1|b2|bm)\.weight$"),
+    ("T-LoRA", r"\.lambda_layer$"),
+    ("variant of LoRA", r"\.lora[._]\w+.*$"),
+)
+_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The tensors of a file by kind.
+
+    Attributes:
+        modules: by module (with its prefix) and part: `hada_*`, `alpha`, `dora_scale`, `lora_A`, `lora_B`, `lora_mid`,
+            and the differences of `PARAMETER_OF`.
+        foreign: modules with a tensor that is none of these; all tensors of theirs are in here.
+        embeddings: token embeddings, by key.
+    """
+
+    modules: dict[str, dict[str, np.ndarray]]
+    foreign: dict[str, Foreign]
+    embeddings: dict[str, np.ndarray]
+
+
+def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
+    """Sorts the tensors of a LyCORIS, kohya or diffusers state dict by module and kind.
+
+    Raises:
+        FileError: the keys are PEFT's, two of them are the same tensor of a module, or there are none.
+
+    Example:
+        >>> groups = group_keys({"lora_unet_q.lora_up.weight": np.ones((3, 1)), "lora_unet_k.lokr_w1": np.ones(2)})
+        >>> list(groups.modules["lora_unet_q"]), groups.foreign["lora_unet_k"].kind
+        (['lora_B'], 'LoKr')
+    """
+    if any(_PEFT.match(key) for key in state):
+        raise FileError(
+            "these are PEFT's keys, whose settings are in an adapter_config.json; give the folder that holds both "
+            "(in Python to `load_peft` or, of a LoRA, `load_lora`)"
+        )
+    groups = Groups({}, {}, {})
+    foreign_of: dict[str, dict[str, np.ndarray]] = {}
+    keys_of: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in state.items():
+        if key.startswith(EMBEDDINGS):
+            groups.embeddings[key] = tensor
+            continue
+        module, part = _split(key)
+        keys_of.setdefault(module, {})[key] = tensor
+        parts = groups.modules.setdefault(module, {})
+        if part is None:
+            foreign_of.setdefault(module, {})[key] = tensor
+        elif part in parts:
+            raise FileError(f"{module} has two tensors that are its {part}, {key!r} is one of them")
+        else:
+            parts[part] = tensor
+    for module, odd in foreign_of.items():
+        del groups.modules[module]
+        groups.foreign[module] = Foreign(_kind_of(odd), next(iter(odd)), keys_of[module])
+    if not state:
+        raise FileError("the file holds no tensor")
+    return groups
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's module, and which of its parts it is; None for one that is not known."""
+    if found := _KEY.fullmatch(key):
+        part = found["part"] or next(name for name in ("a", "b", "mid") if found[name])
+        return found["module"], {"a": "lora_A", "b": "lora_B", "mid": "lora_mid"}.get(part, part)
+    for _, pattern in _OTHER_KINDS:
+        if other := re.search(pattern, key):
+            return key[: other.start()], None
+    return key.rpartition(".")[0] or key, None
+
+
+def _kind_of(keys: Iterable[str]) -> str:
+    return next((kind for kind, pattern in _OTHER_KINDS for key in keys if re.search(pattern, key)), "")
+
+
+def are_adapters(keys: Iterable[str]) -> bool:
+    """Whether keys are those of an adapter, of whatever kind, and not of a model's checkpoint."""
+    keys = list(keys)
+    own = [key for key in keys if re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key)]
+    small = ("on_input", "lambda_layer", "alpha", "dora_scale", *PARAMETER_OF)  # which a model could have too
+    return bool(own) or (bool(keys) and all(key.rpartition(".")[2] in small or EMBEDDINGS in key for key in keys))
+
+
+def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str:
+    """Says which modules LoHa cannot hold, and how to leave them out.
+
+    Args:
+        foreign: these modules.
+        known: the other modules of the file.
+    """
+    unknown = [f.key for f in foreign.values() if not f.kind]
+    named = [f"{own} is a {f.kind} adapter ({f.key!r})" for own, f in foreign.items() if f.kind]
+    parts = [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"] if unknown else []
+    if named:
+        parts.append(f"modules that a LoHa cannot hold ({len(named)}): {_shown(named)}")
+    known = list(known)
+    if not known:
+        return "; ".join(parts)
+    names = known if len(known) <= len(foreign) else list(foreign)
+    pattern = "|".join(map(re.escape, names[:_SHOWN]))
+    pattern = pattern if names is known else f"(?!({pattern})$).*"
+    more = f", which names the first {_SHOWN} of {len(names)}" if len(names) > _SHOWN else ""
+    return (
+        f"{'; '.join(parts)}. Nothing is left out unasked: choose the modules to read by a regular expression of their "
+        f"whole names in the file, `only=` {pattern!r}{more}"
+    )
+
+
+def _shown(items: list[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (f", … ({len(items)} in all)" if len(items) > _SHOWN else "")
+
+
+def embeddings_note(embeddings: Mapping[str, np.ndarray]) -> str:
+    """Says which token embeddings a file holds besides weights."""
+    names = dict.fromkeys(key.removeprefix(EMBEDDINGS).partition(".")[0] for key in embeddings)
+    return (
+        f"the file also holds token embeddings ({_shown(list(embeddings))}). They are no weights of the model, and are "
+        f"left out: prompts with {', '.join(map(repr, names))} need them loaded beside the text encoder"
+    )

@@ -1,0 +1,45 @@
+"""The README.md beside an adapter: what the Hugging Face hub reads of it, as PEFT writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loha_jax.targets.config import PEFT_VERSION
+
+MODEL_CARD_NAME = "README.md"
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """The text: PEFT's front matter (library, base model, task) and its block of versions.
+
+    Args:
+        config: the content of `adapter_config.json`, of a LoHa or a LoRA.
+
+    Example:
+        >>> from loha_jax import LoHaConfig
+        >>> config = LoHaConfig(base_model_name_or_path="org/base", task_type="CAUSAL_LM")
+        >>> print(model_card(config.to_dict()).split("---")[1].strip())
+        base_model: "org/base"
+        library_name: peft
+        pipeline_tag: text-generation
+        tags:
+        - "base_model:adapter:org/base"
+    """
+    base = config["base_model_name_or_path"]
+    is_lora = config["peft_type"] == "LORA"
+    front = ["---"]
+    if base:
+        front.append(f"base_model: {json.dumps(base)}")  # a JSON string is a YAML one
+    front.append("library_name: peft")
+    if config["task_type"] == "CAUSAL_LM":
+        front.append("pipeline_tag: text-generation")
+    tags = [json.dumps(f"base_model:adapter:{base}")] if base else []
+    if tags := [*tags, *(["lora"] if is_lora else [])]:
+        front += ["tags:", *(f"- {tag}" for tag in tags)]
+    front.append("---")
+    on = f" of `{base}`" if base else ""
+    kind = "LoRA" if is_lora else "LoHa"
+    text = f"# {kind} adapter{on}\n\nTrained with loha-jax; `PeftModel.from_pretrained` opens this folder.\n"
+    return "\n".join(front) + f"\n\n{text}\n### Framework versions\n\n- PEFT {PEFT_VERSION}\n"

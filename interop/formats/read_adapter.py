@@ -1,0 +1,228 @@
+"""`read_adapter`: an adapter of any format as an `AdapterFile`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file
+from loha_jax.interop.disk.tensor_files import FileError, read_metadata, read_safetensors, read_torch_pickle
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.lora_config import check_lora_config
+from loha_jax.interop.formats.lora_files import lora_file
+from loha_jax.interop.formats.lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
+from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, foreign_message, group_keys
+from loha_jax.interop.formats.orbax_folder import is_orbax_folder, read_orbax
+from loha_jax.interop.formats.peft_files import module_key, read_folder
+from loha_jax.interop.formats.ranks import rank_of
+from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.untrusted import read_json
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.matching import match_pattern
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, beside the file
+_ALPHAS = ("alpha", "lora_alpha", "linear_alpha", "conv_alpha")
+_BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    modules: Iterable[str] | None = None,
+    only: str | None = None,
+    prefix: str = "",
+    loader: str = "",
+) -> AdapterFile:
+    """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya, or a folder with one.
+
+    Args:
+        path: a folder with `adapter_config.json`, one that `write_orbax` made, one with an adapter's file
+            (`find_adapter_file`), or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which
+            needs torch).
+        modules: the dotted names of the model's modules, to find those that a LyCORIS file writes with underscores;
+            one that is not among them keeps the file's name.
+        only: a regular expression for the whole names of modules in the file; the others are left out.
+        prefix: modules that LoHa cannot hold are refused only where their names begin so.
+        loader: the function of `loha_jax.interop` that reads it, for messages; "" for a command.
+
+    Returns:
+        The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file has none or 0, as
+        in kohya's scripts, ComfyUI and PEFT's converter. LoRA modules of a file are of kind "lora". Token embeddings
+        bundled with the weights (`bundle_emb.…`) are in `embeddings`, and no caller can put them into a model.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder has no adapter.
+        FileError: it is broken, or holds another kind of adapter, or modules of another kind that `only` does not leave
+            out; the message names the key.
+        ValueError: two of `modules` have the same name in the file, which writes their dots as underscores; or no
+            module has a name that `only` matches.
+
+    Example:
+        >>> import tempfile, jax, loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject({"a": {"q": {"kernel": jax.numpy.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
+        ...     read_adapter(f"{folder}/adapter.safetensors", modules=["a.q"]).modules["lycoris_a_q"].name
+        'a.q'
+    """
+    adapter = read_everything(path, modules=modules, loader=loader)
+    if only is not None:
+        adapter = _chosen(adapter, only)
+    foreign = {own: f for own, f in adapter.foreign.items() if own.startswith(prefix)}
+    known = dict.fromkeys((*adapter.modules, *(module_of(key) for key in adapter.others)))
+    if foreign:
+        raise with_hint(FileError(f"{path}: {foreign_message(foreign, known)}"), path, loader)
+    if not known:
+        held = f"only token embeddings ({', '.join(adapter.embeddings)})" if adapter.embeddings else "no adapter"
+        raise FileError(f"{path}: the file holds {held}")
+    return adapter
+
+
+def read_everything(path: str | Path, *, modules: Iterable[str] | None = None, loader: str = "") -> AdapterFile:
+    """Reads an adapter with all that there is in its file, also what LoHa cannot hold; see `read_adapter`."""
+    try:
+        return _read(Path(path), None if modules is None else ModuleNames(modules))
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, path, loader) from error
+
+
+def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
+    if path.is_dir():
+        if is_orbax_folder(path):
+            return read_orbax(path)
+        if has_peft_config(path):
+            return _read_peft(path)
+    file = find_adapter_file(path) if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no adapter at '{path}'")
+    if file.suffix in _TORCH_SUFFIXES:
+        state, metadata = read_torch_pickle(file), {}
+    else:
+        state, metadata = read_safetensors(file), read_metadata(file)
+    try:
+        adapter = _lycoris(path, state, metadata, names)
+        if without := [own for own in adapter.modules if f"{own}.alpha" not in state]:
+            _check_scale(file, {adapter.modules[own].r for own in without}, without[0])
+        return adapter
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from error
+
+
+def _check_scale(file: Path, ranks: set[int], example: str) -> None:
+    """Raises FileError where modules without alpha are scaled by more than 1, as a configuration says.
+
+    Args:
+        file: of the adapter.
+        ranks: of its modules without alpha.
+        example: the name of one of these.
+    """
+    said, place = (header_config(file), f"its header ({DIFFUSERS_CONFIG_KEY})") if _has_header(file) else ({}, "")
+    beside = file.parent / _LYCORIS_CONFIG
+    if not said and file.name == DIFFUSERS_NAME and beside.is_file():
+        said, place = read_json(beside), str(beside)
+    last = {key: key.rpartition(".")[2] for key in said}
+    alphas = {key: value for key, value in said.items() if last[key] in _ALPHAS and value is not None}
+    odd = [key for key, value in said.items() if last[key] in ("alpha_pattern", "use_rslora") and value]
+    odd += [key for key, value in alphas.items() if not isinstance(value, int | float)]
+    if odd or (alphas and set(alphas.values()) != ranks):
+        shown = ", ".join(f"{key}={said[key]!r}" for key in dict.fromkeys((*alphas, *odd)))
+        raise FileError(
+            f"{example} has no alpha of its own, and {place} says {shown} for modules of rank "
+            f"{', '.join(map(str, sorted(ranks)))}: how the updates are scaled cannot be told from the file. Add a "
+            "tensor `<module>.alpha` for each module, or give PEFT's folder with its adapter_config.json"
+        )
+
+
+def _has_header(file: Path) -> bool:
+    return file.suffix not in _TORCH_SUFFIXES
+
+
+def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
+    """The modules whose whole name in the file matches a regular expression, and what belongs to them."""
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise ValueError(f"`only=` {only!r} is not a regular expression: {error}") from error
+    chosen = dataclasses.replace(
+        adapter,
+        modules={own: m for own, m in adapter.modules.items() if pattern.fullmatch(own)},
+        others={key: value for key, value in adapter.others.items() if pattern.fullmatch(module_of(key))},
+        foreign={own: f for own, f in adapter.foreign.items() if pattern.fullmatch(own)},
+        embeddings={},
+    )
+    if not (chosen.modules or chosen.others or chosen.foreign):
+        own = list(adapter.modules)
+        raise ValueError(
+            f"{adapter.path} has no module whose whole name in the file matches `only=` {only!r}; it has "
+            f"{', '.join(own[:5])}{', …' if len(own) > 5 else ''}"
+        )
+    return chosen
+
+
+def module_of(key: str) -> str:
+    """The module that a tensor of `AdapterFile.others` belongs to."""
+    base_layer = _BASE_LAYER.fullmatch(key)
+    return base_layer[1] if base_layer else key.rpartition(".")[0]
+
+
+def _lycoris(
+    path: Path, state: dict[str, np.ndarray], metadata: dict[str, str], names: ModuleNames | None
+) -> AdapterFile:
+    found: dict[str, AdapterModule] = {}
+    others: dict[str, np.ndarray] = {}
+    groups = group_keys(state)
+    for own, parts in groups.modules.items():
+        others.update({f"{own}.{part}": tensor for part, tensor in parts.items() if part in PARAMETER_OF})
+        factors = {part: tensor for part, tensor in parts.items() if part not in PARAMETER_OF}
+        whole = any(part in parts for part in ("diff", "diff_b"))
+        if len(factors) < len(parts) and factors.keys() <= ({"alpha"} if whole else set()):  # which has no effect
+            continue
+        if mixed := [part for part in ("w_norm", "b_norm") if part in parts]:
+            odd = sorted(parts.keys() - {*NORM_PARTS.values()})[0]
+            raise FileError(f"{own} has both {odd} and the differences of a normalisation layer ({mixed[0]})")
+        if "diff" in parts and "dora_scale" in parts:
+            raise FileError(f"{own} has a dora_scale beside the difference of its whole weight (diff)")
+        prefix, name = split_prefix(own)
+        name = (names.find(prefix, name) if names else None) or name
+        found[own] = dataclasses.replace(read_module(own, factors), name=name, prefix=prefix)
+    form = "kohya" if any(own.startswith(KOHYA_PREFIX) for own in groups.modules) else "lycoris"
+    return AdapterFile(path, form, found, others, {}, metadata, groups.foreign, groups.embeddings)
+
+
+def _config(values: Mapping[str, Any]) -> LoHaConfig | dict[str, Any]:
+    """The config of a LoHa, or the fields of one of a LoRA."""
+    return check_lora_config(values) if values.get("peft_type") == "LORA" else LoHaConfig.from_dict(values)
+
+
+def _read_peft(folder: Path) -> AdapterFile:
+    config, state, path = read_folder(folder, _config)
+    if isinstance(config, dict):
+        return lora_file(folder, config, state, path)
+    parts_of: dict[str, dict[str, np.ndarray]] = {}
+    others: dict[str, np.ndarray] = {}
+    for key, tensor in state.items():
+        module, _, part = module_key(key).rpartition(".")
+        if part in FACTOR_NAMES:
+            parts_of.setdefault(module, {})[part] = tensor
+        else:
+            others[f"{module}.{part}"] = tensor
+    found: dict[str, AdapterModule] = {}
+    for name, tensors in parts_of.items():
+        try:
+            r = rank_of(name, tensors)
+            if r != (wanted := match_pattern(name, config.rank_pattern, config.r)):
+                raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {wanted}")
+            alpha = float(match_pattern(name, config.alpha_pattern, config.alpha))
+        except ValueError as error:
+            raise FileError(f"{path}: {error}") from error
+        found[name] = AdapterModule(name, "loha", r, alpha, tensors)
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return AdapterFile(folder, "peft", found, others, config.to_dict(), metadata)

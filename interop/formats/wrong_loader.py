@@ -1,0 +1,119 @@
+"""Recognises what is at a path, for errors of functions and commands that open something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file, pending_or_own
+from loha_jax.interop.disk.tensor_files import read_metadata
+from loha_jax.interop.formats.lycoris_keys import are_adapters
+from loha_jax.interop.formats.orbax_folder import is_orbax_folder
+
+from loha_jax.runtime.untrusted import json_object, read_json
+from loha_jax.targets.config import CONFIG_NAME
+
+DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+class Kind(NamedTuple):
+    """A description of what is at a path.
+
+    Attributes:
+        name: as it stands after "is".
+        loader: the function that opens it, "" where there is none.
+        advice: what to do, where naming the loader does not say it.
+    """
+
+    name: str
+    loader: str
+    advice: str = ""
+
+
+_PEFT_KINDS = {
+    "LOHA": Kind("a PEFT folder of a LoHa", "load_peft"),
+    "LORA": Kind("a PEFT folder of a LoRA", "load_lora"),
+}
+_CHECKPOINT = Kind("the checkpoint of a model and not an adapter", "load_base")
+
+
+def kind_of(path: str | Path) -> Kind | None:
+    """Tell what is at a path by names and headers only; None if that cannot be told."""
+    path = Path(path)
+    try:
+        return _folder_kind(path) if path.is_dir() else _file_kind(path)
+    except (OSError, ValueError):
+        return None
+
+
+def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception:
+    """The error, with what is at the path added where another function opens that.
+
+    Args:
+        error: one that has a message alone.
+        path: what was given.
+        loader: the function that it was given to; "" for a command, whose user knows no functions.
+    """
+    kind = kind_of(path)
+    if kind is None or (loader and kind.loader == loader and not kind.advice):
+        return error
+    if not loader and kind.loader not in ("", "load_base"):
+        return error  # every command opens every adapter
+    advice = kind.advice or (f"`{kind.loader}` opens it" if kind.loader else "loha_jax does not read it")
+    said = f"'{path}' is {kind.name}" + (f"; {advice}" if loader or kind.advice else "")
+    text = str(error).rstrip(".")
+    return error if said in text else type(error)(f"{text}. {said}")
+
+
+def has_peft_config(folder: Path) -> bool:
+    """Whether a folder has PEFT's configuration: in a file, or as diffusers keeps it in a header."""
+    if pending_or_own(folder, CONFIG_NAME).is_file():
+        return True
+    diffusers = folder / DIFFUSERS_NAME
+    return diffusers.is_file() and "peft_type" in header_config(diffusers)
+
+
+def header_config(file: Path) -> dict[str, object]:
+    """The configuration that diffusers keeps in the header of an adapter's file; {} where there is none.
+
+    Raises:
+        FileError: it is not a JSON object.
+    """
+    text = read_metadata(file).get(DIFFUSERS_CONFIG_KEY)
+    return {} if text is None else json_object(text, f"{file}: the adapter configuration")
+
+
+def _folder_kind(folder: Path) -> Kind | None:
+    if is_orbax_folder(folder):
+        return Kind(
+            "an adapter in Orbax' form", "", f"`loha-jax convert {folder} FOLDER --to peft` makes a PEFT folder"
+        )
+    if has_peft_config(folder):
+        config = pending_or_own(folder, CONFIG_NAME)
+        values = read_json(config) if config.is_file() else header_config(folder / DIFFUSERS_NAME)
+        return _PEFT_KINDS.get(
+            str(values.get("peft_type")), Kind(f"an adapter of PEFT's {values.get('peft_type')!r}", "")
+        )
+    if any(folder.glob("*.safetensors.index.json")):
+        return _CHECKPOINT
+    return _file_kind(find_adapter_file(folder))
+
+
+def _file_kind(file: Path) -> Kind | None:
+    if file.name in ("adapter_model.bin", "adapter_model.safetensors"):
+        return _peft_file(file)
+    if file.suffix in _PICKLES:
+        return Kind("a torch pickle", "load_lycoris", "`load_lycoris` opens it if it holds an adapter's tensors alone")
+    keys = list(Checkpoint(file).shapes)
+    if any(key.startswith("base_model.model.") for key in keys):
+        return _peft_file(file)
+    if are_adapters(keys):
+        return Kind("an adapter's file of LyCORIS, kohya or diffusers", "load_lycoris")
+    return _CHECKPOINT if keys else None
+
+
+def _peft_file(file: Path) -> Kind:
+    advice = f"give the folder that it lies in, '{file.parent}', with its {CONFIG_NAME}"
+    return Kind("a file of PEFT's without its settings", "", advice)

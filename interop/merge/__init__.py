@@ -1,0 +1,1 @@
+"""A base checkpoint with adapters merged in, streamed."""

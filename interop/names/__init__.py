@@ -1,0 +1,1 @@
+"""Which torch tensor each leaf is."""

@@ -1,0 +1,130 @@
+"""`Source`: where in a torch checkpoint the values of one leaf are, and how their axes correspond."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from loha_jax.lowrank.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The torch tensors that a leaf holds.
+
+    Attributes:
+        keys: their names, one per index of the leaf's stack axes in row-major order (one where there are none).
+        stack: the leaf's stack axes.
+        axes: for each axis of the torch tensor the leaf's axes that it flattens, in order; () for an axis of size 1
+            that the leaf does not have.
+        layout: the kernel's layout, for adapters; None where the tensor is no module's weight, or no layout says it.
+        also: names of further tensors with the same values (a tied weight that the file stores twice).
+
+    Example:
+        >>> q = Source.of_layout(("q.weight",), Layout("ioo"))  # [in, heads, head] from torch's [out, in]
+        >>> q.torch_shape((6, 2, 4)), q.axes
+        ((8, 6), ((1, 2), (0,)))
+    """
+
+    keys: tuple[str, ...]
+    stack: tuple[int, ...] = ()
+    axes: tuple[tuple[int, ...], ...] = ()
+    layout: Layout | None = None
+    also: tuple[str, ...] = ()
+
+    @classmethod
+    def of_layout(cls, keys: tuple[str, ...], layout: Layout) -> Source:
+        """The source of a kernel whose torch weight is `[out, in, *spatial]`."""
+        spatial = [(axis,) for axis in layout.axes("k")]
+        return cls(keys, layout.axes("s"), (layout.axes("o"), layout.axes("i"), *spatial), layout)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The leaf's axes in torch's order, the stack axes first."""
+        return self.stack + tuple(axis for group in self.axes for axis in group)
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of each torch tensor for a leaf of this `shape`."""
+        return tuple(math.prod(shape[axis] for axis in group) for group in self.axes)
+
+    def fits(self, shape: Sequence[int], torch_shape: Sequence[int]) -> bool:
+        """Whether a torch tensor has the shape that a leaf of `shape` needs, but for axes of size 1."""
+        return [n for n in self.torch_shape(shape) if n != 1] == [n for n in torch_shape if n != 1]
+
+    def part(self, leaf: np.ndarray, index: int) -> np.ndarray:
+        """A view of the part of `leaf` that is tensor number `index`, with one axis per axis of the leaf."""
+        view = leaf.transpose(self.order)
+        return view[np.unravel_index(index, view.shape[: len(self.stack)])] if self.stack else view
+
+    def tensor(self, leaf: np.ndarray, index: int = 0) -> np.ndarray:
+        """Torch tensor number `index` out of a leaf."""
+        return self.part(leaf, index).reshape(self.torch_shape(leaf.shape))
+
+    def put(self, tensor: np.ndarray, leaf: np.ndarray, index: int = 0) -> None:
+        """Writes torch tensor number `index` into a leaf."""
+        part = self.part(leaf, index)
+        part[...] = tensor.reshape(part.shape)
+
+
+def convolution_source(
+    key: str, shape: Sequence[int], torch_shape: Sequence[int], torch_oriented: bool
+) -> Source | None:
+    """The source of a kernel of three or more axes whose one torch tensor has as many, or None: a convolution's.
+
+    Example:
+        >>> convolution_source("c.weight", (3, 3, 6, 8), (8, 6, 3, 3), False).layout.word
+        'kkio'
+    """
+    if len(shape) < 3 or len(torch_shape) != len(shape):
+        return None
+    spatial = "k" * (len(shape) - 2)
+    source = Source.of_layout((key,), Layout(f"oi{spatial}" if torch_oriented else f"{spatial}io"))
+    return source if source.torch_shape(shape) == tuple(torch_shape) else None
+
+
+def make_source(
+    keys: tuple[str, ...],
+    shape: Sequence[int],
+    torch_shape: Sequence[int],
+    stack: Sequence[int],
+    groups: Sequence[Sequence[int]],
+) -> Source:
+    """A source from what contents or strides can tell: axes of size 1 are in no group yet.
+
+    Such an axis carries no information. Where torch's tensor has one too, they are paired as in a convolution
+    (`[k…, in, out]`), else in order; one that is left over becomes a stack axis of one module, which is right for a
+    scan over a single layer and for a product that keeps the axis alike.
+    """
+    groups = [tuple(group) for group in groups]
+    given = {*stack, *(axis for group in groups for axis in group)}
+    units = [axis for axis in range(len(shape)) if axis not in given]
+    empty = [t for t, group in enumerate(groups) if not group]
+    rest = [axis for axis in range(len(shape)) if axis not in stack]
+    if rest and len(rest) == len(groups):
+        for guess in ([rest[-1], *rest[-2:-1], *rest[:-2]], rest):
+            if all((axis in units) if t in empty else groups[t] == (axis,) for t, axis in enumerate(guess)):
+                groups = [(axis,) for axis in guess]
+                units = []
+                break
+    if units:
+        for t, axis in zip(empty, units, strict=False):
+            groups[t] = (axis,)
+        units = units[len(empty) :]
+    stack = tuple(sorted((*stack, *units)))
+    is_weight = all(key.rpartition(".")[2] == "weight" for key in keys)
+    return Source(keys, stack, tuple(groups), _layout(len(shape), stack, groups) if is_weight else None)
+
+
+def _layout(ndim: int, stack: Sequence[int], groups: Sequence[Sequence[int]]) -> Layout | None:
+    if len(groups) < 2 or not all(groups) or any(len(group) > 1 for group in groups[2:]):
+        return None
+    kinds = {"s": stack, "o": groups[0], "i": groups[1], "k": [group[0] for group in groups[2:]]}
+    letters = [""] * ndim
+    for kind, axes in kinds.items():
+        in_order = list(axes) == sorted(axes)
+        for n, axis in enumerate(axes):
+            letters[axis] = kind if in_order else f"{kind}{n}"
+    return Layout("".join(letters))

@@ -1,0 +1,109 @@
+"""Other names for an adapter's modules, where a model's were changed since (vision-language models of transformers)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from loha_jax.interop.formats.adapter_file import AdapterFile
+from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
+
+from loha_jax.targets.module_names import Names, all_names
+
+_SHOWN = 5
+
+
+def parse_names(given: Sequence[str]) -> dict[str, str] | None:
+    """`{regex: template}` from texts "REGEX=TEMPLATE"; None where there is none.
+
+    Example:
+        >>> parse_names([r"visual\\.(.*)=model.visual.\\1"])
+        {'visual\\\\.(.*)': 'model.visual.\\\\1'}
+    """
+    result: dict[str, str] = {}
+    for text in given:
+        pattern, separator, template = text.rpartition("=")
+        if not separator or not pattern or not template:
+            raise ValueError(f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"--names {pattern!r} is not a regular expression: {error}") from error
+        result[pattern] = template
+    return result or None
+
+
+def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -> AdapterFile:
+    """An adapter whose modules, and parameters beside them, have the names that `names` gives.
+
+    Args:
+        adapter: as it was read.
+        names: `{regex: template}` for the whole names of modules in the adapter's file, or, where these have a
+            prefix, of what follows it; or a function of the name. Names that it does not give stay.
+        modules: of the base, to find those that a new name writes with underscores.
+
+    Raises:
+        ValueError: it gives one module several names, or a template refers to a group that its pattern lacks.
+    """
+    if names is None:
+        return adapter
+    known = ModuleNames(modules)
+    changed = {}
+    for own, module in adapter.modules.items():
+        new = _new_name(names, own, module.name)
+        if new is not None:
+            module = dataclasses.replace(module, name=known.find(module.prefix, new) or new)
+        changed[own] = module
+    others = {}
+    for key, value in adapter.others.items():
+        owner, _, part = key.rpartition(".")
+        base, suffix = owner.removesuffix(".base_layer"), ".base_layer" if owner.endswith(".base_layer") else ""
+        prefix, rest = split_prefix(base) if adapter.form in ("lycoris", "kohya") else ("", base)
+        new = _new_name(names, base, rest)
+        others[key if new is None else f"{prefix}{new}{suffix}.{part}"] = value
+    return dataclasses.replace(adapter, modules=changed, others=others)
+
+
+def _new_name(names: Names, own: str, rest: str) -> str | None:
+    for name in dict.fromkeys((own, rest)):
+        try:
+            found = all_names(name, names)
+        except (re.error, IndexError) as error:
+            raise ValueError(f"`names` has a template that does not fit its pattern, for {name}: {error}") from error
+        if len(found) != 1:
+            raise ValueError(f"`names` gives {name} several names: {', '.join(found)}")
+        if found[0] != name:
+            return found[0]
+    return None
+
+
+def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
+    """A sentence on modules of the base that end as the missing ones do, and the option that renames; "" if none."""
+    near: list[str] = []
+    option = ""
+    by_last: dict[str, list[str]] = {}
+    for module in modules:
+        by_last.setdefault(module.rpartition(".")[2], []).append(module)
+    for name in missing:
+        parts = name.split(".")
+        lengths = [(_common_end(parts, m.split(".")), m) for m in by_last.get(parts[-1], ())]
+        length, best = max(lengths, default=(0, ""))
+        if not length or [n for n, _ in lengths].count(length) > 1:
+            continue
+        near.append(f"{best} for {name}")
+        old, new = ".".join(parts[:-length]), best[: -len(".".join(parts[-length:]))].removesuffix(".")
+        start = re.escape(f"{old}.") if old else ""
+        option = option or f"{start}(.*)={f'{new}.' if new else ''}\\1"
+        if len(near) == _SHOWN:
+            break
+    if not near:
+        return ""
+    return f" The base has {', '.join(near)}: names=, in the command line --names '{option}', renames modules."
+
+
+def _common_end(a: Sequence[str], b: Sequence[str]) -> int:
+    count = 0
+    while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
+        count += 1
+    return count

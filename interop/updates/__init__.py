@@ -1,0 +1,1 @@
+"""ΔW of one module, in numpy."""

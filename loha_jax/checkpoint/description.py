@@ -1,0 +1,308 @@
+"""What a checkpoint holds of a training state, and what it says about the rest: all of it by name.
+
+Held are the adapters' arrays, the copies of `modules_to_save`, the optimizer state and the random key. Of the base
+there is a fingerprint. A description, which is JSON, says what the arrays are and what they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.runtime.digests import digests
+from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+
+KEY = "key"
+SAMPLE = 1 << 14
+"""How many elements of each base array the fingerprint reads."""
+
+PROVENANCE = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_weights", "metadata"),
+)
+"""Fields of a config that say where an adapter comes from, or choose modules, which are compared by name."""
+
+_SCALARS = {bool: "bool", int: "int", float: "float"}
+_CONTAINERS = (dict, list, tuple, type(None), LoHaWeight, SavedWeight, Factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A training state, taken apart.
+
+    Attributes:
+        saved: the leaves that a checkpoint holds, by name: `params…`, `opt_state…` and `key`.
+        base: the other leaves of `params`, by name.
+        adapters: the description of each adapted leaf, by name.
+        optimizer: the types in the optimizer state, in order, or None without one.
+    """
+
+    saved: dict[str, Any]
+    base: dict[str, Any]
+    adapters: dict[str, Any]
+    optimizer: list[str] | None
+    _flat: tuple[Any, list[bool], list[Any], Any]
+
+    def with_values(self, values: Mapping[str, Any]) -> tuple[Any, Any]:
+        """`(params, opt_state)` with other values in what a checkpoint holds; base leaves are the very same."""
+        params, is_saved, leaves, opt_state = self._flat
+        names = iter(self.saved)
+        new = params.unflatten([values[next(names)] if saved else x for x, saved in zip(leaves, is_saved, strict=True)])
+        if opt_state is None:
+            return new, None
+        return new, opt_state.unflatten([values[next(names)] for _ in range(opt_state.num_leaves)])
+
+
+def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
+    """The parts of a training state; arrays may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+        TypeError: `params` is an NNX model, or a leaf to be saved is neither an array nor a number.
+        ValueError: `params` holds no adapter, or is one half of `partition`.
+    """
+    refuse_model(params, "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.")
+    adapters: dict[str, Any] = {}
+
+    def mark(path: Any, leaf: Any) -> Any:
+        if not is_adapted(leaf):
+            return False
+        adapters[_name("params", path)] = _describe_adapted(leaf)
+        marked = jax.tree.map(lambda _: True, leaf)
+        frozen = "kernel" if isinstance(leaf, LoHaWeight) else "original"
+        return dataclasses.replace(marked, **{frozen: jax.tree.map(lambda _: False, getattr(leaf, frozen))})
+
+    is_saved = jax.tree.leaves(jax.tree_util.tree_map_with_path(mark, params, is_leaf=is_adapted))
+    if not any(is_saved):
+        raise ValueError(
+            "This tree holds no adapter, so there is nothing to save or restore. Call `loha_jax.inject(params, config, "
+            "key=...)` first."
+        )
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    named = [(_name("params", path), leaf) for path, leaf in paths]
+    saved = {name: leaf for (name, leaf), held in zip(named, is_saved, strict=True) if held}
+    base = {name: leaf for (name, leaf), held in zip(named, is_saved, strict=True) if not held}
+    optimizer = None
+    if opt_state is not None:
+        optimizer = jax.tree.structure(opt_state)
+        leaves = jax.tree_util.tree_flatten_with_path(opt_state)[0]
+        saved.update((_name("opt_state", path), leaf) for path, leaf in leaves)
+    if key is not None:
+        saved[KEY] = key
+    for name, leaf in saved.items():
+        if type(leaf) not in _SCALARS and not is_array(leaf):
+            raise TypeError(f"{name} is of type {type(leaf).__name__}; a checkpoint holds arrays and numbers")
+    flat = (structure, is_saved, [leaf for _, leaf in paths], optimizer)
+    return State(saved, base, adapters, None if optimizer is None else _types(optimizer), flat)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype == np.bool_ or bool(jnp.issubdtype(leaf.dtype, np.number))
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def describe_leaf(leaf: Any) -> dict[str, Any]:
+    """What a leaf that is saved is, as JSON."""
+    if (kind := _SCALARS.get(type(leaf))) is not None:
+        return {"kind": kind, "value": leaf}
+    shape = list(leaf.shape)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return {"kind": "key", "shape": shape, "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
+    kind = "numpy" if isinstance(leaf, np.ndarray | np.generic) else "array"
+    weak = {"weak_type": True} if getattr(leaf, "weak_type", False) else {}
+    return {"kind": kind, "shape": shape, "dtype": str(leaf.dtype), **weak}
+
+
+def fingerprint(base: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one base from another: of each leaf the shape, the dtype and a digest of a sample of its values.
+
+    A `jax.ShapeDtypeStruct` has no values, and so no digest. With several processes, all of them have to call it.
+    """
+    found = digests({name: x for name, x in base.items() if _has_values(x)}, SAMPLE)
+    result: dict[str, Any] = {}
+    for name, leaf in base.items():
+        if is_array(leaf):
+            result[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+            if name in found:
+                result[name]["digest"] = found[name]
+        else:  # a number, a function: whatever else a tree may hold
+            plain = isinstance(leaf, bool | int | float | str)
+            result[name] = {"value": leaf} if plain else {"type": type(leaf).__qualname__}
+    return result
+
+
+def plain_json(value: Any, where: str) -> Any:
+    """The value as JSON gives it back; raises ValueError, with the place, for what JSON does not hold.
+
+    Example:
+        >>> plain_json({"position": (1, 2)}, "data")
+        {'position': [1, 2]}
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain_json(x, f"{where}[{n}]") for n, x in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain_json(x, f"{where}[{name!r}]") for name, x in value.items()}
+    raise ValueError(
+        f"{where} should be what JSON holds (dicts with strings as keys, lists, strings, numbers, None) and is a "
+        f"{type(value).__name__}: {value!r:.100}"
+    )
+
+
+def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Numbers by name, arrays of one element among them, as floats; raises ValueError for anything else.
+
+    Example:
+        >>> plain_numbers({"loss": np.float32(0.5)}, "metrics")
+        {'loss': 0.5}
+    """
+    numbers = {}
+    for name, value in values.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}[{name!r}] should be a number, got {value!r:.100}") from None
+    return numbers
+
+
+def _has_values(leaf: Any) -> bool:
+    return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _name(root: str, path: Any) -> str:
+    return root + jax.tree_util.keystr(path)
+
+
+def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
+    leaf.require_whole()
+    if isinstance(leaf, SavedWeight):
+        described: dict[str, Any] = {
+            "name": leaf.name,
+            "copies": sorted(leaf.copies),
+            "counters": [list(c) for c in leaf.counters],
+        }
+    else:
+        described = {"names": list(leaf.names)}
+        for name, factors in leaf.adapters.items():
+            described[f"adapter {name}"] = {
+                "ranks": list(factors.ranks),
+                "alphas": list(factors.alphas),
+                "multiplier": factors.multiplier,
+                "config": {"class": type(factors.config).__name__, **factors.config.to_dict()},
+            }
+    layout = None if leaf.layout is None else leaf.layout.word
+    return json.loads(json.dumps({"layout": layout, "active": list(leaf.active), **described}, default=str))
+
+
+def _types(structure: Any) -> list[str]:
+    """The types of the nodes of a tree that are no plain containers: ScaleByAdamState and others."""
+    found: list[str] = []
+
+    def visit(node: Any) -> None:
+        data = node.node_data()
+        if data is not None and data[0] not in _CONTAINERS:
+            found.append(data[0].__name__)
+        for child in node.children():
+            visit(child)
+
+    visit(structure)
+    return found
+
+
+def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+    """What differs between the description of what was given and that in a checkpoint, a line for each leaf and field.
+
+    Args:
+        given, held: `{"adapters": …, "leaves": …, "base": …, "optimizer": …}`. A base leaf without a digest has no
+            values to compare. An optimizer state that was not given is not compared.
+    """
+    lines = []
+    for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
+        lines += _fields(name, _structure(ours), _structure(theirs))
+    # Earlier versions held alpha/r and `scale`'s numbers as arrays; and the norms of modules that are not adapted.
+    described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
+    padded = any(0 in adapter.get("ranks", ()) for adapter in described)
+    if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
+        lines.append(
+            "an earlier version wrote it, with norms of modules that are not adapted; load the adapter's files"
+        )
+    arrays = ".scaling", ".multiplier"
+    wanted = {
+        n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))
+    }
+    if given["optimizer"] is None:
+        wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
+    elif given["optimizer"] != held["optimizer"]:
+        lines.append(f"opt_state: given {given['optimizer']}, the checkpoint has {held['optimizer']}")
+    for name, ours, theirs in _pairs(given["leaves"], wanted):
+        if ours is None or theirs is None or _as_shape(ours) != _as_shape(theirs):
+            lines.append(f"{name}: given {_shown(ours)}, the checkpoint has {_shown(theirs)}")
+    for name, ours, theirs in _pairs(given["base"], held["base"]):
+        if ours is not None and theirs is not None and not ("digest" in ours and "digest" in theirs):
+            ours, theirs = ({k: v for k, v in x.items() if k != "digest"} for x in (ours, theirs))
+        if not _same(ours, theirs):
+            what = "other values" if _shown(ours) == _shown(theirs) else _shown(ours)
+            lines.append(f"{name} (base): given {what}, the checkpoint was made on {_shown(theirs)}")
+    return lines
+
+
+def _structure(described: Any) -> Any:
+    """Return the part of an adapted leaf's description that has to be equal: all but the adapter's provenance."""
+    if not isinstance(described, dict):
+        return described
+    result = {name: value for name, value in described.items() if name != "counters"}
+    for name, value in described.items():
+        if isinstance(value, dict) and "config" in value:
+            config = {field: x for field, x in value["config"].items() if field not in PROVENANCE}
+            result[name] = {**value, "multiplier": value.get("multiplier", 1.0), "config": config}
+    return result
+
+
+def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, given.get(name), held.get(name)) for name in {**given, **held}]
+
+
+def _fields(name: str, given: Any, held: Any) -> list[str]:
+    """A line for each field that differs, of a config too."""
+    if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
+        return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
+    return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
+
+
+def _same(given: Any, held: Any) -> bool:
+    """Whether two pieces of JSON are equal: NaN is NaN, and the order of a config's patterns counts."""
+    return json.dumps(given) == json.dumps(held)
+
+
+def _as_shape(described: Mapping[str, Any]) -> Any:
+    """What has to be equal: the shape, and a dtype that the values can be cast to."""
+    if described["kind"] in _SCALARS.values():
+        return described["kind"]
+    if described["kind"] == "key":
+        return "key", described["shape"], described["dtype"]
+    floating = jnp.issubdtype(jnp.dtype(described["dtype"]), jnp.floating)
+    return described["shape"], "floating" if floating else described["dtype"]
+
+
+def _shown(described: Any) -> str:
+    if described is None:
+        return "nothing"
+    if isinstance(described, dict) and "shape" in described:
+        return f"{described['dtype']}[{','.join(map(str, described['shape']))}]"
+    if isinstance(described, dict) and "kind" in described:
+        return f"a number ({described['kind']})"
+    if isinstance(described, dict) and "layout" in described:
+        return "an adapted leaf"
+    if isinstance(described, dict) and "ranks" in described:
+        return "an adapter"
+    return f"{described!r}"

@@ -1,0 +1,134 @@
+"""The arrays of a checkpoint: as Orbax takes them, and read back in the dtypes and shardings of a given state."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.runtime.untrusted import FileError
+
+
+def storable(leaf: Any) -> Any:
+    """An array as Orbax takes it: no typed key, and numpy where it is one process' own among several."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
+
+
+def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads arrays in the dtypes that they were saved in; those that are to be sharded are read in parts.
+
+    Args:
+        folder: Orbax' folder of a PyTree.
+        wanted: the descriptions of the arrays, by name.
+        given: leaves that say how they are sharded, by name.
+
+    Raises:
+        FileError: one has another shape or dtype than it is described with.
+        Exception: what Orbax stumbles over where the files are broken.
+    """
+    import orbax.checkpoint as ocp
+
+    restore_args = {}
+    for name, described in wanted.items():
+        if 0 in described["shape"]:  # Orbax stores none
+            continue
+        if (sharding := _sharding_to_read(given.get(name), described)) is None:
+            restore_args[described["item"]] = ocp.RestoreArgs(restore_type=np.ndarray)
+        else:
+            restore_args[described["item"]] = ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=tuple(described["shape"]), dtype=jnp.dtype(described["dtype"])
+            )
+    # The handler, not the manager: there a process that fails would leave the others waiting for it.
+    read = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers()).restore(
+        folder,
+        args=ocp.args.PyTreeRestore(
+            item=dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
+        ),
+    )
+    arrays = {}
+    for name, described in wanted.items():
+        item = described["item"]
+        array = arrays[name] = read[item] if item in read else _empty(described)
+        if described["kind"] != "key" and _word(array) != _word(described):
+            raise FileError(f"{name} has become {_word(array)}")
+    return arrays
+
+
+def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -> Any:
+    """A restored array with the sharding of the given leaf (None for the random key), and its dtype if `cast`."""
+    if described["kind"] == "key":
+        value = jax.random.wrap_key_data(value, impl=described["impl"])
+    elif cast and value.dtype != given.dtype:
+        value = value.astype(given.dtype)
+    if isinstance(given, np.ndarray | np.generic):
+        return value if isinstance(given, np.ndarray) else value[()]
+    if isinstance(value, np.ndarray):
+        value = jnp.asarray(value)
+    if described.get("weak_type"):  # it decides what the dtype of products is
+        weak = jnp.full(value.shape, value.dtype.type(0).item())
+        value = weak.at[...].set(value) if weak.dtype == value.dtype else value
+    sharding = wanted_sharding(given)
+    return value if sharding is None else jax.device_put(value, sharding)
+
+
+def wanted_sharding(given: Any) -> Any:
+    """The sharding that a leaf asks for; None of an array that JAX may move where it is used."""
+    if isinstance(given, jax.ShapeDtypeStruct):
+        return given.sharding
+    return given.sharding if isinstance(given, jax.Array) and given.committed else None
+
+
+def _sharding_to_read(given: Any, described: Mapping[str, Any]) -> Any:
+    """The sharding in which Orbax reads an array; None for one that is read whole, as numpy."""
+    sharding = wanted_sharding(given)
+    if sharding is None or described["kind"] == "key" or described.get("weak_type"):
+        return None
+    if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:  # float64 where that is switched off
+        return None
+    return None if jax.process_count() > 1 and sharding.is_fully_addressable else sharding
+
+
+@functools.cache
+def _patient_handlers() -> Any:
+    """Orbax' readers of arrays; where one array cannot be read, they wait for the others.
+
+    Orbax closes its event loop at the first error, and each read that ends later would complain about that.
+    """
+    import orbax.checkpoint as ocp
+
+    def patient(handler: Any) -> Any:
+        class Patient(handler):
+            async def deserialize(self, infos, args=None):
+                before = asyncio.all_tasks()
+                try:
+                    return await super().deserialize(infos, args)
+                except Exception:
+                    if others := asyncio.all_tasks() - before:
+                        await asyncio.wait(others)
+                    raise
+
+        return Patient()
+
+    handlers = ocp.type_handlers
+    return handlers.create_type_handler_registry(
+        (np.ndarray, patient(handlers.NumpyHandler)), (jax.Array, patient(handlers.ArrayHandler))
+    )
+
+
+def _empty(described: Mapping[str, Any]) -> np.ndarray:
+    return np.zeros(described["shape"], jnp.dtype(described["dtype"]))
+
+
+def _word(array: Any) -> str:
+    described = isinstance(array, Mapping)
+    shape, dtype = (array["shape"], array["dtype"]) if described else (array.shape, array.dtype)
+    return f"{dtype}{list(shape)}"

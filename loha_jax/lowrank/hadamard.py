@@ -1,0 +1,225 @@
+"""The weight update of LoHa, ΔW = (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, and its exact low-rank form.
+
+Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the backward pass rebuilds what
+it needs. Products of bfloat16 and float16 factors are accumulated in float32.
+
+The Hadamard product of two rank-r matrices is a matrix of rank r² with known factors (the row-wise and column-wise
+Khatri-Rao products): ΔW = KA @ KB exactly. `loha_jax.adapt` computes x·ΔW from them without forming ΔW.
+
+Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", ICLR 2022
+(arXiv:2108.06098), and PEFT's `HadaWeight` and `HadaWeightCP`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.runtime.device_types import vary_alike
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.runtime.xla_hints import alone
+
+Scale = jax.Array | float
+A = TypeVar("A", jax.Array, np.ndarray)
+
+
+@standard_promotion()
+def float32_or_wider(*dtypes: Any) -> jnp.dtype:
+    """What values of these dtypes are computed in: their common dtype, at least float32 (JAX promotes no float8)."""
+    return jnp.result_type(jnp.float32, *(d for d in map(jnp.dtype, dtypes) if d.itemsize > 1))
+
+
+def _accumulator(*arrays: jax.Array) -> jnp.dtype:
+    return float32_or_wider(*(array.dtype for array in arrays))
+
+
+def _scaled(product: jax.Array, scale: Scale) -> jax.Array:
+    scale = jnp.asarray(scale, product.dtype)
+    return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
+
+
+def _plain_weight(w1_a, w1_b, w2_a, w2_b, scale):
+    dtype = _accumulator(w1_a, w1_b, w2_a, w2_b)
+    first = jnp.matmul(w1_a, w1_b, preferred_element_type=dtype)
+    second = jnp.matmul(w2_a, w2_b, preferred_element_type=dtype)
+    return _scaled(first * second, scale).astype(jnp.result_type(w1_a, w1_b, w2_a, w2_b))
+
+
+def _cp_matrix(t, w_a, w_b, dtype):
+    """`[out, in, *spatial]` of one pair: core t [r, r, *spatial], w_a [r, out], w_b [r, in]."""
+    inner = jnp.einsum("ij...,jq->iq...", t, w_b, preferred_element_type=dtype)
+    return jnp.einsum("iq...,ip->pq...", inner, w_a, preferred_element_type=dtype)
+
+
+def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
+    dtype = _accumulator(t1, w1_a, w1_b, t2, w2_a, w2_b)
+
+    def one(t1, w1_a, w1_b, t2, w2_a, w2_b):
+        return _cp_matrix(t1, w1_a, w1_b, dtype) * _cp_matrix(t2, w2_a, w2_b, dtype)
+
+    for _ in range(w1_a.ndim - 2):
+        one = jax.vmap(one)
+    return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b))
+
+
+def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`fn`, whose last argument is the scale, as a `custom_vjp` that keeps its arguments alone and runs twice."""
+    fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
+    wrapped = jax.custom_vjp(fn)
+
+    @standard_promotion()
+    def backward(args, cotangent):
+        return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[0])
+
+    wrapped.defvjp(lambda *args: (fn(*args), args), backward)
+    return lambda *args: wrapped(*vary_alike(args))
+
+
+_weight = _recompute_vjp(_plain_weight)
+_weight_cp = _recompute_vjp(_plain_weight_cp)
+
+
+@standard_promotion()
+def hada_weight(
+    w1_a: jax.Array,
+    w1_b: jax.Array,
+    w2_a: jax.Array,
+    w2_b: jax.Array,
+    scale: Scale = 1.0,
+    *,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """The update (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale of a linear or flat convolution weight.
+
+    Args:
+        w1_a, w2_a: `[*stack, out, r]`.
+        w1_b, w2_b: `[*stack, r, in]` (for a flat convolution `[r, in·kh·kw]`).
+        scale: alpha/r, a number or an array that broadcasts against the stack axes (shape `()` or `[*stack]`).
+        forward_mode: plain products that `jax.jvp` can differentiate, instead of a `custom_vjp`.
+
+    Returns:
+        `[*stack, out, in]` in the factors' common dtype; products of lower precision accumulate in float32.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Mirrors PEFT's `HadaWeight.apply(w1a, w1b, w2a, w2b, scale)`, values and gradients; the gradient with respect to
+    `scale`, which PEFT leaves out, is there too.
+
+    Example:
+        >>> hada_weight(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), 0.5)[0, 0].item()
+        2.0
+    """
+    _check_shapes(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
+    return (_plain_weight if forward_mode else _weight)(w1_a, w1_b, w2_a, w2_b, scale)
+
+
+@standard_promotion()
+def hada_weight_cp(
+    t1: jax.Array,
+    w1_a: jax.Array,
+    w1_b: jax.Array,
+    t2: jax.Array,
+    w2_a: jax.Array,
+    w2_b: jax.Array,
+    scale: Scale = 1.0,
+    *,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """The update of a convolution with cores ("effective" or CP form).
+
+    Each of the two factors is, at every kernel position, `w_aᵀ @ t[:, :, position] @ w_b`.
+
+    Args:
+        t1, t2: `[*stack, r, r, *spatial]`.
+        w1_a, w2_a: `[*stack, r, out]`.
+        w1_b, w2_b: `[*stack, r, in]`.
+        scale: alpha/r, a number or an array that broadcasts against the stack axes.
+        forward_mode: plain products that `jax.jvp` can differentiate, instead of a `custom_vjp`.
+
+    Returns:
+        `[*stack, out, in, *spatial]` in the factors' common dtype.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Mirrors the value of PEFT's `HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)`. Its backward pass returns wrong
+    gradients for w1a and w2a up to PEFT 0.21.2 (each contracts the other pair's core); these are the true ones.
+
+    Example:
+        >>> one = jnp.ones((2, 3)); t = jnp.ones((2, 2, 3, 3))
+        >>> hada_weight_cp(t, one, one, t, one, one).shape
+        (3, 3, 3, 3)
+    """
+    for name, t, w_a, w_b in (("1", t1, w1_a, w1_b), ("2", t2, w2_a, w2_b)):
+        n = w_a.ndim - 2
+        if not (
+            n >= 0
+            and w_b.ndim == w_a.ndim
+            and t.ndim > w_a.ndim
+            and t.shape[: n + 2] == (*w_a.shape[: n + 1], w_b.shape[n])
+        ):
+            raise ValueError(
+                f"hada_t{name} {t.shape}, hada_w{name}_a {w_a.shape} and hada_w{name}_b {w_b.shape} do not fit: "
+                "expected [r, r, *spatial], [r, out] and [r, in]"
+            )
+    if (
+        w1_a.shape[-1] != w2_a.shape[-1]
+        or w1_b.shape[-1] != w2_b.shape[-1]
+        or t1.shape[w1_a.ndim :] != t2.shape[w1_a.ndim :]
+    ):
+        raise ValueError(
+            f"The two factors differ in shape: out {w1_a.shape[-1]} and {w2_a.shape[-1]}, in {w1_b.shape[-1]} and "
+            f"{w2_b.shape[-1]}, spatial {t1.shape[w1_a.ndim :]} and {t2.shape[w1_a.ndim :]}"
+        )
+    return (_plain_weight_cp if forward_mode else _weight_cp)(t1, w1_a, w1_b, t2, w2_a, w2_b, scale)
+
+
+def khatri_rao_rows(w1_a: A, w2_a: A) -> A:
+    """Row-wise Khatri-Rao product: `[*stack, out, r1]` and `[*stack, out, r2]` give `[*stack, out, r1·r2]`.
+
+    With `khatri_rao_columns` it is the exact low-rank form of the update:
+    `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`. Numpy arrays give
+    a numpy array.
+    """
+    product = w1_a[..., :, :, None] * w2_a[..., :, None, :]
+    return product.reshape(*product.shape[:-2], -1)
+
+
+def khatri_rao_columns(w1_b: jax.Array, w2_b: jax.Array) -> jax.Array:
+    """Column-wise Khatri-Rao product: `[*stack, r1, in]` and `[*stack, r2, in]` give `[*stack, r1·r2, in]`."""
+    product = w1_b[..., :, None, :] * w2_b[..., None, :, :]
+    return product.reshape(*product.shape[:-3], -1, product.shape[-1])
+
+
+def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
+    """The in side of the flat form that equals one with cores, of the same rank: the core multiplies into w_b.
+
+    Args:
+        core: `[*stack, r, r, *spatial]`.
+        w_b: `[*stack, r, in]`.
+        dtype: to compute in.
+
+    Returns:
+        `[*stack, r, in·prod(spatial)]`. The out side of the flat form is the transposed w_a.
+    """
+    core = core.astype(dtype).reshape(*core.shape[: w_b.ndim], -1)
+    product = jnp.einsum("...pqk,...qi->...pik", core, w_b.astype(dtype))
+    return product.reshape(*product.shape[:-2], -1)
+
+
+def _check_shapes(*, w1_a, w1_b, w2_a, w2_b) -> None:
+    for name, a, b in (("1", w1_a, w1_b), ("2", w2_a, w2_b)):
+        if a.ndim < 2 or b.ndim != a.ndim or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+            raise ValueError(
+                f"hada_w{name}_a {a.shape} and hada_w{name}_b {b.shape} do not fit: expected [out, r] and [r, in]"
+            )
+    if w1_a.shape[:-1] != w2_a.shape[:-1] or w1_b.shape[-1] != w2_b.shape[-1]:
+        raise ValueError(
+            f"The two factors differ in shape: {w1_a.shape[:-1]} x {w1_b.shape[-1]} and "
+            f"{w2_a.shape[:-1]} x {w2_b.shape[-1]}"
+        )

@@ -1,0 +1,1 @@
+"""JAX versions, array types on meshes, processes, and untrusted input."""

@@ -1,0 +1,244 @@
+"""The layout of a kernel where nothing else says it: from names, biases and neighbours, never from a shape alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.module_names import module_name
+
+_Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
+
+_TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
+_TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
+_CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
+_TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
+_LOOKUP = re.compile(
+    r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|relative_attention_bias"
+)
+_STACK = re.compile(r"layers|blocks|h|resblocks|.*([Ss]can|[Vv]map).*")
+_VECTORS = {"bias", "b", "scale", "offset", "mean", "var", "running_mean", "running_var"}
+
+# What a kernel of three or more axes can be, and the axes of the bias beside it: (layout, bias, what it is).
+_JAX = {
+    3: (
+        ("sio", "so", "a Dense stacked on axis 0: layers of a scan, experts"),
+        ("iso", "os", "a Dense stacked on axis 1 by a scan"),
+        ("ioo", "oo", "DenseGeneral, an attention's query"),
+        ("iio", "o", "DenseGeneral, an attention's output"),
+        ("kio", "o", "Conv1d"),
+        ("oio", "", "einsum"),
+    ),
+    4: (
+        ("kkio", "o", "Conv2d"),
+        ("ssio", "sso", "a Dense stacked twice: scanned experts"),
+        ("siso", "sos", "experts, scanned on axis 2"),
+        ("sioo", "soo", "a scanned DenseGeneral"),
+        ("siio", "so", "the same for an attention's output"),
+        ("isoo", "oso", "a DenseGeneral scanned on axis 1"),
+        ("isio", "os", "the same for an attention's output"),
+        ("skio", "so", "a stacked Conv1d"),
+        ("soio", "", "a fused einsum"),
+    ),
+    5: (
+        ("kkkio", "o", "Conv3d"),
+        ("skkio", "so", "a stacked Conv2d"),
+        ("sskio", "sso", "a Conv1d stacked twice"),
+        ("ssioo", "ssoo", "a DenseGeneral stacked twice"),
+        ("ssiio", "sso", "the same for an attention's output"),
+        ("sssio", "ssso", "a Dense stacked three times"),
+        ("ssoio", "", "a scanned fused einsum"),
+    ),
+}
+_TORCH = {
+    3: (("oik", "o", "Conv1d"), ("soi", "so", "a stack of Linear: layers, experts")),
+    4: (
+        ("oikk", "o", "Conv2d"),
+        ("ssoi", "sso", "a Linear stacked twice: layers of experts"),
+        ("soik", "so", "a stacked Conv1d"),
+    ),
+    5: (
+        ("oikkk", "o", "Conv3d"),
+        ("soikk", "so", "a stacked Conv2d"),
+        ("sssoi", "ssso", "a Linear stacked three times"),
+    ),
+}
+
+
+def is_torch_oriented(leaf: str) -> bool:
+    """Whether a leaf is called as in torch, Equinox and haliax, which keep weights as [out, in, *spatial].
+
+    Example:
+        >>> [is_torch_oriented(leaf) for leaf in ("weight", "weight_ih", "kernel", "w")]
+        [True, True, False, False]
+    """
+    return _TORCH_LEAF.fullmatch(leaf) is not None
+
+
+def is_named_convolution(path: Sequence[str]) -> bool:
+    """Whether the module of a leaf is called like a convolution, transposed or not."""
+    return is_transposed_convolution(path) or _CONVOLUTION.fullmatch(_module(path)) is not None
+
+
+def is_named_lookup(path: Sequence[str]) -> bool:
+    """Whether the module of a leaf called `weight` is called like an embedding (`embed_tokens`, `wte`), as torch's are.
+
+    Example:
+        >>> is_named_lookup(("model", "embed_tokens", "weight")), is_named_lookup(("wte", "kernel"))
+        (True, False)
+    """
+    return path[-1] == "weight" and _LOOKUP.fullmatch(_module(path)) is not None
+
+
+def is_transposed_convolution(path: Sequence[str]) -> bool:
+    """Whether the module of a leaf is called like a transposed convolution (`ConvTranspose_0`, `conv2_d_transpose`)."""
+    return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
+
+
+def default_layout(
+    shape: Sequence[int], path: Sequence[str], shape_at: _Shapes, torch_shape: Sequence[int] | None = None
+) -> Layout:
+    """The layout of a kernel where nothing else says it.
+
+    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
+    - Flax' attention, by the shapes of its four kernels.
+    - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
+    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
+      of one axis beside it shows that it is not stacked.
+    - The shape that a file has for the one module of that name, where it leaves one possibility.
+
+    Args:
+        shape: the kernel's shape.
+        path: its tree path as strings, e.g. ("attn", "query", "kernel").
+        shape_at: shapes of all leaves by path.
+        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
+
+    Raises:
+        ValueError: the kernel could be several things; the message names them and how to settle it.
+
+    Example:
+        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {("BatchNorm_0", "scale"): (8,)}).word
+        'kkio'
+        >>> default_layout((8, 6), ("q", "weight"), {}).word
+        'oi'
+        >>> default_layout((3, 3, 6, 8), ("mix", "kernel"), {}, torch_shape=(8, 54)).word
+        'kkio'
+    """
+    shape, path = tuple(shape), tuple(path)
+    torch = is_torch_oriented(path[-1])
+    if len(shape) == 2:
+        return Layout("oi" if torch or _TABLE_LEAF.fullmatch(path[-1]) else "io")
+    if attention := _attention_layout(shape, path, shape_at):
+        return attention
+    if is_transposed_convolution(path):
+        return _transposed_layout(shape, path, shape_at, torch)
+    candidates = (_TORCH if torch else _JAX).get(len(shape), ())
+    spatial = "k" * (len(shape) - 2)
+    convolution = f"oi{spatial}" if torch else f"{spatial}io"
+    bias = _bias(path, shape_at)
+    if bias is not None:
+        found = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
+        if len(found) == 1:
+            return Layout(found[0])
+        if convolution in found and _CONVOLUTION.fullmatch(_module(path)):
+            return Layout(convolution)
+    elif candidates and _is_convolution(shape, path, shape_at, torch):
+        return Layout(convolution)
+    found = [word for word, _, _ in candidates if torch_shape and _fits_torch(Layout(word), shape, torch_shape)]
+    if len(found) == 1:
+        return Layout(found[0])
+    raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
+
+
+def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:
+    return ValueError(
+        f"The kernel {'.'.join(path)} of shape {shape} could be several things: "
+        f"{candidates or 'any order of s (stack), i (in), o (out) and k (spatial)'}. Settle it with "
+        f"layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
+        "layouts=loha_jax.infer_layouts(fn, params, *args)."
+    )
+
+
+def _module(path: Sequence[str]) -> str:
+    """The last part of a leaf's module name that is no index."""
+    return next((part for part in reversed(path[:-1]) if not part.isdigit()), "")
+
+
+def _bias(path: tuple[str, ...], shape_at: _Shapes) -> tuple[int, ...] | None:
+    return shape_at.get((*path[:-1], "bias"), shape_at.get((*path[:-1], "b")))
+
+
+def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
+    """Whether a bias with these axes stands beside a kernel with this layout."""
+    sizes = {kind: [n for n, letter in zip(shape, word, strict=True) if letter == kind] for kind in "so"}
+    if not letters:
+        return False
+    expected = tuple(sizes[letter].pop(0) for letter in letters)
+    ones = (1,) * word.count("k")  # Equinox, and Haiku over channels-first images: [out, 1, 1]
+    return bias == expected or (bool(ones) and bias == expected + ones)
+
+
+def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[int]) -> bool:
+    """Whether a kernel with this layout is one module, and has this shape in torch, flat or not."""
+    if layout.axes("s"):
+        return False
+    out, *rest = layout.torch_shape(shape)
+    return tuple(torch_shape) in ((out, *rest), (out, *rest, 1), (out, math.prod(rest)))  # PEFT's Conv1d ends in 1
+
+
+def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> bool:
+    """Whether names and neighbours prove that a kernel without a bias is a convolution's, and no stack of such."""
+    parent = path[:-2]
+    vectors = {p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1] == "weight" and len(s) == 1)}
+    beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
+    unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
+    if not _CONVOLUTION.fullmatch(_module(path)):
+        return torch and len(shape) > 3 and shape[:1] in beside  # a normalisation of its channels
+    if unstacked:
+        return True
+    below_scan = any(
+        _STACK.fullmatch(part) and not following.isdigit() for part, following in itertools.pairwise(path[:-1])
+    )
+    stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
+    if len(shape) == 3:  # stacked, it is a Dense that is called a convolution: one of 1x1
+        return not stacked
+    # torch numbers its layers; patches are embedded once
+    return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
+
+
+def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> Layout:
+    """Flax keeps [*spatial, in, out] or, with `transpose_kernel`, [*spatial, out, in], as Haiku always does."""
+    spatial = "k" * (len(shape) - 2)
+    words = (f"oi{spatial}", f"io{spatial}") if torch else (f"{spatial}io", f"{spatial}oi")
+    bias = _bias(path, shape_at)
+    found = [word for word in words if bias is not None and _fits(word, "o", shape, bias)]
+    if len(found) == 1:
+        return Layout(found[0])
+    raise _ambiguous(shape, path, " or ".join(map(repr, words)) + " (transposed convolutions)")
+
+
+def _attention_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> Layout | None:
+    """`ioo`/`iio` for Flax's MultiHeadDotProductAttention, `sioo`/`siio` for one stacked by a scan."""
+    if len(path) < 2 or path[-2] not in ("query", "key", "value", "out") or len(shape) not in (3, 4):
+        return None
+    parent, leaf = path[:-2], path[-1]
+    query, out = shape_at.get((*parent, "query", leaf)), shape_at.get((*parent, "out", leaf))
+    if query is None or out is None or not len(query) == len(out) == len(shape):
+        return None
+
+    def fits(stacked: bool) -> bool:
+        n = int(stacked)
+        if query[:n] != out[:n] or query[n + 1 :] != out[n:-1]:
+            return False
+        bias = shape_at.get((*parent, "query", "bias"))
+        return bias is None or bias == query[:n] + query[n + 1 :]
+
+    stacked = len(shape) == 4
+    if not fits(stacked):
+        return None
+    if not stacked and shape_at.get((*parent, "query", "bias")) is None and len(set(query)) == 1:
+        return None  # (n, n, n): three Dense layers stacked by a scan look the same
+    return Layout(("s" if stacked else "") + ("iio" if path[-2] == "out" else "ioo"))

@@ -1,0 +1,230 @@
+"""Which modules an adapter targets: PEFT's rules, on dotted module names.
+
+Checked against PEFT 0.21.2 on several thousand cases (tests/data/peft/matching_cases.json).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from loha_jax.runtime.untrusted import fullmatch, match
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.target_advice import spelling_advice
+
+T = TypeVar("T")
+
+EXCLUDED = "excluded"
+
+_QV = ("q_proj", "v_proj")
+DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "mpt": ("Wqkv",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""PEFT 0.21.2's default `target_modules` for LoHa by `model_type`."""
+
+ALL_LINEAR = "all-linear"
+_OUTPUT_HEADS = (
+    *("lm_head", "lm_head.decoder", "embed_out", "predictions.decoder", "output_projection"),  # transformers
+    *("logits_dense", "logits", "to_logits", "unembed", "unembedding"),  # MaxText and other JAX models
+)
+_CONDENSE_FROM = 20
+
+
+def name_endings(name: str) -> frozenset[str]:
+    """A dotted name and its endings: a.b.c, b.c and c."""
+    parts = name.split(".")
+    return frozenset(".".join(parts[n:]) for n in range(len(parts)))
+
+
+def match_target(name: str, config: LoHaConfig) -> bool | str:
+    """Whether PEFT would adapt the module `name`: True, False or "excluded".
+
+    The rules are those of PEFT's `check_target_module_exists`: `exclude_modules`, then `modules_to_save`, then
+    `target_modules`; `layers_to_transform` and `layers_pattern` restrict only the matches by name ending.
+
+    Args:
+        name: dotted module name, e.g. "encoder.layer.0.attention.self.query".
+        config: the adapter's config; "all-linear" and None must have been resolved before (`resolve_target_modules`).
+
+    Example:
+        >>> match_target("layers.0.q", LoHaConfig(target_modules=["q"]))
+        True
+    """
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        if exclude and fullmatch(exclude, name):
+            return EXCLUDED
+    elif exclude and name_endings(name) & frozenset(exclude):
+        return EXCLUDED
+    if any(match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.all_modules_to_save):
+        return EXCLUDED
+
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return fullmatch(targets, name) is not None
+    targets = targets if isinstance(targets, frozenset) else frozenset(targets or ())
+    if name in targets:
+        return True
+    if not name_endings(name) & targets:
+        return False
+    layers = config.layers_to_transform
+    if layers is None or layers == ():
+        return True
+    index = _layer_index(name, config.layers_pattern)
+    if index is None:
+        return False
+    return index == layers if isinstance(layers, int) else index in tuple(layers)
+
+
+def _layer_index(name: str, layers_pattern: str | Iterable[str] | None) -> int | None:
+    if not layers_pattern:
+        # PEFT wants a dot before the container's name here: "layers.0.q" has no layer index, "model.layers.0.q" has.
+        patterns = [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    else:
+        containers = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+        patterns = [rf"(?:^|.*?\.){container}\.(?P<index>\d+)\." for container in containers]
+    for pattern in patterns:
+        if found := match(pattern, name):
+            return int(found["index"])
+    return None
+
+
+def match_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
+    """The value of the first of `rank_pattern` or `alpha_pattern` that matches the end of `name` at a dot.
+
+    Example:
+        >>> match_pattern("layers.0.q", {"v": 2, "q": 4}, 8)
+        4
+    """
+    key = match_pattern_key(name, patterns)
+    return default if key is None else patterns[key]
+
+
+def match_pattern_key(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches `name`, or None (PEFT's `get_pattern_key`)."""
+    return next((p for p in patterns if match(rf"(.*\.)?({p})$", name)), None)
+
+
+def resolve_target_modules(
+    config: LoHaConfig, modules: Sequence[str], linear: Iterable[str], model_type: str | None
+) -> str | frozenset[str]:
+    """The `target_modules` that PEFT would put in place of None and "all-linear".
+
+    Args:
+        config: the adapter's config.
+        modules: all module names of the model.
+        linear: those with a linear (matrix product) kernel, which "all-linear" takes but for the output head: what is
+            called one of `_OUTPUT_HEADS`, or, where none is and the task type is SEQ_CLS, `score` or `classifier`.
+        model_type: a key of `DEFAULT_TARGET_MODULES`, read only where `target_modules` is None.
+
+    Raises:
+        ValueError: `target_modules` is empty, or None and `model_type` is None or unknown.
+    """
+    targets = config.target_modules
+    if targets is None:
+        if model_type is None:
+            raise ValueError(
+                "Please specify `target_modules` in the LoHaConfig, or pass `model_type=` (one of "
+                f"{sorted(DEFAULT_TARGET_MODULES)}) for PEFT's defaults."
+            )
+        if model_type not in DEFAULT_TARGET_MODULES:
+            near = difflib.get_close_matches(model_type, DEFAULT_TARGET_MODULES)
+            raise ValueError(
+                f"PEFT has no default `target_modules` for model_type={model_type!r}"
+                + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
+                + ". Please specify `target_modules` in the LoHaConfig."
+            )
+        default = DEFAULT_TARGET_MODULES[model_type]
+        return default if isinstance(default, str) else frozenset(default)
+    if not targets:
+        raise ValueError("No `target_modules` passed. Please check the values for these arguments.")
+    if not isinstance(targets, str):
+        return frozenset(targets)
+    if targets.lower() != ALL_LINEAR:
+        return targets
+
+    linear = list(linear)
+    heads = {name for name in linear if name_endings(name) & set(_OUTPUT_HEADS)}
+    if not heads and config.task_type == "SEQ_CLS":
+        found = [name for head in ("score", "classifier") for name in linear if name == head]
+        heads = set(found[:1])
+    chosen = [name for name in linear if name not in heads]
+    if len(chosen) < _CONDENSE_FROM:
+        return frozenset(chosen)
+    return frozenset(find_minimal_target_modules(chosen, [m for m in modules if m not in set(chosen)]))
+
+
+def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest name endings that match all `targets` and none of `others` (PEFT's function of this name).
+
+    Example:
+        >>> sorted(find_minimal_target_modules(["layers.0.q", "layers.1.q"], ["layers.0.k", "layers.1.k"]))
+        ['q']
+    """
+
+    def endings(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+
+    other_endings = {ending for name in others for ending in endings(name)}
+    chosen: set[str] = set()
+    for name in sorted(set(targets)):
+        if name_endings(name) & set(chosen):
+            continue
+        chosen.add(next((ending for ending in endings(name) if ending not in other_endings), name))
+    return chosen
+
+
+def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequence[str]) -> str:
+    """Why nothing was adapted, in PEFT's words, with the nearest names."""
+    targets = config.target_modules
+    shown = repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets or ()))) + "}"
+    if excluded and len(excluded) == len(names):
+        return (
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
+            "`modules_to_save` configuration."
+        )
+    message = (
+        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
+        "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
+        "have only targeted modules that are marked to be saved (`modules_to_save`)."
+        if excluded
+        else f"Target modules {shown} not found in the base model. Please check the target modules and try again."
+    )
+    if config.layers_to_transform is not None:
+        layers = config.layers_to_transform
+        message += (
+            f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
+        )
+        if config.layers_pattern is not None:
+            message += f" You also specified 'layers_pattern': {config.layers_pattern}."
+    return message + (spelling_advice(targets, names) or near_misses(targets, names))
+
+
+def near_misses(targets: Any, names: Sequence[str]) -> str:
+    """A sentence with the module names nearest to `targets`."""
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
+    lasts = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near: list[str] = []
+    for target in wanted:
+        near += difflib.get_close_matches(target.rsplit(".", 1)[-1], lasts, n=3, cutoff=0.5)
+        near += difflib.get_close_matches(target, names, n=2, cutoff=0.7)
+    near = list(dict.fromkeys(near)) or lasts[:10]
+    return f" The nearest module names are: {', '.join(map(repr, near))}." if near else ""

@@ -1,0 +1,114 @@
+"""Advice where a config and a tree do not fit: the spelling of targets, and objects that are no tree of kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from loha_jax.runtime.untrusted import fullmatch
+from loha_jax.targets.module_names import KERNEL_LEAVES, module_name, path_parts
+
+_QUANTISED = ("qwix", "aqt")  # packages whose arrays stand for a kernel
+
+
+def spelling_advice(targets: Any, names: Sequence[str]) -> str:
+    """The rule that entries of `target_modules` break, with the right spelling where one matches `names`.
+
+    Example:
+        >>> spelling_advice(["q_proj.kernel"], ["layers.0.q_proj"])
+        " 'q_proj.kernel': name the module, not the array in it: 'q_proj'."
+        >>> spelling_advice([".*q_proj"], ["layers.0.q_proj"])
+        " '.*q_proj' is a regular expression, and a list holds names or their endings: pass target_modules='.*q_proj'."
+    """
+    said = ""
+    for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
+        right = re.sub(r"/~/|/", ".", target)
+        right = re.sub(rf"(\\?\.)({'|'.join(KERNEL_LEAVES)})\$?$", "", right)
+        rules = ["names are joined with dots, not slashes"] if "/" in target else []
+        if right != re.sub(r"/~/|/", ".", target):
+            rules.append("name the module, not the array in it")
+        if rules:
+            said += f" {target!r}: {' and '.join(rules)}: {right!r}."
+        elif not isinstance(targets, str) and re.search(r"[*+?^$|()\[\]\\]", target):
+            whole = target if _matches(target, names) else f".*{target.lstrip('^')}"  # a string matches whole names
+            said += (
+                f" {target!r} is a regular expression, and a list holds names or their endings: pass "
+                f"target_modules={(whole if _matches(whole, names) else target)!r}."
+            )
+    return said
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    try:
+        return any(fullmatch(pattern, name) for name in names)
+    except (ValueError, re.error):
+        return False
+
+
+def require_named_leaves(params: Any) -> None:
+    """Refuses what is no tree of named arrays: a bare array, a model of a framework whose models are no pytrees.
+
+    Raises:
+        TypeError: the message says what to pass instead.
+    """
+    if any("penzai" in _packages(node) for node in (params, *jax.tree.leaves(params))):
+        raise TypeError(
+            f"This takes a tree of arrays, got a penzai model ({type(params).__name__}). Unbind its parameters with "
+            "`pz.unbind_params`, give a dictionary of their arrays by label, and bind the result with "
+            "`pz.bind_variables`"
+        )
+    if not jax.tree_util.all_leaves([params]):
+        return
+    kind = type(params).__name__
+    if hasattr(params, "shape") and hasattr(params, "dtype"):
+        raise TypeError(
+            f"This takes a tree of arrays, got one array of shape {tuple(params.shape)}, which has no name to target. "
+            'Give it one: {"name": {"kernel": array}}'
+        )
+    if "keras" in _packages(params):
+        raise TypeError(
+            f"This takes a tree of arrays, got a Keras model ({kind}). Pass {{v.path: v.value for v in "
+            "model.trainable_variables}, and compute with `model.stateless_call`"
+        )
+    if params is not None:
+        hint = ": pass its `params`" if hasattr(params, "params") or "flax" in _packages(params) else ""
+        if "torch" in _packages(params):
+            kind, hint = f"torch module ({kind})", ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
+        raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
+
+
+def _packages(node: Any) -> set[str]:
+    return {kind.__module__.split(".")[0] for kind in type(node).__mro__}
+
+
+def quantised_kernels(params: Any) -> dict[str, str]:
+    """Describe the quantised kernels of a tree, by default module name: "q.kernel is a qwix QArray (int8)"."""
+
+    def is_quantised(node: Any) -> bool:
+        return type(node).__module__.split(".")[0] in _QUANTISED
+
+    found: dict[str, str] = {}
+    for path, node in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)[0]:
+        if is_quantised(node):
+            dtype, kind = next(_inside(node), ("", type(node).__name__))
+            parts, package = path_parts(path), type(node).__module__.split(".")[0]
+            found[module_name(parts)] = f"{'.'.join(parts)} is a {package} {kind}{dtype and f' ({dtype})'}"
+    return found
+
+
+def _inside(node: Any) -> Iterator[tuple[str, str]]:
+    """Dtype and type of the quantised values in a node, the innermost first."""
+    inner = getattr(node, "array", None)
+    if inner is not None and inner is not node:
+        yield from _inside(inner)
+    value = getattr(node, "qvalue", None)
+    if value is not None and hasattr(value, "dtype"):
+        yield str(value.dtype), type(node).__name__
+
+
+QUANTISED_ADVICE = (
+    "A quantised kernel cannot be adapted: inject into the float parameters, train, merge, and quantise what is merged."
+)

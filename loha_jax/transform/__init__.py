@@ -1,0 +1,1 @@
+"""`adapt`, the transform that runs a function on factors."""

@@ -1,0 +1,214 @@
+"""`adapt`: runs a model on an adapted tree without ever building ΔW."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.runtime._compat import Literal, without_dead_code
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.transform.adapter_per_row import check_index, run_per_example
+from loha_jax.transform.closures import closed_over
+from loha_jax.transform.interpreter import Options, densify, evaluate
+from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.operation import STRATEGIES
+from loha_jax.transform.rows import mark_rows
+from loha_jax.tree.containers import on_trees
+from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def adapt(
+    fn: F,
+    *,
+    strategy: str | Mapping[str, str] = "auto",
+    training: bool = True,
+    forward_mode: bool = False,
+    adapter_index: Any = None,
+    in_axes: Any = None,
+    out_axes: Any = 0,
+) -> F:
+    """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
+
+    `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
+    are computed on the factors, all others as they are. This works for Linen, NNX, Equinox, Haiku and hand-written
+    models, through jit, scan (stacked kernels too), while, cond, remat, vmap, grad, shard_map, custom_jvp and
+    custom_vjp, and for kernels that are transposed, reshaped, sliced, cast or used twice. Whatever it does not know
+    gets the dense weight: slower, never wrong; `explain` lists where.
+
+    Args:
+        fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)
+            stays as it is. Weights that it closes over, rather than takes, are not seen: a warning says so.
+        strategy: "auto" chooses per product between "factored" (x·W + (x·KB)·KA, no array of the kernel's shape) and
+            "fused" (x·(W + ΔW), ΔW built once and rebuilt in the backward pass) by their FLOPs; "dense" keeps ΔW. Or
+            `{regex: strategy}` by torch module name (fullmatch), "auto" for the rest.
+        training: whether "auto" counts the backward pass. False for inference.
+        forward_mode: plain products that `jax.jvp` can differentiate, at some cost in speed; without it adapted
+            products are `jax.custom_vjp`.
+        adapter_index: `[batch]` integers, one per row: the row runs through that one of the active adapters
+            (`set_adapter` says which, in order), -1 through the base model. The adapters have equal ranks and targets
+            (one that lacks a module leaves it as it is). Results are those of calling `fn` row by row, each a batch
+            of one, concatenated; scalars come one per row. All products are factored, and no ΔW is built; base
+            products run once for the whole batch.
+        in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
+            an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
+            a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
+            integer for all arguments but the adapted tree. By default the one array, no weight, that has an axis as
+            long as `adapter_index`, along its first axis; where several have one (positions as long as the batch, a
+            mask, a random key, a cache), that is an error.
+        out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
+            prefix of the result's tree.
+
+    Returns:
+        A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
+
+    Raises:
+        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`,
+            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, no
+            argument has rows, or it is open which have.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> adapt(lambda p, x: x @ p["q"]["kernel"])(params, jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    options = make_options(strategy, training, forward_mode)
+
+    @functools.wraps(fn)
+    def adapted(*args, **kwargs):
+        if adapter_index is None:
+            return run(fn, args, kwargs, options)
+        by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
+
+        index = check_index(adapter_index)
+        args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])
+
+        def run_rows(fn, args, kwargs):
+            def run_row(args, kwargs):
+                return run(fn, args, kwargs, by_row)
+
+            return run_per_example(run_row, args, kwargs, index, out_axes)
+
+        return on_trees(run_rows, fn, args, kwargs, changes=False)
+
+    adapted.__loha_jax__ = (fn, options, adapter_index is not None)  # type: ignore[attr-defined]  # read by `explain`
+    return adapted  # type: ignore[return-value]
+
+
+def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
+    """Checks the arguments of `adapt`."""
+    for name in (strategy,) if isinstance(strategy, str) else strategy.values():
+        if name not in STRATEGIES:
+            raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
+    if not isinstance(strategy, str):
+        strategy = tuple((re.compile(pattern), chosen) for pattern, chosen in strategy.items())  # type: ignore[assignment]
+    return Options(strategy, training, forward_mode)
+
+
+def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:
+    """Calls `fn` with the adapted leaves of its arguments, or of the NNX models among them, as views."""
+    return on_trees(functools.partial(_run, options), fn, args, kwargs)
+
+
+def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    named = options.observer is not None or not isinstance(options.strategy, str)
+    arrays: list[Any] = []  # what fn is traced with
+    values: list[Any] = []  # what its jaxpr is evaluated on
+    positions: list[int] = []
+    originals: dict[int, LoHaWeight] = {}
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, SavedWeight):
+            leaf = leaves[position] = leaf.__jax_array__()
+        if isinstance(leaf, LoHaWeight):
+            originals[len(arrays)] = leaf
+            value = _view(leaf, options, named)
+        elif isinstance(leaf, jax.Array | np.ndarray):
+            value = leaf
+        else:
+            continue
+        positions.append(position)
+        values.append(value)
+        arrays.append(value.kernel if isinstance(value, KernelView) else value)
+    if not originals:
+        if names := closed_over(fn):
+            warn_caller(
+                f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
+                "an argument: it computes with W + ΔW, formed as an array. Pass the adapted tree as an argument.",
+            )
+        args, kwargs = treedef.unflatten(leaves)
+        return fn(*args, **kwargs)
+    return trace_and_evaluate(fn, leaves, treedef, positions, arrays, values, originals, options)
+
+
+def trace_and_evaluate(
+    fn: Callable[..., Any],
+    leaves: list[Any],
+    treedef: Any,
+    positions: list[int],
+    arrays: list[Any],
+    values: list[Any],
+    originals: Mapping[int, Any],
+    options: Options,
+) -> Any:
+    """Traces `fn` with `arrays` at `positions` of its flat arguments and evaluates the jaxpr on `values`.
+
+    An output that is one of the adapted inputs is that leaf again (`originals`, by position among `arrays`), so that a
+    function that returns its parameters returns them adapted.
+    """
+    out_tree: Any = None
+    static_outputs: dict[int, Any] = {}
+
+    def flat(*arrays):
+        nonlocal out_tree
+        filled = list(leaves)
+        for position, array in zip(positions, arrays, strict=True):
+            filled[position] = array
+        args, kwargs = treedef.unflatten(filled)
+        outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        for n, output in enumerate(outputs):
+            if not isinstance(output, jax.Array | np.ndarray | np.generic | float | int | complex):
+                static_outputs[n] = output
+        return [o for n, o in enumerate(outputs) if n not in static_outputs]
+
+    closed = without_dead_code(jax.make_jaxpr(flat)(*arrays))
+    returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
+    with standard_promotion():
+        results = evaluate(closed.jaxpr, closed.consts, values, options)
+        plain = [
+            returned[var]
+            if not isinstance(var, Literal) and var in returned
+            else _as_array(densify(value, options, "return", "the function returns it"), var.aval)
+            for var, value in zip(closed.jaxpr.outvars, results, strict=True)
+        ]
+    dynamic, count = iter(plain), len(plain) + len(static_outputs)
+    return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
+
+
+def _as_array(value: Any, aval: Any) -> jax.Array:
+    """A constant that a function returns, as `jax.jit` would return it; arrays as they are."""
+    if isinstance(value, jax.Array):
+        return value
+    return jnp.asarray(np.asarray(value).item()) if aval.weak_type else jnp.asarray(np.asarray(value), aval.dtype)
+
+
+@standard_promotion()
+def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
+    """The leaf as a view; the plain kernel where no adapter is active."""
+    leaf.require_whole()
+    warn_of_forgotten_dropout(leaf.active_adapters)
+    if not leaf.active_adapters:
+        return jax.lax.stop_gradient(leaf.kernel)
+    return KernelView.of(leaf, leaf.label if named else "")

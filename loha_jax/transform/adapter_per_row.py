@@ -1,0 +1,155 @@
+"""Each row of a batch through its own adapter: serving several LoHa adapters of one model in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.transform.rows import Rows, spread
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+
+_ROW = "row"
+
+
+def check_index(adapter_index: Any) -> jax.Array:
+    """`adapter_index` as an array, `[batch]`."""
+    index = jnp.asarray(adapter_index)
+    if index.ndim != 1 or not (jnp.issubdtype(index.dtype, jnp.integer) or not index.size):
+        raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
+    return index.astype(jnp.int32)
+
+
+def run_per_example(
+    run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], index: jax.Array, out_axes: Any
+) -> Any:
+    """Calls `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one of the tree.
+
+    Args:
+        run: applies the model to arguments with one active adapter; its products are computed factored.
+        args, kwargs: of the model, with `Rows` where arrays have rows.
+        index: `[batch]` integers.
+        out_axes: the axis of each result that rows are put together along, as a prefix of its tree.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
+    count = max((len(leaf.active) for leaf in adapted.values()), default=0)
+    if not count:
+        raise ValueError("adapter_index chooses among active adapters, and the arguments hold none")
+    if not isinstance(index, jax.core.Tracer) and (bad := [i for i in index.tolist() if not -1 <= i < count]):
+        raise ValueError(
+            f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to {count - 1}), and -1 "
+            "stands for the base model"
+        )
+
+    chosen = {n: _choose(leaf, index) for n, leaf in adapted.items()}
+    marked = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Rows)}
+    rows = {n: leaf.array for n, leaf in marked.items()}
+    axes = {n: leaf.axis for n, leaf in marked.items()}
+    structure: Any = None
+
+    def one(chosen: dict[int, Any], rows: dict[int, Any]) -> list[Any]:
+        nonlocal structure
+        filled = list(leaves)
+        for n, leaf in adapted.items():
+            filled[n] = _with_row(leaf, chosen[n])
+        for n, row in rows.items():
+            filled[n] = jnp.expand_dims(row, axes[n])
+        outputs, structure = jax.tree.flatten(run(*treedef.unflatten(filled)))
+        return outputs
+
+    outputs = jax.vmap(one, in_axes=(0, axes))(chosen, rows)
+    places = spread(out_axes, structure.unflatten(outputs), "out_axes")
+    return structure.unflatten([_joined(o, axis) for o, axis in zip(outputs, places, strict=True)])
+
+
+def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
+    """`[batch, ...]` of batches of one as one batch along an axis; scalars one per row."""
+    if outputs.ndim == 1:
+        return outputs
+    if axis is None or not 1 - outputs.ndim <= axis < outputs.ndim - 1:
+        raise ValueError(f"out_axes says {axis} for a result of shape {outputs.shape[1:]} of one row")
+    axis %= outputs.ndim - 1
+    moved = jnp.moveaxis(outputs, 0, axis)
+    batch, own, *rest = moved.shape[axis:]
+    return moved.reshape(*moved.shape[:axis], batch * own, *rest)
+
+
+@standard_promotion()
+def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
+    """What differs between the rows: the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
+    if isinstance(leaf, SavedWeight):
+        copies = jnp.stack([*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original])
+        return _take(copies, index)
+    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    if not held:
+        return None
+    shapes = [{name: w.shape for name, w in f.trained.items()} for f in held]
+    if any(s != shapes[0] for s in shapes):
+        names = [name for name in leaf.active if name in leaf.adapters]
+        listed = "; ".join(f"{name}: {s}" for name, s in zip(names, shapes, strict=True))
+        raise ValueError(f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: {listed}")
+
+    def stacked(values: Sequence[Any]) -> jax.Array:
+        present = iter(values)
+        zeros = jnp.zeros_like(values[0])
+        rows = [next(present) if name in leaf.adapters else zeros for name in leaf.active]
+        return _take(jnp.stack([*rows, zeros]), index)
+
+    return jax.tree.map(lambda *values: stacked(values), *_arrays_of(held))
+
+
+def _scalings_differ(held: Sequence[Factors]) -> bool:
+    return len({(f.ranks, f.alphas, f.multiplier, f.parts) for f in held}) > 1 or bool(held[0].untrained)
+
+
+def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
+    """The arrays of adapters of one shape. What scales their updates is an array here, where it differs.
+
+    A weight decomposition always has its strength as an array: that of the base model is 0.
+    """
+    differ, result = _scalings_differ(held), []
+    for f in held:
+        arrays = f.trained
+        if f.dora_scale is not None:
+            arrays["gate"] = f.strength
+            if differ:
+                scaling = f.scaling[..., None, None]
+                arrays["hada_w1_a"] = f.hada_w1_a.astype(scaling.dtype) * scaling
+        elif differ:
+            arrays["gate"] = f.scaling
+        result.append(arrays)
+    return result
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table by index, where -1 is the last one; NaN for an index that is out of range under a trace."""
+    size = table.shape[0]
+    rows = jnp.where(index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size))
+    return jnp.take(table, rows, axis=0, mode="fill")
+
+
+def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
+    """The leaf with the adapter of one row."""
+    if isinstance(leaf, SavedWeight):
+        return chosen
+    if chosen is None:
+        return dataclasses.replace(leaf, active=())
+    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    if _scalings_differ(held) or "gate" in chosen:
+        # One rank for all modules of a stack, and the one alpha/r that holds for those that are adapted.
+        r = max(held[0].ranks)
+        ranks = (r,) * len(held[0].ranks)
+        ratios = [a / n for a, n in zip(held[0].alphas, held[0].ranks, strict=True) if n]
+        alphas = ranks if _scalings_differ(held) or not ratios else (ratios[0] * r,) * len(ranks)
+        new = dataclasses.replace(
+            held[0], **chosen, ranks=ranks, alphas=alphas, multiplier=1.0, module_index=None, parts=()
+        )
+    else:
+        new = dataclasses.replace(held[0], **chosen)
+    return dataclasses.replace(leaf, adapters={_ROW: new}, active=(_ROW,))

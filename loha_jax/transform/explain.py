@@ -1,0 +1,198 @@
+"""`explain`: how `adapt` computes each product of a model, and what it costs over the frozen base."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from loha_jax.transform.adapt import make_options, run
+from loha_jax.transform.closures import closed_over
+from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.operation import Operation
+from loha_jax.tree.containers import adapted_leaves
+from loha_jax.tree.leaves import LoHaWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of an adapted kernel, in an `Explanation`.
+
+    Attributes:
+        module: torch module name(s).
+        primitive: the JAX primitive that reads the kernel.
+        shape: of the kernel there.
+        rows: rows of the other operand (tokens), times the trip count of the scans around it.
+        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that forms only the rows it reads).
+        flops: FLOPs of the frozen base's product (in training: forward and input gradient).
+        extra_flops: FLOPs that the adapter adds, by the cost model that "auto" chooses with.
+        extra_bytes: bytes of the largest array that the strategy adds.
+        note: why a weight is dense.
+    """
+
+    module: str
+    primitive: str
+    shape: tuple[int, ...]
+    rows: int
+    strategy: str
+    flops: float
+    extra_flops: float
+    extra_bytes: int
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs with the adapter over FLOPs of the frozen base; nan where the cost model does not count the use."""
+        return (self.flops + self.extra_flops) / self.flops if self.flops else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Returned by `explain`; `print` it for a table.
+
+    Attributes:
+        uses: in the order of the computation.
+        unused: modules with an adapter that the function never reads.
+        note: why there is nothing to explain: no argument holds an active adapter.
+    """
+
+    uses: tuple[Use, ...]
+    unused: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def dense(self) -> tuple[Use, ...]:
+        """The uses for which the weight is formed."""
+        return tuple(use for use in self.uses if use.strategy == "dense")
+
+    def __str__(self) -> str:
+        header = ("module", "primitive", "kernel", "rows", "strategy", "FLOPs/base", "extra bytes", "note")
+        cells = [
+            (
+                use.module,
+                use.primitive,
+                "x".join(map(str, use.shape)),
+                f"{use.rows:,}" if use.rows else "-",
+                use.strategy,
+                f"{use.ratio:.3f}" if use.flops else "-",
+                f"{use.extra_bytes:,}",
+                use.note,
+            )
+            for use in self.uses
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
+        flops = sum(use.flops for use in self.uses)
+        if flops:
+            extra = sum(use.extra_flops for use in self.uses)
+            lines.append(f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: {1 + extra / flops:.3f}")
+        lines += [f"never read: {name}" for name in self.unused]
+        lines += [self.note] if self.note else []
+        return "\n".join(lines)
+
+
+class _Recorder:
+    """The `Observer` that collects uses."""
+
+    def __init__(self, training: bool):
+        self.training = training
+        self.uses: list[Use] = []
+
+    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+        pass
+
+    def scanned(self, view: KernelView, atom: int | None) -> None:
+        pass
+
+    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+        costs = operation.costs(view, self.training)
+        self.uses.append(
+            Use(
+                view.name,
+                operation.primitive,
+                view.shape,
+                operation.rows * times,
+                strategy,
+                costs["base"] * times,
+                costs["factored" if strategy == "factored" else "fused"] * times,
+                operation.temporary_bytes(view, strategy),
+            )
+        )
+
+    def rows(self, view: KernelView, count: int, times: int) -> None:
+        width = max(view.shape)
+        self.uses.append(Use(view.name, "gather", view.shape, count * times, "rows", 0.0, 0.0, 4 * count * width))
+
+    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
+        self.uses.append(Use(name, primitive, shape, 0, "dense", 0.0, 0.0, 4 * math.prod(shape), reason))
+
+
+def explain(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    strategy: str | Mapping[str, str] = "auto",
+    training: bool = True,
+    forward_mode: bool = False,
+    **kwargs: Any,
+) -> Explanation:
+    """What `adapt(fn)(params, *args)` does with each adapted kernel: the strategy chosen, its FLOPs and its bytes.
+
+    Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+        fn: the model's function, or what `adapt` made of it (whose own settings then count).
+        params: the first argument of `fn`, an adapted tree or NNX model.
+        args, kwargs: the other arguments of `fn`.
+        strategy, training, forward_mode: as for `adapt`.
+
+    Raises:
+        ValueError: `fn` was made by `adapt(..., adapter_index=...)`.
+
+    Example:
+        >>> import jax.numpy as jnp, loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((64, 64))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> explain(lambda p, x: x @ p["q"]["kernel"], params, jnp.ones((128, 64))).uses[0].strategy
+        'factored'
+    """
+    options = make_options(strategy, training, forward_mode)
+    if hasattr(fn, "__loha_jax__"):
+        fn, options, by_row = fn.__loha_jax__  # type: ignore[attr-defined]
+        if by_row:
+            raise ValueError(
+                "With adapter_index every product is factored, each row with its own adapter. To see the products, "
+                "explain adapt(fn) without adapter_index, with one active adapter."
+            )
+    recorder = _Recorder(options.training)
+    options = dataclasses.replace(options, observer=recorder)
+
+    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
+    dynamic = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray)]
+
+    def traced(arrays: list[Any]) -> list[Any]:
+        filled = list(leaves)
+        for n, array in zip(dynamic, arrays, strict=True):
+            filled[n] = array
+        args, kwargs = treedef.unflatten(filled)
+        return [o for o in jax.tree.leaves(run(fn, args, kwargs, options)) if isinstance(o, jax.Array)]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The function that adapt was given closes over")  # the note says it
+        jax.eval_shape(traced, [leaves[n] for n in dynamic])
+    seen = {use.module for use in recorder.uses}
+    adapted = adapted_leaves((params, args, kwargs))
+    names = [leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters]
+    note = "" if names else _nothing_adapted(fn)
+    return Explanation(tuple(recorder.uses), tuple(name for name in names if name not in seen), note)
+
+
+def _nothing_adapted(fn: Callable[..., Any]) -> str:
+    closed = closed_over(fn)
+    reason = f"; the function closes over adapted kernels ({', '.join(closed)}), which are not seen" if closed else ""
+    return f"No argument holds a kernel with an active adapter{reason}. Pass the adapted tree as an argument."

@@ -1,0 +1,167 @@
+"""`infer_layouts`: reads each kernel's layout off the model itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
+from loha_jax.transform.adapt import trace_and_evaluate
+from loha_jax.transform.interpreter import Options
+from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.operation import Operation
+from loha_jax.tree.containers import is_model
+from loha_jax.tree.merge import unload
+
+
+class InferredLayouts(dict[str, str]):
+    """Layouts by module name, as `infer_layouts` returns them.
+
+    Attributes:
+        lookups: modules whose rows are looked up: no linear layers to "all-linear", whatever their leaves are called.
+        heads: the output head, which "all-linear" leaves out too: the last product of the function, if it has as many
+            outputs as a table that is looked up has rows, and as many inputs as that has features.
+    """
+
+    lookups: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
+
+
+def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> InferredLayouts:
+    """The layouts of the kernels of `params`, from how `fn(params, *args, **kwargs)` uses them.
+
+    `fn` is traced without computing anything; arrays may be `jax.ShapeDtypeStruct`s. Axes that a product contracts are
+    in axes, batch axes and axes that a scan takes apart are stack axes, the others out axes; a convolution says
+    which are spatial; an embedding lookup reads positions of an out axis (the orientation of a tied output head). The
+    first use of a kernel decides.
+
+    Args:
+        fn: the model's function, e.g. `model.apply` or `lambda params, x: ...`.
+        params: its first argument: a tree of arrays, or an NNX model, adapted or not.
+        args, kwargs: its other arguments.
+
+    Returns:
+        `{module name: layout}` for `inject(..., layouts=...)`. Arrays that no product, convolution or lookup reads
+        as they are stored, axis by axis, are left out. `target_modules="all-linear"` then takes the modules in it
+        that are multiplied with, and not those that are looked up or slid.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> infer_layouts(lambda p, x: jnp.einsum("bi,oi->bo", x, p["head"]["w"]),
+        ...               {"head": {"w": jnp.ones((3, 5))}}, jnp.ones((2, 5)))
+        {'head': 'oi'}
+    """
+    base = unload(copy.deepcopy(params) if is_model(params) else params)  # unload changes a model in place
+    leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
+    candidates: dict[int, str] = {}
+    for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):
+        parts = path_parts(path)
+        if _is_array(leaf) and len(leaf.shape) >= 2 and is_kernel_leaf(parts):
+            candidates[position] = module_name(parts)
+    dynamic = [n for n, leaf in enumerate(leaves) if _is_array(leaf)]
+    roles = _Roles({name: len(leaves[n].shape) for n, name in candidates.items()})
+
+    def traced(arrays: list[Any]) -> list[Any]:
+        values = [
+            KernelView.unknown(array, candidates[n]) if n in candidates else array
+            for n, array in zip(dynamic, arrays, strict=True)
+        ]
+        outputs = trace_and_evaluate(fn, leaves, treedef, dynamic, arrays, values, {}, Options(observer=roles))
+        return [o for o in jax.tree.leaves(outputs) if isinstance(o, jax.Array)]
+
+    jax.eval_shape(traced, [leaves[n] for n in dynamic])
+    found = InferredLayouts({name: layout for name in candidates.values() if (layout := roles.layout(name))})
+    found.lookups = frozenset(roles.lookups & found.keys())
+    sizes = {name: Layout(found[name]).torch_shape(leaves[n].shape) for n, name in candidates.items() if name in found}
+    if roles.last not in found.lookups and sizes.get(roles.last) in [sizes[name] for name in found.lookups]:
+        found.heads = frozenset({roles.last})
+    return found
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass
+class _Roles:
+    """The `Observer` that notes what each axis of each kernel is at its first use."""
+
+    ndims: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self.found: dict[str, dict[int, str]] = {}
+        self.stacked: dict[str, set[int]] = {}
+        self.lookups: set[str] = set()
+        self.last = ""  # the kernel of the last product
+
+    def layout(self, name: str) -> str | None:
+        roles = self.found.get(name)
+        if roles is None or set(roles) != set(range(self.ndims[name])):
+            return None
+        word = "".join(roles[axis] for axis in range(self.ndims[name]))
+        return Layout(word).word if "i" in word and "o" in word else None
+
+    def scanned(self, view: KernelView, atom: int | None) -> None:
+        stacked = self.stacked.setdefault(view.name, set())
+        if atom is None:  # of size 1: the first such axis that is not taken yet
+            ones = [a.axis for a in view.atoms if a.size == 1 and a.axis >= 0 and a.axis not in stacked]
+            stacked.update(ones[:1])
+        elif view.atoms[atom].axis >= 0:
+            stacked.add(view.atoms[atom].axis)
+
+    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+        kinds = _operand_kinds(eqn, operand, view)
+        if eqn.primitive.name == "dot_general":
+            self.last = view.name
+        if kinds is None or view.name in self.found:
+            return
+        roles = dict.fromkeys(self.stacked.get(view.name, ()), "s")
+        for kind, atoms in zip(kinds, view.dims, strict=True):
+            for n in atoms:
+                axis = view.atoms[n].axis
+                if axis >= 0 and roles.setdefault(axis, kind) != kind:
+                    return  # one stored axis plays two parts: no layout describes it
+        for axis in range(self.ndims[view.name]):
+            if axis not in roles:
+                roles[axis] = self._unseen(view, axis, kinds)
+        self.found[view.name] = roles
+        if eqn.primitive.name == "gather":
+            self.lookups.add(view.name)
+
+    def _unseen(self, view: KernelView, axis: int, kinds: list[str]) -> str:
+        """An axis of size 1 here: what the view's own axis of size 1 is, or (indexed away) a stack axis."""
+        ones = [kind for kind, atoms in zip(kinds, view.dims, strict=True) if not atoms]
+        stored_ones = [a.axis for a in view.atoms if a.size == 1 and a.axis not in self.stacked.get(view.name, ())]
+        if len(ones) == len(stored_ones):
+            return ones[stored_ones.index(axis)]
+        return "s"
+
+    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+        pass
+
+    def rows(self, view: KernelView, count: int, times: int) -> None:
+        pass
+
+    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
+        pass
+
+
+def _operand_kinds(eqn: Any, operand: int, view: KernelView) -> list[str] | None:
+    """What each axis of the view is to this equation, or None if it does not say."""
+    primitive, ndim = eqn.primitive.name, len(view.shape)
+    if primitive == "dot_general":
+        contracted, batch = (sides[operand] for sides in eqn.params["dimension_numbers"])
+        return ["i" if d in contracted else "s" if d in batch else "o" for d in range(ndim)]
+    if primitive == "conv_general_dilated" and operand == 1:
+        out, in_, *_ = eqn.params["dimension_numbers"].rhs_spec
+        return ["o" if d == out else "i" if d == in_ else "k" for d in range(ndim)]
+    if primitive == "gather" and operand == 0 and ndim == 2:
+        rows = eqn.params["dimension_numbers"].collapsed_slice_dims
+        return ["o" if d in rows else "i" for d in range(ndim)] if len(rows) == 1 else None
+    return None

@@ -1,0 +1,203 @@
+"""Which arrays among a function's arguments have a row per example: what `in_axes` of `loha_jax.adapt` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.tree.containers import adapted_leaves, is_model_part
+from loha_jax.tree.leaves import is_adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An array with its axis of rows, standing where the array stood. Not a pytree: it is found as a leaf."""
+
+    array: Any
+    axis: int
+
+
+def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_axes: Any, batch: Any) -> Any:
+    """The arguments with `Rows` in place of the arrays that have rows.
+
+    Args:
+        fn: names the arguments.
+        args, kwargs: of `fn`.
+        in_axes: as for `loha_jax.adapt`.
+        batch: number of rows.
+
+    Raises:
+        ValueError: `in_axes` does not fit the arguments, or is not given and the arguments leave it open.
+    """
+    given = [_Argument(name, value) for name, value in (*enumerate(args), *kwargs.items())]
+    names = _names(fn, args, kwargs)
+    for argument, name in zip(given, names, strict=True):
+        argument.label = name
+    _spread(given, len(args), in_axes)
+    if undecided := [argument for argument in given if argument.axes is None]:
+        _decide(undecided, given, batch)
+    marked = [argument.marked(batch) for argument in given]
+    if not any(isinstance(leaf, Rows) for value in marked for leaf in jax.tree.leaves(value, is_leaf=_is_leaf)):
+        raise ValueError(
+            f"No argument has a row for each of the {batch} entries of adapter_index: in_axes, or a first axis of "
+            f"{batch} of the one array beside the adapted tree, says which do"
+        )
+    return tuple(marked[: len(args)]), dict(zip(kwargs, marked[len(args) :], strict=True))
+
+
+@dataclasses.dataclass
+class _Argument:
+    """One argument: its place or name, its leaves, and for each of them the axis of rows; None is not decided yet."""
+
+    key: int | str
+    value: Any
+    label: str = ""
+    axes: list[int | None] | None = None
+
+    def __post_init__(self) -> None:
+        paths, self.treedef = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_leaf)
+        self.paths, self.leaves = [path for path, _ in paths], [leaf for _, leaf in paths]
+        self.is_adapted = bool(adapted_leaves(self.value))
+        self.beside: set[Any] = _beside(self.value) if self.is_adapted else set()
+
+    @property
+    def entry(self) -> str:
+        """A proposal for its place in `in_axes`."""
+        if not self.beside:
+            return "None" if self.is_adapted else "0"
+        if isinstance(self.value, Mapping):
+            return repr({key: 0 if key in self.beside else None for key in self.value})
+        return repr(tuple(0 if n in self.beside else None for n in range(len(self.value))))
+
+    def arrays(self) -> Iterator[tuple[str, Any]]:
+        """The arrays that may have rows, with what a person calls them: no weights."""
+        for path, leaf in zip(self.paths, self.leaves, strict=True):
+            if self.is_adapted and not (path and getattr(path[0], "key", getattr(path[0], "idx", None)) in self.beside):
+                continue
+            if _is_array(leaf) and leaf.ndim:
+                yield f"{self.label}{jax.tree_util.keystr(path)}", leaf
+
+    def marked(self, batch: Any) -> Any:
+        """The argument with `Rows`."""
+        leaves = list(self.leaves)
+        for n, (leaf, axis) in enumerate(zip(leaves, self.axes or (), strict=True)):
+            name = f"{self.label}{jax.tree_util.keystr(self.paths[n])}"
+            if axis is None or not (_is_array(leaf) or is_adapted(leaf) or is_model_part(leaf)):
+                continue
+            if not _is_array(leaf):
+                raise ValueError(f"{name} is adapted: it has no rows, and its place in in_axes is None")
+            if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != batch:
+                raise ValueError(
+                    f"in_axes says {axis} for {name} of shape {leaf.shape}: that axis does not hold the {batch} rows "
+                    "of adapter_index"
+                )
+            leaves[n] = Rows(leaf, axis % leaf.ndim)
+        return self.treedef.unflatten(leaves)
+
+
+def _beside(value: Any) -> set[Any]:
+    """The parts of an adapted argument that hold no weights: `cache` beside Flax' `params`, other items of a tuple."""
+    if isinstance(value, Mapping) and "params" in value:
+        return {key for key, part in value.items() if key != "params" and not adapted_leaves(part)}
+    if type(value) is tuple:
+        return {n for n, part in enumerate(value) if not adapted_leaves(part)}
+    return set()
+
+
+def _is_leaf(x: Any) -> bool:
+    return is_adapted(x) or is_model_part(x)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _names(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the function's own names of its arguments."""
+    numbered = [f"argument {n}" for n in range(len(args))]
+    try:
+        bound = inspect.signature(fn).bind_partial(*args).arguments
+        parameters = [p for p in inspect.signature(fn).parameters.values() if p.name in bound]
+    except (TypeError, ValueError):
+        parameters = []
+    plain = [p.name for p in parameters if p.kind != inspect.Parameter.VAR_POSITIONAL]
+    return [*plain, *numbered[len(plain) :], *kwargs]
+
+
+def _spread(given: Sequence[_Argument], count: int, in_axes: Any) -> None:
+    """Writes what `in_axes` says into the arguments that it speaks of."""
+    if in_axes is None:
+        return
+    if isinstance(in_axes, int | np.integer) and not isinstance(in_axes, bool):
+        for argument in given:
+            argument.axes = [None if argument.is_adapted else int(in_axes)] * len(argument.leaves)
+        return
+    if isinstance(in_axes, Mapping):
+        by_name = {name: argument for argument in given for name in (argument.label, argument.key)}
+        if unknown := [name for name in in_axes if name not in by_name]:
+            raise ValueError(f"in_axes names {unknown[0]!r}, which is no argument of this call")
+        said = [(by_name[name], axes) for name, axes in in_axes.items()]
+    elif isinstance(in_axes, tuple | list) and len(in_axes) == count:
+        said = list(zip(given, in_axes, strict=False))
+    else:
+        raise ValueError(
+            f"in_axes is an integer, one entry for each of the {count} positional arguments, or a dict by the names of "
+            f"arguments, got {in_axes!r}"
+        )
+    for argument, axes in said:
+        argument.axes = spread(axes, argument.value, f"in_axes for {argument.label}")
+
+
+def spread(axes: Any, tree: Any, what: str) -> list[int | None]:
+    """A prefix of a tree, of integers and None, as one entry for each leaf."""
+    result: list[int | None] = []
+
+    def add(axis: Any, part: Any) -> None:
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int | np.integer)):
+            raise ValueError(f"{what} holds {axis!r}, which is neither an integer nor None")
+        result.extend([None if axis is None else int(axis)] * len(jax.tree.leaves(part, is_leaf=_is_leaf)))
+
+    try:
+        jax.tree.map(add, axes, tree, is_leaf=lambda axis: axis is None)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{what}: {axes!r} is no prefix of its tree: {error}") from None
+    return result
+
+
+def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: Any) -> None:
+    """Where nothing is said, the one array that has an axis of the batch's size has rows, along its first axis."""
+    for argument in undecided:
+        argument.axes = [None for _ in argument.leaves]
+    fitting = [
+        (argument, name, array)
+        for argument in undecided
+        for name, array in argument.arrays()
+        if any(size == batch for size in array.shape)
+    ]
+    if not fitting:
+        return
+    said = len(undecided) < len(given) and any(axis is not None for a in given for axis in a.axes or ())
+    argument, _, array = fitting[0]
+    if len(fitting) == 1 and not said and array.shape[0] == batch and not _may_be_key(array):
+        argument.axes = [0 if leaf is array else None for leaf in argument.leaves]
+        return
+    listed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for _, name, array in fitting)
+    entries = f"({', '.join(argument.entry for argument in given if isinstance(argument.key, int))})"
+    if any(isinstance(argument.key, str) for argument, _, _ in fitting):  # keyword arguments have no place in a tuple
+        entries = f"{{{', '.join(f'{argument.label!r}: {argument.entry}' for argument in given)}}}"
+    raise ValueError(
+        f"It is open which arguments have a row for each of the {batch} entries of adapter_index: an axis of that size "
+        f"is in {listed}. Say it as for jax.vmap, such as adapt(fn, adapter_index=..., in_axes={entries}) with None "
+        "for what is the same for all rows, or in_axes={name: 0, ...} by the arguments' names."
+    )
+
+
+def _may_be_key(array: Any) -> bool:
+    """Whether an array may be a random key, or several: the same key for all rows, or one for each?"""
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or (array.dtype == np.uint32 and array.shape[-1] in (2, 4))

@@ -1,0 +1,1 @@
+"""Adapted leaves, and the functions from tree to tree."""

@@ -1,0 +1,316 @@
+"""Several adapters in one tree: which are active, how strong, and how they are deleted and added up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.runtime.scalars import plain_scalar
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.transform.kernel_view import KernelView
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.placement import follow_kernel
+
+
+@takes_model(changes=False)
+def adapter_names(params: Any) -> tuple[str, ...]:
+    """The names of all adapters in a tree, sorted.
+
+    Example:
+        >>> import loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> adapter_names(loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0)))
+        ('default',)
+    """
+    names: set[str] = set()
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight):
+            names.update(leaf.adapters)
+        elif isinstance(leaf, SavedWeight):
+            names.update(leaf.copies)
+    return tuple(sorted(names))
+
+
+def check_adapters(params: Any, names: Sequence[str]) -> None:
+    """Raises ValueError for the first name that no adapter of the tree has."""
+    known = adapter_names(params)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}.")
+
+
+def check_new_adapter(params: Any, name: Any) -> None:
+    """Raises ValueError for a name that no adapter can have, or that one of the tree's adapters has."""
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name):
+        raise ValueError(f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}")
+    if name in adapter_names(params):
+        raise ValueError(f"Adapter with name {name!r} already exists.")
+
+
+@takes_model
+def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
+    """The tree with other adapters active: one, several (their updates are summed in this order) or none.
+
+    Args:
+        params: an adapted tree.
+        names: the name or names; () for the base model.
+
+    Raises:
+        ValueError: no leaf of the tree has an adapter of that name.
+
+    Mirrors PEFT's `set_adapter`, and `disable_adapter` with (). Leaves that lack an adapter are simply not adapted by
+    it. Where several active adapters hold a copy of one module (`modules_to_save`), that module cannot be used but by
+    `adapt(fn, adapter_index=ids)`, and says so.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> set_adapter(params, ())["q"]["kernel"].active
+        ()
+    """
+    active = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    check_adapters(params, active)
+    return jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, active=active) if is_adapted(leaf) else leaf, params, is_leaf=is_adapted
+    )
+
+
+@takes_model
+def scale(params: Any, weights: Mapping[str, Any]) -> Any:
+    """The tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
+
+    The numbers count from alpha/r, not from an earlier call, so `scale(params, {"style": 1.0})` undoes one. They hold
+    for every use (`adapt`, `merge`, active or not) and stay in the tree, but files have no place for them: merge, or
+    `add_weighted_adapter`, to keep them. Copies of `modules_to_save` are not scaled. Of a weight decomposition (DoRA)
+    it is the difference from the base weight that is multiplied, `s · (W' - W)`.
+
+    Args:
+        params: an adapted tree.
+        weights: numbers by adapter name. They are a part of the tree's structure, so that a jitted function that is
+            given the tree compiles again for each new one; pass the number to the function and call `scale` inside
+            with the traced scalar instead, and it compiles once.
+
+    Raises:
+        ValueError: no leaf has an adapter of that name, or a number is not finite.
+
+    Mirrors PEFT's `set_scale(adapter, s)` on every layer.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["q"]), key=jax.random.key(0))
+        >>> scale(params, {"default": 0.5})["q"]["kernel"].adapters["default"].scaling.item()
+        1.0
+    """
+    check_adapters(params, list(weights))
+    weights = {name: plain_scalar(weight) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        _check_number(f"the weight of {name}", weight)
+
+    def scaled(leaf: Any) -> Any:
+        if not isinstance(leaf, LoHaWeight):
+            return leaf
+        adapters = dict(leaf.adapters)
+        for name in weights.keys() & adapters.keys():
+            adapters[name] = _with_multiplier(adapters[name], weights[name])
+        return dataclasses.replace(leaf, adapters=adapters)
+
+    return jax.tree.map(scaled, params, is_leaf=is_adapted)
+
+
+def _with_multiplier(factors: Factors, weight: Any) -> Factors:
+    if isinstance(weight, Tracer):
+        gate = jnp.broadcast_to(jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack)
+        return dataclasses.replace(factors, multiplier=1.0, gate=gate)
+    parts = tuple(name for name in factors.parts if name != "gate")
+    return dataclasses.replace(factors, multiplier=float(weight), gate=None, parts=parts)
+
+
+@takes_model
+def delete_adapter(params: Any, name: str) -> Any:
+    """The tree without an adapter; leaves that held only this one are plain arrays again, the very same ones.
+
+    Args:
+        params: an adapted tree.
+        name: the adapter. If it was active, the other active ones stay so; no other one takes its place.
+
+    Raises:
+        ValueError: no leaf of the tree has an adapter of that name.
+
+    Mirrors PEFT's `delete_adapter`, which makes another adapter active in its place, layer by layer.
+
+    Example:
+        >>> import loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> delete_adapter(params, "default")["q"]["kernel"] is base["q"]["kernel"]
+        True
+    """
+    check_adapters(params, [name])
+    return jax.tree.map(lambda leaf: without_adapters(leaf, [name]), params, is_leaf=is_adapted)
+
+
+def without_adapters(leaf: Any, names: Sequence[str]) -> Any:
+    """A leaf less some adapters: a plain array where none is left."""
+    if isinstance(leaf, LoHaWeight):
+        adapters = {n: f for n, f in leaf.adapters.items() if n not in names}
+        if not adapters:
+            return leaf.kernel
+        active = tuple(n for n in leaf.active if n not in names)
+        return dataclasses.replace(leaf, adapters=adapters, active=active)
+    if isinstance(leaf, SavedWeight):
+        copies = {n: c for n, c in leaf.copies.items() if n not in names}
+        if not copies:
+            return leaf.original
+        active = tuple(n for n in leaf.active if n not in names)
+        counters = tuple(counter for counter in leaf.counters if counter[0] not in names)
+        return dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
+    return leaf
+
+
+@takes_model
+def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> Any:
+    """Adds the weighted sum of several adapters as one more LoHa adapter, exactly.
+
+    The sum of Hadamard products is not one of low rank; but each is a product KA @ KB of inner size r² (Khatri-Rao),
+    and these stand side by side in the first pair of factors of the new adapter, whose second pair makes a matrix of
+    ones. Its rank is the sum of the squares of the others' ranks: two adapters of r=4 give one of r=32. It is an
+    adapter like any other: trained, saved, opened by PEFT. Cores (CP form) are multiplied into the flat form.
+
+    Args:
+        params: an adapted tree with values.
+        adapters: names of the adapters, as they are now scaled; a module that lacks one goes without it.
+        weights: one number per adapter.
+        adapter_name: of the new adapter, which becomes the active one.
+
+    Returns:
+        The tree with one more adapter. A module in `modules_to_save` keeps the copy of the one adapter that has it.
+
+    Raises:
+        ValueError: an adapter is not there or the new one is, the weights do not fit, or two adapters have a copy of
+            one module.
+
+    Named after PEFT's function for LoRA, which has none for LoHa.
+
+    Example:
+        >>> import loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0), adapter_name="a")
+        >>> params = loha_jax.inject(params, config, key=jax.random.key(1), adapter_name="b")
+        >>> both = add_weighted_adapter(params, ["a", "b"], [0.7, 0.3], "mix")
+        >>> both["q"]["kernel"].adapters["mix"].hada_w1_a.shape
+        (3, 8)
+    """
+    adapters, weights = tuple(adapters), tuple(map(plain_scalar, weights))
+    check_adapters(params, adapters)
+    check_new_adapter(params, adapter_name)
+    if not adapters or len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
+        raise ValueError(f"One weight per adapter, each adapter once: got adapters={adapters} and weights={weights}")
+    for name, weight in zip(adapters, weights, strict=True):
+        _check_number(f"the weight of {name}", weight)
+    by_name = dict(zip(adapters, weights, strict=True))
+    config = _sum_config(params, adapters)
+
+    def add(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            held = {name: weight for name, weight in by_name.items() if name in leaf.adapters}
+            added = {adapter_name: follow_kernel(_sum_of(leaf, held, config), leaf.kernel, leaf.layout)} if held else {}
+            return dataclasses.replace(leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,))
+        if isinstance(leaf, SavedWeight):
+            source = leaf.copy_of(adapters)
+            added = {} if source is None else {adapter_name: leaf.copies[source]}
+            counters = tuple((adapter_name, key, value) for name, key, value in leaf.counters if name == source)
+            return dataclasses.replace(
+                leaf,
+                copies={**leaf.copies, **added},
+                active=(adapter_name,),
+                counters=(*leaf.counters, *counters),
+            )
+        return leaf
+
+    return jax.tree.map(add, params, is_leaf=is_adapted)
+
+
+@standard_promotion()
+def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> Factors:
+    if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
+        raise ValueError(
+            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA): such an update depends on the "
+            "weight and is no LoHa, so a sum with it is none. Merge the adapters instead."
+        )
+    views = KernelView.of(dataclasses.replace(leaf, active=tuple(weights))).factors
+    ka, kb = [], []
+    for f, weight in zip(views, weights.values(), strict=True):
+        f = f.flat().astype(f.dtype)
+        factor = (f.scaling * jnp.asarray(weight, f.scaling.dtype))[..., None, None]
+        ka.append(khatri_rao_rows(f.w1_a, f.w2_a) * factor)
+        kb.append(khatri_rao_columns(f.w1_b, f.w2_b))
+    w1_a, w1_b = jnp.concatenate(ka, -1), jnp.concatenate(kb, -2)
+    r = w1_a.shape[-1]
+    stack = leaf.layout.sizes("s", leaf.kernel.shape)
+    w1_a, w1_b = w1_a.reshape(*stack, *w1_a.shape[-2:]), w1_b.reshape(*stack, *w1_b.shape[-2:])
+    sources = [leaf.adapters[name] for name in weights]
+    ranks = tuple(r if any(of_one) else 0 for of_one in zip(*(f.ranks for f in sources), strict=True))
+    targeted = jnp.array([bool(rank) for rank in ranks], w1_a.dtype).reshape(*stack, 1)  # the others stay zero
+    return Factors(
+        hada_w1_a=w1_a,
+        hada_w1_b=w1_b,
+        hada_w2_a=jnp.zeros_like(w1_a).at[..., 0].set(targeted),
+        hada_w2_b=jnp.zeros_like(w1_b).at[..., 0, :].set(targeted),
+        ranks=ranks,
+        alphas=ranks,
+        config=config,
+        base=sources[0].base,
+    )
+
+
+def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
+    """The config from which PEFT makes the summed adapter: the modules by their full names, alpha = r in each."""
+    configs: list[LoHaConfig] = []
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight):
+            held = [leaf.adapters[name] for name in adapters if name in leaf.adapters]
+            configs += [f.config for f in held]
+            r = sum(f.hada_w1_b.shape[-2] ** 2 for f in held)
+            for n, name in enumerate(leaf.names):
+                if any(f.ranks[n] for f in held):
+                    ranks[name] = r
+        elif isinstance(leaf, SavedWeight) and any(name in leaf.copies for name in adapters):
+            saved.append(leaf.name.rpartition(".")[0])
+    (r, _), *_ = Counter(ranks.values()).most_common(1)
+    others = dict(sorted((f"^{re.escape(name)}", own) for name, own in ranks.items() if own != r))
+    return LoHaConfig(
+        r=r,
+        alpha=r,
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=sorted(ranks),
+        modules_to_save=sorted(set(saved)) or None,
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+    )
+
+
+def _check_number(what: str, value: Any) -> None:
+    if isinstance(value, Tracer):
+        if value.shape:
+            raise ValueError(f"{what} should be a number but is an array of shape {value.shape}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} should be a finite number but is {value!r}")

@@ -1,0 +1,80 @@
+"""Checks before a tree is written: whole leaves, a base that has not changed, adapters that do something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.tree.adapters import adapter_names
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
+
+
+def check_whole(params: Any) -> None:
+    """Raises ValueError for one half of `partition`."""
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if is_adapted(leaf):
+            leaf.require_whole()
+
+
+@takes_model(changes=False)
+def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> None:
+    """Checks a tree (or an NNX model) of which some adapters, by default all, are about to be written to a file.
+
+    Raises:
+        ValueError: it is one half of `partition`.
+
+    Warns:
+        UserWarning: a kernel has changed since its adapter was made, or an adapter is untrained.
+    """
+    check_whole(params)
+    warn_of_changed_base(params, adapters)
+    for name in adapter_names(params) if adapters is None else adapters:
+        leaves = jax.tree.leaves(params, is_leaf=is_adapted)
+        held = [leaf.adapters[name] for leaf in leaves if isinstance(leaf, LoHaWeight) and name in leaf.adapters]
+        if held and all(map(_is_untrained, held)):
+            warn_caller(
+                f"The adapter {name!r} is untrained: its update is exactly zero in every module. Train it first; after "
+                "training, save the tree that `loha_jax.combine(trainable, frozen)` makes of the new `trainable`."
+            )
+
+
+def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> None:
+    """Warns, by name, of kernels that have changed since their adapters (all by default) were made."""
+    found: dict[int, LoHaWeight] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
+        if isinstance(leaf, LoHaWeight) and any(f.base is not None for f in leaf.adapters.values()):
+            found[len(found)] = leaf
+    samples = sample_kernels({n: leaf.kernel for n, leaf in found.items()})
+    changed = [
+        leaf.label
+        for n, leaf in found.items()
+        if n in samples
+        and any(
+            f.base is not None and f.base.differs(samples[n])
+            for name, f in leaf.adapters.items()
+            if adapters is None or name in adapters
+        )
+    ]
+    if changed:
+        shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
+        warn_caller(
+            f"The base weights under the adapter have changed since it was made: {shown}. The adapter alone is not "
+            "what was trained, or belongs to another base. Train `loha_jax.partition(params)[0]`, not the whole tree, "
+            "and put it together with the frozen half that you have kept."
+        )
+
+
+def _is_untrained(factors: Factors) -> bool:
+    return any(_is_zero(array) for name, array in factors.trained.items() if name != "dora_scale")
+
+
+def _is_zero(array: Any) -> bool:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return not bool(jax.numpy.any(array))  # every process calls this
+    return not np.asarray(array).any()

@@ -1,0 +1,110 @@
+"""Parameters in Linen's metadata boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`).
+
+In an adapted tree every array of an adapter has a box of its own, as the kernel has, with the names of its own axes.
+So `nn.get_partition_spec`, `nn.logical_to_mesh_sharding` and `nn.meta.unbox` find all they look for. The library itself
+works on plain trees: what it is given is unboxed, and what it returns is boxed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.placement import factor_axes
+
+
+def is_box(x: Any) -> bool:
+    """Whether `x` is a box. Flax is not imported for it: who has one has done so."""
+    meta = sys.modules.get("flax.core.meta")
+    return meta is not None and isinstance(x, meta.AxisMetadata)
+
+
+def box_of(leaf: Any) -> Any:
+    """The box of a parameter, around it or around the kernel of an adapted one; None without one."""
+    if isinstance(leaf, LoHaWeight | SavedWeight):
+        leaf = leaf.kernel if isinstance(leaf, LoHaWeight) else leaf.original
+    return leaf if is_box(leaf) else None
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without boxes; no sharding constraint is applied."""
+    return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def _content(box: Any) -> Any:
+    return box.value if hasattr(box, "value") else box.unbox()
+
+
+def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The boxes of a tree's parameters by path; {} where Flax' boxes are not in use."""
+    if "flax.core.meta" not in sys.modules:
+        return {}
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_box(x) or is_adapted(x))
+    return {path: box for path, leaf in flat if (box := box_of(leaf)) is not None}
+
+
+def put_in_boxes(tree: Any, boxes: Mapping[tuple[Any, ...], Any]) -> Any:
+    """A plain tree with the parameters at some paths in boxes again."""
+
+    def put(path: tuple[Any, ...], leaf: Any) -> Any:
+        return boxed(leaf, boxes[path]) if path in boxes else leaf
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_adapted)
+
+
+def boxed(leaf: Any, box: Any) -> Any:
+    """A parameter in its box; the arrays of an adapted one each in one, with their own axes' names."""
+    if isinstance(leaf, LoHaWeight):
+        adapters = {name: _boxed_factors(f, leaf, box) for name, f in leaf.adapters.items()}
+        return dataclasses.replace(leaf, kernel=box.replace_boxed(leaf.kernel), adapters=adapters)
+    if isinstance(leaf, SavedWeight):
+        copies = {name: box.replace_boxed(copy) for name, copy in leaf.copies.items()}
+        return dataclasses.replace(leaf, original=box.replace_boxed(leaf.original), copies=copies)
+    return box.replace_boxed(leaf)
+
+
+def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
+    names = getattr(box, "names", None)
+    if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
+        return factors  # a box of some other kind says nothing of axes
+    axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+    boxes = {name: dataclasses.replace(box, value=x, names=axes[name]) for name, x in factors.arrays.items()}
+    return dataclasses.replace(factors, **boxes)
+
+
+def boxes_outside(tree: Any) -> Any:
+    """The tree with each adapted parameter whole in one box, as a model expects to find its kernel."""
+
+    def turn(leaf: Any) -> Any:
+        box = box_of(leaf) if is_adapted(leaf) else None
+        return leaf if box is None else box.replace_boxed(unbox(leaf))
+
+    return jax.tree.map(turn, tree, is_leaf=is_adapted)
+
+
+def boxes_inside(tree: Any) -> Any:
+    """The inverse of `boxes_outside`."""
+
+    def turn(box: Any) -> Any:
+        return boxed(_content(box), box) if is_box(box) and is_adapted(_content(box)) else box
+
+    return jax.tree.map(turn, tree, is_leaf=is_box)
+
+
+def keeps_boxes(function: Any) -> Any:
+    """Decorates a function from a tree (its first argument) to a tree so that the tree may hold boxes."""
+
+    @functools.wraps(function)
+    def wrapper(tree: Any, *args: Any, **kwargs: Any) -> Any:
+        boxes = boxes_among(tree)
+        if not boxes:
+            return function(tree, *args, **kwargs)
+        return put_in_boxes(function(unbox(tree), *args, **kwargs), boxes)
+
+    return wrapper

@@ -1,0 +1,303 @@
+"""`Factors`: one adapter of one kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.tree_util import GetAttrKey
+
+from loha_jax.lowrank.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.weight_decomposition import adapted_norms, gain, is_on_out
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.tree.kernel_samples import KernelSample
+from loha_jax.tree.provenance import Origin, interned
+
+EXTRA_NAMES = ("scalar", "dora_scale")
+"""Names of the trained arrays that LyCORIS adds to the factors."""
+
+UNTRAINED_NAMES = ("module_index", "gate")
+"""Names of the arrays that are not trained."""
+
+_ARRAYS = (*FACTOR_NAMES, *EXTRA_NAMES, *UNTRAINED_NAMES)
+flat_parts = operator.attrgetter("_children", "_aux")
+"""The children and the auxiliary data of a pytree node that keeps both ready: flattening runs no Python code."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factors:
+    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
+
+    alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and `multiplier`. What the
+    adapter was made from (`config`, `base`) is not part of the tree's structure, but for what computing needs of it.
+
+    Attributes:
+        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` beside cores.
+        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` beside cores.
+        hada_t1, hada_t2: cores `[*stack, r, r, *spatial]` (Conv1d: a trailing 1), or None.
+        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one module). Where ranks
+            differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
+            index that the config does not target.
+        config: the config that made the adapter.
+        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
+        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
+            (`LycorisConfig.weight_decompose`), or None; zero where the rank is 0.
+        multiplier: the number that `loha_jax.scale` set. Beside `dora_scale` it says how much of the adapted weight's
+            difference from W counts, elsewhere it multiplies ΔW.
+        module_index: integers `[*stack]`, only where alpha/r differs within a stack: which entry of `ranks` and
+            `alphas` each slice has, whatever a scan or vmap takes away. Not trained.
+        gate: `[*stack]`, one more multiplier that is traced, or None: from `loha_jax.scale` with a traced number, and
+            from `loha_jax.dropout` beside `dora_scale`. Not trained.
+        base: a sample of the kernel that the adapter was made on, or None.
+        parts: names of the arrays that the adapter has, though one half of `partition` may hold None for them.
+    """
+
+    hada_w1_a: Any
+    hada_w1_b: Any
+    hada_w2_a: Any
+    hada_w2_b: Any
+    hada_t1: Any = None
+    hada_t2: Any = None
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    config: LoHaConfig
+    scalar: Any = None
+    dora_scale: Any = None
+    multiplier: float = 1.0
+    module_index: Any = None
+    gate: Any = None
+    base: KernelSample | None = dataclasses.field(default=None, repr=False, compare=False)
+    parts: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    _children: ClassVar[tuple[Any, ...]]
+    _aux: ClassVar[tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        held = (*FACTOR_NAMES[:4], *self.parts)
+        parts = interned(*(name for name in _ARRAYS if name in held or getattr(self, name) is not None))
+        key = interned(parts, self.ranks, self.alphas, self.multiplier)
+        _keep(self, parts=parts, _children=tuple(getattr(self, name) for name in parts))
+        _keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone, for `pickle` and `copy`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the fields, those of a pickle that held alpha/r as an array (`scaling`) too."""
+        self.__init__(**_without_scaling(state))
+
+    @property
+    def is_cp(self) -> bool:
+        """Whether the adapter has cores (`use_effective_conv2d`, for kernels larger than 1)."""
+        return self.hada_t1 is not None
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The factors by PEFT's names."""
+        return self._held(FACTOR_NAMES)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """All trained arrays: the factors and what LyCORIS adds to them."""
+        return self._held((*FACTOR_NAMES, *EXTRA_NAMES))
+
+    @property
+    def untrained(self) -> dict[str, Any]:
+        """The arrays that are not trained."""
+        return self._held(UNTRAINED_NAMES)
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """All arrays, trained or not, by name."""
+        return self._held(_ARRAYS)
+
+    def _held(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The stack axes that the factors have now; a scan or vmap takes some away."""
+        return tuple(self.hada_w1_a.shape[:-2])
+
+    @property
+    def scaling(self) -> jax.Array:
+        """The multiplier of the factors' product without the scalar: alpha/r, times the number that `scale` set.
+
+        `[*stack]`, the stack axes that the factors have now.
+        """
+        scaling = self._alpha_over_r()
+        return scaling if self.dora_scale is not None else self._with_multiplier(scaling)
+
+    @property
+    def strength(self) -> jax.Array:
+        """Of a weight decomposition, how much of W' - W counts, `[*stack]`; 0 where nothing is adapted."""
+        strength = jnp.ones(self.stack, float32_or_wider(self.hada_w1_a.dtype))
+        if 0 in self.ranks:  # norms of zero mark these modules
+            norms = lax.stop_gradient(self.dora_scale)
+            strength *= (norms != 0).any(tuple(range(len(self.stack), norms.ndim)))
+        return self._with_multiplier(strength)
+
+    def _with_multiplier(self, x: jax.Array) -> jax.Array:
+        x = x if self.multiplier == 1 else x * self.multiplier
+        return x if self.gate is None else x * lax.stop_gradient(self.gate).astype(x.dtype)
+
+    def _alpha_over_r(self) -> jax.Array:
+        """alpha/r of the modules of the stack that are left, `[*stack]`.
+
+        Where the rank is 0 the factors are zero, and any number will do.
+        """
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
+        ratios = [a / r if r else 0.0 for a, r in zip(self.alphas, self.ranks, strict=True)]
+        distinct = {ratio for ratio, r in zip(ratios, self.ranks, strict=True) if r}
+        if len(distinct) < 2:
+            return jnp.full(self.stack, distinct.pop() if distinct else 0.0, dtype)
+        table = np.asarray(ratios, dtype)
+        if self.module_index is not None:
+            return jnp.asarray(table)[self.module_index]
+        if len(ratios) != np.prod(self.stack, dtype=int):
+            raise ValueError(
+                f"alpha/r differs within a stack of {len(ratios)} modules, the factors have been cut to the stack axes "
+                f"{self.stack}, and nothing says which modules are left: `module_index` is missing."
+            )
+        return jnp.asarray(table.reshape(self.stack))
+
+    @property
+    def scale(self) -> jax.Array:
+        """The multiplier of the factors' product: `scaling`, times the scalar. `[*stack]`."""
+        scaling = self.scaling
+        return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
+
+    def delta(self, *, forward_mode: bool = False) -> jax.Array:
+        """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
+
+        The result has at least float32; see `hada_weight` and `hada_weight_cp`.
+        """
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
+        w1_a, w1_b, w2_a, w2_b = (
+            w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+        )
+        if not self.is_cp:
+            return hada_weight(w1_a, w1_b, w2_a, w2_b, self.scale, forward_mode=forward_mode)
+        t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
+        return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
+
+    def gains(self, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array] | None:
+        """Of a weight decomposition, what ΔW and what W are multiplied by; None without one.
+
+        The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the strength m:
+        first = m g and second = m (g - 1).
+
+        Args:
+            kernel: as the layout says.
+            layout: of the kernel.
+
+        Returns:
+            Two arrays of the shape of `dora_scale`.
+        """
+        if self.dora_scale is None:
+            return None
+        stack = self.hada_w1_a.ndim - 2
+        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack)
+        factors = (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+        norms = adapted_norms(kernel, layout, *factors, self.scale, on_out=on_out)
+        g = gain(norms, self.dora_scale)
+        m = self.strength.astype(g.dtype).reshape(*g.shape[:stack], *(1,) * (g.ndim - stack))
+        return m * g, m * (g - 1)
+
+    def flat(self) -> Factors:
+        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        if not self.is_cp:
+            return self
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
+        return dataclasses.replace(
+            self,
+            hada_w1_a=jnp.swapaxes(self.hada_w1_a, -1, -2),
+            hada_w2_a=jnp.swapaxes(self.hada_w2_a, -1, -2),
+            hada_w1_b=multiply_core(self.hada_t1, self.hada_w1_b, dtype),
+            hada_w2_b=multiply_core(self.hada_t2, self.hada_w2_b, dtype),
+            hada_t1=None,
+            hada_t2=None,
+            parts=(),
+        )
+
+
+def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int]) -> Any:
+    """`Factors.module_index` of a new adapter: None where one alpha/r holds for the whole stack.
+
+    Args:
+        ranks, alphas: per stack index.
+        stack: sizes of the kernel's stack axes.
+    """
+    ratios = {a / r for a, r in zip(alphas, ranks, strict=True) if r}
+    return None if len(ratios) < 2 else jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
+
+
+def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]) -> Any:
+    """The norms of a weight decomposition, with zeros for the modules of a stack that are not adapted."""
+    if 0 not in ranks:
+        return dora_scale
+    adapted = np.asarray(ranks).reshape(*stack, *(1,) * (dora_scale.ndim - len(stack))) > 0
+    return jnp.where(adapted, dora_scale, 0)
+
+
+def _keep(node: Any, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(node, name, value)
+
+
+def keep_flat(node: Any, children: tuple[Any, ...], aux: tuple[Any, ...]) -> None:
+    """Notes what `jax.tree.flatten` gives for a frozen dataclass that is registered with `flat_parts`."""
+    _keep(node, _children=children, _aux=aux)
+
+
+def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Factors:
+    (parts, ranks, _, multiplier), origin = aux
+    factors, children = object.__new__(Factors), tuple(children)
+    _keep(factors, **dict.fromkeys(_ARRAYS))
+    _keep(factors, **dict(zip(parts, children, strict=True)))
+    _keep(factors, ranks=ranks, alphas=origin.alphas, multiplier=multiplier, parts=parts)
+    _keep(factors, config=origin.config, base=origin.base, _children=children, _aux=aux)
+    return factors
+
+
+def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a pickle, in which alpha/r times `scale`'s number may be an array."""
+    if "scaling" not in state:
+        return state
+    scaling, multiplier = state["scaling"], state.get("multiplier")
+    fields = {name: value for name, value in state.items() if name not in ("scaling", "multiplier")}
+    stack = np.shape(scaling)
+    if scaling is not None and not isinstance(scaling, Tracer):
+        ratios = [a / r if r else 0.0 for a, r in zip(state["alphas"], state["ranks"], strict=True)]
+        if multiplier is not None:
+            found = [float(m) for m, r in zip(np.ravel(multiplier), state["ranks"], strict=True) if r]
+        else:
+            found = [float(s) / ratio for s, ratio in zip(np.ravel(scaling), ratios, strict=True) if ratio]
+        rounded = {round(value, 5) for value in found}
+        if len(rounded) > 1:
+            raise ValueError(
+                "This pickle was written by an older version, and its alpha/r has been changed by an optimizer "
+                f"({sorted(rounded)} times what the config says). Load the adapter from its files instead."
+            )
+        fields["multiplier"] = rounded.pop() if rounded else 1.0
+        fields["module_index"] = module_index(state["ranks"], state["alphas"], stack)
+        if state.get("dora_scale") is not None:
+            fields["dora_scale"] = norms_of_adapted(state["dora_scale"], state["ranks"], stack)
+    return fields
+
+
+jax.tree_util.register_pytree_with_keys(
+    Factors,
+    lambda f: (tuple(zip(map(GetAttrKey, f.parts), f._children, strict=True)), f._aux),
+    _unflatten,
+    flat_parts,
+)

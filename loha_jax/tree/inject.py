@@ -1,0 +1,237 @@
+"""`inject`: the same tree, with each targeted kernel replaced by a `LoHaWeight`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.lowrank.initial_values import init_factors
+from loha_jax.lowrank.weight_decomposition import weight_norms
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.runtime.scalars import check_key
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.lycoris_config import LycorisConfig
+from loha_jax.targets.module_names import Names
+from loha_jax.tree.adapters import check_new_adapter
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
+from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.named_tree import Layouts
+from loha_jax.tree.placement import follow_kernel, place_like
+from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+
+@takes_model
+def inject(
+    params: Any,
+    config: LoHaConfig,
+    *,
+    key: jax.Array,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> Any:
+    """Adds a LoHa adapter to a tree of parameters.
+
+    Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
+    never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`. The tree can be used at once:
+    `model.apply({"params": inject(params, config, key=key)}, x)` gives the adapted model's output, and
+    `loha_jax.adapt(model.apply)` gives it without building ΔW. Injecting again with another name adds an adapter,
+    which becomes the active one.
+
+    Args:
+        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module; an `nnx.Module` is changed
+            in place (`loha_jax.nnx.inject` takes its rngs). A tree of
+            `jax.ShapeDtypeStruct` gives a tree of shapes, as under `jax.eval_shape`.
+        config: what to adapt and how.
+        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the adapter's name.
+        adapter_name: PEFT's name of the adapter; may not contain a dot.
+        names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
+            name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
+            `loha_jax.targets.module_names.stack_names`.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of three or more axes that
+            neither their layer nor a bias or a name settles (docs/guide.md); `infer_layouts` makes one from the model.
+        model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
+
+    On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,
+    stack axes as they are (`loha_jax.tree.placement.factor_axes`).
+
+    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), else float64.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
+            kernel's layout is ambiguous, two leaves have one name, or the adapter's name is taken or unusable.
+        TypeError: `key` is no JAX PRNG key.
+
+    Warns:
+        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        UserWarning: r² is more than 16 times the rank that a kernel's update can have.
+        RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
+
+    Mirrors PEFT's `get_peft_model` and `add_adapter`.
+
+    Example:
+        >>> params = {"layer": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}}}
+        >>> adapted = inject(params, LoHaConfig(r=2, target_modules=["query"]), key=jax.random.key(0))
+        >>> adapted["layer"]["query"]["kernel"].adapters["default"].hada_w1_a.shape
+        (4, 2)
+    """
+    check_key(key)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+
+        def build(params):
+            return inject(
+                params, config, key=key, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+            )
+
+        return _with_shardings(jax.eval_shape(build, params), params)
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        return _initial_factors(target, key, config)
+
+    def make_copy(saved: Saved, kernel: jax.Array) -> jax.Array:
+        return jnp.array(kernel, copy=True)
+
+    plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
+    if wasted := _with_rank_to_spare(plan):
+        warn_caller(
+            f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of {wasted[0]} can have; "
+            f"{len(wasted)} module(s) are so small. A smaller r (`rank_pattern`) does the same with fewer parameters.",
+        )
+    return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
+
+
+def _with_rank_to_spare(plan: Plan) -> list[str]:
+    """Modules for which r² is more than 16 times the largest rank that an update can have."""
+    found = []
+    for target in plan.targets.values():
+        out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        most = min(out, in_ * math.prod(spatial))
+        found += [name for name, r in zip(target.names, target.ranks, strict=True) if r * r > 16 * most > 16]
+    return found
+
+
+def apply_plan(
+    params: Any,
+    plan: Plan,
+    adapter_name: str,
+    make_factors: Callable[[Target], dict[str, jax.Array]],
+    make_copy: Callable[[Saved, jax.Array], jax.Array],
+    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
+) -> Any:
+    """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
+    check_new_adapter(params, adapter_name)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
+    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
+    samples = sample_kernels(kernels)
+    for position, target in plan.targets.items():
+        leaf = leaves[position]
+        tensors = make_factors(target)
+        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
+        extras: dict[str, Any] = make_extras(target, plan.config, kernel)
+        if "dora_scale" in extras:
+            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
+        factors = Factors(
+            **tensors,
+            **extras,
+            module_index=module_index(target.ranks, target.alphas, target.stack),
+            ranks=target.ranks,
+            alphas=target.alphas,
+            config=plan.config,
+            base=samples.get(position),
+        )
+        leaves[position] = LoHaWeight(
+            kernel=kernel,
+            adapters={**adapters, adapter_name: follow_kernel(factors, kernel, target.layout)},
+            layout=target.layout,
+            names=target.names,
+            active=(adapter_name,),
+        )
+    for position, saved in plan.saved.items():
+        leaf = leaves[position]
+        original, copies = (leaf.original, leaf.copies) if isinstance(leaf, SavedWeight) else (leaf, {})
+        leaves[position] = SavedWeight(
+            original=original,
+            copies={**copies, adapter_name: place_like(make_copy(saved, original), original)},
+            layout=saved.layout,
+            name=saved.name,
+            active=(adapter_name,),
+        )
+    for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
+        if is_adapted(leaf) and leaf.active != (adapter_name,):
+            leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
+    return treedef.unflatten(leaves)
+
+
+def _with_shardings(shapes: Any, params: Any) -> Any:
+    """The shapes of an adapted tree, placed as the shapes it was made of are."""
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_adapted)
+    for position, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(params, is_leaf=is_adapted), strict=True)):
+        if isinstance(leaf, LoHaWeight):
+            kernel = old.kernel if isinstance(old, LoHaWeight) else old
+            adapters = {name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()}
+            leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
+        elif isinstance(leaf, SavedWeight):
+            original = old.original if isinstance(old, SavedWeight) else old
+            leaves[position] = dataclasses.replace(leaf, original=original, copies=dict.fromkeys(leaf.copies, original))
+        else:
+            leaves[position] = old
+    return treedef.unflatten(leaves)
+
+
+def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
+    """Factors are float32 unless the kernel is wider, as PEFT's `autocast_adapter_dtype=True` leaves them."""
+    return float32_or_wider(kernel_dtype)
+
+
+@standard_promotion()
+def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+    scheme = config.init_weights
+    if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
+        scheme = {True: False, "lycoris": "lycoris, all random"}.get(scheme, scheme)
+    dtype = factor_dtype(target.dtype)
+    if len(set(target.ranks)) == 1:
+        return init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack)
+    per_module = [
+        init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
+        for name, r in zip(target.names, target.ranks, strict=True)
+    ]
+    return stack_factors(per_module, target, dtype)
+
+
+@standard_promotion()
+def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
+    """The scalar and the norms that a `LycorisConfig` asks for."""
+    if not isinstance(config, LycorisConfig):
+        return {}
+    dtype = factor_dtype(target.dtype)
+    extras = {"scalar": jnp.zeros(target.stack, dtype)} if config.use_scalar else {}
+    if config.weight_decompose:
+        norms = weight_norms(kernel, target.layout, config.wd_on_out)
+        extras["dora_scale"] = norms.astype(dtype)
+    return extras
+
+
+def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:
+    """PEFT's tensors of each module of one kernel (none where its rank is 0) as `Factors` holds them.
+
+    They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
+    """
+    padded = target.shapes(max(target.ranks))
+    stacked = {}
+    for name, shape in padded.items():
+        rows = []
+        for tensors in per_module:
+            value = jnp.asarray(tensors[name], dtype) if tensors else jnp.zeros(shape, dtype)
+            rows.append(jnp.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]))
+        stacked[name] = jnp.stack(rows).reshape(*target.stack, *shape)
+    return stacked

@@ -1,0 +1,87 @@
+"""Small samples of frozen kernels, which tell whether a kernel is still the one that its adapter was made on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from loha_jax.runtime.digests import grid
+
+POINTS = 64
+"""About how many elements of each kernel are compared."""
+
+K = TypeVar("K")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelSample:
+    """Some elements of a kernel.
+
+    Attributes:
+        shape, dtype: of the kernel.
+        values: the bytes of an element by its position in the flat kernel; of a sharded kernel those that this process
+            holds.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: dict[int, bytes]
+
+    def differs(self, other: KernelSample) -> bool:
+        """Whether two samples come from different kernels; False where they have no element in common to compare."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False  # a cast or sliced kernel: nothing can be said
+        return any(self.values[n] != other.values[n] for n in self.values.keys() & other.values.keys())
+
+
+def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
+    """Samples of kernels, by name; of those that have values (no tracers, shapes or quantised arrays).
+
+    Devices pick the elements that they hold; only these are sent to the host. No process waits for another.
+
+    Example:
+        >>> sample = sample_kernels({"q": np.ones((3, 4), np.float32)})["q"]
+        >>> len(sample.values), sample.differs(sample_kernels({"q": np.zeros((3, 4), np.float32)})["q"])
+        (12, True)
+    """
+    parts: dict[K, list[tuple[np.ndarray, Any]]] = {}
+    for name, kernel in kernels.items():
+        if isinstance(kernel, np.ndarray):
+            shards: list[tuple[Any, Any]] = [(kernel, (slice(None),) * kernel.ndim)]
+        elif isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer) and not kernel.is_deleted():
+            shards = [(s.data, s.index) for s in kernel.addressable_shards if s.replica_id == 0]
+        else:
+            continue
+        points = grid(kernel.shape, POINTS)
+        found = [_points(data, index, kernel.shape, points) for data, index in shards if data.size]
+        parts[name] = [part for part in found if part is not None]
+    values = jax.device_get({n: [v for _, v in found] for n, found in enumerate(parts.values())})
+    result = {}
+    for n, (name, found) in enumerate(parts.items()):
+        kernel, by_position = kernels[name], {}
+        for (positions, _), elements in zip(found, values[n], strict=True):
+            flat = np.asarray(elements).reshape(-1)
+            size, raw = flat.dtype.itemsize, flat.tobytes()
+            by_position.update({p: raw[i * size : (i + 1) * size] for i, p in enumerate(positions.tolist())})
+        result[name] = KernelSample(tuple(kernel.shape), str(kernel.dtype), by_position)
+    return result
+
+
+def _points(data: Any, index: Sequence[slice], shape: Sequence[int], points: list[np.ndarray]) -> Any:
+    """The flat positions of the points in one shard, and their values; None where it holds none."""
+    starts = [s.start or 0 for s in index]
+    own = [p[(p >= low) & (p < low + n)] for p, low, n in zip(points, starts, data.shape, strict=True)]
+    if not all(map(len, own)):
+        return None
+    positions = np.zeros((), np.int64)
+    for axis, (p, size) in enumerate(zip(own, shape, strict=True)):
+        positions = positions * size + p.reshape(-1, *(1,) * (len(shape) - 1 - axis))
+    local = np.ix_(*(p - start for p, start in zip(own, starts, strict=True)))
+    if isinstance(data, jax.Array) and next(iter(data.devices())).platform == "cpu":
+        data = np.asarray(data)  # no copy, and nothing to compile
+    return positions.reshape(-1), data[local]

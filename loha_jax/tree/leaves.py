@@ -1,0 +1,218 @@
+"""The leaves of an adapted tree: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
+
+Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with
+the adapted weight, with no wrapper and no knowledge of this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+from jax import lax
+from jax.tree_util import GetAttrKey
+
+from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.lowrank.layout import Layout
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.tree.array_like import ArrayLike
+from loha_jax.tree.factors import EXTRA_NAMES, Factors, flat_parts, keep_flat
+from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
+from loha_jax.tree.provenance import Counters, interned
+
+__all__ = ["BUFFERS", "EXTRA_NAMES", "ArrayLike", "Factors", "LoHaWeight", "SavedWeight", "is_adapted"]
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of a BatchNorm's state in torch."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
+class LoHaWeight(ArrayLike):
+    """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
+
+    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in float32 or better. The
+    kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is never formed.
+
+    Attributes:
+        kernel: the base weight, unchanged (the first leaf: Flax checks its shape).
+        adapters: `Factors` by adapter name.
+        layout: what each axis of the kernel is.
+        names: torch module names, one per stack index.
+        active: the adapters that count, in order.
+
+    Example:
+        >>> import loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> leaf = loha_jax.inject({"q": {"kernel": jnp.ones((3, 4))}}, config, key=jax.random.key(0))["q"]["kernel"]
+        >>> leaf.shape, (jnp.ones((5, 3)) @ leaf).shape
+        ((3, 4), (5, 4))
+    """
+
+    kernel: Any
+    adapters: dict[str, Factors]
+    layout: Layout
+    names: tuple[str, ...]
+    active: tuple[str, ...]
+    _aux: ClassVar[tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone, for `pickle` and `copy`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    @property
+    def _frozen(self) -> jax.Array:
+        if self.kernel is None:
+            raise ValueError(
+                f"The LoHaWeight of {self.names[0]} holds no kernel: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+        return self.kernel
+
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(factors.hada_w1_a is None for factors in self.adapters.values()):
+            raise ValueError(
+                f"The LoHaWeight of {self.names[0]} holds no factors: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+
+    @property
+    def label(self) -> str:
+        """The module's name for a person: the first and the last of a stack."""
+        return self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
+
+    @property
+    def active_adapters(self) -> tuple[Factors, ...]:
+        """The active adapters that this kernel has, in order."""
+        return tuple(self.adapters[name] for name in self.active if name in self.adapters)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dense()
+
+    @standard_promotion()
+    def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
+        """`kernel + Σ ΔW`, in the kernel's shape and dtype.
+
+        Args:
+            adapters: which ones to add; the active ones by default.
+            forward_mode: plain products that `jax.jvp` can differentiate.
+
+        Raises:
+            ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
+        """
+        self.require_whole()
+        kernel = lax.stop_gradient(self._frozen)
+        chosen = self.active_adapters if adapters is None else tuple(self.adapters[name] for name in adapters)
+        if not chosen:
+            return kernel
+        warn_of_forgotten_dropout(chosen)
+        layout = self.layout.strip(kernel.ndim)
+        stack = layout.sizes("s", kernel.shape)
+        total = kernel.astype(float32_or_wider(kernel.dtype))
+        for factors in chosen:
+            if factors.stack != stack:
+                raise ValueError(
+                    f"The adapter of {self.names[0]} has the stack axes {factors.stack}, its kernel "
+                    f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
+                    "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
+                )
+            delta = factors.delta(forward_mode=forward_mode)
+            if (gains := factors.gains(kernel, layout)) is not None:
+                weight = layout.unfold(kernel).astype(delta.dtype)
+                delta = gains[0] * delta.reshape(weight.shape) + gains[1] * weight
+            total += layout.fold(delta, kernel.shape)
+        return total.astype(kernel.dtype)
+
+
+jax.tree_util.register_pytree_with_keys(
+    LoHaWeight,
+    lambda leaf: (((GetAttrKey("kernel"), leaf.kernel), (GetAttrKey("adapters"), leaf.adapters)), leaf._aux),
+    lambda aux, children: LoHaWeight(*children, *aux),
+    flat_parts,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
+class SavedWeight(ArrayLike):
+    """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
+
+    As an array it is the copy of the active adapter that has one, else the original, which gets no gradient. With two
+    such adapters it is neither, and an error (as in PEFT).
+
+    Attributes:
+        original: the base parameter.
+        copies: trained copies by adapter name.
+        layout: of a kernel, or None for a parameter that torch stores with the same axes.
+        name: torch parameter name, e.g. "classifier.weight".
+        active: the adapters that count.
+        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the tree has no leaf for
+            (a BatchNorm's `num_batches_tracked`); written back as they were. Not part of the tree's structure.
+    """
+
+    original: Any
+    copies: dict[str, Any]
+    layout: Layout | None = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+    active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    counters: Counters = dataclasses.field(default=Counters(), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.counters, Counters):
+            object.__setattr__(self, "counters", Counters(self.counters))
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether torch holds it as a buffer (BatchNorm statistics): saved, but not trained."""
+        return self.name.rsplit(".", 1)[-1] in BUFFERS
+
+    @property
+    def _frozen(self) -> jax.Array:
+        if self.original is None:
+            raise ValueError(
+                f"The SavedWeight of {self.name} holds no original: it comes from one half of `partition`. Put the "
+                "halves together with `loha_jax.combine(trainable, frozen)` first."
+            )
+        return self.original
+
+    def require_whole(self) -> None:
+        """Raises ValueError for a leaf of one half of `partition`."""
+        self._frozen  # noqa: B018
+        if any(copy is None for copy in self.copies.values()):
+            raise ValueError(
+                f"The SavedWeight of {self.name} holds no copy: it comes from one half of `partition`. Put the halves "
+                "together with `loha_jax.combine(trainable, frozen)` first."
+            )
+
+    def copy_of(self, adapters: Sequence[str]) -> str | None:
+        """The one of these adapters that has a copy, or None.
+
+        Raises:
+            ValueError: several have one.
+        """
+        names = [name for name in adapters if name in self.copies]
+        if len(names) > 1:
+            raise ValueError(
+                f"Only one adapter at a time can replace {self.name}, but {', '.join(names)} each hold a copy of it "
+                "(modules_to_save). Activate one of them, or run each row through its own with "
+                "adapt(fn, adapter_index=ids)."
+            )
+        return names[0] if names else None
+
+    def __jax_array__(self) -> jax.Array:
+        name = self.copy_of(self.active)
+        return lax.stop_gradient(self._frozen) if name is None else self.copies[name]
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
+    return isinstance(leaf, LoHaWeight | SavedWeight)

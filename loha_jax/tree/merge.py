@@ -1,0 +1,139 @@
+"""`merge` and `unload`: from an adapted tree back to plain arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapters
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+
+LOSS_LIMIT = 0.5
+"""The share of an update that rounding to a float8 without scales may lose."""
+
+
+@takes_model
+def merge(
+    params: Any,
+    adapters: Sequence[str] | None = None,
+    *,
+    safe: bool = False,
+    unload: bool = True,
+    force: bool = False,
+) -> Any:
+    """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
+
+    Args:
+        params: an adapted tree.
+        adapters: names of the adapters to merge, in order; the active ones by default.
+        safe: refuse results that are not finite. Reads the values, so not under `jax.jit`.
+        unload: the other adapters are left out, and the result holds plain arrays, ready to serve. False keeps them:
+            the merged ones are gone from the tree, the others adapt the merged weights, and those that were active
+            are active still.
+        force: merge into float8 kernels although rounding loses more than half of an update. Under `jax.jit`, where
+            values cannot be read, this is not checked.
+
+    Returns:
+        The merged tree; leaves of `modules_to_save` are the trained copies. To unmerge, keep the tree you had.
+
+    Raises:
+        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, (`safe`) a merged
+            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
+            message names the modules.
+
+    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
+    which PEFT's layers leave out the adapters that are active and not merged.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> merge(params)["q"]["kernel"].tolist()[0]
+        [1.0, 1.0, 1.0]
+    """
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
+    check_adapters(params, adapters or ())
+    broken: list[str] = []
+
+    def merged(leaf: Any) -> Any:
+        if not is_adapted(leaf):
+            return leaf
+        chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
+        if isinstance(leaf, LoHaWeight):
+            own = tuple(name for name in chosen if name in leaf.adapters)
+            weight = leaf.dense(own)
+            if own and weight.dtype.itemsize < 2 and not force and not isinstance(weight, jax.core.Tracer):
+                wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
+                check_rounding(weight, wide, leaf.kernel, ", ".join(leaf.names[:3]), force)
+            if safe and not jnp.isfinite(weight).all():
+                broken.extend(leaf.names)
+            sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
+            others = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
+            new = dataclasses.replace(leaf, kernel=weight, adapters=others)
+        else:
+            name = leaf.copy_of(chosen)
+            weight = leaf.original if name is None else leaf.copies[name]
+            new = dataclasses.replace(leaf, original=weight)
+        return weight if unload else without_adapters(new, chosen)
+
+    result = jax.tree.map(merged, params, is_leaf=is_adapted)
+    if broken:
+        suspects = adapters if adapters is not None else adapter_names(params)
+        raise ValueError(
+            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
+            f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
+        )
+    return result
+
+
+def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> None:
+    """Refuses a merged float8 weight if rounding loses more than half of the update.
+
+    Args:
+        stored, exact, base: the merged weight as it is stored and before rounding, and the weight without the update.
+        name: of the weight, for the message.
+        force: whether to do nothing.
+
+    Raises:
+        ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
+    """
+    if force:
+        return
+    stored, exact, base = (np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base))
+    lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
+    if lost > LOSS_LIMIT * update:
+        raise ValueError(
+            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
+            "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"
+        )
+
+
+@takes_model
+def unload(params: Any) -> Any:
+    """The base model's tree, as it was before `inject`: the very same arrays.
+
+    PEFT's `unload` keeps the trained copies of `modules_to_save`; `merge(params)` has those.
+
+    Example:
+        >>> import loha_jax
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
+        True
+    """
+
+    def base(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            return leaf.kernel
+        return leaf.original if isinstance(leaf, SavedWeight) else leaf
+
+    return jax.tree.map(base, params, is_leaf=is_adapted)

@@ -1,0 +1,112 @@
+"""What is trained and what is frozen: `partition`, `combine`, `trainable_mask`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """Splits an adapted tree into what is trained and what is frozen.
+
+    Trained are the factors of the active adapters and the active copies of `modules_to_save`. Both halves have the
+    tree's structure, with None where the other one has the array, so that `jax.grad`, optax and donation see the
+    trained half alone.
+
+    Args:
+        params: a tree that `inject` or `interop.load_peft` made.
+
+    Returns:
+        `(trainable, frozen)`; `combine(trainable, frozen)` gives the tree back.
+
+    Raises:
+        ValueError: nothing in the tree is trained.
+
+    Example:
+        >>> import jax.numpy as jnp, loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> trainable, frozen = partition(params)
+        >>> [leaf.shape for leaf in jax.tree.leaves(trainable)]
+        [(3, 2), (2, 3), (3, 2), (2, 3)]
+    """
+    mask = trainable_mask(params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            "Nothing in this tree is trained: it holds no active adapter. Call `loha_jax.inject(params, config, "
+            "key=...)` or `loha_jax.set_adapter(params, names)` first."
+        )
+    trainable = jax.tree.map(lambda x, train: x if train else None, params, mask)
+    frozen = jax.tree.map(lambda x, train: None if train else x, params, mask)
+    return trainable, frozen
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Puts the two halves of `partition` together.
+
+    The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable
+    half that it returns those of the first tree that it was called with.
+
+    Raises:
+        ValueError: the halves have different structures, or both hold, or both lack, an array.
+
+    Example:
+        >>> import jax.numpy as jnp, loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> combine(*partition(params))["q"]["kernel"].shape
+        (3, 3)
+    """
+
+    def pick(path, b, a):
+        if a is not None and b is not None:
+            raise ValueError(
+                f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes the two halves of "
+                "one `partition`."
+            )
+        return b if a is None else a
+
+    return jax.tree_util.tree_map_with_path(pick, frozen, trainable, is_leaf=lambda x: x is None)
+
+
+def trainable_mask(params: Any) -> Any:
+    """The tree with True where an array is trained and False elsewhere, for optax.
+
+    `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too, as in the
+    example.
+
+    Example:
+        >>> import jax.numpy as jnp, loha_jax, optax
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> mask = trainable_mask(params)
+        >>> tx = optax.chain(optax.masked(optax.adamw(1e-3), mask),
+        ...                  optax.masked(optax.set_to_zero(), jax.tree.map(lambda train: not train, mask)))
+        >>> len(jax.tree.leaves(mask)), sum(jax.tree.leaves(mask))
+        (5, 4)
+    """
+
+    refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")
+
+    def all_of(tree: Any, value: bool) -> Any:
+        return jax.tree.map(lambda _: value, tree)
+
+    def mask(leaf: Any) -> Any:
+        if isinstance(leaf, LoHaWeight):
+            adapters = {}
+            for name, factors in leaf.adapters.items():
+                marked: Factors = all_of(factors, name in leaf.active)
+                untrained = {field: all_of(value, False) for field, value in factors.untrained.items()}
+                adapters[name] = dataclasses.replace(marked, **untrained)
+            return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
+        if isinstance(leaf, SavedWeight):
+            copies = {n: all_of(copy, n in leaf.active and not leaf.is_buffer) for n, copy in leaf.copies.items()}
+            return dataclasses.replace(leaf, original=all_of(leaf.original, False), copies=copies)
+        return False
+
+    return jax.tree.map(mask, params, is_leaf=is_adapted)

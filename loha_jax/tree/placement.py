@@ -1,0 +1,141 @@
+"""Where an adapter's arrays live on a mesh: as the axes of the kernel that they stand beside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.runtime.device_types import explicit_sharding
+from loha_jax.tree.leaves import Factors
+
+
+def factor_axes(
+    layout: Layout, shape: Sequence[int], axes: Iterable[Any], arrays: Mapping[str, Any], *, cp: bool
+) -> dict[str, tuple[Any, ...]]:
+    """What each axis of an adapter's arrays is split over, or called, given the same of the kernel's axes.
+
+    `w*_a` is split as the kernel's out axes are, `w*_b` as its in axes (and then its spatial ones), stack axes as they
+    are, r not at all. Of several axes that PEFT's tensors flatten into one, the outermost counts: the others cannot be
+    split without moving data.
+
+    Args:
+        layout, shape: of the kernel.
+        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing ones are None.
+        arrays: of the adapter, by their names in `Factors`.
+        cp: whether it has cores.
+
+    Returns:
+        A tuple as long as the array has axes, for every array.
+
+    Example:
+        >>> import loha_jax
+        >>> params = loha_jax.inject({"q": {"kernel": jax.numpy.ones((6, 2, 4))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0), layouts={"q": "ioo"})
+        >>> leaf = params["q"]["kernel"]
+        >>> arrays = leaf.adapters["default"].tensors
+        >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), arrays, cp=False)
+        >>> axes["hada_w1_a"], axes["hada_w1_b"]
+        (('tensor', None), (None, 'fsdp'))
+    """
+    axes = tuple(axes)
+    axes += (None,) * (len(shape) - len(axes))
+    stack = tuple(axes[axis] for axis in layout.axes("s"))
+    spatial = tuple(axes[axis] for axis in layout.axes("k"))
+
+    def outermost(kinds: str) -> Any:
+        return next((axes[a] for kind in kinds for a in layout.axes(kind) if shape[a] > 1), None)
+
+    out, in_ = outermost("o"), outermost("i")
+    if cp:
+        a, b = (*stack, None, out), (*stack, None, in_)
+    else:
+        a, b = (*stack, out, None), (*stack, None, outermost("ik"))
+    core = (*stack, None, None, *spatial)
+    known = {
+        "hada_w1_a": a,
+        "hada_w2_a": a,
+        "hada_w1_b": b,
+        "hada_w2_b": b,
+        "hada_t1": core,
+        "hada_t2": core,
+        "scalar": stack,
+        "module_index": stack,
+        "gate": stack,
+        "dora_scale": (*stack, out, in_),  # one of the two axes has size 1
+    }
+    return {name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()}
+
+
+def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tuple[Any, ...]:
+    """As many as there are axes, with None for those of size 1 behind the stack."""
+    axes = (*axes, *(None,) * (len(shape) - len(axes)))[: len(shape)]
+    return tuple(
+        axis if size > 1 or n < stacked else None for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
+    )
+
+
+def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
+    """The adapter with its arrays placed as the kernel is (`factor_axes`).
+
+    Args:
+        factors: new arrays, equal in every process; or their shapes.
+        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its shape, with or
+            without a sharding. Beside any other one the arrays stay where they are.
+        layout: of the kernel.
+    """
+    sharding = _place_of(kernel)
+    if not isinstance(sharding, NamedSharding):
+        return factors if sharding is None else jax.tree.map(lambda x: place(x, sharding), factors)
+    axes = factor_axes(layout, kernel.shape, sharding.spec, factors.arrays, cp=factors.is_cp)
+    placed = {
+        name: place(x, NamedSharding(sharding.mesh, PartitionSpec(*axes[name]))) for name, x in factors.arrays.items()
+    }
+    return dataclasses.replace(factors, **placed)
+
+
+def place_like(array: Any, other: Any) -> Any:
+    """An array of another one's shape, where that one is."""
+    sharding = _place_of(other)
+    return array if sharding is None else place(array, sharding)
+
+
+def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
+    """Where an array, or one of a shape, has been put; None where nobody has said."""
+    if isinstance(x, Tracer):
+        return explicit_sharding(x)
+    sharding = getattr(x, "sharding", None)
+    on_one = isinstance(sharding, SingleDeviceSharding) and getattr(x, "committed", False)
+    return sharding if on_one or isinstance(sharding, NamedSharding) else None
+
+
+def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
+    """An array where a sharding says; devices of other processes too, if all processes have the same array.
+
+    Args:
+        array: an array, a typed random key, a shape, or a traced array.
+        sharding: the place.
+        may_alias: False for a copy even of what is there already.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    if isinstance(array, Tracer):
+        if not isinstance(sharding, NamedSharding):
+            return jax.device_put(array, sharding)
+        explicit = sharding.mesh.explicit_axes
+        return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(array, sharding)
+    here = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if sharding.is_fully_addressable or not here:
+        return jax.device_put(array, sharding, may_alias=may_alias)
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    values = np.asarray(array)  # each process has all of them and gives its devices their part
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)

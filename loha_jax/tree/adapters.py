@@ -17,7 +17,6 @@ from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khat
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.transform.kernel_view import KernelView
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.placement import follow_kernel
@@ -252,17 +251,17 @@ def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) 
             f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA): such an update depends on the "
             "weight and is no LoHa, so a sum with it is none. Merge the adapters instead."
         )
-    views = KernelView.of(dataclasses.replace(leaf, active=tuple(weights))).factors
     ka, kb = [], []
-    for f, weight in zip(views, weights.values(), strict=True):
-        f = f.flat().astype(f.dtype)
-        factor = (f.scaling * jnp.asarray(weight, f.scaling.dtype))[..., None, None]
-        ka.append(khatri_rao_rows(f.w1_a, f.w2_a) * factor)
-        kb.append(khatri_rao_columns(f.w1_b, f.w2_b))
+    for name, weight in weights.items():
+        f = leaf.adapters[name].flat()
+        dtype = float32_or_wider(f.hada_w1_a.dtype)
+        w1_a, w1_b, w2_a, w2_b = (w.astype(dtype) for w in f.tensors.values())
+        factor = (f.scale * jnp.asarray(weight, f.scale.dtype))[..., None, None]
+        ka.append(khatri_rao_rows(w1_a, w2_a) * factor)  # [*stack, out, r^2]
+        kb.append(khatri_rao_columns(w1_b, w2_b))  # [*stack, r^2, in]
     w1_a, w1_b = jnp.concatenate(ka, -1), jnp.concatenate(kb, -2)
     r = w1_a.shape[-1]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    w1_a, w1_b = w1_a.reshape(*stack, *w1_a.shape[-2:]), w1_b.reshape(*stack, *w1_b.shape[-2:])
     sources = [leaf.adapters[name] for name in weights]
     ranks = tuple(r if any(of_one) else 0 for of_one in zip(*(f.ranks for f in sources), strict=True))
     targeted = jnp.array([bool(rank) for rank in ranks], w1_a.dtype).reshape(*stack, 1)  # the others stay zero

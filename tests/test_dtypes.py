@@ -25,6 +25,7 @@ def update(leaf):
     return ((a1 @ b1) * (a2 @ b2)).T * 2
 
 
+@pytest.mark.filterwarnings("ignore:Rounding the merged weight of q to float8")
 @pytest.mark.parametrize("dtype", BASES)
 def test_factors_are_float32_or_better_and_the_merged_weight_is_rounded_once(dtype, x64):
     leaf = adapted(dtype)["q"]["kernel"]

@@ -83,3 +83,14 @@ def test_summary_counts_as_peft_does():
     # base 12 + 8, adapter one 2*2*(3+4) and its copy 8, adapter two 2*1*7
     assert "trainable params: 36 || all params: 70 || trainable%: 51.4286" in text
     assert "3x4" in text
+
+
+def test_merging_into_float8_says_what_rounding_loses():
+    kernel = (4 * jax.random.normal(KEY, (16, 16))).astype(jnp.float8_e4m3fn)
+    config = LoHaConfig(r=2, alpha=4, target_modules=["q"], init_weights=False)
+    params = loha_jax.inject({"q": {"kernel": kernel}}, config, key=KEY)
+    with pytest.warns(UserWarning, match=r"merged weight of q to float8 loses \d+% of the update") as warned:
+        merged = loha_jax.merge(params, force=True)["q"]["kernel"]
+    exact = update(params["q"]["kernel"], "default")
+    lost = np.linalg.norm(np.asarray(merged, np.float64) - np.asarray(kernel, np.float64) - exact)
+    assert f"loses {lost / np.linalg.norm(exact):.0%} of" in str(warned[0].message)

@@ -114,3 +114,11 @@ def test_all_linear_leaves_out_the_head_that_the_model_shows():
     adapted = inject(tree, "all-linear", layouts=layouts)
     assert [name for name in tree if isinstance(adapted[name]["w"], loha_jax.LoHaWeight)] == ["up"]
     assert isinstance(inject(tree, ["out"], layouts=layouts)["out"]["w"], loha_jax.LoHaWeight)
+
+
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "scale", "kernel_scale", "scale_weight"])
+def test_a_float8_kernel_beside_its_scale_is_named(scale):
+    tree = {"q": {"kernel": jnp.ones((4, 4), jnp.float8_e4m3fn), scale: jnp.ones((1, 1))}}
+    with pytest.raises(ValueError, match=rf"q.kernel is float8_e4m3fn, and q.{scale} looks like its scale"):
+        inject(tree, ["q"])
+    assert inject({"q": {"kernel": tree["q"]["kernel"]}}, ["q"])

@@ -141,7 +141,7 @@ def _report(path: Path, missing: list[str], problems: list[str], unused: list[st
             "`names=` says what torch calls a leaf (NameMap.transformers(), NameMap.infer, …), `tied=` whose values a "
             "tied weight has"
         )
-    if unused:
+    if unused and not missing and not problems:  # else the others may explain them
         hints.append("`strict=False` leaves tensors unread")
     return f"{path} and the tree do not fit; nothing was loaded. {'. '.join(found)}. {'; '.join(hints)}".rstrip()
 

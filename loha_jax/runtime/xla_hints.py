@@ -32,8 +32,21 @@ def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
 
     On several devices an element of `source` would be sent around; each then divides by numbers of its own.
     """
-    zero = _unknown_zero(source) if jax.device_count() == 1 else _unknown_zeros(lax.stop_gradient(x))
-    return x / (1 + zero).astype(x.dtype)
+    if jax.device_count() > 1:
+        return _divided_by_ones(x)
+    return x / (1 + _unknown_zero(source)).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _divided_by_ones(x: jax.Array) -> jax.Array:
+    """`x`, divided by ones that XLA does not see, one per element: `[*x.shape]`."""
+    return x / (1 + _unknown_zeros(x)).astype(x.dtype)
+
+
+@_divided_by_ones.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Leaves the tangent as it is: to divide it too, the backward pass would recompute `x`."""
+    return _divided_by_ones(*primals), tangents[0]
 
 
 def after(pending: jax.Array, values: Any) -> Any:

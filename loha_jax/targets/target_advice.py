@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,6 +97,30 @@ def quantised_kernels(params: Any) -> dict[str, str]:
             parts, package = path_parts(path), type(node).__module__.split(".")[0]
             found[module_name(parts)] = f"{'.'.join(parts)} is a {package} {kind}{dtype and f' ({dtype})'}"
     return found
+
+
+_SCALE = re.compile(r"(kernel_|weight_|w_|input_)?scales?(_inv|_weight)?")
+
+
+def scaled_kernel(path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, ...], tuple[int, ...]]) -> str | None:
+    """Describe a float8 kernel that an array beside it multiplies, or return None.
+
+    Args:
+        path: of the kernel.
+        dtype: of the kernel.
+        shape_at: shapes of all leaves by path.
+
+    Example:
+        >>> scaled_kernel(("q", "kernel"), "float8_e4m3fn", {("q", "weight_scale_inv"): (1, 1)})
+        'q.kernel is float8_e4m3fn, and q.weight_scale_inv looks like its scale'
+    """
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating) or jax.numpy.dtype(dtype).itemsize > 1:
+        return None
+    parent = tuple(path[:-1])
+    beside = (p for p in shape_at if p[:-1] == parent and _SCALE.fullmatch(p[-1]))
+    if (scale := next(beside, None)) is None:
+        return None
+    return f"{'.'.join(path)} is {jax.numpy.dtype(dtype)}, and {'.'.join(scale)} looks like its scale"
 
 
 def _inside(node: Any) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
@@ -18,6 +19,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 LOSS_LIMIT = 0.5
 """The share of an update that rounding to a float8 without scales may lose."""
+_LOSS_NOTED = 0.1
 
 
 @takes_model
@@ -49,6 +51,9 @@ def merge(
             weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
             message names the modules.
 
+    Warns:
+        UserWarning: rounding to float8 loses more than a tenth of an update; the message has the largest share.
+
     Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
     which PEFT's layers leave out the adapters that are active and not merged.
 
@@ -63,6 +68,7 @@ def merge(
         raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
     check_adapters(params, adapters or ())
     broken: list[str] = []
+    lost: dict[str, float] = {}
 
     def merged(leaf: Any) -> Any:
         if not is_adapted(leaf):
@@ -71,9 +77,10 @@ def merge(
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
             weight = leaf.dense(own)
-            if own and weight.dtype.itemsize < 2 and not force and not isinstance(weight, jax.core.Tracer):
+            if own and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
                 wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
-                check_rounding(weight, wide, leaf.kernel, ", ".join(leaf.names[:3]), force)
+                name = ", ".join(leaf.names[:3])
+                lost[name] = check_rounding(weight, wide, leaf.kernel, name, force)
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
@@ -92,29 +99,34 @@ def merge(
             f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
             f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
+    if (share := max(lost.values(), default=0.0)) > _LOSS_NOTED:
+        worst = max(lost, key=lost.__getitem__)
+        warn_caller(f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update.")
     return result
 
 
-def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> None:
-    """Refuses a merged float8 weight if rounding loses more than half of the update.
+def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> float:
+    """Measure what rounding a merged weight to float8 loses of the update; refuse more than half.
 
     Args:
         stored, exact, base: the merged weight as it is stored and before rounding, and the weight without the update.
         name: of the weight, for the message.
-        force: whether to do nothing.
+        force: whether to allow more.
+
+    Returns:
+        The share of the update that is lost, ‖stored − exact‖ / ‖exact − base‖; 0 without an update.
 
     Raises:
         ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
     """
-    if force:
-        return
     stored, exact, base = (np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base))
     lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
-    if lost > LOSS_LIMIT * update:
+    if lost > LOSS_LIMIT * update and not force:
         raise ValueError(
             f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
             "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"
         )
+    return float(lost / update) if update else 0.0
 
 
 @takes_model

@@ -26,7 +26,7 @@ from loha_jax.targets.module_names import (
     Names,
     torch_parameter,
 )
-from loha_jax.targets.target_advice import QUANTISED_ADVICE, quantised_kernels, spelling_advice
+from loha_jax.targets.target_advice import QUANTISED_ADVICE, quantised_kernels, scaled_kernel, spelling_advice
 from loha_jax.tree.named_tree import Layouts, NamedTree
 
 
@@ -116,6 +116,8 @@ def plan_injection(
             misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
             is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
             continue
+        if said := scaled_kernel(tree.paths[position], leaf.dtype, tree.shape_at):
+            raise ValueError(f"{said}. {QUANTISED_ADVICE}")
         layout = tree.layout(position)
         spatial = layout.sizes("k", leaf.shape)
         ranks = tuple(

@@ -78,14 +78,14 @@ def test_cores_and_norms():
     kernel = jax.random.normal(KEY, (3, 3, 4, 6))
     place_kernel = lambda tree: {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}  # noqa: E731
     config = LoHaConfig(r=2, target_modules=".*", use_effective_conv2d=True)
-    factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY))
+    factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"}))
     assert factors.hada_w1_a.sharding.spec == P(None, "tensor")
     assert factors.hada_w1_b.sharding.spec == P(None, "fsdp")
     assert factors.hada_t1.sharding.spec == P(None, None, None, None)
 
     for on_out, spec in ((True, P("tensor", None, None, None)), (False, P(None, "fsdp", None, None))):
         config = LycorisConfig(r=2, target_modules=".*", weight_decompose=True, wd_on_out=on_out, use_scalar=True)
-        factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY))
+        factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"}))
         assert factors.dora_scale.sharding.spec == spec
         assert factors.scalar.sharding.spec == P()
 

@@ -18,7 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.lowrank.layout import Layout, einsum_layout
-from loha_jax.nnx.calls import dress
+from loha_jax.nnx.calls import call, dress, is_node, nodes_among
 from loha_jax.nnx.variables import (
     AdaptedCopy,
     AdaptedKernel,
@@ -34,6 +34,9 @@ from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.inject import inject
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, ModelLayouts
+
+# With `call`, `is_node` and `nodes_among`, this module is a `loha_jax.tree.containers.Container`.
+__all__ = ["adapt_layer", "call", "is_node", "layouts_of", "nodes_among", "tree_of", "write_back"]
 
 
 def tree_of(model: nnx.Module) -> dict[Any, Any]:

@@ -16,7 +16,7 @@ from loha_jax.transform.adapt import trace_and_evaluate
 from loha_jax.transform.interpreter import Options
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
-from loha_jax.tree.containers import is_model
+from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
 
 
@@ -57,7 +57,9 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         ...               {"head": {"w": jnp.ones((3, 5))}}, jnp.ones((2, 5)))
         {'head': 'oi'}
     """
-    base = unload(copy.deepcopy(params) if is_model(params) else params)  # unload changes a model in place
+    base = unload(
+        copy.deepcopy(params) if container_of(params) is not None else params
+    )  # unload changes a model in place
     leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
     candidates: dict[int, str] = {}
     for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):

@@ -1,28 +1,81 @@
-"""Lets the functions from tree to tree take a Flax NNX model, or a tree with Linen's metadata boxes, as well."""
+"""Models that hold a tree of parameters, and trees with metadata boxes, where a function takes a tree.
+
+This file knows no framework. `PROVIDERS` names, for each kind of model, the module that handles it. It is imported
+once a model of that kind is met, so that nothing is imported that the caller does not use.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, cast, overload
 
 import jax
 
 from loha_jax.tree.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
 from loha_jax.tree.leaves import is_adapted
+from loha_jax.tree.named_tree import Layouts
 
-if TYPE_CHECKING:
-    from flax import nnx
+PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
+"""The `Container` of the models that are instances of a class, given by its module and its name."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def is_model(tree: Any) -> TypeGuard[nnx.Module]:
-    """Whether `tree` is an NNX module. Flax is not imported for it: who has a model has done so."""
-    flax_nnx = sys.modules.get("flax.nnx")
-    return flax_nnx is not None and isinstance(tree, flax_nnx.Module)
+class Container(Protocol):
+    """What the module that handles one kind of model has.
+
+    An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a tree.
+    """
+
+    def tree_of(self, model: Any) -> dict[Any, Any]:
+        """The model's parameters as nested dicts, with adapted leaves."""
+        ...
+
+    def write_back(self, model: Any, tree: Any) -> Any:
+        """Put a changed tree into its model, and return the model."""
+        ...
+
+    def layouts_of(self, model: Any, given: Layouts | None) -> Layouts:
+        """The given layouts, completed with what the model's layers say."""
+        ...
+
+    def is_node(self, x: Any) -> bool:
+        """Say whether `x` is a model, a part of one, or a variable in it."""
+        ...
+
+    def nodes_among(self, args: Any) -> Mapping[Any, Any]:
+        """The adapted nodes of the models among the leaves of `args`."""
+        ...
+
+    def call(
+        self,
+        run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+        fn: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        changes: bool = True,
+    ) -> Any:
+        """Call `run(fn, args, kwargs)` with trees in place of the models among the arguments."""
+        ...
+
+
+def container_of(tree: Any) -> Container | None:
+    """The container of a model; None for a tree. Who has a model has imported its framework."""
+    for (module, name), provider in PROVIDERS.items():
+        framework = sys.modules.get(module)
+        if framework is not None and isinstance(tree, getattr(framework, name)):
+            return cast(Container, importlib.import_module(provider))
+    return None
+
+
+def _used_containers() -> list[Container]:
+    """The containers that have been imported. Without that, no model of their kind can be adapted."""
+    return [cast(Container, sys.modules[p]) for p in PROVIDERS.values() if p in sys.modules]
 
 
 @overload
@@ -30,11 +83,12 @@ def takes_model(function: F) -> F: ...
 @overload
 def takes_model(*, argument: str = "params", changes: bool = True) -> Callable[[F], F]: ...
 def takes_model(function: Any = None, *, argument: str = "params", changes: bool = True) -> Any:
-    """Decorates a function of a tree of parameters so that an NNX model may stand for the tree.
+    """Decorate a function of a tree of parameters so that a model may stand for the tree.
 
-    The function gets the tree of the model's variables. What it returns is written into the model (`changes`), which
-    is returned, as NNX users expect; or returned as it is. A `layouts` argument is completed with what the model's own
-    layers say. A tree with boxes (`loha_jax.tree.boxes`) is unboxed and its result boxed again.
+    The function gets the tree of the model's variables. With `changes`, what it returns is written into the model,
+    which is returned, as users of such models expect. Otherwise what it returns is returned as it is. A `layouts`
+    argument is completed with what the model's own layers say. A tree with boxes (`loha_jax.tree.boxes`) is unboxed and
+    its result boxed again.
     """
     if function is None:
         return functools.partial(takes_model, argument=argument, changes=changes)
@@ -48,15 +102,14 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
             bound.arguments[argument] = unbox(model)
             result = function(*bound.args, **bound.kwargs)
             return put_in_boxes(result, boxes) if changes else result
-        if not is_model(model):
+        container = container_of(model)
+        if container is None:
             return function(*args, **kwargs)
-        from loha_jax.nnx import model_tree as nnx_model  # imports Flax
-
-        bound.arguments[argument] = nnx_model.tree_of(model)
+        bound.arguments[argument] = container.tree_of(model)
         if "layouts" in signature.parameters:
-            bound.arguments["layouts"] = nnx_model.layouts_of(model, bound.arguments.get("layouts"))
+            bound.arguments["layouts"] = container.layouts_of(model, bound.arguments.get("layouts"))
         result = function(*bound.args, **bound.kwargs)
-        return nnx_model.write_back(model, result) if changes else result
+        return container.write_back(model, result) if changes else result
 
     return wrapper
 
@@ -69,32 +122,31 @@ def on_trees(
     *,
     changes: bool = True,
 ) -> Any:
-    """`run(fn, args, kwargs)`, with trees in place of the adapted NNX models among the arguments (`nnx_calls.call`),
-    and with Linen's boxes around adapted leaves.
+    """Call `run(fn, args, kwargs)` with trees in place of the adapted models among the arguments.
+
+    Linen's boxes around adapted leaves are taken off for it.
     """
     if any(box_of(leaf) is not None for leaf in adapted_leaves((args, kwargs))):
         args, kwargs = boxes_outside((args, kwargs))
         return boxes_inside(on_trees(run, fn, args, kwargs, changes=changes))
-    nnx_calls = sys.modules.get("loha_jax.nnx.calls")  # not imported: no model is adapted
-    if nnx_calls is None or not nnx_calls.nodes_among((args, kwargs)):
-        return run(fn, args, kwargs)
-    return nnx_calls.call(run, fn, args, kwargs, changes=changes)
+    for container in _used_containers():
+        if container.nodes_among((args, kwargs)):
+            return container.call(run, fn, args, kwargs, changes=changes)
+    return run(fn, args, kwargs)
 
 
 def adapted_leaves(tree: Any) -> list[Any]:
-    """The adapted leaves of a tree, those of the NNX models in it too."""
-    nnx_calls = sys.modules.get("loha_jax.nnx.calls")
-    inside = [node.leaf() for node in nnx_calls.nodes_among(tree).values()] if nnx_calls is not None else []
+    """The adapted leaves of a tree, those of the models in it too."""
+    inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree).values()]
     return inside + [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapted) if is_adapted(leaf)]
 
 
 def is_model_part(x: Any) -> bool:
-    """Whether `x` is a module or variable of Flax NNX."""
-    nnx_calls = sys.modules.get("loha_jax.nnx.calls")
-    return nnx_calls is not None and nnx_calls.is_node(x)
+    """Say whether `x` is a part of a model, or a variable in it."""
+    return any(container.is_node(x) for container in _used_containers())
 
 
 def refuse_model(tree: Any, advice: str) -> None:
-    """Raises TypeError where a function of trees is given an NNX model."""
-    if is_model(tree):
+    """Raise TypeError where a function of trees is given a model."""
+    if container_of(tree) is not None:
         raise TypeError(f"This takes a tree of parameters, not a model ({type(tree).__name__}). {advice}")

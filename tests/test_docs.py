@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        if " peft" in block and importlib.util.find_spec("peft") is None:
+            continue  # on the newest JAX; the main run has PEFT
         exec(compile(block, page.name, "exec"), names)
 
 

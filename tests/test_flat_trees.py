@@ -4,10 +4,8 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LoHaWeight, interop
@@ -52,35 +50,6 @@ def test_a_flat_tree_is_the_nested_one(form, targets, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *read)
     again = interop.load_base(tmp_path / "flat", FLAT[form](NESTED))
     jax.tree.map(np.testing.assert_array_equal, again, loaded)
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = torch.nn.Conv2d(4, 4, 3, bias=False)
-        self.bn1 = torch.nn.BatchNorm2d(4)
-        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4, bias=False)})])
-
-    def forward(self, x):
-        return self.layers[0]["q_proj"](torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
-
-
-def test_torchs_names_square_weights_and_the_real_peft(tmp_path):
-    torch.manual_seed(0)
-    module = Net().eval()
-    save_file({name: jnp.asarray(t.numpy()) for name, t in module.state_dict().items()}, tmp_path / "m.safetensors")
-    flat = load_file(tmp_path / "m.safetensors")
-    config = LoHaConfig(r=2, target_modules=["q_proj", "conv1"], init_weights=False)
-    adapted = loha_jax.inject(flat, config, key=jax.random.key(0))
-    found = {name: leaf.layout.word for name, leaf in adapted_leaves(adapted).items()}
-    assert found == {"layers.0.q_proj": "oi", "conv1": "oikk"}
-    interop.save_peft(tmp_path / "adapter", adapted)
-    opened = peft.PeftModel.from_pretrained(module, tmp_path / "adapter").merge_and_unload()
-    merged = loha_jax.merge(adapted)
-    for name, tensor in opened.state_dict().items():
-        np.testing.assert_allclose(merged[name], tensor.numpy(), atol=1e-6, err_msg=name)
-    interop.save_merged(tmp_path / "out", adapted, base=tmp_path / "m.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, load_file(tmp_path / "out/model.safetensors"), merged)
 
 
 def test_all_linear_leaves_torchs_embeddings_and_head_out():

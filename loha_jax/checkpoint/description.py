@@ -15,13 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loha_jax.runtime.digests import digests
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
 
 KEY = "key"
-SAMPLE = 1 << 14
-"""How many elements of each base array the fingerprint reads."""
 
 PROVENANCE = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
@@ -122,24 +119,6 @@ def describe_leaf(leaf: Any) -> dict[str, Any]:
     return {"kind": kind, "shape": shape, "dtype": str(leaf.dtype), **weak}
 
 
-def fingerprint(base: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one base from another: of each leaf the shape, the dtype and a digest of a sample of its values.
-
-    A `jax.ShapeDtypeStruct` has no values, and so no digest. With several processes, all of them have to call it.
-    """
-    found = digests({name: x for name, x in base.items() if _has_values(x)}, SAMPLE)
-    result: dict[str, Any] = {}
-    for name, leaf in base.items():
-        if is_array(leaf):
-            result[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-            if name in found:
-                result[name]["digest"] = found[name]
-        else:  # a number, a function: whatever else a tree may hold
-            plain = isinstance(leaf, bool | int | float | str)
-            result[name] = {"value": leaf} if plain else {"type": type(leaf).__qualname__}
-    return result
-
-
 def plain_json(value: Any, where: str) -> Any:
     """The value as JSON gives it back; raises ValueError, with the place, for what JSON does not hold.
 
@@ -173,10 +152,6 @@ def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
         except (TypeError, ValueError):
             raise ValueError(f"{where}[{name!r}] should be a number, got {value!r:.100}") from None
     return numbers
-
-
-def _has_values(leaf: Any) -> bool:
-    return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _name(root: str, path: Any) -> str:

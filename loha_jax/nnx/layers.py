@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from loha_jax.nnx.calls import adapted_class
+from loha_jax.nnx.adapted_classes import adapted_class
 from loha_jax.nnx.model_tree import adapt_layer
 from loha_jax.nnx.variables import AdaptedCopy, AdaptedKernel, InactiveLoHaParam, LoHaParam, adapted_nodes
 from loha_jax.targets.config import LoHaConfig

@@ -18,7 +18,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.lowrank.layout import Layout, einsum_layout
-from loha_jax.nnx.calls import call, dress, is_node, nodes_among
+from loha_jax.nnx.adapted_classes import dress
+from loha_jax.nnx.calls import call, nodes_among
 from loha_jax.nnx.variables import (
     AdaptedCopy,
     AdaptedKernel,
@@ -26,6 +27,7 @@ from loha_jax.nnx.variables import (
     Path,
     adapted_nodes,
     below,
+    is_node,
     replace_nodes,
     slots,
 )
@@ -78,7 +80,7 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
             values.append((base, leaf))
             if base is not node:
                 replacements[id(node)] = base
-    replace_nodes(model, replacements)
+    replace_nodes(nnx.iter_graph(model), replacements)
     for variable, value in values:
         if variable.get_value() is not value:
             variable.set_value(value)

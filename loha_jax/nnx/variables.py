@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -225,18 +225,28 @@ def _next_key(stream: nnx.RngStream) -> jax.Array:
     return jax.random.fold_in(keys.reshape(-1)[0], counts.reshape(-1)[0])
 
 
+def is_node(x: Any) -> bool:
+    """Return whether x is a part of an NNX graph."""
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
 def adapted_nodes(model: Any) -> dict[Path, AdaptedKernel | AdaptedCopy]:
-    """The adapted variables of a model (or of a list of nodes), by path."""
-    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, AdaptedKernel | AdaptedCopy)}
+    """Return the adapted variables of a model, by path."""
+    return adapted_among(nnx.iter_graph(model))
 
 
-def below(path: Path, nodes: Mapping[Path, Any]) -> bool:
-    """Whether a path leads into one of these nodes."""
+def adapted_among(graph: Iterable[tuple[Path, Any]]) -> dict[Path, AdaptedKernel | AdaptedCopy]:
+    """Return the adapted variables among the parts of a graph, by path."""
+    return {path: node for path, node in graph if isinstance(node, AdaptedKernel | AdaptedCopy)}
+
+
+def below(path: Path, nodes: Container[Path]) -> bool:
+    """Return whether a path leads into one of these nodes."""
     return any(path[:n] in nodes for n in range(len(path)))
 
 
 def slots(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The attributes, entries or elements of a node of the graph."""
+    """Yield the attributes, entries or elements of a node of the graph."""
     if isinstance(node, nnx.Pytree):
         yield from list(vars(node).items())  # nnx.List and nnx.Dict keep their elements there too
     elif isinstance(node, Mapping):
@@ -245,10 +255,10 @@ def slots(node: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(node)
 
 
-def replace_nodes(model: Any, replacements: Mapping[int, Any]) -> None:
-    """Replaces nodes, given by identity, wherever the graph refers to them; all of them or, with an error, none."""
+def replace_nodes(graph: Iterable[tuple[Path, Any]], replacements: Mapping[int, Any]) -> None:
+    """Replace nodes, given by identity, wherever a graph refers to them: all or, with an error, none."""
     places = []
-    for path, node in nnx.iter_graph(model):
+    for path, node in graph:
         for key, value in slots(node):
             if id(value) not in replacements or isinstance(node, AdaptedVariable):
                 continue

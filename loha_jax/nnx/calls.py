@@ -7,20 +7,20 @@ notes the changes that the function makes to them. These are then made to the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 
 from loha_jax.nnx.clones import Changes, Clones, Originals, Returned
-from loha_jax.nnx.variables import AdaptedCopy, AdaptedKernel, Path, adapted_among, is_node
+from loha_jax.nnx.variables import AdaptedVariable, is_node
 
 
-def nodes_among(args: Any) -> dict[Path, AdaptedKernel | AdaptedCopy]:
-    """Return the adapted variables of all models among the leaves of `args`."""
+def nodes_among(args: Any) -> Iterator[AdaptedVariable]:
+    """Yield the adapted variables of all models among the leaves of `args`."""
     nodes = [leaf for leaf in jax.tree.leaves(args, is_leaf=is_node) if is_node(leaf)]
-    return adapted_among(nnx.iter_graph(nodes)) if nodes else {}
+    return (node for _, node in nnx.iter_graph(nodes) if isinstance(node, AdaptedVariable))
 
 
 def call(

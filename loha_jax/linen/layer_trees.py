@@ -125,7 +125,7 @@ class Described(meta.AxisMetadata):
         return Layout(" ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes))
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """Return the order of a factor's axes in `Factors`: stack axes as in the kernel, then the rest."""
+        """Return the order of a factor's axes in `Factors`: the kernel's stack axes, then the rest."""
         own_stack = self.target.layout.axes("s")
         rest = [f".{n}" for n in range(ndim - len(own_stack) - len(self.added))]
         axes = self._axes([*own_stack, *rest])
@@ -168,7 +168,7 @@ def _own_leaves(described: Mapping[tuple[str, ...], Any], path: tuple[str, ...],
 
 
 def _flat_params(params: Any) -> tuple[dict[tuple[str, ...], Any], Callable[[dict], Any]]:
-    """Return the flat params in `params` or in a dict of variables, and a function that rebuilds it."""
+    """Return the flat params of `params` or a dict of variables, and a function to rebuild it."""
     if isinstance(params, Mapping) and "params" in params:
         flat = flatten_dict(params["params"], keep_empty_nodes=True)
         return flat, lambda new: {**params, "params": unflatten_dict(new)}
@@ -307,7 +307,7 @@ def _common_config(targets: Mapping[Any, Target], configs: Mapping[Any, LoHaConf
 
 
 def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Convert an adapted tree to the params of a model with LoHa layers: the inverse of `to_adapted`.
+    """Convert an adapted tree to the params of LoHa layers: the inverse of `to_adapted`.
 
     Args:
         adapted: a tree made by `to_adapted`, `loha_jax.inject` or `interop.load_peft`, with one

@@ -25,7 +25,7 @@ def adapted_class(cls: type[M], owner: bool) -> type[M]:
     return _adapted_class(cls, owner)
 
 
-@functools.cache  # one class per original one: two models of one structure have equal graph definitions
+@functools.cache  # one subclass per class, so that equal models have equal graph definitions
 def _adapted_class(cls: type[Any], owner: bool) -> type[Any]:
     names = {"__call__"} & set(dir(cls))
     if owner:
@@ -65,7 +65,7 @@ def _through_adapt(cls: type[nnx.Module], name: str) -> Callable[..., Any]:
 
 
 def dress(model: nnx.Module) -> None:
-    """Set the class of each module of a model: adapted if it holds adapted variables, else its own."""
+    """Set the class of each module: the adapted one if it holds adapted variables, else its own."""
     known: dict[int, bool] = {}
 
     def holds(node: Any) -> bool:

@@ -18,7 +18,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enu
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value cannot hold traced values: numbers, strings, and containers of them."""
+    """Return whether a value cannot hold traced ones: numbers, strings, containers of them."""
     if isinstance(value, Mapping):
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
     if isinstance(value, tuple | list | set | frozenset):
@@ -27,7 +27,7 @@ def is_plain(value: Any) -> bool:
 
 
 def detach_attributes(clone: nnx.Pytree) -> None:
-    """Give a clone containers of its own, and delete the properties that it caches of its weights."""
+    """Copy a clone's containers, and delete the properties that it caches of its weights."""
     for name, value in list(vars(clone).items()):
         if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False):
             continue

@@ -159,7 +159,7 @@ class Clones:
         known, adapted = self._originals.variables, self._originals.adapted
         changed = {}
         for path, variable in nnx.to_flat_state(nnx.split(self.nodes)[1]):
-            # nnx.scan writes back all that it scans over; kernels and trained copies have not changed.
+            # nnx.scan writes back all that it scans over; kernels and trained copies never change.
             frozen = path in adapted and not isinstance(adapted[path].base, nnx.BatchStat)
             old = self._before.get(path, known[path] if path in known and path not in adapted else None)
             if not frozen and not _same(_value(variable), _value(old)):

@@ -55,7 +55,8 @@ def inject(
         >>> import loha_jax
         >>> from flax import nnx
         >>> rngs = nnx.Rngs(0)
-        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 2, rngs=rngs))
+        >>> up, down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+        >>> model = nnx.Sequential(up, nnx.relu, down)
         >>> config = LoHaConfig(r=2, target_modules=["layers.0", "layers.2"])
         >>> inject(model, config, rngs=rngs)(jnp.ones((3, 4))).shape
         (3, 2)

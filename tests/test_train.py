@@ -441,7 +441,7 @@ def test_there_is_a_bar_in_a_terminal(capsys, monkeypatch):
     [
         ({"steps": -1}, "steps is a number"),
         ({"accumulate": 0}, "accumulate is 1 or more, got 0"),
-        ({"accumulate": 3}, r"accumulate=3 cuts batches into equal parts, but \['x'\] has 8 rows"),
+        ({"accumulate": 3}, r"accumulate=3 splits batches into equal parts, but \['x'\] has 8 rows"),
         ({"log_every": 0}, "log_every is 1 or more"),
         ({"eval_every": 2}, "needs evaluate="),
         ({"checkpoint_every": 2}, "needs checkpoints="),

@@ -1,26 +1,25 @@
-"""Checkpoints of a training run, with Orbax: adapters, optimizer state, random key and data position; never the base.
+"""Checkpoints of a training run: adapters, optimizer state, random key and data position.
 
     with checkpoint.Checkpoints("run", keep=3, best="eval_loss") as checkpoints:
         if (restored := checkpoints.restore(params, opt_state)) is not None:
             params, opt_state = restored.params, restored.opt_state
         ...
-        checkpoints.save(step, params, opt_state, key=key, data={"batch": step}, metrics={"eval_loss": loss})
+        checkpoints.save(
+            step, params, opt_state, key=key, data={"batch": step}, metrics={"eval_loss": loss}
+        )
 
-Orbax writes in the background, keeps and deletes; a folder appears by one rename. What it does not do is done here: it
-does not notice values that have changed on disk, so each array has a digest; and it knows nothing of the base, so the
-description (`saved_state.py`) has a fingerprint of it.
+The base is never saved. Orbax writes in the background and deletes old checkpoints; a folder
+appears by one rename. Two things are added. Orbax does not notice values that have changed on disk,
+so each array has a digest. Orbax knows nothing of the base, so the description has a fingerprint
+of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import operator
 import os
-import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,39 +27,40 @@ from typing import Any
 
 import jax
 
+from loha_jax.checkpoint import description_file
 from loha_jax.checkpoint.description import (
     KEY,
     State,
     describe_leaf,
     differences,
-    fingerprint,
     plain_json,
     plain_numbers,
     take_apart,
 )
+from loha_jax.checkpoint.fingerprint import Fingerprints
+from loha_jax.checkpoint.folders import remove, steps_on_disk, unfinished
 from loha_jax.checkpoint.orbax_arrays import as_given, read_arrays, storable
 from loha_jax.checkpoint.retention import Retention
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.digests import digests
-from loha_jax.runtime.processes import agreed, of_first_process, same_everywhere
-from loha_jax.runtime.untrusted import FileError, json_object
+from loha_jax.runtime.processes import agreed, same_everywhere
+from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.before_saving import warn_of_changed_base
 
-_FORMAT = 1
-_STATE, _DESCRIPTION, _FILE = "state", "description", "description.json"
+_STATE = "state"
 _LARGEST_STEP = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore` found.
+    """A restored checkpoint.
 
     Attributes:
-        step: of the checkpoint.
-        params: the given tree with the checkpoint's adapters; its base leaves are the given ones.
-        opt_state: None where none was given.
+        step: the step of the checkpoint.
+        params: the given tree with the checkpoint's adapters. Its base leaves are the given ones.
+        opt_state: the optimizer's state, or None if none was given.
         key: the random key, or None if none was saved.
-        data: the data position, as JSON gives it (a tuple is a list), or None.
+        data: the data position as JSON gives it (a tuple is a list), or None.
         metrics: numbers by name.
 
     Example:
@@ -77,29 +77,31 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in one folder. All processes create it, save and restore.
+    """The checkpoints of one training run, in one folder.
+
+    All processes create it, save and restore. Use it in a `with` statement, or call `close` at the
+    end, because saving continues in the background. Only one run at a time can use a folder.
 
     Args:
-        folder: made if it is not there; seen by all processes.
+        folder: created if it is missing; all processes must see it.
         keep: how many of the latest checkpoints stay; None for all.
-        best: the metric by which some more are kept, or None.
+        best: the metric by which others are kept too, or None.
         best_mode: "min" or "max": which values of the metric are good. NaN never is.
-        keep_best: how many of the best ones stay, beside the latest.
+        keep_best: how many of the best checkpoints stay besides the latest.
 
     Attributes:
-        folder: where the checkpoints are.
-
-    Use it in a `with` statement, or call `close` at the end: saving goes on in the background. A folder belongs to one
-    run at a time.
+        folder: the path of the folder.
 
     Example:
         >>> import tempfile, loha_jax
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
-        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
-        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1) as checkpoints:
-        ...     checkpoints.save(10, params, metrics={"loss": 0.5})
-        ...     checkpoints.save(20, params, key=jax.random.key(1), data={"batch": 20})
-        ...     restored = checkpoints.restore(params)
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Checkpoints(folder, keep=1) as checkpoints:
+        ...         checkpoints.save(10, params, metrics={"loss": 0.5})
+        ...         checkpoints.save(20, params, key=jax.random.key(1), data={"batch": 20})
+        ...         restored = checkpoints.restore(params)
         >>> restored.step, restored.data
         (20, {'batch': 20})
     """
@@ -119,18 +121,19 @@ class Checkpoints:
         name = os.fspath(folder)
         self.folder: Any = epath.Path(name if "://" in name else os.path.abspath(name))
         self._retention = Retention(keep, best, best_mode, keep_best, lambda step: self._description(step)["metrics"])
-        self._base: tuple[list[weakref.ref], dict[str, Any]] | None = None
+        self._fingerprints = Fingerprints()
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=(_STATE, _DESCRIPTION),
+            item_names=(_STATE, description_file.ITEM),
             item_handlers={
                 _STATE: ocp.PyTreeCheckpointHandler(),
-                _DESCRIPTION: ocp.JsonCheckpointHandler(_FILE),
+                description_file.ITEM: ocp.JsonCheckpointHandler(description_file.NAME),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
-                lightweight_initialize=True,  # a broken file of an old checkpoint stops nobody
-                # Where a folder cannot be made, `save` says so; a background thread would be waited for, for minutes.
+                lightweight_initialize=True,  # a corrupted file of an old checkpoint must not stop a run
+                # If a folder cannot be created, `save` raises at once; a background thread would
+                # be waited for, for minutes.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
@@ -142,16 +145,16 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for what is being written, and ends Orbax' threads."""
+        """Wait for the last save, and stop Orbax' threads."""
         self._manager.close()
 
     def wait(self) -> None:
-        """Waits until the last save is finished; raises what went wrong with it."""
+        """Wait for the last save; raise its error if it failed."""
         self._manager.wait_until_finished()
 
     @property
     def all_steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order; one that is being written counts."""
+        """The steps that have a checkpoint, in order, including one that is being written."""
         return sorted(self._manager.all_steps())
 
     @property
@@ -161,7 +164,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best value of the metric `best` among the checkpoints, or None if none has any."""
+        """The step with the best value of the metric `best`, or None if no checkpoint has one."""
         return self._retention.best_step(self.all_steps)
 
     def save(
@@ -174,24 +177,27 @@ class Checkpoints:
         data: Any = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts to save a checkpoint; returns once the arrays are copied, so that they may be donated at once.
+        """Save a checkpoint in the background.
+
+        Returns once the arrays are copied, so that they may be donated at once.
 
         Args:
-            step: later than those that are there.
-            params: the whole adapted tree, or the two halves of `partition` put together.
+            step: later than those of the existing checkpoints.
+            params: the whole adapted tree: the halves of `partition` combined.
             opt_state: any optax state.
             key: the random key of the training loop.
-            data: where the data are to go on: anything that JSON holds.
+            data: the position in the data; any JSON.
             metrics: numbers by name.
 
         Raises:
-            ValueError: the step, or a later one, has a checkpoint already; the tree holds no adapter; `data` is nothing
-                that JSON holds; a metric is no number; or several processes hold different values of what should be
-                the same.
+            ValueError: the step, or a later one, has a checkpoint already; the tree has no adapter;
+                `data` is not JSON; a metric is not a number; or processes hold different values of
+                what should be the same.
             TypeError: a leaf is neither an array nor a number; `params` is a model.
 
         Warns:
-            UserWarning: a kernel has changed since its adapter was made: the checkpoint does not hold it.
+            UserWarning: a kernel has changed since its adapter was made: the checkpoint does not
+                hold it.
         """
         import orbax.checkpoint as ocp
 
@@ -206,73 +212,61 @@ class Checkpoints:
             )
         state = take_apart(params, opt_state, key)
         warn_of_changed_base(params)
-        if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
-            raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
-        arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}
-        leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
-        found = digests(arrays)
-        if differ := [name for name, digest in found.items() if not digest]:
-            raise ValueError(
-                f"The processes hold different values of {', '.join(differ)}, of which a checkpoint holds one. Make it "
-                "the same everywhere (fold jax.process_index() into a key after it is restored), or one global array."
-            )
-        for number, (name, digest) in enumerate(found.items()):
-            leaves[name] |= {"digest": digest, "item": str(number)}
-        body = {
-            "format": _FORMAT,
-            "step": step,
+        arrays, leaves = _arrays_to_save(state)
+        described = {
             "adapters": state.adapters,
             "optimizer": state.optimizer,
             "leaves": leaves,
-            "base": self._fingerprint(state.base),
+            "base": self._fingerprints.of(state.base),
             "data": data,
             "metrics": numbers,
         }
         if jax.process_index() == 0:
-            for name in self._unfinished():
-                _remove(self.folder / name)
+            for name in unfinished(self.folder):
+                remove(self.folder / name)
         if step in self._manager.all_steps():
             self._manager.delete(step)
         self._retention.broken.pop(step, None)
-        self._retention.metrics[step] = body["metrics"]
-        numbered = {leaves[name]["item"]: array for name, array in arrays.items() if array.size}  # Orbax wants no empty
+        self._retention.metrics[step] = numbers
         items = {
-            _STATE: ocp.args.PyTreeSave(numbered),
-            _DESCRIPTION: ocp.args.JsonSave({"digest": _text_digest(body), "content": body}),
+            _STATE: ocp.args.PyTreeSave(arrays),
+            description_file.ITEM: ocp.args.JsonSave(description_file.content(step, described)),
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, params: Any, opt_state: Any = None, step: int | None = None) -> Restored | None:
-        """Restores the latest checkpoint that is whole, or that of a step.
+        """Restore the latest intact checkpoint, or that of a step.
 
         Args:
-            params: the adapted tree as it was made before training: the base with `inject` of the same config. The
-                arrays in it say which dtype and sharding the restored ones get; those of the adapters may be
-                `jax.ShapeDtypeStruct`.
-            opt_state: the optimizer state as it was made before training (or its shapes), or None to leave it. It says
-                the shardings; dtypes are those that were saved.
-            step: which checkpoint; the latest one by default.
+            params: the adapted tree as it was before training: the base after `inject` with the
+                same config. Its arrays determine the dtype and sharding of the restored ones; those
+                of the adapters may be `jax.ShapeDtypeStruct`.
+            opt_state: the optimizer state as it was before training, or its shapes. It determines
+                the shardings; dtypes are those that were saved. None to leave it out.
+            step: the step of the checkpoint; by default the latest.
 
         Returns:
-            What was restored, or None if the folder holds no checkpoint.
+            The restored checkpoint, or None if the folder has none.
 
         Raises:
-            ValueError: the checkpoint belongs to another base, config or optimizer; the message names all that differs.
-            FileError: the checkpoint of `step` is broken; or, without `step`, all are.
-            FileNotFoundError: there is none of `step`.
+            ValueError: the checkpoint belongs to another base, config or optimizer; the message
+                lists all differences.
+            FileError: the checkpoint of `step` is corrupted; or, without `step`, all are.
+            FileNotFoundError: there is no checkpoint of `step`.
 
         Warns:
-            UserWarning: a later checkpoint is broken or half-written, and was left out; the message says what is wrong.
+            UserWarning: a later checkpoint is corrupted or unfinished, and was skipped; the message
+                says why.
         """
         self.wait()
         state = take_apart(params, opt_state)
-        base = self._fingerprint(state.base)
+        base = self._fingerprints.of(state.base)
         leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
         given = {"adapters": state.adapters, "optimizer": state.optimizer, "leaves": leaves, "base": base}
-        steps = self._steps_on_disk()
+        steps = steps_on_disk(self.folder)
         if step is not None and step not in steps:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}; it has {steps or 'none'}")
-        for name in self._unfinished():
+        for name in unfinished(self.folder):
             if step is None and int(name.partition(".")[0]) > max(steps, default=-1):
                 warn_caller(f"{self.folder / name} is half-written: saving was interrupted. It is left out.")
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
@@ -291,7 +285,7 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, state: State, given: Mapping[str, Any]) -> Restored:
-        """Raises FileError where the checkpoint is broken, ValueError where it belongs to something else."""
+        """Raise FileError if the checkpoint is corrupted, ValueError if it belongs to something else."""
         origin = f"The checkpoint of step {step} ({self.folder / str(step)})"
         held = agreed(functools.partial(self._description, step), f"{origin} is broken")
         if lines := differences(given, held):
@@ -316,29 +310,7 @@ class Checkpoints:
         return Restored(step, params, opt_state, values.get(KEY), held["data"], held["metrics"])
 
     def _description(self, step: int) -> dict[str, Any]:
-        """What `save` wrote about a checkpoint; raises FileError where it is not that."""
-        path = self.folder / str(step) / _DESCRIPTION / _FILE
-        written = json_object(path.read_text(), path)
-        body = written.get("content")
-        if not isinstance(body, dict) or written.get("digest") != _text_digest(body):
-            raise FileError(f"{path} is not as it was written")
-        if body["format"] != _FORMAT:
-            raise FileError(f"{path} is of format {body['format']!r}, not {_FORMAT}")
-        if body["step"] != step:
-            raise FileError(f"{path} is of step {body['step']}")
-        return body
-
-    def _fingerprint(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """`fingerprint`, which is remembered for as long as the arrays are the very same."""
-        arrays = list(base.values())
-        if self._base is not None:
-            known, result = self._base
-            if len(known) == len(arrays) and all(ref() is array for ref, array in zip(known, arrays, strict=True)):
-                return result
-        result = fingerprint(base)
-        fixed = all(isinstance(array, jax.Array) for array in arrays)  # numpy arrays may change in place
-        self._base = ([weakref.ref(array) for array in arrays], result) if fixed else None
-        return result
+        return description_file.read(self.folder / str(step), step)
 
     def _checked_step(self, step: Any) -> int:
         try:
@@ -354,18 +326,23 @@ class Checkpoints:
             )
         return number
 
-    def _steps_on_disk(self) -> list[int]:
-        """As the first process sees them."""
-        import orbax.checkpoint as ocp
 
-        return of_first_process([x.step for x in ocp.path.step.standard_name_format().find_all(self.folder)])
-
-    def _unfinished(self) -> list[str]:
-        """The names of half-written folders: no save is going on when this is called."""
-        import orbax.checkpoint as ocp
-
-        names = [path.name for path in self.folder.iterdir()]
-        return sorted(n for n in names if ocp.utils.TMP_DIR_SUFFIX in n and n.partition(".")[0].isdigit())
+def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arrays by their numbers in the checkpoint, and the description of all leaves by name."""
+    if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
+    arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}
+    leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
+    found = digests(arrays)
+    if differ := [name for name, digest in found.items() if not digest]:
+        raise ValueError(
+            f"The processes hold different values of {', '.join(differ)}, of which a checkpoint holds one. Make it "
+            "the same everywhere (fold jax.process_index() into a key after it is restored), or one global array."
+        )
+    for number, (name, digest) in enumerate(found.items()):
+        leaves[name] |= {"digest": digest, "item": str(number)}
+    # Orbax refuses empty arrays.
+    return {leaves[name]["item"]: array for name, array in arrays.items() if array.size}, leaves
 
 
 def save(
@@ -378,12 +355,13 @@ def save(
     data: Any = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves one checkpoint and waits for it; arguments and errors as of `Checkpoints.save`.
+    """Save one checkpoint, and wait for it. Arguments and errors are those of `Checkpoints.save`.
 
     Example:
         >>> import tempfile, loha_jax
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
-        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(folder, params)
         ...     restore(folder, params).step
@@ -394,10 +372,10 @@ def save(
 
 
 def restore(folder: str | os.PathLike[str], params: Any, opt_state: Any = None, step: int | None = None) -> Restored:
-    """Restores one checkpoint, as `Checkpoints.restore`; see `save` for an example.
+    """Restore one checkpoint, as `Checkpoints.restore` does; see `save` for an example.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no checkpoint.
     """
     name = os.fspath(folder)
     if "://" in name or Path(name).is_dir():
@@ -405,19 +383,3 @@ def restore(folder: str | os.PathLike[str], params: Any, opt_state: Any = None, 
             if (restored := checkpoints.restore(params, opt_state, step)) is not None:
                 return restored
     raise FileNotFoundError(f"{folder} holds no checkpoint")
-
-
-def _remove(folder: Any) -> None:
-    """Removes a half-written folder. Where a save has just failed, its other writes may still go on for a moment."""
-    for _ in range(50):
-        try:
-            folder.rmtree()
-        except OSError:
-            time.sleep(0.1)
-        if not folder.exists():
-            return
-    folder.rmtree()
-
-
-def _text_digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""What a checkpoint holds of a training state, and what it says about the rest: all of it by name.
+"""A training state by name: the leaves that a checkpoint holds, and a description of all.
 
-Held are the adapters' arrays, the copies of `modules_to_save`, the optimizer state and the random key. Of the base
-there is a fingerprint. A description, which is JSON, says what the arrays are and what they belong to.
+A checkpoint holds the adapters' arrays, the copies of `modules_to_save`, the optimizer state and the
+random key. Its description, as JSON, has the shapes and dtypes of these, the adapters' configs and a
+fingerprint of the base. `differences` compares a description with that of another state.
 """
 
 from __future__ import annotations
@@ -15,20 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loha_jax.runtime.digests import digests
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
 
 KEY = "key"
-SAMPLE = 1 << 14
-"""How many elements of each base array the fingerprint reads."""
 
 PROVENANCE = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("init_weights", "metadata"),
 )
-"""Fields of a config that say where an adapter comes from, or choose modules, which are compared by name."""
+"""Fields of a config that are not compared: origins, and choices of modules, compared by name."""
 
 _SCALARS = {bool: "bool", int: "int", float: "float"}
 _CONTAINERS = (dict, list, tuple, type(None), LoHaWeight, SavedWeight, Factors)
@@ -36,12 +34,12 @@ _CONTAINERS = (dict, list, tuple, type(None), LoHaWeight, SavedWeight, Factors)
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A training state, taken apart.
+    """A training state as leaves by name.
 
     Attributes:
-        saved: the leaves that a checkpoint holds, by name: `params…`, `opt_state…` and `key`.
-        base: the other leaves of `params`, by name.
-        adapters: the description of each adapted leaf, by name.
+        saved: the leaves that a checkpoint holds: `params…`, `opt_state…` and `key`.
+        base: the other leaves of `params`.
+        adapters: the description of each adapted leaf.
         optimizer: the types in the optimizer state, in order, or None without one.
     """
 
@@ -52,7 +50,7 @@ class State:
     _flat: tuple[Any, list[bool], list[Any], Any]
 
     def with_values(self, values: Mapping[str, Any]) -> tuple[Any, Any]:
-        """`(params, opt_state)` with other values in what a checkpoint holds; base leaves are the very same."""
+        """Return `(params, opt_state)` with other values of the saved leaves."""
         params, is_saved, leaves, opt_state = self._flat
         names = iter(self.saved)
         new = params.unflatten([values[next(names)] if saved else x for x, saved in zip(leaves, is_saved, strict=True)])
@@ -62,11 +60,11 @@ class State:
 
 
 def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
-    """The parts of a training state; arrays may be `jax.ShapeDtypeStruct`.
+    """Take a training state apart; arrays may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        TypeError: `params` is an NNX model, or a leaf to be saved is neither an array nor a number.
-        ValueError: `params` holds no adapter, or is one half of `partition`.
+        TypeError: `params` is an NNX model, or a leaf to save is neither an array nor a number.
+        ValueError: `params` has no adapter, or is one half of `partition`.
     """
     refuse_model(params, "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.")
     adapters: dict[str, Any] = {}
@@ -104,14 +102,14 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
+    """Return whether a leaf is an array, or the shape of one."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype == np.bool_ or bool(jnp.issubdtype(leaf.dtype, np.number))
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def describe_leaf(leaf: Any) -> dict[str, Any]:
-    """What a leaf that is saved is, as JSON."""
+    """Describe a saved leaf as JSON."""
     if (kind := _SCALARS.get(type(leaf))) is not None:
         return {"kind": kind, "value": leaf}
     shape = list(leaf.shape)
@@ -122,26 +120,8 @@ def describe_leaf(leaf: Any) -> dict[str, Any]:
     return {"kind": kind, "shape": shape, "dtype": str(leaf.dtype), **weak}
 
 
-def fingerprint(base: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one base from another: of each leaf the shape, the dtype and a digest of a sample of its values.
-
-    A `jax.ShapeDtypeStruct` has no values, and so no digest. With several processes, all of them have to call it.
-    """
-    found = digests({name: x for name, x in base.items() if _has_values(x)}, SAMPLE)
-    result: dict[str, Any] = {}
-    for name, leaf in base.items():
-        if is_array(leaf):
-            result[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-            if name in found:
-                result[name]["digest"] = found[name]
-        else:  # a number, a function: whatever else a tree may hold
-            plain = isinstance(leaf, bool | int | float | str)
-            result[name] = {"value": leaf} if plain else {"type": type(leaf).__qualname__}
-    return result
-
-
 def plain_json(value: Any, where: str) -> Any:
-    """The value as JSON gives it back; raises ValueError, with the place, for what JSON does not hold.
+    """Return the value as JSON gives it back; ValueError, with the place, if JSON cannot hold it.
 
     Example:
         >>> plain_json({"position": (1, 2)}, "data")
@@ -160,7 +140,7 @@ def plain_json(value: Any, where: str) -> Any:
 
 
 def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
-    """Numbers by name, arrays of one element among them, as floats; raises ValueError for anything else.
+    """Return numbers, or arrays of one element, as floats by name; ValueError for anything else.
 
     Example:
         >>> plain_numbers({"loss": np.float32(0.5)}, "metrics")
@@ -173,10 +153,6 @@ def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
         except (TypeError, ValueError):
             raise ValueError(f"{where}[{name!r}] should be a number, got {value!r:.100}") from None
     return numbers
-
-
-def _has_values(leaf: Any) -> bool:
-    return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _name(root: str, path: Any) -> str:
@@ -205,7 +181,7 @@ def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
 
 
 def _types(structure: Any) -> list[str]:
-    """The types of the nodes of a tree that are no plain containers: ScaleByAdamState and others."""
+    """Return the types of the nodes of a tree except plain containers: ScaleByAdamState, …"""
     found: list[str] = []
 
     def visit(node: Any) -> None:
@@ -220,16 +196,17 @@ def _types(structure: Any) -> list[str]:
 
 
 def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
-    """What differs between the description of what was given and that in a checkpoint, a line for each leaf and field.
+    """Return the differences between two descriptions, a line for each leaf and field.
 
     Args:
-        given, held: `{"adapters": …, "leaves": …, "base": …, "optimizer": …}`. A base leaf without a digest has no
-            values to compare. An optimizer state that was not given is not compared.
+        given, held: the descriptions of the given state and of the checkpoint:
+            `{"adapters": …, "leaves": …, "base": …, "optimizer": …}`. A base leaf without a digest
+            has no values to compare. An optimizer state that is not given is not compared.
     """
     lines = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
         lines += _fields(name, _structure(ours), _structure(theirs))
-    # Earlier versions held alpha/r and `scale`'s numbers as arrays; and the norms of modules that are not adapted.
+    # Earlier versions saved alpha/r and `scale`'s numbers as arrays, and norms of unadapted modules.
     described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
@@ -257,7 +234,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
 
 
 def _structure(described: Any) -> Any:
-    """Return the part of an adapted leaf's description that has to be equal: all but the adapter's provenance."""
+    """Return the part of an adapted leaf's description that must be equal, without `PROVENANCE`."""
     if not isinstance(described, dict):
         return described
     result = {name: value for name, value in described.items() if name != "counters"}
@@ -273,19 +250,19 @@ def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str,
 
 
 def _fields(name: str, given: Any, held: Any) -> list[str]:
-    """A line for each field that differs, of a config too."""
+    """Return a line for each field that differs, those of a config too."""
     if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
         return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
     return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
 
 
 def _same(given: Any, held: Any) -> bool:
-    """Whether two pieces of JSON are equal: NaN is NaN, and the order of a config's patterns counts."""
+    """Return whether two JSON values are equal: NaN equals NaN, and the order of patterns counts."""
     return json.dumps(given) == json.dumps(held)
 
 
 def _as_shape(described: Mapping[str, Any]) -> Any:
-    """What has to be equal: the shape, and a dtype that the values can be cast to."""
+    """Return what must be equal: the shape, and a dtype that the values can be cast to."""
     if described["kind"] in _SCALARS.values():
         return described["kind"]
     if described["kind"] == "key":

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: as Orbax takes them, and read back in the dtypes and shardings of a given state."""
+"""The arrays of a checkpoint: as Orbax saves them, and read in the shardings of a given state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loha_jax.runtime.untrusted import FileError
 
 
 def storable(leaf: Any) -> Any:
-    """An array as Orbax takes it: no typed key, and numpy where it is one process' own among several."""
+    """Return an array as Orbax takes it: no typed key; numpy if only this process holds it."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, jax.Array):
@@ -24,22 +24,22 @@ def storable(leaf: Any) -> Any:
 
 
 def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads arrays in the dtypes that they were saved in; those that are to be sharded are read in parts.
+    """Read arrays in the dtypes that they were saved in; sharded arrays are read in parts.
 
     Args:
         folder: Orbax' folder of a PyTree.
         wanted: the descriptions of the arrays, by name.
-        given: leaves that say how they are sharded, by name.
+        given: leaves with the shardings of the arrays, by name.
 
     Raises:
-        FileError: one has another shape or dtype than it is described with.
-        Exception: what Orbax stumbles over where the files are broken.
+        FileError: an array has another shape or dtype than its description.
+        Exception: any other error of Orbax if files are corrupted.
     """
     import orbax.checkpoint as ocp
 
     restore_args = {}
     for name, described in wanted.items():
-        if 0 in described["shape"]:  # Orbax stores none
+        if 0 in described["shape"]:  # Orbax saves no empty array
             continue
         if (sharding := _sharding_to_read(given.get(name), described)) is None:
             restore_args[described["item"]] = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -47,7 +47,7 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
             restore_args[described["item"]] = ocp.ArrayRestoreArgs(
                 sharding=sharding, global_shape=tuple(described["shape"]), dtype=jnp.dtype(described["dtype"])
             )
-    # The handler, not the manager: there a process that fails would leave the others waiting for it.
+    # Not by the manager: if one process fails in it, the others wait for that one forever.
     read = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers()).restore(
         folder,
         args=ocp.args.PyTreeRestore(
@@ -64,7 +64,10 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -> Any:
-    """A restored array with the sharding of the given leaf (None for the random key), and its dtype if `cast`."""
+    """Return a restored array with the sharding of the given leaf, and with its dtype if `cast`.
+
+    `given` is None for the random key.
+    """
     if described["kind"] == "key":
         value = jax.random.wrap_key_data(value, impl=described["impl"])
     elif cast and value.dtype != given.dtype:
@@ -73,7 +76,7 @@ def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -
         return value if isinstance(given, np.ndarray) else value[()]
     if isinstance(value, np.ndarray):
         value = jnp.asarray(value)
-    if described.get("weak_type"):  # it decides what the dtype of products is
+    if described.get("weak_type"):  # it determines the dtype of products
         weak = jnp.full(value.shape, value.dtype.type(0).item())
         value = weak.at[...].set(value) if weak.dtype == value.dtype else value
     sharding = wanted_sharding(given)
@@ -81,27 +84,27 @@ def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -
 
 
 def wanted_sharding(given: Any) -> Any:
-    """The sharding that a leaf asks for; None of an array that JAX may move where it is used."""
+    """Return the sharding of a leaf; None if it is uncommitted, so that JAX may move it."""
     if isinstance(given, jax.ShapeDtypeStruct):
         return given.sharding
     return given.sharding if isinstance(given, jax.Array) and given.committed else None
 
 
 def _sharding_to_read(given: Any, described: Mapping[str, Any]) -> Any:
-    """The sharding in which Orbax reads an array; None for one that is read whole, as numpy."""
+    """Return the sharding in which Orbax reads an array; None to read it whole, as numpy."""
     sharding = wanted_sharding(given)
     if sharding is None or described["kind"] == "key" or described.get("weak_type"):
         return None
-    if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:  # float64 where that is switched off
+    if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:  # float64 while it is disabled
         return None
     return None if jax.process_count() > 1 and sharding.is_fully_addressable else sharding
 
 
 @functools.cache
 def _patient_handlers() -> Any:
-    """Orbax' readers of arrays; where one array cannot be read, they wait for the others.
+    """Return Orbax' readers of arrays; after an error in one array they wait for the others.
 
-    Orbax closes its event loop at the first error, and each read that ends later would complain about that.
+    Orbax closes its event loop at the first error, and each read that ends later would log that.
     """
     import orbax.checkpoint as ocp
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: Orbax' policies, on the checkpoints that are whole and with metrics that are numbers."""
+"""The checkpoints that stay: Orbax' policies, applied to intact checkpoints and metrics without NaN."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from loha_jax.runtime.scalars import plain_scalar
 
 
 class Retention:
-    """The latest `keep` checkpoints stay and, beside them, the best `keep_best`; a preservation policy of Orbax.
+    """A preservation policy of Orbax: the latest `keep` checkpoints, and the best `keep_best`.
+
+    Orbax' own policies do not know of corrupted checkpoints, nor of NaN. So they see only the intact
+    checkpoints, and a metric that is NaN as a missing one.
 
     Args:
-        keep: None for all.
+        keep: the number of latest checkpoints, or None for all.
         best: the name of a metric, or None.
         best_mode: "min" or "max".
-        keep_best: how many.
-        read_metrics: reads those of a checkpoint; raises where it is broken.
+        keep_best: the number of best checkpoints.
+        read_metrics: reads the metrics of a checkpoint; raises if it is corrupted.
 
     Attributes:
-        broken: what is wrong with checkpoints that cannot be restored, by step. None of them counts as one of the
-            latest or best, and each stays until training has come past it.
-        metrics: of the checkpoints that were saved or looked at, by step.
+        broken: the errors of checkpoints that cannot be restored, by step. They count neither as
+            latest nor as best, and stay until training has passed their step.
+        metrics: the metrics of the checkpoints saved or read so far, by step.
 
     Raises:
-        ValueError: `keep`, `keep_best` or `best_mode` is not one of these.
+        ValueError: `keep`, `keep_best` or `best_mode` is invalid.
 
     Example:
-        >>> retention = Retention(1, "loss", "min", 1, read_metrics={1: {"loss": 2.0}, 2: {"loss": math.nan}}.get)
-        >>> retention.best_step([1, 2])
+        >>> metrics = {1: {"loss": 2.0}, 2: {"loss": math.nan}}
+        >>> Retention(1, "loss", "min", 1, read_metrics=metrics.get).best_step([1, 2])
         1
     """
 
@@ -68,14 +71,14 @@ class Retention:
         self._policy = checkpoint_managers.AnyPreservationPolicy(policies)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax asks this when it has started to save the last one of `checkpoints`."""
+        """Return which checkpoints stay. Orbax calls it after it has started to save the last one."""
         whole = [dataclasses.replace(c, metrics=self._ranked(c.step)) for c in checkpoints if c.step not in self.broken]
         decided = self._policy.should_preserve(whole, context=context)
         kept = {c.step for c, keep in zip(whole, decided, strict=True) if keep}
         return [c.step in kept or (c.step in self.broken and c.step > checkpoints[-1].step) for c in checkpoints]
 
     def best_step(self, steps: Sequence[int]) -> int | None:
-        """The one with the best metric, the last one of equals; None where none has any."""
+        """Return the step with the best metric, the last of equals; None if no step has one."""
         if self._best is None:
             return None
         sign = -1 if self._best_mode == "min" else 1
@@ -83,13 +86,13 @@ class Retention:
         return max(ranked)[1] if ranked else None
 
     def _ranked(self, step: int) -> dict[str, float] | None:
-        """The metrics of a checkpoint that can be among the best; None of one that can not."""
+        """Return the metrics of a checkpoint; None if it cannot be among the best."""
         if self._best is None or step in self.broken:
             return None
         if step not in self.metrics:
             try:
                 self.metrics[step] = self._read_metrics(step) or {}
-            except Exception:  # `restore` says what is wrong
+            except Exception:  # `restore` raises it
                 self.metrics[step] = {}
         metrics = self.metrics[step]
         return None if math.isnan(metrics.get(self._best, math.nan)) else metrics

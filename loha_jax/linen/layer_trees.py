@@ -1,7 +1,7 @@
-"""Parameters of Linen layers with a LoHa adapter of their own as `loha_jax`'s trees, and back.
+"""Conversion of the parameters of LoHa layers to `loha_jax`'s trees, and back.
 
-The layers (`loha_jax.linen`) say what they are while the model's `init` is evaluated abstractly: each boxes one factor
-with its layout and settings, and Flax's own `add_axis` tells the box which axes `nn.scan` and `nn.vmap` add.
+The model's `init` is evaluated abstractly. Each layer then boxes one of its factors with its layout
+and settings, and Flax's own `add_axis` tells the box which axes `nn.scan` and `nn.vmap` add.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ describing = jax.make_user_context(False)  # part of jit's cache key: a jitted i
 def make_target(
     path: tuple[str, ...], name: str, layout: Layout, kernel: Any, config: LoHaConfig, names: Names | None
 ) -> Target:
-    """What a layer adapts, with its module names where it stands in a model."""
+    """Return what a layer adapts, with its module names in the model."""
     module_names = stack_names(name, layout.sizes("s", kernel.shape), names)
     return Target(
         path=path,
@@ -48,7 +48,7 @@ def make_target(
 def loha_weight(
     target: Target, config: LoHaConfig, kernel: Any, tensors: Mapping[str, Any], adapter_name: str
 ) -> LoHaWeight:
-    """The kernel with its factors as a leaf of a tree."""
+    """Return the kernel with its factors as a leaf of a tree."""
     return LoHaWeight(
         kernel, {adapter_name: _factors(target, config, tensors)}, target.layout, target.names, (adapter_name,)
     )
@@ -70,7 +70,7 @@ def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> 
 
 
 def product(target: Target, config: LoHaConfig, tensors: Mapping[str, Any], forward_mode: bool = False) -> jax.Array:
-    """FedPara's weight, in the kernel's shape and dtype."""
+    """Return FedPara's weight, in the kernel's shape and dtype."""
     delta = _factors(target, config, tensors).delta(forward_mode=forward_mode)
     return target.layout.fold(delta, target.shape).astype(target.dtype)
 
@@ -78,7 +78,10 @@ def product(target: Target, config: LoHaConfig, tensors: Mapping[str, Any], forw
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Described(meta.AxisMetadata):
-    """Boxes a layer's `hada_w1_a` while `describing`: what the layer adapts, and the axes that transforms add."""
+    """A box around a layer's `hada_w1_a`: what the layer adapts, and the axes that transforms add.
+
+    Only while `describing`.
+    """
 
     value: Any
     kernel_name: str = dataclasses.field(metadata={"static": True})
@@ -88,24 +91,24 @@ class Described(meta.AxisMetadata):
     added: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def unbox(self) -> Any:
-        """The factor itself."""
+        """Return the factor itself."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Any:
-        """The same description of another array."""
+        """Return the same description of another array."""
         return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: Any) -> Any:
-        """Notes an axis that `nn.scan` or `nn.vmap` puts in at this place."""
+        """Note the position of an axis that `nn.scan` or `nn.vmap` adds."""
         return dataclasses.replace(self, added=(*self.added, index))
 
     def remove_axis(self, index: int, params: Any) -> Any:
-        """Forgets the last axis that was noted."""
+        """Forget the last axis that was noted."""
         return dataclasses.replace(self, added=self.added[:-1])
 
-    def _axes(self, own: Sequence[Any]) -> list[Any]:
-        """An array's axes: its own, and "+0", "+1", … that `nn.scan` and `nn.vmap` put between them."""
-        axes = list(own)
+    def _axes(self, axes: Sequence[Any]) -> list[Any]:
+        """Return an array's axes: its own, and between them "+0", "+1", … added by transforms."""
+        axes = list(axes)
         for n, index in enumerate(self.added):
             axes.insert(index if index >= 0 else len(axes) + 1 + index, f"+{n}")
         return axes
@@ -122,7 +125,7 @@ class Described(meta.AxisMetadata):
         return Layout(" ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes))
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """A factor's axes, of `ndim`, in the order of `Factors`: the stack axes as in the kernel, then its own."""
+        """Return the order of a factor's axes in `Factors`: the kernel's stack axes, then the rest."""
         own_stack = self.target.layout.axes("s")
         rest = [f".{n}" for n in range(ndim - len(own_stack) - len(self.added))]
         axes = self._axes([*own_stack, *rest])
@@ -132,7 +135,7 @@ class Described(meta.AxisMetadata):
 
 
 def _describe(init: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The flat params of an abstract run of `init`, with `Described` leaves."""
+    """Evaluate `init` abstractly; return its flat params, with `Described` leaves."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     dynamic = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)]
 
@@ -158,14 +161,14 @@ def _layers(described: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], D
 
 
 def _own_leaves(described: Mapping[tuple[str, ...], Any], path: tuple[str, ...], d: Described) -> dict[str, Any]:
-    """Shapes of a layer's kernel and factors by leaf name."""
+    """Return the shapes of a layer's kernel and factors by leaf name."""
     names = (*FACTOR_NAMES, *(() if d.fedpara else (d.kernel_name,)))
     leaves = {name: described[(*path, name)] for name in names if (*path, name) in described}
     return {name: d.value if isinstance(leaf, Described) else leaf for name, leaf in leaves.items()}
 
 
 def _flat_params(params: Any) -> tuple[dict[tuple[str, ...], Any], Callable[[dict], Any]]:
-    """The flat params inside `params` or a dict of variables, and what puts new ones in their place."""
+    """Return the flat params of `params` or a dict of variables, and a function to rebuild it."""
     if isinstance(params, Mapping) and "params" in params:
         flat = flatten_dict(params["params"], keep_empty_nodes=True)
         return flat, lambda new: {**params, "params": unflatten_dict(new)}
@@ -189,31 +192,34 @@ def to_adapted(
     names: Names | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The params of a model with layers of this module as a tree that `loha_jax.inject` could have made.
+    """Convert the params of a model with LoHa layers to a tree as made by `loha_jax.inject`.
 
-    Each `kernel` with its `hada_*` becomes one `LoHaWeight`: `interop.save_peft` writes such a tree, `loha_jax.merge`
-    makes it the plain Flax model's, and `loha_jax.adapt(plain_model.apply)` runs it. To load an adapter of PEFT's:
+    Each `kernel` becomes one `LoHaWeight` with its `hada_*`. `interop.save_peft` writes such a tree,
+    `loha_jax.merge` returns the plain Flax model's params, and `loha_jax.adapt(plain_model.apply)`
+    runs it. To load an adapter of PEFT's:
 
-        adapted = interop.load_peft(folder, linen.to_adapted(params, model.init, key, x), adapter_name="loaded")
-        params = linen.from_adapted(adapted, model.init, key, x)
+        tree = linen.to_adapted(params, model.init, key, x)
+        tree = interop.load_peft(folder, tree, adapter_name="loaded")
+        params = linen.from_adapted(tree, model.init, key, x)
 
     Args:
-        params: of the model, or its variables (`{"params": …}`); boxes of partitioning metadata are taken off.
-        init, args, kwargs: the model's `init` and its arguments, as they made (or could make) `params`. It is evaluated
-            abstractly, so that each layer can say its layout, rank and alpha, and `nn.scan` and `nn.vmap` which axes
-            they add; arrays may be `jax.ShapeDtypeStruct`s.
-        adapter_name: of the adapter in the tree.
-        names: torch module names where they differ from the tree's, as for `loha_jax.inject`.
+        params: the model's params or variables (`{"params": …}`). Boxes of partitioning metadata
+            are removed.
+        init, args, kwargs: the model's `init` and its arguments, with which `params` were, or could
+            have been, made. It is evaluated abstractly to learn each layer's layout, rank and alpha,
+            and the axes that `nn.scan` and `nn.vmap` add; arrays may be `jax.ShapeDtypeStruct`s.
+        adapter_name: the name of the adapter in the tree.
+        names: torch module names if they differ from the tree's, as for `loha_jax.inject`.
 
     Returns:
-        The tree as dicts. A FedPara layer is no adapter of a frozen kernel: it becomes the plain `kernel` that its
-        factors make. The config targets the layers by name; a rank or alpha that is not the most common one is in
-        `rank_pattern` and `alpha_pattern`.
+        The tree as dicts. A FedPara layer adapts no frozen kernel: it becomes a plain `kernel`, its
+        product. The config targets the layers by name; ranks and alphas other than the most common
+        ones are in `rank_pattern` and `alpha_pattern`.
 
     Raises:
-        ValueError: `params` and the model do not fit (all problems in one error), two layers have one name, or the
-            layers differ in what one config holds once: dropouts, `init_weights`, `use_effective_conv2d` (of kernels
-            larger than 1).
+        ValueError: `params` and the model do not match (all problems in one error), two layers have
+            the same name, or layers differ in a field that a config holds once: dropouts,
+            `init_weights`, `use_effective_conv2d` (of kernels larger than 1).
 
     Example:
         >>> import loha_jax
@@ -266,7 +272,7 @@ def to_adapted(
 
 
 def _common_config(targets: Mapping[Any, Target], configs: Mapping[Any, LoHaConfig]) -> LoHaConfig:
-    """One config for all layers, as PEFT has it."""
+    """Return one config for all layers, as PEFT has it."""
     if not targets:
         return LoHaConfig()
     counted = Counter(name for target in targets.values() for name in target.names)
@@ -301,20 +307,22 @@ def _common_config(targets: Mapping[Any, Target], configs: Mapping[Any, LoHaConf
 
 
 def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The way back from `to_adapted`: an adapted tree as the params of a model with layers of this module.
+    """Convert an adapted tree to the params of LoHa layers: the inverse of `to_adapted`.
 
     Args:
-        adapted: a tree that `to_adapted`, `loha_jax.inject` or `interop.load_peft` made, with values; its one active
-            adapter is taken.
+        adapted: a tree made by `to_adapted`, `loha_jax.inject` or `interop.load_peft`, with one
+            active adapter.
         init, args, kwargs: as for `to_adapted`.
 
     Returns:
-        Params (or variables) of plain arrays: `kernel` and `hada_*`; a module in `modules_to_save` is its trained copy.
+        Params (or variables) of plain arrays: `kernel` and `hada_*`. A module in `modules_to_save`
+        becomes its trained copy.
 
     Raises:
-        ValueError: the tree and the model do not fit, all problems in one error: a LoHa layer without a `LoHaWeight` or
-            the other way round, no or several active adapters, another layout, rank, alpha, scaling or form (flat, with
-            cores); or the model has FedPara layers, which no kernel can be turned into.
+        ValueError: the tree and the model do not match, all problems in one error: a LoHa layer
+            without a `LoHaWeight` or the reverse; no or several active adapters; another layout,
+            rank, alpha, scaling or form (with or without cores); FedPara layers, which no kernel can
+            be converted to.
 
     Example:
         >>> from loha_jax.linen import LoHaDense
@@ -353,7 +361,7 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _misfit(leaf: Any, d: Described) -> str | None:
-    """Why a leaf cannot be the weight of a layer, or None."""
+    """Return why a leaf cannot be the weight of a layer, or None."""
     if d.fedpara:
         return "is the weight of a FedPara layer, which has no kernel"
     if not isinstance(leaf, LoHaWeight):

@@ -1,15 +1,17 @@
 """LoHa for Flax NNX: `inject` for a whole model, and layers for authors.
 
-    loha_jax.nnx.inject(model, config, rngs=rngs)                    # in place; the model is called as before
+    loha_jax.nnx.inject(model, config, rngs=rngs)  # in place; the model is called as before
     optimizer = nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam)
-    grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, loha_jax.nnx.LoHaParam))(model)
+    factors = nnx.DiffState(0, loha_jax.nnx.LoHaParam)
+    grads = nnx.grad(loss_fn, argnums=factors)(model)
 
-Calls are computed on the factors, as by `loha_jax.adapt`. The functions from tree to tree (`loha_jax.merge`, `unload`,
-`set_adapter`, …) and `interop.save_peft` and `load_peft` take such a model too; those that change a tree change a model
-in place and return it.
+Calls are computed on the factors, as by `loha_jax.adapt`. The functions from tree to tree
+(`loha_jax.merge`, `unload`, `set_adapter`, …) and `interop.save_peft` and `load_peft` take such a
+model too. Those that change a tree change a model in place, and return it.
 """
 
-from loha_jax.nnx.layers import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral, inject, set_dropout
+from loha_jax.nnx.inject import inject, set_dropout
+from loha_jax.nnx.layers import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral
 from loha_jax.nnx.variables import AdaptedCopy, AdaptedKernel, InactiveLoHaParam, LoHaParam
 
 __all__ = [

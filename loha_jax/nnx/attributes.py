@@ -1,7 +1,7 @@
-"""Changes that a call of an adapted NNX model makes to attributes that are neither variables nor arrays.
+"""Changes that a call makes to attributes of its models that are neither variables nor arrays.
 
-A call is traced. Whatever an attribute is given there may hold traced values, which mean nothing afterwards
-(`functools.cached_property` keeps them), so only plain data goes back to the caller's model.
+A call is traced. The value of an attribute set there may hold traced values, which are invalid
+afterwards (`functools.cached_property` keeps them). So only plain data is set in the caller's model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enu
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is data that no trace can be in: numbers, strings, and containers of them."""
+    """Return whether a value cannot hold traced ones: numbers, strings, containers of them."""
     if isinstance(value, Mapping):
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
     if isinstance(value, tuple | list | set | frozenset):
@@ -27,7 +27,7 @@ def is_plain(value: Any) -> bool:
 
 
 def detach_attributes(clone: nnx.Pytree) -> None:
-    """Lets a clone compute for itself: it gets its own containers, and computes what it had cached of its weights."""
+    """Copy a clone's containers, and delete the properties that it caches of its weights."""
     for name, value in list(vars(clone).items()):
         if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False):
             continue
@@ -38,7 +38,7 @@ def detach_attributes(clone: nnx.Pytree) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """New lists, dicts and sets, those inside them too; anything else as it is."""
+    """Copy lists, dicts and sets, and those inside them; return anything else as it is."""
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) is list:
@@ -46,9 +46,9 @@ def _copied(value: Any) -> Any:
     return set(value) if type(value) is set else value
 
 
-def changed_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
-    """Attributes that a call set to plain data in the clones: the original node, the name and the value."""
-    for path, clone in nnx.iter_graph(clones):
+def changed_attributes(clones: Mapping[Any, Any], originals: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Yield the attributes set to plain data in the clones: original node, name and value."""
+    for path, clone in clones.items():
         if not isinstance(clone, nnx.Pytree):
             continue
         if path not in originals:
@@ -65,9 +65,11 @@ def changed_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tu
                 yield original, name, value
 
 
-def new_data_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Attributes with arrays that a call added to the clones: the path and the value, traced arrays in it."""
-    for path, clone in nnx.iter_graph(clones):
+def new_data_attributes(
+    clones: Mapping[Any, Any], originals: Mapping[Any, Any]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the attributes with arrays that were added to the clones: path and value."""
+    for path, clone in clones.items():
         if isinstance(clone, nnx.Pytree) and path in originals:
             for name, value in vars(clone).items():
                 if clone._pytree__nodes.get(name, False) and name not in vars(originals[path]):
@@ -75,7 +77,7 @@ def new_data_attributes(clones: Any, originals: Mapping[Any, Any]) -> Iterator[t
 
 
 def set_attribute(node: Any, name: str, value: Any) -> None:
-    """Sets an attribute; the contents of a list, dict or set, which others may hold too, where it is one."""
+    """Set an attribute. A list, dict or set, which others may hold too, is changed in place."""
     old = vars(node).get(name)
     if type(old) is type(value) is list:
         old[:] = value

@@ -1,11 +1,11 @@
 """An NNX model as a tree of parameters, and back.
 
-An adapted `nnx.Param` is replaced, where it stood in its module, by an `AdaptedKernel` (`nnx_variables`): a small
-module with the Param itself, untouched, and a `LoHaParam` for every factor. Read as an array it is `W + ΔW`, so code
-that takes the kernel out of the model is right, if slow. Calls are fast (`nnx_calls`): the modules that hold adapted
-kernels get a subclass whose methods run through `loha_jax.adapt`. Nothing is shared and no array is closed over, so
-that NNX's own functions (split, merge, clone, jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and
-in tree mode.
+An adapted `nnx.Param` is replaced in its module by an `AdaptedKernel` (`variables.py`): a small
+module with the Param itself, untouched, and a `LoHaParam` for every factor. Read as an array it is
+`W + ΔW`, so code that reads the kernel is right, if slow. Calls are fast: the modules that hold
+adapted kernels get a subclass (`adapted_classes.py`) whose methods run through `loha_jax.adapt`
+(`calls.py`). Nothing is shared and no array is closed over, so NNX's own functions (split, merge,
+clone, jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and in tree mode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from loha_jax.lowrank.layout import Layout, einsum_layout
-from loha_jax.nnx.calls import call, dress, is_node, nodes_among
+from loha_jax.nnx.adapted_classes import dress
+from loha_jax.nnx.calls import call, nodes_among
 from loha_jax.nnx.variables import (
     AdaptedCopy,
     AdaptedKernel,
@@ -26,21 +27,20 @@ from loha_jax.nnx.variables import (
     Path,
     adapted_nodes,
     below,
+    is_node,
     replace_nodes,
     slots,
 )
-from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.inject import inject
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, ModelLayouts
 
 # With `call`, `is_node` and `nodes_among`, this module is a `loha_jax.tree.containers.Container`.
-__all__ = ["adapt_layer", "call", "is_node", "layouts_of", "nodes_among", "tree_of", "write_back"]
+__all__ = ["call", "is_node", "layer_layout", "layouts_of", "nodes_among", "tree_of", "write_back"]
 
 
 def tree_of(model: nnx.Module) -> dict[Any, Any]:
-    """The model's parameters and statistics as nested dicts by attribute: arrays, `LoHaWeight`s, `SavedWeight`s."""
+    """Return the model's parameters and statistics as nested dicts, with adapted leaves."""
     return unflatten_dict(
         {
             path: _named(node.leaf(), path) if isinstance(node, AdaptedVariable) else node.get_value()
@@ -50,7 +50,7 @@ def tree_of(model: nnx.Module) -> dict[Any, Any]:
 
 
 def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeight:
-    """The leaf with its module's name, which a layer that was made alone does not know."""
+    """Return the leaf with its module's name, which a layer that was created by itself lacks."""
     if isinstance(leaf, SavedWeight) or leaf.names[0]:
         return leaf
     name = module_name(tuple(map(str, path)))
@@ -58,7 +58,7 @@ def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeig
 
 
 def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
-    """Puts a changed `tree_of(model)` into the model: adapted leaves as `AdaptedVariable`s, arrays as variables."""
+    """Write a changed `tree_of(model)` into the model, and return the model."""
     old = _weights(model)
     new = _flat_leaves(tree)
     if old.keys() != new.keys():
@@ -78,7 +78,7 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
             values.append((base, leaf))
             if base is not node:
                 replacements[id(node)] = base
-    replace_nodes(model, replacements)
+    replace_nodes(nnx.iter_graph(model), replacements)
     for variable, value in values:
         if variable.get_value() is not value:
             variable.set_value(value)
@@ -87,7 +87,7 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
 
 
 def _weights(model: nnx.Module) -> dict[Path, nnx.Variable | AdaptedVariable]:
-    """The variables that can hold weights, and the adapted ones, by path."""
+    """Return the variables that can hold weights, and the adapted ones, by path."""
     found: dict[Path, Any] = {}
     adapted = adapted_nodes(model)
     for path, node in nnx.iter_graph(model):
@@ -106,24 +106,27 @@ def _flat_leaves(tree: Any) -> dict[Path, Any]:
 
 
 def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
-    """The `given` layouts with those, by module name, that the layers of the model have by themselves."""
-    own: dict[str, Layout] = {}
+    """Return the given layouts, and those of the model's own layers, by module name."""
+    found: dict[str, Layout] = {}
     transposed: set[str] = set()
     owners = {id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in slots(node)}
     for path, variable in _weights(model).items():
         if not isinstance(variable, nnx.Variable) or id(variable) not in owners:
             continue
         owner, key = owners[id(variable)]
-        if word := _layer_layout(owner, key, variable.get_value().shape):
+        if word := layer_layout(owner, key, variable.get_value().shape):
             name = module_name(tuple(map(str, path)))
-            own[name] = Layout(word)
+            found[name] = Layout(word)
             if isinstance(owner, nnx.ConvTranspose):
                 transposed.add(name)
-    return ModelLayouts(given or {}, own, transposed)
+    return ModelLayouts(given or {}, found, transposed)
 
 
-def _layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
-    """The layout that a layer's own fields give its kernel, stack axes in front (`nnx.vmap`ed layers), or None."""
+def layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
+    """Return the layout of a layer's kernel by the layer's fields, or None.
+
+    Axes in front, added by `nnx.vmap`, are stack axes.
+    """
     word, core = "", ()
     if isinstance(layer, nnx.Linear) and key == "kernel":
         word, core = "io", (layer.in_features, layer.out_features)
@@ -145,20 +148,3 @@ def _layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
     if not word or missing < 0 or tuple(shape[missing:]) != tuple(core):
         return None
     return "s" * missing + word
-
-
-def adapt_layer(layer: nnx.Module, kernel: str, config: LoHaConfig, *, key: jax.Array) -> None:
-    """Adapts one kernel of a layer that knows its layout but not yet its name in a model."""
-    variable: nnx.Variable = getattr(layer, kernel)
-    array = variable.get_value()
-    word = _layer_layout(layer, kernel, array.shape) or ("oi" if kernel == "embedding" else None)
-    if word is None:
-        raise ValueError(
-            f"The kernel of shape {array.shape} has no letter that {getattr(layer, 'einsum_str', layer)!r} contracts, "
-            "or none that only the kernel and the result have: there is nothing to factor."
-        )
-    everything = dataclasses.replace(config, target_modules=".*")
-    leaf = inject({kernel: array}, everything, key=key, layouts={".*": word})[kernel]
-    factors = {n: dataclasses.replace(f, config=config) for n, f in leaf.adapters.items()}
-    leaf = dataclasses.replace(leaf, adapters=factors, names=("",) * len(leaf.names))
-    setattr(layer, kernel, AdaptedKernel(variable, leaf))

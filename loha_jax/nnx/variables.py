@@ -1,10 +1,10 @@
-"""What stands in an NNX model where an adapted variable stood, and where in the model's graph that is."""
+"""The modules that replace adapted variables in an NNX model, and functions of its graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +24,12 @@ Path = tuple[Any, ...]
 class LoHaParam(nnx.Param):
     """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
 
-    `nnx.Optimizer(model, tx, wrt=LoHaParam)` and `nnx.DiffState(0, LoHaParam)` train these alone.
+    `nnx.Optimizer(model, tx, wrt=LoHaParam)` and `nnx.DiffState(0, LoHaParam)` train only these.
     """
 
 
 class InactiveLoHaParam(nnx.Param):
-    """The same of an adapter that is not active: kept and saved, but not trained."""
+    """An array of an adapter that is not active: kept and saved, but not trained."""
 
 
 class Untrained(nnx.Variable):
@@ -37,7 +37,7 @@ class Untrained(nnx.Variable):
 
 
 class AdaptedVariable(ArrayLike, nnx.Module):
-    """What stands in a module where an adapted variable stood; read as an array it is the adapted weight.
+    """A module in place of an adapted variable; read as an array it is the adapted weight.
 
     Attributes:
         base: the model's own variable.
@@ -46,11 +46,11 @@ class AdaptedVariable(ArrayLike, nnx.Module):
     base: nnx.Variable
 
     def leaf(self) -> LoHaWeight | SavedWeight:
-        """The same as a leaf of a tree."""
+        """Return the variable as a leaf of a tree."""
         raise NotImplementedError
 
     def get_value(self) -> jax.Array:
-        """The adapted weight, as an `nnx.Variable` gives its value."""
+        """Return the adapted weight, as an `nnx.Variable` returns its value."""
         return self.__jax_array__()
 
     @property
@@ -74,7 +74,7 @@ class AdaptedVariable(ArrayLike, nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is not an array of one adapter of one kernel; see `Factors`."""
+    """The fields of one adapter of one kernel that are no arrays; see `Factors`."""
 
     adapter: str
     ranks: tuple[int, ...]
@@ -84,7 +84,7 @@ class Settings:
 
     @property
     def config(self) -> LoHaConfig:
-        """The config that made the adapter; only what computing needs of it counts where graphs are compared."""
+        """The adapter's config. Comparisons of graphs see only the fields that computing needs."""
         return self.origin.config
 
 
@@ -123,7 +123,10 @@ class AdaptedKernel(AdaptedVariable):
         self.deterministic = True if old is None else old.deterministic
 
     def leaf(self) -> LoHaWeight:
-        """The kernel as a leaf of a tree. Axes that `nnx.vmap` put in front since it was adapted are stack axes."""
+        """Return the kernel as a leaf of a tree.
+
+        Axes that `nnx.vmap` has added in front since it was adapted are stack axes.
+        """
         kernel = self.base.get_value()
         stacked = max(kernel.ndim - self.layout.ndim, 0)
         layout = Layout("s" * stacked + self.layout.word) if stacked else self.layout
@@ -143,18 +146,18 @@ class AdaptedKernel(AdaptedVariable):
         return LoHaWeight(kernel, adapters, layout, self.names * copies, self.active)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Called by `nnx.view(model, deterministic=...)`."""
+        """Set `deterministic`; `nnx.view(model, deterministic=...)` calls this."""
         if deterministic is not None:
             self.deterministic = deterministic
 
     @property
     def drops(self) -> bool:
-        """Whether an active adapter asks for dropout."""
+        """True if an active adapter has a dropout."""
         configs = [of.config for of in self.settings if of.adapter in self.active]
         return any(config.rank_dropout or config.module_dropout for config in configs)
 
     def leaf_for_call(self) -> LoHaWeight:
-        """The leaf with dropout's masks on it, unless `deterministic`."""
+        """Return the leaf, with dropout's masks unless `deterministic`."""
         leaf = self.leaf()
         if self.deterministic or not self.drops:
             return leaf
@@ -188,7 +191,7 @@ class AdaptedCopy(AdaptedVariable):
         )
 
     def leaf(self) -> SavedWeight:
-        """The variable as a leaf of a tree."""
+        """Return the variable as a leaf of a tree."""
         copies = {name: copy.get_value() for name, copy in self.copies.items()}
         return SavedWeight(self.base.get_value(), copies, self.layout, self.torch_name, self.active, self.counters)
 
@@ -196,13 +199,13 @@ class AdaptedCopy(AdaptedVariable):
 
     @property
     def current(self) -> nnx.Variable:
-        """The variable that counts: the active adapter's copy, or the base's."""
+        """The variable in use: the active adapter's copy, or the base's."""
         name = self.leaf().copy_of(self.active)
         return self.base if name is None else self.copies[name]
 
 
 def _name_axes(variables: Mapping[str, nnx.Variable], base: nnx.Variable, leaf: LoHaWeight, cp: bool) -> None:
-    """Gives the arrays of an adapter the sharding metadata that they have beside their kernel's."""
+    """Set the sharding metadata of an adapter's arrays as the kernel's metadata implies."""
     metadata = base.get_metadata()
     names = metadata.get("out_sharding")
     if names is None or len(names) != leaf.layout.ndim:
@@ -219,24 +222,37 @@ def _trained(array: jax.Array, active: bool) -> nnx.Param:
 
 
 def _next_key(stream: nnx.RngStream) -> jax.Array:
-    """A new key. A stream of a stack holds one per index, the first of which is used: the masks differ by index."""
+    """Return a new key.
+
+    A stream of a stack holds one key per index. The first is used, and the masks differ by index.
+    """
     keys, counts = stream.key.get_value(), stream.count.get_value()
     stream.count.set_value(counts + 1)
     return jax.random.fold_in(keys.reshape(-1)[0], counts.reshape(-1)[0])
 
 
+def is_node(x: Any) -> bool:
+    """Return whether x is a part of an NNX graph."""
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
 def adapted_nodes(model: Any) -> dict[Path, AdaptedKernel | AdaptedCopy]:
-    """The adapted variables of a model (or of a list of nodes), by path."""
-    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, AdaptedKernel | AdaptedCopy)}
+    """Return the adapted variables of a model, by path."""
+    return adapted_among(nnx.iter_graph(model))
 
 
-def below(path: Path, nodes: Mapping[Path, Any]) -> bool:
-    """Whether a path leads into one of these nodes."""
+def adapted_among(graph: Iterable[tuple[Path, Any]]) -> dict[Path, AdaptedKernel | AdaptedCopy]:
+    """Return the adapted variables among the parts of a graph, by path."""
+    return {path: node for path, node in graph if isinstance(node, AdaptedKernel | AdaptedCopy)}
+
+
+def below(path: Path, nodes: Container[Path]) -> bool:
+    """Return whether a path leads into one of these nodes."""
     return any(path[:n] in nodes for n in range(len(path)))
 
 
 def slots(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The attributes, entries or elements of a node of the graph."""
+    """Yield the attributes, entries or elements of a node of the graph."""
     if isinstance(node, nnx.Pytree):
         yield from list(vars(node).items())  # nnx.List and nnx.Dict keep their elements there too
     elif isinstance(node, Mapping):
@@ -245,10 +261,10 @@ def slots(node: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(node)
 
 
-def replace_nodes(model: Any, replacements: Mapping[int, Any]) -> None:
-    """Replaces nodes, given by identity, wherever the graph refers to them; all of them or, with an error, none."""
+def replace_nodes(graph: Iterable[tuple[Path, Any]], replacements: Mapping[int, Any]) -> None:
+    """Replace nodes, given by identity, wherever a graph refers to them; all, or none on an error."""
     places = []
-    for path, node in nnx.iter_graph(model):
+    for path, node in graph:
         for key, value in slots(node):
             if id(value) not in replacements or isinstance(node, AdaptedVariable):
                 continue

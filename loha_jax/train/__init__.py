@@ -1,6 +1,8 @@
-"""`fit`: a training loop for people who want one. Everyone else keeps their own: nothing else here needs this.
+"""`fit`: a training loop for people who want one. Nothing else in the package needs it.
 
-result = loha_jax.train.fit(loss_fn, params, optax.adamw(1e-3), batches, key=key, steps=1000, checkpoints="run")
+result = loha_jax.train.fit(
+    loss_fn, params, optax.adamw(1e-3), batches, key=key, steps=1000, checkpoints="run"
+)
 interop.save_peft("adapter", result.params)
 """
 

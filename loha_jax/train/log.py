@@ -1,4 +1,4 @@
-"""What `loha_jax.train` records and shows: metrics, seconds, a progress bar."""
+"""The metrics, the seconds and the progress bar of a run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LAG = 2
-"""Steps that the device may be ahead of the metrics that are read: it never waits for the host."""
+"""Steps between the start of a step and the reading of its metrics, so that the device never waits."""
 
 
 class Log:
-    """Reads metrics some steps after they were computed; keeps and shows them."""
+    """The metrics of a run, read some steps after they were computed."""
 
     def __init__(self, advance: Callable[[int, float], None], every: int, on_metrics: Callable[..., Any] | None):
         self.history: list[dict[str, float]] = []
@@ -28,13 +28,13 @@ class Log:
         self._window: list[dict[str, float]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes note of a step that was only just started."""
+        """Add the metrics of a step that has just started."""
         self._unread.append((step, metrics))
         if len(self._unread) > LAG:
             self._read()
 
     def read_all(self) -> None:
-        """Waits for all steps."""
+        """Wait for all steps, and read their metrics."""
         while self._unread:
             self._read()
 
@@ -50,25 +50,25 @@ class Log:
             self.end(step)
 
     def end(self, step: int) -> None:
-        """Records the mean of what was not recorded yet."""
+        """Record the mean of the metrics that are not recorded yet."""
         if self._window:
             self.record(step, {name: float(np.mean([v[name] for v in self._window])) for name in self._window[0]})
             self._window.clear()
 
     def metrics_of(self, step: int) -> dict[str, float]:
-        """What was recorded of a step."""
+        """Return the metrics recorded for a step."""
         rows = [row for row in self.history[-2:] if row["step"] == step]
         return {name: value for row in rows for name, value in row.items() if name != "step"}
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds an entry to the history."""
+        """Add an entry to the history."""
         self.history.append({"step": step, **metrics})
         if self._on_metrics is not None:
             self._on_metrics(step, metrics)
 
 
 class Clock:
-    """Seconds by what they were spent on."""
+    """The seconds spent, by activity."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -76,20 +76,20 @@ class Clock:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside."""
+        """Count the time inside the block."""
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """All of the time so far; "train" is what was not measured."""
+        """Return the seconds so far by activity; "train" is the time that no block counts."""
         other = {name: self._seconds[name] for name in ("compile", "evaluate", "save")}
         return {"train": time.perf_counter() - self._start - sum(other.values()), **other}
 
 
 @contextlib.contextmanager
 def progress_bar(wanted: bool, start: int, steps: int | None) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar, as a function `(step, loss)`; nothing where nobody would see it."""
+    """Show a progress bar, updated by the yielded `(step, loss)`, if there is a terminal or notebook."""
     console = Console()
     columns = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     seen = wanted and (console.is_terminal or console.is_jupyter) and jax.process_index() == 0

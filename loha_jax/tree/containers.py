@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, cast, overload
 
 import jax
@@ -47,8 +47,8 @@ class Container(Protocol):
         """Say whether `x` is a model, a part of one, or a variable in it."""
         ...
 
-    def nodes_among(self, args: Any) -> Mapping[Any, Any]:
-        """The adapted nodes of the models among the leaves of `args`."""
+    def nodes_among(self, args: Any) -> Iterator[Any]:
+        """Yield the adapted nodes of the models among the leaves of `args`."""
         ...
 
     def call(
@@ -126,18 +126,19 @@ def on_trees(
 
     Linen's boxes around adapted leaves are taken off for it.
     """
-    if any(box_of(leaf) is not None for leaf in adapted_leaves((args, kwargs))):
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=lambda x: is_adapted(x) or is_model_part(x))
+    if any(is_adapted(leaf) and box_of(leaf) is not None for leaf in leaves):
         args, kwargs = boxes_outside((args, kwargs))
         return boxes_inside(on_trees(run, fn, args, kwargs, changes=changes))
     for container in _used_containers():
-        if container.nodes_among((args, kwargs)):
+        if any(True for _ in container.nodes_among((args, kwargs))):
             return container.call(run, fn, args, kwargs, changes=changes)
     return run(fn, args, kwargs)
 
 
 def adapted_leaves(tree: Any) -> list[Any]:
     """The adapted leaves of a tree, those of the models in it too."""
-    inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree).values()]
+    inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree)]
     return inside + [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapted) if is_adapted(leaf)]
 
 

@@ -1,0 +1,120 @@
+"""`inject` and `set_dropout`: adapters for a whole NNX model, in place."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from loha_jax.nnx.variables import AdaptedKernel, adapted_nodes
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.module_names import Names
+from loha_jax.tree.inject import inject as inject_tree
+from loha_jax.tree.named_tree import Layouts
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def inject(
+    model: M,
+    config: LoHaConfig,
+    *,
+    rngs: nnx.Rngs,
+    adapter_name: str = "default",
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    model_type: str | None = None,
+) -> M:
+    """Add a LoHa adapter to an NNX model, in place.
+
+    Each targeted kernel is replaced in its attribute by an `AdaptedKernel`: the model's own variable
+    as `base`, and a `LoHaParam` per factor. The modules that hold one are called as before, and
+    compute on the factors. Adding another adapter makes it the active one.
+
+    Args:
+        model: any `nnx.Module`. Its layers may be stacked by `nnx.vmap`, and may be the model's own
+            einsum modules.
+        config: which modules to adapt, and how. With a dropout, the model gets random streams
+            (`set_dropout`); `model.eval()` and `model.train()` switch them off and on.
+        rngs: the stream `params` (or `default`) draws the factors, `dropout` seeds dropout.
+        adapter_name, names, model_type: as for `loha_jax.inject`. A module's name is its path:
+            "layers.0.up".
+        layouts: as for `loha_jax.inject`, for kernels whose layout is determined neither by their
+            layer (`nnx.Linear`, `nnx.LinearGeneral`, `nnx.Conv`, `nnx.Einsum`, any module with an
+            `einsum_str`) nor by their shape.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `loha_jax.inject`, or a variable is in a tuple; nothing is changed then.
+        TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
+
+    Example:
+        >>> import loha_jax
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> up, down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+        >>> model = nnx.Sequential(up, nnx.relu, down)
+        >>> config = LoHaConfig(r=2, target_modules=["layers.0", "layers.2"])
+        >>> inject(model, config, rngs=rngs)(jnp.ones((3, 4))).shape
+        (3, 2)
+        >>> kernel = nnx.state(model, loha_jax.nnx.LoHaParam)["layers"][0]["kernel"]
+        >>> kernel["adapters"]["default"]["hada_w1_a"].shape
+        (8, 2)
+    """
+    _check("inject", model, rngs)
+    inject_tree(
+        model,
+        config,
+        key=rngs.params(),
+        adapter_name=adapter_name,
+        names=names,
+        layouts=layouts,
+        model_type=model_type,
+    )
+    return set_dropout(model, rngs)
+
+
+def set_dropout(model: M, rngs: nnx.Rngs) -> M:
+    """Give each adapted kernel with a dropout a random stream, and put it into training mode.
+
+    `inject` calls this. A model whose adapter was read by `interop.load_peft` has no stream until it
+    is called.
+
+    Args:
+        model: an adapted model; changed in place.
+        rngs: its stream `dropout` (or `default`) seeds the new streams.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
+
+    Example:
+        >>> from flax import nnx
+        >>> from loha_jax.nnx import LoHaLinear
+        >>> model = LoHaLinear(4, 4, rngs=nnx.Rngs(0))
+        >>> set_dropout(model, nnx.Rngs(1)).kernel.rngs is None  # its config has no dropout
+        True
+    """
+    _check("set_dropout", model, rngs)
+    for node in adapted_nodes(model).values():
+        if isinstance(node, AdaptedKernel) and node.drops:
+            stack = node.layout.sizes("s", node.base.get_value().shape)
+            stream = rngs.dropout
+            node.rngs = nnx.RngStream(jax.random.split(stream(), stack) if stack else stream(), tag="dropout")
+            node.deterministic = False
+    return model
+
+
+def _check(function: str, model: Any, rngs: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree of parameters there "
+            f"is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
+        )
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs should be an nnx.Rngs, e.g. nnx.Rngs(0), got {type(rngs).__name__}")

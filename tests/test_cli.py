@@ -284,7 +284,6 @@ def test_errors_are_a_sentence_and_exit_code_2(arguments, tmp_path, monkeypatch)
         ("convert", "a", "b", "--to", "gguf"),
         ("convert", "a", "b", "--to", "lora", "--rank", "two"),
         ("merge", "a", "b", "c", "--dtype", "int8"),
-        ("merge", "a", "b", "c", "--check-count", "0"),
         ("diff", "a", "b", "--tolerance", "-1"),
         ("diff", "a", "b", "--tolerance", "nan"),
         ("inspect", "a", "--nope"),

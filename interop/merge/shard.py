@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from loha_jax.interop.disk.atomic import sync_folder, write_at
 from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, is_floating
-from loha_jax.interop.disk.direct_file import DirectFile
 from loha_jax.interop.merge.plan import MergePlan
 from loha_jax.interop.merge.scaled import ScaledRows, matrix
 from loha_jax.interop.merge.sum import RowUpdates, column_gains, merge_rows, squared_columns
@@ -24,9 +23,6 @@ from loha_jax.interop.updates.rounding import Losses
 
 _BLOCK = 4 << 20
 """Bytes of a block of rows; a handful are in memory at a time."""
-
-_FLUSH = 512 << 20
-"""Bytes after which what is written goes to disk: while the rest is computed, instead of all at the end."""
 
 _WORKERS = 3
 """Threads that read, add and write blocks, so that none of the three waits for another."""
@@ -60,16 +56,14 @@ class ShardWriter:
         """Writes to a name of its own in the same folder, flushes, calls `finish`, renames."""
         part = path.with_name(f".{path.name}.part")
         self._source = os.open(self._file, os.O_RDONLY)
-        self._target = DirectFile(part, self._new.file_size)
+        self._target = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            self._target.write(0, np.frombuffer(self._new.data, np.uint8))
+            os.truncate(self._target, self._new.file_size)
+            write_at(self._target, 0, self._new.data)
             self._count(len(self._new.data))
-            with (
-                concurrent.futures.ThreadPoolExecutor(1) as flusher,
-                concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool,
-            ):
-                _run_all(pool, self._tasks(pool, flusher), self._count)
-            os.fsync(self._target.descriptor)
+            with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+                _run_all(pool, self._tasks(pool), self._count)
+            os.fsync(self._target)
             finish()
             os.rename(part, path)
         except BaseException:
@@ -77,17 +71,12 @@ class ShardWriter:
             raise
         finally:
             os.close(self._source)
-            self._target.close()
+            os.close(self._target)
         sync_folder(path.parent)
 
-    def _tasks(
-        self, pool: concurrent.futures.Executor, flusher: concurrent.futures.Executor
-    ) -> Iterator[Callable[[], int]]:
-        """Calls that each write some bytes and return their number, in the order of the base's bytes."""
-        flushed, flush = 0, None
+    def _tasks(self, pool: concurrent.futures.Executor) -> Iterator[Callable[[], int]]:
+        """Yield calls that each write some bytes and return their number, in the order of the base's bytes."""
         for key, (start, end) in sorted(self._old.places.items(), key=lambda item: item[1]):
-            if start - flushed > _FLUSH and (flush is None or flush.done()):
-                flushed, flush = start, flusher.submit(self._flush)  # the fsync at the end says whether it failed
             own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
             place = self._new.places[key][0]
             scales, weight = self._checkpoint.quantisation.scales, self._checkpoint.quantisation.weights.get(key)
@@ -140,7 +129,7 @@ class ShardWriter:
             result, values = base.quantised(merged, *span)
             parts = (values - merged, merged - base.rows(*span), merged)
             self._losses.add(key, base.dtype, True, [np.vdot(x, x) for x in parts])
-            self._target.write(place + span[0] * base.shape[1], result.reshape(-1).view(np.uint8))
+            write_at(self._target, place + span[0] * base.shape[1], result.reshape(-1).view(np.uint8))
             return result.nbytes
 
         for span in spans:
@@ -181,20 +170,17 @@ class ShardWriter:
             result = np.asarray(result)
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
                 raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
-            self._target.write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
+            write_at(self._target, place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
             return (last - first) * columns * target.itemsize
 
         for first, last in spans:
             yield lambda first=first, last=last: write(first, last)
 
     def _copy(self, start: int, place: int, size: int) -> int:
-        return _copy(self._source, start, self._target.descriptor, place, size)
-
-    def _flush(self) -> None:
-        os.fdatasync(self._target.descriptor)
+        return _copy(self._source, start, self._target, place, size)
 
     def _write_value(self, key: str, value: np.ndarray) -> int:
-        self._target.write(self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        write_at(self._target, self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         return value.nbytes
 
     def _row_updates(

@@ -124,7 +124,7 @@ def merge_checkpoint(
             if work.is_finished(name, header.file_size) and work.losses(name).is_file()
         )
         for name in kept:
-            losses.add_json(json.loads(work.losses(name).read_text()))
+            losses.add_json(json.loads(work.losses(name).read_text(encoding="utf-8")))
         done = sum(headers[name].file_size for name in kept)
         _check_space(out.parent, total - done)
 
@@ -215,7 +215,7 @@ def _fingerprint(
 
 def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> None:
     if checkpoint.index is not None:
-        text = checkpoint.index.read_text()
+        text = checkpoint.index.read_text(encoding="utf-8")
         if dtype is not None or resized:
             index = json.loads(text)
             shapes = {**checkpoint.shapes, **resized}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.disk.tensor_files import FileError
-from loha_jax.interop.exchange.factors import module_factors
+from loha_jax.interop.disk.tensor_files import FileError, read_metadata
+from loha_jax.interop.exchange.from_tree import module_factors
 from lycoris_samples import CONVOLUTIONS, DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs, trained
 from safetensors.numpy import load_file, save_file
 
@@ -72,7 +72,7 @@ def test_a_file_is_written_as_lycoris_writes_it(form, tmp_path):
     path, theirs = native(form)
     interop.save_lycoris(tmp_path / "adapter.safetensors", loaded(form))
     same_tensors(load_file(tmp_path / "adapter.safetensors"), theirs)
-    read = interop.files.read_metadata
+    read = read_metadata
     assert read(tmp_path / "adapter.safetensors") == read(path) == {"note": f"lycoris 4.1.3 native {form}"}
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from peft_samples import LINEAR, NAMES, Sample, torch_value
 from safetensors.numpy import load_file, save_file
 
@@ -301,7 +302,7 @@ def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
 def test_transposed_arrays_are_written_in_c_order(tmp_path):
     _, params = simple(tmp_path)
     leaf = params["lin0"]["kernel"]
-    turned = interop.files.safetensors_bytes({"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))}, {})
+    turned = safetensors_bytes({"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))}, {})
     (tmp_path / "x").write_bytes(turned)
     np.testing.assert_array_equal(load_file(tmp_path / "x")["x"], np.arange(6.0).reshape(2, 3))
     assert isinstance(leaf, LoHaWeight)

@@ -62,11 +62,27 @@ def test_an_optimizer_over_the_whole_tree_leaves_alpha_over_r_alone_and_saving_n
         lambda: interop.save_lycoris(tmp_path / "lycoris.safetensors", params),
         lambda: interop.save_lora(tmp_path / "lora", params),
     ):
-        with pytest.warns(UserWarning, match=r"have changed .*: q\. .*partition\(params\)\[0\]") as caught:
+        with pytest.warns(UserWarning, match=r"have changed .*: q, q\.bias\. .*partition\(params\)\[0\]") as caught:
             save()
         assert caught[0].filename == __file__
     with Checkpoints(tmp_path / "run") as checkpoints, pytest.warns(UserWarning, match="have changed"):
         checkpoints.save(1, params)
+
+
+def test_leaves_beside_an_adapter_that_were_trained_are_named(tmp_path):
+    """Adam moves a kernel under an adapter by nothing, its bias and other modules by a lot."""
+    base = {**BASE, "o": {"kernel": jnp.ones((4, 4))}, "bn": {"scale": jnp.ones(4), "mean": jnp.zeros(4)}}
+    params = adapted(base=base, modules_to_save=["o"])
+    moved = {**params, "q": {**params["q"], "bias": jnp.ones(4)}, "bn": {"scale": 2 * jnp.ones(4), "mean": jnp.ones(4)}}
+    with pytest.warns(UserWarning, match=r"have changed since the adapter was made: bn\.scale, q\.bias\. "):
+        interop.save_peft(tmp_path, moved)
+    interop.save_peft(tmp_path, params)
+    back = interop.load_peft(tmp_path, base)
+    with pytest.warns(UserWarning, match=r"adapter was made: bn\.scale\. "):
+        interop.save_peft(tmp_path, {**back, "bn": moved["bn"]})
+    variables = {"params": BASE, "cache": {"index": jnp.zeros(3)}}
+    params = adapted(base=variables)
+    interop.save_peft(tmp_path, {**params, "cache": {"index": jnp.ones(3)}})
 
 
 def test_the_right_way_to_train_saves_without_a_warning(tmp_path):

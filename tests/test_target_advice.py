@@ -122,3 +122,23 @@ def test_a_float8_kernel_beside_its_scale_is_named(scale):
     with pytest.raises(ValueError, match=rf"q.kernel is float8_e4m3fn, and q.{scale} looks like its scale"):
         inject(tree, ["q"])
     assert inject({"q": {"kernel": tree["q"]["kernel"]}}, ["q"])
+
+
+class PeftConfig:
+    """Called as PEFT's."""
+
+    __module__ = "peft.tuners.loha.config"
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [({"r": 2}, r"from_dict\(config\)"), (PeftConfig(), r"from_dict\(config\.to_dict\(\)\)"), (8, r"LoHaConfig\(r=8")],
+)
+def test_what_is_no_config(config, how):
+    with pytest.raises(TypeError, match=rf"config should be a loha_jax\.LoHaConfig, got .*{how}"):
+        loha_jax.inject(TREE, config, key=jax.random.key(0))
+
+
+def test_weights_by_adapter_name():
+    with pytest.raises(TypeError, match=r"weights should be \{adapter name: number\}, got 0\.5"):
+        loha_jax.scale(TREE, 0.5)

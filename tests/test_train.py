@@ -484,3 +484,18 @@ def test_optimizers_that_ask_for_the_loss_get_it(name):
         trained = optax.apply_updates(trained, updates)
     for got, want in zip(*map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+
+
+def test_an_optimizer_that_says_it_takes_more_than_it_does():
+    """`sam` has the type for extra arguments and takes none."""
+    tx = optax.contrib.sam(optax.sgd(0.1), optax.contrib.normalize(), sync_period=2)
+    params, batches = adapted(), data(4)
+    result = fit(loss_fn, params, tx, batches, key=KEY, progress=False)
+    trained, frozen = loha_jax.partition(params)
+    state = tx.init(trained)
+    for batch in batches:
+        grad = jax.grad(lambda t, batch=batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0])(trained)
+        updates, state = tx.update(grad, state, trained)
+        trained = optax.apply_updates(trained, updates)
+    for got, want in zip(*map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())

@@ -267,13 +267,24 @@ def is_floating(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, np.floating)
 
 
+_SIDE_FILE = re.compile(
+    r"(.*config(_.*)?|.*tokenizer.*|special_tokens_map|added_tokens|vocab.*|merges|chat_template|modules|model_index"
+    r"|normalizer|preprocessor)\.json"
+    r"|(vocab|merges|spiece|sentencepiece|tokenizer).*\.(txt|model|bpe)|.*\.(jinja|tiktoken|spm)|(source|target)\.spm"
+    r"|(modeling|configuration|tokenization|processing|image_processing|feature_extraction)_.*\.py"
+    r"|(README|LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([._-].*)?"
+)
+
+
 def side_files(folder: Path) -> list[Path]:
-    """The files beside a checkpoint's weights: its config, its tokenizer, its licence.
+    """List the files beside a checkpoint's weights that belong to it: configs, tokenizer, licence, model code.
+
+    A folder may hold anything: other files are not copied into what may be published.
 
     Raises:
         FileError: one is a link that leads out of the folder.
     """
-    found = sorted(p for p in folder.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name) and p.name[0] != ".")
+    found = sorted(p for p in folder.iterdir() if p.is_file() and _SIDE_FILE.fullmatch(p.name))
     own = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # Hugging Face's cache links to the latter
     if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
         raise FileError(

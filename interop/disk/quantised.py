@@ -242,7 +242,11 @@ class Quantisation:
         size = self._block()
         grid = _grid(shape, own, size, bool(self._config.get("weight_block_size")))
         if grid is None:
-            said = f"weight_block_size in config.json is {size}" if size else "no config.json says its block size"
+            said = (
+                f"weight_block_size in config.json is {size}"
+                if size
+                else "no config.json gives `quantization_config.weight_block_size`"
+            )
             self.problems[key] = f"{key} {list(shape)} does not fit its scale {scale_key} {list(own)}; {said}"
             return
         blocks = []

@@ -25,6 +25,8 @@ _LORA_NAMES = {
     "lora_dropout": "`rank_dropout` or `module_dropout`",
     **dict.fromkeys(("rank", "lora_r", "lora_rank", "linear_dim", "network_dim"), "`r`"),
     **dict.fromkeys(("linear_alpha", "network_alpha"), "`alpha`"),
+    "use_dora": "`LycorisConfig(weight_decompose=True)`",
+    "use_rslora": "`LycorisConfig(rs_lora=True)`",
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from loha_jax.runtime.untrusted import fullmatch
+from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import KERNEL_LEAVES, module_name, path_parts
 
 _QUANTISED = ("qwix", "aqt")  # packages whose arrays stand for a kernel
@@ -61,6 +62,11 @@ def require_named_leaves(params: Any) -> None:
             "`pz.bind_variables`"
         )
     if not jax.tree_util.all_leaves([params]):
+        if any("torch" in _packages(leaf) for leaf in jax.tree.leaves(params)):
+            raise TypeError(
+                "This takes a tree of JAX arrays, got torch tensors: pass {name: jnp.asarray(t.detach().numpy()) for "
+                "name, t in state_dict.items()}"
+            )
         return
     kind = type(params).__name__
     if hasattr(params, "shape") and hasattr(params, "dtype"):
@@ -78,6 +84,23 @@ def require_named_leaves(params: Any) -> None:
         if "torch" in _packages(params):
             kind, hint = f"torch module ({kind})", ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
         raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
+
+
+def require_config(config: Any) -> None:
+    """Refuse what is no config of this library.
+
+    Raises:
+        TypeError: the message says how to make one of a dictionary or of PEFT's config.
+    """
+    if isinstance(config, LoHaConfig):
+        return
+    how = "LoHaConfig(r=8, target_modules=[...])"
+    if isinstance(config, Mapping):
+        how = "LoHaConfig.from_dict(config)"
+    elif "peft" in _packages(config):
+        how = "LoHaConfig.from_dict(config.to_dict())"
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    raise TypeError(f"config should be a loha_jax.LoHaConfig, got a {kind}: pass loha_jax.{how}")
 
 
 def _packages(node: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ class TrainStep:
                 return get(trainable, *given)[1]["loss"]
 
             extra = {"value": metrics["loss"], "grad": grads, "value_fn": value_fn}
-            updates, new_opt_state = tx.update(grads, opt_state, trainable, **extra)
+            updates, new_opt_state = tx.update(grads, opt_state, trainable, **taken_by(tx.update, extra))
             new = optax.apply_updates(trainable, updates)
             finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((metrics["loss"], grads, new))]
             good &= jnp.stack(finite).all()  # once it is False, no later step changes anything
@@ -136,3 +137,12 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
         return x.astype(dtype)
 
     return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=is_adapted)
+
+
+def taken_by(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments that an update takes; `optax.contrib.sam` takes none, though its type says so."""
+    parameters = inspect.signature(update).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return extra
+    names = {p.name for p in parameters}
+    return {name: value for name, value in extra.items() if name in names}

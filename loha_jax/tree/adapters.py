@@ -113,6 +113,8 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
         >>> scale(params, {"default": 0.5})["q"]["kernel"].adapters["default"].scaling.item()
         1.0
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights should be {{adapter name: number}}, got {weights!r}.")
     check_adapters(params, list(weights))
     weights = {name: plain_scalar(weight) for name, weight in weights.items()}
     for name, weight in weights.items():

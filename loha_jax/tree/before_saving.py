@@ -11,7 +11,8 @@ import numpy as np
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.frozen_leaves import frozen_leaves
+from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
 
 
@@ -30,7 +31,7 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
         ValueError: it is one half of `partition`.
 
     Warns:
-        UserWarning: a kernel has changed since its adapter was made, or an adapter is untrained.
+        UserWarning: a frozen leaf has changed since an adapter was made, or an adapter is untrained.
     """
     check_whole(params)
     warn_of_changed_base(params, adapters)
@@ -45,7 +46,7 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
 
 
 def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> None:
-    """Warns, by name, of kernels that have changed since their adapters (all by default) were made."""
+    """Warn, by name, of frozen leaves that have changed since the adapters (all by default) were made."""
     found: dict[int, LoHaWeight] = {}
     for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
         if isinstance(leaf, LoHaWeight) and any(f.base is not None for f in leaf.adapters.values()):
@@ -61,13 +62,25 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
             if adapters is None or name in adapters
         )
     ]
+    chosen = [f for leaf in found.values() for n, f in leaf.adapters.items() if adapters is None or n in adapters]
+    kept = [f.base for f in chosen if f.base is not None]
+    changed += _changed_beside(params, kept)
     if changed:
         shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
         warn_caller(
-            f"The base weights under the adapter have changed since it was made: {shown}. The adapter alone is not "
+            f"The base weights have changed since the adapter was made: {shown}. The adapter alone is not "
             "what was trained, or belongs to another base. Train `loha_jax.partition(params)[0]`, not the whole tree, "
             "and put it together with the frozen half that you have kept."
         )
+
+
+def _changed_beside(params: Any, kept: Sequence[KernelSample]) -> list[str]:
+    """Names of the leaves without an adapter that differ from what they were when an adapter was made."""
+    frozen = frozen_leaves(params)
+    old = {id(sample.beside): sample.beside for sample in kept}
+    now = sample_kernels({path: leaf for path, leaf in frozen.items() if any(path in s for s in old.values())})
+    differs = (path for path, sample in now.items() if any(path in s and s[path].differs(sample) for s in old.values()))
+    return [".".join(path) for path in differs]
 
 
 def _is_untrained(factors: Factors) -> bool:

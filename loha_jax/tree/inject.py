@@ -22,6 +22,7 @@ from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
+from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.named_tree import Layouts
@@ -132,7 +133,9 @@ def apply_plan(
     check_new_adapter(params, adapter_name)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
-    samples = sample_kernels(kernels)
+    changed = {*plan.targets, *plan.saved}
+    beside = sample_kernels(frozen_leaves(treedef.unflatten(None if n in changed else x for n, x in enumerate(leaves))))
+    samples = {n: dataclasses.replace(s, beside=beside) for n, s in sample_kernels(kernels).items()}
     for position, target in plan.targets.items():
         leaf = leaves[position]
         tensors = make_factors(target)

@@ -26,11 +26,13 @@ class KernelSample:
         shape, dtype: of the kernel.
         values: the bytes of an element by its position in the flat kernel; of a sharded kernel those that this process
             holds.
+        beside: samples of the tree's leaves that no adapter changes, by path: one mapping for all kernels of a tree.
     """
 
     shape: tuple[int, ...]
     dtype: str
     values: dict[int, bytes]
+    beside: Mapping[tuple[str, ...], KernelSample] = dataclasses.field(default_factory=dict, repr=False)
 
     def differs(self, other: KernelSample) -> bool:
         """Whether two samples come from different kernels; False where they have no element in common to compare."""

@@ -26,7 +26,13 @@ from loha_jax.targets.module_names import (
     Names,
     torch_parameter,
 )
-from loha_jax.targets.target_advice import QUANTISED_ADVICE, quantised_kernels, scaled_kernel, spelling_advice
+from loha_jax.targets.target_advice import (
+    QUANTISED_ADVICE,
+    quantised_kernels,
+    require_config,
+    scaled_kernel,
+    spelling_advice,
+)
 from loha_jax.tree.named_tree import Layouts, NamedTree
 
 
@@ -86,6 +92,7 @@ def plan_injection(
 
     A loader also says what shapes its file shows; see `NamedTree`.
     """
+    require_config(config)
     tree = NamedTree(params, names, layouts, torch_shapes)
     quantised = quantised_kernels(params)
     modules = sorted(tree.modules | quantised.keys())

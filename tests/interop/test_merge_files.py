@@ -221,6 +221,8 @@ def sharded_base(tmp_path, dtype=BF16):
     base |= {"model.norm.weight": normal(48, dtype=dtype), "model.ids": np.arange(5)}
     path = write_base(tmp_path / "base", base, 64 * 48 * 2 + 200, config={"torch_dtype": "bfloat16", "vocab_size": 7})
     (path / "tokenizer.json").write_text("{}")
+    for name in ("id_rsa", "train.py", "data.csv", ".env"):  # a folder may hold anything
+        (path / name).write_text("private")
     (path / "weights.bin").write_bytes(b"not a side file")
     return base, path
 
@@ -230,7 +232,7 @@ def test_shards_index_order_and_side_files_are_the_bases(tmp_path):
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in (0, 3)}
     report = merge_checkpoint(path, [(write_adapter(tmp_path / "adapter", modules), 1.0)], tmp_path / "out")
     out = tmp_path / "out"
-    assert files_in(out) == sorted(set(files_in(path)) - {"weights.bin"})
+    assert files_in(out) == sorted(set(files_in(path)) - {"weights.bin", "id_rsa", "train.py", "data.csv", ".env"})
     assert len(report.files) > 3
     index = "model.safetensors.index.json"
     assert (out / index).read_text() == (path / index).read_text()

@@ -13,7 +13,6 @@ from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from loha_jax.interop.formats.module_lookup import ModuleLookup
-from loha_jax.interop.formats.peft_files import PREFIX
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.interop.names.renames import rename_hint, renamed
 from loha_jax.interop.updates.lora_conversion import cast_tensors, loha_of
@@ -133,9 +132,12 @@ class Source:
         return result
 
     def saved(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """What PEFT keeps beside the factors, by its keys, and the modules that LyCORIS' differences belong to."""
+        """Return what PEFT keeps besides the factors, by its keys without the prefix.
+
+        Also return the modules that LyCORIS' differences belong to.
+        """
         if self.adapter.config:
-            return {PREFIX + key: value for key, value in self.adapter.others.items()}, []
+            return self.adapter.others, []
         if not self.adapter.others:
             return {}, []
         if self.checkpoint is None:
@@ -170,7 +172,7 @@ class Source:
                     value = self.checkpoint.read_values(name)
                     if name in differences:
                         value = (value.astype(np.float32) + differences[name].astype(np.float32)).astype(value.dtype)
-                    saved[PREFIX + name] = value
+                    saved[name] = value
         return saved, sorted(set(modules))
 
     def is_base_weight(self, module: str, part: str, value: np.ndarray) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,10 +13,8 @@ import numpy as np
 from loha_jax.interop.commands.conversion_source import Source, cast_module
 from loha_jax.interop.disk.atomic import move_into_place, naming, temporary_folder, write_atomically
 from loha_jax.interop.disk.base_checkpoint import read_config
-from loha_jax.interop.disk.tensor_files import safetensors_bytes
-from loha_jax.interop.exchange.lora import check_decomposed, lora_tensors
 from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lora_config import exact_targets, like_loha, lora_config
+from loha_jax.interop.formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
 from loha_jax.interop.formats.lycoris_files import (
     KOHYA_PREFIX,
     NATIVE_PREFIX,
@@ -27,11 +24,11 @@ from loha_jax.interop.formats.lycoris_files import (
 )
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import PREFIX, SAFETENSORS_NAME
+from loha_jax.interop.formats.peft_files import folder_contents, peft_state
 from loha_jax.interop.formats.ranks import ranks_and_alphas
 from loha_jax.interop.updates.lora_conversion import lora_of
 
-from loha_jax.targets.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
+from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.module_names import Names
 
 FORMATS = ("peft", "lycoris", "kohya", "lora")
@@ -178,8 +175,7 @@ class _Targets:
         self._check_for_peft(modules)
         saved, norms = self._source.saved()
         config = self._config(modules, norms)
-        state = {f"{PREFIX}{name}.{part}": t for name, m in modules.items() for part, t in m.tensors.items()}
-        return self._folder(modules, {**state, **saved}, config.to_dict(), config.to_json())
+        return self._folder(modules, saved, config.to_dict())
 
     def _check_for_peft(self, modules: Mapping[str, AdapterModule]) -> None:
         shapes = self._source.shapes
@@ -221,20 +217,19 @@ class _Targets:
             self._source.notes.append(
                 f"a checkpoint does not show the groups of convolutions: {', '.join(convolutions)} count as having none"
             )
-        state = {key: tensor for module in modules.values() for key, tensor in lora_tensors(module).items()}
-        return self._folder(modules, {**state, **saved}, values, json.dumps(values, indent=2, sort_keys=True))
+        return self._folder(modules, saved, values)
 
     def _folder(
-        self, modules: dict[str, AdapterModule], state: Mapping[str, np.ndarray], config: Mapping[str, Any], text: str
+        self, modules: dict[str, AdapterModule], saved: Mapping[str, np.ndarray], config: Mapping[str, Any]
     ) -> Callable[[Path], None]:
         self.written = modules
-        data, card = safetensors_bytes(state, {"format": "pt"}), model_card(config)
+        files = folder_contents(peft_state(modules.values(), saved), config)
+        files[MODEL_CARD_NAME] = model_card(config).encode()
 
         def write(path: Path) -> None:
             path.mkdir()
-            write_atomically(path / SAFETENSORS_NAME, data)
-            write_atomically(path / CONFIG_NAME, text.encode())
-            write_atomically(path / MODEL_CARD_NAME, card.encode())
+            for name, content in files.items():
+                write_atomically(path / name, content)
 
         return write
 

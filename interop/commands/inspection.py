@@ -16,7 +16,7 @@ from loha_jax.interop.disk.tensor_files import FileError, read_safetensors
 from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
 from loha_jax.interop.formats.lycoris_files import read_module
 from loha_jax.interop.formats.lycoris_keys import are_adapters, embeddings_note
-from loha_jax.interop.formats.peft_files import SAFETENSORS_NAME, module_key
+from loha_jax.interop.formats.peft_files import SAFETENSORS_NAME, torch_name
 from loha_jax.interop.formats.ranks import rank_of
 from loha_jax.interop.formats.read_adapter import module_of, read_everything
 from loha_jax.interop.formats.wrong_loader import has_peft_config
@@ -94,7 +94,7 @@ def _broken_modules(path: Path) -> list[str]:
     file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in read_safetensors(file).items() if file.is_file() else ():
-        module, _, part = (module_key(key) if path.is_dir() else key).rpartition(".")
+        module, _, part = (torch_name(key) if path.is_dir() else key).rpartition(".")
         if part in FACTOR_NAMES:
             parts_of.setdefault(module, {})[part] = tensor
     problems = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,29 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from loha_jax.interop.disk.paired_files import write_together
-from loha_jax.interop.disk.tensor_files import FileError, check_finite, safetensors_bytes
-from loha_jax.interop.exchange.factors import chosen_adapter, module_factors, stack_dora_scales
-from loha_jax.interop.exchange.saved_modules import add_loaded, carried_tensors, with_names_that_end_alike
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lora_config import exact_targets, loha_config, lora_config
-from loha_jax.interop.formats.lora_files import read_lora_folder
+from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, module_factors
+from loha_jax.interop.exchange.saved_modules import saved_tensors
+from loha_jax.interop.exchange.to_tree import peft_to_tree
+from loha_jax.interop.formats.adapter_file import AdapterModule, errors_about
+from loha_jax.interop.formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
+from loha_jax.interop.formats.lora_files import read_lora
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import PREFIX, SAFETENSORS_NAME
-from loha_jax.interop.formats.wrong_loader import with_hint
+from loha_jax.interop.formats.peft_files import PREFIX, folder_contents, peft_state
 from loha_jax.interop.names.name_map import GPT2_CONV1D
 from loha_jax.interop.updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
-from loha_jax.interop.updates.shapes import module_shapes
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
-from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
-from loha_jax.targets.module_names import Names, path_parts, stack_names
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.inject import factor_dtype, stack_factors
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.inject import factor_dtype
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
-from loha_jax.tree.plan import Target, plan_injection
+from loha_jax.tree.plan import Target
 
 _OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
 
@@ -115,22 +112,16 @@ def to_lora(
     errors: dict[str, float] = {}
     config: LoHaConfig | None = None
     conv1d, used = False, set()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
-        if not isinstance(leaf, LoHaWeight) or adapter_name not in leaf.adapters:
-            continue
-        factors = leaf.adapters[adapter_name]
-        config = factors.config
-        stack = len(leaf.layout.axes("s"))
-        shape = leaf.layout.torch_shape(leaf.kernel.shape)[stack:]
-        for module in _modules(leaf, factors, adapter_name):
-            _check_embedding(path_parts(path), module.name)
+    for path, leaf in adapted_kernels(params, adapter_name):
+        config = leaf.adapters[adapter_name].config
+        for module in _modules(leaf, adapter_name):
+            _check_embedding(path, module.name)
             pattern = next((p for p in groups if re.fullmatch(p, module.name)), None)
-            if pattern is not None and len(shape) < 3:
+            if pattern is not None and module.in_shape is None:
                 raise ValueError(f"groups[{pattern!r}] names {module.name}, which is no convolution")
             used.add(pattern)
             number = 1 if pattern is None else groups[pattern]
-            lora, errors[module.name] = lora_of(module, rank, energy, shape=shape, groups=number)
-            found[module.name] = lora
+            found[module.name], errors[module.name] = lora_of(module, rank, energy, groups=number)
             conv1d |= leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
@@ -138,14 +129,13 @@ def to_lora(
         raise ValueError(f"groups={unused} match no adapted module; these are {', '.join(found)}")
     check_decomposed(found)
     targets = _targets(params, adapter_name, names)
-    tensors = {key: tensor for module in found.values() for key, tensor in lora_tensors(module).items()}
-    tensors |= carried_tensors(params, adapter_name)
+    tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
 
-def _modules(leaf: LoHaWeight, factors: Factors, adapter_name: str) -> list[AdapterModule]:
+def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
     """The modules of a kernel, with the scaling that they have now."""
-    result = []
+    factors, result = leaf.adapters[adapter_name], []
     for module in module_factors(leaf, adapter_name):
         if factors.dora_scale is not None and factors.multiplier != 1:
             raise ValueError(
@@ -162,27 +152,6 @@ def _check_embedding(path: tuple[str, ...], name: str) -> None:
             f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. Merge the adapter, or "
             "exclude it; an output head that is tied to it is known by its torch name (`names=`)."
         )
-
-
-def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
-    """Raises ValueError where some modules have a weight decomposition and others have not."""
-    without = [name for name, module in modules.items() if module.dora_scale is None]
-    if 0 < len(without) < len(modules):
-        raise ValueError(
-            f"PEFT's config has one use_dora for all modules, and {', '.join(without)} has no weight decomposition, "
-            "unlike the others. Keep them in adapters of their own."
-        )
-
-
-def lora_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
-    """One module's tensors by PEFT's keys."""
-    key = PREFIX + module.name
-    tensors = {f"{key}.{part}.weight": tensor for part, tensor in module.tensors.items()}
-    if module.dora_scale is not None:
-        spatial = module.tensors["lora_A"].ndim - 2
-        shape = (1, -1, *(1,) * spatial) if spatial else (-1,)
-        tensors[f"{key}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
-    return tensors
 
 
 def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] | str:
@@ -255,10 +224,8 @@ def save_lora(
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
-    weights = safetensors_bytes(lora.tensors, {"format": "pt"})
-    config = json.dumps(lora.config, indent=2, sort_keys=True).encode()
+    files = folder_contents(lora.tensors, lora.config)
     card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
-    files = {SAFETENSORS_NAME: weights, CONFIG_NAME: config}
     check_before_saving(params, None if adapter_name is None else [adapter_name])
     in_first_process(lambda: write_together(folder, files, card), f"{folder} was not written")
     return lora
@@ -317,54 +284,20 @@ def load_lora(
         ...     load_lora(folder, base, key=jax.random.key(1))["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (5, 4)
     """
-    try:
-        file = read_lora_folder(folder)
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, folder, "load_lora") from error
-    check_finite(file.arrays, folder)
-    config = with_names_that_end_alike(loha_config(file.config, file.modules), file.others)
-    try:
-        shapes = module_shapes(file.modules)
-        plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
-        state = {
-            k.removeprefix(PREFIX): t for m in file.modules.values() for k, t in lora_tensors(m).items()
-        } | file.others
-        wanted: dict[str, tuple[int, ...]] = {}
-        for target in plan.targets.values():
-            for name, r in zip(target.names, target.ranks, strict=True):
-                wanted |= _wanted(target, name, r, file.modules.get(name)) if r else {}
+    file = read_lora(folder)
+    config = loha_config(file.config, file.modules)
 
-        def make_factors(target: Target) -> dict[str, jax.Array]:
-            dtype = factor_dtype(target.dtype)
-            own = [
-                _loha_tensors(file.modules[name], key, dtype) if r else {}
-                for name, r in zip(target.names, target.ranks, strict=True)
-            ]
-            return stack_factors(own, target, dtype)
+    def loha(module: AdapterModule, target: Target) -> AdapterModule:
+        return _loha_of(module, key, factor_dtype(target.dtype))
 
-        def make_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-            return stack_dora_scales(target, file.modules)
-
-        keys = {name: PREFIX + name for name in state}
-        return add_loaded(base_params, plan, adapter_name, state, keys, wanted, make_factors, make_extras)
-    except ValueError as error:
-        raise FileError(f"{folder}: {error}") from error
+    with errors_about(folder):
+        return peft_to_tree(file, base_params, config, adapter_name, names=names, layouts=layouts, loha=loha)
 
 
-def _wanted(target: Target, name: str, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
-    out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
-    groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
-    ones = (1,) * len(spatial)
-    shapes = {f"{name}.lora_A.weight": (r, in_ * groups, *spatial), f"{name}.lora_B.weight": (out, r // groups, *ones)}
-    if module is not None and module.dora_scale is not None:
-        shapes[f"{name}.lora_magnitude_vector"] = (1, out, *ones) if spatial else (out,)
-    return shapes
-
-
-def _loha_tensors(module: AdapterModule, key: jax.Array | None, dtype: Any) -> dict[str, np.ndarray]:
-    spare = None
-    if key is not None:
-        shape = (module.tensors["lora_B"].shape[0], module.r)
-        spare = np.asarray(init_factors(key, [module.name], {"hada_w2_a": shape}, True, dtype)["hada_w2_a"][0])
-    return loha_of(module, spare).tensors
+def _loha_of(module: AdapterModule, key: jax.Array | None, dtype: Any) -> AdapterModule:
+    """The LoHa of a LoRA, with random values where they change nothing if there is a key."""
+    if key is None:
+        return loha_of(module)
+    shape = (module.tensors["lora_B"].shape[0], module.r)
+    spare = init_factors(key, [module.name], {"hada_w2_a": shape}, True, dtype)["hada_w2_a"][0]
+    return loha_of(module, np.asarray(spare))

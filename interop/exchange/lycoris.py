@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from loha_jax.interop.disk.atomic import write_atomically
-from loha_jax.interop.exchange.factors import chosen_adapter, module_factors
+from loha_jax.interop.exchange.from_tree import chosen_adapter, module_factors
 from loha_jax.interop.formats.lycoris_files import (
     NATIVE_PREFIX,
     NORM_PARTS,

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from loha_jax.interop.disk.tensor_files import FileError, check_finite
-from loha_jax.interop.exchange.factors import stack_dora_scales
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.exchange.mismatch import Mismatch
+from loha_jax.interop.exchange.to_tree import NAMES_AND_LAYOUTS, to_tree
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
 from loha_jax.interop.formats.lycoris_files import NORM_PARTS, ModuleNames, split_prefix
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from loha_jax.interop.formats.ranks import most_common, plain_number, ranks_and_alphas
-from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.interop.formats.wrong_loader import with_hint
+from loha_jax.interop.formats.read_adapter import read_lycoris
 from loha_jax.interop.updates.lora_conversion import loha_of
 from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 from loha_jax.interop.updates.shapes import module_shapes
@@ -32,7 +32,6 @@ from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import name_endings
 from loha_jax.targets.module_names import Names, all_names, torch_parameter
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
@@ -98,53 +97,38 @@ def load_lycoris(
         ...     load_lycoris(f"{folder}/adapter.safetensors", base)["a"]["q"]["kernel"].names
         ('a.q',)
     """
-    path = Path(path)
-    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
-    if adapter.form not in ("lycoris", "kohya"):
-        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
-    try:
+    adapter = read_lycoris(path, only=only, prefix=prefix)
+    with errors_about(path):
         component = _component(adapter, prefix)
         tree = NamedTree(base_params, names, layouts)
-        found, problems = _found(component, tree)
-        plan, more = _plan(found, base_params, names, layouts, tree, adapter.metadata)
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from error
-    read = [*((name, m.arrays) for name, m in found.modules.items()), *found.differences.items()]
-    check_finite({f"{name}.{key}": array for name, arrays in read for key, array in arrays.items()}, path)
-    if problems := [*problems, *more]:
-        raise FileError(
-            f"{path}: the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. The model's "
-            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
-            "are transposed, `prefix=` where the keys begin otherwise."
-        )
-
+        mismatch = Mismatch(titles=("modules that the tree lacks", "missing keys", "misshapen"))
+        found = _found(component, tree, mismatch)
+        plan = _plan(found, base_params, names, layouts, tree, adapter.metadata, mismatch)
+    check_finite(found.arrays, path)
+    mismatch.check(
+        f"{path}: the adapter and the model do not fit; nothing was loaded",
+        f"{NAMES_AND_LAYOUTS}, `prefix=` where the keys begin otherwise.",
+        FileError,
+    )
     if adapter.embeddings:
         warn_caller(f"{path}: {embeddings_note(adapter.embeddings)}")
 
-    def tensors_of(target: Target, name: str) -> dict[str, np.ndarray]:
-        tensors = found.modules[name].tensors
+    def loha(module: AdapterModule, target: Target) -> AdapterModule:
         if conv2d_weights_fix and target.cp and len(target.layout.axes("k")) == 2:
-            tensors = {**tensors, "hada_t2": tensors["hada_t1"]}
-        return tensors
+            return dataclasses.replace(module, tensors={**module.tensors, "hada_t2": module.tensors["hada_t1"]})
+        return module
 
-    def make_factors(target: Target) -> dict[str, jax.Array]:
-        per_module = [tensors_of(target, n) if r else {} for n, r in zip(target.names, target.ranks, strict=True)]
-        return stack_factors(per_module, target, factor_dtype(target.dtype))
-
-    def make_copy(saved: Saved, original: jax.Array) -> jax.Array:
-        module, _, parameter = saved.name.rpartition(".")
+    def saved(leaf: Saved, original: jax.Array) -> jax.Array:
+        module, _, parameter = leaf.name.rpartition(".")
         difference = _difference(found.differences[module], parameter)
         if difference is None:
             return jnp.array(original, copy=True)
         wide = float32_or_wider(original.dtype)
         change = jnp.asarray(difference, wide)
-        change = saved.layout.fold(change, saved.shape) if saved.layout else change
+        change = leaf.layout.fold(change, leaf.shape) if leaf.layout else change
         return (original.astype(wide) + change).astype(original.dtype)
 
-    def make_extras(target: Target, config: Any, kernel: jax.Array) -> dict[str, jax.Array]:
-        return stack_dora_scales(target, found.modules)
-
-    return apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
+    return to_tree(found.modules, base_params, plan, adapter_name, loha=loha, saved=saved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +137,12 @@ class _Found:
 
     modules: dict[str, AdapterModule]
     differences: dict[str, dict[str, np.ndarray]]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by their keys."""
+        parts = [*((name, m.arrays) for name, m in self.modules.items()), *self.differences.items()]
+        return {f"{name}.{key}": array for name, arrays in parts for key, array in arrays.items()}
 
 
 def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
@@ -186,21 +176,21 @@ def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
     return prefix, chosen
 
 
-def _found(component: tuple[str, _Found], tree: NamedTree) -> tuple[_Found, list[str]]:
-    """The component by the tree's names, and what the tree lacks."""
+def _found(component: tuple[str, _Found], tree: NamedTree, mismatch: Mismatch) -> _Found:
+    """The component by the tree's names; modules that the tree lacks are left out and noted."""
     prefix, own = component
     kernels = [name for position in tree.kernels for name in _names_at(tree, position)]
     norms = [name for position in tree.weights if position not in tree.kernels for name in _names_at(tree, position)]
     in_kernels, in_norms = ModuleNames(kernels), ModuleNames(norms)
     origin: dict[str, str] = {}
-    missing: list[str] = []
+    lacking = mismatch.unexpected
 
     def resolved(parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]) -> dict[str, Any]:
         result = {}
         for name, value in parts.items():
             found = next((hit for lookup in lookups if (hit := lookup.find(prefix, name))), None)
             if found is None:
-                missing.append(f"{prefix}{name}" + _near_miss(name, names) * (len(missing) < _SHOWN_NEAR))
+                lacking.append(f"{prefix}{name}" + _near_miss(name, names) * (len(lacking) < _SHOWN_NEAR))
             elif origin.get(found, name) != name:
                 raise ValueError(f"{prefix}{origin[found]} and {prefix}{name} are both {found} in the tree")
             else:
@@ -212,8 +202,7 @@ def _found(component: tuple[str, _Found], tree: NamedTree) -> tuple[_Found, list
     modules = resolved(own.modules, [in_kernels], kernels)
     differences = resolved(of_norms, [in_norms], norms)
     differences |= resolved(of_others, [in_kernels, in_norms], [*kernels, *norms])
-    title = f"modules that the tree lacks ({len(missing)}): {', '.join(missing)}"
-    return _Found(modules, differences), [title] if missing else []
+    return _Found(modules, differences)
 
 
 def _difference(parts: Mapping[str, np.ndarray], parameter: str) -> np.ndarray | None:
@@ -247,11 +236,12 @@ def _plan(
     layouts: Layouts | None,
     tree: NamedTree,
     metadata: Mapping[str, str],
-) -> tuple[Plan, list[str]]:
-    """What to put where, with the ranks, alphas and forms of the file; and what does not fit."""
+    mismatch: Mismatch,
+) -> Plan:
+    """What to put where, with the ranks, alphas and forms of the file; what does not fit is noted."""
     modules = found.modules
     if not modules:
-        return Plan(LycorisConfig(), {}, {}), []
+        return Plan(LycorisConfig(), {}, {})
     settings = ranks_and_alphas(modules)
     config = LycorisConfig(
         r=settings["r"],
@@ -264,28 +254,26 @@ def _plan(
     shapes = module_shapes(modules)
     plan = plan_injection(base_params, config, names=names, layouts=layouts, torch_shapes=shapes)
     targets: dict[int, Target] = {}
-    problems: list[str] = []
     axes: list[str] = []
     for position, target in plan.targets.items():
-        own = [modules.get(name) for name in target.names]
-        given = {name: m for name, m in zip(target.names, own, strict=True) if m}
+        given = {name: modules[name] for name in target.names if name in modules}
         shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
         targets[position] = dataclasses.replace(
             target,
-            ranks=tuple(m.r if m else 0 for m in own),
-            alphas=tuple(plain_number(m.alpha) if m else config.alpha for m in own),
+            ranks=tuple(modules[name].r if name in modules else 0 for name in target.names),
+            alphas=tuple(plain_number(modules[n].alpha) if n in modules else config.alpha for n in target.names),
             cp=any("hada_t1" in m.tensors for m in given.values()),
         )
-        problems += _misfits(targets[position], given, shape)
+        mismatch.misshapen += _misfits(targets[position], given, shape)
         axes += [axis for m in given.values() if (axis := _decomposed_axis(m, shape))]
-    saved, more = _saved(tree, found.differences, targets)
+    saved = _saved(tree, found.differences, targets, mismatch)
     config = dataclasses.replace(
         plan.config,
         **settings,
         modules_to_save=sorted(found.differences) or None,
         wd_on_out=not axes or most_common(axes) == "out",
     )
-    return Plan(config, targets, saved), problems + more
+    return Plan(config, targets, saved)
 
 
 def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
@@ -342,9 +330,12 @@ def _decomposed_axis(module: AdapterModule, shape: tuple[int, ...]) -> str | Non
 
 
 def _saved(
-    tree: NamedTree, differences: Mapping[str, Mapping[str, np.ndarray]], targets: Mapping[int, Target]
-) -> tuple[dict[int, Saved], list[str]]:
-    """The leaves that the file has differences of, and what does not fit."""
+    tree: NamedTree,
+    differences: Mapping[str, Mapping[str, np.ndarray]],
+    targets: Mapping[int, Target],
+    mismatch: Mismatch,
+) -> dict[int, Saved]:
+    """The leaves that the file has differences of; what does not fit is noted."""
     # Not by `modules_to_save`, which also matches by the end of a name: the file says which modules it means.
     saved: dict[int, Saved] = {}
     refused: list[str] = []
@@ -363,16 +354,19 @@ def _saved(
         if len(names) > 1 or (layout and layout.axes("s")):
             refused.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
         saved[position] = Saved(tree.paths[position], f"{module}.{parameter}", layout, shape)
-    if refused:
-        return {}, refused
-    problems: list[str] = []
-    shapes = {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in saved.values()}
+    mismatch.misshapen += refused
+    if not refused:
+        mismatch.misshapen += _misshapen_differences(saved.values(), differences)
+    return dict(sorted(saved.items()))
+
+
+def _misshapen_differences(
+    saved: Iterable[Saved], differences: Mapping[str, Mapping[str, np.ndarray]]
+) -> Iterator[str]:
+    shapes = {leaf.name: leaf.layout.torch_shape(leaf.shape) if leaf.layout else leaf.shape for leaf in saved}
     for module, parts in differences.items():
         for part, value in parts.items():
             wanted = shapes.get(f"{module}.{PARAMETER_OF[part]}")
             if value.shape != wanted:
-                problems.append(
-                    f"{module}.{part}: {list(value.shape)} in the file, "
-                    f"{'none' if wanted is None else list(wanted)} in the model"
-                )
-    return dict(sorted(saved.items())), problems
+                shown = "none" if wanted is None else list(wanted)
+                yield f"{module}.{part}: {list(value.shape)} in the file, {shown} in the model"

@@ -12,39 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from loha_jax.interop.disk.atomic import write_atomically
 from loha_jax.interop.disk.paired_files import write_together
-from loha_jax.interop.disk.tensor_files import (
-    FileError,
-    check_finite,
-    safetensors_bytes,
-    without_wrappers,
-)
-from loha_jax.interop.exchange.factors import chosen_adapter, module_factors
-from loha_jax.interop.exchange.saved_modules import add_loaded, carried_tensors, with_names_that_end_alike
+from loha_jax.interop.disk.tensor_files import without_wrappers
+from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, from_tree
+from loha_jax.interop.exchange.to_tree import peft_to_tree
+from loha_jax.interop.formats.adapter_file import AdapterFile, errors_about
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import PREFIX, SAFETENSORS_NAME, module_key, read_folder
+from loha_jax.interop.formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from loha_jax.interop.formats.ranks import exact_pattern, most_common
-from loha_jax.interop.formats.wrong_loader import with_hint
 from loha_jax.interop.names.name_map import GPT2_CONV1D
-from loha_jax.interop.updates.shapes import update_shapes
 
-from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
-from loha_jax.targets.config import CONFIG_NAME, PEFT_VERSION, LoHaConfig
+from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import match_pattern
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.inject import factor_dtype, stack_factors
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
-from loha_jax.tree.plan import Target, plan_injection
 
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
 
@@ -97,16 +87,15 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
-    configs = {name: peft_config(params, name) for name in chosen}
-    card = model_card(configs[chosen[0]].to_dict()).encode()
-    contents = {name: safetensors_bytes(to_peft_state_dict(params, name), {"format": "pt"}) for name in chosen}
+    configs = {name: peft_config(params, name).to_dict() for name in chosen}
+    card = model_card(configs[chosen[0]]).encode()
+    contents = {name: folder_contents(to_peft_state_dict(params, name), configs[name]) for name in chosen}
     check_before_saving(params, chosen)
 
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
             target = folder if name == "default" else folder / name
-            files = {SAFETENSORS_NAME: contents[name], CONFIG_NAME: configs[name].to_json().encode()}
-            write_together(target, files, {MODEL_CARD_NAME: card} if target == folder else {})
+            write_together(target, contents[name], {MODEL_CARD_NAME: card} if target == folder else {})
         if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
             write_atomically(folder / MODEL_CARD_NAME, card)
 
@@ -115,11 +104,9 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
     """Says which modules PEFT will refuse to open. In Flax GPT-2's projections are `oi`, a Linear's kernel is `io`."""
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
-    named = [
-        n for leaf in leaves if leaf.layout.word == "oi" and leaf.adapters.keys() & set(adapters) for n in leaf.names
-    ]
-    if found := [name for name in named if re.fullmatch(GPT2_CONV1D, name)]:
+    leaves = [leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)]
+    named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
+    if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
             "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
@@ -143,29 +130,24 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
         ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa for.
     """
     adapter_name = chosen_adapter(params, adapter_name)
-    state: dict[str, np.ndarray] = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            state.update(_factors_of(leaf, adapter_name))
-    return {**state, **carried_tensors(params, adapter_name)}
+    for _, leaf in adapted_kernels(params, adapter_name):
+        _check_for_peft(leaf, adapter_name)
+    file = from_tree(params, adapter_name)
+    return peft_state(file.modules.values(), file.others)
 
 
-def _factors_of(leaf: LoHaWeight, adapter_name: str) -> dict[str, np.ndarray]:
-    if len(leaf.layout.axes("k")) > 2:
+def _check_for_peft(leaf: LoHaWeight, adapter_name: str) -> None:
+    """Raise ValueError for a kernel that PEFT has no LoHa for."""
+    if (axes := len(leaf.layout.axes("k"))) > 2:
         raise ValueError(
-            f"{leaf.label} is a convolution over {len(leaf.layout.axes('k'))} axes, for which PEFT has no LoHa. "
-            "Save it in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
+            f"{leaf.label} is a convolution over {axes} axes, for which PEFT has no LoHa. Save it in LyCORIS' form "
+            "(`save_lycoris`), merge it, or exclude it from the adapter."
         )
     if leaf.adapters[adapter_name].dora_scale is not None:
         raise ValueError(
             f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use `save_lycoris` or `save_lora`, "
             "or merge it (`merge`, `save_merged`)."
         )
-    return {
-        f"{PREFIX}{module.name}.{part}": tensor
-        for module in module_factors(leaf, adapter_name)
-        for part, tensor in module.tensors.items()
-    }
 
 
 @takes_model(changes=False)
@@ -185,17 +167,16 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     settings: dict[str, dict[Any, str]] = {field: {} for field in _SAME_FOR_ALL}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            factors = leaf.adapters[adapter_name]
-            config = factors.config
-            for field in ("rank_dropout", "module_dropout"):
-                settings[field].setdefault(getattr(config, field), leaf.label)
-            if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
-                settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
-            for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
-                if r:
-                    ranks[name], alphas[name] = r, alpha
+    for _, leaf in adapted_kernels(params, adapter_name):
+        factors = leaf.adapters[adapter_name]
+        config = factors.config
+        for field in ("rank_dropout", "module_dropout"):
+            settings[field].setdefault(getattr(config, field), leaf.label)
+        if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
+            settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
+        for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
+            if r:
+                ranks[name], alphas[name] = r, alpha
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     for field, found in settings.items():
@@ -230,6 +211,7 @@ def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, An
     return {exact_pattern(name): value for name, value in wanted.items() if value != default}
 
 
+@takes_model(argument="base_params")
 def load_peft(
     folder: str | Path,
     base_params: Any,
@@ -265,17 +247,11 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
-    try:
-        config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, folder, "load_peft") from error
-    check_finite(state, path)
-    try:
-        return from_peft_state_dict(
-            state, config, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+    file = read_peft(folder)
+    with errors_about(file.path):
+        return _to_tree(
+            file, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
         )
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 @takes_model(argument="base_params")
@@ -300,37 +276,44 @@ def from_peft_state_dict(
     Raises:
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
-    # PEFT writes inference_mode=true always; what a tree holds can always be trained.
-    config = map_names(dataclasses.replace(config, inference_mode=False), without_wrappers)
-    keys = {module_key(key): key for key in state}
-    wrapped = all(key.startswith("module.") for key in keys)  # by DataParallel, unless the tree has it too
+    file = peft_file(config, state, Path())
+    return _to_tree(file, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type)
+
+
+def _to_tree(
+    file: AdapterFile,
+    base_params: Any,
+    *,
+    adapter_name: str,
+    names: Names | None,
+    layouts: Layouts | None,
+    model_type: str | None,
+) -> Any:
+    """Add a LoHa of PEFT's to a tree."""
+    # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
+    config = dataclasses.replace(LoHaConfig.from_dict(file.config), inference_mode=False)
+    config = _map_names(config, without_wrappers)
+    wrapped = all(name.startswith("module.") for name in (*file.modules, *file.others))  # by DataParallel
     if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
-        keys = {name.removeprefix("module."): key for name, key in keys.items()}
-        config = map_names(config, lambda name: name.removeprefix("module."))
-    arrays = {name: state[key] for name, key in keys.items()}
-    config = with_names_that_end_alike(config, [n for n in keys if n.rpartition(".")[2] not in FACTOR_NAMES])
-    plan = plan_injection(
-        base_params, config, names=names, layouts=layouts, model_type=model_type, torch_shapes=update_shapes(arrays)
-    )
-    wanted = {
-        f"{name}.{part}": shape
-        for target in plan.targets.values()
-        for name, r in zip(target.names, target.ranks, strict=True)
-        for part, shape in (target.shapes(r) if r else {}).items()
-    }
-
-    def make_factors(target: Target) -> dict[str, jax.Array]:
-        per_module = [
-            {part: arrays[f"{name}.{part}"] for part in target.shapes(r)} if r else {}
-            for name, r in zip(target.names, target.ranks, strict=True)
-        ]
-        return stack_factors(per_module, target, factor_dtype(target.dtype))
-
-    return add_loaded(base_params, plan, adapter_name, arrays, keys, wanted, make_factors)
+        config = _map_names(config, _without_module)
+        file = _without_data_parallel(file)
+    return peft_to_tree(file, base_params, config, adapter_name, names=names, layouts=layouts, model_type=model_type)
 
 
-def map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
-    """The config with its module names renamed: the entries of lists and the keys of patterns."""
+def _without_module(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _without_data_parallel(file: AdapterFile) -> AdapterFile:
+    """The file with its modules named as before DataParallel wrapped them."""
+    modules = {_without_module(n): dataclasses.replace(m, name=_without_module(n)) for n, m in file.modules.items()}
+    others = {_without_module(name): array for name, array in file.others.items()}
+    keys = {_without_module(name): key for name, key in file.keys.items()}
+    return dataclasses.replace(file, modules=modules, others=others, keys=keys)
+
+
+def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
+    """Return the config with its module names renamed: the entries of lists and the keys of patterns."""
 
     def entries(names: Any) -> Any:
         return names if names is None or isinstance(names, str) else [rename(name) for name in names]

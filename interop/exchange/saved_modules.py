@@ -1,35 +1,32 @@
-"""What a PEFT folder holds beside the factors, be it LoHa or LoRA, and how it gets into a tree with them.
+"""Everything in a PEFT file besides the factors, for LoHa and LoRA.
 
-These are the copies of `modules_to_save`, a BatchNorm's counter, and the base weights of targeted embeddings.
+These are the copies of `modules_to_save`, BatchNorm counters, and base weights of adapted embeddings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.formats.peft_files import PREFIX
-from loha_jax.interop.names.resized_vocabulary import resizing_hint
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import path_parts, torch_parameter
-from loha_jax.tree.inject import apply_plan
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
-from loha_jax.tree.plan import Plan, Target
+from loha_jax.tree.plan import Plan
 
 # Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
-    """The tensors beside the factors, by PEFT's keys.
+def saved_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
+    """Return the tensors besides the factors, by PEFT's keys without the prefix.
 
     `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
 
@@ -45,10 +42,10 @@ def carried_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
         elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
             copy = leaf.copies[adapter_name]
             value = on_host(leaf.layout.unfold(copy) if leaf.layout else copy)
-            state[PREFIX + leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
+            state[leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
             for owner, name, count in leaf.counters:
                 if owner == adapter_name:
-                    state[PREFIX + name] = np.array(count, np.int64)
+                    state[name] = np.array(count, np.int64)
     for key in [key for key in state if key.endswith(".running_mean")]:
         # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
         state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
@@ -82,10 +79,10 @@ def _base_layers(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np
         if r and name.rsplit(".", 1)[-1] in _EMBEDDINGS and _targets_embeddings(factors.config):
             weight = on_host(leaf.layout.unfold(leaf.kernel))
             stack = len(leaf.layout.axes("s"))
-            state[f"{PREFIX}{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[index]
+            state[f"{name}.base_layer.weight"] = weight.reshape(-1, *weight.shape[stack:])[index]
             if bias is not None:
                 own = on_host(bias).reshape(-1, weight.shape[stack])[index]
-                state[f"{PREFIX}{name}.base_layer.bias"] = own
+                state[f"{name}.base_layer.bias"] = own
     return state
 
 
@@ -93,75 +90,6 @@ def _targets_embeddings(config: LoHaConfig) -> bool:
     # PEFT's test is `name in target_modules`: membership in a list, a substring of a regular expression.
     targets = config.target_modules or ()
     return any(name in targets for name in _EMBEDDINGS)  # type: ignore[operator]
-
-
-def add_loaded(
-    base_params: Any,
-    plan: Plan,
-    adapter_name: str,
-    state: Mapping[str, Any],
-    keys: Mapping[str, str],
-    wanted: Mapping[str, tuple[int, ...]],
-    make_factors: Callable[[Target], dict[str, jax.Array]],
-    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
-) -> Any:
-    """Checks what a file holds against a plan, then adds it to the tree as one more adapter.
-
-    Args:
-        base_params: the base model's tree.
-        plan: what the file's config targets in it.
-        adapter_name: of the new adapter.
-        state: the file's arrays by torch parameter name, without PEFT's prefix.
-        keys: the file's own key of each, for messages.
-        wanted: the shapes of all of the adapter's tensors; those of saved modules are known here.
-        make_factors, make_extras: as for `apply_plan`; called once everything fits.
-
-    Raises:
-        ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
-    """
-    wanted = {**wanted, **_saved_shapes(plan)}
-    optional = _base_layer_shapes(plan, base_params)
-    saved_names = {saved.name for saved in plan.saved.values()}
-    counters = {
-        name: key
-        for name, key in keys.items()
-        if name.endswith(".num_batches_tracked")
-        and name not in wanted
-        and any(_same_module(name, saved) for saved in saved_names)
-    }
-    unexpected = [
-        key for name, key in keys.items() if name not in wanted and name not in optional and name not in counters
-    ]
-    missing = [PREFIX + name for name in wanted if name not in keys]
-    misshapen = [
-        f"{keys[name]}: {list(np.shape(state[name]))} in the file, {list(shape)} in the model"
-        for name, shape in {**wanted, **optional}.items()
-        if name in keys and tuple(np.shape(state[name])) != shape
-    ]
-    problems = [
-        f"{title} ({len(found)}): {', '.join(found)}"
-        for title, found in (("unexpected keys", unexpected), ("missing keys", missing), ("misshapen", misshapen))
-        if found
-    ]
-    if problems:
-        hint = resizing_hint({**wanted, **optional}, {n: tuple(np.shape(state[n])) for n in keys})
-        raise ValueError(
-            f"the adapter and the model do not fit; nothing was loaded. {'; '.join(problems)}. {hint}The model's "
-            "modules are named by its tree; pass `names=` where torch names them otherwise, `layouts=` where shapes "
-            "are transposed."
-        )
-
-    def make_copy(saved: Any, original: jax.Array) -> jax.Array:
-        value = jnp.asarray(state[saved.name]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
-        return saved.layout.fold(value, saved.shape) if saved.layout else value
-
-    params = apply_plan(base_params, plan, adapter_name, make_factors, make_copy, make_extras)
-    return _with_base_weights(
-        params,
-        adapter_name,
-        {name: state[name] for name in optional if name in keys},
-        {name: count for name in counters if (count := int(state[name]))},  # 0 is written without being noted
-    )
 
 
 def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaConfig:
@@ -187,17 +115,26 @@ def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaC
     return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *added))
 
 
+def batch_counters(plan: Plan, names: Iterable[str]) -> list[str]:
+    """Return the names of BatchNorm counters beside saved parameters, for which a tree has no leaf."""
+    saved = [saved.name for saved in plan.saved.values()]
+    return [n for n in names if n.endswith(".num_batches_tracked") and any(_same_module(n, own) for own in saved)]
+
+
 def _same_module(a: str, b: str) -> bool:
     return a.rpartition(".")[0] == b.rpartition(".")[0]
 
 
-def _saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes in torch's orientation of the parameters of saved modules."""
+def saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in torch's orientation of the parameters of saved modules."""
     return {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in plan.saved.values()}
 
 
-def _base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of base weights that a file may hold: PEFT writes those of targeted embeddings and output heads."""
+def base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of base weights that a file may hold.
+
+    PEFT writes those of targeted embeddings and output heads.
+    """
     biases = _biases(base_params)
     shapes: dict[str, tuple[int, ...]] = {}
     for target in plan.targets.values():
@@ -209,10 +146,10 @@ def _base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _with_base_weights(
+def with_base_weights(
     params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
 ) -> Any:
-    """Puts base weights that came with the adapter in place, and notes counters that the tree has no leaf for."""
+    """Put base weights of an adapter's file into the tree, and note counters that the tree has no leaf for."""
 
     def update(path: Any, leaf: Any) -> Any:
         parts = path_parts(path)

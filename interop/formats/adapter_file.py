@@ -5,11 +5,14 @@ The command line works on these; what needs a model's tree (`load_peft`, `load_l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from loha_jax.interop.disk.tensor_files import FileError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class AdapterFile:
     """An adapter read from a file or folder.
 
     Attributes:
-        path: what was read.
+        path: what was read; of a PEFT folder that is loaded, the file in it that holds the tensors.
         form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file).
         modules: by the name that the file itself has for them, with the prefix.
         others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`, `base_layer`s,
@@ -74,6 +77,7 @@ class AdapterFile:
         metadata: the strings in the file's header.
         foreign: modules that LoHa cannot hold, by the file's name for them; `read_adapter` refuses them.
         embeddings: token embeddings that are bundled with the weights, by their keys.
+        keys: PEFT's formats: the file's own keys by the names of `peft_tensors` and of `others`, for messages.
     """
 
     path: Path
@@ -84,9 +88,19 @@ class AdapterFile:
     metadata: dict[str, str]
     foreign: dict[str, Foreign] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by their keys: those of the modules, then the others."""
         own = {f"{own}.{part}": array for own, module in self.modules.items() for part, array in module.arrays.items()}
         return {**own, **self.others}
+
+
+@contextlib.contextmanager
+def errors_about(path: str | Path) -> Iterator[None]:
+    """Re-raise any ValueError from the block as a `FileError` with `path` in its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error

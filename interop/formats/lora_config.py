@@ -126,6 +126,16 @@ def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
+    """Raise ValueError where some modules have a weight decomposition and others have not."""
+    without = [name for name, module in modules.items() if module.dora_scale is None]
+    if 0 < len(without) < len(modules):
+        raise ValueError(
+            f"PEFT's config has one use_dora for all modules, and {', '.join(without)} has no weight decomposition, "
+            "unlike the others. Keep them in adapters of their own."
+        )
+
+
 def like_loha(values: Mapping[str, Any]) -> LoHaConfig:
     """The fields that LoHa has too; its alpha is `lora_alpha`, without rank stabilisation."""
     given = {name: values[name] for name in (*_SHARED, "r", "alpha_pattern") if values.get(name) is not None}

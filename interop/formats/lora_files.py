@@ -9,10 +9,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError, read_metadata
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.disk.tensor_files import FileError, check_finite, read_metadata
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
 from loha_jax.interop.formats.lora_config import check_lora_config, like_loha, rank_and_alpha
 from loha_jax.interop.formats.peft_files import PREFIX, read_folder
+from loha_jax.interop.formats.wrong_loader import with_hint
 
 # The adapter's name stands in the keys of a model's state dict, not in those of a file.
 _KEYS = re.compile(
@@ -21,52 +22,56 @@ _KEYS = re.compile(
 _OTHER_PART = re.compile(r"(?:^|\.)(lora_\w+)")
 
 
-def read_lora_folder(folder: str | Path) -> AdapterFile:
-    """Reads a folder that PEFT wrote for a LoRA (or DoRA) adapter.
-
-    Returns:
-        The tensors as they are in the file; rank stabilisation (`use_rslora`) is folded into alpha, and DoRA's
-        magnitudes have the shape of LyCORIS' norms. `r` and `alpha` follow the config's patterns.
+def read_lora(folder: str | Path) -> AdapterFile:
+    """Read a folder that PEFT wrote for a LoRA (or DoRA) adapter; see `lora_file`.
 
     Raises:
-        FileNotFoundError: the config or the weights are not there.
-        FileError: they are broken, do not fit each other, or are a variant of LoRA that LoHa has no counterpart of.
+        FileNotFoundError: there is no config or no weights.
+        FileError: they are corrupted, hold NaN or infinity, do not fit each other, or are a variant of LoRA that LoHa
+            has no counterpart of.
     """
-    folder = Path(folder)
-    return lora_file(folder, *read_folder(folder, check_lora_config))
+    try:
+        file = lora_file(*read_folder(Path(folder), check_lora_config))
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_lora") from error
+    check_finite(file.arrays, folder)
+    return file
 
 
-def lora_file(folder: Path, values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
-    """The adapter of a folder that has been read.
+def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
+    """Return the adapter of a folder that has been read.
+
+    The tensors are as they are in the file. Rank stabilisation (`use_rslora`) is folded into alpha, and DoRA's
+    magnitudes have the shape of LyCORIS' norms. `r` and `alpha` follow the config's patterns.
 
     Args:
-        folder: where it lies.
         values: from `check_lora_config`.
         state: the tensors by the file's keys.
         path: of the file that held them.
     """
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
+    keys: dict[str, str] = {}
     for key, tensor in state.items():
         name = key.removeprefix(PREFIX)
         if found := _KEYS.fullmatch(name):
-            parts_of.setdefault(found["module"], {})[found["factor"] or found["norms"]] = tensor
+            part = found["factor"] or found["norms"]
+            parts_of.setdefault(found["module"], {})[part] = tensor
+            keys[f"{found['module']}.{part}{'.weight' if found['factor'] else ''}"] = key
         elif other := _OTHER_PART.search(name):
             raise FileError(f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no counterpart of")
         else:
-            others[name] = tensor
+            others[name], keys[name] = tensor, key
     if not parts_of:
         raise FileError(f"{path} has no lora_A and lora_B")
     config = like_loha(values)
     modules: dict[str, AdapterModule] = {}
-    for name, parts in parts_of.items():
-        r, alpha = rank_and_alpha(values, config, name)
-        try:
+    with errors_about(path):
+        for name, parts in parts_of.items():
+            r, alpha = rank_and_alpha(values, config, name)
             modules[name] = _module(name, parts, r, alpha, bool(values.get("use_dora", False)))
-        except FileError as error:
-            raise FileError(f"{path}: {error}") from error
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return AdapterFile(folder, "lora", modules, others, values, metadata)
+    return AdapterFile(path, "lora", modules, others, values, metadata, keys=keys)
 
 
 def _module(name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_dora: bool) -> AdapterModule:

@@ -1,9 +1,10 @@
-"""PEFT's adapter folders: names, keys, and how a folder is read."""
+"""PEFT's adapter folders: how one is read, and what is written into one."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,29 +12,33 @@ import numpy as np
 from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, pending_or_own
 from loha_jax.interop.disk.tensor_files import (
     FileError,
+    check_finite,
     read_metadata,
     read_safetensors,
     read_torch_pickle,
+    safetensors_bytes,
     without_wrappers,
 )
-from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
+from loha_jax.interop.formats.ranks import rank_of
+from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import json_object, read_json
-from loha_jax.targets.config import CONFIG_NAME
-
-PREFIX = "base_model.model."
-"""What stands before every key of PEFT's files."""
+from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
+from loha_jax.targets.matching import match_pattern
 
 C = TypeVar("C")
 
-SAFETENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""The beginning of every key in PEFT's files."""
 
+SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 
 
 def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tuple[C, dict[str, np.ndarray], Path]:
-    """The config and the tensors of an adapter, and the file that holds the latter.
+    """Return the config and the tensors of an adapter, and the file that holds the tensors.
 
     Args:
         folder: of PEFT or diffusers.
@@ -69,10 +74,103 @@ def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tu
     raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
 
 
-def module_key(key: str) -> str:
-    """A key without PEFT's prefix and without an adapter's name: "layer.q.hada_w1_a"."""
+def torch_name(key: str) -> str:
+    """Return a key without PEFT's prefix and without an adapter's name: "layer.q.hada_w1_a"."""
     key = without_wrappers(key)
     if key.startswith(f"module.{PREFIX}"):  # DataParallel around PEFT's model
         key = key.removeprefix("module.")
     key = key.removeprefix(PREFIX)
     return re.sub(rf"\.({'|'.join(FACTOR_NAMES)})\.[^.]+$", r".\1", key)
+
+
+def read_peft(folder: str | Path) -> AdapterFile:
+    """Read a folder that PEFT wrote for a LoHa adapter.
+
+    Raises:
+        FileNotFoundError: there is no config or no weights.
+        FileError: they are corrupted, hold NaN or infinity, or are those of another kind of adapter.
+    """
+    try:
+        config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
+    except (FileError, FileNotFoundError) as error:
+        raise with_hint(error, folder, "load_peft") from error
+    check_finite(state, path)
+    with errors_about(path):
+        return peft_file(config, state, path)
+
+
+def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> AdapterFile:
+    """Return the adapter of a state dict that PEFT wrote for a LoHa.
+
+    Nothing is checked: modules may lack factors, or have others than their config says; see `check_peft_file`.
+
+    Args:
+        config: the adapter's; it says the modules' ranks and alphas.
+        state: arrays by PEFT's keys, with or without the prefix.
+        path: of the file that held them.
+    """
+    tensors_of: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
+    keys = {torch_name(key): key for key in state}
+    for name, key in keys.items():
+        module, _, part = name.rpartition(".")
+        if part in FACTOR_NAMES:
+            tensors_of.setdefault(module, {})[part] = state[key]
+        else:
+            others[name] = state[key]
+    modules = {
+        name: AdapterModule(
+            name,
+            "loha",
+            match_pattern(name, config.rank_pattern, config.r),
+            float(match_pattern(name, config.alpha_pattern, config.alpha)),
+            tensors,
+        )
+        for name, tensors in tensors_of.items()
+    }
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return AdapterFile(path, "peft", modules, others, config.to_dict(), metadata, keys=keys)
+
+
+def check_peft_file(file: AdapterFile) -> None:
+    """Raise FileError where a module's factors do not fit each other, or not the rank in the config."""
+    for name, module in file.modules.items():
+        r = rank_of(name, module.tensors)
+        if r != module.r:
+            raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {module.r}")
+
+
+def peft_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+    """Return one module's tensors by PEFT's names, without its prefix.
+
+    Example:
+        >>> tensors = {"lora_A": np.ones((1, 3)), "lora_B": np.ones((2, 1))}
+        >>> list(peft_tensors(AdapterModule("q", "lora", 1, 1.0, tensors)))
+        ['q.lora_A.weight', 'q.lora_B.weight']
+    """
+    suffix = ".weight" if module.kind == "lora" else ""
+    tensors = {f"{module.name}.{part}{suffix}": tensor for part, tensor in module.tensors.items()}
+    if module.kind == "lora" and module.dora_scale is not None:
+        spatial = module.tensors["lora_A"].ndim - 2
+        shape = (1, -1, *(1,) * spatial) if spatial else (-1,)  # [out], or [1, out, 1, ...] of a convolution
+        tensors[f"{module.name}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
+    return tensors
+
+
+def peft_state(modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return PEFT's state dict of some modules, and of the parameters beside them."""
+    own = [item for module in modules for item in peft_tensors(module).items()]
+    return {PREFIX + name: tensor for name, tensor in [*own, *others.items()]}
+
+
+def folder_contents(state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the contents of PEFT's files, by their names.
+
+    Args:
+        state: from `peft_state`.
+        config: the content of `adapter_config.json`.
+    """
+    return {
+        SAFETENSORS_NAME: safetensors_bytes(state, {"format": "pt"}),
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }

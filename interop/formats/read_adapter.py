@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file
 from loha_jax.interop.disk.tensor_files import FileError, read_metadata, read_safetensors, read_torch_pickle
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
 from loha_jax.interop.formats.lora_config import check_lora_config
 from loha_jax.interop.formats.lora_files import lora_file
 from loha_jax.interop.formats.lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, foreign_message, group_keys
-from loha_jax.interop.formats.peft_files import module_key, read_folder
-from loha_jax.interop.formats.ranks import rank_of
+from loha_jax.interop.formats.peft_files import check_peft_file, peft_file, read_folder
 from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
 
-from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import read_json
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.matching import match_pattern
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, beside the file
@@ -81,6 +78,19 @@ def read_adapter(
     if not known:
         held = f"only token embeddings ({', '.join(adapter.embeddings)})" if adapter.embeddings else "no adapter"
         raise FileError(f"{path}: the file holds {held}")
+    return adapter
+
+
+def read_lycoris(path: str | Path, *, only: str | None = None, prefix: str | None = None) -> AdapterFile:
+    """Read a file of LyCORIS, kohya or diffusers; see `read_adapter`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: see `read_adapter`; or it is an adapter of another format.
+    """
+    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
+    if adapter.form not in ("lycoris", "kohya"):
+        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
     return adapter
 
 
@@ -200,24 +210,9 @@ def _config(values: Mapping[str, Any]) -> LoHaConfig | dict[str, Any]:
 def _read_peft(folder: Path) -> AdapterFile:
     config, state, path = read_folder(folder, _config)
     if isinstance(config, dict):
-        return lora_file(folder, config, state, path)
-    parts_of: dict[str, dict[str, np.ndarray]] = {}
-    others: dict[str, np.ndarray] = {}
-    for key, tensor in state.items():
-        module, _, part = module_key(key).rpartition(".")
-        if part in FACTOR_NAMES:
-            parts_of.setdefault(module, {})[part] = tensor
-        else:
-            others[f"{module}.{part}"] = tensor
-    found: dict[str, AdapterModule] = {}
-    for name, tensors in parts_of.items():
-        try:
-            r = rank_of(name, tensors)
-            if r != (wanted := match_pattern(name, config.rank_pattern, config.r)):
-                raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {wanted}")
-            alpha = float(match_pattern(name, config.alpha_pattern, config.alpha))
-        except ValueError as error:
-            raise FileError(f"{path}: {error}") from error
-        found[name] = AdapterModule(name, "loha", r, alpha, tensors)
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return AdapterFile(folder, "peft", found, others, config.to_dict(), metadata)
+        file = lora_file(config, state, path)
+    else:
+        with errors_about(path):
+            file = peft_file(config, state, path)
+            check_peft_file(file)
+    return dataclasses.replace(file, path=folder)

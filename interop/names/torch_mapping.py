@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -237,80 +236,3 @@ def _preprocessed(
     if sorted(order) != list(range(len(keys))) or not np.array_equal(expected, leaf):
         raise error
     return dataclasses.replace(source, keys=tuple(keys[k] for k in order))
-
-
-def torch_names(mapping: Mapping[str, Any], jax_path: str) -> list[str]:
-    """The torch names that a mapping sends to a JAX path, by inverting its patterns.
-
-    Every name is checked by running the pattern forwards. A group that the path does not hold, and an optional part
-    of the pattern, give several names.
-
-    Example:
-        >>> mapping = {r"model\\.layers\\.([0-9]+)\\.mlp\\.up\\.weight": (r"layers.\\1.up.kernel", ((1, 0), None))}
-        >>> torch_names(mapping, "layers.3.up.kernel")
-        ['model.layers.3.mlp.up.weight']
-    """
-    names: list[str] = []
-    for pattern, (template, _) in mapping.items():
-        found = _template_regex(template).fullmatch(jax_path)
-        if not found:
-            continue
-        groups = {int(name[1:]): value for name, value in found.groupdict().items()}
-        for pieces in itertools.product(*_pieces(pattern, groups)):
-            name = "".join(pieces)
-            if re.match(pattern, name) and re.sub(pattern, template, name) == jax_path and name not in names:
-                names.append(name)
-    return names
-
-
-def _template_regex(template: str) -> re.Pattern[str]:
-    """A regex for the results of a template, with a group g<n> for each reference to group n."""
-    seen: set[str] = set()
-
-    def group(reference: re.Match[str]) -> str:
-        n = reference[1] or reference[2]
-        if n in seen:
-            return f"(?P=g{n})"
-        seen.add(n)
-        return f"(?P<g{n}>.+?)"
-
-    parts = re.split(r"(\\(?:\d+|g<\d+>))", template)
-    return re.compile("".join(re.sub(r"\\(?:(\d+)|g<(\d+)>)", group, p) if n % 2 else re.escape(p)
-                              for n, p in enumerate(parts)))  # fmt: skip
-
-
-_TOKEN = re.compile(
-    r"(?P<optional>\(\?:(?P<inside>[^()]*)\)\?)"
-    r"|\(\?:(?P<plain>[^()]*)\)|\((?P<group>(?!\?)[^()]*)\)"
-    r"|\\(?P<escaped>[^\w])|(?P<anchor>[\^$])|(?P<literal>[^\\()\[\]{}*+?|^$])"
-)
-
-
-def _pieces(pattern: str, groups: Mapping[int, str]) -> Iterator[list[str]]:
-    """The possible texts of each piece of a pattern, given those of its groups; none where that cannot be told.
-
-    An unescaped dot stands for a dot: that is what it means in the names of these mappings.
-    """
-    at, number = 0, 0
-    while at < len(pattern):
-        token = _TOKEN.match(pattern, at)
-        if token is None or pattern[token.end() : token.end() + 1] in ("*", "+", "?", "{"):
-            yield []
-            return
-        at = token.end()
-        if token["optional"] is not None:
-            yield ["", *_alternatives(token["inside"])]
-        elif token["plain"] is not None:
-            yield _alternatives(token["plain"])
-        elif token["group"] is not None:
-            number += 1
-            yield [groups[number]] if number in groups else _alternatives(token["group"])
-        elif token["anchor"] is None:
-            yield [token["escaped"] or token["literal"]]
-
-
-def _alternatives(text: str) -> list[str]:
-    """The words of `a|b`, or none where one of them is not literal."""
-    words = text.split("|")
-    literal = [re.sub(r"\\([^\w])", r"\1", word) for word in words]
-    return literal if all(re.fullmatch(r"(?:[\w.\-]|\\[^\w])*", word) for word in words) else []

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.names.leaf_source import Source, convolution_source
-from loha_jax.interop.names.name_map import NameMap, leaf_path
+from loha_jax.interop.names.name_map import NameMap
+from loha_jax.interop.names.settled_names import leaf_path
 
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
@@ -35,8 +36,6 @@ def _find_sources(
     params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
     """The tree, the sources of its leaves by flat position, and what is wrong with those that have none."""
-    if isinstance(names, NameMap) and shapes is not None:
-        names = names.bind(shapes)
     in_file = {key.removesuffix(".weight"): shape for key, shape in (shapes or {}).items() if len(shape) > 2}
     tree = NamedTree(params, names, layouts, in_file)
     sources: dict[int, Source] = {}

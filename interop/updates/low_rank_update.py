@@ -58,7 +58,7 @@ class LowRankUpdate:
             core, w_b = tensors[f"hada_t{n}"], tensors[f"hada_w{n}_b"]
             right = np.einsum("pq...,qi->pi...", core, w_b)
             pairs.append((tensors[f"hada_w{n}_a"].T, np.ascontiguousarray(right).reshape(right.shape[0], -1)))
-        in_shape = (tensors["hada_w1_b"].shape[1], *tensors["hada_t1"].shape[2:])
+        in_shape = module.in_shape or (tensors["hada_w1_b"].shape[1], *tensors["hada_t1"].shape[2:])
         return cls(tuple(pairs), scale, in_shape)
 
     @property

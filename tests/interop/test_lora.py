@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loha_jax.interop.disk.tensor_files import FileError
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.lora_config import exact_targets
-from loha_jax.interop.formats.lora_files import read_lora_folder
+from loha_jax.interop.formats.lora_files import read_lora
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.interop.updates.lora_conversion import loha_of, lora_of
 from peft_samples import NAMES, Sample
@@ -602,7 +602,7 @@ ONE = np.ones((2, 2), np.float32)
 def test_what_is_no_plain_lora_is_refused_by_name(config, tensors, message, tmp_path):
     write_lora(tmp_path, config, **tensors)
     with pytest.raises(FileError, match=message) as error:
-        read_lora_folder(tmp_path)
+        read_lora(tmp_path)
     assert str(tmp_path) in str(error.value)
     with pytest.raises(ValueError, match=message):
         interop.load_lora(tmp_path, BASE)
@@ -613,7 +613,7 @@ def test_broken_configs_are_named(text, tmp_path):
     write_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(FileError, match=r"adapter_config\.json"):
-        read_lora_folder(tmp_path)
+        read_lora(tmp_path)
 
 
 def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp_path):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from loha_jax.interop.disk.tensor_files import FileError, read_metadata
-from loha_jax.interop.exchange.factors import module_factors
+from loha_jax.interop.exchange.from_tree import module_factors
 from lycoris_samples import CONVOLUTIONS, DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs, trained
 from safetensors.numpy import load_file, save_file
 

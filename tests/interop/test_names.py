@@ -214,26 +214,21 @@ def test_the_mappings_of_tunix_models_give_names_and_layouts(name, tmp_path):
     assert state[f"base_model.model.{prefix}model.layers.1.self_attn.o_proj.hada_w1_b"].shape == (2, N * H)
 
 
-def test_a_mapping_alone_is_inverted_into_names():
-    names = NameMap(llama3())
-    assert names("layers.3.attn.q_proj") == "model.layers.3.self_attn.q_proj"
+def test_a_mapping_needs_the_names_of_a_checkpoint():
+    with pytest.raises(ValueError, match=r"give the checkpoint, or \{name: shape\}, as `base=`"):
+        NameMap(llama3())
+    down = "model.layers.0.mlp.down_proj"
+    names = NameMap(llama3(), base={f"{down}.weight": (D, F), "model.embed_tokens.weight": (7, D)})
     assert names("embedder.input_embedding") == "model.embed_tokens"
-    assert names("final_norm") == "model.norm"
-    assert names.layouts == {}
-    with pytest.raises(UnknownNameError, match=r"layers.0.attn.zzz has no counterpart in the mapping"):
+    with pytest.raises(UnknownNameError, match=r"layers.0.attn.zzz has no torch name"):
         names("layers.0.attn.zzz")
-    with pytest.raises(UnknownNameError, match=r"could be language_model\.model\..*, model\..*base=") as error:
-        NameMap(gemma3())("layers.0.attn.attn_vec_einsum")
-    assert len(error.value.candidates) == 2
-    assert NameMap(qwen3())("layers.1.mlp.experts.2.up_proj") == "model.layers.1.mlp.experts.2.up_proj"
     tree = {
         "layers": {"0": {"mlp": {"down_proj": {"kernel": jnp.ones((F, D))}, "other": {"kernel": jnp.ones((D, D))}}}}
     }
     config = LoHaConfig(r=2, target_modules=["down_proj"])
     adapted = loha_jax.inject(tree, config, key=jax.random.key(0), names=names)
-    kernel = adapted["layers"]["0"]["mlp"]["down_proj"]["kernel"]
-    assert kernel.names == ("model.layers.0.mlp.down_proj",)
-    with pytest.raises(UnknownNameError, match=r"layers.0.mlp.other has no counterpart"):
+    assert adapted["layers"]["0"]["mlp"]["down_proj"]["kernel"].names == (down,)
+    with pytest.raises(UnknownNameError, match=r"layers.0.mlp.other has no torch name"):
         loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["other"]), key=jax.random.key(0), names=names)
 
 
@@ -268,7 +263,7 @@ def test_transforms_of_bonsai_models():
     assert words == {"layers.0.q": "ioo", "layers.0.o": "iio", "patch": "kkio"}
     assert names.unused == ("vit.head.weight",)
     assert names.sources["layers.0.q.bias"].axes == ((0, 1),)
-    assert NameMap(mapping)("layers.7.q") == "vit.layer.7.q"
+    assert names("layers.0.q") == "vit.layer.0.q"
     assert "layers.0.q.kernel" in names.table()
     assert repr(names) == "NameMap(5 leaves, 0 ambiguous, 0 unmatched, 1 unused torch tensors)"
 

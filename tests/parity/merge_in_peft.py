@@ -10,9 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.exchange.lora import lora_tensors
 from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.peft_files import PREFIX
+from loha_jax.interop.formats.peft_files import peft_state
 from loha_jax.interop.merge.plan import TensorUpdate, plan_merge
 from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
@@ -155,7 +154,4 @@ def _peft_config(peft: Any, module: AdapterModule) -> Any:
 
 def _state(module: AdapterModule) -> dict[str, np.ndarray]:
     """The module's tensors by the keys of a model whose one module is called "layer"."""
-    module = dataclasses.replace(module, name="layer")
-    if module.kind == "lora":
-        return lora_tensors(module)
-    return {f"{PREFIX}layer.{part}": tensor for part, tensor in module.tensors.items()}
+    return peft_state([dataclasses.replace(module, name="layer")], {})

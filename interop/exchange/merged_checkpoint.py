@@ -1,0 +1,255 @@
+"""`save_merged`: a tree with its adapters merged as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from loha_jax.interop.disk.atomic import whole_folder, write_atomically
+from loha_jax.interop.disk.base_checkpoint import (
+    Checkpoint,
+    read_config,
+    side_file_content,
+    side_files,
+    weight_files,
+)
+from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter, parse_size
+from loha_jax.interop.disk.quantised import Scale, is_float8
+from loha_jax.interop.exchange.base_weights import cast_values, kind_of_dtype
+from loha_jax.interop.exchange.mismatch import Mismatch
+from loha_jax.interop.names.leaf_source import Source
+from loha_jax.interop.names.scaled_leaves import requantised, warn_of_losses
+from loha_jax.interop.names.tree_sources import find_sources_in
+from loha_jax.interop.updates.rounding import Loss
+
+from loha_jax.targets.module_names import Names
+from loha_jax.tree.adapters import adapter_names, check_adapters
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.merge import check_rounding, merge, unload
+from loha_jax.tree.named_tree import Layouts, NamedTree
+
+
+@takes_model(changes=False)
+def save_merged(
+    folder: str | Path,
+    params: Any,
+    *,
+    names: Names | None = None,
+    layouts: Layouts | None = None,
+    base: str | Path | None = None,
+    adapters: Sequence[str] | None = None,
+    dtype: Any = None,
+    tied: Mapping[str, str] | None = None,
+    max_shard_size: int | str = "5GB",
+    safe: bool = False,
+    force: bool = False,
+) -> None:
+    """Write a tree, with its adapters merged, as a folder that transformers' `from_pretrained` loads in torch.
+
+    Tensors are merged and written one at a time. A new folder appears whole; in one that holds other files the weights
+    appear last, when all are whole.
+
+    Args:
+        folder: made if it is not there; may not hold weights.
+        params: an adapted tree, or a plain one.
+        names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they have.
+        base: the checkpoint that the tree came from (a safetensors file or folder). With it, the result has its
+            tensors, names, shapes and dtypes; those that the tree does not hold are copied through, and the files
+            beside it (config, tokenizer) too.
+        adapters: which to merge; the active ones by default.
+        dtype: of all floating tensors, instead of the base's (or without one, each leaf's own).
+        tied: as for `load_base`: leaves whose tensor the base does not hold because it is that of another. They must
+            have its values still.
+        max_shard_size: of one file: bytes, or "5GB".
+        safe: refuse a merged weight with NaN or infinity.
+        force: write float8 without scales although rounding loses more than half of an update.
+
+    Scaled float8 of the base is quantised again, with a scale that fits; a warning says where that loses more than half
+    of an update.
+
+    Raises:
+        FileExistsError: the folder holds weights.
+        NotADirectoryError: it is a file.
+        ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
+            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is
+            quantised, but not as float8 with scales; float8 without scales that loses the update.
+            Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_merged(folder, {"q": {"kernel": jnp.ones((4, 3))}})
+        ...     Checkpoint(folder).shapes
+        {'q.weight': (3, 4)}
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_merged writes a folder")
+    if held := weight_files(folder):
+        raise FileExistsError(
+            f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty it."
+        )
+    check_adapters(params, adapters or ())
+    size = parse_size(max_shard_size)
+    checkpoint = Checkpoint(base) if base is not None else None
+    tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)
+    if checkpoint is not None and checkpoint.quantisation.is_used and dtype is not None:
+        raise ValueError(
+            f"{base} is quantised ({checkpoint.quantisation.example}): leave dtype= out, or give another base"
+        )
+    tensors = _MergedTensors(tree, sources, checkpoint, adapters, safe, force)
+    mismatch = Mismatch(misshapen=problems, titles=("unexpected", "missing", "leaves that do not fit"))
+    tensors.find_owners(tied or {}, mismatch)
+    mismatch.check("The tree cannot be saved; nothing was written", "")
+    plan = tensors.plan(dtype)
+    stem = "model"
+    if checkpoint is not None and "_diffusers_version" in read_config(checkpoint.folder):
+        stem = "diffusion_pytorch_model"
+    with whole_folder(folder) as place, CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer:
+        tensors.write(writer, plan)
+        warn_of_losses(tensors.losses)
+        if checkpoint is not None:
+            for file in side_files(checkpoint.folder):
+                if not (place / file.name).exists():  # an author's own stays
+                    write_atomically(place / file.name, side_file_content(file, dtype))
+        writer.commit()
+
+
+class _MergedTensors:
+    """The torch tensors of a tree with its adapters merged, one at a time.
+
+    Args:
+        tree, sources: from `find_sources_in`.
+        checkpoint: the base, whose other tensors are copied through, or None.
+        adapters, safe, force: as for `save_merged`.
+
+    Attributes:
+        owners: by torch name the leaves that hold the tensor, each as its position and an index of its stack.
+        losses: of the tensors that were quantised again.
+    """
+
+    def __init__(
+        self,
+        tree: NamedTree,
+        sources: Mapping[int, Source],
+        checkpoint: Checkpoint | None,
+        adapters: Sequence[str] | None,
+        safe: bool,
+        force: bool,
+    ):
+        self._tree, self._sources, self._checkpoint = tree, sources, checkpoint
+        self._adapters, self._safe, self._force = adapters, safe, force
+        self.owners: dict[str, list[tuple[int, int]]] = {}
+        self.losses: dict[str, Loss] = {}
+
+    def find_owners(self, tied: Mapping[str, str], mismatch: Mismatch) -> None:
+        """Find the tensors that the leaves hold; those that the base lacks or has in another shape are noted."""
+        for position, source in self._sources.items():
+            for n, key in [*enumerate(source.keys), *((0, key) for key in source.also)]:
+                name = (
+                    key if self._checkpoint is None else self._name_in(self._checkpoint, position, key, tied, mismatch)
+                )
+                if name is not None:
+                    self.owners.setdefault(name, []).append((position, n))
+
+    def _name_in(
+        self, base: Checkpoint, position: int, key: str, tied: Mapping[str, str], mismatch: Mismatch
+    ) -> str | None:
+        """The tensor's name in the base; None where it has none."""
+        leaf, source = self._tree.leaves[position], self._sources[position]
+        shape, where = tuple(leaf.shape), ".".join(self._tree.paths[position])
+        name = key if key in base.shapes else tied.get(key, key)
+        if name not in base.shapes:
+            why = base.quantisation.why_missing(key)
+            mismatch.misshapen.append(f"{key} (for {where} {list(shape)}) is not in the base checkpoint{why}")
+            return None
+        if not source.fits(shape, base.shapes[name]):
+            need = list(source.torch_shape(shape))
+            mismatch.misshapen.append(
+                f"{name} is {list(base.shapes[name])} in the base, {where} {list(shape)} gives {need}"
+            )
+        if kind_of_dtype(leaf.dtype) == "float" and name in base.quantisation.problems:
+            mismatch.misshapen.append(base.quantisation.problems[name])
+        return name
+
+    def plan(self, dtype: Any) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+        """Return name, dtype and shape of every tensor of the checkpoint, in its order."""
+        plan = []
+        for key in self.owners if self._checkpoint is None else self._checkpoint.shapes:
+            if self._checkpoint is not None:
+                kind, shape = self._checkpoint.dtypes[key], self._checkpoint.shapes[key]
+            else:
+                position, _ = self.owners[key][0]
+                leaf = self._tree.leaves[position]
+                kind, shape = np.dtype(leaf.dtype), self._sources[position].torch_shape(leaf.shape)
+            given = dtype is not None and kind_of_dtype(kind) == "float"
+            plan.append((key, np.dtype(dtype) if given else kind, tuple(shape)))
+        return plan
+
+    def write(self, writer: CheckpointWriter, plan: Sequence[tuple[str, np.dtype, tuple[int, ...]]]) -> None:
+        """Merge and write all tensors of a plan."""
+        base, scales = self._checkpoint, self._scales()
+        written_with_theirs = {scale.key for scale in scales.values()}
+        for key, target, shape in plan:
+            if key in written_with_theirs:
+                continue
+            if key not in self.owners:
+                assert base is not None
+                writer.write(key, cast_values(base.read(key), target, key))
+                continue
+            value = self._value(key)
+            if key in scales:
+                assert base is not None
+                values, scale = requantised(base, key, value.reshape(shape), self.losses)
+                writer.write(key, values)
+                writer.write(scales[key].key, scale)
+                continue
+            stored = cast_values(value, target, key)
+            position, index = self.owners[key][0]
+            leaf = self._tree.leaves[position]
+            if is_float8(target) and not is_float8(value.dtype) and is_adapted(leaf):
+                unmerged = self._sources[position].tensor(np.asarray(unload(leaf)), index)
+                check_rounding(stored, value, unmerged, key, self._force)
+            writer.write(key, stored.reshape(shape))
+
+    def _scales(self) -> dict[str, Scale]:
+        """The scales of the tensors that are quantised again: those that no leaf holds itself."""
+        scales = self._checkpoint.quantisation.scales if self._checkpoint is not None else {}
+        return {key: s for key, s in scales.items() if key in self.owners and s.key not in self.owners}
+
+    def _value(self, key: str) -> np.ndarray:
+        """One merged tensor.
+
+        Raises:
+            ValueError: the leaves that hold it have different values.
+        """
+        first, *others = self.owners[key]
+        value = self._merged(*first)
+        for other in others:
+            if not np.array_equal(value, self._merged(*other).reshape(value.shape)):
+                raise ValueError(
+                    f"{' and '.join('.'.join(self._tree.paths[p]) for p, _ in self.owners[key])} are both {key} in "
+                    "torch, and have different values now. The weight is tied: adapt or change all of its copies "
+                    "alike. Nothing was written."
+                )
+        return value
+
+    def _merged(self, position: int, index: int) -> np.ndarray:
+        """One torch tensor of a leaf; of an adapted stack, only that module is merged."""
+        leaf, source = self._tree.leaves[position], self._sources[position]
+        if is_adapted(leaf):
+            own = None if self._adapters is None else [n for n in self._adapters if n in adapter_names(leaf)]
+            stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
+            if stack and stack == source.stack and stack == tuple(range(len(stack))):
+                where = np.unravel_index(index, leaf.shape[: len(stack)])
+                leaf = jax.tree.map(lambda array: array[where], leaf)
+                leaf = dataclasses.replace(leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],))
+                moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
+                source, index = Source(source.keys[index : index + 1], (), moved), 0
+            leaf = merge(leaf, own, safe=self._safe, force=self._force)
+        return source.tensor(np.asarray(leaf), index)

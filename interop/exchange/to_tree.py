@@ -1,0 +1,156 @@
+"""`to_tree`: the modules of an adapter file onto a tree of base parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from loha_jax.interop.exchange.mismatch import Mismatch
+from loha_jax.interop.exchange.saved_modules import (
+    base_layer_shapes,
+    batch_counters,
+    saved_shapes,
+    with_base_weights,
+    with_names_that_end_alike,
+)
+from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
+from loha_jax.interop.formats.peft_files import PREFIX, peft_tensors
+from loha_jax.interop.names.resized_vocabulary import resizing_hint
+from loha_jax.interop.updates.shapes import module_shapes
+
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.module_names import Names
+from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.tree.named_tree import Layouts
+from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+NAMES_AND_LAYOUTS = (
+    "The model's modules are named by its tree; pass `names=` where torch names them otherwise, "
+    "`layouts=` where shapes are transposed"
+)
+
+
+def to_tree(
+    modules: Mapping[str, AdapterModule],
+    base_params: Any,
+    plan: Plan,
+    adapter_name: str,
+    *,
+    loha: Callable[[AdapterModule, Target], AdapterModule],
+    saved: Callable[[Saved, jax.Array], jax.Array],
+) -> Any:
+    """Add the modules of a file to a tree as one more adapter.
+
+    Args:
+        modules: by torch name. They fit the plan.
+        base_params: the base model's tree.
+        plan: which module goes to which kernel.
+        adapter_name: of the new adapter.
+        loha: makes a module of the file the LoHa that its kernel gets.
+        saved: makes the copy of a leaf that the adapter holds whole, of the original.
+    """
+
+    def make_factors(target: Target) -> dict[str, jax.Array]:
+        own = [
+            loha(modules[name], target).tensors if r else {} for name, r in zip(target.names, target.ranks, strict=True)
+        ]
+        return stack_factors(own, target, factor_dtype(target.dtype))
+
+    def make_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
+        return _stacked_norms(target, modules)
+
+    return apply_plan(base_params, plan, adapter_name, make_factors, saved, make_extras)
+
+
+def peft_to_tree(
+    file: AdapterFile,
+    base_params: Any,
+    config: LoHaConfig,
+    adapter_name: str,
+    *,
+    names: Names | None,
+    layouts: Layouts | None,
+    model_type: str | None = None,
+    loha: Callable[[AdapterModule, Target], AdapterModule] = lambda module, target: module,
+) -> Any:
+    """Add an adapter in one of PEFT's formats, whose config says the targets, to a tree.
+
+    Args:
+        file: a LoHa or a LoRA.
+        base_params: the base model's tree.
+        config: of the LoHa that it becomes.
+        adapter_name: of the new adapter.
+        names, layouts, model_type: as for `inject`.
+        loha: as for `to_tree`.
+
+    Raises:
+        ValueError: there are unexpected, missing or misshapen keys; one error names all.
+    """
+    config = with_names_that_end_alike(config, file.others)
+    shapes = module_shapes(file.modules)
+    plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type, torch_shapes=shapes)
+    arrays = {
+        name: tensor for module in file.modules.values() for name, tensor in peft_tensors(module).items()
+    } | file.others
+    wanted = _factor_shapes(plan, file.modules) | saved_shapes(plan)
+    optional = base_layer_shapes(plan, base_params)
+    counters = batch_counters(plan, [name for name in file.others if name not in wanted])
+    known = {*wanted, *optional, *counters}
+    mismatch = Mismatch(
+        unexpected=[file.keys[name] for name in arrays if name not in known],
+        missing=[PREFIX + name for name in wanted if name not in arrays],
+    )
+    mismatch.add_shapes(arrays, {**wanted, **optional}, file.keys)
+    given = {name: tuple(np.shape(array)) for name, array in arrays.items()}
+    mismatch.check(
+        "the adapter and the model do not fit; nothing was loaded",
+        f"{resizing_hint({**wanted, **optional}, given)}{NAMES_AND_LAYOUTS}.",
+    )
+
+    def saved(leaf: Saved, original: jax.Array) -> jax.Array:
+        value = jnp.asarray(arrays[leaf.name]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
+        return leaf.layout.fold(value, leaf.shape) if leaf.layout else value
+
+    params = to_tree(file.modules, base_params, plan, adapter_name, loha=loha, saved=saved)
+    return with_base_weights(
+        params,
+        adapter_name,
+        {name: arrays[name] for name in optional if name in arrays},
+        {name: count for name in counters if (count := int(arrays[name]))},  # 0 is written without being noted
+    )
+
+
+def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all factors that a plan asks for, by PEFT's names."""
+    is_lora = any(module.kind == "lora" for module in modules.values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in plan.targets.values():
+        for name, r in zip(target.names, target.ranks, strict=True):
+            if r:
+                own = _lora_shapes(target, r, modules.get(name)) if is_lora else target.shapes(r)
+                shapes |= {f"{name}.{part}": shape for part, shape in own.items()}
+    return shapes
+
+
+def _lora_shapes(target: Target, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
+    out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
+    groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
+    ones = (1,) * len(spatial)
+    shapes = {"lora_A.weight": (r, in_ * groups, *spatial), "lora_B.weight": (out, r // groups, *ones)}
+    if module is not None and module.dora_scale is not None:
+        shapes["lora_magnitude_vector"] = (1, out, *ones) if spatial else (out,)
+    return shapes
+
+
+def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
+    """The norms of a kernel's weight decomposition, `{"dora_scale": [*stack, …]}`; {} where it has none."""
+    given = [modules[name].dora_scale if name in modules else None for name in target.names]
+    first = next((scale for scale in given if scale is not None), None)
+    if first is None:
+        return {}
+    stacked = np.stack([np.zeros(first.shape, first.dtype) if scale is None else scale for scale in given])
+    return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import init_factors
-from loha_jax.lowrank.weight_decomposition import weight_norms
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
@@ -195,10 +193,7 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 
 @standard_promotion()
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
-    scheme = config.init_weights
-    if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
-        scheme = {True: False, "lycoris": "lycoris, all random"}.get(scheme, scheme)
-    dtype = factor_dtype(target.dtype)
+    scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
         return init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack)
     per_module = [
@@ -210,15 +205,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    """The scalar and the norms that a `LycorisConfig` asks for."""
-    if not isinstance(config, LycorisConfig):
-        return {}
-    dtype = factor_dtype(target.dtype)
-    extras = {"scalar": jnp.zeros(target.stack, dtype)} if config.use_scalar else {}
-    if config.weight_decompose:
-        norms = weight_norms(kernel, target.layout, config.wd_on_out)
-        extras["dora_scale"] = norms.astype(dtype)
-    return extras
+    return config.extra_arrays(kernel, target.layout, factor_dtype(target.dtype))
 
 
 def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:

@@ -12,14 +12,13 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of
 
 
 def check_whole(params: Any) -> None:
     """Raises ValueError for one half of `partition`."""
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if is_adapted(leaf):
-            leaf.require_whole()
+    for leaf in (*leaves_of(LoHaWeight, params), *leaves_of(SavedWeight, params)):
+        leaf.require_whole()
 
 
 @takes_model(changes=False)
@@ -35,8 +34,8 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
     check_whole(params)
     warn_of_changed_base(params, adapters)
     for name in adapter_names(params) if adapters is None else adapters:
-        leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-        held = [leaf.adapters[name] for leaf in leaves if isinstance(leaf, LoHaWeight) and name in leaf.adapters]
+        weights = leaves_of(LoHaWeight, params)
+        held = [weight.adapters[name] for weight in weights if name in weight.adapters]
         if held and all(map(_is_untrained, held)):
             warn_caller(
                 f"The adapter {name!r} is untrained: its update is exactly zero in every module. Train it first; after "
@@ -46,14 +45,12 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
 
 def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> None:
     """Warns, by name, of kernels that have changed since their adapters (all by default) were made."""
-    found: dict[int, LoHaWeight] = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight) and any(f.base is not None for f in leaf.adapters.values()):
-            found[len(found)] = leaf
-    samples = sample_kernels({n: leaf.kernel for n, leaf in found.items()})
+    weights = leaves_of(LoHaWeight, params)
+    found = [leaf for leaf in weights if any(f.base is not None for f in leaf.adapters.values())]
+    samples = sample_kernels({n: leaf.kernel for n, leaf in enumerate(found)})
     changed = [
         leaf.label
-        for n, leaf in found.items()
+        for n, leaf in enumerate(found)
         if n in samples
         and any(
             f.base is not None and f.base.differs(samples[n])

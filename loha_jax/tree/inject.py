@@ -21,7 +21,7 @@ from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
@@ -128,7 +128,7 @@ def apply_plan(
 ) -> Any:
     """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
     check_new_adapter(params, adapter_name)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
+    leaves, treedef = flatten_whole(params)
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
     samples = sample_kernels(kernels)
     for position, target in plan.targets.items():
@@ -172,8 +172,8 @@ def apply_plan(
 
 def _with_shardings(shapes: Any, params: Any) -> Any:
     """The shapes of an adapted tree, placed as the shapes it was made of are."""
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_adapted)
-    for position, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(params, is_leaf=is_adapted), strict=True)):
+    leaves, treedef = flatten_whole(shapes)
+    for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
             kernel = old.kernel if isinstance(old, LoHaWeight) else old
             adapters = {name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()}

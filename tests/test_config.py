@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft_samples import NAMES, Sample
 
 from loha_jax import LoHaConfig
-from loha_jax.targets.config import TASK_TYPES
+from loha_jax.targets.field_checks import TASK_TYPES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -33,6 +33,7 @@ from loha_jax.tree.inject import factor_dtype
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
 from loha_jax.tree.plan import Target
+from loha_jax.tree.text_table import text_table
 
 _OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
 
@@ -56,8 +57,7 @@ class LoraAdapter:
         for name, error in self.errors.items():
             rank = self.tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0]
             rows.append((name, str(rank), f"{error:.2e}" if error else "exact"))
-        widths = [max(len(row[n]) for row in rows) for n in range(3)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+        return "\n".join(text_table(rows, right=(1, 2)))
 
 
 @takes_model(changes=False)

@@ -21,7 +21,6 @@ from loha_jax.interop.formats.lycoris_files import (
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
-from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
@@ -148,8 +147,8 @@ def _component(params: Any, adapter_name: str | None, prefix: str) -> _Component
             own = add(module.name, module_tensors(module, one_axis=len(spatial) == 1))
             if any(size != 1 for size in spatial):
                 component.convolutions.append(own)
-        if isinstance(config, LycorisConfig):
-            component = component._replace(metadata=config.metadata)
+        if config.file_metadata:
+            component = component._replace(metadata=config.file_metadata)
     for module, leaves in saved.items():
         differences = _norm_differences(module, leaves, adapter_name)
         if owners.get(own := module_key(prefix, module)) == module:  # beside its factors: of its bias

@@ -21,13 +21,12 @@ from loha_jax.interop.exchange.to_tree import peft_to_tree
 from loha_jax.interop.formats.adapter_file import AdapterFile, errors_about
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
 from loha_jax.interop.formats.peft_files import folder_contents, peft_file, peft_state, read_peft
-from loha_jax.interop.formats.ranks import exact_pattern, most_common
+from loha_jax.interop.formats.ranks import exact_pattern
 from loha_jax.interop.names.name_map import GPT2_CONV1D
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
-from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import match_pattern
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names
@@ -186,13 +185,9 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
                 + ", ".join(f"{value} in {label}" for value, label in found.items())
                 + ". Make the layers with the same setting, or keep them in adapters of their own."
             )
-    alpha = config.alpha
-    if isinstance(config, LycorisConfig):  # PEFT has the fields of LoHaConfig; rank stabilisation is folded into alpha
-        config = LoHaConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LoHaConfig)})
-        alpha = most_common(alphas.values())
+    config = config.as_peft(alphas.values())
     return dataclasses.replace(
         config,
-        alpha=alpha,
         use_effective_conv2d=next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d),
         inference_mode=True,
         peft_version=PEFT_VERSION,
@@ -200,7 +195,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
         target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
         modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
-        alpha_pattern=_sortable(config.alpha_pattern, alpha, alphas),
+        alpha_pattern=_sortable(config.alpha_pattern, config.alpha, alphas),
     )
 
 

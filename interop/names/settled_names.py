@@ -18,6 +18,7 @@ from loha_jax.interop.names.torch_mapping import map_sources
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, UnknownNameError, all_names, module_name, path_parts
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.text_table import text_table
 
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 
@@ -182,8 +183,7 @@ class SettledNames:
             keys = source.keys if len(source.keys) < 3 else (source.keys[0], "…", source.keys[-1])
             also = f" = {', '.join(source.also)}" if source.also else ""
             rows.append((path, shape, ", ".join(keys) + also, source.layout.word if source.layout else "-"))
-        widths = [max(len(row[n]) for row in rows) for n in range(4)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = text_table(rows)
         lines += [f"ambiguous: {path}: {', '.join(options)}" for path, options in self.ambiguous.items()]
         lines += [f"unmatched: {path}: {reason}" for path, reason in self.unmatched.items()]
         lines += [f"unused: {key}" for key in self.unused]

@@ -1,37 +1,45 @@
-"""`LycorisConfig`: LoHa with the options that LyCORIS has and PEFT has not."""
+"""`LycorisConfig`: LoHa with the options that LyCORIS has and PEFT lacks."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.weight_decomposition import weight_norms
 from loha_jax.targets.config import LoHaConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LycorisConfig(LoHaConfig):
-    """A `LoHaConfig` with LyCORIS' own options, under the names of its `LohaModule`.
+    """A `LoHaConfig` with LyCORIS' own options, named as in its `LohaModule`.
 
-    An adapter of it is trained, merged and applied like any other. `interop.save_lycoris` writes all of it;
-    `interop.save_peft` writes what PEFT has a place for (rank stabilisation and the scalar, by folding them into alpha
-    and `hada_w1_a`) and refuses a weight decomposition.
+    Its adapters are trained, merged and applied like any other. `interop.save_lycoris` writes all
+    of them. `interop.save_peft` folds rank stabilisation into alpha and the scalar into
+    `hada_w1_a`, and refuses a weight decomposition, which PEFT's LoHa lacks.
 
     Args:
-        rs_lora: the update is scaled by alpha/√r instead of alpha/r (rank stabilisation). Files hold it folded into
-            alpha, so that every reader's alpha/r is right; a loaded config has it False.
-        use_scalar: the update is multiplied by one more trained number, which starts at zero; the factors then start
-            random, all of them. Files hold it folded into `hada_w1_a`.
-        weight_decompose: DoRA: the rows of W + ΔW are rescaled to trained norms, `dora_scale`, which start at those of
-            W. At `loha_jax.scale(params, {name: 0})` the weight is W (LyCORIS 4.1.3 gives W + ΔW there).
-        wd_on_out: True: one norm per out feature; False: one per in feature (per channel and group of a convolution).
-            LyCORIS 4.1.3 writes files of either kind and can read the first alone.
-        rank_dropout_scale: rank dropout rescales the rows that it keeps, which PEFT's always does.
-        metadata: strings in the header of the file that the adapter was loaded from, to be written again.
+        rs_lora: the update is scaled by alpha/√r instead of alpha/r (rank stabilisation). It is
+            folded into the alphas of tree and files, so that every reader's alpha/r is right. A
+            loaded config has False.
+        use_scalar: the update is multiplied by one more trained number, which starts at zero. All
+            factors then start random. Files hold it folded into `hada_w1_a`.
+        weight_decompose: DoRA: the rows of W + ΔW are rescaled to trained norms, `dora_scale`,
+            which start at the norms of W. With `loha_jax.scale(params, {name: 0})` the weight is W
+            (LyCORIS 4.1.3 gives W + ΔW there).
+        wd_on_out: True: one norm per output feature. False: one per input feature (per channel and
+            group of a convolution). LyCORIS 4.1.3 writes both kinds of files and can read only the
+            first.
+        rank_dropout_scale: rank dropout rescales the rows that it keeps, as PEFT's always does.
+        metadata: strings in the header of the file that the adapter was loaded from; written again.
 
     Example:
-        >>> config = LycorisConfig(r=4, alpha=1, target_modules=["q"], weight_decompose=True, init_weights="lycoris")
-        >>> config.wd_on_out
+        >>> LycorisConfig(r=4, alpha=1, target_modules=["q"], weight_decompose=True).wd_on_out
         True
     """
 
@@ -45,8 +53,8 @@ class LycorisConfig(LoHaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rs_lora", "use_scalar", "weight_decompose", "wd_on_out", "rank_dropout_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"`{name}` should be True or False but the value passed is {value!r}")
         strings = self.metadata.items() if isinstance(self.metadata, Mapping) else [(None, None)]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in strings):
             raise ValueError(f"`metadata` should be a dict of strings but the value passed is {self.metadata!r}")
@@ -54,5 +62,42 @@ class LycorisConfig(LoHaConfig):
 
     @property
     def computing(self) -> tuple[Any, ...]:
-        """As of a `LoHaConfig`; `rank_dropout_scale` says whether the kept rows are rescaled."""
+        """The fields that computing needs; `rank_dropout_scale` says if kept rows are rescaled."""
         return self.rank_dropout, self.module_dropout, self.rank_dropout_scale
+
+    @property
+    def initial_values(self) -> bool | str:
+        """The factors' distribution: with a scalar, which starts at zero, all of them are random."""
+        if not self.use_scalar:
+            return self.init_weights
+        return "lycoris, all random" if self.init_weights == "lycoris" else False
+
+    @property
+    def file_metadata(self) -> Mapping[str, str]:
+        """`metadata`."""
+        return self.metadata
+
+    def effective_alpha(self, alpha: float, r: int) -> float:
+        """Return alpha with rank stabilisation folded in, so that alpha/r becomes alpha/√r."""
+        return alpha * max(r, 1) ** 0.5 if self.rs_lora else alpha
+
+    def extra_arrays(self, kernel: jax.Array, layout: Layout, dtype: Any) -> dict[str, jax.Array]:
+        """Return the scalar, `[*stack]`, and the norms of the kernel, as far as the config asks.
+
+        Args:
+            kernel: the base weight.
+            layout: of the kernel.
+            dtype: of the factors.
+        """
+        extras = {}
+        if self.use_scalar:
+            extras["scalar"] = jnp.zeros(layout.sizes("s", kernel.shape), dtype)
+        if self.weight_decompose:
+            extras["dora_scale"] = weight_norms(kernel, layout, self.wd_on_out).astype(dtype)
+        return extras
+
+    def as_peft(self, alphas: Iterable[float]) -> LoHaConfig:
+        """Return PEFT's fields as a `LoHaConfig`, with the most frequent alpha of the modules."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoHaConfig)}
+        ((alpha, _),) = Counter(alphas).most_common(1)
+        return LoHaConfig(**{**fields, "alpha": alpha})

@@ -1,11 +1,13 @@
-"""Which modules an adapter targets: PEFT's rules, on dotted module names.
+"""PEFT's rules for the modules that an adapter targets, on dotted module names.
 
-Checked against PEFT 0.21.2 on several thousand cases (tests/data/peft/matching_cases.json).
+They are checked against PEFT 0.21.2 on several thousand cases
+(tests/data/peft/matching_cases.json).
 """
 
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +17,15 @@ from loha_jax.targets.target_advice import spelling_advice
 
 T = TypeVar("T")
 
-EXCLUDED = "excluded"
+
+class Match(enum.Enum):
+    """How a config treats a module."""
+
+    TARGETED = enum.auto()
+    UNTARGETED = enum.auto()
+    EXCLUDED = enum.auto()
+    """By `exclude_modules`, or because `modules_to_save` saves the module whole."""
+
 
 _QV = ("q_proj", "v_proj")
 DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
@@ -48,34 +58,44 @@ _CONDENSE_FROM = 20
 
 
 def name_endings(name: str) -> frozenset[str]:
-    """A dotted name and its endings: a.b.c, b.c and c."""
+    """Return a dotted name and its endings: a.b.c, b.c and c."""
     parts = name.split(".")
     return frozenset(".".join(parts[n:]) for n in range(len(parts)))
 
 
-def match_target(name: str, config: LoHaConfig) -> bool | str:
-    """Whether PEFT would adapt the module `name`: True, False or "excluded".
+def match_target(name: str, config: LoHaConfig) -> Match:
+    """Return how PEFT would treat the module `name`.
 
-    The rules are those of PEFT's `check_target_module_exists`: `exclude_modules`, then `modules_to_save`, then
-    `target_modules`; `layers_to_transform` and `layers_pattern` restrict only the matches by name ending.
+    The rules are those of PEFT's `check_target_module_exists`: `exclude_modules`, then
+    `modules_to_save`, then `target_modules`. `layers_to_transform` and `layers_pattern` restrict
+    only the matches by name ending.
 
     Args:
         name: dotted module name, e.g. "encoder.layer.0.attention.self.query".
-        config: the adapter's config; "all-linear" and None must have been resolved before (`resolve_target_modules`).
+        config: the adapter's config. "all-linear" and None must have been resolved before
+            (`resolve_target_modules`).
 
     Example:
         >>> match_target("layers.0.q", LoHaConfig(target_modules=["q"]))
-        True
+        <Match.TARGETED: 1>
     """
+    if _is_excluded(name, config):
+        return Match.EXCLUDED
+    return Match.TARGETED if _is_targeted(name, config) else Match.UNTARGETED
+
+
+def _is_excluded(name: str, config: LoHaConfig) -> bool:
     exclude = config.exclude_modules
     if isinstance(exclude, str):
         if exclude and fullmatch(exclude, name):
-            return EXCLUDED
+            return True
     elif exclude and name_endings(name) & frozenset(exclude):
-        return EXCLUDED
-    if any(match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.all_modules_to_save):
-        return EXCLUDED
+        return True
+    saved = config.all_modules_to_save
+    return any(match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)
 
+
+def _is_targeted(name: str, config: LoHaConfig) -> bool:
     targets = config.target_modules
     if isinstance(targets, str):
         return fullmatch(targets, name) is not None
@@ -107,7 +127,12 @@ def _layer_index(name: str, layers_pattern: str | Iterable[str] | None) -> int |
 
 
 def match_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
-    """The value of the first of `rank_pattern` or `alpha_pattern` that matches the end of `name` at a dot.
+    """Return the value of the first pattern that matches the end of `name` at a dot.
+
+    Args:
+        name: dotted module name.
+        patterns: `rank_pattern` or `alpha_pattern`.
+        default: the value where no pattern matches.
 
     Example:
         >>> match_pattern("layers.0.q", {"v": 2, "q": 4}, 8)
@@ -118,41 +143,30 @@ def match_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def match_pattern_key(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that matches `name`, or None (PEFT's `get_pattern_key`)."""
+    """Return the first pattern that matches `name`, or None (PEFT's `get_pattern_key`)."""
     return next((p for p in patterns if match(rf"(.*\.)?({p})$", name)), None)
 
 
 def resolve_target_modules(
     config: LoHaConfig, modules: Sequence[str], linear: Iterable[str], model_type: str | None
 ) -> str | frozenset[str]:
-    """The `target_modules` that PEFT would put in place of None and "all-linear".
+    """Return the `target_modules` that PEFT would put in place of None and "all-linear".
+
+    "all-linear" takes all linear modules except the output head. The head is a module named as in
+    `_OUTPUT_HEADS`. If there is none and the task type is SEQ_CLS, it is `score` or `classifier`.
 
     Args:
         config: the adapter's config.
         modules: all module names of the model.
-        linear: those with a linear (matrix product) kernel, which "all-linear" takes but for the output head: what is
-            called one of `_OUTPUT_HEADS`, or, where none is and the task type is SEQ_CLS, `score` or `classifier`.
-        model_type: a key of `DEFAULT_TARGET_MODULES`, read only where `target_modules` is None.
+        linear: names of the modules with a linear (matrix product) kernel.
+        model_type: a key of `DEFAULT_TARGET_MODULES`, read only if `target_modules` is None.
 
     Raises:
         ValueError: `target_modules` is empty, or None and `model_type` is None or unknown.
     """
     targets = config.target_modules
     if targets is None:
-        if model_type is None:
-            raise ValueError(
-                "Please specify `target_modules` in the LoHaConfig, or pass `model_type=` (one of "
-                f"{sorted(DEFAULT_TARGET_MODULES)}) for PEFT's defaults."
-            )
-        if model_type not in DEFAULT_TARGET_MODULES:
-            near = difflib.get_close_matches(model_type, DEFAULT_TARGET_MODULES)
-            raise ValueError(
-                f"PEFT has no default `target_modules` for model_type={model_type!r}"
-                + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
-                + ". Please specify `target_modules` in the LoHaConfig."
-            )
-        default = DEFAULT_TARGET_MODULES[model_type]
-        return default if isinstance(default, str) else frozenset(default)
+        return _default_targets(model_type)
     if not targets:
         raise ValueError("No `target_modules` passed. Please check the values for these arguments.")
     if not isinstance(targets, str):
@@ -171,8 +185,25 @@ def resolve_target_modules(
     return frozenset(find_minimal_target_modules(chosen, [m for m in modules if m not in set(chosen)]))
 
 
+def _default_targets(model_type: str | None) -> str | frozenset[str]:
+    if model_type is None:
+        raise ValueError(
+            "Please specify `target_modules` in the LoHaConfig, or pass `model_type=` (one of "
+            f"{sorted(DEFAULT_TARGET_MODULES)}) for PEFT's defaults."
+        )
+    if model_type not in DEFAULT_TARGET_MODULES:
+        near = difflib.get_close_matches(model_type, DEFAULT_TARGET_MODULES)
+        raise ValueError(
+            f"PEFT has no default `target_modules` for model_type={model_type!r}"
+            + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
+            + ". Please specify `target_modules` in the LoHaConfig."
+        )
+    default = DEFAULT_TARGET_MODULES[model_type]
+    return default if isinstance(default, str) else frozenset(default)
+
+
 def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -> set[str]:
-    """The shortest name endings that match all `targets` and none of `others` (PEFT's function of this name).
+    """Return the shortest name endings that match all `targets` and none of `others`, as in PEFT.
 
     Example:
         >>> sorted(find_minimal_target_modules(["layers.0.q", "layers.1.q"], ["layers.0.k", "layers.1.k"]))
@@ -193,7 +224,13 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
 
 
 def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequence[str]) -> str:
-    """Why nothing was adapted, in PEFT's words, with the nearest names."""
+    """Return the reason why nothing was adapted, in PEFT's words, with the nearest names.
+
+    Args:
+        config: with resolved `target_modules`.
+        names: of all modules with a weight.
+        excluded: those of them that the config excludes.
+    """
     targets = config.target_modules
     shown = repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets or ()))) + "}"
     if excluded and len(excluded) == len(names):
@@ -219,7 +256,7 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
 
 
 def near_misses(targets: Any, names: Sequence[str]) -> str:
-    """A sentence with the module names nearest to `targets`."""
+    """Return a sentence with the module names nearest to `targets`; "" if there are no names."""
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
     lasts = sorted({name.rsplit(".", 1)[-1] for name in names})
     near: list[str] = []

@@ -17,6 +17,7 @@ from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
 from loha_jax.tree.containers import adapted_leaves
 from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.text_table import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,7 @@ class Explanation:
             )
             for use in self.uses
         ]
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
+        lines = text_table([header, *cells])
         flops = sum(use.flops for use in self.uses)
         if flops:
             extra = sum(use.extra_flops for use in self.uses)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -18,7 +17,7 @@ from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
 from loha_jax.tree.placement import follow_kernel
 
 
@@ -32,13 +31,9 @@ def adapter_names(params: Any) -> tuple[str, ...]:
         >>> adapter_names(loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0)))
         ('default',)
     """
-    names: set[str] = set()
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            names.update(leaf.adapters)
-        elif isinstance(leaf, SavedWeight):
-            names.update(leaf.copies)
-    return tuple(sorted(names))
+    factors = (leaf.adapters for leaf in leaves_of(LoHaWeight, params))
+    copies = (leaf.copies for leaf in leaves_of(SavedWeight, params))
+    return tuple(sorted(set().union(*factors, *copies)))
 
 
 def check_adapters(params: Any, names: Sequence[str]) -> None:
@@ -81,9 +76,7 @@ def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
     """
     active = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     check_adapters(params, active)
-    return jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, active=active) if is_adapted(leaf) else leaf, params, is_leaf=is_adapted
-    )
+    return map_adapted(lambda leaf: dataclasses.replace(leaf, active=active), params)
 
 
 @takes_model
@@ -120,15 +113,10 @@ def scale(params: Any, weights: Mapping[str, Any]) -> Any:
     for name, weight in weights.items():
         _check_number(f"the weight of {name}", weight)
 
-    def scaled(leaf: Any) -> Any:
-        if not isinstance(leaf, LoHaWeight):
-            return leaf
-        adapters = dict(leaf.adapters)
-        for name in weights.keys() & adapters.keys():
-            adapters[name] = _with_multiplier(adapters[name], weights[name])
-        return dataclasses.replace(leaf, adapters=adapters)
+    def scaled(_: LoHaWeight, name: str, factors: Factors) -> Factors:
+        return _with_multiplier(factors, weights[name]) if name in weights else factors
 
-    return jax.tree.map(scaled, params, is_leaf=is_adapted)
+    return map_factors(scaled, params)
 
 
 def _with_multiplier(factors: Factors, weight: Any) -> Factors:
@@ -161,25 +149,23 @@ def delete_adapter(params: Any, name: str) -> Any:
         True
     """
     check_adapters(params, [name])
-    return jax.tree.map(lambda leaf: without_adapters(leaf, [name]), params, is_leaf=is_adapted)
+    return map_adapted(lambda leaf: without_adapters(leaf, [name]), params)
 
 
-def without_adapters(leaf: Any, names: Sequence[str]) -> Any:
-    """A leaf less some adapters: a plain array where none is left."""
+def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> Any:
+    """Return a leaf without some adapters: a plain array if none is left."""
     if isinstance(leaf, LoHaWeight):
         adapters = {n: f for n, f in leaf.adapters.items() if n not in names}
         if not adapters:
             return leaf.kernel
         active = tuple(n for n in leaf.active if n not in names)
         return dataclasses.replace(leaf, adapters=adapters, active=active)
-    if isinstance(leaf, SavedWeight):
-        copies = {n: c for n, c in leaf.copies.items() if n not in names}
-        if not copies:
-            return leaf.original
-        active = tuple(n for n in leaf.active if n not in names)
-        counters = tuple(counter for counter in leaf.counters if counter[0] not in names)
-        return dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
-    return leaf
+    copies = {n: c for n, c in leaf.copies.items() if n not in names}
+    if not copies:
+        return leaf.original
+    active = tuple(n for n in leaf.active if n not in names)
+    counters = tuple(counter for counter in leaf.counters if counter[0] not in names)
+    return dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
 
 
 @takes_model
@@ -231,19 +217,17 @@ def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence
             held = {name: weight for name, weight in by_name.items() if name in leaf.adapters}
             added = {adapter_name: follow_kernel(_sum_of(leaf, held, config), leaf.kernel, leaf.layout)} if held else {}
             return dataclasses.replace(leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,))
-        if isinstance(leaf, SavedWeight):
-            source = leaf.copy_of(adapters)
-            added = {} if source is None else {adapter_name: leaf.copies[source]}
-            counters = tuple((adapter_name, key, value) for name, key, value in leaf.counters if name == source)
-            return dataclasses.replace(
-                leaf,
-                copies={**leaf.copies, **added},
-                active=(adapter_name,),
-                counters=(*leaf.counters, *counters),
-            )
-        return leaf
+        source = leaf.copy_of(adapters)
+        added = {} if source is None else {adapter_name: leaf.copies[source]}
+        counters = tuple((adapter_name, key, value) for name, key, value in leaf.counters if name == source)
+        return dataclasses.replace(
+            leaf,
+            copies={**leaf.copies, **added},
+            active=(adapter_name,),
+            counters=(*leaf.counters, *counters),
+        )
 
-    return jax.tree.map(add, params, is_leaf=is_adapted)
+    return map_adapted(add, params)
 
 
 @standard_promotion()
@@ -283,17 +267,15 @@ def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
     """The config from which PEFT makes the summed adapter: the modules by their full names, alpha = r in each."""
     configs: list[LoHaConfig] = []
     ranks: dict[str, int] = {}
-    saved: list[str] = []
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            held = [leaf.adapters[name] for name in adapters if name in leaf.adapters]
-            configs += [f.config for f in held]
-            r = sum(f.hada_w1_b.shape[-2] ** 2 for f in held)
-            for n, name in enumerate(leaf.names):
-                if any(f.ranks[n] for f in held):
-                    ranks[name] = r
-        elif isinstance(leaf, SavedWeight) and any(name in leaf.copies for name in adapters):
-            saved.append(leaf.name.rpartition(".")[0])
+    for leaf in leaves_of(LoHaWeight, params):
+        held = [leaf.adapters[name] for name in adapters if name in leaf.adapters]
+        configs += [f.config for f in held]
+        r = sum(f.hada_w1_b.shape[-2] ** 2 for f in held)
+        for n, name in enumerate(leaf.names):
+            if any(f.ranks[n] for f in held):
+                ranks[name] = r
+    copied = [leaf for leaf in leaves_of(SavedWeight, params) if leaf.copies.keys() & set(adapters)]
+    saved = {leaf.name.rpartition(".")[0] for leaf in copied}
     (r, _), *_ = Counter(ranks.values()).most_common(1)
     others = dict(sorted((f"^{re.escape(name)}", own) for name, own in ranks.items() if own != r))
     return LoHaConfig(
@@ -302,7 +284,7 @@ def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
         rank_pattern=others,
         alpha_pattern=others,
         target_modules=sorted(ranks),
-        modules_to_save=sorted(set(saved)) or None,
+        modules_to_save=sorted(saved) or None,
         task_type=configs[0].task_type,
         base_model_name_or_path=configs[0].base_model_name_or_path,
     )

@@ -13,14 +13,13 @@ from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
-from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of
 
 
 def check_whole(params: Any) -> None:
     """Raises ValueError for one half of `partition`."""
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if is_adapted(leaf):
-            leaf.require_whole()
+    for leaf in (*leaves_of(LoHaWeight, params), *leaves_of(SavedWeight, params)):
+        leaf.require_whole()
 
 
 @takes_model(changes=False)
@@ -36,8 +35,8 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
     check_whole(params)
     warn_of_changed_base(params, adapters)
     for name in adapter_names(params) if adapters is None else adapters:
-        leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-        held = [leaf.adapters[name] for leaf in leaves if isinstance(leaf, LoHaWeight) and name in leaf.adapters]
+        weights = leaves_of(LoHaWeight, params)
+        held = [weight.adapters[name] for weight in weights if name in weight.adapters]
         if held and all(map(_is_untrained, held)):
             warn_caller(
                 f"The adapter {name!r} is untrained: its update is exactly zero in every module. Train it first; after "
@@ -47,14 +46,12 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
 
 def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> None:
     """Warn, by name, of frozen leaves that have changed since the adapters (all by default) were made."""
-    found: dict[int, LoHaWeight] = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight) and any(f.base is not None for f in leaf.adapters.values()):
-            found[len(found)] = leaf
-    samples = sample_kernels({n: leaf.kernel for n, leaf in found.items()})
+    weights = leaves_of(LoHaWeight, params)
+    found = [leaf for leaf in weights if any(f.base is not None for f in leaf.adapters.values())]
+    samples = sample_kernels({n: leaf.kernel for n, leaf in enumerate(found)})
     changed = [
         leaf.label
-        for n, leaf in found.items()
+        for n, leaf in enumerate(found)
         if n in samples
         and any(
             f.base is not None and f.base.differs(samples[n])
@@ -62,7 +59,7 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
             if adapters is None or name in adapters
         )
     ]
-    chosen = [f for leaf in found.values() for n, f in leaf.adapters.items() if adapters is None or n in adapters]
+    chosen = [f for leaf in found for n, f in leaf.adapters.items() if adapters is None or n in adapters]
     kept = [f.base for f in chosen if f.base is not None]
     changed += _changed_beside(params, kept)
     if changed:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted, map_adapted
 from loha_jax.tree.placement import factor_axes
 
 
@@ -27,9 +27,8 @@ def is_box(x: Any) -> bool:
 
 def box_of(leaf: Any) -> Any:
     """The box of a parameter, around it or around the kernel of an adapted one; None without one."""
-    if isinstance(leaf, LoHaWeight | SavedWeight):
-        leaf = leaf.kernel if isinstance(leaf, LoHaWeight) else leaf.original
-    return leaf if is_box(leaf) else None
+    held = leaf.original if is_adapted(leaf) else leaf
+    return held if is_box(held) else None
 
 
 def unbox(tree: Any) -> Any:
@@ -82,10 +81,10 @@ def boxes_outside(tree: Any) -> Any:
     """The tree with each adapted parameter whole in one box, as a model expects to find its kernel."""
 
     def turn(leaf: Any) -> Any:
-        box = box_of(leaf) if is_adapted(leaf) else None
+        box = box_of(leaf)
         return leaf if box is None else box.replace_boxed(unbox(leaf))
 
-    return jax.tree.map(turn, tree, is_leaf=is_adapted)
+    return map_adapted(turn, tree)
 
 
 def boxes_inside(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast, overload
 import jax
 
 from loha_jax.tree.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
-from loha_jax.tree.leaves import is_adapted
+from loha_jax.tree.leaves import flatten_whole, is_adapted
 from loha_jax.tree.named_tree import Layouts
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
@@ -139,7 +139,7 @@ def on_trees(
 def adapted_leaves(tree: Any) -> list[Any]:
     """The adapted leaves of a tree, those of the models in it too."""
     inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree)]
-    return inside + [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapted) if is_adapted(leaf)]
+    return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 
 
 def is_model_part(x: Any) -> bool:

@@ -15,7 +15,7 @@ from loha_jax.runtime.scalars import check_key
 from loha_jax.tree.boxes import keeps_boxes
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.forgotten_dropout import note_dropout
-from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
 
 @keeps_boxes
@@ -51,16 +51,12 @@ def dropout(params: Any, key: jax.Array) -> Any:
 
     check_key(key)
 
-    def drop(leaf: Any) -> Any:
-        if not isinstance(leaf, LoHaWeight):
-            return leaf
-        adapters = {
-            name: _drop(factors, _named_key(key, name, leaf.names[0])) if name in leaf.active else factors
-            for name, factors in leaf.adapters.items()
-        }
-        return dataclasses.replace(leaf, adapters=adapters)
+    def drop(leaf: LoHaWeight, name: str, factors: Factors) -> Factors:
+        if name not in leaf.active:
+            return factors
+        return _drop(factors, _named_key(key, name, leaf.names[0]))
 
-    return jax.tree.map(drop, params, is_leaf=is_adapted)
+    return map_factors(drop, params)
 
 
 def _named_key(key: jax.Array, *names: str) -> jax.Array:

@@ -21,6 +21,7 @@ from loha_jax.lowrank.weight_decomposition import adapted_norms, gain, is_on_out
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.provenance import Origin, interned
+from loha_jax.tree.short_repr import number_range, short_array
 
 EXTRA_NAMES = ("scalar", "dora_scale")
 """Names of the trained arrays that LyCORIS adds to the factors."""
@@ -33,7 +34,7 @@ flat_parts = operator.attrgetter("_children", "_aux")
 """The children and the auxiliary data of a pytree node that keeps both ready: flattening runs no Python code."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Factors:
     """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
 
@@ -75,8 +76,8 @@ class Factors:
     multiplier: float = 1.0
     module_index: Any = None
     gate: Any = None
-    base: KernelSample | None = dataclasses.field(default=None, repr=False, compare=False)
-    parts: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    base: KernelSample | None = dataclasses.field(default=None, compare=False)
+    parts: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     _children: ClassVar[tuple[Any, ...]]
     _aux: ClassVar[tuple[Any, ...]]
 
@@ -94,6 +95,23 @@ class Factors:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the fields, those of a pickle that held alpha/r as an array (`scaling`) too."""
         self.__init__(**_without_scaling(state))
+
+    def __repr__(self) -> str:
+        arrays = (f"{name}={short_array(getattr(self, name))}" for name in self.parts)
+        return f"Factors({', '.join((self.description, *arrays))})"
+
+    @property
+    def description(self) -> str:
+        """Rank, alpha and what the adapter has besides the two pairs of factors, on one line."""
+        text = f"r={number_range(self.ranks)} alpha={number_range(self.alphas)}"
+        scaled = "" if self.multiplier == 1 else f" scaled by {self.multiplier:g}"
+        return text + scaled + "".join(f" + {kind}" for kind in self.extra_kinds)
+
+    @property
+    def extra_kinds(self) -> tuple[str, ...]:
+        """Kinds of trained arrays besides the two pairs of factors: cores, scalar, norms."""
+        kinds = {"cores": "hada_t1", "scalar": "scalar", "norms": "dora_scale"}
+        return tuple(kind for kind, name in kinds.items() if name in self.parts)
 
     @property
     def is_cp(self) -> bool:

@@ -12,19 +12,17 @@ import jax.numpy as jnp
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import init_factors
-from loha_jax.lowrank.weight_decomposition import weight_norms
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
@@ -131,7 +129,7 @@ def apply_plan(
 ) -> Any:
     """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
     check_new_adapter(params, adapter_name)
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapted)
+    leaves, treedef = flatten_whole(params)
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
     changed = {*plan.targets, *plan.saved}
     beside = sample_kernels(frozen_leaves(treedef.unflatten(None if n in changed else x for n, x in enumerate(leaves))))
@@ -177,8 +175,8 @@ def apply_plan(
 
 def _with_shardings(shapes: Any, params: Any) -> Any:
     """The shapes of an adapted tree, placed as the shapes it was made of are."""
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_adapted)
-    for position, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(params, is_leaf=is_adapted), strict=True)):
+    leaves, treedef = flatten_whole(shapes)
+    for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
             kernel = old.kernel if isinstance(old, LoHaWeight) else old
             adapters = {name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()}
@@ -198,10 +196,7 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 
 @standard_promotion()
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
-    scheme = config.init_weights
-    if isinstance(config, LycorisConfig) and config.use_scalar:  # the scalar is zero: no factor need be
-        scheme = {True: False, "lycoris": "lycoris, all random"}.get(scheme, scheme)
-    dtype = factor_dtype(target.dtype)
+    scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
         return init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack)
     per_module = [
@@ -213,15 +208,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    """The scalar and the norms that a `LycorisConfig` asks for."""
-    if not isinstance(config, LycorisConfig):
-        return {}
-    dtype = factor_dtype(target.dtype)
-    extras = {"scalar": jnp.zeros(target.stack, dtype)} if config.use_scalar else {}
-    if config.weight_decompose:
-        norms = weight_norms(kernel, target.layout, config.wd_on_out)
-        extras["dora_scale"] = norms.astype(dtype)
-    return extras
+    return config.extra_arrays(kernel, target.layout, factor_dtype(target.dtype))
 
 
 def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:

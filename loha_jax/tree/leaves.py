@@ -7,8 +7,8 @@ the adapted weight, with no wrapper and no knowledge of this library.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import jax
 from jax import lax
@@ -18,17 +18,19 @@ from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.array_like import ArrayLike
-from loha_jax.tree.factors import EXTRA_NAMES, Factors, flat_parts, keep_flat
+from loha_jax.tree.factors import Factors, flat_parts, keep_flat
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.provenance import Counters, interned
+from loha_jax.tree.short_repr import adapter_list, short_array
 
-__all__ = ["BUFFERS", "EXTRA_NAMES", "ArrayLike", "Factors", "LoHaWeight", "SavedWeight", "is_adapted"]
+T = TypeVar("T")
+A = TypeVar("A")
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of a BatchNorm's state in torch."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # arrays compare elementwise
 class LoHaWeight(ArrayLike):
     """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
 
@@ -45,9 +47,12 @@ class LoHaWeight(ArrayLike):
     Example:
         >>> import loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> leaf = loha_jax.inject({"q": {"kernel": jnp.ones((3, 4))}}, config, key=jax.random.key(0))["q"]["kernel"]
-        >>> leaf.shape, (jnp.ones((5, 3)) @ leaf).shape
-        ((3, 4), (5, 4))
+        >>> params = {"q": {"kernel": jnp.ones((3, 4))}}
+        >>> params = loha_jax.inject(params, config, key=jax.random.key(0))
+        >>> params
+        {'q': {'kernel': LoHaWeight(f32[3,4] io, default: r=2 alpha=8)}}
+        >>> (jnp.ones((5, 3)) @ params["q"]["kernel"]).shape
+        (5, 4)
     """
 
     kernel: Any
@@ -67,6 +72,11 @@ class LoHaWeight(ArrayLike):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
+    def __repr__(self) -> str:
+        adapters = ((name, factors.description) for name, factors in self.adapters.items())
+        kernel = f"{short_array(self.kernel)} {self.layout.word}"
+        return f"LoHaWeight({kernel}, {adapter_list(adapters, self.active)})"
+
     @property
     def _frozen(self) -> jax.Array:
         if self.kernel is None:
@@ -74,6 +84,11 @@ class LoHaWeight(ArrayLike):
                 f"The LoHaWeight of {self.names[0]} holds no kernel: it comes from one half of `partition`. Put the "
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
             )
+        return self.kernel
+
+    @property
+    def original(self) -> Any:
+        """The kernel, under the name that a `SavedWeight` has for what it replaces."""
         return self.kernel
 
     def require_whole(self) -> None:
@@ -142,7 +157,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays compare elementwise
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # arrays compare elementwise
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 
@@ -169,6 +184,11 @@ class SavedWeight(ArrayLike):
     def __post_init__(self) -> None:
         if not isinstance(self.counters, Counters):
             object.__setattr__(self, "counters", Counters(self.counters))
+
+    def __repr__(self) -> str:
+        copies = ((name, short_array(copy)) for name, copy in self.copies.items())
+        original = short_array(self.original) + (f" {self.layout.word}" if self.layout else "")
+        return f"SavedWeight({original}, {adapter_list(copies, self.active)})"
 
     @property
     def is_buffer(self) -> bool:
@@ -214,5 +234,37 @@ class SavedWeight(ArrayLike):
 
 
 def is_adapted(leaf: Any) -> bool:
-    """Whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
+    """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
     return isinstance(leaf, LoHaWeight | SavedWeight)
+
+
+def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
+    """Return the tree with `fn(leaf)` for each adapted leaf; the other leaves stay.
+
+    Example:
+        >>> map_adapted(lambda leaf: leaf.kernel, {"bias": 1.0})
+        {'bias': 1.0}
+    """
+    return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted)
+
+
+def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T:
+    """Return the tree with `fn(leaf, name, factors)` for each adapter of each adapted kernel."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, SavedWeight):
+            return leaf
+        adapters = {name: fn(leaf, name, factors) for name, factors in leaf.adapters.items()}
+        return dataclasses.replace(leaf, adapters=adapters)
+
+    return map_adapted(mapped, tree)
+
+
+def flatten_whole(tree: Any) -> tuple[list[Any], Any]:
+    """Flatten a tree like `jax.tree.flatten`, with adapted leaves whole."""
+    return jax.tree.flatten(tree, is_leaf=is_adapted)
+
+
+def leaves_of(kind: type[A], tree: Any) -> list[A]:
+    """Return the leaves of one kind, `LoHaWeight` or `SavedWeight`, in the tree's order."""
+    return [leaf for leaf in flatten_whole(tree)[0] if isinstance(leaf, kind)]

@@ -14,7 +14,7 @@ from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khat
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.adapters import check_adapters
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, is_adapted
+from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
 
 @takes_model
@@ -48,14 +48,11 @@ def apply_max_norm(params: Any, max_norm: float, adapters: Sequence[str] | None 
         raise ValueError(f"max_norm should be a positive number, got {max_norm!r}")
     check_adapters(params, adapters or ())
 
-    def limited(leaf: Any) -> Any:
-        if not isinstance(leaf, LoHaWeight):
-            return leaf
+    def limited(leaf: LoHaWeight, name: str, factors: Factors) -> Factors:
         chosen = leaf.active if adapters is None else adapters
-        new = {name: _limited(f, max_norm) if name in chosen else f for name, f in leaf.adapters.items()}
-        return dataclasses.replace(leaf, adapters=new)
+        return _limited(factors, max_norm) if name in chosen else factors
 
-    return jax.tree.map(limited, params, is_leaf=is_adapted)
+    return map_factors(limited, params)
 
 
 @standard_promotion()

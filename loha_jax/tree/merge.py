@@ -15,7 +15,7 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, map_adapted
 
 LOSS_LIMIT = 0.5
 """The share of an update that rounding to a float8 without scales may lose."""
@@ -71,8 +71,6 @@ def merge(
     lost: dict[str, float] = {}
 
     def merged(leaf: Any) -> Any:
-        if not is_adapted(leaf):
-            return leaf
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
@@ -92,7 +90,7 @@ def merge(
             new = dataclasses.replace(leaf, original=weight)
         return weight if unload else without_adapters(new, chosen)
 
-    result = jax.tree.map(merged, params, is_leaf=is_adapted)
+    result = map_adapted(merged, params)
     if broken:
         suspects = adapters if adapters is not None else adapter_names(params)
         raise ValueError(
@@ -142,10 +140,4 @@ def unload(params: Any) -> Any:
         >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
         True
     """
-
-    def base(leaf: Any) -> Any:
-        if isinstance(leaf, LoHaWeight):
-            return leaf.kernel
-        return leaf.original if isinstance(leaf, SavedWeight) else leaf
-
-    return jax.tree.map(base, params, is_leaf=is_adapted)
+    return map_adapted(lambda leaf: leaf.original, params)

@@ -18,9 +18,7 @@ from loha_jax.targets.default_layouts import (
     is_torch_oriented,
     is_transposed_convolution,
 )
-from loha_jax.targets.matching import (
-    match_target,
-)
+from loha_jax.targets.matching import Match, match_target
 from loha_jax.targets.module_names import (
     Names,
     UnknownNameError,
@@ -182,7 +180,7 @@ class NamedTree:
         return stack_names(self.names[position], stack, self.given_names)
 
     def _may_match(self, position: int, config: LoHaConfig) -> bool:
-        return any(match_target(name, config) is True for name in self.possible_names(position))
+        return any(match_target(name, config) is Match.TARGETED for name in self.possible_names(position))
 
     def possible_names(self, position: int) -> list[str]:
         """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""

@@ -1,4 +1,4 @@
-"""What a config would adapt in a tree: names, layouts, ranks and alphas, settled before anything is changed."""
+"""The plan of an injection: names, layouts, ranks and alphas, settled before a tree is changed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import (
-    EXCLUDED,
+    Match,
     match_pattern,
     match_pattern_key,
     match_target,
@@ -22,10 +21,7 @@ from loha_jax.targets.matching import (
     no_match_message,
     resolve_target_modules,
 )
-from loha_jax.targets.module_names import (
-    Names,
-    torch_parameter,
-)
+from loha_jax.targets.module_names import Names, torch_parameter
 from loha_jax.targets.target_advice import (
     QUANTISED_ADVICE,
     quantised_kernels,
@@ -38,7 +34,7 @@ from loha_jax.tree.named_tree import Layouts, NamedTree
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kernel that the config targets: all that is known before its factors exist."""
+    """A targeted kernel with all that is known before its factors exist."""
 
     path: tuple[str, ...]
     names: tuple[str, ...]
@@ -55,7 +51,7 @@ class Target:
         return self.layout.sizes("s", self.shape)
 
     def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
-        """PEFT's shapes of the factors of one of its modules."""
+        """Return PEFT's shapes of the factors of one module."""
         out, in_, *spatial = self.layout.torch_shape(self.shape)[len(self.stack) :]
         return factor_shapes(out, in_, spatial, r, self.cp)
 
@@ -72,11 +68,24 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `inject` would do to a tree: the adapted kernels and the saved leaves by flat position."""
+    """The adapted kernels and the saved leaves of an injection, by their position in the flat tree."""
 
     config: LoHaConfig
     targets: dict[int, Target]
     saved: dict[int, Saved]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A weight with the names of its modules and how the config treats each of them."""
+
+    position: int
+    names: tuple[str, ...]
+    matches: tuple[Match, ...]
+
+    def named(self, match: Match) -> list[str]:
+        """Return the names of the modules that are treated so."""
+        return [name for name, own in zip(self.names, self.matches, strict=True) if own is match]
 
 
 def plan_injection(
@@ -88,81 +97,86 @@ def plan_injection(
     model_type: str | None = None,
     torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Plan:
-    """Matches `config` against a tree and settles names, layouts, ranks and alphas, changing nothing; see `inject`.
+    """Match `config` against a tree and settle names, layouts, ranks and alphas; see `inject`.
 
-    A loader also says what shapes its file shows; see `NamedTree`.
+    Nothing is changed. A loader also passes the shapes that its file shows; see `NamedTree`.
     """
     require_config(config)
     tree = NamedTree(params, names, layouts, torch_shapes)
     quantised = quantised_kernels(params)
     modules = sorted(tree.modules | quantised.keys())
-    linear = [*quantised] + [name for position in sorted(tree.kernels) for name in tree.linear_names(position)]
-    config_matched = dataclasses.replace(
-        config, target_modules=resolve_target_modules(config, modules, linear, model_type)
-    )
+    linear = [*quantised, *(n for p in sorted(tree.kernels) for n in tree.linear_names(p))]
+    resolved = dataclasses.replace(config, target_modules=resolve_target_modules(config, modules, linear, model_type))
+    _refuse_quantised(quantised, resolved)
+    candidates = [_candidate(tree, position, resolved) for position in tree.weights]
+    targeted = [c for c in candidates if Match.TARGETED in c.matches]
+    _refuse_misfits(tree, targeted)
+    excluded = [name for c in candidates for name in c.named(Match.EXCLUDED)]
+    if not targeted:
+        raise ValueError(no_match_message(resolved, [name for c in candidates for name in c.names], excluded))
+    targets = {c.position: _target(tree, c, config) for c in targeted}
+    _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
+    used = {tree.layout_pattern(position) for position in tree.kernels}
+    if unused := [pattern for pattern in tree.given_layouts if pattern not in used]:
+        advice = near_misses(unused, sorted(tree.names.values()))
+        warn_caller(f"layouts={unused} match no kernel.{advice}")
+    saved = _plan_saved(tree, resolved, targets)
+    matched = [name for c in targeted for name in c.named(Match.TARGETED)]
+    _warn_unmatched(config, resolved, modules, matched, excluded)
+    return Plan(resolved, targets, saved)
 
-    if refused := [said for name, said in quantised.items() if match_target(name, config_matched) is True]:
+
+def _candidate(tree: NamedTree, position: int, config: LoHaConfig) -> _Candidate:
+    names = tree.names_of(position, config)
+    return _Candidate(position, names, tuple(match_target(name, config) for name in names))
+
+
+def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
+    """Raise ValueError for targets among quantised kernels, which are described by module name."""
+    refused = [description for name, description in quantised.items() if match_target(name, config) is Match.TARGETED]
+    if refused:
         raise ValueError(f"{'; '.join(refused)}. {QUANTISED_ADVICE}")
 
-    targets: dict[int, Target] = {}
-    excluded: list[str] = []
-    matched: list[str] = []
+
+def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
+    """Raise ValueError for targeted weights that no adapter fits: vectors, integers, scaled float8."""
     misfits: list[str] = []
     is_quantised = False
-    candidates: list[str] = []
-    for position in tree.weights:
-        candidate_names = tree.names_of(position, config_matched)
-        candidates += candidate_names
-        hits = [match_target(name, config_matched) for name in candidate_names]
-        excluded += [name for name, hit in zip(candidate_names, hits, strict=True) if hit == EXCLUDED]
-        wanted = [hit is True for hit in hits]
-        if not any(wanted):
-            continue
+    for position in (candidate.position for candidate in targeted):
         leaf = tree.leaves[position]
         if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
             misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
             is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
-            continue
-        if said := scaled_kernel(tree.paths[position], leaf.dtype, tree.shape_at):
-            raise ValueError(f"{said}. {QUANTISED_ADVICE}")
-        layout = tree.layout(position)
-        spatial = layout.sizes("k", leaf.shape)
-        ranks = tuple(
-            match_pattern(n, config.rank_pattern, config.r) if want else 0
-            for n, want in zip(candidate_names, wanted, strict=True)
-        )
-        alphas = tuple(match_pattern(n, config.alpha_pattern, config.alpha) for n in candidate_names)
-        if isinstance(config, LycorisConfig) and config.rs_lora:  # folded, as in LyCORIS' files: alpha/r is alpha/√r
-            alphas = tuple(alpha * max(r, 1) ** 0.5 for alpha, r in zip(alphas, ranks, strict=True))
-        chosen = list(zip(candidate_names, wanted, strict=True))
-        matched += [name for name, want in chosen if want]
-        targets[position] = Target(
-            path=tree.paths[position],
-            names=tuple(candidate_names),
-            layout=layout,
-            shape=tuple(leaf.shape),
-            dtype=leaf.dtype,
-            ranks=ranks,
-            alphas=alphas,
-            cp=config.use_effective_conv2d and any(size != 1 for size in spatial),
-        )
+        elif scaled := scaled_kernel(tree.paths[position], leaf.dtype, tree.shape_at):
+            raise ValueError(f"{scaled}. {QUANTISED_ADVICE}")
     if misfits:
         raise ValueError(
-            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or more axes and a "
-            f"floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use `exclude_modules`."
-            + (f" {QUANTISED_ADVICE}" if is_quantised else "")
+            "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or "
+            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use "
+            "`exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
-    if not targets:
-        raise ValueError(no_match_message(config_matched, candidates, excluded))
-    _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
-    used = {tree.layout_pattern(position) for position in tree.kernels}
-    if unused := [pattern for pattern in tree.given_layouts if pattern not in used]:
-        warn_caller(
-            f"layouts={unused} match no kernel." + near_misses(unused, sorted(tree.names.values())),
-        )
-    saved = _plan_saved(tree, config_matched, targets)
-    _warn_unmatched(config, config_matched, modules, matched, excluded)
-    return Plan(config_matched, targets, saved)
+
+
+def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Target:
+    leaf, layout = tree.leaves[candidate.position], tree.layout(candidate.position)
+    ranks = tuple(
+        match_pattern(name, config.rank_pattern, config.r) if match is Match.TARGETED else 0
+        for name, match in zip(candidate.names, candidate.matches, strict=True)
+    )
+    alphas = tuple(
+        config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
+        for name, r in zip(candidate.names, ranks, strict=True)
+    )
+    return Target(
+        path=tree.paths[candidate.position],
+        names=candidate.names,
+        layout=layout,
+        shape=tuple(leaf.shape),
+        dtype=leaf.dtype,
+        ranks=ranks,
+        alphas=alphas,
+        cp=config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", leaf.shape)),
+    )
 
 
 def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
@@ -177,8 +191,9 @@ def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Targe
         shape = tuple(tree.leaves[position].shape)
         if layout and layout.axes("s"):
             raise ValueError(
-                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape {shape}, which "
-                f"holds a stack of modules ({layout.word!r}). Only modules that stand alone can be saved whole."
+                f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape "
+                f"{shape}, which holds a stack of modules ({layout.word!r}). Only single modules can "
+                "be saved whole."
             )
         (module,) = tree.module_names(position, ())
         if own := _entries_above(module, entries):
@@ -190,15 +205,13 @@ def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Targe
     optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
     unused = [entry for entry in config.modules_to_save or () if entry not in used and entry not in optional]
     if unused:
-        warn_caller(
-            f"modules_to_save={unused} match no module and nothing is saved for them."
-            + near_misses(unused, sorted(tree.modules)),
-        )
+        advice = near_misses(unused, sorted(tree.modules))
+        warn_caller(f"modules_to_save={unused} match no module and nothing is saved for them.{advice}")
     return saved
 
 
 def _entries_above(name: str, entries: Sequence[str]) -> list[str]:
-    """The entries of `modules_to_save` that name the module `name` or one that contains it."""
+    """Return the entries of `modules_to_save` that name the module or one that contains it."""
     ancestors = [".".join(name.split(".")[: n + 1]) for n in range(name.count(".") + 1)]
     return [e for e in entries if any(a == e or a.endswith(f".{e}") for a in ancestors)]
 
@@ -208,16 +221,20 @@ def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
     for name, path in named:
         if name in seen:
             raise ValueError(
-                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and {'.'.join(path)}. Give "
-                "`names=` that tells them apart, or exclude one."
+                f"Two kernels have the module name {name!r}: {'.'.join(seen[name])} and "
+                f"{'.'.join(path)}. Give `names=` that tells them apart, or exclude one."
             )
         seen[name] = path
 
 
 def _warn_unmatched(
-    config: LoHaConfig, resolved: LoHaConfig, modules: list[str], matched: list[str], excluded: list[str]
+    config: LoHaConfig,
+    resolved: LoHaConfig,
+    modules: list[str],
+    matched: list[str],
+    excluded: list[str],
 ) -> None:
-    """PEFT's warnings for patterns that match nothing, and one that PEFT lacks: for unmatched list entries."""
+    """Warn of patterns that match nothing, as PEFT does, and of unmatched entries of lists."""
     if config.target_modules is not None and not isinstance(resolved.target_modules, str):
         entries = sorted(resolved.target_modules or ())
         unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]

@@ -1,16 +1,20 @@
-"""`summary`: what an adapted tree holds, and how much of it is trained."""
+"""`summary`: a table of the adapters in a tree and their numbers of parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import EXTRA_NAMES, Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.factors import EXTRA_NAMES, Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole
 from loha_jax.tree.merge import unload
+from loha_jax.tree.short_repr import number_range
+from loha_jax.tree.text_table import text_table
 
 STATISTICS = "statistics"
 """The kind of a saved leaf that is not trained: a batch norm's mean, variance or counter."""
@@ -18,7 +22,7 @@ STATISTICS = "statistics"
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of one leaf, or one saved leaf, in a `Summary`."""
+    """A row of a `Summary`: one adapter of one leaf, or one saved leaf."""
 
     module: str
     kind: str
@@ -32,7 +36,7 @@ class AdapterRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Returned by `summary`; `print` it for a table.
+    """The result of `summary`; `print` it for a table.
 
     Attributes:
         rows: one per adapter and leaf.
@@ -46,7 +50,7 @@ class Summary:
 
     @property
     def totals(self) -> str:
-        """PEFT's line of `print_trainable_parameters`."""
+        """The line that PEFT's `print_trainable_parameters` prints."""
         percent = 100 * self.trainable_params / max(self.all_params, 1)
         return (
             f"trainable params: {self.trainable_params:,d} || all params: {self.all_params:,d} || "
@@ -57,27 +61,25 @@ class Summary:
         header = ("module", "kind", "adapter", "shape", "layout", "r", "parameters", "active")
         cells = [
             (
-                r.module,
-                r.kind,
-                r.adapter,
-                "x".join(map(str, r.shape)),
-                r.layout,
-                r.r,
-                f"{r.parameters:,}",
-                str(r.active),
+                row.module,
+                row.kind,
+                row.adapter,
+                "x".join(map(str, row.shape)),
+                row.layout,
+                row.r,
+                f"{row.parameters:,}",
+                str(row.active),
             )
-            for r in self.rows
+            for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
-        return "\n".join([*lines, self.totals])
+        return "\n".join([*text_table([header, *cells]), self.totals])
 
 
 @takes_model(changes=False)
 def summary(params: Any) -> Summary:
-    """Lists the adapters of a tree with their modules, ranks and parameter counts.
+    """List the adapters of a tree with their modules, ranks and numbers of parameters.
 
-    Works on arrays, tracers and the shapes of `jax.eval_shape` alike.
+    The leaves may be arrays, tracers or the shapes of `jax.eval_shape`.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax
@@ -86,54 +88,57 @@ def summary(params: Any) -> Summary:
         >>> summary(params).totals
         'trainable params: 24 || all params: 33 || trainable%: 72.7273'
     """
-    rows: list[AdapterRow] = []
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            for name, factors in leaf.adapters.items():
-                ranks = sorted(set(factors.ranks))
-                rows.append(
-                    AdapterRow(
-                        leaf.label,
-                        _kind(factors),
-                        name,
-                        tuple(leaf.shape),
-                        leaf.layout.word,
-                        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
-                        sum(
-                            _true_size(t.shape, factors.ranks, factors.stack, n, factors.is_cp)
-                            for n, t in factors.tensors.items()
-                        )
-                        + sum(math.prod(factors.trained[n].shape) for n in EXTRA_NAMES if n in factors.trained),
-                        name in leaf.active,
-                    )
-                )
-        elif isinstance(leaf, SavedWeight):
-            for name, copy in leaf.copies.items():
-                word = leaf.layout.word if leaf.layout else "-"
-                rows.append(
-                    AdapterRow(
-                        leaf.name,
-                        STATISTICS if leaf.is_buffer else "saved",
-                        name,
-                        tuple(copy.shape),
-                        word,
-                        "-",
-                        copy.size,
-                        name in leaf.active,
-                    )
-                )
-    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
+    rows = [row for leaf in flatten_whole(params)[0] for row in _rows(leaf)]
+    base = (leaf for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
+    frozen = sum(math.prod(leaf.shape) for leaf in base)
     trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
 
 
+def _rows(leaf: Any) -> list[AdapterRow]:
+    if isinstance(leaf, LoHaWeight):
+        return [_adapter_row(leaf, name, factors) for name, factors in leaf.adapters.items()]
+    if isinstance(leaf, SavedWeight):
+        return [_saved_row(leaf, name, copy) for name, copy in leaf.copies.items()]
+    return []
+
+
+def _adapter_row(leaf: LoHaWeight, name: str, factors: Factors) -> AdapterRow:
+    ranks, stack = factors.ranks, factors.stack
+    sizes = [_true_size(t.shape, ranks, stack, n, factors.is_cp) for n, t in factors.tensors.items()]
+    extras = [math.prod(x.shape) for n, x in factors.trained.items() if n in EXTRA_NAMES]
+    return AdapterRow(
+        module=leaf.label,
+        kind=_kind(factors),
+        adapter=name,
+        shape=tuple(leaf.shape),
+        layout=leaf.layout.word,
+        r=number_range(ranks),
+        parameters=sum(sizes) + sum(extras),
+        active=name in leaf.active,
+    )
+
+
+def _saved_row(leaf: SavedWeight, name: str, copy: Any) -> AdapterRow:
+    return AdapterRow(
+        module=leaf.name,
+        kind=STATISTICS if leaf.is_buffer else "saved",
+        adapter=name,
+        shape=tuple(copy.shape),
+        layout=leaf.layout.word if leaf.layout else "-",
+        r="-",
+        parameters=copy.size,
+        active=name in leaf.active,
+    )
+
+
 def _kind(factors: Factors) -> str:
-    extras = {"cores": factors.hada_t1, "scalar": factors.scalar, "norms": factors.dora_scale}
-    return ", ".join(["loha", *(name for name, array in extras.items() if array is not None)])
+    return ", ".join(["loha", *factors.extra_kinds])
 
 
-def _true_size(shape, ranks, stack, name, cp) -> int:
-    """Values that count: without the zeros that pad a stack of unequal ranks."""
-    one = shape[len(stack) :]
-    rank_axes = {"hada_t1": (0, 1), "hada_t2": (0, 1)}.get(name, (0,) if cp or name.endswith("b") else (1,))
+def _true_size(shape: Sequence[int], ranks: Sequence[int], stack: Sequence[int], name: str, cp: bool) -> int:
+    """Return the number of values without the zeros that pad a stack of unequal ranks."""
+    one = shape[len(stack) :]  # of one module
+    of_matrix = (0,) if cp or name.endswith("b") else (1,)
+    rank_axes = {"hada_t1": (0, 1), "hada_t2": (0, 1)}.get(name, of_matrix)
     return sum(math.prod(r if axis in rank_axes else n for axis, n in enumerate(one)) for r in ranks)

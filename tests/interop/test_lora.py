@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.targets.matching import match_target
+from loha_jax.targets.matching import Match, match_target
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 PREFIX = "base_model.model."
@@ -286,7 +286,7 @@ def test_the_samples_of_peft(name):
     others = {k for k in interop.to_peft_state_dict(params) if "hada_" not in k}
     assert others == {k for k in lora.tensors if ".lora_" not in k}
     targets = LoHaConfig(target_modules=lora.config["target_modules"])
-    assert {m for m in sample.meta["layers"] if match_target(m, targets) is True} == set(want)
+    assert {m for m in sample.meta["layers"] if match_target(m, targets) is Match.TARGETED} == set(want)
 
 
 SCANNED = {
@@ -407,7 +407,7 @@ def test_target_modules_match_the_adapted_modules_and_no_other_by_pefts_rules(na
     adapted = set(data.draw(st.lists(st.sampled_from(names), min_size=1)))
     targets = exact_targets(adapted, set(names))
     config = LoHaConfig(target_modules=targets)
-    assert {name for name in names if match_target(name, config) is True} == adapted
+    assert {name for name in names if match_target(name, config) is Match.TARGETED} == adapted
 
 
 def test_names_decide_between_endings_and_full_names():

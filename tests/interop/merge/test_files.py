@@ -468,7 +468,7 @@ def test_a_run_that_was_killed_is_continued(tmp_path):
     finished = 0
     for share in (0.05, 0.4, 0.45, 0.93):
         command = [sys.executable, "-c", KILLED, path, adapter, out, str(int(share * total))]
-        done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parents[2], check=False)
+        done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parents[3], check=False)
         assert done.returncode == -signal.SIGKILL
         assert not out.exists()
         now = len(list((tmp_path / ".out.merging" / "files").glob("*.safetensors")))

@@ -1,13 +1,9 @@
-"""The command line `loha-jax`: adapter files inspected, converted, merged and compared, without building a model.
-
-This is the one module of loha_jax that imports `loha_jax.interop`, and only when a command runs.
-"""
+"""The command line `loha-jax`: adapter files inspected, converted, merged and compared, without building a model."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import importlib
 import json
 import math
 import os
@@ -18,7 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from loha_jax.interop.commands import convert as conversion
+from loha_jax.interop.commands import differences, inspection
 from loha_jax.interop.commands import tables as cli_tables
+from loha_jax.interop.merge import check as merge_check
+from loha_jax.interop.merge import files as merge_files
+from loha_jax.interop.names.renames import parse_names
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -118,7 +119,7 @@ def inspect(
     it), metadata; and what is broken: NaN or infinity, missing or misshapen tensors. Exit code 1 if something is.
     """
     with _Command("inspect", as_json) as command:
-        found = _interop("inspection").inspect_path(path)
+        found = inspection.inspect_path(path)
         command.show(found, lambda out: cli_tables.show_inspection(out, found, every))
         command.finish(DIFFERENT if found["problems"] else FINE)
 
@@ -154,7 +155,7 @@ def convert(
     decomposition, LyCORIS no modules_to_save.
     """
     with _Command("convert", as_json) as command:
-        done = _interop("convert").convert_adapter(
+        done = conversion.convert_adapter(
             source,
             target,
             to.value,
@@ -163,7 +164,7 @@ def convert(
             base=base,
             prefix=prefix,
             only=only,
-            names=_interop("renames").parse_names(names or []),
+            names=parse_names(names or []),
             dtype=_dtype(dtype),
             force=force,
         )
@@ -208,7 +209,6 @@ def merge(
     few rows at a time. If a run is interrupted, the same command goes on with the files that are finished.
     """
     with _Command("merge", as_json) as command:
-        merge_check = _interop("merge_check")
         adapters = [(adapter, _finite("--weight", weight)), *map(_parse_with, more or [])]
         checked: list[Any] = []
         unchecked: list[str] = []
@@ -232,13 +232,13 @@ def merge(
             merge_check.require_peft()
         try:
             with command.progress("merging", in_bytes=True) as progress:
-                report = _interop("merge_files").merge_checkpoint(
+                report = merge_files.merge_checkpoint(
                     base,
                     adapters,
                     out,
                     dtype=_dtype(dtype),
                     only=only,
-                    names=_interop("renames").parse_names(names or []),
+                    names=parse_names(names or []),
                     force=force,
                     progress=progress,
                     check=compare if wants_check else None,
@@ -293,7 +293,7 @@ def diff(
     with _Command("diff", as_json) as command:
         _finite("--tolerance", tolerance)
         with command.progress("comparing", in_bytes=False) as progress:
-            found = _interop("differences").compare_paths(first, second, tolerance=tolerance, progress=progress)
+            found = differences.compare_paths(first, second, tolerance=tolerance, progress=progress)
         command.show(found, lambda out: cli_tables.show_difference(out, found, every))
         command.finish(DIFFERENT if found["different"] else FINE)
 
@@ -355,11 +355,6 @@ class _Command:
         with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _interop(module: str) -> Any:
-    """A module of `loha_jax.interop`: imported when a command runs, so that --help need not wait for it."""
-    return importlib.import_module(f"loha_jax.interop.{module}")
 
 
 def _paragraph(error: Exception) -> str:

@@ -33,7 +33,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fuzz", "broken and hostile files (tests/interop/test_fuzz.py)")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the cases")
     group.addoption("--fuzz-cases", type=int, default=2000, help="how many")
-    group = parser.getgroup("checkpoint", "processes killed while they save (tests/test_checkpoint_kill.py)")
+    group = parser.getgroup("checkpoint", "processes killed while they save (tests/checkpoint/test_killed_saves.py)")
     group.addoption("--checkpoint-kills", type=int, default=8, help="how many")
     group.addoption("--checkpoint-seed", type=int, default=0, help="seed of the moments")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib.metadata
 import json
 import math
 import os
@@ -99,9 +100,7 @@ def _main_options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
-        import loha_jax
-
-        typer.echo(loha_jax.__version__)
+        typer.echo(importlib.metadata.version("loha-jax"))
         raise typer.Exit
 
 

@@ -340,7 +340,7 @@ def test_a_fault_is_said_without_a_traceback(tmp_path, monkeypatch):
 def test_as_a_program(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "loha_jax.interop.commands.main"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[3]
     script = [*command, "merge", str(BASE), str(LINEAR.adapter), str(tmp_path / "out"), "--json"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=root, env=environment, check=True)
     assert json.loads(done.stdout)["merged"] == 2

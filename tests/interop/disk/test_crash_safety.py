@@ -19,7 +19,7 @@ from loha_jax.interop.disk.resumable_folder import WorkingFolder
 
 from loha_jax import LoHaConfig, interop
 
-SCRIPT = Path(__file__).with_name("crash_writers.py")
+SCRIPT = Path(__file__).parents[2] / "helpers" / "crash_writers.py"
 
 
 @functools.cache

@@ -372,7 +372,7 @@ import jax, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import loha_jax
 from loha_jax.train import fit
-from test_train import KEY, Compilations, adapted, data, loss_fn, losses
+from test_loop import KEY, Compilations, adapted, data, loss_fn, losses
 
 params, compilations = adapted(layers=2, rank_dropout=0.2), Compilations()
 alone = fit(loss_fn, params, optax.adam(1e-2), data(8, rows=32), key=KEY, accumulate=2)

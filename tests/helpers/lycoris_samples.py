@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from loha_jax.tree.inject import apply_plan
 from loha_jax.tree.plan import plan_injection
 
-DATA = Path(__file__).parent / "data" / "lycoris"
+DATA = Path(__file__).parents[1] / "data" / "lycoris"
 FORMS = ["plain", "tucker", "dora", "dora_in", "scalar", "bypass"]
 CONVOLUTIONS = {"conv3": "kkio", "gconv": "kkio", "c1d": "kio", "c3d": "kkkio"}
 LAYERS = ["fc1", "blocks.0.q_proj", "blocks.0.out", "conv1x1", *CONVOLUTIONS]

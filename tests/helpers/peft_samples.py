@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from loha_jax.interop.disk.tensor_files import read_safetensors, read_torch_pickle
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parent / "data" / "peft"
+ROOT = Path(__file__).parents[1] / "data" / "peft"
 NAMES = sorted(path.name for path in ROOT.iterdir() if path.is_dir())
 LINEAR = [name for name in NAMES if not name.startswith("conv")]
 TRAINED = [name for name in NAMES if "bf16" not in name]

@@ -1,0 +1,157 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from checkpoint_trees import KEY, base, dense, inject, saved, start
+from loha_jax.interop import FileError
+
+import loha_jax
+from loha_jax import LoHaConfig, LycorisConfig, checkpoint
+from loha_jax.checkpoint import Checkpoints
+
+# ---- what does not belong together is an error
+
+
+def replaced(tree, path, change):
+    tree = dict(tree)
+    tree[path[0]] = change(tree[path[0]]) if len(path) == 1 else replaced(tree[path[0]], path[1:], change)
+    return tree
+
+
+def without(tree, name):
+    return {k: v for k, v in tree.items() if k != name}
+
+
+OTHERS = {
+    "a value of the base": (
+        lambda: inject(replaced(base(), ["linear/~/sub", "w"], lambda x: x.at[1, 1].add(1e-6))),
+        ["params['linear/~/sub']['w'].kernel (base): given other values"],
+    ),
+    "a leaf that is not adapted": (
+        lambda: inject(replaced(base(), ["head", "bias"], lambda x: x * 2)),
+        ["params['head']['bias'] (base): given other values, the checkpoint was made on bfloat16[2]"],
+    ),
+    "two leaves": (
+        lambda: inject(
+            replaced(replaced(base(), ["head", "bias"], lambda x: x.astype(jnp.float32)), ["conv", "kernel"], jnp.sin)
+        ),
+        ["params['head']['bias'] (base): given float32[2]", "params['conv']['kernel'] (base): given other values"],
+    ),
+    "a leaf more": (
+        lambda: {**dense(), "new": jnp.ones(3)},
+        ["params['new'] (base): given float32[3], the checkpoint was made on nothing"],
+    ),
+    "a leaf less": (
+        lambda: without(dense(), "conv"),
+        ["params['conv']['kernel'] (base): given nothing, the checkpoint was made on float32[3,3,4,6]"],
+    ),
+    "rank": (
+        lambda: inject(base(), r=3),
+        ["adapter default, ranks: given [3], the checkpoint has [2]", "hada_w1_a: given float32[5,3]"],
+    ),
+    "alpha": (lambda: inject(base(), alpha=16), ["config, alpha: given 16, the checkpoint has 8"]),
+    "dropout": (lambda: inject(base(), rank_dropout=0.5), ["config, rank_dropout: given 0.5, the checkpoint has 0.0"]),
+    "patterns": (
+        lambda: inject(base(), rank_pattern={"sub": 2}),
+        ["config, rank_pattern: given {'sub': 2}, the checkpoint has {}"],
+    ),
+    "class": (
+        lambda: loha_jax.inject(base(), LycorisConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY),
+        ["config, class: given 'LycorisConfig', the checkpoint has 'LoHaConfig'", "config, use_scalar: given False"],
+    ),
+    "name of the adapter": (
+        lambda: loha_jax.inject(
+            base(), LoHaConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY, adapter_name="other"
+        ),
+        ["adapter other: given an adapter, the checkpoint has nothing", "active: given ['other']"],
+    ),
+    "activity": (lambda: loha_jax.set_adapter(dense(), ()), ["active: given [], the checkpoint has ['default']"]),
+    "module": (
+        lambda: loha_jax.inject(
+            base(), LoHaConfig(r=2, target_modules=["x"], init_weights=False), key=KEY, names={".*sub": "x"}
+        ),
+        ["names: given ['x'], the checkpoint has ['linear.sub']"],
+    ),
+    "layout": (
+        lambda: loha_jax.inject(
+            base(), LoHaConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY, layouts={".*sub": "oi"}
+        ),
+        ["layout: given 'oi', the checkpoint has 'io'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_was_not_saved_with_it_is_an_error_that_names_all_that_differs(tmp_path, kind):
+    make, lines = OTHERS[kind]
+    saved(tmp_path, 1)
+    given = make()
+    with pytest.raises(ValueError, match="belongs to something else than what was given") as raised:
+        checkpoint.restore(tmp_path, given)
+    assert not isinstance(raised.value, FileError)
+    for line in lines:
+        assert line in str(raised.value)
+    assert checkpoint.restore(tmp_path, dense()).step == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "line"),
+    [
+        (optax.sgd(0.1), "opt_state: given ['EmptyState', 'EmptyState'], the checkpoint has ['ScaleByAdamState'"),
+        (optax.adabelief(0.1), "opt_state: given ['ScaleByBeliefState'"),  # of the same names and shapes as Adam's
+        (optax.adamw(lambda step: 0.1), "opt_state[2].count: given int32[], the checkpoint has nothing"),
+        (
+            optax.adamw(0.1, mu_dtype=jnp.int32),
+            ".mu['linear/~/sub']['w'].adapters['default'].hada_w1_a: given int32[5,2]",
+        ),
+    ],
+    ids=["sgd", "adabelief", "schedule", "integers"],
+)
+def test_another_optimizer_is_an_error(tmp_path, optimizer, line):
+    saved(tmp_path, 1)
+    params = dense()
+    with pytest.raises(ValueError, match="belongs to something else") as raised:
+        checkpoint.restore(tmp_path, params, optimizer.init(loha_jax.partition(params)[0]))
+    assert line in str(raised.value)
+
+
+def test_a_state_that_is_not_asked_for_is_not_needed_and_one_that_was_not_saved_is_an_error(tmp_path):
+    params, opt_state = start()
+    saved(tmp_path / "with", 1)
+    assert checkpoint.restore(tmp_path / "with", params).opt_state is None
+    checkpoint.save(tmp_path / "without", params)
+    with pytest.raises(ValueError, match="opt_state"):
+        checkpoint.restore(tmp_path / "without", params, opt_state)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    params, _ = start()
+    trainable, frozen = loha_jax.partition(params)
+    from flax import nnx
+
+    for given, error, message in [
+        ((base(),), ValueError, "holds no adapter"),
+        ((trainable,), ValueError, "one half of `partition`"),
+        ((frozen,), ValueError, "one half of `partition`"),
+        ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),), TypeError, "not a model"),
+        ((params, {"x": "word"}), TypeError, r"opt_state\['x'\] is of type str"),
+        ((jax.eval_shape(lambda: params),), ValueError, "no values to save"),
+    ]:
+        with pytest.raises(error, match=message):
+            checkpoint.save(tmp_path, *given)
+    for data, message in [({1: 2}, "data should be what JSON holds"), ({"a": [b"x"]}, r"data\['a'\]\[0\] .* bytes")]:
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(tmp_path, params, data=data)
+    with pytest.raises(ValueError, match=r"metrics\['loss'\] should be a number"):
+        checkpoint.save(tmp_path, params, metrics={"loss": jnp.ones(2)})
+    for step in (-1, 2.5, True, 2**31, "1"):
+        with pytest.raises(ValueError, match="The step should be an integer"):
+            checkpoint.save(tmp_path, params, step=step)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": True}, {"keep_best": -1}, {"best_mode": "least"}])
+def test_what_cannot_be_kept(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Checkpoints(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()

@@ -10,10 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from devices.meshes import BATCH, HIDDEN, LENGTH, SETTINGS, WIDTH, R, adapter, collectives, init, model, place
 from jax.sharding import AxisType, NamedSharding
 
 import loha_jax
+from tests.devices.meshes import BATCH, HIDDEN, LENGTH, SETTINGS, WIDTH, R, adapter, collectives, init, model, place
 
 
 @functools.cache

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices.meshes import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import loha_jax
+from tests.devices.meshes import collectives
 
 WIDTH, HIDDEN, BATCH = 8, 16, 8
 SPECS = {"up": P(None, "tensor"), "down": P("tensor"), "gathered": P("data"), "heads": P(None, "tensor")}

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices.meshes import BATCH, LENGTH, SETTINGS, WIDTH, adapter, init, model, place
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import loha_jax
+from tests.devices.meshes import BATCH, LENGTH, SETTINGS, WIDTH, adapter, init, model, place
 
 pytestmark = pytest.mark.usefixtures("x64")  # Adam divides by small numbers: in float32 it shows rounding
 

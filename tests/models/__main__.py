@@ -15,13 +15,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import diffusers
 import transformers
-from models.catalogue import CASES
-from models.trial import CHECKS, Trial
-from models.twins import Size
+
+from tests.models.catalogue import CASES
+from tests.models.trial import CHECKS, Trial
+from tests.models.twins import Size
 
 parser = argparse.ArgumentParser(prog="python -m tests.models", description=__doc__.splitlines()[0])
 parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and factors")

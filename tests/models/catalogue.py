@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models import diffusers_twins, framework_twins, real_weights, transformers_twins
-from models.twins import Size, Twins
+from tests.models import diffusers_twins, framework_twins, real_weights, transformers_twins
+from tests.models.twins import Size, Twins
 
 
 @dataclasses.dataclass(frozen=True)

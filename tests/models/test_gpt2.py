@@ -7,13 +7,13 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models.transformers_twins import gpt2
-from models.trial import OUTPUT, random_factors, require_close, require_moved
-from models.twins import Size
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from tests.models.transformers_twins import gpt2
+from tests.models.trial import OUTPUT, random_factors, require_close, require_moved
+from tests.models.twins import Size
 
 pytestmark = [
     pytest.mark.slow,

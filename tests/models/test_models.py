@@ -8,14 +8,14 @@ import copy
 import jax
 import peft
 import pytest
-from models.catalogue import CASES
-from models.transformers_twins import wav2vec2
-from models.trial import CHECKS, Trial
-from models.twins import Size
 
 import loha_jax
 from loha_jax import LoHaConfig
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from tests.models.catalogue import CASES
+from tests.models.transformers_twins import wav2vec2
+from tests.models.trial import CHECKS, Trial
+from tests.models.twins import Size
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,10 +3,11 @@
 import importlib.util
 
 import pytest
-from models.catalogue import REAL_CASES
-from models.real_weights import SMOLLM2, WHISPER
-from models.trial import CHECKS, Trial
-from models.twins import Size
+
+from tests.models.catalogue import REAL_CASES
+from tests.models.real_weights import SMOLLM2, WHISPER
+from tests.models.trial import CHECKS, Trial
+from tests.models.twins import Size
 
 pytestmark = [
     pytest.mark.slow,

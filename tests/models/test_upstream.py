@@ -8,14 +8,14 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from models.catalogue import CASES
-from models.diffusers_twins import unet
-from models.transformers_twins import electra, mistral, of_module, resnet_basic, t5, wav2vec2
-from models.trial import OUTPUT, Trial, distance, require_close, require_moved
-from models.twins import Size
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from tests.models.catalogue import CASES
+from tests.models.diffusers_twins import unet
+from tests.models.transformers_twins import electra, mistral, of_module, resnet_basic, t5, wav2vec2
+from tests.models.trial import OUTPUT, Trial, distance, require_close, require_moved
+from tests.models.twins import Size
 
 pytestmark = [
     pytest.mark.slow,

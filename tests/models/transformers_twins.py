@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import transformers as hf
 from loha_jax.interop import NameMap, load_base
-from models.twins import VOCABULARY, Size, Twins, seeded
+
+from tests.models.twins import VOCABULARY, Size, Twins, seeded
 
 IMAGE = 32  # pixels a side
 

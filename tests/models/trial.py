@@ -18,15 +18,15 @@ import numpy as np
 import optax
 import peft
 import torch
-from models.catalogue import Case
-from models.twins import Size, Twins
-from parity.test_harness import plain_cp
 from peft.tuners.loha import layer as peft_layer
 from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from tests.models.catalogue import Case
+from tests.models.twins import Size, Twins
+from tests.parity.test_harness import plain_cp
 
 OUTPUT = 1e-4  # of the largest output: how far twins may be from each other, adapted or not
 MOVED = 1e-2  # of the largest output: how far at least an adapter moves the base's

@@ -14,12 +14,13 @@ import transformers
 from loha_jax.interop.commands.main import app
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.merge.files import merge_checkpoint
-from parity.merge_in_peft import CheckedTensor, compare_with_peft
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from typer.testing import CliRunner
+
+from tests.parity.merge_in_peft import CheckedTensor, compare_with_peft
 
 LLAMAS = ["llama_default_targets", "llama_patterns", "llama_lm_head_targeted"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from parity.unet import small_unet
 from peft_samples import flax_value, torch_value
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from tests.parity.unet import small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 

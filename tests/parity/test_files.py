@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from parity.models import jax_params
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from tests.parity.models import jax_params
 
 WIDTH = 6
 

@@ -20,13 +20,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
-from parity.models import Spec, configs, jax_forward, jax_params, layouts, specs
 from peft.tuners.loha import layer as peft_layer
 from peft_samples import torch_value
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import is_adapted
+from tests.parity.models import Spec, configs, jax_forward, jax_params, layouts, specs
 
 STEPS = 20
 

@@ -10,9 +10,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models.transformers_twins import gpt2
-from models.twins import Size
-from parity.models import Conv, Spec, jax_forward, jax_params, layouts
 from peft_samples import torch_value
 from safetensors.numpy import load_file
 
@@ -20,6 +17,9 @@ import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
 from loha_jax.tree.inject import apply_plan, stack_factors
 from loha_jax.tree.plan import plan_injection
+from tests.models.transformers_twins import gpt2
+from tests.models.twins import Size
+from tests.parity.models import Conv, Spec, jax_forward, jax_params, layouts
 
 BOUND = 1e-5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry

@@ -17,12 +17,12 @@ import transformers
 from flax.traverse_util import flatten_dict
 from lycoris_samples import DATA, jax_tree, trained
 from lycoris_samples import model as sample_forward
-from parity.unet import small_unet
 from peft_samples import torch_value
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LycorisConfig, interop
+from tests.parity.unet import small_unet
 
 LAYOUTS = {"conv3": "kkio", "gconv": "kkio", "c1d": "kio", "c3d": "kkkio"}
 TARGETS = ["fc1", "blocks.0.q_proj", "blocks.0.out", "conv1x1", *LAYOUTS]

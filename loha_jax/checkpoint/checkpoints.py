@@ -64,7 +64,7 @@ class Restored:
         metrics: numbers by name.
 
     Example:
-        >>> Restored(step=3, params={}, opt_state=None, key=None, data={"batch": 3}, metrics={}).step
+        >>> Restored(step=3, params={}, opt_state=None, key=None, data=None, metrics={}).step
         3
     """
 
@@ -131,7 +131,7 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
-                lightweight_initialize=True,  # a corrupted file of an old checkpoint must not stop a run
+                lightweight_initialize=True,  # an old corrupted file must not stop a run
                 # If a folder cannot be created, `save` raises at once; a background thread would
                 # be waited for, for minutes.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -285,7 +285,7 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, state: State, given: Mapping[str, Any]) -> Restored:
-        """Raise FileError if the checkpoint is corrupted, ValueError if it belongs to something else."""
+        """Raise FileError if the checkpoint is corrupted, ValueError if it does not match."""
         origin = f"The checkpoint of step {step} ({self.folder / str(step)})"
         held = raise_together(functools.partial(self._description, step), f"{origin} is corrupted")
         if lines := differences(given, held):
@@ -304,7 +304,7 @@ class Checkpoints:
         if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
             raise FileError(f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved")
         for name, array in arrays.items():
-            # Not the optimizer state: optax may change a dtype in its first update, and the run goes on with that one.
+            # Not the optimizer state: optax may change a dtype in its first update.
             values[name] = as_given(array, state.saved.get(name), wanted[name], cast=name.startswith("params"))
         params, opt_state = state.with_values(values)
         return Restored(step, params, opt_state, values.get(KEY), held["data"], held["metrics"])
@@ -328,7 +328,7 @@ class Checkpoints:
 
 
 def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays by their numbers in the checkpoint, and the description of all leaves by name."""
+    """Return the arrays by number, as they are saved, and the description of all leaves by name."""
     if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
         raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
     arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}

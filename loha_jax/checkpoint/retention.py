@@ -1,4 +1,4 @@
-"""The checkpoints that stay: Orbax' policies, applied to intact checkpoints and metrics without NaN."""
+"""The checkpoints that stay: Orbax' policies, applied to intact checkpoints only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Retention:
         self._policy = checkpoint_managers.AnyPreservationPolicy(policies)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Return which checkpoints stay. Orbax calls it after it has started to save the last one."""
+        """Return which checkpoints stay; Orbax calls it once it has started to save the last."""
         whole = [
             dataclasses.replace(c, metrics=self._ranked(c.step)) for c in checkpoints if c.step not in self.corrupted
         ]

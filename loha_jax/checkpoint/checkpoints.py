@@ -43,7 +43,7 @@ from loha_jax.checkpoint.orbax_arrays import as_given, read_arrays, storable
 from loha_jax.checkpoint.retention import Retention
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.digests import digests
-from loha_jax.runtime.processes import agreed, same_everywhere
+from loha_jax.runtime.processes import raise_together, same_everywhere
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.before_saving import warn_of_changed_base
 
@@ -64,7 +64,7 @@ class Restored:
         metrics: numbers by name.
 
     Example:
-        >>> Restored(step=3, params={}, opt_state=None, key=None, data={"batch": 3}, metrics={}).step
+        >>> Restored(step=3, params={}, opt_state=None, key=None, data=None, metrics={}).step
         3
     """
 
@@ -131,7 +131,7 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
-                lightweight_initialize=True,  # a corrupted file of an old checkpoint must not stop a run
+                lightweight_initialize=True,  # an old corrupted file must not stop a run
                 # If a folder cannot be created, `save` raises at once; a background thread would
                 # be waited for, for minutes.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -226,7 +226,7 @@ class Checkpoints:
                 remove(self.folder / name)
         if step in self._manager.all_steps():
             self._manager.delete(step)
-        self._retention.broken.pop(step, None)
+        self._retention.corrupted.pop(step, None)
         self._retention.metrics[step] = numbers
         items = {
             _STATE: ocp.args.PyTreeSave(arrays),
@@ -268,26 +268,26 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}; it has {steps or 'none'}")
         for name in unfinished(self.folder):
             if step is None and int(name.partition(".")[0]) > max(steps, default=-1):
-                warn_caller(f"{self.folder / name} is half-written: saving was interrupted. It is left out.")
+                warn_caller(f"{self.folder / name} is unfinished: saving was interrupted. It is skipped.")
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
                 restored = self._restore_step(candidate, state, given)
-                self._retention.broken.pop(candidate, None)
+                self._retention.corrupted.pop(candidate, None)
                 return restored
             except FileError as error:
-                self._retention.broken[candidate] = str(error)
+                self._retention.corrupted[candidate] = str(error)
                 if step is not None:
                     raise
-                warn_caller(f"{error}. It is left out.")
+                warn_caller(f"{error}. It is skipped.")
         if steps:
-            reasons = "".join(f"\n  - {self._retention.broken[n]}" for n in sorted(steps, reverse=True))
-            raise FileError(f"{self.folder} holds no whole checkpoint:{reasons}")
+            reasons = "".join(f"\n  - {self._retention.corrupted[n]}" for n in sorted(steps, reverse=True))
+            raise FileError(f"{self.folder} holds no intact checkpoint:{reasons}")
         return None
 
     def _restore_step(self, step: int, state: State, given: Mapping[str, Any]) -> Restored:
-        """Raise FileError if the checkpoint is corrupted, ValueError if it belongs to something else."""
+        """Raise FileError if the checkpoint is corrupted, ValueError if it does not match."""
         origin = f"The checkpoint of step {step} ({self.folder / str(step)})"
-        held = agreed(functools.partial(self._description, step), f"{origin} is broken")
+        held = raise_together(functools.partial(self._description, step), f"{origin} is corrupted")
         if lines := differences(given, held):
             listed = "".join(f"\n  - {line}" for line in lines)
             raise ValueError(
@@ -299,12 +299,12 @@ class Checkpoints:
         values = {name: x["value"] for name in names if "value" in (x := held["leaves"][name])}
         wanted = {name: held["leaves"][name] for name in names if name not in values}
         read = functools.partial(read_arrays, self.folder / str(step) / _STATE, wanted, state.saved)
-        arrays = agreed(read, f"{origin} is broken")
+        arrays = raise_together(read, f"{origin} is corrupted")
         found = digests(arrays)
         if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
-            raise FileError(f"{origin} is broken: what its files hold of {', '.join(changed)} is not what was saved")
+            raise FileError(f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved")
         for name, array in arrays.items():
-            # Not the optimizer state: optax may change a dtype in its first update, and the run goes on with that one.
+            # Not the optimizer state: optax may change a dtype in its first update.
             values[name] = as_given(array, state.saved.get(name), wanted[name], cast=name.startswith("params"))
         params, opt_state = state.with_values(values)
         return Restored(step, params, opt_state, values.get(KEY), held["data"], held["metrics"])
@@ -319,7 +319,7 @@ class Checkpoints:
             number = -1
         if not 0 <= number <= _LARGEST_STEP:
             raise ValueError(f"The step should be an integer from 0 to {_LARGEST_STEP}, got {step!r}")
-        if later := [n for n in self.all_steps if n >= number and n not in self._retention.broken]:
+        if later := [n for n in self.all_steps if n >= number and n not in self._retention.corrupted]:
             raise ValueError(
                 f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which would be taken for "
                 "the newer ones. Choose another folder, or delete those."
@@ -328,7 +328,7 @@ class Checkpoints:
 
 
 def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays by their numbers in the checkpoint, and the description of all leaves by name."""
+    """Return the arrays by number, as they are saved, and the description of all leaves by name."""
     if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
         raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
     arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}

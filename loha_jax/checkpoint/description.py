@@ -206,7 +206,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
         lines += _fields(name, _structure(ours), _structure(theirs))
-    # Earlier versions saved alpha/r and `scale`'s numbers as arrays, and norms of unadapted modules.
+    # Earlier versions saved alpha/r, `scale`'s numbers and norms of unadapted modules as arrays.
     described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
@@ -257,7 +257,7 @@ def _fields(name: str, given: Any, held: Any) -> list[str]:
 
 
 def _same(given: Any, held: Any) -> bool:
-    """Return whether two JSON values are equal: NaN equals NaN, and the order of patterns counts."""
+    """Return whether two JSON values are equal: NaN equals NaN, and the order of keys counts."""
     return json.dumps(given) == json.dumps(held)
 
 

@@ -16,13 +16,13 @@ SAMPLE = 1 << 14
 
 
 class Fingerprints:
-    """The fingerprints of bases. That of the last base is remembered while its arrays are the same objects."""
+    """The fingerprints of bases; the last is remembered while its arrays are the same objects."""
 
     def __init__(self):
         self._last: tuple[list[weakref.ref], dict[str, Any]] | None = None
 
     def of(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fingerprint of a base, given its leaves by name; all processes have to call it."""
+        """Return the fingerprint of a base, of leaves by name; all processes have to call it."""
         arrays = list(base.values())
         if self._last is not None:
             known, result = self._last

@@ -24,7 +24,7 @@ def unfinished(folder: Any) -> list[str]:
 
 
 def remove(folder: Any) -> None:
-    """Remove an unfinished folder. Other writes of a save that just failed may go on for a moment."""
+    """Remove an unfinished folder; writes of a save that just failed may go on for a moment."""
     for _ in range(50):
         try:
             folder.rmtree()

@@ -1,4 +1,4 @@
-"""The checkpoints that stay: Orbax' policies, applied to intact checkpoints and metrics without NaN."""
+"""The checkpoints that stay: Orbax' policies, applied to intact checkpoints only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Retention:
         read_metrics: reads the metrics of a checkpoint; raises if it is corrupted.
 
     Attributes:
-        broken: the errors of checkpoints that cannot be restored, by step. They count neither as
+        corrupted: the errors of checkpoints that cannot be restored, by step. They count neither as
             latest nor as best, and stay until training has passed their step.
         metrics: the metrics of the checkpoints saved or read so far, by step.
 
@@ -55,7 +55,7 @@ class Retention:
             raise ValueError(f"`best_mode` should be 'min' or 'max', got {best_mode!r}")
         from orbax.checkpoint import checkpoint_managers
 
-        self.broken: dict[int, str] = {}
+        self.corrupted: dict[int, str] = {}
         self.metrics: dict[int, dict[str, float]] = {}
         self._best, self._best_mode, self._read_metrics = best, best_mode, read_metrics
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
@@ -71,11 +71,13 @@ class Retention:
         self._policy = checkpoint_managers.AnyPreservationPolicy(policies)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Return which checkpoints stay. Orbax calls it after it has started to save the last one."""
-        whole = [dataclasses.replace(c, metrics=self._ranked(c.step)) for c in checkpoints if c.step not in self.broken]
+        """Return which checkpoints stay; Orbax calls it once it has started to save the last."""
+        whole = [
+            dataclasses.replace(c, metrics=self._ranked(c.step)) for c in checkpoints if c.step not in self.corrupted
+        ]
         decided = self._policy.should_preserve(whole, context=context)
         kept = {c.step for c, keep in zip(whole, decided, strict=True) if keep}
-        return [c.step in kept or (c.step in self.broken and c.step > checkpoints[-1].step) for c in checkpoints]
+        return [c.step in kept or (c.step in self.corrupted and c.step > checkpoints[-1].step) for c in checkpoints]
 
     def best_step(self, steps: Sequence[int]) -> int | None:
         """Return the step with the best metric, the last of equals; None if no step has one."""
@@ -87,7 +89,7 @@ class Retention:
 
     def _ranked(self, step: int) -> dict[str, float] | None:
         """Return the metrics of a checkpoint; None if it cannot be among the best."""
-        if self._best is None or step in self.broken:
+        if self._best is None or step in self.corrupted:
             return None
         if step not in self.metrics:
             try:

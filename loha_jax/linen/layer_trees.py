@@ -126,7 +126,7 @@ class Described(meta.AxisMetadata):
         return Layout(" ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes))
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """Return the order of a factor's axes in `Factors`: the kernel's stack axes, then the rest."""
+        """Return a factor's axes in the order of `Factors`: the kernel's stack axes, then the rest."""
         own_stack = self.target.layout.axes("s")
         rest = [f".{n}" for n in range(ndim - len(own_stack) - len(self.added))]
         axes = self._axes([*own_stack, *rest])

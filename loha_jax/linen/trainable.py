@@ -31,7 +31,8 @@ def trainable_mask(params: Any) -> Any:
         >>> sum(jax.tree.leaves(mask)), len(jax.tree.leaves(mask))
         (4, 6)
         >>> freeze = jax.tree.map(operator.not_, mask)
-        >>> state = optax.transforms.selective_transform(optax.adam(1e-3), freeze_mask=freeze).init(params)
+        >>> tx = optax.transforms.selective_transform(optax.adam(1e-3), freeze_mask=freeze)
+        >>> state = tx.init(params)
     """
     mask = jax.tree_util.tree_map_with_path(lambda path, _: path_parts(path)[-1] in FACTOR_NAMES, params)
     if not any(jax.tree.leaves(mask)):

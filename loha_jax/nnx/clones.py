@@ -11,20 +11,8 @@ import numpy as np
 from flax import nnx
 
 from loha_jax.nnx.adapted_classes import base_class, set_class
-from loha_jax.nnx.attributes import (
-    changed_attributes,
-    detach_attributes,
-    new_data_attributes,
-    set_attribute,
-)
-from loha_jax.nnx.variables import (
-    AdaptedCopy,
-    Path,
-    adapted_among,
-    below,
-    is_node,
-    replace_nodes,
-)
+from loha_jax.nnx.attributes import changed_attributes, detach_attributes, new_data_attributes, set_attribute
+from loha_jax.nnx.variables import AdaptedCopy, Path, adapted_among, below, is_node, replace_nodes
 
 
 @dataclasses.dataclass(frozen=True)

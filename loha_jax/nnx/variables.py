@@ -262,7 +262,7 @@ def slots(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def replace_nodes(graph: Iterable[tuple[Path, Any]], replacements: Mapping[int, Any]) -> None:
-    """Replace nodes, given by identity, wherever a graph refers to them; all, or none on an error."""
+    """Replace nodes, given by identity, in a whole graph; all, or none on an error."""
     places = []
     for path, node in graph:
         for key, value in slots(node):

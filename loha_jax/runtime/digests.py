@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from loha_jax.runtime.processes import gathered
+from loha_jax.runtime.processes import gather
 
 _WORDS = {1: np.uint8, 2: np.uint16}  # by size of an element; larger ones are several uint32
 _SHORT = 128  # an axis that may be a stack of layers
@@ -38,8 +38,8 @@ def digests(arrays: Mapping[str, Any], sample: int | None = None) -> dict[str, s
     if not arrays:
         return {}
     parts = [_parts(array, None if sample is None else grid(np.shape(array), sample)) for array in arrays.values()]
-    own = np.stack([sum(part, np.zeros(2, np.uint32)) for part in jax.device_get(parts)])
-    everywhere = gathered(own)
+    # [processes, arrays, 2]
+    everywhere = gather(np.stack([sum(part, np.zeros(2, np.uint32)) for part in jax.device_get(parts)]))
     result = {}
     for n, (name, array) in enumerate(arrays.items()):
         sums = everywhere[:, n]

@@ -1,4 +1,4 @@
-"""What several processes have to agree about. All of them call each function; with one, nothing is sent."""
+"""Agreement between several processes. All of them call each function; one sends nothing."""
 
 from __future__ import annotations
 
@@ -15,49 +15,52 @@ from jax.sharding import NamedSharding, PartitionSpec
 from loha_jax.runtime.untrusted import FileError
 
 
-def gathered(array: np.ndarray) -> np.ndarray:
-    """The array of each process, stacked in their order; of the same shape, and of 32 bits at most.
+def gather(array: np.ndarray) -> np.ndarray:
+    """Return the arrays of all processes, stacked: `[...]` to `[processes, ...]`.
+
+    They have the same shape, and elements of at most 32 bits.
 
     Example:
-        >>> gathered(np.ones(3)).shape
+        >>> gather(np.ones(3)).shape
         (1, 3)
     """
-    return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def same_everywhere(value: Any) -> bool:
-    """Whether all processes give the same JSON.
+    """Return whether all processes give the same JSON.
 
     Example:
         >>> same_everywhere({"batch": 3})
         True
     """
-    own = np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint32)
-    return bool((gathered(own) == own).all())
+    digest = np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint32)
+    return bool((gather(digest) == digest).all())
 
 
 def of_first_process(numbers: Sequence[int]) -> list[int]:
-    """The numbers that the first process gives, each below 2^31.
+    """Return the numbers that the first process gives, each below 2^31.
 
     Example:
         >>> of_first_process([3, 1])
         [3, 1]
     """
-    count = gathered(np.array(len(numbers), np.int32))
-    padded = np.zeros(int(count.max()), np.int32)
-    padded[: len(numbers)] = numbers
-    return [int(n) for n in gathered(padded)[0, : count[0]]]
+    count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers), np.int32)))
+    own = np.array(numbers[:count], np.int32)  # of another process: only the shape counts
+    padded = np.pad(own, (0, count - len(own)))
+    return multihost_utils.broadcast_one_to_all(padded).tolist()
 
 
-def agreed(read: Callable[[], Any], failed: str) -> Any:
-    """What `read` returns; where it fails in one process, a FileError in all.
+def raise_together(read: Callable[[], Any], failed: str) -> Any:
+    """Return the result of `read`; if it fails in one process, raise FileError in all.
 
     Args:
-        read: may fail in any way, as libraries do that stumble over a broken file; waits for no other process.
-        failed: how the message begins.
+        read: may raise any exception, as libraries do for a corrupted file. It must not wait for
+            another process.
+        failed: the start of the message.
 
     Example:
-        >>> agreed(lambda: 3, "The file is broken")
+        >>> raise_together(lambda: 3, "The file is corrupted")
         3
     """
     result, problem = None, ""
@@ -66,15 +69,15 @@ def agreed(read: Callable[[], Any], failed: str) -> Any:
     except Exception as error:
         text = " ".join(str(error).split())
         problem = text if isinstance(error, FileError) else f"{type(error).__name__}: {text}"
-    where = np.flatnonzero(gathered(np.array(bool(problem))))
-    if len(where):
-        problem = problem or f"process {where[0]} cannot read it"
+    failures = np.flatnonzero(gather(np.array(bool(problem))))
+    if len(failures):
+        problem = problem or f"process {failures[0]} cannot read it"
         raise FileError(f"{failed}: {problem:.1000}")
     return result
 
 
 def on_host(array: Any) -> np.ndarray:
-    """An array as numpy has it, in every process; the parts of those that other processes hold are sent around.
+    """Return an array as numpy, in every process; parts that other processes hold are sent.
 
     Example:
         >>> on_host(jax.numpy.ones(3)).shape
@@ -88,13 +91,13 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def in_first_process(write: Callable[[], Any], failed: str) -> None:
-    """Has the first process write to disk while the others wait; where it fails, FileError in all.
+    """Let the first process write to disk while the others wait; if it fails, raise FileError in all.
 
-    JAX is not started for it.
+    It does not start JAX.
 
     Args:
-        write: writes.
-        failed: how the message begins.
+        write: the function that writes.
+        failed: the start of the message.
 
     Example:
         >>> in_first_process(lambda: print("written"), "Nothing was written")
@@ -103,4 +106,4 @@ def in_first_process(write: Callable[[], Any], failed: str) -> None:
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         write()
     else:
-        agreed(lambda: write() if jax.process_index() == 0 else None, failed)
+        raise_together(lambda: write() if jax.process_index() == 0 else None, failed)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LAG = 2
-"""Steps between the start of a step and the reading of its metrics, so that the device never waits."""
+"""Steps after which the metrics of a step are read, so that the device never waits."""
 
 
 class Log:
@@ -22,7 +22,7 @@ class Log:
 
     def __init__(self, advance: Callable[[int, float], None], every: int, on_metrics: Callable[..., Any] | None):
         self.history: list[dict[str, float]] = []
-        self.failure: tuple[int, dict[str, float]] | None = None  # the last good step, and what the next one gave
+        self.failure: tuple[int, dict[str, float]] | None = None  # last good step, next metrics
         self._advance, self._every, self._on_metrics = advance, every, on_metrics
         self._unread: deque[tuple[int, Any]] = deque()
         self._window: list[dict[str, float]] = []
@@ -89,7 +89,7 @@ class Clock:
 
 @contextlib.contextmanager
 def progress_bar(wanted: bool, start: int, steps: int | None) -> Iterator[Callable[[int, float], None]]:
-    """Show a progress bar, updated by the yielded `(step, loss)`, if there is a terminal or notebook."""
+    """Show a progress bar in a terminal or notebook; the yielded `(step, loss)` updates it."""
     console = Console()
     columns = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     seen = wanted and (console.is_terminal or console.is_jupyter) and jax.process_index() == 0

@@ -148,15 +148,17 @@ def fit(
         to_stop = stack.enter_context(sigterm_handler())
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = stack.enter_context(Checkpoints(checkpoints))
-        start = _restored(params, tx, key, checkpoints)
-        stream = placed_batches(batches, start.step, steps, sharding)
+        step, state, frozen, key = _start(params, tx, key, checkpoints)
+        stream = placed_batches(batches, step, steps, sharding)
         first = list(itertools.islice(stream, 1))
-        start = start.committed(default_sharding((sharding, params, first)))
-        train_step = TrainStep(loss_fn, tx, start.state, start.frozen, start.key, accumulate, dtype)
-        bar = progress_bar(progress, start.step, steps if steps is not None else _length(batches))
+        default = default_sharding((sharding, params, first))
+        state = commit(state, default, may_alias=False)  # a copy, because steps donate it
+        frozen, key = commit((frozen, key), default)
+        bar = progress_bar(progress, step, steps if steps is not None else _length(batches))
         log = Log(stack.enter_context(bar), log_every, on_metrics)
-        run = _Run(start, train_step, evaluate, checkpoints, log, clock)
-        stopped = run.train(itertools.chain(first, stream), to_stop, eval_every, checkpoint_every)
+        train_step = TrainStep(loss_fn, tx, state, frozen, key, accumulate, dtype)
+        run = _Run(step, state, frozen, key, evaluate, eval_every, checkpoints, checkpoint_every, log, clock)
+        stopped = run.train(train_step, itertools.chain(first, stream), to_stop)
     return Result(run.params, run.state[1], run.step, log.history, stopped, clock.seconds())
 
 
@@ -188,94 +190,68 @@ def _check(
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Start:
-    """Where a run starts: at its first step, or at that of a checkpoint."""
+def _start(params: Any, tx: optax.GradientTransformation, key: jax.Array, checkpoints: Checkpoints | None) -> Any:
+    """Return the step, the state, the frozen arrays and the key that the run starts with."""
+    trainable, frozen = partition(params)
+    opt_state = tx.init(trainable)
+    if checkpoints is None or (restored := checkpoints.restore(params, opt_state)) is None:
+        return 0, (trainable, opt_state, True), frozen, key
+    state = partition(restored.params)[0], restored.opt_state, True
+    return restored.step, state, frozen, key if restored.key is None else restored.key
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run, with its state after the last step."""
 
     step: int
     state: Any  # (trainable, opt_state, good), see `TrainStep`
     frozen: Any
     key: jax.Array
+    evaluate: Callable[[Any], Mapping[str, Any]] | None
+    eval_every: int | None
+    checkpoints: Checkpoints | None
+    checkpoint_every: int | None
+    log: Log
+    clock: Clock
 
-    def committed(self, default: Any) -> _Start:
-        """The start with each array on its devices. The state is a copy: steps donate it."""
-        state = commit(self.state, default, may_alias=False)
-        return _Start(self.step, state, *(commit(tree, default) for tree in (self.frozen, self.key)))
-
-
-def _restored(params: Any, tx: optax.GradientTransformation, key: jax.Array, checkpoints: Checkpoints | None) -> _Start:
-    """Return the state of the last checkpoint, or the first state if there is none."""
-    trainable, frozen = partition(params)
-    opt_state = tx.init(trainable)
-    if checkpoints is None or (restored := checkpoints.restore(params, opt_state)) is None:
-        return _Start(0, (trainable, opt_state, True), frozen, key)
-    state = partition(restored.params)[0], restored.opt_state, True
-    return _Start(restored.step, state, frozen, key if restored.key is None else restored.key)
-
-
-class _Run:
-    """A run between its first and its last step."""
-
-    def __init__(
-        self,
-        start: _Start,
-        train_step: TrainStep,
-        evaluate: Callable[[Any], Mapping[str, Any]] | None,
-        checkpoints: Checkpoints | None,
-        log: Log,
-        clock: Clock,
-    ):
-        self.step, self.state, self._frozen, self._key = start.step, start.state, start.frozen, start.key
-        self._train_step, self._evaluate, self._checkpoints = train_step, evaluate, checkpoints
-        self._log, self._clock = log, clock
-        self._saved, self._evaluated = start.step, 0
+    def __post_init__(self) -> None:
+        self._saved, self._evaluated = self.step, 0
 
     @property
     def params(self) -> Any:
         """The whole tree as trained so far."""
-        return combine(self.state[0], self._frozen)
+        return combine(self.state[0], self.frozen)
 
-    def train(
-        self,
-        batches: Iterable[Any],
-        to_stop: Callable[[int], bool],
-        eval_every: int | None,
-        checkpoint_every: int | None,
-    ) -> Stopped:
-        """Run the steps, evaluate and save between them and at the end, and return why it ended."""
-        stopped = self._steps(batches, to_stop, eval_every, checkpoint_every)
-        self._log.read_all()
-        if self._log.failure is not None:
-            stopped, (self.step, values) = "nan", self._log.failure
+    def train(self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]) -> Stopped:
+        """Run the steps, evaluate and save between them and at the end; return why it ended."""
+        stopped = self._steps(train_step, batches, to_stop)
+        self.log.read_all()
+        if self.log.failure is not None:
+            stopped, (self.step, values) = "nan", self.log.failure
             warn_caller(
                 f"Step {self.step + 1} is not finite (loss {values['loss']}, norm of the gradient "
                 f"{values['grad_norm']}); training ends with the state after step {self.step}.",
                 RuntimeWarning,
             )
-        self._log.end(self.step)
+        self.log.end(self.step)
         if stopped == "finished":
             self._measure()
         self._save()
         return stopped
 
-    def _steps(
-        self,
-        batches: Iterable[Any],
-        to_stop: Callable[[int], bool],
-        eval_every: int | None,
-        checkpoint_every: int | None,
-    ) -> Stopped:
+    def _steps(self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]) -> Stopped:
         for batch in batches:
-            with self._clock.measure("compile"):
-                self._train_step.compile(batch)
-            self.state, metrics = self._train_step(self.state, batch, self.step)
+            with self.clock.measure("compile"):
+                train_step.compile(batch)
+            self.state, metrics = train_step(self.state, batch, self.step)
             self.step += 1
-            self._log.add(self.step, metrics)
+            self.log.add(self.step, metrics)
             stop = to_stop(self.step)
-            evaluate, save = _is_due(self.step, eval_every), _is_due(self.step, checkpoint_every)
+            evaluate, save = (self._is_due(every) for every in (self.eval_every, self.checkpoint_every))
             if stop or evaluate or save:
-                self._log.read_all()
-            if self._log.failure is not None:
+                self.log.read_all()
+            if self.log.failure is not None:
                 return "nan"
             if stop:
                 return "sigterm"
@@ -285,27 +261,26 @@ class _Run:
                 self._save()
         return "finished"
 
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
     def _measure(self) -> None:
-        if self._evaluate is None or self.step <= self._evaluated:
+        if self.evaluate is None or self.step <= self._evaluated:
             return
-        with self._clock.measure("evaluate"):
+        with self.clock.measure("evaluate"):
             # A copy, which `evaluate` may keep: the next step donates the state.
             trainable = jax.tree.map(lambda x: place(x, x.sharding, may_alias=False), self.state[0])
-            found = self._evaluate(combine(trainable, self._frozen))
-        self._log.record(self.step, {f"eval_{name}": float(value) for name, value in found.items()})
+            found = self.evaluate(combine(trainable, self.frozen))
+        self.log.record(self.step, {f"eval_{name}": float(value) for name, value in found.items()})
         self._evaluated = self.step
 
     def _save(self) -> None:
-        if self._checkpoints is None or self.step <= self._saved:
+        if self.checkpoints is None or self.step <= self._saved:
             return
-        with self._clock.measure("save"):
-            metrics = self._log.metrics_of(self.step)
-            self._checkpoints.save(self.step, self.params, self.state[1], key=self._key, metrics=metrics)
+        with self.clock.measure("save"):
+            metrics = self.log.metrics_of(self.step)
+            self.checkpoints.save(self.step, self.params, self.state[1], key=self.key, metrics=metrics)
         self._saved = self.step
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
 
 
 def _length(batches: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""The training step of `fit`: gradient accumulation, mixed precision, and no update from NaN or infinity."""
+"""The step of `fit`: gradient accumulation, mixed precision, no update from NaN or infinity."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _split(path: Any, x: jax.Array, parts: int) -> jax.Array:
 
 
 def cast_floating(tree: Any, dtype: Any) -> Any:
-    """Return the tree with its floating arrays in `dtype`, except the factors; None changes nothing."""
+    """Cast the floating arrays of a tree, except factors, to `dtype`; None changes nothing."""
 
     def cast(x: Any) -> Any:
         if isinstance(x, LoHaWeight):

@@ -44,10 +44,10 @@ def test_whatever_is_broken_gives_the_earlier_checkpoint_or_the_right_values(tmp
                 restored = checkpoints.restore(params, opt_state)
             messages = [str(w.message) for w in caught]
             assert restored.step == (1 if messages else 2), (name, kind)
-            assert all(f"The checkpoint of step 2 ({folder / '2'}) is broken: " in m for m in messages), (name, kind)
+            assert all(f"The checkpoint of step 2 ({folder / '2'}) is corrupted: " in m for m in messages), (name, kind)
             if messages:
                 fell_back.add(name.parts[0])
-                with Checkpoints(folder) as checkpoints, pytest.raises(FileError, match=r"step 2 .* is broken"):
+                with Checkpoints(folder) as checkpoints, pytest.raises(FileError, match=r"step 2 .* is corrupted"):
                     checkpoints.restore(params, opt_state, step=2)
             assert_same_bits((restored.params, restored.opt_state), states[restored.step])
             assert bits(restored.key) == bits(jax.random.key(restored.step))
@@ -63,7 +63,7 @@ def test_every_number_of_the_description_is_protected(tmp_path):
     for old, new in (('"batch": 1', '"batch": 2'), ('"r": 2', '"r": 3'), ('"step": 1', '"step": 7')):
         assert old in text
         path.write_text(text.replace(old, new))
-        with pytest.raises(FileError, match="is not as it was written"), pytest.warns(UserWarning, match="is left out"):
+        with pytest.raises(FileError, match="is not as it was written"), pytest.warns(UserWarning, match="is skipped"):
             checkpoint.restore(tmp_path, dense())
 
 
@@ -72,7 +72,7 @@ def test_values_that_changed_without_a_trace_are_found(tmp_path):
     states = saved(tmp_path, 1, 2, 3)
     shutil.rmtree(tmp_path / "3" / "state")
     shutil.copytree(tmp_path / "2" / "state", tmp_path / "3" / "state")
-    with pytest.warns(UserWarning, match=r"step 3 .* what its files hold of .*hada_w1_a.* is not what was saved"):
+    with pytest.warns(UserWarning, match=r"step 3 .* the values of .*hada_w1_a.* are not those that were saved"):
         restored = checkpoint.restore(tmp_path, *start())
     assert restored.step == 2
     assert_same_bits(restored.params, states[2][0])
@@ -87,8 +87,8 @@ def test_where_all_are_broken_the_error_lists_them(tmp_path):
     for step in (1, 2):
         shutil.rmtree(tmp_path / str(step) / "state")
     with (
-        pytest.raises(FileError, match="holds no whole checkpoint") as raised,
-        pytest.warns(UserWarning, match="is broken"),
+        pytest.raises(FileError, match="holds no intact checkpoint") as raised,
+        pytest.warns(UserWarning, match="is corrupted"),
     ):
         checkpoint.restore(tmp_path, *start())
     assert all(f"The checkpoint of step {n}" in str(raised.value) for n in (1, 2))
@@ -100,7 +100,7 @@ def test_a_half_written_checkpoint_is_left_out_and_removed_by_the_next_save(tmp_
     (tmp_path / "2").rename(unfinished)
     params, opt_state = start()
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.warns(UserWarning, match=f"{unfinished} is half-written"):
+        with pytest.warns(UserWarning, match=f"{unfinished} is unfinished"):
             assert checkpoints.restore(params, opt_state).step == 1
         assert unfinished.exists()
         checkpoints.save(2, params, opt_state)
@@ -116,7 +116,7 @@ def test_a_broken_checkpoint_is_replaced_and_does_not_count(tmp_path):
         (tmp_path / str(step) / "state" / "manifest.ocdbt").unlink()
     with Checkpoints(tmp_path, keep=1, best="loss") as checkpoints:
         assert checkpoints.best_step == 3
-        with pytest.warns(UserWarning, match="is broken"):
+        with pytest.warns(UserWarning, match="is corrupted"):
             assert checkpoints.restore(params, opt_state).step == 1
         assert checkpoints.best_step == 1
         checkpoints.save(2, *states[2], metrics={"loss": 2.0})  # 1 is the best, 2 the latest, 3 still ahead

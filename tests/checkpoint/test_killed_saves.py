@@ -13,7 +13,7 @@ from loha_jax.checkpoint import Checkpoints
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.* is half-written")
+@pytest.mark.filterwarnings("ignore:.* is unfinished")
 def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path, request):
     """At any moment: the latest is at least the last that was reported finished, and holds what was saved for it."""
     kills = request.config.getoption("checkpoint_kills", 8)

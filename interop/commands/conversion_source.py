@@ -77,7 +77,7 @@ class Source:
             if (other := owners.setdefault(name, own)) != own:
                 raise ValueError(
                     f"{other} and {own} are both {name} in {self.checkpoint.path}, which has one of the two models. "
-                    "Choose with --only"
+                    "Choose with `only=`"
                 )
             if f"{name}.weight" in quantisation.problems:
                 raise ValueError(f"{self.checkpoint.path}: {quantisation.problems[f'{name}.weight']}")
@@ -92,7 +92,7 @@ class Source:
         if lost:
             raise ValueError(
                 f"{self.checkpoint and self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
-                "that the adapter was made for, or choose modules with --only."
+                "that the adapter was made for, or choose modules with `only=`."
                 + rename_hint([m.name for own, m in modules.items() if own in lost], self.checkpoint.modules)
             )
         return result
@@ -114,7 +114,7 @@ class Source:
         if len(prefixes := sorted({m.prefix for m in modules.values()})) > 1:
             raise ValueError(
                 f"The source holds several models' modules ({', '.join(prefixes)}), PEFT's folder those of one. Choose "
-                f"with --only, such as --only '{re.escape(prefixes[0])}.*'"
+                f"with `only=`, such as `only=` '{re.escape(prefixes[0])}.*'"
             )
         unknown = [
             own for own, m in modules.items() if self.checkpoint is None and m.prefix.endswith("_") and "_" in m.name
@@ -122,13 +122,13 @@ class Source:
         if unknown:
             raise ValueError(
                 f"The source writes dots of module names as underscores ({', '.join(unknown[:5])}"
-                f"{', …' if len(unknown) > 5 else ''}); --base, the base model's checkpoint, says which they are"
+                f"{', …' if len(unknown) > 5 else ''}); `base=`, the base model's checkpoint, says which they are"
             )
         result: dict[str, AdapterModule] = {}
         owners: dict[str, str] = {}
         for own, module in modules.items():
             if (other := owners.setdefault(module.name, own)) != own:
-                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with --only")
+                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with `only=`")
             result[module.name] = module
         return result
 
@@ -142,7 +142,7 @@ class Source:
             owners = sorted({key.rpartition(".")[0] for key in self.adapter.others})
             raise ValueError(
                 f"The source has differences of whole parameters ({', '.join(owners)}), PEFT has the parameters "
-                "themselves: give the base model's checkpoint, --base"
+                "themselves: give the base model's checkpoint, `base=`"
             )
         saved: dict[str, np.ndarray] = {}
         modules: list[str] = []

@@ -40,19 +40,24 @@ _KOHYA_DEFAULT = "lora_unet_"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        form: of the source.
-        modules: r of each module written, by name.
-        errors: for LoRA: the relative error of each module's update; 0 where it is exact.
-        notes: what a user should know, one sentence each.
+        form: the format of the source.
+        modules: the rank of each module written, by name.
+        errors: for LoRA, the relative error of each module's update; 0 where it is exact.
+        notes: remarks for the user, one sentence each.
     """
 
     form: str
     modules: dict[str, int]
     errors: dict[str, float]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result in JSON's types."""
+        modules = [{"name": name, "r": r, "error": self.errors.get(name)} for name, r in self.modules.items()]
+        return {"form": self.form, "modules": modules, "notes": list(self.notes)}
 
 
 def convert_adapter(
@@ -101,12 +106,12 @@ def convert_adapter(
     if to not in FORMATS:
         raise ValueError(f"Adapters are converted to {', '.join(FORMATS)}, not to {to!r}")
     if to != "lora" and (rank is not None or energy is not None):
-        raise ValueError("--rank and --energy are for --to lora: other formats hold the factors as they are")
+        raise ValueError('`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are')
     if prefix is not None and to not in ("lycoris", "kohya"):
-        raise ValueError("--prefix is for --to lycoris and --to kohya")
+        raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not force:
-        raise FileExistsError(f"{target} is there already. Choose another place, or pass --force to replace it")
+        raise FileExistsError(f"{target} is there already. Choose another place, or pass `force=True` to replace it")
     if target == Path(os.path.abspath(source)):
         raise ValueError(f"{target} is the source itself")
     if not target.parent.is_dir():
@@ -190,14 +195,15 @@ class _Targets:
         }
         if problems := [f"{what} in {', '.join(names)}" for what, names in refused.items() if names]:
             raise ValueError(
-                f"PEFT's LoHa cannot hold {' and '.join(problems)}. Leave them out with --only, or merge the adapter"
+                f"PEFT's LoHa cannot hold {' and '.join(problems)}. Leave them out with `only=`, or merge the adapter"
             )
         flat = [name for name in modules if name not in cores]
         if cores and flat:
             if self._source.checkpoint is None and not self._adapter.config:
                 raise ValueError(
                     f"The source has modules with cores ({next(iter(cores))}) and without ({flat[0]}); whether the "
-                    "latter are convolutions, which PEFT cannot hold together, the base model's checkpoint says: --base"
+                    "latter are convolutions, which PEFT cannot hold together, only the base model's checkpoint says: "
+                    "give `base=`"
                 )
             if mixed := [name for name in flat if math.prod(shapes.get(name, ())[2:]) > 1]:
                 raise ValueError(
@@ -246,7 +252,7 @@ class _Targets:
         kept = is_kohya and all(p.startswith(KOHYA_PREFIX) for p in own_prefixes) and prefix is None
         if not kept and len(own_prefixes) > 1:
             raise ValueError(
-                f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with --only"
+                f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with `only=`"
             )
         chosen = default if prefix is None else prefix
         state: dict[str, np.ndarray] = {}
@@ -274,7 +280,7 @@ class _Targets:
         if module.name not in self._source.shapes:
             raise ValueError(
                 f"The core of {own} is that of a Conv1d or of a Conv2d of width 1; the base model's checkpoint says "
-                "which: --base"
+                "which: `base=`"
             )
         return len(self._source.shapes[module.name]) == 3
 
@@ -294,6 +300,6 @@ class _Targets:
         if refused:
             raise ValueError(
                 f"LyCORIS' files have no place for whole parameters (modules_to_save): {', '.join(refused)}. Leave "
-                "them out with --only, or merge the adapter"
+                "them out with `only=`, or merge the adapter"
             )
         return state

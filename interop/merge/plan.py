@@ -147,7 +147,7 @@ class _Planner:
         other = owners.setdefault(key, own)
         if other != own:
             self._problems.append(
-                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with --only"
+                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with `only=`"
             )
         return other != own
 

@@ -166,7 +166,9 @@ class ShardWriter:
                 result = result[0]
             result = np.asarray(result)
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
-                raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
+                raise ValueError(
+                    f"{key} has values that {target.name} cannot hold; choose bfloat16 or float32 with `dtype=`"
+                )
             self._write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
             return (last - first) * columns * target.itemsize
 

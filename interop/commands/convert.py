@@ -74,25 +74,29 @@ def convert_adapter(
     dtype: Any = None,
     force: bool = False,
 ) -> Conversion:
-    """Writes an adapter in another format. The target appears whole or not at all.
+    """Write an adapter in another format. The target appears whole or not at all.
 
     Args:
         source: PEFT's folder (LoHa or LoRA), LyCORIS' or kohya's file.
         target: the folder (or, of LyCORIS and kohya, file) to write.
-        to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is equal to it.
+        to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is
+            equal to it.
         rank, energy: of `to="lora"`, see `lora_of`; the exact LoRA of rank r² by default.
-        base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand for, its shapes which
-            modules are convolutions.
+        base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand
+            for, its shapes which modules are convolutions.
         prefix: of keys in LyCORIS' and kohya's files.
-        only: a regular expression for the whole names of modules in the source; the others are left out.
-        names: other names for modules, `{regex: template}` or a function, where the base model's were changed since
-            the adapter was trained; patterns are for whole names of modules in the source.
+        only: a regular expression for the whole names of modules in the source; the others are left
+            out.
+        names: other names for modules, `{regex: template}` or a function, where the base model's
+            were changed since the adapter was trained; patterns are for whole names of modules in
+            the source.
         dtype: of the factors, instead of their own.
         force: a target that is there is replaced.
 
     Raises:
         FileExistsError: the target is there.
-        ValueError: wrong arguments, or something that the target cannot hold, by name. Nothing is written then.
+        ValueError: wrong arguments, or something that the target cannot hold, by name. Nothing is
+            written then.
 
     Example:
         >>> import tempfile, jax, loha_jax
@@ -138,7 +142,7 @@ def _write_whole(target: Path, write: Callable[[Path], None], force: bool) -> No
 
 
 class _Targets:
-    """What each target makes of a source: a function that writes it to a path."""
+    """The targets of a conversion: for each, a function that writes it to a path."""
 
     def __init__(self, source: Source):
         self._source, self._adapter = source, source.adapter
@@ -146,7 +150,7 @@ class _Targets:
         self.written: dict[str, AdapterModule] = {}
 
     def _config(self, modules: Mapping[str, AdapterModule], saved: list[str]) -> LoHaConfig:
-        """A LoHa's config: the source's own where it has one."""
+        """Return a LoHa's config; the source's own if it has one."""
         given = {k: v for k, v in self._adapter.config.items() if v is not None}
         if self._adapter.config.get("peft_type") == "LOHA":
             config = LoHaConfig.from_dict(self._adapter.config)
@@ -178,7 +182,7 @@ class _Targets:
         return exact_targets(set(modules), every - {""})
 
     def peft(self) -> Callable[[Path], None]:
-        """A PEFT LoHa folder."""
+        """Return a function that writes a PEFT LoHa folder."""
         modules = self._source.dotted(self._source.lohas())
         self._check_for_peft(modules)
         saved, norms = self._source.saved()
@@ -212,7 +216,7 @@ class _Targets:
                 )
 
     def lora(self, rank: int | None, energy: float | None, dtype: Any) -> Callable[[Path], None]:
-        """A PEFT LoRA folder."""
+        """Return a function that writes a PEFT LoRA folder."""
         modules: dict[str, AdapterModule] = {}
         for name, module in self._source.dotted(self._adapter.modules).items():
             lora, self.errors[name] = lora_of(module, rank, energy, shape=self._source.shapes.get(name))
@@ -245,7 +249,7 @@ class _Targets:
         return write
 
     def lycoris(self, default: str, prefix: str | None) -> Callable[[Path], None]:
-        """A file of LyCORIS or kohya."""
+        """Return a function that writes a file of LyCORIS or kohya."""
         modules = self._source.lohas()
         is_kohya = default.startswith(KOHYA_PREFIX)
         own_prefixes = {m.prefix for m in modules.values()}
@@ -285,7 +289,7 @@ class _Targets:
         return len(self._source.shapes[module.name]) == 3
 
     def _norm_differences(self, prefix: str | None) -> dict[str, np.ndarray]:
-        """LyCORIS' differences under their new names; what else there is beside the factors has no place."""
+        """Return LyCORIS' differences under new names; refuse anything else besides the factors."""
         state: dict[str, np.ndarray] = {}
         refused: list[str] = []
         for key, value in self._adapter.others.items():

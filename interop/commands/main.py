@@ -1,4 +1,4 @@
-"""The command line `loha-jax`: adapter files inspected, converted, merged and compared, without building a model."""
+"""The command line `loha-jax`: inspect, convert, merge and compare adapter files."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def inspect(
 ) -> None:
     """Describe a file or folder.
 
-    Shows rank, alpha, modules with their shapes, dtype and parameters, the norm of each update (without materialising
-    it) and metadata; and what is broken: NaN or infinity, missing or misshapen tensors. Exit code 1 if something is.
+    Shows rank, alpha, modules with their shapes, dtype and parameters, the norm of each update
+    (without materialising it) and metadata; and what is broken: NaN or infinity, missing or
+    misshapen tensors. Exit code 1 if something is.
     """
     with CommandRun("inspect", as_json) as command:
         found = inspection.inspect_path(path)
@@ -97,8 +98,8 @@ def convert(
 ) -> None:
     """Write an adapter in another format; the factors stay the same, bit for bit.
 
-    What the target cannot hold is refused by name, and nothing is written: PEFT's LoHa has no Conv3d and no weight
-    decomposition, LyCORIS no modules_to_save.
+    What the target cannot hold is refused by name, and nothing is written: PEFT's LoHa has no
+    Conv3d and no weight decomposition, LyCORIS no modules_to_save.
     """
     with CommandRun("convert", as_json) as command:
         done = conversion.convert_adapter(
@@ -138,8 +139,9 @@ def merge(
 ) -> None:
     """Write a checkpoint with adapters merged into it.
 
-    Shards, index, key order and metadata are the base's; config and tokenizer are copied. Only a few rows of a tensor
-    are in memory at a time. If a run is interrupted, the same command resumes from the files that are finished.
+    Shards, index, key order and metadata are the base's; config and tokenizer are copied. Only a
+    few rows of a tensor are in memory at a time. If a run is interrupted, the same command resumes
+    from the files that are finished.
     """
     with CommandRun("merge", as_json) as command:
         adapters = [(adapter, check_finite("--weight", weight)), *map(parse_with, more or [])]
@@ -178,8 +180,8 @@ def diff(
 ) -> None:
     """Compare two adapters, module by module, or two checkpoints, tensor by tensor.
 
-    For adapters, ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ is computed without materialising ΔW. Names with underscores are matched with
-    the dotted names of the other adapter. Exit code 1 if they differ.
+    For adapters, ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ is computed without materialising ΔW. Names with underscores
+    are matched with the dotted names of the other adapter. Exit code 1 if they differ.
     """
     with CommandRun("diff", as_json) as command:
         check_finite("--tolerance", tolerance)

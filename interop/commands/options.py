@@ -15,7 +15,7 @@ import typer
 
 
 class Format(enum.StrEnum):
-    """What an adapter is converted to."""
+    """The formats that an adapter is converted to."""
 
     peft = "peft"
     lycoris = "lycoris"
@@ -24,7 +24,7 @@ class Format(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """What tensors are written in."""
+    """The dtypes that tensors are written in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -16,7 +16,8 @@ class WorkingFolder:
 
     Args:
         out: the place of the result.
-        fingerprint: a hash of everything that the result depends on. Files of a run with another hash are removed.
+        fingerprint: a hash of everything that the result depends on. Files of a run with another
+            hash are removed.
 
     Attributes:
         files: the folder that becomes the result.

@@ -1,8 +1,8 @@
 """`merge_checkpoint`: adapters merged into a base checkpoint, from files to files, a few rows at a time.
 
-The result has the shards, index, key order and metadata of the base. It is written to a hidden folder beside its place
-and appears by one rename. If a run is interrupted, its finished shards stay in that folder, and the next run resumes
-from them.
+The result has the shards, index, key order and metadata of the base. It is written to a hidden
+folder beside its place and appears by one rename. If a run is interrupted, its finished shards stay
+in that folder, and the next run resumes from them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class MergeReport:
         out: the folder.
         files: the names of the weight files.
         kept: the files that an earlier, interrupted run had finished.
-        merged, replaced, copied: the number of tensors with an update added, with new values, and unchanged.
+        merged, replaced, copied: the number of tensors with an update added, with new values, and
+            unchanged.
         bytes: the size of the weight files.
         losses: what rounding loses, for each merged tensor of fewer than 32 bits.
         notes: remarks for the user, one sentence each.
@@ -83,26 +84,31 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write a checkpoint with adapters merged into it: `W + Σ weight·ΔW`, added in float32 and rounded once.
 
-    Headers and adapters are checked before anything is written. Only the adapters and a few blocks of rows are in
-    memory at a time. If a run is interrupted, the next run with the same files, weights and options resumes it.
+    Headers and adapters are checked before anything is written. Only the adapters and a few blocks
+    of rows are in memory at a time. If a run is interrupted, the next run with the same files,
+    weights and options resumes it.
 
     Args:
         base: a safetensors file, or a folder with one or with shards and their index.
-        adapters: paths of adapters (PEFT's folders, LyCORIS' or kohya's files) and their weights. Parameters of
-            `modules_to_save` replace those of the base, whatever the weight.
-        out: a folder that does not exist yet. Files beside the base's weights (config, tokenizer) are copied into it.
+        adapters: paths of adapters (PEFT's folders, LyCORIS' or kohya's files) and their weights.
+            Parameters of `modules_to_save` replace those of the base, whatever the weight.
+        out: a folder that does not exist yet. Files beside the base's weights (config, tokenizer)
+            are copied into it.
         dtype: the dtype of all floating tensors; by default that of the base.
-        only: a regular expression. Only modules whose whole name in the adapter's file matches are merged.
-        names: new names for modules, `{regex: template}` or a function, if the base was renamed since the adapter was
-            trained. Patterns match whole names of modules in the adapter's file.
-        force: replace an existing `out` once the new one is complete; and write float8 without scales even if rounding
-            loses most of the update.
+        only: a regular expression. Only modules whose whole name in the adapter's file matches are
+            merged.
+        names: new names for modules, `{regex: template}` or a function, if the base was renamed
+            since the adapter was trained. Patterns match whole names of modules in the adapter's
+            file.
+        force: replace an existing `out` once the new one is complete; and write float8 without
+            scales even if rounding loses most of the update.
         progress: called with the number of bytes written so far and in total.
 
     Raises:
         FileExistsError: `out` exists, or another run is writing it.
-        ValueError: see `plan_merge`; or float16 cannot hold the values; or `dtype` was given for a quantised base; or
-            rounding to float8 without scales would lose more than half of the update. `out` does not exist then.
+        ValueError: see `plan_merge`; or float16 cannot hold the values; or `dtype` was given for a
+            quantised base; or rounding to float8 without scales would lose more than half of the
+            update. `out` does not exist then.
         OSError: the disk is full, or too small for the result.
 
     Example:

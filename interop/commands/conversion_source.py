@@ -1,4 +1,4 @@
-"""`Source`: an adapter file to convert, beside the checkpoint of the model that it was made for."""
+"""`ConversionSource`: an adapter file to convert, beside the checkpoint of the model that it was made for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 from loha_jax.targets.module_names import Names
 
 
-class Source:
+class ConversionSource:
     """An adapter to convert, with its modules' names and shapes looked up in the base.
 
     Args:

@@ -32,7 +32,7 @@ _EPILOG = (
 
 app = typer.Typer(
     name="loha-jax",
-    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge and compare them. Works on files alone, on the "
+    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge and compare them. Works on files only, on the "
     "CPU and offline; no model is built.",
     epilog=_EPILOG,
     no_args_is_help=True,

@@ -1,4 +1,4 @@
-"""Results that appear whole and are resumed: a hidden folder beside their place, and one rename at the end."""
+"""Results that appear whole and are resumed: a hidden folder beside their place, one rename at the end."""
 
 from __future__ import annotations
 

@@ -14,26 +14,6 @@ from loha_jax.targets.module_names import Names, all_names
 _SHOWN = 5
 
 
-def parse_names(given: Sequence[str]) -> dict[str, str] | None:
-    """`{regex: template}` from texts "REGEX=TEMPLATE"; None where there is none.
-
-    Example:
-        >>> parse_names([r"visual\\.(.*)=model.visual.\\1"])
-        {'visual\\\\.(.*)': 'model.visual.\\\\1'}
-    """
-    result: dict[str, str] = {}
-    for text in given:
-        pattern, separator, template = text.rpartition("=")
-        if not separator or not pattern or not template:
-            raise ValueError(f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"--names {pattern!r} is not a regular expression: {error}") from error
-        result[pattern] = template
-    return result or None
-
-
 def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -> AdapterFile:
     """An adapter whose modules, and parameters beside them, have the names that `names` gives.
 
@@ -79,7 +59,7 @@ def _new_name(names: Names, own: str, rest: str) -> str | None:
 
 
 def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
-    """A sentence on modules of the base that end as the missing ones do, and the option that renames; "" if none."""
+    """Return a sentence on modules of the base that end like the missing ones, with `names=`; "" if there are none."""
     near: list[str] = []
     option = ""
     by_last: dict[str, list[str]] = {}
@@ -94,12 +74,12 @@ def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
         near.append(f"{best} for {name}")
         old, new = ".".join(parts[:-length]), best[: -len(".".join(parts[-length:]))].removesuffix(".")
         start = re.escape(f"{old}.") if old else ""
-        option = option or f"{start}(.*)={f'{new}.' if new else ''}\\1"
+        option = option or str({f"{start}(.*)": f"{new}.\\1" if new else "\\1"})
         if len(near) == _SHOWN:
             break
     if not near:
         return ""
-    return f" The base has {', '.join(near)}: names=, in the command line --names '{option}', renames modules."
+    return f" The base has {', '.join(near)}: `names={option}` renames modules."
 
 
 def _common_end(a: Sequence[str], b: Sequence[str]) -> int:

@@ -75,7 +75,5 @@ def sharded_base(tmp_path, dtype=BF16):
     base |= {"model.norm.weight": normal(48, dtype=dtype), "model.ids": np.arange(5)}
     path = write_base(tmp_path / "base", base, 64 * 48 * 2 + 200, config={"torch_dtype": "bfloat16", "vocab_size": 7})
     (path / "tokenizer.json").write_text("{}")
-    for name in ("id_rsa", "train.py", "data.csv", ".env"):  # a folder may hold anything
-        (path / name).write_text("private")
     (path / "weights.bin").write_bytes(b"not a side file")
     return base, path

@@ -284,7 +284,6 @@ def test_errors_are_a_sentence_and_exit_code_2(arguments, tmp_path, monkeypatch)
         ("convert", "a", "b", "--to", "gguf"),
         ("convert", "a", "b", "--to", "lora", "--rank", "two"),
         ("merge", "a", "b", "c", "--dtype", "int8"),
-        ("merge", "a", "b", "c", "--check-count", "0"),
         ("diff", "a", "b", "--tolerance", "-1"),
         ("diff", "a", "b", "--tolerance", "nan"),
         ("inspect", "a", "--nope"),
@@ -351,11 +350,11 @@ def test_as_a_program(tmp_path):
     assert "--force" in again.stderr
 
 
-def test_help_imports_no_framework():
-    """What takes time to import is imported when a command runs."""
+def test_help_imports_nothing_large():
+    """`loha_jax.interop` itself takes 0.2 s beside the second of jax."""
     code = (
         "import sys, loha_jax.interop.commands.main\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('flax', 'orbax', 'torch')])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('flax', 'orbax', 'torch', 'transformers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -24,7 +24,6 @@ from loha_jax.interop.formats.lycoris_files import (
 )
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.orbax_folder import write_orbax
 from loha_jax.interop.formats.peft_files import folder_contents, peft_state
 from loha_jax.interop.formats.ranks import ranks_and_alphas
 from loha_jax.interop.updates.lora_conversion import lora_of
@@ -32,7 +31,7 @@ from loha_jax.interop.updates.lora_conversion import lora_of
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.module_names import Names
 
-FORMATS = ("peft", "lycoris", "kohya", "lora", "orbax")
+FORMATS = ("peft", "lycoris", "kohya", "lora")
 _KOHYA_DEFAULT = "lora_unet_"
 
 
@@ -70,9 +69,9 @@ def convert_adapter(
     """Writes an adapter in another format. The target appears whole or not at all.
 
     Args:
-        source: PEFT's folder (LoHa or LoRA), LyCORIS' or kohya's file, or a folder of `to="orbax"`.
+        source: PEFT's folder (LoHa or LoRA), LyCORIS' or kohya's file.
         target: the folder (or, of LyCORIS and kohya, file) to write.
-        to: "peft", "lycoris", "kohya", "lora" or "orbax". A LoRA becomes the LoHa of the same rank that is equal to it.
+        to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is equal to it.
         rank, energy: of `to="lora"`, see `lora_of`; the exact LoRA of rank r² by default.
         base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand for, its shapes which
             modules are convolutions.
@@ -118,10 +117,9 @@ def convert_adapter(
         "lora": lambda: job.lora(rank, energy, dtype),
         "lycoris": lambda: job.lycoris(NATIVE_PREFIX, prefix),
         "kohya": lambda: job.lycoris(_KOHYA_DEFAULT, prefix),
-        "orbax": lambda: lambda path: write_orbax(path, read.adapter),
     }
     _write_whole(target, makers[to](), force)  # all content is made before the first file is touched
-    ranks = {m.name: m.r for m in (job.written or read.adapter.modules).values()}
+    ranks = {m.name: m.r for m in job.written.values()}
     return Conversion(read.adapter.form, ranks, job.errors, tuple(read.notes))
 
 

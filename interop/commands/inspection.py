@@ -16,7 +16,6 @@ from loha_jax.interop.disk.tensor_files import FileError, read_safetensors
 from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
 from loha_jax.interop.formats.lycoris_files import read_module
 from loha_jax.interop.formats.lycoris_keys import are_adapters, embeddings_note
-from loha_jax.interop.formats.orbax_folder import is_orbax_folder
 from loha_jax.interop.formats.peft_files import SAFETENSORS_NAME, torch_name
 from loha_jax.interop.formats.ranks import rank_of
 from loha_jax.interop.formats.read_adapter import module_of, read_everything
@@ -68,7 +67,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 def is_adapter(path: Path) -> bool:
     """Whether a path that is there holds an adapter, of whatever kind, rather than a checkpoint."""
     if path.is_dir():
-        if is_orbax_folder(path) or has_peft_config(path):
+        if has_peft_config(path):
             return True
         if any(path.glob("*.index.json")):
             return False

@@ -17,9 +17,8 @@ import typer
 from loha_jax.interop.commands import convert as conversion
 from loha_jax.interop.commands import differences, inspection
 from loha_jax.interop.commands import tables as cli_tables
-from loha_jax.interop.merge import check as merge_check
 from loha_jax.interop.merge import files as merge_files
-from loha_jax.interop.names import renames
+from loha_jax.interop.names.renames import parse_names
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -33,9 +32,9 @@ _FLAGS = ("only", "base", "prefix", "dtype", "rank", "energy", "force")
 FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 _EPILOG = (
-    "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken, merge --check: not what PEFT gives; "
-    "2 wrong use or unreadable input; 130 interrupted. With --json, one JSON document goes to standard output and "
-    "nothing else; messages and progress go to standard error."
+    "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken; 2 wrong use or unreadable input; "
+    "130 interrupted. With --json, one JSON document goes to standard output and nothing else; messages and progress "
+    "go to standard error."
 )
 
 app = typer.Typer(
@@ -57,7 +56,6 @@ class Format(enum.StrEnum):
     lycoris = "lycoris"
     kohya = "kohya"
     lora = "lora"
-    orbax = "orbax"
 
 
 class Dtype(enum.StrEnum):
@@ -164,7 +162,7 @@ def convert(
             base=base,
             prefix=prefix,
             only=only,
-            names=renames.parse_names(names or []),
+            names=parse_names(names or []),
             dtype=_dtype(dtype),
             force=force,
         )
@@ -194,12 +192,6 @@ def merge(
     dtype: Annotated[Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")] = None,
     only: OnlyOption = None,
     names: NamesOption = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare with what PEFT gives (needs torch and peft); exit code 1 if not.")
-    ] = False,
-    check_count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="--check only N tensors, spread evenly.")
-    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -210,26 +202,6 @@ def merge(
     """
     with _Command("merge", as_json) as command:
         adapters = [(adapter, _finite("--weight", weight)), *map(_parse_with, more or [])]
-        checked: list[Any] = []
-        unchecked: list[str] = []
-
-        def compare(folder: Path, checkpoint: Any, plan: Any) -> None:
-            with command.progress("checking", in_bytes=False) as progress:
-                results, unable = merge_check.check_merge(
-                    folder, checkpoint, plan, count=check_count, progress=progress
-                )
-            checked.extend(results)
-            unchecked.extend(unable)
-            if wrong := [c for c in results if not c.is_fine]:
-                worst = max(wrong, key=lambda c: c.units)
-                raise merge_check.MergeCheckError(
-                    f"{len(wrong)} of {len(results)} tensors are not what PEFT gives; {worst.key} differs by "
-                    f"{worst.max_difference:.3g}, {worst.units:.1f} x what rounding explains. Nothing was written"
-                )
-
-        wants_check = check or check_count is not None
-        if wants_check:
-            merge_check.require_peft()
         try:
             with command.progress("merging", in_bytes=True) as progress:
                 report = merge_files.merge_checkpoint(
@@ -238,14 +210,10 @@ def merge(
                     out,
                     dtype=_dtype(dtype),
                     only=only,
-                    names=renames.parse_names(names or []),
+                    names=parse_names(names or []),
                     force=force,
                     progress=progress,
-                    check=compare if wants_check else None,
                 )
-        except merge_check.MergeCheckError as error:
-            command.fail(str(error), DIFFERENT)
-            return
         except KeyboardInterrupt:
             command.say("Interrupted; the same command goes on with the files that are finished.")
             raise
@@ -262,13 +230,8 @@ def merge(
                 for key, t in report.losses.items()
             ],
             "notes": list(report.notes),
-            "checked": [
-                {"name": c.key, "max_difference": c.max_difference, "units": c.units, "fine": c.is_fine}
-                for c in checked
-            ],
-            "unchecked": unchecked,
         }
-        command.show(result, lambda console: cli_tables.show_merge(console, result, wants_check))
+        command.show(result, lambda console: cli_tables.show_merge(console, result))
 
 
 @app.command(epilog=_EPILOG)

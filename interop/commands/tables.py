@@ -19,7 +19,6 @@ _KINDS = {
     "lora": "PEFT LoRA folder",
     "lycoris": "LyCORIS file",
     "kohya": "kohya file",
-    "orbax": "Orbax folder of an adapter",
     "checkpoint": "safetensors checkpoint",
     None: "broken adapter",
 }
@@ -124,7 +123,7 @@ def show_conversion(console: Console, result: dict[str, Any]) -> None:
     _list(console, "Notes", result["notes"], "yellow")
 
 
-def show_merge(console: Console, result: dict[str, Any], checked: bool) -> None:
+def show_merge(console: Console, result: dict[str, Any]) -> None:
     """`merge`."""
     facts = [
         ("out", result["out"]),
@@ -134,12 +133,6 @@ def show_merge(console: Console, result: dict[str, Any], checked: bool) -> None:
     ]
     if result["kept"]:
         facts.append(("kept of an earlier run", _several(result["kept"])))
-    if checked:
-        tensors = result["checked"]
-        worst = max((c["units"] for c in tensors), default=0.0)
-        facts.append(("beside PEFT", f"{len(tensors)} tensors the same but for rounding (at most {worst:.2f} of it)"))
-        if result["unchecked"]:
-            facts.append(("PEFT cannot merge", _several(result["unchecked"])))
     losses = result["losses"]
     if losses:
         worst = max(losses, key=lambda loss: loss["lost_share"])

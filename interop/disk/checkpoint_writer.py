@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.atomic import TemporaryFile, naming, sync_folder, write_at, write_atomically
+from loha_jax.interop.disk.atomic import TemporaryFile, naming, write_atomically
 from loha_jax.interop.disk.base_checkpoint import INDEX, Header
+from loha_jax.interop.disk.system import sync_folder, write_at
 
 from loha_jax.runtime.scalars import plain_scalar
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from loha_jax.interop.disk.atomic import (
-    exchange,
-    is_replaceable,
-    naming,
-    remove_abandoned,
-    sync_folder,
-    temporary_folder,
-    write_atomically,
-)
+from loha_jax.interop.disk.atomic import is_replaceable, naming, remove_abandoned, temporary_folder, write_atomically
+from loha_jax.interop.disk.system import exchange, locked_folder, sync_folder
 
 from loha_jax.runtime.untrusted import FileError
 
@@ -45,7 +36,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
         return
     for place in (folder, *(folder / name for name in (*files, *once, PENDING))):
         remove_abandoned(place)
-    with naming(folder), _locked(folder):
+    with naming(folder), locked_folder(folder):
         _finish(folder, list(files))
     changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
     new = {name: data for name, data in once.items() if not os.path.lexists(folder / name)}
@@ -56,7 +47,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     kept = {name: (folder / name).read_bytes() for name in once.keys() - new.keys() if (folder / name).is_file()}
     if _replace_folder(folder, {**files, **new, **kept}):
         return
-    with naming(folder), _locked(folder), temporary_folder(folder / PENDING) as work:
+    with naming(folder), locked_folder(folder), temporary_folder(folder / PENDING) as work:
         _write_all(work / "new", files)
         os.rename(work / "new", folder / PENDING)  # from here on it is the new files that count
         sync_folder(folder)
@@ -137,18 +128,6 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
             if entry.name not in files:
                 os.rename(entry, folder / entry.name)
     return True
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time moves the files of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:

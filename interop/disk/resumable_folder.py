@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
-from loha_jax.interop.disk.atomic import move_into_place, naming, restore, sync_folder, write_atomically
+from loha_jax.interop.disk.atomic import move_into_place, naming, restore, write_atomically
+from loha_jax.interop.disk.system import IS_WINDOWS, lock_file, sync_folder
 
 
 class WorkingFolder:
@@ -24,6 +25,7 @@ class WorkingFolder:
     def __init__(self, out: Path, fingerprint: str):
         self._out = out
         self._folder = out.parent / f".{out.name}.merging"
+        self._lock_path = self._folder / "lock"
         self._manifest = self._folder / "manifest.json"
         self._fingerprint = fingerprint
         self.files = self._folder / "files"
@@ -32,9 +34,9 @@ class WorkingFolder:
     def __enter__(self) -> WorkingFolder:
         with naming(self._out):
             self._folder.mkdir(exist_ok=True)
-        self._lock = open(self._folder / "lock", "w")
+        self._lock = open(self._lock_path, "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._lock.fileno())
         except OSError as error:
             self._lock.close()
             raise FileExistsError(f"Another run is writing {self._out} ({self._folder} is locked)") from error
@@ -50,7 +52,7 @@ class WorkingFolder:
         restore(self._folder, self._out)
         shutil.rmtree(self._done, ignore_errors=True)
         try:
-            manifest = json.loads(self._manifest.read_text())
+            manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             manifest = {}
         if manifest.get("fingerprint") != self._fingerprint:  # of other files, weights or options
@@ -91,3 +93,7 @@ class WorkingFolder:
         if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to continue with
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
+        if IS_WINDOWS:  # which removes no open file
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink(missing_ok=True)
+                self._folder.rmdir()  # if nothing else is in it

@@ -16,7 +16,6 @@ from loha_jax.interop.formats.lora_config import check_lora_config
 from loha_jax.interop.formats.lora_files import lora_file
 from loha_jax.interop.formats.lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, foreign_message, group_keys
-from loha_jax.interop.formats.orbax_folder import is_orbax_folder, read_orbax
 from loha_jax.interop.formats.peft_files import check_peft_file, peft_file, read_folder
 from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
 
@@ -40,9 +39,8 @@ def read_adapter(
     """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya, or a folder with one.
 
     Args:
-        path: a folder with `adapter_config.json`, one that `write_orbax` made, one with an adapter's file
-            (`find_adapter_file`), or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which
-            needs torch).
+        path: a folder with `adapter_config.json`, one with an adapter's file (`find_adapter_file`), or a file
+            (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which needs torch).
         modules: the dotted names of the model's modules, to find those that a LyCORIS file writes with underscores;
             one that is not among them keeps the file's name.
         only: a regular expression for the whole names of modules in the file; the others are left out.
@@ -105,11 +103,8 @@ def read_everything(path: str | Path, *, modules: Iterable[str] | None = None, l
 
 
 def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
-    if path.is_dir():
-        if is_orbax_folder(path):
-            return read_orbax(path)
-        if has_peft_config(path):
-            return _read_peft(path)
+    if path.is_dir() and has_peft_config(path):
+        return _read_peft(path)
     file = find_adapter_file(path) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"There is no adapter at '{path}'")

@@ -9,7 +9,6 @@ from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file, pending_or_own
 from loha_jax.interop.disk.tensor_files import read_metadata
 from loha_jax.interop.formats.lycoris_keys import are_adapters
-from loha_jax.interop.formats.orbax_folder import is_orbax_folder
 
 from loha_jax.runtime.untrusted import json_object, read_json
 from loha_jax.targets.config import CONFIG_NAME
@@ -86,10 +85,6 @@ def header_config(file: Path) -> dict[str, object]:
 
 
 def _folder_kind(folder: Path) -> Kind | None:
-    if is_orbax_folder(folder):
-        return Kind(
-            "an adapter in Orbax' form", "", f"`loha-jax convert {folder} FOLDER --to peft` makes a PEFT folder"
-        )
     if has_peft_config(folder):
         config = pending_or_own(folder, CONFIG_NAME)
         values = read_json(config) if config.is_file() else header_config(folder / DIFFUSERS_NAME)

@@ -23,7 +23,7 @@ from loha_jax.interop.disk.atomic import write_atomically
 from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, side_file_content, side_files
 from loha_jax.interop.disk.resumable_folder import WorkingFolder
 from loha_jax.interop.formats.adapter_file import AdapterFile
-from loha_jax.interop.merge.plan import MergePlan, plan_merge
+from loha_jax.interop.merge.plan import plan_merge
 from loha_jax.interop.merge.shard import ShardWriter, new_dtype
 from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
 from loha_jax.interop.updates.rounding import Loss, Losses, check_losses, loss_notes
@@ -69,7 +69,6 @@ def merge_checkpoint(
     names: Names | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    check: Callable[[Path, Checkpoint, MergePlan], None] | None = None,
 ) -> MergeReport:
     """Writes a checkpoint with adapters merged into it: `W + Σ weight·ΔW`, added in float32 and rounded once.
 
@@ -88,7 +87,6 @@ def merge_checkpoint(
         force: an `out` that is there is replaced, when the new one is whole; and a base of float8 without scales is
             written although rounding loses most of the update.
         progress: called with the bytes written so far and in all.
-        check: called with the folder, the base and the plan before the folder appears; what it raises ends the merge.
 
     Raises:
         FileExistsError: `out` is there, or another run is writing it.
@@ -126,7 +124,7 @@ def merge_checkpoint(
             if work.is_finished(name, header.file_size) and work.losses(name).is_file()
         )
         for name in kept:
-            losses.add_json(json.loads(work.losses(name).read_text()))
+            losses.add_json(json.loads(work.losses(name).read_text(encoding="utf-8")))
         done = sum(headers[name].file_size for name in kept)
         _check_space(out.parent, total - done)
 
@@ -149,12 +147,6 @@ def merge_checkpoint(
             work.discard()
             raise
         _write_side_files(checkpoint, work.files, dtype, plan.resized)
-        if check is not None:
-            try:
-                check(work.files, checkpoint, plan)
-            except Exception:
-                work.discard()  # not to be continued with
-                raise
         work.publish(force)
     return MergeReport(
         out,
@@ -223,7 +215,7 @@ def _fingerprint(
 
 def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> None:
     if checkpoint.index is not None:
-        text = checkpoint.index.read_text()
+        text = checkpoint.index.read_text(encoding="utf-8")
         if dtype is not None or resized:
             index = json.loads(text)
             shapes = {**checkpoint.shapes, **resized}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.disk.atomic import sync_folder, write_at
 from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, is_floating
-from loha_jax.interop.disk.direct_file import DirectFile
+from loha_jax.interop.disk.system import copy_range, read_at, sync_folder, write_at
 from loha_jax.interop.merge.plan import MergePlan
 from loha_jax.interop.merge.scaled import ScaledRows, matrix
 from loha_jax.interop.merge.sum import RowUpdates, column_gains, merge_rows, squared_columns
@@ -24,9 +22,6 @@ from loha_jax.interop.updates.rounding import Losses
 
 _BLOCK = 4 << 20
 """Bytes of a block of rows; a handful are in memory at a time."""
-
-_FLUSH = 512 << 20
-"""Bytes after which what is written goes to disk: while the rest is computed, instead of all at the end."""
 
 _WORKERS = 3
 """Threads that read, add and write blocks, so that none of the three waits for another."""
@@ -55,39 +50,30 @@ class ShardWriter:
         self._count, self._losses = count, losses
         self._scaled: dict[str, ScaledRows] = {}
         self._buffers = threading.local()
+        self._writing = threading.Lock()
 
     def write(self, path: Path, finish: Callable[[], None]) -> None:
-        """Writes to a name of its own in the same folder, flushes, calls `finish`, renames."""
+        """Write a temporary file in the same folder, flush it, call `finish`, rename it to `path`."""
         part = path.with_name(f".{path.name}.part")
-        self._source = os.open(self._file, os.O_RDONLY)
-        self._target = DirectFile(part, self._new.file_size)
         try:
-            self._target.write(0, np.frombuffer(self._new.data, np.uint8))
-            self._count(len(self._new.data))
-            with (
-                concurrent.futures.ThreadPoolExecutor(1) as flusher,
-                concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool,
-            ):
-                _run_all(pool, self._tasks(pool, flusher), self._count)
-            os.fsync(self._target.descriptor)
+            with open(self._file, "rb") as source, open(part, "wb", buffering=0) as target:
+                self._source, self._target = source.fileno(), target.fileno()
+                target.truncate(self._new.file_size)
+                self._write(0, self._new.data)
+                self._count(len(self._new.data))
+                with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+                    _run_all(pool, self._tasks(pool), self._count)
+                os.fsync(self._target)
             finish()
-            os.rename(part, path)
+            os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(self._source)
-            self._target.close()
         sync_folder(path.parent)
 
-    def _tasks(
-        self, pool: concurrent.futures.Executor, flusher: concurrent.futures.Executor
-    ) -> Iterator[Callable[[], int]]:
-        """Calls that each write some bytes and return their number, in the order of the base's bytes."""
-        flushed, flush = 0, None
+    def _tasks(self, pool: concurrent.futures.Executor) -> Iterator[Callable[[], int]]:
+        """Yield calls that each write some bytes and return their number, in the order of the base's bytes."""
         for key, (start, end) in sorted(self._old.places.items(), key=lambda item: item[1]):
-            if start - flushed > _FLUSH and (flush is None or flush.done()):
-                flushed, flush = start, flusher.submit(self._flush)  # the fsync at the end says whether it failed
             own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
             place = self._new.places[key][0]
             scales, weight = self._checkpoint.quantisation.scales, self._checkpoint.quantisation.weights.get(key)
@@ -140,7 +126,7 @@ class ShardWriter:
             result, values = base.quantised(merged, *span)
             parts = (values - merged, merged - base.rows(*span), merged)
             self._losses.add(key, base.dtype, True, [np.vdot(x, x) for x in parts])
-            self._target.write(place + span[0] * base.shape[1], result.reshape(-1).view(np.uint8))
+            self._write(place + span[0] * base.shape[1], result.reshape(-1).view(np.uint8))
             return result.nbytes
 
         for span in spans:
@@ -181,20 +167,23 @@ class ShardWriter:
             result = np.asarray(result)
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
                 raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
-            self._target.write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
+            self._write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
             return (last - first) * columns * target.itemsize
 
         for first, last in spans:
             yield lambda first=first, last=last: write(first, last)
 
-    def _copy(self, start: int, place: int, size: int) -> int:
-        return _copy(self._source, start, self._target.descriptor, place, size)
+    def _write(self, place: int, data: Any) -> None:
+        with self._writing:  # threads that wait for a file's lock in the kernel use up the processor
+            write_at(self._target, place, data)
 
-    def _flush(self) -> None:
-        os.fdatasync(self._target.descriptor)
+    def _copy(self, start: int, place: int, size: int) -> int:
+        with self._writing:
+            copy_range(self._source, start, self._target, place, size)
+        return size
 
     def _write_value(self, key: str, value: np.ndarray) -> int:
-        self._target.write(self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        self._write(self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         return value.nbytes
 
     def _row_updates(
@@ -228,7 +217,7 @@ class ShardWriter:
         if held is None or held.size < size:
             held = self._buffers.held = _aligned(size)
         buffer = held[:size]
-        _read_at(base.descriptor, base.start + first * base.shape[1] * base.dtype.itemsize, buffer)
+        read_at(base.descriptor, base.start + first * base.shape[1] * base.dtype.itemsize, buffer)
         return buffer.view(base.dtype).reshape(last - first, base.shape[1])
 
 
@@ -266,33 +255,6 @@ def _aligned(size: int) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64
     return raw[offset : offset + size]
-
-
-def _read_at(descriptor: int, offset: int, buffer: Any) -> None:
-    view = memoryview(buffer)
-    while len(view):
-        count = os.preadv(descriptor, [view], offset)
-        if not count:
-            raise OSError(errno.EIO, "the base checkpoint became shorter while it was read")
-        view, offset = view[count:], offset + count
-
-
-def _copy(source: int, start: int, target: int, place: int, size: int) -> int:
-    """Copies bytes from file to file, inside the kernel where it can."""
-    done = 0
-    try:
-        while done < size:
-            count = os.copy_file_range(source, target, size - done, start + done, place + done)
-            if not count:
-                raise OSError(errno.EIO, "the base checkpoint became shorter while it was read")
-            done += count
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        buffer = np.empty(size - done, np.uint8)
-        _read_at(source, start + done, buffer)
-        write_at(target, place + done, buffer)
-    return size
 
 
 def _run_all(

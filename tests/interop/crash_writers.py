@@ -19,12 +19,10 @@ from ctypes import CDLL, c_uint32
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint  # noqa: F401  # or each case would import it
 from jax._src import xla_bridge
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.disk.paired_files import PENDING
-from loha_jax.interop.formats.orbax_folder import read_orbax
 from loha_jax.interop.merge.files import merge_checkpoint
 
 import loha_jax
@@ -109,7 +107,6 @@ WRITERS = {
     "convert to peft": (convert("peft"), True, ()),
     "convert to kohya": (convert("kohya"), True, ()),
     "convert to lora": (convert("lora"), True, ()),
-    "convert to orbax": (convert("orbax"), True, ()),
 }
 
 
@@ -117,20 +114,12 @@ WRITERS = {
 
 
 def files_of(path):
-    """The content of a file or folder, without what begins with a dot; of Orbax' folders what they restore."""
-    if (path / "loha_adapter.json").is_file():
-        status, text, _ = in_child(lambda: orbax_values(path))
-        return {"": text.encode()} if status == 0 else {"loha_adapter.json": text.encode()}
+    """The content of a file or folder, without what begins with a dot."""
     if path.is_file():
         return {"": path.read_bytes()}
     found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
     names = {str(p.relative_to(path)): p for p in found}
     return {name: p.read_bytes() for name, p in names.items() if not any(part[0] == "." for part in Path(name).parts)}
-
-
-def orbax_values(path):
-    adapter = read_orbax(path)
-    return [adapter.config, {key: value.tolist() for key, value in sorted(adapter.arrays.items())}]
 
 
 def as_read(path):
@@ -150,7 +139,7 @@ def units(files):
 def has_result(files):
     """Whether a reader finds anything: a checkpoint by its weights or their index, an adapter by its config."""
     names = {Path(name).name for name in files}
-    marks = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json", "loha_adapter.json", ""}
+    marks = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json", ""}
     return bool(names & marks)
 
 

@@ -122,7 +122,6 @@ def test_the_command_line_says_what_is_wrong(tmp_path, request):
         (tmp_path / "base", lambda p, out: ["inspect", p]),
         (linear.adapter, lambda p, out: ["convert", p, out, "--to", "lora", "--rank", 2]),
         (linear.adapter, lambda p, out: ["convert", p, out, "--to", "lycoris"]),
-        (linear.adapter, lambda p, out: ["convert", p, out, "--to", "orbax"]),
         (kohya, lambda p, out: ["convert", p, out, "--to", "lycoris"]),
         (linear.adapter, lambda p, out: ["merge", tmp_path / "base", p, out]),
         (tmp_path / "base", lambda p, out: ["merge", p, linear.adapter, out]),

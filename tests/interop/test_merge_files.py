@@ -417,21 +417,21 @@ def test_a_disk_that_fills_up_leaves_no_result_and_the_next_run_goes_on(tmp_path
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = [(write_adapter(tmp_path / "adapter", modules), 1.0)]
     written = 0
-    real = merge_shard.DirectFile.write
+    real = merge_shard.write_at
 
-    def write(file, place, data):
+    def write(descriptor, place, data):
         nonlocal written
         written += 1
         if written > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file, place, data)
+        real(descriptor, place, data)
 
-    monkeypatch.setattr(merge_shard.DirectFile, "write", write)
+    monkeypatch.setattr(merge_shard, "write_at", write)
     with pytest.raises(OSError, match="No space left"):
         merge_checkpoint(path, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.merging" / "files").glob(".*"))  # nothing that is not whole
-    monkeypatch.setattr(merge_shard.DirectFile, "write", real)
+    monkeypatch.setattr(merge_shard, "write_at", real)
     report = merge_checkpoint(path, adapter, tmp_path / "out")
     assert report.kept
     check_merged(tmp_path / "out", base, modules)
@@ -491,11 +491,13 @@ def test_shards_of_another_merge_are_not_kept(change, tmp_path):
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = write_adapter(tmp_path / "adapter", modules)
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def stop(done, total):
+        if done == total:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", check=stop)
+        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", progress=stop)
+    assert list((tmp_path / ".out.merging" / "files").glob("*.safetensors"))
     weight, dtype = 1.0, None
     if change == "weight":
         weight = 0.5

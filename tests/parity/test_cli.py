@@ -13,9 +13,8 @@ import torch
 import transformers
 from loha_jax.interop.commands.main import app
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.merge import files as merge_files
-from loha_jax.interop.merge.check import CheckedTensor, check_merge
 from loha_jax.interop.merge.files import merge_checkpoint
+from parity.merge_in_peft import CheckedTensor, compare_with_peft
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
@@ -31,6 +30,16 @@ def run(*arguments, code=0):
     return result
 
 
+def merge_like_peft(base, adapter, out):
+    """Merge by the command line and compare every tensor with PEFT's; returns the names of those compared."""
+    run("merge", base, adapter, out)
+    results, unable = compare_with_peft(out, base, [(adapter, 1.0)])
+    assert results
+    assert not unable
+    assert all(result.is_fine for result in results), results
+    return {result.key for result in results}
+
+
 def llama(sample, dtype):
     config = transformers.LlamaConfig.from_dict(json.loads((sample.folder / "base_config.json").read_text()))
     config.tie_word_embeddings = False
@@ -44,7 +53,7 @@ def llama(sample, dtype):
 def test_a_merged_llama_is_pefts(name, dtype, tmp_path):
     sample = Sample(name)
     llama(sample, dtype).save_pretrained(tmp_path / "base", max_shard_size="10KB")
-    run("merge", tmp_path / "base", sample.adapter, tmp_path / "out", "--check")
+    merge_like_peft(tmp_path / "base", sample.adapter, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(llama(sample, dtype), sample.adapter).merge_and_unload().state_dict()
     ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).state_dict()
     assert ours.keys() == theirs.keys()
@@ -59,24 +68,21 @@ def test_a_merged_llama_is_pefts(name, dtype, tmp_path):
 @pytest.mark.parametrize("to", [None, "bfloat16"])
 @pytest.mark.parametrize("weights", [(1.0,), (0.5, -0.25)])
 @pytest.mark.parametrize("name", NAMES)
-def test_check_agrees_with_peft(name, weights, to, tmp_path):
+def test_merged_tensors_are_pefts(name, weights, to, tmp_path):
     """Linear, convolutions flat and with cores, saved modules; one adapter and two."""
     sample = Sample(name)
-    checks = []
-
-    def check(folder, checkpoint, plan):
-        checks.append((check_merge(folder, checkpoint, plan), len(plan.updates)))
-
     dtype = None if to is None else np.dtype(ml_dtypes.bfloat16)
     adapters = [(sample.adapter, weight) for weight in weights]
-    merge_checkpoint(sample.folder / "base.safetensors", adapters, tmp_path / "out", dtype=dtype, check=check)
-    ((results, unable), count) = checks[0]
+    base = sample.folder / "base.safetensors"
+    merge_checkpoint(base, adapters, tmp_path / "out", dtype=dtype)
+    results, unable = compare_with_peft(tmp_path / "out", base, adapters)
     assert not unable
-    assert len(results) == count
+    adapted = {f"{key.split('::')[1]}.weight" for key in sample.io if key.startswith("delta::")}
+    assert {result.key for result in results} == adapted
     assert all(result.is_fine for result in results), results
 
 
-def test_check_with_a_lora_and_dora_of_peft(tmp_path):
+def test_a_merged_lora_and_dora_are_pefts(tmp_path):
     torch.manual_seed(0)
     base = torch.nn.ModuleDict({"q": torch.nn.Linear(12, 8), "k": torch.nn.Conv2d(3, 5, 3)})
     save_torch({k: v.contiguous() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors")
@@ -86,50 +92,32 @@ def test_check_with_a_lora_and_dora_of_peft(tmp_path):
         model = peft.get_peft_model(torch.nn.ModuleDict(base).eval(), config)
         model.save_pretrained(tmp_path / f"lora{use_dora}")
         model.unload()
-        result = run(
-            *("merge", tmp_path / "base.safetensors", tmp_path / f"lora{use_dora}", tmp_path / f"out{use_dora}"),
-            *("--check", "--json"),
-        )
-        checked = json.loads(result.stdout)["checked"]
-        assert {c["name"] for c in checked} == {"q.weight", "k.weight"}
-        assert all(c["fine"] for c in checked)
+        lora, out = tmp_path / f"lora{use_dora}", tmp_path / f"out{use_dora}"
+        assert merge_like_peft(tmp_path / "base.safetensors", lora, out) == {"q.weight", "k.weight"}
 
 
-def test_a_wrong_merge_fails_the_check(tmp_path, monkeypatch):
-    """The check sees a change of two units in one value."""
+def test_a_wrong_merge_is_seen(tmp_path):
+    """The comparison sees a change of two units in one value."""
     sample = Sample("linear_bf16_base_fp32_adapter")
-    real = merge_files._write_side_files
-
-    def spoil(checkpoint, folder, *options):
-        real(checkpoint, folder, *options)
-        path = folder / "base.safetensors"
-        start, _ = checkpoint.header(checkpoint.files[0]).places["lin1.weight"]
-        data = bytearray(path.read_bytes())
-        data[start : start + 2] = (int.from_bytes(data[start : start + 2], "little") + 2).to_bytes(2, "little")
-        path.write_bytes(data)
-
-    monkeypatch.setattr(merge_files, "_write_side_files", spoil)
-    arguments = ("merge", sample.folder / "base.safetensors", sample.adapter, tmp_path / "out", "--check")
-    result = run(*arguments, code=1)
-    assert "lin1.weight differs" in " ".join(result.stderr.split())
-    assert not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    assert not json.loads(run(*arguments, "--json").stdout)["kept"]
+    base, out = sample.folder / "base.safetensors", tmp_path / "out"
+    merge_like_peft(base, sample.adapter, out)
+    path = out / "base.safetensors"
+    start, _ = Checkpoint(path).header(path).places["lin1.weight"]
+    data = bytearray(path.read_bytes())
+    data[start : start + 2] = (int.from_bytes(data[start : start + 2], "little") + 2).to_bytes(2, "little")
+    path.write_bytes(data)
+    results, _ = compare_with_peft(out, base, [(sample.adapter, 1.0)])
+    assert [result.key for result in results if not result.is_fine] == ["lin1.weight"]
 
 
-def test_what_peft_has_not_is_not_checked(tmp_path):
+def test_what_peft_has_not_is_not_compared(tmp_path):
     path, _ = lycoris_samples.native("dora")
     base = lycoris_samples.DATA / "base_tiny.safetensors"
-    found = json.loads(run("merge", base, path, tmp_path / "out", "--check", "--json").stdout)
-    assert found["checked"] == []
-    assert len(found["unchecked"]) == len(lycoris_samples.LAYERS)
+    run("merge", base, path, tmp_path / "out")
+    results, unable = compare_with_peft(tmp_path / "out", base, [(path, 1.0)])
+    assert results == []
+    assert len(unable) == len(lycoris_samples.LAYERS)
     assert CheckedTensor("x", 1.0, 1.5).is_fine is False
-
-
-def test_check_of_some_tensors(tmp_path):
-    sample = Sample("llama_patterns")
-    arguments = ("merge", sample.folder / "base.safetensors", sample.adapter, tmp_path / "out", "--json")
-    assert len(json.loads(run(*arguments, "--check-count", 2).stdout)["checked"]) == 2
 
 
 @pytest.mark.parametrize("form", ["plain", "tucker"])
@@ -200,7 +188,7 @@ def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(safetensors_bytes(state, {}))
     text = LoHaConfig(r=2, alpha=8, target_modules=["c_attn", "attn.c_proj"]).to_json()
     (tmp_path / "adapter" / "adapter_config.json").write_text(text)
-    run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--check")
+    merge_like_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     for name, delta in deltas.items():
         wanted = model.state_dict()[f"{name}.weight"].numpy() + delta.T

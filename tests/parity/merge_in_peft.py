@@ -1,10 +1,9 @@
-"""Compares merged tensors with what the real PEFT makes of them, one torch layer of the tensor's shape at a time."""
+"""Merged tensors beside those of the real PEFT, computed in one torch layer per tensor."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.peft_files import peft_state
-from loha_jax.interop.merge.plan import MergePlan, TensorUpdate
+from loha_jax.interop.merge.plan import TensorUpdate, plan_merge
 from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
 
@@ -38,51 +37,30 @@ class CheckedTensor:
         return self.units <= 1
 
 
-class MergeCheckError(Exception):
-    """Merged tensors are not those of PEFT."""
-
-
-def require_peft() -> None:
-    """Raises ImportError where torch or peft is not installed."""
-    if missing := [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"Checking a merge against PEFT needs {' and '.join(missing)}: pip install torch peft")
-
-
-def check_merge(
-    folder: Path,
-    checkpoint: Checkpoint,
-    plan: MergePlan,
-    *,
-    count: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+def compare_with_peft(
+    merged: Path, base: Path, adapters: Sequence[tuple[Path, float]]
 ) -> tuple[list[CheckedTensor], list[str]]:
-    """Merges in PEFT and compares.
+    """Merge in PEFT and compare.
 
     Args:
-        folder: the merged checkpoint.
-        checkpoint, plan: what was merged.
-        count: how many tensors, spread evenly; all by default.
-        progress: called with the number of tensors compared and their number in all.
+        merged: the merged checkpoint.
+        base, adapters: what was merged.
 
     Returns:
         The comparisons; and the tensors that PEFT cannot merge: a LoHa with a weight decomposition or of a Conv3d, a
         weight decomposition that is scaled or one of several, and scaled float8.
     """
-    merged = Checkpoint(folder)
+    checkpoint, ours = Checkpoint(base), Checkpoint(merged)
+    plan, _ = plan_merge(checkpoint, adapters)
     able = [
         key for key, updates in plan.updates.items() if key not in plan.added and _is_known(checkpoint, key, updates)
     ]
     unable = [key for key in plan.updates if key not in able]
-    chosen = able
-    if count is not None and count < len(able):
-        chosen = [able[n * len(able) // count] for n in range(count)]
     results = []
-    for done, key in enumerate(chosen, 1):
+    for key in able:
         given = plan.replaced.get(key)
-        base = checkpoint.read(key) if given is None else given.astype(checkpoint.dtypes[key])
-        results.append(_compare(key, base, merged.read(key), plan.updates[key]))
-        if progress is not None:
-            progress(done, len(chosen))
+        weight = checkpoint.read(key) if given is None else given.astype(checkpoint.dtypes[key])
+        results.append(_compare(key, weight, ours.read(key), plan.updates[key]))
     return results, unable
 
 

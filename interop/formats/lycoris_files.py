@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -124,13 +124,55 @@ def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.nd
     return {"lora_A": a, "lora_B": b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))}
 
 
-def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.ndarray]:
-    """One module's tensors by LyCORIS' names: `read_module` the other way.
+class LycorisState(NamedTuple):
+    """The content of a LyCORIS file.
+
+    Attributes:
+        tensors: by the file's keys.
+        convolutions: the modules, as the file names them, that are convolutions.
+    """
+
+    tensors: dict[str, np.ndarray]
+    convolutions: list[str]
+
+
+def lycoris_state(
+    modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray], prefix: str | None
+) -> LycorisState:
+    """Return the content of a LyCORIS file.
 
     Args:
-        module: what to write.
-        one_axis: whether it is a Conv1d, whose core has no trailing axis in LyCORIS.
+        modules: of kind "loha", with torch's names. A convolution has an `in_shape`.
+        others: LyCORIS' differences, by `<module>.<part>`.
+        prefix: of all keys. None keeps each module's own, and the keys of `others`.
+
+    Raises:
+        ValueError: two modules would have one name, since dots are written as underscores.
     """
+    state = LycorisState({}, [])
+    owners: dict[str, str] = {}
+
+    def add(own: str, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        if owners.setdefault(own, name) != name:
+            raise ValueError(f"{owners[own]} and {name} would both be {own!r} in the file")
+        state.tensors.update({f"{own}.{part}": tensor for part, tensor in tensors.items()})
+
+    for module in modules:
+        own = module_key(module.prefix if prefix is None else prefix, module.name)
+        if own in owners:
+            raise ValueError(f"{owners[own]} and {module.name} would both be {own!r} in the file")
+        add(own, module.name, _module_tensors(module))
+        if "hada_t1" in module.tensors or math.prod((module.in_shape or ())[1:]) > 1:
+            state.convolutions.append(own)
+    for key, value in others.items():
+        name, _, part = key.rpartition(".")
+        add(name if prefix is None else module_key(prefix, name), name, {part: value})
+    return state
+
+
+def _module_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+    """One module's tensors by LyCORIS' names: `read_module` the other way."""
+    one_axis = module.in_shape is not None and len(module.in_shape) == 2  # a Conv1d's core has no trailing axis
     tensors = {
         part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
         for part, tensor in module.tensors.items()

@@ -74,7 +74,8 @@ def chosen_adapter(params: Any, adapter_name: str | None) -> str:
     """Return `adapter_name`, or the name of the tree's only adapter.
 
     Raises:
-        ValueError: the tree has no such adapter, or several and none is named, or is one half of `partition`.
+        ValueError: the tree has no such adapter, or several and none is named, or is one half of
+            `partition`.
     """
     check_whole(params)
     if adapter_name is not None:

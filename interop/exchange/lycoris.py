@@ -1,4 +1,4 @@
-"""`save_lycoris`: an adapter as a file of LyCORIS, kohya or ComfyUI, which hold what PEFT's format cannot."""
+"""`save_lycoris`: an adapter as a LyCORIS, kohya or ComfyUI file."""
 
 from __future__ import annotations
 
@@ -34,24 +34,28 @@ def save_lycoris(
 ) -> None:
     """Write an adapter as a LyCORIS, kohya or ComfyUI file.
 
-    LyCORIS' `create_lycoris_from_weights` opens a file of the default prefix; kohya's scripts and most user interfaces
-    want `lora_unet_`, `lora_te_`, …; ComfyUI takes dotted names after `diffusion_model.` or `transformer.` too.
+    LyCORIS' `create_lycoris_from_weights` opens a file of the default prefix; kohya's scripts and
+    most user interfaces want `lora_unet_`, `lora_te_`, …; ComfyUI takes dotted names after
+    `diffusion_model.` or `transformer.` too.
 
     Args:
         path: of the file, in a folder that exists; replaced as a whole.
         params: an adapted tree with values (not under `jax.jit`).
         adapter_name: which adapter; may be left out where a tree has only one.
-        prefix: what keys begin with. After one that ends with an underscore the dots of module names are written as
-            underscores too, as LyCORIS and kohya do; after a dot, or with none, names stay dotted.
-        others: further components of the file, trees by their prefix: `{"lora_te_": text_encoder_params}`.
-        dtype: "float16", "bfloat16" or "float32" for everything but alpha, which is always float32 (LyCORIS rounds it
-            too); by default each tensor's own.
-        metadata: strings for the file's header, over those that the adapter was loaded with. Where keys are kohya's,
-            `ss_network_module`, `ss_network_dim`, `ss_network_alpha` and `ss_network_args` are added if absent. A hash
-            (`sshs_model_hash`) is that of the tensors written, never an earlier one.
+        prefix: what keys begin with. After one that ends with an underscore the dots of module
+            names are written as underscores too, as LyCORIS and kohya do; after a dot, or with
+            none, names stay dotted.
+        others: further components of the file, trees by their prefix: `{"lora_te_":
+            text_encoder_params}`.
+        dtype: "float16", "bfloat16" or "float32" for everything but alpha, which is always float32
+            (LyCORIS rounds it too); by default each tensor's own.
+        metadata: strings for the file's header, over those that the adapter was loaded with. Where
+            keys are kohya's, `ss_network_module`, `ss_network_dim`, `ss_network_alpha` and
+            `ss_network_args` are added if absent. A hash (`sshs_model_hash`) is that of the tensors
+            written, never an earlier one.
 
     Raises:
-        ValueError: see `to_lycoris_state_dict`; or `metadata` does not hold strings alone.
+        ValueError: see `to_lycoris_state_dict`; or `metadata` holds something other than strings.
 
     Example:
         >>> import tempfile, loha_jax, jax.numpy as jnp
@@ -84,7 +88,7 @@ def save_lycoris(
 def to_lycoris_state_dict(
     params: Any, adapter_name: str | None = None, *, prefix: str = NATIVE_PREFIX, dtype: Any = None
 ) -> dict[str, np.ndarray]:
-    """LyCORIS' state dict of one adapter: `lycoris_<module, dots as underscores>.hada_w1_a` … and `.alpha`.
+    """Return LyCORIS' state dict of one adapter: `lycoris_<module>.hada_w1_a` … and `.alpha`.
 
     Args:
         params: an adapted tree with values.
@@ -92,13 +96,17 @@ def to_lycoris_state_dict(
         prefix, dtype: as for `save_lycoris`.
 
     Returns:
-        numpy arrays in PEFT's shapes, but for the cores of a Conv1d, which have no trailing axis; alpha as a float32
-        scalar, with rank stabilisation folded in; `hada_w1_a` times the scalar of `use_scalar`, which LyCORIS folds
-        too; `dora_scale`; and `w_norm` and `b_norm`, the differences of normalisation layers in `modules_to_save`.
+        numpy arrays in PEFT's shapes, but for the cores of a Conv1d, which have no trailing axis;
+            alpha as a float32
+        scalar, with rank stabilisation folded in; `hada_w1_a` times the scalar of `use_scalar`,
+            which LyCORIS folds
+        too; `dora_scale`; and `w_norm` and `b_norm`, the differences of normalisation layers in
+            `modules_to_save`.
 
     Raises:
-        ValueError: no such adapter; two modules get one name, because dots are written as underscores; a value is too
-            large for `dtype`; or the adapter has other `modules_to_save`, which LyCORIS has no place for.
+        ValueError: no such adapter; two modules get one name, because dots are written as
+            underscores; a value is too large for `dtype`; or the adapter has other
+            `modules_to_save`, which LyCORIS has no place for.
 
     Example:
         >>> import loha_jax, jax.numpy as jnp
@@ -144,6 +152,6 @@ def _differences(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
         for name, leaf in leaves.items():
             wide = float32_or_wider(leaf.original.dtype)
             copy, original = (on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original))
-            part = "diff_b" if module in adapted else NORM_PARTS[name]  # beside factors: of the layer's bias
+            part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
             result[f"{module}.{part}"] = copy - original
     return result

@@ -1,8 +1,10 @@
-"""Finds leaves among the tensors of a torch checkpoint by their contents alone, one tensor in memory at a time.
+"""Leaves found among the tensors of a torch checkpoint by their contents only.
 
-A sum of hashed values is the same in whatever order an array keeps them: it finds the tensors that a leaf, or each
-index of its stack, may hold. Their contents are then compared under every way to permute and merge axes that the two
-shapes allow.
+One tensor is in memory at a time.
+
+A sum of hashed values is the same in whatever order an array keeps them: it finds the tensors that
+a leaf, or each index of its stack, may hold. Their contents are then compared under every way to
+permute and merge axes that the two shapes allow.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a leaf could be where contents do not settle it."""
+    """The options of a leaf that contents do not settle."""
 
     ways: tuple[Way, ...]
 
@@ -78,7 +80,11 @@ class Options:
         return tuple(dict.fromkeys(key for way in self.ways for own in way.keys for key in own))
 
     def choose(self, keys: Sequence[str], layout: Layout | None) -> Source:
-        """The source with these names and this layout; ValueError where they are no option, or leave several."""
+        """Return the source with these names and this layout.
+
+        Raises:
+            ValueError: they are no option, or leave several.
+        """
         ways = [way for way in self.ways if _holds(way, keys)]
         if not ways:
             raise ValueError(f"{', '.join(keys)} is none of {'; '.join(self.words)}")
@@ -121,7 +127,7 @@ class _Hits:
 
 
 def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
-    """Finds every leaf; see `NameMap.infer`."""
+    """Find every leaf; see `NameMap.infer`."""
     slots = _slots(leaves, checkpoint)
     hits: dict[tuple[int, Stack, tuple[int, ...]], _Hits] = {}
     wanted = {(dtype, size) for dtype, size, _ in slots}
@@ -237,7 +243,7 @@ def _products(axes: list[tuple[int, int]], size: int) -> Iterator[tuple[tuple[in
 def _resolve(
     leaves: Sequence[Leaf], hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits], checkpoint: Checkpoint
 ) -> Found:
-    """Takes what contents settle, then what a settled neighbour in the same module does, and lists the rest."""
+    """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
     ways: dict[int, list[Way]] = defaultdict(list)
     for (n, stack, torch_shape), own in hits.items():
         for keys, groups in own.ways().items():
@@ -263,8 +269,8 @@ def _resolve(
             result.sources[leaf.path] = source
         else:
             result.ambiguous[leaf.path] = Options(tuple(ways[n]))
-    alone = {leaf.path: leaf.array for leaf in leaves if leaf.path in result.unmatched}
-    for path, part in find_parts(alone, checkpoint).items() if alone else ():
+    unmatched = {leaf.path: leaf.array for leaf in leaves if leaf.path in result.unmatched}
+    for path, part in find_parts(unmatched, checkpoint).items() if unmatched else ():
         if not result.unmatched[path].startswith("of its stack"):
             result.unmatched[path] = f"{part}; no layout can say so"
     result.sources = {leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources}

@@ -1,7 +1,8 @@
-"""Leaves that hold several torch tensors one after another along an axis, or a part of one: found, to say so.
+"""Leaves that hold several torch tensors one after another along an axis, or a part of one: found,
+to say so.
 
-A layout has no word for either (torch's q, k and v in one `[in, 3·out]` kernel, or the other way round), so that such a
-leaf stays unmatched; but its owner should know what it is.
+A layout has no word for either (torch's q, k and v in one `[in, 3·out]` kernel, or the other way
+round), so that such a leaf stays unmatched; but its owner should know what it is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from loha_jax.interop.names.value_hashes import coarser, fingerprint, slice_fing
 
 
 def find_parts(leaves: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:
-    """Says of leaves, by path, which tensors they hold or are a part of; silent about the others.
+    """Return, by path, which tensors a leaf holds or is a part of; other leaves are left out.
 
-    Fingerprints alone decide, for nothing but a message depends on it.
+    Only fingerprints decide, since only a message depends on it.
     """
     held: dict[str, list[tuple[int, str]]] = {}
     inside_of: dict[str, str] = {}

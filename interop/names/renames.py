@@ -35,16 +35,18 @@ def parse_names(given: Sequence[str]) -> dict[str, str] | None:
 
 
 def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -> AdapterFile:
-    """An adapter whose modules, and parameters beside them, have the names that `names` gives.
+    """Return an adapter whose modules, and other parameters, have the names that `names` gives.
 
     Args:
         adapter: as it was read.
-        names: `{regex: template}` for the whole names of modules in the adapter's file, or, where these have a
-            prefix, of what follows it; or a function of the name. Names that it does not give stay.
+        names: `{regex: template}` for the whole names of modules in the adapter's file, or, where
+            these have a prefix, of what follows it; or a function of the name. Names that it does
+            not give stay.
         modules: of the base, to find those that a new name writes with underscores.
 
     Raises:
-        ValueError: it gives one module several names, or a template refers to a group that its pattern lacks.
+        ValueError: it gives one module several names, or a template refers to a group that its
+            pattern lacks.
     """
     if names is None:
         return adapter
@@ -79,7 +81,7 @@ def _new_name(names: Names, own: str, rest: str) -> str | None:
 
 
 def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
-    """A sentence on modules of the base that end as the missing ones do, and the option that renames; "" if none."""
+    """Return a sentence on modules of the base that end as the missing ones do, or ""."""
     near: list[str] = []
     option = ""
     by_last: dict[str, list[str]] = {}

@@ -21,7 +21,7 @@ from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 from loha_jax.targets.module_names import Names
 
 
-class Source:
+class AdapterToConvert:
     """An adapter that is to be converted, with its modules' names and shapes looked up in the base.
 
     Args:

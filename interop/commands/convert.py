@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.commands.conversion_source import Source, cast_module
+from loha_jax.interop.commands.conversion_source import AdapterToConvert, cast_module
 from loha_jax.interop.disk.atomic import move_into_place, naming, temporary_folder, write_atomically
 from loha_jax.interop.disk.base_checkpoint import read_config
 from loha_jax.interop.formats.adapter_file import AdapterModule
@@ -107,7 +107,7 @@ def convert_adapter(
         raise ValueError(f"{target} is the source itself")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{target.parent}' to put {target.name} into")
-    read = Source(source, base, only, names)
+    read = AdapterToConvert(source, base, only, names)
     if dtype is not None and to != "lora":  # whose factors are computed from the source's own
         read.cast(dtype)
     job = _Targets(read)
@@ -131,7 +131,7 @@ def _write_whole(target: Path, write: Callable[[Path], None], force: bool) -> No
 class _Targets:
     """What each target makes of a source: a function that writes it to a path."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: AdapterToConvert):
         self._source, self._adapter = source, source.adapter
         self.errors: dict[str, float] = {}
         self.written: dict[str, AdapterModule] = {}

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.names.fused_parts import find_parts
 from loha_jax.interop.names.leaf_source import Source, make_source
 from loha_jax.interop.names.value_hashes import coarser, fingerprint, value_bits
 
@@ -39,7 +38,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Correspondence:
     """One way in which a leaf may be made of torch tensors.
 
     Attributes:
@@ -67,7 +66,7 @@ class Way:
 class Options:
     """The options of a leaf that contents do not settle."""
 
-    ways: tuple[Way, ...]
+    ways: tuple[Correspondence, ...]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ class Options:
         return dataclasses.replace(forms[0], keys=tuple(keys))
 
 
-def _holds(way: Way, keys: Sequence[str]) -> bool:
+def _holds(way: Correspondence, keys: Sequence[str]) -> bool:
     return len(keys) == len(way.keys) and all(key in own for key, own in zip(keys, way.keys, strict=True))
 
 
@@ -244,12 +243,14 @@ def _resolve(
     leaves: Sequence[Leaf], hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits], checkpoint: Checkpoint
 ) -> Found:
     """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
-    ways: dict[int, list[Way]] = defaultdict(list)
+    ways: dict[int, list[Correspondence]] = defaultdict(list)
     for (n, stack, torch_shape), own in hits.items():
         for keys, groups in own.ways().items():
             shape, names = tuple(leaves[n].array.shape), tuple(itertools.chain(*keys))
             forms = (make_source(names, shape, torch_shape, stack, group) for group in groups)
-            ways[n].append(Way(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant))
+            ways[n].append(
+                Correspondence(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant)
+            )
     claims = Counter(key for own in ways.values() for way in own for index in way.keys for key in index)
     result = Found({}, {}, {}, [])
     for n, own in ways.items():
@@ -269,17 +270,13 @@ def _resolve(
             result.sources[leaf.path] = source
         else:
             result.ambiguous[leaf.path] = Options(tuple(ways[n]))
-    unmatched = {leaf.path: leaf.array for leaf in leaves if leaf.path in result.unmatched}
-    for path, part in find_parts(unmatched, checkpoint).items() if unmatched else ():
-        if not result.unmatched[path].startswith("of its stack"):
-            result.unmatched[path] = f"{part}; no layout can say so"
     result.sources = {leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources}
     used = {key for own in hits.values() for index in own.found for key in index}
     result.unused = [key for key in checkpoint.shapes if key not in used]
     return result
 
 
-def _keys(way: Way, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+def _keys(way: Correspondence, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """The torch names of a leaf where contents settle them, and further names of the same values."""
     contested = any(claims[key] > 1 for own in way.keys for key in own)
     several = any(len(own) > 1 for own in way.keys)
@@ -291,7 +288,7 @@ def _keys(way: Way, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, 
 
 
 def _of_neighbour(
-    leaf: Leaf, ways: Sequence[Way], owners: set[tuple[str, ...]], claims: Mapping[str, int]
+    leaf: Leaf, ways: Sequence[Correspondence], owners: set[tuple[str, ...]], claims: Mapping[str, int]
 ) -> Source | None:
     """The source of a parameter whose contents fit, among others, the module that holds its neighbour."""
     keys = None

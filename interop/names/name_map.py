@@ -18,6 +18,14 @@ from loha_jax.tree.named_tree import Layouts
 GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 """GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""
 
+_TRANSFORMERS_NAMES = {
+    r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
+    r"(.*)\.weight_v": r"\1.parametrizations.weight.original1",
+    r"(.*\.layers\.\d+)\.layer\.layer_(\d+)\.(.*)": r"\1.layer.\2.\3",
+}
+_TRANSFORMERS_LAYOUTS = {r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"}
+_DIFFUSERS_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of an autoencoder
+
 
 class NameMap:
     """Torch names of a model's leaves, for `names=` of `inject` and all loaders and savers.
@@ -119,14 +127,7 @@ class NameMap:
             >>> NameMap.transformers()("resnet.encoder.stages.0.layers.0.layer.layer_1.convolution")
             'resnet.encoder.stages.0.layers.0.layer.1.convolution'
         """
-        result = cls(
-            {
-                r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
-                r"(.*)\.weight_v": r"\1.parametrizations.weight.original1",
-                r"(.*\.layers\.\d+)\.layer\.layer_(\d+)\.(.*)": r"\1.layer.\2.\3",
-            },
-            layouts={r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"},
-        )
+        result = cls(_TRANSFORMERS_NAMES, layouts=_TRANSFORMERS_LAYOUTS)
         if model_type == "gpt2":
             result._given[GPT2_CONV1D] = "oi"
             result._conv1d = re.compile(GPT2_CONV1D)
@@ -143,13 +144,7 @@ class NameMap:
             >>> NameMap.diffusers()("down_blocks_0.attentions_1.transformer_blocks_0.attn1.to_out_0")
             'down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0'
         """
-        vae = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-        def part(name: str) -> str:
-            # linear_1 and linear_2 of an embedding are called so in torch
-            return vae.get(name, name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name))
-
-        return cls(lambda name: ".".join(map(part, name.split("."))))
+        return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
     def infer(cls, params: Any, base: str | Path) -> NameMap:
@@ -275,3 +270,9 @@ class NameMap:
         names = self._names
         shown = f"{len(names)} patterns" if isinstance(names, Mapping) else getattr(names, "__qualname__", repr(names))
         return f"NameMap({shown})"
+
+
+def _diffusers_part(name: str) -> str:
+    # linear_1 and linear_2 of an embedding are called so in torch
+    numbered = name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name)
+    return _DIFFUSERS_ATTENTION.get(name, numbered)

@@ -57,9 +57,3 @@ def fingerprint(bits: np.ndarray) -> int:
                 mixed ^= mixed >> np.uint64(29)
                 total += mixed.sum(dtype=np.uint64)
     return int(total)
-
-
-def slice_fingerprints(bits: np.ndarray, axis: int) -> np.ndarray:
-    """Return the fingerprint of each index along an axis; a range has the sum of its indices'."""
-    parts = (np.ascontiguousarray(part) for part in np.moveaxis(bits, axis, 0))
-    return np.array([fingerprint(part) for part in parts], np.uint64)

@@ -317,6 +317,35 @@ def test_a_warning_is_a_note_on_standard_error(tmp_path):
     assert "new_option" in err
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("choose with `only=`", "choose with --only"),
+        ("pass `force=True` to replace it", "pass --force to replace it"),
+        ('`rank=` is for `to="lora"`', "--rank is for --to lora"),
+        (r"`names={'a[.](.*)': 'b.\\1'}`", r"--names 'a[.](.*)=b.\1'"),
+        ("`names={'a' b'}` and `config=`", "`names={'a' b'}` and `config=`"),
+    ],
+)
+def test_errors_name_options_and_not_arguments(said, shown, monkeypatch):
+    from loha_jax.interop.commands import inspection
+
+    def refuse(_):
+        raise ValueError(said)
+
+    monkeypatch.setattr(inspection, "inspect_path", refuse)
+    assert run("inspect", BASE, code=2)[1] == f"Error: {shown}\n"
+
+
+def test_output_that_the_terminal_cannot_encode_is_escaped():
+    """As on Windows, where standard output may not know ΔW."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "loha_jax.interop.commands.main", "inspect", str(LINEAR.adapter)]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"\u2016" in done.stdout
+
+
 def test_an_interrupted_merge_says_how_to_go_on(tmp_path, monkeypatch):
     from loha_jax.interop.merge import files as merge_files
 
@@ -325,7 +354,7 @@ def test_an_interrupted_merge_says_how_to_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(merge_files, "merge_checkpoint", interrupt)
     _, err = run("merge", BASE, LINEAR.adapter, tmp_path / "out", code=130)
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
 
 
 def test_a_fault_is_said_without_a_traceback(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What is to be converted: an adapter file beside the checkpoint of the model that it was made for."""
+"""`Source`: an adapter file to convert, beside the checkpoint of the model that it was made for."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from loha_jax.targets.module_names import Names
 
 
 class AdapterToConvert:
-    """An adapter that is to be converted, with its modules' names and shapes looked up in the base.
+    """An adapter to convert, with its modules' names and shapes looked up in the base.
 
     Args:
         path: of the adapter.
         base: the base model's checkpoint, if given.
-        only: a regular expression for the whole names of modules in the file; the others are left out.
+        only: a regular expression for the whole names of modules in the file; the others are left
+            out.
         names: other names for these modules, see `renamed`.
 
     Attributes:
@@ -35,11 +36,13 @@ class AdapterToConvert:
         checkpoint: the base, or None.
         shapes: of the weights in the base, by module, as `[out, in, *spatial]`.
         lookup: finds modules in the base.
-        is_unchanged: whether all of the file's modules are there, under the names that the file has.
+        is_unchanged: whether all of the file's modules are there, under the names that the file
+            has.
         notes: what a user should know, one sentence each.
 
     Raises:
-        ValueError: the base has no weight for a module, or one of another shape, or one for two modules.
+        ValueError: the base has no weight for a module, or one of another shape, or one for two
+            modules.
     """
 
     def __init__(self, path: str | Path, base: str | Path | None, only: str | None, names: Names | None = None):
@@ -63,7 +66,7 @@ class AdapterToConvert:
     def _in_base(
         self, modules: Mapping[str, AdapterModule], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, AdapterModule]:
-        """The modules under the base's names."""
+        """Return the modules under the base's names."""
         assert self.checkpoint is not None
         quantisation = self.checkpoint.quantisation
         result, lost, owners = {}, [], {}
@@ -76,7 +79,7 @@ class AdapterToConvert:
             if (other := owners.setdefault(name, own)) != own:
                 raise ValueError(
                     f"{other} and {own} are both {name} in {self.checkpoint.path}, which has one of the two models. "
-                    "Choose with --only"
+                    "Choose with `only=`"
                 )
             if f"{name}.weight" in quantisation.problems:
                 raise ValueError(f"{self.checkpoint.path}: {quantisation.problems[f'{name}.weight']}")
@@ -91,29 +94,29 @@ class AdapterToConvert:
         if lost:
             raise ValueError(
                 f"{self.checkpoint and self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
-                "that the adapter was made for, or choose modules with --only."
+                "that the adapter was made for, or choose modules with `only=`."
                 + rename_hint([m.name for own, m in modules.items() if own in lost], self.checkpoint.modules)
             )
         return result
 
     def cast(self, dtype: Any) -> None:
-        """Puts the factors into another dtype."""
+        """Convert the factors to another dtype."""
         modules = {own: cast_module(module, dtype) for own, module in self.adapter.modules.items()}
         self.adapter = dataclasses.replace(self.adapter, modules=modules)
 
     def lohas(self) -> dict[str, AdapterModule]:
-        """The modules as LoHa, by the source's names."""
+        """Return the modules as LoHa, by the source's names."""
         modules = {own: loha_of(m) if m.kind == "lora" else m for own, m in self.adapter.modules.items()}
         if any(m.kind == "lora" for m in self.adapter.modules.values()):
             self.notes.append("each LoRA became the LoHa of its rank that is equal to it")
         return modules
 
     def dotted(self, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
-        """The modules by their torch names, for a folder that holds one model's."""
+        """Return the modules by their torch names, for a folder of one model."""
         if len(prefixes := sorted({m.prefix for m in modules.values()})) > 1:
             raise ValueError(
                 f"The source holds several models' modules ({', '.join(prefixes)}), PEFT's folder those of one. Choose "
-                f"with --only, such as --only '{re.escape(prefixes[0])}.*'"
+                f"with `only=`, such as `only=` '{re.escape(prefixes[0])}.*'"
             )
         unknown = [
             own for own, m in modules.items() if self.checkpoint is None and m.prefix.endswith("_") and "_" in m.name
@@ -121,13 +124,13 @@ class AdapterToConvert:
         if unknown:
             raise ValueError(
                 f"The source writes dots of module names as underscores ({', '.join(unknown[:5])}"
-                f"{', …' if len(unknown) > 5 else ''}); --base, the base model's checkpoint, says which they are"
+                f"{', …' if len(unknown) > 5 else ''}); `base=`, the base model's checkpoint, says which they are"
             )
         result: dict[str, AdapterModule] = {}
         owners: dict[str, str] = {}
         for own, module in modules.items():
             if (other := owners.setdefault(module.name, own)) != own:
-                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with --only")
+                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with `only=`")
             result[module.name] = module
         return result
 
@@ -144,7 +147,7 @@ class AdapterToConvert:
             owners = sorted({key.rpartition(".")[0] for key in self.adapter.others})
             raise ValueError(
                 f"The source has differences of whole parameters ({', '.join(owners)}), PEFT has the parameters "
-                "themselves: give the base model's checkpoint, --base"
+                "themselves: give the base model's checkpoint, `base=`"
             )
         saved: dict[str, np.ndarray] = {}
         modules: list[str] = []
@@ -176,7 +179,7 @@ class AdapterToConvert:
         return saved, sorted(set(modules))
 
     def is_base_weight(self, module: str, part: str, value: np.ndarray) -> bool:
-        """Whether a `base_layer` in a PEFT file is the base's own: nothing is lost without it."""
+        """Return whether a `base_layer` in a PEFT file equals the base, so that it can be left out."""
         key = f"{module.removesuffix('.base_layer')}.{part}"
         if self.checkpoint is None or not module.endswith(".base_layer") or key not in self.checkpoint.shapes:
             return False
@@ -184,7 +187,7 @@ class AdapterToConvert:
 
 
 def cast_module(module: AdapterModule, dtype: Any) -> AdapterModule:
-    """A module with its tensors in another dtype."""
+    """Return a module with its tensors in another dtype."""
     tensors = cast_tensors(module.name, module.arrays, dtype)
     norms = tensors.pop("dora_scale", None)
     return dataclasses.replace(module, tensors=tensors, dora_scale=norms)

@@ -36,19 +36,24 @@ _KOHYA_DEFAULT = "lora_unet_"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        form: of the source.
-        modules: r of each module written, by name.
-        errors: for LoRA: the relative error of each module's update; 0 where it is exact.
-        notes: what a user should know, one sentence each.
+        form: the format of the source.
+        modules: the rank of each module written, by name.
+        errors: for LoRA, the relative error of each module's update; 0 where it is exact.
+        notes: remarks for the user, one sentence each.
     """
 
     form: str
     modules: dict[str, int]
     errors: dict[str, float]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result in JSON's types."""
+        modules = [{"name": name, "r": r, "error": self.errors.get(name)} for name, r in self.modules.items()]
+        return {"form": self.form, "modules": modules, "notes": list(self.notes)}
 
 
 def convert_adapter(
@@ -65,25 +70,29 @@ def convert_adapter(
     dtype: Any = None,
     force: bool = False,
 ) -> Conversion:
-    """Writes an adapter in another format. The target appears whole or not at all.
+    """Write an adapter in another format. The target appears whole or not at all.
 
     Args:
         source: PEFT's folder (LoHa or LoRA), LyCORIS' or kohya's file.
         target: the folder (or, of LyCORIS and kohya, file) to write.
-        to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is equal to it.
+        to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is
+            equal to it.
         rank, energy: of `to="lora"`, see `lora_of`; the exact LoRA of rank r² by default.
-        base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand for, its shapes which
-            modules are convolutions.
+        base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand
+            for, its shapes which modules are convolutions.
         prefix: of keys in LyCORIS' and kohya's files.
-        only: a regular expression for the whole names of modules in the source; the others are left out.
-        names: other names for modules, `{regex: template}` or a function, where the base model's were changed since
-            the adapter was trained; patterns are for whole names of modules in the source.
+        only: a regular expression for the whole names of modules in the source; the others are left
+            out.
+        names: other names for modules, `{regex: template}` or a function, where the base model's
+            were changed since the adapter was trained; patterns are for whole names of modules in
+            the source.
         dtype: of the factors, instead of their own.
         force: a target that is there is replaced.
 
     Raises:
         FileExistsError: the target is there.
-        ValueError: wrong arguments, or something that the target cannot hold, by name. Nothing is written then.
+        ValueError: wrong arguments, or something that the target cannot hold, by name. Nothing is
+            written then.
 
     Example:
         >>> import tempfile, jax, loha_jax
@@ -97,12 +106,12 @@ def convert_adapter(
     if to not in FORMATS:
         raise ValueError(f"Adapters are converted to {', '.join(FORMATS)}, not to {to!r}")
     if to != "lora" and (rank is not None or energy is not None):
-        raise ValueError("--rank and --energy are for --to lora: other formats hold the factors as they are")
+        raise ValueError('`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are')
     if prefix is not None and to not in ("lycoris", "kohya"):
-        raise ValueError("--prefix is for --to lycoris and --to kohya")
+        raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not force:
-        raise FileExistsError(f"{target} is there already. Choose another place, or pass --force to replace it")
+        raise FileExistsError(f"{target} is there already. Choose another place, or pass `force=True` to replace it")
     if target == Path(os.path.abspath(source)):
         raise ValueError(f"{target} is the source itself")
     if not target.parent.is_dir():
@@ -129,7 +138,7 @@ def _write_whole(target: Path, write: Callable[[Path], None], force: bool) -> No
 
 
 class _Targets:
-    """What each target makes of a source: a function that writes it to a path."""
+    """The targets of a conversion: for each, a function that writes it to a path."""
 
     def __init__(self, source: AdapterToConvert):
         self._source, self._adapter = source, source.adapter
@@ -137,7 +146,7 @@ class _Targets:
         self.written: dict[str, AdapterModule] = {}
 
     def _config(self, modules: Mapping[str, AdapterModule], saved: list[str]) -> LoHaConfig:
-        """A LoHa's config: the source's own where it has one."""
+        """Return a LoHa's config; the source's own if it has one."""
         given = {k: v for k, v in self._adapter.config.items() if v is not None}
         if self._adapter.config.get("peft_type") == "LOHA":
             config = LoHaConfig.from_dict(self._adapter.config)
@@ -169,7 +178,7 @@ class _Targets:
         return exact_targets(set(modules), every - {""})
 
     def peft(self) -> Callable[[Path], None]:
-        """A PEFT LoHa folder."""
+        """Return a function that writes a PEFT LoHa folder."""
         modules = self._source.dotted(self._source.lohas())
         self._check_for_peft(modules)
         saved, norms = self._source.saved()
@@ -185,14 +194,15 @@ class _Targets:
         }
         if problems := [f"{what} in {', '.join(names)}" for what, names in refused.items() if names]:
             raise ValueError(
-                f"PEFT's LoHa cannot hold {' and '.join(problems)}. Leave them out with --only, or merge the adapter"
+                f"PEFT's LoHa cannot hold {' and '.join(problems)}. Leave them out with `only=`, or merge the adapter"
             )
         flat = [name for name in modules if name not in cores]
         if cores and flat:
             if self._source.checkpoint is None and not self._adapter.config:
                 raise ValueError(
                     f"The source has modules with cores ({next(iter(cores))}) and without ({flat[0]}); whether the "
-                    "latter are convolutions, which PEFT cannot hold together, the base model's checkpoint says: --base"
+                    "latter are convolutions, which PEFT cannot hold together, only the base model's checkpoint says: "
+                    "give `base=`"
                 )
             if mixed := [name for name in flat if math.prod(shapes.get(name, ())[2:]) > 1]:
                 raise ValueError(
@@ -201,7 +211,7 @@ class _Targets:
                 )
 
     def lora(self, rank: int | None, energy: float | None, dtype: Any) -> Callable[[Path], None]:
-        """A PEFT LoRA folder."""
+        """Return a function that writes a PEFT LoRA folder."""
         modules: dict[str, AdapterModule] = {}
         for name, module in self._source.dotted(self._adapter.modules).items():
             lora, self.errors[name] = lora_of(module, rank, energy, shape=self._source.shapes.get(name))
@@ -233,14 +243,14 @@ class _Targets:
         return write
 
     def lycoris(self, default: str, prefix: str | None) -> Callable[[Path], None]:
-        """A file of LyCORIS or kohya."""
+        """Return a function that writes a file of LyCORIS or kohya."""
         modules = self._source.lohas()
         is_kohya = default.startswith(KOHYA_PREFIX)
         own_prefixes = {m.prefix for m in modules.values()}
         kept = is_kohya and all(p.startswith(KOHYA_PREFIX) for p in own_prefixes) and prefix is None
         if not kept and len(own_prefixes) > 1:
             raise ValueError(
-                f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with --only"
+                f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with `only=`"
             )
         chosen = None if kept else default if prefix is None else prefix
         known = [dataclasses.replace(m, in_shape=self._in_shape(own, m)) for own, m in modules.items()]
@@ -257,7 +267,7 @@ class _Targets:
         if shape is None and core is not None and core.ndim == 4 and core.shape[3] == 1:
             raise ValueError(
                 f"The core of {own} is that of a Conv1d or of a Conv2d of width 1; the base model's checkpoint says "
-                "which: --base"
+                "which: `base=`"
             )
         return None if shape is None or len(shape) < 3 else shape[1:]
 
@@ -275,6 +285,6 @@ class _Targets:
         if refused:
             raise ValueError(
                 f"LyCORIS' files have no place for whole parameters (modules_to_save): {', '.join(refused)}. Leave "
-                "them out with --only, or merge the adapter"
+                "them out with `only=`, or merge the adapter"
             )
         return state

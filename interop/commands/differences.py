@@ -1,4 +1,4 @@
-"""How two adapters differ, module by module and without building ΔW; and two checkpoints, tensor by tensor."""
+"""`compare_paths`: the differences of two adapters by module, or of two checkpoints by tensor."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def compare_paths(
     tolerance: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compares two adapters of any formats, or two checkpoints.
+    """Compare two adapters of any formats, or two checkpoints.
 
     Args:
         first, second: paths of the same kind.
-        tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules count as equal; of
-            checkpoints, the absolute difference of values.
+        tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules
+            count as equal; of checkpoints, the absolute difference of values.
         progress: called with the number of tensors compared and their number in all.
 
     Returns:
-        JSON's types alone: `different`, `only_first`, `only_second`, and a row for each common module or tensor.
+        Only JSON's types: `different`, `only_first`, `only_second`, and a row for each common
+        module or tensor.
 
     Raises:
         ValueError: one is an adapter and the other one a checkpoint, or a file cannot be read.
@@ -62,7 +63,7 @@ def compare_paths(
 
 
 def _read_both(first: Path, second: Path) -> tuple[AdapterFile, AdapterFile]:
-    """The adapters; dotted names of one say what the other one's underscores stand for."""
+    """Return both adapters; dotted names of one tell what underscores in the other stand for."""
     a, b = read_everything(first), read_everything(second)
     dotted = [[m.name for m in x.modules.values() if not m.prefix.endswith("_")] for x in (a, b)]
     if dotted[0] and not dotted[1]:
@@ -73,7 +74,7 @@ def _read_both(first: Path, second: Path) -> tuple[AdapterFile, AdapterFile]:
 
 
 def _by_name(adapter: AdapterFile) -> dict[str, AdapterModule]:
-    """Modules by their names; with their prefixes where several models' would be alike."""
+    """Return modules by their names, with prefixes if the file holds several models."""
     several = len({m.prefix for m in adapter.modules.values()}) > 1
     return {(own if several else m.name): m for own, m in adapter.modules.items()}
 
@@ -136,7 +137,7 @@ def _same_norms(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, Any]]:
-    """Tensors beside the factors that are not the same."""
+    """Return the differing tensors besides the factors."""
     a, b = (
         {**x.others, **{key: t for f in x.foreign.values() for key, t in f.tensors.items()}, **x.embeddings}
         for x in (first, second)
@@ -187,7 +188,7 @@ def _compare_checkpoints(
 
 
 def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest absolute difference of two vectors; NaN or infinity where one alone has such a value."""
+    """Return the largest absolute difference of two vectors; NaN if only one has NaN, and so on."""
     largest = 0.0
     for start in range(0, a.size, _BLOCK):
         x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]

@@ -1,4 +1,4 @@
-"""What a file or folder is, as plain data: an adapter with its modules and norms, or a base checkpoint."""
+"""`inspect_path`: an adapter or a base checkpoint described in plain data."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _KINDS = {"loha": "LoHa", "lora": "LoRA"}
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
-    """Describes what is at a path.
+    """Describe what is at a path.
 
     Returns:
-        JSON's types alone. Of an adapter: `kind`, `modules` (name, own name, r, alpha, shapes, dtype, parameters, and
-        ‖scale·ΔW‖ computed without building ΔW), `others`, `config`, `metadata`, `parameters`; of a checkpoint its
-        tensors. `problems` lists what is broken: values that are not finite, tensors that lack their partners or do
-        not fit them. `remarks` lists what may be wrong: updates that are zero.
+        Only JSON's types. For an adapter: `kind`, `modules` (name, own name, r, alpha, shapes,
+        dtype, parameters, and ‖scale·ΔW‖ computed without materialising ΔW), `others`, `config`,
+        `metadata`, `parameters`; of a checkpoint its tensors. `problems` lists what is broken:
+        values that are not finite, tensors that lack their partners or do not fit them. `remarks`
+        lists what may be wrong: updates that are zero.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -65,7 +66,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path that is there holds an adapter, of whatever kind, rather than a checkpoint."""
+    """Return whether an existing path holds an adapter of any kind rather than a checkpoint."""
     if path.is_dir():
         if has_peft_config(path):
             return True
@@ -80,7 +81,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether the file itself is whole, so that it is the adapter in it which is broken."""
+    """Return whether the file itself is whole, so that the adapter in it is broken."""
     if path.is_dir():
         path = next((file for file in sorted(path.glob("*.safetensors"))), path)
     try:
@@ -90,7 +91,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _broken_modules(path: Path) -> list[str]:
-    """What is wrong with each module of a LoHa whose file is whole."""
+    """Return what is wrong with each module of a LoHa whose file is whole."""
     file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in read_safetensors(file).items() if file.is_file() else ():

@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def printable(text: str) -> str:
-    """A text from a stranger's file without the characters that a terminal obeys."""
+    """Return a text from an untrusted file without the characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -64,7 +64,7 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _kinds(kinds: dict[str, int]) -> str:
-    """The kinds of a file's modules, with their numbers where there are several."""
+    """Return the kinds of a file's modules, with their numbers if there are several."""
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
 
 
@@ -179,7 +179,7 @@ def show_difference(console: Console, found: dict[str, Any], every: bool) -> Non
 
 
 def _said(module: dict[str, Any]) -> bool:
-    """Whether rank, alpha or dtype differ, which is worth a row although the updates are equal."""
+    """Return whether rank, alpha or dtype differ: worth a row even if the updates are equal."""
     return any(module[key][0] != module[key][1] for key in ("r", "alpha", "dtype"))
 
 

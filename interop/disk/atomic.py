@@ -1,7 +1,8 @@
 """Results that appear whole or not at all, whatever ends the process: temporary names, and one rename at the end.
 
-A temporary name is locked (`flock`) while its process lives. An unlocked one is the leftover of a killed process: the
-next write to the same place removes it. Windows has no such locks: nothing is removed there.
+A temporary name is locked (`flock`) while its process lives. An unlocked one is the leftover of a
+killed process: the next write to the same place removes it. Windows has no such locks: nothing is
+removed there.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 def whole_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `out` unless the block raises.
 
-    It is `out` itself if that already holds files or cannot be replaced; the block then writes each file atomically.
+    It is `out` itself if that already holds files or cannot be replaced; the block then writes each
+    file atomically.
     """
     if out.is_dir() and (any(out.iterdir()) or not is_replaceable(out)):
         yield out
@@ -143,9 +145,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def move_into_place(new: Path, out: Path, force: bool) -> None:
     """Rename a finished file or folder to its place.
 
-    An old result is exchanged with the new one in one step, and then removed. Only Linux can exchange names, and not
-    on NFS. Elsewhere the place is empty between two renames; if the process ends there, the next write to the place
-    restores the old result.
+    An old result is exchanged with the new one in one step, and then removed. Only Linux can
+    exchange names, and not on NFS. Elsewhere the place is empty between two renames; if the process
+    ends there, the next write to the place restores the old result.
 
     Args:
         new: the file or folder, in a folder of its own beside `out`.

@@ -23,7 +23,7 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?")
 _CONVERT = (
-    "Base checkpoints are read from safetensors alone: load the model in torch and save it with "
+    "Base checkpoints are read from safetensors only: load the model in torch and save it with "
     "safe_serialization=True "
     "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
 )
@@ -32,11 +32,12 @@ _WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What stands before the values of a safetensors file.
+    """The header of a safetensors file: everything before its values.
 
     Attributes:
-        data: the bytes themselves, the eight of the length first.
-        places: start and end of each tensor's values in the file, by name and in the header's order.
+        data: its bytes, beginning with the eight of its length.
+        places: start and end of each tensor's values in the file, by name and in the header's
+            order.
         metadata: its strings.
     """
 
@@ -51,9 +52,10 @@ class Header:
         metadata: Mapping[str, str] | None = None,
         stored_names: Mapping[str, str] | None = None,
     ) -> Header:
-        """A header for these tensors. As safetensors itself does, the widest dtypes come first: values are aligned.
+        """Return a header for these tensors.
 
-        `stored_names` are those that the file has instead of a tensor's own.
+        The widest dtypes come first, as in safetensors, so that values are aligned. `stored_names`
+        are those that the file has instead of a tensor's own.
         """
         entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offsets: dict[str, tuple[int, int]] = {}
@@ -71,27 +73,29 @@ class Header:
 
     @property
     def file_size(self) -> int:
-        """Of the whole file, in bytes."""
+        """The size of the whole file in bytes."""
         return max((end for _, end in self.places.values()), default=len(self.data))
 
 
 class Checkpoint:
-    """The tensors of a safetensors file or of a folder of them, by name; values are read when asked for.
+    """The tensors of one or several safetensors files, by name; values are read on request.
 
     Args:
-        path: a file; or a folder that holds `model.safetensors`, `diffusion_pytorch_model.safetensors`, one of these
-            in shards with `*.safetensors.index.json`, or a single safetensors file of any name.
+        path: a file; or a folder that holds `model.safetensors`,
+            `diffusion_pytorch_model.safetensors`, one of these in shards with
+            `*.safetensors.index.json`, or a single safetensors file of any name.
 
     Attributes:
-        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers alone. What torch's
-            wrappers put into names (`_orig_mod`) is left out.
+        shapes, dtypes: of each tensor by name, in the order of the files; read from the headers
+            only. Names are without the parts that torch's wrappers add (`_orig_mod`).
         stored_names: what the files call the tensors whose names have lost wrappers.
         files: the safetensors files.
         index: the file that names the shards, or None.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard of the index is missing.
-        ValueError: the folder holds several checkpoints, a file is broken, or index and shards do not agree.
+        ValueError: the folder holds several checkpoints, a file is broken, or index and shards do
+            not agree.
     """
 
     def __init__(self, path: str | Path):
@@ -121,7 +125,7 @@ class Checkpoint:
             raise FileError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
 
     def drop_prefix(self, prefix: str) -> None:
-        """Takes away what all names begin with (`module.` of DataParallel); nothing where one does not."""
+        """Remove a prefix from all names (`module.` of DataParallel), if every name has it."""
         if not all(key.startswith(prefix) for key in self.shapes):
             return
         for table in (self._files, self.shapes, self.dtypes):
@@ -135,17 +139,17 @@ class Checkpoint:
 
     @property
     def modules(self) -> list[str]:
-        """The names of the modules that have a weight, be it packed into other tensors."""
+        """The names of the modules that have a weight, also one packed into other tensors."""
         plain = [key.removesuffix(".weight") for key in self.shapes if key.endswith(".weight")]
         return list(dict.fromkeys([*plain, *self.quantisation.packed]))
 
     @functools.cached_property
     def quantisation(self) -> Quantisation:
-        """Which of the tensors are no plain values."""
+        """The tensors that are quantised."""
         return Quantisation(self.shapes, self.dtypes, read_config(self.folder), self._elsewhere())
 
     def _elsewhere(self) -> list[str]:
-        """Tensors of an index beside a single file that is one of its shards."""
+        """Return the tensors in other shards, if the file is one shard of an index beside it."""
         if self.index is not None or self.path.is_dir():
             return []
         for stem in _STEMS:
@@ -156,7 +160,7 @@ class Checkpoint:
         return []
 
     def read_scale(self, key: str) -> np.ndarray:
-        """The scale of a float8 tensor, as it is stored.
+        """Return the scale of a float8 tensor, as it is stored.
 
         Raises:
             FileError: it holds values that are negative or not finite.
@@ -169,7 +173,7 @@ class Checkpoint:
         return values
 
     def read_values(self, key: str) -> np.ndarray:
-        """The values of one tensor; those of a scaled float8 tensor in float32, multiplied by its scale."""
+        """Return the values of a tensor; scaled float8 in float32, multiplied by the scale."""
         values, scale = self.read(key), self.quantisation.scales.get(key)
         if scale is None:
             return values
@@ -177,15 +181,15 @@ class Checkpoint:
 
     @property
     def is_whole_folder(self) -> bool:
-        """Whether the files beside the weights (config, tokenizer) belong to them: not so beside a file of any name."""
+        """True if the files beside the weights (config, tokenizer) belong to them."""
         named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
         return self.path.is_dir() or self.index is not None or (named and (self.folder / "config.json").is_file())
 
     def read(self, key: str) -> np.ndarray:
-        """The values of one tensor.
+        """Return the values of a tensor.
 
-        They are read, not mapped: a mapped file's pages would count as memory. And safetensors has no numpy arrays of
-        float8.
+        They are read, not mapped: pages of a mapped file would count as memory. Besides,
+        safetensors cannot return float8 as numpy arrays.
         """
         file = self._files[key]
         start, end = self.header(file).places[self._prefix + key]
@@ -195,11 +199,11 @@ class Checkpoint:
         return data.view(self.dtypes[key]).reshape(self.shapes[key])
 
     def file_of(self, key: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._files[key]
 
     def header(self, file: Path) -> Header:
-        """The header of one of `files`, as it stands there."""
+        """Return the header of one of `files`."""
         if file in self._headers:
             return self._headers[file]
         with open(file, "rb") as opened:
@@ -263,7 +267,7 @@ def _from_index(index: Path, *, missing_is_fine: bool = False) -> tuple[list[Pat
 
 
 def is_floating(dtype: Any) -> bool:
-    """Whether values of a dtype are floating-point numbers, bfloat16's and float8's among them."""
+    """Return whether a dtype is a floating-point one, including bfloat16 and float8."""
     return jnp.issubdtype(dtype, np.floating)
 
 
@@ -295,7 +299,7 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a checkpoint's folder; {} where there is none.
+    """Return the parsed `config.json` of a checkpoint's folder; {} if there is none.
 
     Raises:
         FileError: it is not a JSON object.
@@ -304,7 +308,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def side_file_content(file: Path, dtype: Any) -> bytes:
-    """The content of a file beside the weights; where the weights change their dtype, a config says the new one."""
+    """Return the content of a file beside the weights; `config.json` with the new dtype, if any."""
     if file.name == "config.json" and dtype is not None:
         config = read_config(file.parent)
         for field in ("dtype", "torch_dtype"):
@@ -315,5 +319,5 @@ def side_file_content(file: Path, dtype: Any) -> bytes:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that hold weights or index them."""
+    """Return the names of the files in a folder that hold or index weights."""
     return sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []

@@ -19,7 +19,7 @@ from loha_jax.runtime.scalars import plain_scalar
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "200MB" or a number, in powers of ten as in huggingface_hub.
+    """Return the bytes of "5GB", "200MB" or a number, in powers of ten as in huggingface_hub.
 
     Example:
         >>> parse_size("5GB"), parse_size(np.int64(100))
@@ -35,16 +35,17 @@ def parse_size(size: int | str) -> int:
 
 
 class CheckpointWriter:
-    """Writes a checkpoint tensor by tensor, in any order, in shards of a size, with Hugging Face's file names.
+    """A checkpoint being written tensor by tensor, in any order, with Hugging Face's file names.
 
-    All headers are made from the names, dtypes and shapes, so that each tensor goes straight to its place in a
-    temporary file. `commit` flushes the files and renames them, the index last; leaving the `with` block without it
-    removes them.
+    Headers are computed from the names, dtypes and shapes, so each tensor is written to its final
+    place in a temporary file. `commit` flushes the files and renames them, the index last. If the
+    `with` block ends without it, the files are removed.
 
     Args:
         folder: exists.
         tensors: `(name, dtype, shape)` in the order in which they are to stand.
-        max_shard_size: of the values of one file, in bytes; one larger tensor has a file of its own.
+        max_shard_size: of the values of one file, in bytes; one larger tensor has a file of its
+            own.
         stem: "model" or "diffusion_pytorch_model".
         metadata: strings for the header of every file.
     """
@@ -94,7 +95,7 @@ class CheckpointWriter:
         os.truncate(descriptor, header.file_size)
 
     def write(self, name: str, value: np.ndarray) -> None:
-        """Puts a tensor into its place; its dtype and shape are those announced."""
+        """Write a tensor to its place; its dtype and shape must be those announced."""
         n, offset, dtype, shape = self._places[name]
         if value.dtype != dtype or value.shape != shape:
             raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
@@ -103,7 +104,7 @@ class CheckpointWriter:
         self._pending.discard(name)
 
     def commit(self) -> None:
-        """Flushes and renames the files; ValueError if a tensor was not written."""
+        """Flush and rename the files; raise ValueError if a tensor was not written."""
         if self._pending:
             raise ValueError(f"These tensors were announced and not written: {', '.join(sorted(self._pending))}")
         with naming(self._folder):
@@ -118,7 +119,7 @@ class CheckpointWriter:
             write_atomically(self._folder / f"{self._stem}.safetensors{INDEX}", text.encode())
 
     def close(self) -> None:
-        """Closes the files and removes those that were not renamed."""
+        """Close the files and remove those that were not renamed."""
         for file in self._files:
             file.close()
         self._files = []

@@ -1,4 +1,4 @@
-"""The files of an adapter's folder, config and weights, which change together."""
+"""Files that change together: the config and the weights in an adapter's folder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from loha_jax.interop.disk.system import exchange, locked_folder, sync_folder
 from loha_jax.runtime.untrusted import FileError
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""What diffusers and SimpleTuner call an adapter's file."""
+"""The name of an adapter's file in diffusers and SimpleTuner."""
 
 PENDING = ".loha_jax_pending"
-"""In a folder: new files that a killed process had no time to move to their places."""
+"""A folder inside, with new files that a killed process did not move to their places."""
 
 
 def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, bytes]) -> None:
-    """Writes the files of a folder that are read together, so that no reader finds old and new ones mixed.
+    """Write files that are read together, so that no reader finds old and new ones mixed.
 
-    A new folder appears whole. Where one file alone has changed, it is replaced. Where several have and the folder
-    holds nothing else, a new folder takes its place in one step. Else the new files are made in a folder `PENDING`
-    inside, and then moved. A process that ends between the moves leaves a folder that lacks the last file:
-    `pending_or_own` finds the new ones, other readers miss a file, and the next write finishes the moves.
+    A new folder appears whole. If only one file has changed, it is replaced. If several have
+    changed and the folder holds nothing else, a new folder takes its place in one step. Otherwise
+    the new files are written to a folder `PENDING` inside and then moved. If the process ends
+    between the moves, the last file is missing: `pending_or_own` finds the new files, other readers
+    report a missing file, and the next write finishes the moves.
 
     Args:
         folder: made if it is not there.
@@ -57,18 +58,20 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
 
 
 def pending_or_own(folder: Path, name: str) -> Path:
-    """A file that `write_together` wrote, or the place where it would be."""
+    """Return the path of a file that `write_together` wrote or would write."""
     pending = folder / PENDING / name
     return pending if pending.is_file() else folder / name
 
 
 def find_adapter_file(folder: Path) -> Path:
-    """The file of an adapter in a folder that has no `adapter_config.json`.
+    """Return the file of an adapter in a folder that has no `adapter_config.json`.
 
-    That is `pytorch_lora_weights.safetensors` (diffusers, SimpleTuner), or else the only safetensors file.
+    That is `pytorch_lora_weights.safetensors` (diffusers, SimpleTuner), or else the only
+    safetensors file.
 
     Raises:
-        FileNotFoundError: the folder has no safetensors file; the error names those in folders inside.
+        FileNotFoundError: the folder has no safetensors file; the error names those in folders
+            inside.
         FileError: it has several.
 
     Example:
@@ -94,7 +97,7 @@ def find_adapter_file(folder: Path) -> Path:
 
 
 def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Makes a folder of these files, unless another process makes one meanwhile."""
+    """Create a folder of these files; return False if another process has created it meanwhile."""
     folder = Path(os.path.realpath(folder))
     with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,7 @@ def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Puts a folder of these files in place of one that holds no others; False where that cannot be."""
+    """Replace a folder that holds no other files; return False if that is impossible."""
     entries = list(os.scandir(folder))
     if not is_replaceable(folder) or not all(e.name in files and e.is_file(follow_symlinks=False) for e in entries):
         return False
@@ -124,7 +127,7 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
         if not exchange(work / "new", folder):
             return False
         sync_folder(folder.parent)
-        for entry in os.scandir(work / "new"):  # put there in the last moment
+        for entry in os.scandir(work / "new"):  # added by another process at the last moment
             if entry.name not in files:
                 os.rename(entry, folder / entry.name)
     return True
@@ -137,7 +140,7 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _finish(folder: Path, names: list[str]) -> None:
-    """Moves pending files to their places; the last one is missing meanwhile."""
+    """Move pending files to their places; the last one is missing meanwhile."""
     pending = folder / PENDING
     if not pending.is_dir():
         return

@@ -1,7 +1,8 @@
-"""`Quantisation`: which tensors of a checkpoint are no plain values, and what they are multiplied by.
+"""`Quantisation`: the quantised tensors of a checkpoint and their scales.
 
-Scaled float8 is read and written: `weight = values * scale`, with one scale per tensor, row or block. All other forms
-(GPTQ, AWQ, bitsandbytes, packed integers, MXFP4, …) are found, so that they can be refused by name.
+Scaled float8 is read and written: `weight = values * scale`, with one scale per tensor, row or
+block. All other forms (GPTQ, AWQ, bitsandbytes, packed integers, MXFP4, …) are recognised and
+refused by name.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Scale:
     power_of_two: bool = False
 
     def rows(self, values: np.ndarray, shape: tuple[int, ...], first: int = 0, last: int | None = None) -> np.ndarray:
-        """The scale of rows of a tensor of this shape, as it broadcasts against them, in float32.
+        """Return the scale for rows of a tensor of this shape, in float32 and broadcastable to them.
 
         Example:
             >>> Scale("s", (2, 1), (2, 3)).rows(np.array([[1.0], [2.0]]), (3, 3)).tolist()
@@ -58,17 +59,17 @@ class Scale:
         return result
 
     def largest(self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None) -> np.ndarray:
-        """The largest of a tensor's absolute values for each value of the scale, along some of its axes."""
+        """Return the largest absolute value per value of the scale, along some axes of the tensor."""
         for axis in range(len(self.grid))[first_axis:last_axis]:
             count, block = self.grid[axis], self.blocks[axis]
             sizes = np.maximum.reduceat(sizes, np.arange(count) * block, axis)
         return sizes
 
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """The scale for new values: the old one where they use its range, else their largest over float8's.
+        """Return the scale for new values: the old one where they use its range, else a fitting one.
 
-        Values that stay as they were keep their bits then, and the others lose no more: half of the range is one of
-        the exponent's steps.
+        So unchanged values keep their bits, and the others lose no precision: half of the range is
+        one step of the exponent.
 
         Args:
             old: the scale, as it is stored.
@@ -86,18 +87,18 @@ class Scale:
 
 
 def dequantised(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Plain values in float32."""
+    """Return plain values in float32."""
     return values.astype(np.float32) * scale
 
 
 def quantised(values: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Values divided by their scale, in float8."""
+    """Return values divided by their scale, in float8."""
     limit = float(ml_dtypes.finfo(dtype).max)
     return np.clip(values / np.where(scale > 0, scale, 1), -limit, limit).astype(dtype)
 
 
 def is_float8(dtype: Any) -> bool:
-    """Whether a dtype is a floating one of 8 bits or fewer."""
+    """Return whether a dtype is a floating one of 8 bits or fewer."""
     return np.dtype(dtype).name.startswith(("float8", "float6", "float4"))
 
 
@@ -148,18 +149,18 @@ class Quantisation:
 
     @property
     def is_used(self) -> bool:
-        """Whether any tensor is quantised."""
+        """True if any tensor is quantised."""
         return bool(self.scales or self.problems or self.packed)
 
     @property
     def example(self) -> str:
-        """One quantised tensor, for a message."""
+        """A quantised tensor, for a message."""
         return next((f"{key} with {scale.key}" for key, scale in self.scales.items()), None) or next(
             iter([*self.problems.values(), *self.packed.values()]), ""
         )
 
     def owner_is_packed(self, key: str) -> bool:
-        """Whether a tensor is part of a packed weight."""
+        """Return whether a tensor is part of a packed weight."""
         parts = key.split(".")
         return any(".".join(parts[:-n]) in self.packed for n in (1, 2, 3) if n < len(parts))
 
@@ -201,7 +202,7 @@ class Quantisation:
                 self.problems[key] = f"{key} is {dtype} with {found[0]}, which is known for float8 only; {_ADVICE}"
 
     def _known(self, key: str) -> list[str]:
-        """The names that a tensor's scale may have."""
+        """Return the names that a tensor's scale may have."""
         module, _, part = key.rpartition(".")
         names = [f"{key}_scale", f"{key}_scale_inv"]
         prefix = f"{module}." if module else ""
@@ -256,7 +257,7 @@ class Quantisation:
         self.scales[key] = Scale(scale_key, grid, tuple(max(1, b) for b in blocks), power)
 
     def _block(self) -> list[int] | None:
-        """Sizes of blocks of the last two axes, as the config says."""
+        """Return the block size of the last two axes given by the config."""
         size = self._config.get("weight_block_size")
         if size is None and "weight_block_size" not in self._config and self._config.get("quant_method") == "fp8":
             size = [128, 128]  # what transformers takes then
@@ -274,7 +275,7 @@ class Quantisation:
 def _grid(
     shape: tuple[int, ...], scale: tuple[int, ...], block: Sequence[int] | None, must_be_blocks: bool
 ) -> tuple[int, ...] | None:
-    """A scale's shape with the tensor's number of axes, or None where it does not fit."""
+    """Return a scale's shape with one axis per axis of the tensor, or None if it does not fit."""
     ndim = len(shape)
     size = math.prod(scale)
     grid = scale

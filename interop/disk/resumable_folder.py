@@ -1,4 +1,4 @@
-"""Results that appear whole: a hidden folder beside the place of the result, and one rename at the end."""
+"""Results that appear whole and are resumed: a hidden folder beside their place, and one rename at the end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from loha_jax.interop.disk.system import IS_WINDOWS, lock_file, sync_folder
 
 
 class WorkingFolder:
-    """The hidden folder beside a result that takes long; one run at a time has it, and the next one can go on.
+    """The hidden folder of a result that takes long; one run at a time owns it, and the next run can resume it.
 
     Args:
         out: the place of the result.
-        fingerprint: of everything that the result depends on. Files of a run with another one are removed.
+        fingerprint: a hash of everything that the result depends on. Files of a run with another
+            hash are removed.
 
     Attributes:
         files: the folder that becomes the result.
@@ -29,7 +30,7 @@ class WorkingFolder:
         self._manifest = self._folder / "manifest.json"
         self._fingerprint = fingerprint
         self.files = self._folder / "files"
-        self._done = self._folder / "done"  # where an old result comes in exchange, to be taken for none
+        self._done = self._folder / "done"  # an old result comes here in exchange, and must not be resumed
 
     def __enter__(self) -> WorkingFolder:
         with naming(self._out):
@@ -48,7 +49,7 @@ class WorkingFolder:
         return self
 
     def _start(self) -> None:
-        """Removes what cannot be continued."""
+        """Remove what cannot be resumed."""
         restore(self._folder, self._out)
         shutil.rmtree(self._done, ignore_errors=True)
         try:
@@ -66,20 +67,20 @@ class WorkingFolder:
             unfinished.unlink()
 
     def is_finished(self, name: str, size: int) -> bool:
-        """Whether an earlier run left a whole file."""
+        """Return whether an earlier run left a whole file and the note on its losses."""
         path = self.files / name
-        return path.is_file() and path.stat().st_size == size
+        return path.is_file() and path.stat().st_size == size and self.losses(name).is_file()
 
     def losses(self, name: str) -> Path:
-        """The place of the note on what rounding lost in one of the files."""
+        """Return the path of the note on what rounding lost in one of the files."""
         return self._folder / f"losses-{name}.json"
 
     def discard(self) -> None:
-        """Removes all files."""
+        """Remove all files."""
         shutil.rmtree(self.files, ignore_errors=True)
 
     def publish(self, force: bool) -> None:
-        """Renames the folder of files to its place."""
+        """Rename the folder of files to its place."""
         sync_folder(self.files)
         self.files.rename(self._done)
         try:
@@ -90,7 +91,7 @@ class WorkingFolder:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
-        if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to continue with
+        if self._folder.is_dir() and not any(self.files.glob("*.safetensors")):  # nothing to resume
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
         if IS_WINDOWS:  # which removes no open file

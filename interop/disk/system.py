@@ -1,7 +1,7 @@
 """Operating systems' calls with a fallback where one is missing: locks, flushes, positioned reads and writes, exchange.
 
-Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a descriptor's own
-position. macOS has no `copy_file_range` and no `renameat2`.
+Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a
+descriptor's own position. macOS has no `copy_file_range` and no `renameat2`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def lock(descriptor: int, *, wait: bool) -> None:
     """Lock an open file or folder against other processes until its descriptor is closed.
 
     Raises:
-        OSError: another process has it and `wait` is false; or the system or the file system has no such locks.
+        OSError: another process has it and `wait` is false; or the system or the file system has no
+            such locks.
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "this system has no locks on temporary names")

@@ -1,4 +1,4 @@
-"""Checkpoints as numpy arrays: what safetensors and torch files hold."""
+"""Tensors of safetensors and torch files, as numpy arrays."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-"""What numpy has for the dtypes of safetensors."""
+"""numpy's dtypes for those of safetensors."""
 
 _MAX_HEADER_BYTES = 32 << 20  # a shard with 100,000 tensors has about 15 MB
 
@@ -43,7 +43,7 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|(?<=_)|^)_(?:orig_mod|checkpoint_wrapped_mod
 
 
 def without_wrappers(key: str) -> str:
-    """A tensor's key without what torch's wrappers put into names: `torch.compile`, FSDP, checkpointed activations.
+    """Return a key without the parts that torch's wrappers (`torch.compile`, FSDP, …) add.
 
     Example:
         >>> without_wrappers("base_model.model._orig_mod.layers.0._checkpoint_wrapped_module.q.weight")
@@ -55,10 +55,10 @@ def without_wrappers(key: str) -> str:
 
 
 def unwrapped(tensors: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by their keys `without_wrappers`.
+    """Return the tensors of a file by their keys `without_wrappers`.
 
     Raises:
-        FileError: two keys differ by wrappers alone.
+        FileError: two keys differ only by wrappers.
     """
     found: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
@@ -69,20 +69,20 @@ def unwrapped(tensors: Mapping[str, np.ndarray], path: str | Path) -> dict[str, 
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file.
+    """Return the content of a safetensors file.
 
-    Arrays are made contiguous first: safetensors writes the bytes of a transposed array in memory order, which would
-    load as other values.
+    Arrays are made contiguous first: safetensors writes the bytes of a transposed array in memory
+    order, which would load as other values.
     """
     return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()}, dict(metadata))
 
 
 @contextlib.contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, opened with `safetensors.safe_open`; what is wrong with it is a `FileError`.
+    """Open a safetensors file with `safetensors.safe_open`; turn its errors into `FileError`.
 
-    The library itself checks the header against the file: offsets that overlap, leave gaps or pass its end, and
-    shapes that claim other than what is there.
+    The library itself checks the header against the file: offsets that overlap, leave gaps or pass
+    its end, and shapes that claim other than what is there.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -103,11 +103,12 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, by their keys `without_wrappers`.
+    """Return all tensors of a safetensors file, by their keys `without_wrappers`.
 
     Raises:
         FileNotFoundError: it is not there.
-        FileError: it is not a whole safetensors file, or a tensor has a dtype or a number of axes that numpy has not.
+        FileError: it is not a whole safetensors file, or a tensor has a dtype or a number of axes
+            that numpy has not.
     """
     with open_safetensors(path) as file:
         found = dict(safetensors.deserialize(Path(path).read_bytes()))  # in an order that differs from run to run
@@ -126,15 +127,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file; errors as of `read_safetensors`."""
+    """Return the strings in the header of a safetensors file; errors as of `read_safetensors`."""
     with open_safetensors(path) as file:
         return file.metadata() or {}
 
 
 def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a `.bin` file, by torch's `weights_only` loader, which runs no code from the file.
+    """Return all tensors of a `.bin` file.
 
-    Keys are those of `read_safetensors`.
+    torch's `weights_only` loader reads it, which runs no code from the file. Keys are those of
+    `read_safetensors`.
 
     Raises:
         ImportError: torch is not installed.
@@ -154,9 +156,9 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of dtypes and storages that are refused below
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch stumbles over in a hostile file
+    except Exception as error:  # anything that torch raises for a corrupted file
         raise FileError(
-            f"{path} is not a torch file that holds tensors alone: {type(error).__name__}: {error}"
+            f"{path} is not a torch file that holds only tensors: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
@@ -180,7 +182,7 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Raises FileError for what torch.save does not write: no zip archive, or one that grows when it is unpacked."""
+    """Raise FileError for anything but a zip archive of uncompressed entries, as torch.save writes."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -193,7 +195,7 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Raises FileError where tensors hold NaN or infinity, and names them all."""
+    """Raise FileError with the names of all tensors that hold NaN or infinity."""
     broken = [
         key
         for key, tensor in tensors.items()

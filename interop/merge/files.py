@@ -1,7 +1,8 @@
-"""`merge_checkpoint`: a base checkpoint with adapters merged into it, from files to files, a few rows at a time.
+"""`merge_checkpoint`: adapters merged into a base checkpoint, from files to files, a few rows at a time.
 
-The result has the base's shards, index, key order and metadata. It is made in a hidden folder beside its place, where
-finished shards stay when a run is cut off, and appears by one rename.
+The result has the shards, index, key order and metadata of the base. It is written to a hidden
+folder beside its place and appears by one rename. If a run is interrupted, its finished shards stay
+in that folder, and the next run resumes from them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from loha_jax.interop.disk.atomic import write_atomically
 from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, side_file_content, side_files
 from loha_jax.interop.disk.resumable_folder import WorkingFolder
 from loha_jax.interop.formats.adapter_file import AdapterFile
-from loha_jax.interop.merge.plan import plan_merge
+from loha_jax.interop.merge.plan import MergePlan, plan_merge
 from loha_jax.interop.merge.shard import ShardWriter, new_dtype
 from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
 from loha_jax.interop.updates.rounding import Loss, Losses, check_losses, loss_notes
@@ -31,21 +32,22 @@ from loha_jax.interop.updates.rounding import Loss, Losses, check_losses, loss_n
 from loha_jax.targets.module_names import Names
 
 _VERSION = 2
-"""Of the working folder; a change in what is written counts it up."""
+"""The version of the working folder, increased whenever what is written changes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
         out: the folder.
-        files: names of the files of weights.
-        kept: those that an earlier run, cut off, had finished.
-        merged, replaced, copied: numbers of tensors: with updates added, with new values, as they were.
-        bytes: of the files of weights.
-        losses: what rounding loses, by merged tensor of fewer than 32 bits.
-        notes: what a user should know, one sentence each.
+        files: the names of the weight files.
+        kept: the files that an earlier, interrupted run had finished.
+        merged, replaced, copied: the number of tensors with an update added, with new values, and
+            unchanged.
+        bytes: the size of the weight files.
+        losses: what rounding loses, for each merged tensor of fewer than 32 bits.
+        notes: remarks for the user, one sentence each.
     """
 
     out: Path
@@ -57,6 +59,16 @@ class MergeReport:
     bytes: int
     losses: dict[str, Loss]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result in JSON's types."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"out": str(self.out), "files": list(self.files), "kept": list(self.kept), "notes": list(self.notes)}
+        values["losses"] = [
+            {"name": key, "dtype": loss.dtype, "scaled": loss.scaled, "error": loss.relative, "lost_share": loss.share}
+            for key, loss in self.losses.items()
+        ]
+        return values
 
 
 def merge_checkpoint(
@@ -70,29 +82,34 @@ def merge_checkpoint(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Writes a checkpoint with adapters merged into it: `W + Σ weight·ΔW`, added in float32 and rounded once.
+    """Write a checkpoint with adapters merged into it: `W + Σ weight·ΔW`, added in float32 and rounded once.
 
-    Everything is checked on headers and adapters first. Memory is that of the adapters and of a few blocks of rows.
-    A run that was cut off is continued by the next one with the same files, weights and options.
+    Headers and adapters are checked before anything is written. Only the adapters and a few blocks
+    of rows are in memory at a time. If a run is interrupted, the next run with the same files,
+    weights and options resumes it.
 
     Args:
         base: a safetensors file, or a folder with one or with shards and their index.
-        adapters: paths of adapters (PEFT's folders, LyCORIS' or kohya's files) and their weights. Parameters of
-            `modules_to_save` replace the base's whatever the weight.
-        out: a folder that is not there yet. Files beside the base's weights (config, tokenizer) are copied into it.
-        dtype: of all floating tensors, instead of the base's.
-        only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
-        names: other names for modules, `{regex: template}` or a function, where the base's were changed since the
-            adapter was trained; patterns are for whole names of modules in the adapters' files.
-        force: an `out` that is there is replaced, when the new one is whole; and a base of float8 without scales is
-            written although rounding loses most of the update.
-        progress: called with the bytes written so far and in all.
+        adapters: paths of adapters (PEFT's folders, LyCORIS' or kohya's files) and their weights.
+            Parameters of `modules_to_save` replace those of the base, whatever the weight.
+        out: a folder that does not exist yet. Files beside the base's weights (config, tokenizer)
+            are copied into it.
+        dtype: the dtype of all floating tensors; by default that of the base.
+        only: a regular expression. Only modules whose whole name in the adapter's file matches are
+            merged.
+        names: new names for modules, `{regex: template}` or a function, if the base was renamed
+            since the adapter was trained. Patterns match whole names of modules in the adapter's
+            file.
+        force: replace an existing `out` once the new one is complete; and write float8 without
+            scales even if rounding loses most of the update.
+        progress: called with the number of bytes written so far and in total.
 
     Raises:
-        FileExistsError: `out` is there, or another run is writing it.
-        ValueError: see `plan_merge`; or values that float16 cannot hold; or `dtype` with a quantised base; or rounding
-            to float8 without scales would lose more than half of the update. There is no `out` then.
-        OSError: the disk is full, or cannot hold the result.
+        FileExistsError: `out` exists, or another run is writing it.
+        ValueError: see `plan_merge`; or float16 cannot hold the values; or `dtype` was given for a
+            quantised base; or rounding to float8 without scales would lose more than half of the
+            update. `out` does not exist then.
+        OSError: the disk is full, or too small for the result.
 
     Example:
         >>> import tempfile, jax, loha_jax
@@ -110,37 +127,15 @@ def merge_checkpoint(
     if dtype is not None and checkpoint.quantisation.is_used:
         raise ValueError(
             f"{checkpoint.path} is quantised ({checkpoint.quantisation.example}): its tensors keep their dtypes, leave "
-            "--dtype (dtype=) out"
+            "`dtype=` out"
         )
     plan, files = plan_merge(checkpoint, adapters, only=only, names=names)
     headers = {file.name: _new_header(checkpoint, file, dtype, plan.resized) for file in checkpoint.files}
-    total = sum(header.file_size for header in headers.values())
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
     with WorkingFolder(out, fingerprint) as work:
-        losses = Losses()
-        kept = tuple(
-            name
-            for name, header in headers.items()
-            if work.is_finished(name, header.file_size) and work.losses(name).is_file()
-        )
-        for name in kept:
-            losses.add_json(json.loads(work.losses(name).read_text(encoding="utf-8")))
-        done = sum(headers[name].file_size for name in kept)
-        _check_space(out.parent, total - done)
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress is not None:
-                progress(done, total)
-
-        count(0)
-        for file in checkpoint.files:
-            if file.name not in kept:
-                own = Losses()
-                writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
-                writer.write(work.files / file.name, functools.partial(own.write, work.losses(file.name)))
-                losses.add_json(own.to_json())
+        kept = [name for name, header in headers.items() if work.is_finished(name, header.file_size)]
+        _check_space(out.parent, sum(header.file_size for name, header in headers.items() if name not in kept))
+        losses = _write_shards(checkpoint, plan, headers, dtype, work, kept, progress)
         try:
             check_losses(losses.tensors, force)
         except ValueError:
@@ -148,22 +143,56 @@ def merge_checkpoint(
             raise
         _write_side_files(checkpoint, work.files, dtype, plan.resized)
         work.publish(force)
+    changed = {*plan.updates, *plan.added} - plan.replaced.keys()
+    both = plan.replaced.keys() & plan.updates.keys()
     return MergeReport(
-        out,
-        tuple(headers),
-        kept,
-        len({*plan.updates, *plan.added} - plan.replaced.keys()) + len(plan.replaced.keys() & plan.updates.keys()),
-        len(plan.replaced.keys() - plan.updates.keys()),
-        len(checkpoint.shapes) - len(plan.keys),
-        total,
-        losses.tensors,
-        (*plan.notes, *loss_notes(losses.tensors)),
+        out=out,
+        files=tuple(headers),
+        kept=tuple(kept),
+        merged=len(changed) + len(both),
+        replaced=len(plan.replaced) - len(both),
+        copied=len(checkpoint.shapes) - len(plan.keys),
+        bytes=sum(header.file_size for header in headers.values()),
+        losses=losses.tensors,
+        notes=(*plan.notes, *loss_notes(losses.tensors)),
     )
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    plan: MergePlan,
+    headers: Mapping[str, Header],
+    dtype: Any,
+    work: WorkingFolder,
+    kept: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> Losses:
+    """Write the files that an earlier run has not finished; return what rounding loses in all of them."""
+    losses = Losses()
+    for name in kept:
+        losses.add_json(json.loads(work.losses(name).read_text(encoding="utf-8")))
+    total = sum(header.file_size for header in headers.values())
+    done = sum(headers[name].file_size for name in kept)
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    count(0)
+    for file in checkpoint.files:
+        if file.name not in kept:
+            own = Losses()
+            writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
+            writer.write(work.files / file.name, functools.partial(own.write, work.losses(file.name)))
+            losses.add_json(own.to_json())
+    return losses
 
 
 def _check_place(checkpoint: Checkpoint, out: Path, force: bool) -> None:
     if os.path.lexists(out) and not force:
-        raise FileExistsError(f"{out} is there already. Choose another place, or pass --force to replace it")
+        raise FileExistsError(f"{out} is there already. Choose another place, or pass `force=True` to replace it")
     real, source = out.resolve(), checkpoint.folder.resolve()
     if real == source or real in source.parents:
         raise ValueError(f"{out} holds the base checkpoint; a merge does not replace its own base")
@@ -193,7 +222,7 @@ def _new_header(checkpoint: Checkpoint, file: Path, dtype: Any, resized: Mapping
 def _fingerprint(
     checkpoint: Checkpoint, adapters: Sequence[AdapterFile], weights: Sequence[float], dtype: Any, only: str | None
 ) -> str:
-    """Of everything that the result depends on; a base file counts by its header, size and time."""
+    """Return a hash of everything that the result depends on; of base files, the header, size and time."""
     digest = hashlib.sha256()
 
     def add(*values: Any) -> None:

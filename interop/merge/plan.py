@@ -1,4 +1,4 @@
-"""What a merge does to each tensor of a base checkpoint, decided and checked on the headers before a value is read."""
+"""`plan_merge`: what happens to each base tensor, decided and checked before a value is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class TensorUpdate:
         module: as in the adapter's file.
         update: ΔW, in the orientation of the stored tensor.
         weight: what ΔW is multiplied by.
-        norms: of a weight decomposition: one per row `[rows, 1]` or per column `[1, in]` of the stored tensor, or None.
+        norms: of a weight decomposition: one per row `[rows, 1]` or per column `[1, in]` of the
+            stored tensor, or None.
         transposed: the tensor is stored as `[in, out]`.
     """
 
@@ -50,7 +51,7 @@ class TensorUpdate:
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
-    """What happens to the tensors of a checkpoint, by their keys; those that are not named stay as they are.
+    """The changes to the tensors of a checkpoint, by their keys; all other tensors stay unchanged.
 
     Attributes:
         updates: `W + Σ weight·ΔW`.
@@ -68,7 +69,7 @@ class MergePlan:
 
     @property
     def keys(self) -> set[str]:
-        """Of all tensors that change."""
+        """The keys of all tensors that change."""
         return {*self.updates, *self.replaced, *self.added}
 
 
@@ -79,21 +80,22 @@ def plan_merge(
     only: str | None = None,
     names: Names | None = None,
 ) -> tuple[MergePlan, list[AdapterFile]]:
-    """Reads the adapters and finds the tensor of each of their modules.
+    """Read the adapters and find the tensor of each of their modules.
 
     Args:
         checkpoint: the base.
         adapters: paths and weights.
-        only: a regular expression for the whole names of modules in the adapters' files; the others are left out.
+        only: a regular expression for the whole names of modules in the adapters' files; the others
+            are left out.
         names: other names for these modules, see `renamed`.
 
     Returns:
         The plan, and the adapters.
 
     Raises:
-        ValueError: modules without a tensor, or whose tensor has another shape or is quantised in a way that is not
-            known, and tensors that two modules of one adapter would change, all in one error; a tensor that two
-            adapters replace.
+        ValueError: modules without a tensor, or whose tensor has another shape or is quantised in a
+            way that is not known, and tensors that two modules of one adapter would change, all in
+            one error; a tensor that two adapters replace.
         FileError: an adapter is broken, or holds NaN or infinity.
     """
     planner = _Planner(checkpoint, only, names)
@@ -143,11 +145,11 @@ class _Planner:
         return adapter
 
     def _is_taken(self, key: str, own: str, owners: dict[str, str]) -> bool:
-        """Whether another module of the same adapter changes a tensor already, as two text encoders' would."""
+        """Note a tensor that another module of the adapter changes already (two text encoders)."""
         other = owners.setdefault(key, own)
         if other != own:
             self._problems.append(
-                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with --only"
+                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with `only=`"
             )
         return other != own
 
@@ -178,7 +180,7 @@ class _Planner:
                 self._updates.setdefault(key, []).append(own)
 
     def _is_conv1d(self, adapter: AdapterFile, found: list[_Found]) -> Callable[[str], bool]:
-        """A test by name for GPT-2's projections, stored as [in, out]: a square weight's shape does not show it."""
+        """Return a test by name for GPT-2's projections, stored as [in, out], also square ones."""
         named = [
             (update, self._checkpoint.shapes[key]) for m, key, update in found if re.fullmatch(GPT2_CONV1D, m.name)
         ]
@@ -224,7 +226,7 @@ class _Planner:
         self._replaced[target], self._replaced_by[target] = value, adapter.path
 
     def _is_tied_copy(self, key: str, value: np.ndarray) -> bool:
-        """Whether an output head that the base has not is the embedding that it is tied to, saved with it."""
+        """Return whether an output head missing in the base is a copy of its tied embedding."""
         if not key.endswith(_HEAD) or not self._config.get("tie_word_embeddings", True):
             return False
         return any(_EMBEDDING.search(own) and np.array_equal(v, value) for own, v in self._replaced.items())
@@ -270,7 +272,7 @@ class _Planner:
 
 
 def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:
-    """The norms of a weight decomposition for the stored matrix: `[rows, 1]` or `[1, in]`."""
+    """Return the norms of a decomposition for the stored matrix: `[rows, 1]` or `[1, in]`."""
     if module.dora_scale is None:
         return None
     scale = module.dora_scale

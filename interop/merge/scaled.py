@@ -1,4 +1,4 @@
-"""Merging into scaled float8: rows are dequantised, added to, and quantised again with a scale that fits them."""
+"""Merging into scaled float8: rows are dequantised, added to, and quantised with a new scale."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Span = tuple[int, int]
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows are out features; what has no second axis is one row per value of its first."""
+    """Return the shape as `[rows, columns]`: rows are output features; a vector is one row."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 class ScaledRows:
-    """A scaled float8 tensor of a base checkpoint as a matrix, and what it becomes.
+    """A scaled float8 tensor of a base checkpoint as a matrix, with its new scale.
 
     Args:
         checkpoint: the base.
@@ -39,13 +39,13 @@ class ScaledRows:
         self.new_scale = self._old
 
     def _expanded(self, scale: np.ndarray, first: int, last: int) -> np.ndarray:
-        """A scale for rows of the matrix."""
+        """Return a scale for rows of the matrix."""
         rows = self._scale.rows(scale, self._torch_shape, *((first, last) if len(self._torch_shape) > 1 else ()))
         full = np.broadcast_to(rows, (last - first, *self._torch_shape[1:])) if rows.ndim > 2 else rows
         return full.reshape(full.shape[0], -1) if rows.ndim > 1 else full.reshape(1, -1)
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows of the base in float32."""
+        """Return rows of the base in float32."""
         if self._replaced is not None:
             return self._replaced[first:last].astype(np.float32)
         count = (last - first) * self.shape[1]
@@ -55,7 +55,7 @@ class ScaledRows:
         return dequantised(data.view(self.dtype).reshape(last - first, -1), self._expanded(self._old, first, last))
 
     def fit(self, merged: Callable[[Span], np.ndarray], spans: Sequence[Span], run: Callable[..., Any]) -> None:
-        """Finds the new scale from all merged rows, which are computed once for it and once to be written.
+        """Find the new scale from all merged rows; they are recomputed when they are written.
 
         Args:
             merged: gives the rows of a span.
@@ -75,7 +75,7 @@ class ScaledRows:
         self.new_scale = self._scale.renewed(self._old, self._scale.largest(rows, last_axis=1), self.dtype)
 
     def quantised(self, merged: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Merged rows in float8, and their values."""
+        """Return merged rows in float8, and their values."""
         scale = self._expanded(self.new_scale, first, last)
         result = quantised(merged, scale, self.dtype)
         return result, dequantised(result, scale)

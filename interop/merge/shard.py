@@ -28,12 +28,12 @@ _WORKERS = 3
 
 
 def new_dtype(own: np.dtype, dtype: Any) -> np.dtype:
-    """Of a merged tensor: floating ones take `dtype`, if any."""
+    """Return the dtype of a merged tensor: `dtype` for floating ones, if given."""
     return np.dtype(dtype) if dtype is not None and is_floating(own) else own
 
 
 class ShardWriter:
-    """One file of weights on its way into the merged one."""
+    """One weight file of the base and the merged file made from it."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ShardWriter:
                 yield lambda a=start + offset, b=place + offset, n=size: self._copy(a, b, n)
 
     def _merged(self, base: ScaledRows, updates: RowUpdates, key: str, span: tuple[int, int]) -> np.ndarray:
-        """Rows of a scaled tensor with its updates, in float32."""
+        """Return rows of a scaled tensor with its updates, in float32."""
         block = base.rows(*span)
         for value, weight in self._plan.added.get(key, ()):
             block = block + weight * value.reshape(base.shape)[slice(*span)].astype(np.float32)
@@ -107,7 +107,7 @@ class ShardWriter:
         return self._row_updates(pool, key, base, spans), spans
 
     def _scaled_rows(self, pool: concurrent.futures.Executor, key: str) -> ScaledRows:
-        """A scaled tensor that is merged, with its new scale."""
+        """Return a scaled tensor that is merged, with its new scale."""
         if key not in self._scaled:
             base = ScaledRows(self._checkpoint, key, self._plan.replaced.get(key))
             updates, spans = self._scaled_parts(pool, key, base)
@@ -166,7 +166,9 @@ class ShardWriter:
                 result = result[0]
             result = np.asarray(result)
             if target.itemsize < 4 and target.name != "bfloat16" and _overflows(block, result):
-                raise ValueError(f"{key} has values that {target.name} cannot hold; use --dtype bfloat16 or float32")
+                raise ValueError(
+                    f"{key} has values that {target.name} cannot hold; choose bfloat16 or float32 with `dtype=`"
+                )
             self._write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
             return (last - first) * columns * target.itemsize
 
@@ -240,18 +242,18 @@ def _rounded(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _overflows(base: np.ndarray, result: np.ndarray) -> bool:
-    """Whether values became infinite that were not, in a dtype with a small range."""
+    """Return whether finite values became infinite, in a dtype with a small range."""
     return not np.isfinite(result.astype(np.float32)).all() and bool(np.isfinite(base.astype(np.float32)).all())
 
 
 def _in_precision(wide: Any, fn: Callable[..., Any], block: np.ndarray, *args: Any) -> Any:
-    """Calls a jitted function with a block that is not copied, in 64 bits where the values are."""
+    """Call a jitted function with a block that is not copied, in 64 bits if the values are."""
     with jax.enable_x64(np.dtype(wide).itemsize > 4):
         return jax.block_until_ready(fn(jax.device_put(block, may_alias=True), *args))
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Bytes at an address that XLA takes without a copy."""
+    """Return a buffer at an address that XLA uses without a copy."""
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64
     return raw[offset : offset + size]
@@ -260,7 +262,7 @@ def _aligned(size: int) -> np.ndarray:
 def _run_all(
     pool: concurrent.futures.Executor, tasks: Iterator[Callable[[], int]], count: Callable[[int], None]
 ) -> None:
-    """Runs calls, a few ahead of those that are done; the first error ends it when those that run have ended."""
+    """Run calls, a few at a time; after an error, wait for those that are running and raise it."""
     running: set[concurrent.futures.Future[int]] = set()
     try:
         for task in tasks:

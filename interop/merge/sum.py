@@ -1,6 +1,7 @@
 """`W + Σ weight·ΔW` of rows of a weight, in one compiled pass: added in float32 or wider, rounded once.
 
-numpy has bfloat16 only through a slow conversion; XLA converts, multiplies, adds and rounds in one loop.
+numpy has bfloat16 only through a slow conversion; XLA converts, multiplies, adds and rounds in one
+loop.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _UNROLLED = 8
 
 
 class RowsOfUpdate(NamedTuple):
-    """What rows of a weight get from one update.
+    """The share of one update in rows of a weight.
 
     Attributes:
         pairs: `(left [rows, r], right [r, columns])`.
@@ -40,7 +41,7 @@ class RowsOfUpdate(NamedTuple):
 
 
 class RowUpdates:
-    """The updates of one tensor, to be taken row by row.
+    """The updates of one tensor, taken in blocks of rows.
 
     Args:
         updates: of the tensor.
@@ -51,7 +52,7 @@ class RowUpdates:
         self._updates = list(zip(updates, gains, strict=True))
 
     def rows(self, start: int, stop: int) -> tuple[RowsOfUpdate, ...]:
-        """The share of some rows."""
+        """Return the updates of some rows."""
         return tuple(
             RowsOfUpdate(
                 tuple((left[start:stop], right) for left, right in u.update.pairs),
@@ -66,17 +67,18 @@ class RowUpdates:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "measure"))
 def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any, measure: bool = False) -> Any:
-    """Rows of the merged weight.
+    """Return rows of the merged weight.
 
     Args:
         weight: `[rows, columns]`.
         updates: for these rows.
         dtype: of the result.
-        measure: whether to say what rounding loses.
+        measure: also return what rounding loses.
 
     Returns:
-        `W + Σ weight·ΔW`; with a decomposition, `W + weight·(g·(W + ΔW) − W)` with g = norms/‖W + ΔW‖. With `measure`
-        a tuple of it and the sums of squares of what rounding adds, of the update, and of the sum.
+        `W + Σ weight·ΔW`; with a decomposition, `W + weight·(g·(W + ΔW) − W)` with g = norms/‖W +
+        ΔW‖. With `measure` a tuple of it and the sums of squares of what rounding adds, of the
+        update, and of the sum.
     """
     factors = [factor for u in updates for pair in u.pairs for factor in pair]
     wide = float32_or_wider(weight.dtype, *(f.dtype for f in factors))
@@ -101,13 +103,13 @@ def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any,
 
 @jax.jit
 def squared_columns(weight: jax.Array, updates: tuple[RowsOfUpdate, ...]) -> jax.Array:
-    """The sums of squares of W + ΔW over some rows, for each update `[updates, columns]`."""
+    """Return the sums of squares of W + ΔW over rows, for each update: `[updates, columns]`."""
     wide = float32_or_wider(weight.dtype)
     return jnp.stack([jnp.sum((weight.astype(wide) + _delta(u, wide)) ** 2, 0) for u in updates])
 
 
 def column_gains(squares: np.ndarray, norms: np.ndarray, dtype: Any) -> np.ndarray:
-    """What columns of W + ΔW are multiplied by.
+    """Return the factors that the columns of W + ΔW are multiplied by.
 
     Args:
         squares: sums of squares of all rows, `[columns]`.

@@ -14,26 +14,6 @@ from loha_jax.targets.module_names import Names, all_names
 _SHOWN = 5
 
 
-def parse_names(given: Sequence[str]) -> dict[str, str] | None:
-    """`{regex: template}` from texts "REGEX=TEMPLATE"; None where there is none.
-
-    Example:
-        >>> parse_names([r"visual\\.(.*)=model.visual.\\1"])
-        {'visual\\\\.(.*)': 'model.visual.\\\\1'}
-    """
-    result: dict[str, str] = {}
-    for text in given:
-        pattern, separator, template = text.rpartition("=")
-        if not separator or not pattern or not template:
-            raise ValueError(f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"--names {pattern!r} is not a regular expression: {error}") from error
-        result[pattern] = template
-    return result or None
-
-
 def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -> AdapterFile:
     """Return an adapter whose modules, and other parameters, have the names that `names` gives.
 
@@ -96,12 +76,12 @@ def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
         near.append(f"{best} for {name}")
         old, new = ".".join(parts[:-length]), best[: -len(".".join(parts[-length:]))].removesuffix(".")
         start = re.escape(f"{old}.") if old else ""
-        option = option or f"{start}(.*)={f'{new}.' if new else ''}\\1"
+        option = option or str({f"{start}(.*)": f"{new}.\\1" if new else "\\1"})
         if len(near) == _SHOWN:
             break
     if not near:
         return ""
-    return f" The base has {', '.join(near)}: names=, in the command line --names '{option}', renames modules."
+    return f" The base has {', '.join(near)}: `names={option}` renames modules."
 
 
 def _common_end(a: Sequence[str], b: Sequence[str]) -> int:

@@ -103,5 +103,5 @@ def check_losses(losses: dict[str, Loss], force: bool) -> None:
     raise ValueError(
         f"Rounding to {own[worst].dtype}, which has no scales here, loses {share:.0%} of the update "
         f"(‖round(W + ΔW) − (W + ΔW)‖/‖ΔW‖), most in {worst} ({own[worst].share:.0%}); nothing was written. Merge into "
-        "a base of more bits, give --dtype bfloat16 (dtype=), or accept it with --force (force=True)"
+        "a base of more bits, choose bfloat16 with `dtype=`, or accept it with `force=True`"
     )

@@ -137,7 +137,7 @@ def norm_file(path, base):
 
 def test_norm_layers_become_saved_modules(tmp_path):
     norm_file(tmp_path / "a.safetensors", tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=r"lycoris_a_norm.*--base"):
+    with pytest.raises(ValueError, match=r"lycoris_a_norm.*`base=`"):
         convert_adapter(tmp_path / "a.safetensors", tmp_path / "no", "peft")
     convert_adapter(tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=tmp_path / "base.safetensors")
     state = load_file(tmp_path / "peft" / "adapter_model.safetensors")
@@ -168,21 +168,21 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
 @pytest.mark.parametrize(
     ("source", "to", "options", "match"),
     [
-        ("native_plain", "peft", {}, r"lycoris_blocks_0_out.*--base"),
+        ("native_plain", "peft", {}, r"lycoris_blocks_0_out.*`base=`"),
         ("native_plain", "peft", {"base": BASE}, r"a Conv3d in c3d"),
         ("native_dora", "peft", {"base": BASE, "only": WITHOUT_C3D}, r"weight decomposition \(DoRA\) in .*fc1"),
-        ("native_tucker", "kohya", {}, r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*--base"),
+        ("native_tucker", "kohya", {}, r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*`base=`"),
         ("native_plain", "peft", {"base": "other"}, r"has no weight for lycoris_blocks_0_out, .*lycoris_fc1"),
         ("native_plain", "lycoris", {"only": "nothing"}, r"no module whose whole name in the file matches"),
-        ("native_plain", "lycoris", {"rank": 2}, r"--rank and --energy are for --to lora"),
-        ("native_plain", "peft", {"prefix": "x_"}, r"--prefix is for --to lycoris"),
+        ("native_plain", "lycoris", {"rank": 2}, r'`rank=` and `energy=` are for `to="lora"`'),
+        ("native_plain", "peft", {"prefix": "x_"}, r'`prefix=` is for `to="lycoris"`'),
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),
         ("native_plain", "lora", {"base": BASE, "rank": 0}, r"positive integer"),
         ("native_plain", "lora", {"base": BASE, "rank": 2, "energy": 0.5}, r"not both"),
         ("native_dora_in", "lora", {"base": BASE}, r"norms per input feature"),
         ("native_plain", "gguf", {}, r"not to 'gguf'"),
         ("peft:modules_to_save", "lycoris", {}, r"modules_to_save\): .*head\.0\.weight"),
-        ("peft:conv1d_cp", "lycoris", {}, r"--base"),
+        ("peft:conv1d_cp", "lycoris", {}, r"`base=`"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(source, to, options, match, tmp_path):
@@ -203,7 +203,7 @@ def test_cores_beside_flat_convolutions_are_refused(tmp_path):
     save_file(mixed, tmp_path / "mixed.safetensors")
     with pytest.raises(ValueError, match=r"cores \(conv3\) and without \(gconv\)"):
         convert_adapter(tmp_path / "mixed.safetensors", tmp_path / "out", "peft", base=BASE)
-    with pytest.raises(ValueError, match=r"--base"):
+    with pytest.raises(ValueError, match=r"`base=`"):
         convert_adapter(tmp_path / "mixed.safetensors", tmp_path / "out", "peft")
 
 
@@ -212,7 +212,7 @@ def test_what_is_there_stays_without_force(tmp_path):
     for to in ("peft", "lycoris"):
         target = tmp_path / to
         target.write_text("mine")
-        with pytest.raises(FileExistsError, match="--force"):
+        with pytest.raises(FileExistsError, match="`force=True`"):
             convert_adapter(source, target, to)
         assert target.read_text() == "mine"
         convert_adapter(source, target, to, force=True)

@@ -382,7 +382,7 @@ def test_what_is_there_is_replaced_only_with_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="--force"):
+    with pytest.raises(FileExistsError, match="`force=True`"):
         merge_checkpoint(path, adapter, out)
     assert files_in(out) == ["mine.txt"]
     merge_checkpoint(path, adapter, out, force=True)

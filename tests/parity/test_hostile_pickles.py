@@ -35,7 +35,7 @@ def compressed(data):
 
 
 TRICKS = {
-    "code": (lambda folder: saved({"a": Payload(folder / "ran")}), "not a torch file that holds tensors alone"),
+    "code": (lambda folder: saved({"a": Payload(folder / "ran")}), "not a torch file that holds only tensors"),
     "code in an old pickle": (lambda folder: pickle.dumps({"a": Payload(folder / "ran")}), "since PyTorch 1.6"),
     "an old format": (
         lambda folder: _legacy({"a": torch.ones(2)}),

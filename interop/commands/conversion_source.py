@@ -1,4 +1,4 @@
-"""`Source`: an adapter file to convert, beside the checkpoint of the model that it was made for."""
+"""`AdapterToConvert`: an adapter file, with the checkpoint of the model that it was made for."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ from loha_jax.interop.formats.lycoris_files import (
     KOHYA_PREFIX,
     NATIVE_PREFIX,
     file_bytes,
-    module_key,
-    module_tensors,
+    lycoris_state,
 )
 from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF
 from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
@@ -253,38 +252,27 @@ class _Targets:
             raise ValueError(
                 f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with `only=`"
             )
-        chosen = default if prefix is None else prefix
-        state: dict[str, np.ndarray] = {}
-        owners: dict[str, str] = {}
-        convolutions: list[str] = []
-        for own, m in modules.items():
-            key = module_key(m.prefix if kept else chosen, m.name)
-            if key in owners:
-                raise ValueError(f"{owners[key]} and {m.name} would both be {key!r} in the file")
-            owners[key] = m.name
-            tensors = module_tensors(m, one_axis=self._has_one_axis(own, m))
-            if "hada_t1" in tensors or math.prod(self._source.shapes.get(m.name, ())[2:]) > 1:
-                convolutions.append(key)
-            state |= {f"{key}.{part}": tensor for part, tensor in tensors.items()}
-        state |= self._norm_differences(chosen if not kept else None)
+        chosen = None if kept else default if prefix is None else prefix
+        known = [dataclasses.replace(m, in_shape=self._in_shape(own, m)) for own, m in modules.items()]
+        state, convolutions = lycoris_state(known, self._norm_differences(renamed=not kept), chosen)
         data = file_bytes(state, self._adapter.metadata if not self._adapter.config else {}, convolutions)
         self.written = modules
 
         return lambda path: write_atomically(path, data)
 
-    def _has_one_axis(self, own: str, module: AdapterModule) -> bool:
+    def _in_shape(self, own: str, module: AdapterModule) -> tuple[int, ...] | None:
+        """`(in, *spatial)` of a convolution, as the base model's checkpoint says."""
         core = module.tensors.get("hada_t1")
-        if core is None or core.ndim != 4 or core.shape[3] != 1:
-            return False
-        if module.name not in self._source.shapes:
+        shape = self._source.shapes.get(module.name)
+        if shape is None and core is not None and core.ndim == 4 and core.shape[3] == 1:
             raise ValueError(
                 f"The core of {own} is that of a Conv1d or of a Conv2d of width 1; the base model's checkpoint says "
                 "which: `base=`"
             )
-        return len(self._source.shapes[module.name]) == 3
+        return None if shape is None or len(shape) < 3 else shape[1:]
 
-    def _norm_differences(self, prefix: str | None) -> dict[str, np.ndarray]:
-        """Return LyCORIS' differences under new names; refuse anything else besides the factors."""
+    def _norm_differences(self, *, renamed: bool) -> dict[str, np.ndarray]:
+        """LyCORIS' differences, by torch's names where they are `renamed`. Other parameters have no place."""
         state: dict[str, np.ndarray] = {}
         refused: list[str] = []
         for key, value in self._adapter.others.items():
@@ -292,10 +280,8 @@ class _Targets:
             if self._adapter.config or part not in PARAMETER_OF:
                 if not self._source.is_base_weight(module, part, value):
                     refused.append(key)
-            elif prefix is None:
-                state[key] = value
             else:
-                state[f"{module_key(prefix, self._source.lookup.find_own(module))}.{part}"] = value
+                state[f"{self._source.lookup.find_own(module)}.{part}" if renamed else key] = value
         if refused:
             raise ValueError(
                 f"LyCORIS' files have no place for whole parameters (modules_to_save): {', '.join(refused)}. Leave "

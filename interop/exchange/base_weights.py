@@ -44,22 +44,24 @@ def load_base(
 
     Args:
         path: a safetensors file, or a folder that holds one, or shards with their index.
-        params: arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(model.init, ...)`) that give structure, shapes,
-            dtypes and, where they are placed, shardings.
+        params: arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape(model.init, ...)`) that give
+            structure, shapes, dtypes and, where they are placed, shardings.
         names: a `NameMap`, or what `inject` takes; by default a leaf's torch name is its path.
         layouts: as for `inject`.
-        dtype: of all floating leaves, instead of each leaf's own. Scaled float8 is multiplied by its scales.
+        dtype: of all floating leaves, instead of each leaf's own. Scaled float8 is multiplied by
+            its scales.
         tied: `{name that is missing in the file: name that it shares its values with}`, e.g.
             `{"lm_head.weight": "model.embed_tokens.weight"}`.
-        strict: tensors that no leaf takes are an error. Buffers such as `num_batches_tracked` never are.
+        strict: tensors that no leaf takes are an error. Buffers such as `num_batches_tracked` never
+            are.
 
     Returns:
         A tree with the structure of `params` and new arrays.
 
     Raises:
         FileNotFoundError: the checkpoint, or one of its shards, is not there.
-        FileError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`) unused tensors, all
-            in one error; or a file is broken.
+        FileError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`)
+            unused tensors, all in one error; or a file is corrupted.
         ValueError: a value that float16 cannot hold; or the tree is adapted.
 
     Example:

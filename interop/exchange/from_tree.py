@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from loha_jax.interop.exchange.saved_modules import saved_tensors
 from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
 
@@ -18,14 +19,21 @@ from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.plan import Target
 
 
-def from_tree(params: Any, adapter_name: str) -> AdapterFile:
-    """Return an adapter of a tree, with the parameters of its saved modules.
+def from_tree(
+    params: Any,
+    adapter_name: str,
+    others: Callable[[Any, str], dict[str, np.ndarray]] = saved_tensors,
+) -> AdapterFile:
+    """Return an adapter of a tree; its config is left out, since each format has its own.
 
-    Its config is left out: each format has its own.
+    Args:
+        params: an adapted tree.
+        adapter_name: which adapter.
+        others: what the format holds besides the factors, of the two arguments above.
     """
     leaves = [leaf for _, leaf in adapted_kernels(params, adapter_name)]
     modules = {module.name: module for leaf in leaves for module in module_factors(leaf, adapter_name)}
-    return AdapterFile(Path(), "tree", modules, saved_tensors(params, adapter_name), {}, {})
+    return AdapterFile(Path(), "tree", modules, others(params, adapter_name), {}, {})
 
 
 def adapted_kernels(params: Any, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
@@ -66,7 +74,8 @@ def chosen_adapter(params: Any, adapter_name: str | None) -> str:
     """Return `adapter_name`, or the name of the tree's only adapter.
 
     Raises:
-        ValueError: the tree has no such adapter, or several and none is named, or is one half of `partition`.
+        ValueError: the tree has no such adapter, or several and none is named, or is one half of
+            `partition`.
     """
     check_whole(params)
     if adapter_name is not None:

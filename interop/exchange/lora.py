@@ -1,4 +1,4 @@
-"""LoRA: adapters written as PEFT LoRA folders, which servers that know nothing else can use, and read from them."""
+"""LoRA: adapters written as PEFT LoRA folders, and read from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class LoraAdapter:
     Attributes:
         tensors: by PEFT's keys.
         config: the content of `adapter_config.json`.
-        errors: by module, the relative error of its update in the Frobenius norm; 0 where the LoRA is exact.
+        errors: by module, the relative error of its update in the Frobenius norm; 0 where the LoRA
+            is exact.
     """
 
     tensors: dict[str, np.ndarray]
@@ -70,32 +71,36 @@ def to_lora(
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
-    """The LoRA of an adapter: the exact one, of rank r², or the best one of a smaller rank in each module.
+    """Return the LoRA of an adapter: the exact one, of rank r², or the best one of a smaller rank.
 
-    ΔW is never built: the factors of the exact LoRA are Khatri-Rao products of LoHa's, and the best approximation
-    comes from an SVD of a matrix of r² rows. The scaling, as the adapter is now scaled (`loha_jax.scale`), is in the
-    factors.
+    ΔW is never materialised: the factors of the exact LoRA are Khatri-Rao products of LoHa's, and
+    the best approximation comes from an SVD of a matrix of r² rows. The scaling, as the adapter is
+    now scaled (`loha_jax.scale`), is in the factors.
 
     Args:
         params: an adapted tree with values.
         adapter_name: which adapter; may be left out where the tree has only one.
         rank: at most this rank; exact where that is enough.
-        energy: in (0, 1], instead of `rank`: the smallest rank of each module that keeps this share of the squared
-            singular values.
-        names: what was given to `inject`, if anything. The tree holds the torch names of adapted modules alone; without
-            the others' `target_modules` are full names.
-        groups: `{regex: groups}` of the adapted convolutions with groups, by torch name (fullmatched). A tree does not
-            show them, and the LoRA of such a convolution, taken for one without, does not open.
+        energy: in (0, 1], instead of `rank`: the smallest rank of each module that keeps this share
+            of the squared singular values.
+        names: what was given to `inject`, if anything. The tree holds the torch names of adapted
+            modules only; without the others' `target_modules` are full names.
+        groups: `{regex: groups}` of the adapted convolutions with groups, by torch name
+            (fullmatched). A tree does not show them, and the LoRA of such a convolution, taken for
+            one without, does not open.
 
     Returns:
-        Tensors, config and errors; `print` shows a table. A weight decomposition becomes PEFT's DoRA, of W plus the
-        approximated update. `modules_to_save` and base weights come along as in `to_peft_state_dict`.
+        Tensors, config and errors; `print` shows a table. A weight decomposition becomes PEFT's
+            DoRA, of W plus the
+        approximated update. `modules_to_save` and base weights come along as in
+            `to_peft_state_dict`.
 
     Raises:
-        ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA cannot hold: norms
-            per in feature, a scaled weight decomposition, an embedding table.
+        ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA
+            cannot hold: norms per input feature, a scaled weight decomposition, an embedding table.
 
-    PEFT's LoRA knows neither a convolution's dilation nor its padding mode: one with either does not work there.
+    PEFT's LoRA knows neither a convolution's dilation nor its padding mode: one with either does
+    not work there.
 
     Example:
         >>> import loha_jax
@@ -155,7 +160,7 @@ def _check_embedding(path: tuple[str, ...], name: str) -> None:
 
 
 def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] | str:
-    """`target_modules`: the shortest endings where all modules' torch names are known, else full names."""
+    """`target_modules`: the shortest endings if all torch names are known, else full names."""
     tree = NamedTree(params, names, None)
     adapted: set[str] = set()
     others: set[str] = set()
@@ -190,11 +195,12 @@ def save_lora(
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
-    """Writes an adapter as a PEFT LoRA folder; `PeftModel.from_pretrained`, and servers of LoRA, open it.
+    """Write an adapter as a PEFT LoRA folder, for `PeftModel.from_pretrained` and LoRA servers.
 
-    `adapter_config.json` and `adapter_model.safetensors` go into `folder`, and a model card, README.md, where there is
-    none. Config and weights appear, or are replaced, together. alpha is r in every module, so that the scaling is 1
-    also for a reader that ignores `alpha_pattern`; `target_modules` is a list of names.
+    `adapter_config.json` and `adapter_model.safetensors` go into `folder`, and a model card,
+    README.md, where there is none. Config and weights appear, or are replaced, together. alpha is r
+    in every module, so that the scaling is 1 also for a reader that ignores `alpha_pattern`;
+    `target_modules` is a list of names.
 
     Args:
         folder: made if it is not there.
@@ -202,10 +208,12 @@ def save_lora(
         dtype: of the LoRA's tensors; the factors' own by default.
 
     Returns:
-        What was written; `print` shows the error of each module (without that of rounding to `dtype`).
+        What was written; `print` shows the error of each module (without that of rounding to
+            `dtype`).
 
     Raises:
-        ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too large for it.
+        ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too
+            large for it.
         NotADirectoryError: `folder` is a file.
 
     Example:
@@ -232,7 +240,7 @@ def save_lora(
 
 
 def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
-    """The adapter with its own tensors in another dtype; what it carries keeps the base's."""
+    """The adapter with its factors in another dtype; saved parameters keep the base's."""
     tensors = dict(lora.tensors)
     for name in lora.errors:
         key = f"{PREFIX}{name}."
@@ -251,29 +259,33 @@ def load_lora(
     names: Names | None = None,
     layouts: Layouts | None = None,
 ) -> Any:
-    """Adds a LoRA (or DoRA) adapter that PEFT wrote to a tree of base parameters, as the LoHa that it exactly is.
+    """Add a LoRA (or DoRA) adapter that PEFT wrote to a tree of base parameters, as an equal LoHa.
 
-    The first pair of LoHa's factors are `lora_B` and `lora_A`, of the same rank and alpha; the second makes a matrix of
-    ones: the first column of `hada_w2_a` and the first row of `hada_w2_b`. Convolutions are flat.
+    The first pair of LoHa's factors are `lora_B` and `lora_A`, of the same rank and alpha; the
+    second makes a matrix of ones: the first column of `hada_w2_a` and the first row of `hada_w2_b`.
+    Convolutions are flat.
 
     Args:
-        folder: holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, which needs torch).
+        folder: holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, which
+            needs torch).
         base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
         adapter_name: the name in the tree; it need not be the one in PEFT.
-        key: JAX PRNG key. With it the other columns of `hada_w2_a` are random, as LoHa starts, and the second pair
-            trains to more than a LoRA can hold. Without it they are zero, as are the rows of `hada_w2_b` that they
-            meet: neither ever gets a gradient, and only the first column and row of the second pair train.
+        key: JAX PRNG key. With it the other columns of `hada_w2_a` are random, as LoHa starts, and
+            the second pair trains to more than a LoRA can hold. Without it they are zero, as are
+            the rows of `hada_w2_b` that they meet: neither ever gets a gradient, and only the first
+            column and row of the second pair train.
         names, layouts: as for `loha_jax.inject`.
 
     Returns:
-        The adapted tree, the new adapter active. DoRA is a `LycorisConfig` with `weight_decompose`; LoRA's dropout has
+        The adapted tree, the new adapter active. DoRA is a `LycorisConfig` with `weight_decompose`;
+            LoRA's dropout has
         no counterpart and is left out.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        ValueError: the file and the tree do not fit (one error lists all unexpected, missing and misshapen keys), or
-            the adapter is more than factors: trained biases or embeddings, variants of LoRA, an initialisation that
-            changes the base weights.
+        ValueError: the file and the tree do not fit (one error lists all unexpected, missing and
+            misshapen keys), or the adapter is more than factors: trained biases or embeddings,
+            variants of LoRA, an initialisation that changes the base weights.
 
     Example:
         >>> import tempfile, loha_jax

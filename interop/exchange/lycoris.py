@@ -1,23 +1,18 @@
-"""`save_lycoris`: an adapter as a file of LyCORIS, kohya or ComfyUI, which hold what PEFT's format cannot."""
+"""`save_lycoris`: an adapter as a LyCORIS, kohya or ComfyUI file."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from loha_jax.interop.disk.atomic import write_atomically
-from loha_jax.interop.exchange.from_tree import chosen_adapter, module_factors
-from loha_jax.interop.formats.lycoris_files import (
-    NATIVE_PREFIX,
-    NORM_PARTS,
-    file_bytes,
-    in_dtype,
-    module_key,
-    module_tensors,
-)
+from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, from_tree
+from loha_jax.interop.formats.adapter_file import AdapterFile
+from loha_jax.interop.formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
@@ -36,26 +31,30 @@ def save_lycoris(
     dtype: Any = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an adapter as a LyCORIS, kohya or ComfyUI file.
+    """Write an adapter as a LyCORIS, kohya or ComfyUI file.
 
-    LyCORIS' `create_lycoris_from_weights` opens a file of the default prefix; kohya's scripts and most user interfaces
-    want `lora_unet_`, `lora_te_`, …; ComfyUI takes dotted names after `diffusion_model.` or `transformer.` too.
+    LyCORIS' `create_lycoris_from_weights` opens a file of the default prefix; kohya's scripts and
+    most user interfaces want `lora_unet_`, `lora_te_`, …; ComfyUI takes dotted names after
+    `diffusion_model.` or `transformer.` too.
 
     Args:
         path: of the file, in a folder that exists; replaced as a whole.
         params: an adapted tree with values (not under `jax.jit`).
         adapter_name: which adapter; may be left out where a tree has only one.
-        prefix: what keys begin with. After one that ends with an underscore the dots of module names are written as
-            underscores too, as LyCORIS and kohya do; after a dot, or with none, names stay dotted.
-        others: further components of the file, trees by their prefix: `{"lora_te_": text_encoder_params}`.
-        dtype: "float16", "bfloat16" or "float32" for everything but alpha, which is always float32 (LyCORIS rounds it
-            too); by default each tensor's own.
-        metadata: strings for the file's header, over those that the adapter was loaded with. Where keys are kohya's,
-            `ss_network_module`, `ss_network_dim`, `ss_network_alpha` and `ss_network_args` are added if absent. A hash
-            (`sshs_model_hash`) is that of the tensors written, never an earlier one.
+        prefix: what keys begin with. After one that ends with an underscore the dots of module
+            names are written as underscores too, as LyCORIS and kohya do; after a dot, or with
+            none, names stay dotted.
+        others: further components of the file, trees by their prefix: `{"lora_te_":
+            text_encoder_params}`.
+        dtype: "float16", "bfloat16" or "float32" for everything but alpha, which is always float32
+            (LyCORIS rounds it too); by default each tensor's own.
+        metadata: strings for the file's header, over those that the adapter was loaded with. Where
+            keys are kohya's, `ss_network_module`, `ss_network_dim`, `ss_network_alpha` and
+            `ss_network_args` are added if absent. A hash (`sshs_model_hash`) is that of the tensors
+            written, never an earlier one.
 
     Raises:
-        ValueError: see `to_lycoris_state_dict`; or `metadata` does not hold strings alone.
+        ValueError: see `to_lycoris_state_dict`; or `metadata` holds something other than strings.
 
     Example:
         >>> import tempfile, loha_jax, jax.numpy as jnp
@@ -72,12 +71,13 @@ def save_lycoris(
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
-        component = _component(tree, adapter_name, component_prefix)
-        if both := sorted(state.keys() & component.state.keys()):
+        file = _file(tree, adapter_name)
+        component = lycoris_state(file.modules.values(), file.others, component_prefix)
+        if both := sorted(state.keys() & component.tensors.keys()):
             raise ValueError(f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`")
-        state.update(in_dtype(component.state, dtype))
+        state.update(in_dtype(component.tensors, dtype))
         convolutions += component.convolutions
-        kept = {**component.metadata, **kept}
+        kept = {**file.metadata, **kept}
     content = file_bytes(state, {**kept, **metadata}, convolutions)
     for tree in (params, *(others or {}).values()):
         check_before_saving(tree, None if adapter_name is None else [adapter_name])
@@ -87,7 +87,7 @@ def save_lycoris(
 def to_lycoris_state_dict(
     params: Any, adapter_name: str | None = None, *, prefix: str = NATIVE_PREFIX, dtype: Any = None
 ) -> dict[str, np.ndarray]:
-    """LyCORIS' state dict of one adapter: `lycoris_<module, dots as underscores>.hada_w1_a` … and `.alpha`.
+    """Return LyCORIS' state dict of one adapter: `lycoris_<module>.hada_w1_a` … and `.alpha`.
 
     Args:
         params: an adapted tree with values.
@@ -95,13 +95,17 @@ def to_lycoris_state_dict(
         prefix, dtype: as for `save_lycoris`.
 
     Returns:
-        numpy arrays in PEFT's shapes, but for the cores of a Conv1d, which have no trailing axis; alpha as a float32
-        scalar, with rank stabilisation folded in; `hada_w1_a` times the scalar of `use_scalar`, which LyCORIS folds
-        too; `dora_scale`; and `w_norm` and `b_norm`, the differences of normalisation layers in `modules_to_save`.
+        numpy arrays in PEFT's shapes, but for the cores of a Conv1d, which have no trailing axis;
+            alpha as a float32
+        scalar, with rank stabilisation folded in; `hada_w1_a` times the scalar of `use_scalar`,
+            which LyCORIS folds
+        too; `dora_scale`; and `w_norm` and `b_norm`, the differences of normalisation layers in
+            `modules_to_save`.
 
     Raises:
-        ValueError: no such adapter; two modules get one name, because dots are written as underscores; a value is too
-            large for `dtype`; or the adapter has other `modules_to_save`, which LyCORIS has no place for.
+        ValueError: no such adapter; two modules get one name, because dots are written as
+            underscores; a value is too large for `dtype`; or the adapter has other
+            `modules_to_save`, which LyCORIS has no place for.
 
     Example:
         >>> import loha_jax, jax.numpy as jnp
@@ -110,64 +114,43 @@ def to_lycoris_state_dict(
         >>> sorted(to_lycoris_state_dict(params))[:2]
         ['lycoris_a_q.alpha', 'lycoris_a_q.hada_w1_a']
     """
-    return in_dtype(_component(params, adapter_name, prefix).state, dtype)
-
-
-class _Component(NamedTuple):
-    """A tree's part of a file: its tensors, the convolutions among its modules, and what its config says."""
-
-    state: dict[str, np.ndarray]
-    convolutions: list[str]
-    metadata: Mapping[str, str]
+    file = _file(params, adapter_name)
+    return in_dtype(lycoris_state(file.modules.values(), file.others, prefix).tensors, dtype)
 
 
 @takes_model(changes=False)
-def _component(params: Any, adapter_name: str | None, prefix: str) -> _Component:
+def _file(params: Any, adapter_name: str | None) -> AdapterFile:
+    """The adapter with LyCORIS' differences, and the metadata that it was loaded with."""
     adapter_name = chosen_adapter(params, adapter_name)
-    component = _Component({}, [], {})
-    owners: dict[str, str] = {}
+    configs = [leaf.adapters[adapter_name].config for _, leaf in adapted_kernels(params, adapter_name)]
+    metadata = next((dict(c.metadata) for c in reversed(configs) if isinstance(c, LycorisConfig)), {})
+    return dataclasses.replace(from_tree(params, adapter_name, _differences), metadata=metadata)
+
+
+def _differences(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
+    """The differences of an adapter's saved parameters, by LyCORIS' names.
+
+    Raises:
+        ValueError: a saved module is no normalisation layer.
+    """
     saved: dict[str, dict[str, SavedWeight]] = {}
-
-    def add(name: str, tensors: Mapping[str, np.ndarray]) -> str:
-        own = module_key(prefix, name)
-        if own in owners:
-            raise ValueError(f"{owners[own]} and {name} would both be {own!r} in LyCORIS' file")
-        owners[own] = name
-        component.state.update({f"{own}.{part}": tensor for part, tensor in tensors.items()})
-        return own
-
+    adapted = set()
     for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
         if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
             module, _, parameter = leaf.name.rpartition(".")
             saved.setdefault(module, {})[parameter] = leaf
-        if not isinstance(leaf, LoHaWeight) or adapter_name not in leaf.adapters:
-            continue
-        config, spatial = leaf.adapters[adapter_name].config, leaf.layout.sizes("k", leaf.kernel.shape)
-        for module in module_factors(leaf, adapter_name):
-            own = add(module.name, module_tensors(module, one_axis=len(spatial) == 1))
-            if any(size != 1 for size in spatial):
-                component.convolutions.append(own)
-        if config.file_metadata:
-            component = component._replace(metadata=config.file_metadata)
+        elif isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
+            adapted.update(n for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r)
+    result = {}
     for module, leaves in saved.items():
-        differences = _norm_differences(module, leaves, adapter_name)
-        if owners.get(own := module_key(prefix, module)) == module:  # beside its factors: of its bias
-            component.state.update({f"{own}.diff_b": value for value in differences.values()})
-        else:
-            add(module, differences)
-    return component
-
-
-def _norm_differences(module: str, leaves: Mapping[str, SavedWeight], adapter_name: str) -> dict[str, np.ndarray]:
-    """What LyCORIS adds to the parameters of a normalisation layer."""
-    if not all(name in NORM_PARTS and leaf.layout is None and leaf.ndim == 1 for name, leaf in leaves.items()):
-        raise ValueError(
-            f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only for normalisation layers "
-            "with weight and bias). Use `save_peft`."
-        )
-    differences = {}
-    for name, leaf in leaves.items():
-        wide = float32_or_wider(leaf.original.dtype)
-        copy, original = (on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original))
-        differences[NORM_PARTS[name]] = copy - original
-    return differences
+        if not all(name in NORM_PARTS and leaf.layout is None and leaf.ndim == 1 for name, leaf in leaves.items()):
+            raise ValueError(
+                f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only for normalisation "
+                "layers with weight and bias). Use `save_peft`."
+            )
+        for name, leaf in leaves.items():
+            wide = float32_or_wider(leaf.original.dtype)
+            copy, original = (on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original))
+            part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
+            result[f"{module}.{part}"] = copy - original
+    return result

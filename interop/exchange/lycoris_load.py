@@ -51,42 +51,53 @@ def load_lycoris(
     layouts: Layouts | None = None,
     conv2d_weights_fix: bool = False,
 ) -> Any:
-    """Adds an adapter that LyCORIS, kohya's scripts or `save_lycoris` wrote to a tree of base parameters.
+    """Add an adapter that LyCORIS, kohya's scripts or `save_lycoris` wrote to a base model's tree.
 
-    Keys may be LyCORIS' (`lycoris_blocks_0_q.hada_w1_a`), kohya's (`lora_unet_…`, `lora_te_…`, `lora_te1_…`), or
-    dotted with a prefix (`diffusion_model.`, `transformer.`, …) or without one. Names with underscores are looked up
-    among the tree's modules, never split. CLIP's `text_model`, which transformers 5 dropped, may be in one of the two.
+    Keys may be LyCORIS' (`lycoris_blocks_0_q.hada_w1_a`), kohya's (`lora_unet_…`, `lora_te_…`,
+    `lora_te1_…`), or dotted with a prefix (`diffusion_model.`, `transformer.`, …) or without one.
+    Names with underscores are looked up among the tree's modules, never split. CLIP's `text_model`,
+    which transformers 5 dropped, may be in one of the two.
 
     Args:
-        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch; or of a folder with
-            one: `pytorch_lora_weights.safetensors` (SimpleTuner, diffusers), or a single safetensors file.
+        path: of the file: `.safetensors`, or a torch pickle (`.pt`, `.bin`, …), which needs torch;
+            or of a folder with one: `pytorch_lora_weights.safetensors` (SimpleTuner, diffusers), or
+            a single safetensors file.
         base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
         adapter_name: the name in the tree.
-        prefix: which component of the file (`"lora_unet_"`): what the keys to load begin with. May be left out where
-            the file has only one.
-        only: a regular expression for the whole names of modules in the file (`"lora_unet_.*attn.*"`); the others are
-            left out.
+        prefix: which component of the file (`"lora_unet_"`): what the keys to load begin with. May
+            be left out where the file has only one.
+        only: a regular expression for the whole names of modules in the file
+            (`"lora_unet_.*attn.*"`); the others are left out.
         names, layouts: as for `loha_jax.inject`.
-        conv2d_weights_fix: for files of LyCORIS 1.9.0 and earlier, which used `hada_t1` in the place of `hada_t2` in
-            training: takes it for both cores of a 2-D convolution (PEFT's converter has the same option).
+        conv2d_weights_fix: for files of LyCORIS 1.9.0 and earlier, which used `hada_t1` in the
+            place of `hada_t2` in training: takes it for both cores of a 2-D convolution (PEFT's
+            converter has the same option).
 
     Returns:
-        The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the file's `metadata`.
-        Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled by 1 (alpha = r),
-        as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file without. Weight
-        decompositions of both axes are loaded (LyCORIS reads one alone). LoRA modules in the file become the LoHa of
-        their rank that is equal to them, as in `load_lora`. Differences of whole parameters (of normalisation layers,
-        `train_norm=True`, or of any layer, `algo=full`) become copies of the parameters, as with `modules_to_save`.
+        The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the
+            file's `metadata`.
+        Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled
+            by 1 (alpha = r),
+        as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file
+            without. Weight
+        decompositions of both axes are loaded (LyCORIS reads only one). LoRA modules in the file
+            become the LoHa of
+        their rank that is equal to them, as in `load_lora`. Differences of whole parameters (of
+            normalisation layers,
+        `train_norm=True`, or of any layer, `algo=full`) become copies of the parameters, as with
+            `modules_to_save`.
         Modules of the tree that are not in the file are not adapted.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileError: the file is broken, or has several components, or modules of a kind that LoHa cannot hold (LoKr, OFT,
-            …) and that `only` does not leave out; two modules have the name that it uses; or it and the tree do not
-            fit: one error lists all modules that the tree lacks and all that are misshapen.
+        FileError: the file is corrupted, or has several components, or modules of a kind that LoHa
+            cannot hold (LoKr, OFT, …) and that `only` does not leave out; two modules have the name
+            that it uses; or it and the tree do not fit: one error lists all modules that the tree
+            lacks and all that are misshapen.
 
     Warns:
-        UserWarning: token embeddings (`bundle_emb.…`) are bundled with the weights; they are not loaded.
+        UserWarning: token embeddings (`bundle_emb.…`) are bundled with the weights; they are not
+            loaded.
 
     Example:
         >>> import tempfile, loha_jax
@@ -206,7 +217,7 @@ def _found(component: tuple[str, _Found], tree: NamedTree, mismatch: Mismatch) -
 
 
 def _difference(parts: Mapping[str, np.ndarray], parameter: str) -> np.ndarray | None:
-    """What is added to a parameter of a module, "weight" or "bias"."""
+    """The difference that is added to a parameter of a module, "weight" or "bias"."""
     return next((value for part, value in parts.items() if PARAMETER_OF[part] == parameter), None)
 
 
@@ -238,7 +249,7 @@ def _plan(
     metadata: Mapping[str, str],
     mismatch: Mismatch,
 ) -> Plan:
-    """What to put where, with the ranks, alphas and forms of the file; what does not fit is noted."""
+    """A plan with the ranks, alphas and forms of the file; entries that do not fit are noted."""
     modules = found.modules
     if not modules:
         return Plan(LycorisConfig(), {}, {})
@@ -277,7 +288,7 @@ def _plan(
 
 
 def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
-    """`target_modules` that PEFT's rules match with these modules alone: their names, which also match endings."""
+    """`target_modules` that match only these modules by PEFT's rules: names also match endings."""
     chosen = frozenset(modules)
     others = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
     if all(chosen.isdisjoint(name_endings(name)) for name in others):
@@ -286,7 +297,7 @@ def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
 
 
 def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[int, ...]) -> list[str]:
-    """What does not fit of a kernel's modules, whose shape in torch is `shape`."""
+    """The misshapen entries of a kernel's modules, whose shape in torch is `shape`."""
     problems: list[str] = []
     forms: dict[Any, list[str]] = {}
     dora_shapes = _dora_shapes(shape)
@@ -316,7 +327,7 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
 
 
 def _dora_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the norms of a kernel `[out, in, *spatial]` are: one per out feature, or one per in feature."""
+    """Shapes of the norms of a kernel `[out, in, *spatial]`: per output or per input feature."""
     out, into, *spatial = shape
     ones = (1,) * len(spatial)
     return (out, 1, *ones), (1, into, *ones)
@@ -335,7 +346,7 @@ def _saved(
     targets: Mapping[int, Target],
     mismatch: Mismatch,
 ) -> dict[int, Saved]:
-    """The leaves that the file has differences of; what does not fit is noted."""
+    """The leaves that the file has differences of; entries that do not fit are noted."""
     # Not by `modules_to_save`, which also matches by the end of a name: the file says which modules it means.
     saved: dict[int, Saved] = {}
     refused: list[str] = []

@@ -49,36 +49,37 @@ def save_merged(
     safe: bool = False,
     force: bool = False,
 ) -> None:
-    """Write a tree, with its adapters merged, as a folder that transformers' `from_pretrained` loads in torch.
+    """Write a tree, with its adapters merged, as a folder for transformers' `from_pretrained`.
 
-    Tensors are merged and written one at a time. A new folder appears whole; in one that holds other files the weights
-    appear last, when all are whole.
+    Tensors are merged and written one at a time. A new folder appears whole; in one that holds
+    other files the weights appear last, when all are whole.
 
     Args:
         folder: made if it is not there; may not hold weights.
         params: an adapted tree, or a plain one.
-        names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they have.
-        base: the checkpoint that the tree came from (a safetensors file or folder). With it, the result has its
-            tensors, names, shapes and dtypes; those that the tree does not hold are copied through, and the files
-            beside it (config, tokenizer) too.
+        names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they
+            have.
+        base: the checkpoint that the tree came from (a safetensors file or folder). With it, the
+            result has its tensors, names, shapes and dtypes; those that the tree does not hold are
+            copied through, and the files next to it (config, tokenizer) too.
         adapters: which to merge; the active ones by default.
         dtype: of all floating tensors, instead of the base's (or without one, each leaf's own).
-        tied: as for `load_base`: leaves whose tensor the base does not hold because it is that of another. They must
-            have its values still.
+        tied: as for `load_base`: leaves whose tensor the base does not hold because it is that of
+            another. They must have its values still.
         max_shard_size: of one file: bytes, or "5GB".
         safe: refuse a merged weight with NaN or infinity.
         force: write float8 without scales although rounding loses more than half of an update.
 
-    Scaled float8 of the base is quantised again, with a scale that fits; a warning says where that loses more than half
-    of an update.
+    Scaled float8 of the base is quantised again, with a scale that fits; a warning says where that
+    loses more than half of an update.
 
     Raises:
         FileExistsError: the folder holds weights.
         NotADirectoryError: it is a file.
-        ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error; two leaves with one
-            tensor and different values; a leaf that is tied no longer; an unknown adapter; a base that is
-            quantised, but not as float8 with scales; float8 without scales that loses the update.
-            Nothing is written then.
+        ValueError: leaves that have no name or no tensor in `base`, or are misshapen, in one error;
+            two leaves with one tensor and different values; a leaf that is tied no longer; an
+            unknown adapter; a base that is quantised, but not as float8 with scales; float8 without
+            scales that loses the update. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -129,7 +130,8 @@ class _MergedTensors:
         adapters, safe, force: as for `save_merged`.
 
     Attributes:
-        owners: by torch name the leaves that hold the tensor, each as its position and an index of its stack.
+        owners: by torch name the leaves that hold the tensor, each as its position and an index of
+            its stack.
         losses: of the tensors that were quantised again.
     """
 
@@ -148,7 +150,7 @@ class _MergedTensors:
         self.losses: dict[str, Loss] = {}
 
     def find_owners(self, tied: Mapping[str, str], mismatch: Mismatch) -> None:
-        """Find the tensors that the leaves hold; those that the base lacks or has in another shape are noted."""
+        """Find the tensors that the leaves hold, and note those that do not fit the base."""
         for position, source in self._sources.items():
             for n, key in [*enumerate(source.keys), *((0, key) for key in source.also)]:
                 name = (

@@ -1,7 +1,7 @@
-"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, both ways and bit for bit.
+"""LoHa adapters written as PEFT folders, and read from them, bit for bit.
 
 PEFT's tensors are the parameters of a `LoHaWeight`, so an export is a rename and an import a check.
-Facts about the format were read off files that PEFT 0.21.2 wrote (tests/data/peft).
+The format is that of files which PEFT 0.21.2 wrote (tests/data/peft).
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no
 
 @takes_model(changes=False)
 def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
-    """Writes the adapters of a tree as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` opens the folder.
+    """Write the adapters of a tree as PEFT's `save_pretrained` does.
 
-    The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json` and
-    `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank stabilisation is folded into
-    alpha and the scalar into `hada_w1_a`. A model card, README.md, is put into `folder` where there is none. Config and
-    weights of an adapter appear, or are replaced, together, whatever ends the process (docs/guide.md). Of several
-    processes all call this, and the first one writes.
+    The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json`
+    and `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank
+    stabilisation is folded into alpha and the scalar into `hada_w1_a`. A model card, README.md, is
+    put into `folder` where there is none. Config and weights of an adapter appear, or are replaced,
+    together, whatever ends the process (docs/guide.md). Of several processes all call this, and the
+    first one writes.
 
     Args:
         folder: made if it is not there.
@@ -54,14 +55,14 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
         adapters: which ones; all by default.
 
     Raises:
-        ValueError: the tree has no such adapter, or holds something PEFT's format cannot: a Conv3d, a weight
-            decomposition, convolutions with and without cores.
+        ValueError: the tree has no such adapter, or holds something PEFT's format cannot: a Conv3d,
+            a weight decomposition, convolutions with and without cores.
         NotADirectoryError: `folder` is a file.
 
     Warns:
-        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is untrained (its update
-            is exactly zero); or a kernel has changed since the adapter was made, so that the file is not what was
-            trained.
+        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is
+            untrained (its update is exactly zero); or a kernel has changed since the adapter was
+            made, so that the file is not what was trained.
 
     Example:
         >>> import tempfile, loha_jax
@@ -102,7 +103,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
 
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
-    """Says which modules PEFT will refuse to open. In Flax GPT-2's projections are `oi`, a Linear's kernel is `io`."""
+    """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
     leaves = [leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)]
     named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
     if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
@@ -115,18 +116,21 @@ def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
 
 @takes_model(changes=False)
 def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
-    """PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` … and the saved modules' parameters.
+    """Return PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` ….
 
     Args:
         params: an adapted tree with values.
         adapter_name: which adapter; may be left out where the tree has only one.
 
     Returns:
-        numpy arrays (bfloat16 as `ml_dtypes.bfloat16`) in torch's orientation; a stacked kernel gives one set per
-        module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`, as in PEFT.
+        numpy arrays (bfloat16 as `ml_dtypes.bfloat16`) in torch's orientation; a stacked kernel
+            gives one set per
+        module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`,
+            as in PEFT.
 
     Raises:
-        ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa for.
+        ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa
+            for.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     for _, leaf in adapted_kernels(params, adapter_name):
@@ -151,15 +155,18 @@ def _check_for_peft(leaf: LoHaWeight, adapter_name: str) -> None:
 
 @takes_model(changes=False)
 def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
-    """The config that `save_peft` writes for an adapter: `inference_mode` true, and patterns that survive sorting.
+    """Return the config that `save_peft` writes for an adapter.
 
-    The heads that a task type saves (`classifier`, `score`, …) are in `modules_to_save`, each once: PEFT appends them
-    again at every load. PEFT sorts `rank_pattern` and `alpha_pattern` when it writes them, although the first match
-    wins. Where that would change a module's rank or alpha, patterns for the full names of the modules are written.
+    `inference_mode` is true, and patterns survive sorting.
+
+    The heads that a task type saves (`classifier`, `score`, …) are in `modules_to_save`, each once:
+    PEFT appends them again at every load. PEFT sorts `rank_pattern` and `alpha_pattern` when it
+    writes them, although the first match wins. Where that would change a module's rank or alpha,
+    patterns for the full names of the modules are written.
 
     Raises:
-        ValueError: no such adapter, or layers that were made with their adapters differ in what PEFT has one setting
-            for: convolutions with and without cores, or the dropouts.
+        ValueError: no such adapter, or layers that were made with their adapters differ in what
+            PEFT has one setting for: convolutions with and without cores, or the dropouts.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     config: LoHaConfig | None = None
@@ -216,22 +223,24 @@ def load_peft(
     layouts: Layouts | None = None,
     model_type: str | None = None,
 ) -> Any:
-    """Adds an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
+    """Add an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin` (which needs torch);
-            or `pytorch_lora_weights.safetensors`, which diffusers' `save_lora_adapter` writes with the config inside.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`
+            (which needs torch); or `pytorch_lora_weights.safetensors`, which diffusers'
+            `save_lora_adapter` writes with the config inside.
         base_params: the base model's tree; an adapted one gets one more adapter. Nothing is copied.
         adapter_name: the name in the tree; it need not be the one in PEFT.
         names, layouts, model_type: as for `loha_jax.inject`.
 
     Returns:
-        The adapted tree, the new adapter active. A `base_layer.weight` in the file replaces the kernel, as in PEFT.
+        The adapted tree, the new adapter active. A `base_layer.weight` in the file replaces the
+            kernel, as in PEFT.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        interop.FileError: a file is broken or holds NaN, or it and the tree do not fit; one error lists all unexpected,
-            missing and misshapen keys.
+        interop.FileError: a file is corrupted or holds NaN, or it and the tree do not fit; one
+            error lists all unexpected, missing and misshapen keys.
 
     Example:
         >>> import tempfile, loha_jax
@@ -260,10 +269,11 @@ def from_peft_state_dict(
     layouts: Layouts | None = None,
     model_type: str | None = None,
 ) -> Any:
-    """Adds an adapter from PEFT's state dict; see `load_peft`.
+    """Add an adapter from PEFT's state dict; see `load_peft`.
 
     Args:
-        state: arrays by PEFT's keys, with or without the prefix "base_model.model." and the adapter's name at the end.
+        state: arrays by PEFT's keys, with or without the prefix "base_model.model." and the
+            adapter's name at the end.
         config: the adapter's config.
         base_params: the base model's tree.
         adapter_name, names, layouts, model_type: as for `load_peft`.
@@ -308,7 +318,7 @@ def _without_data_parallel(file: AdapterFile) -> AdapterFile:
 
 
 def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
-    """Return the config with its module names renamed: the entries of lists and the keys of patterns."""
+    """Return the config with renamed modules, in lists and in the keys of patterns."""
 
     def entries(names: Any) -> Any:
         return names if names is None or isinstance(names, str) else [rename(name) for name in names]

@@ -1,6 +1,7 @@
 """Everything in a PEFT file besides the factors, for LoHa and LoRA.
 
-These are the copies of `modules_to_save`, BatchNorm counters, and base weights of adapted embeddings.
+These are the copies of `modules_to_save`, BatchNorm counters, and base weights of adapted
+embeddings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.plan import Plan
 
-# Modules whose base weight PEFT writes beside the adapter where the config targets them (save_embedding_layers="auto").
+# PEFT writes the base weight of these modules too where a config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -31,7 +32,8 @@ def saved_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
     `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
 
     Raises:
-        ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`), which PEFT has not.
+        ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`),
+            which PEFT has not.
     """
     _check_saved_or_adapted(params, adapter_name)
     state: dict[str, np.ndarray] = {}
@@ -93,10 +95,10 @@ def _targets_embeddings(config: LoHaConfig) -> bool:
 
 
 def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaConfig:
-    """The config with the full names of saved modules that PEFT found by the end of their name alone.
+    """Return the config with full names of saved modules that PEFT found by their ending.
 
-    PEFT saves every module whose name ends with an entry of `modules_to_save`, "overhead" too for "head". Here an entry
-    is a whole name; only the modules that such a file holds are added.
+    PEFT saves every module whose name ends with an entry of `modules_to_save`, "overhead" too for
+    "head". Here an entry is a whole name; only the modules that such a file holds are added.
 
     Args:
         config: the file's.
@@ -116,7 +118,7 @@ def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaC
 
 
 def batch_counters(plan: Plan, names: Iterable[str]) -> list[str]:
-    """Return the names of BatchNorm counters beside saved parameters, for which a tree has no leaf."""
+    """Return the names of BatchNorm counters in saved modules, for which a tree has no leaf."""
     saved = [saved.name for saved in plan.saved.values()]
     return [n for n in names if n.endswith(".num_batches_tracked") and any(_same_module(n, own) for own in saved)]
 
@@ -149,7 +151,7 @@ def base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]
 def with_base_weights(
     params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
 ) -> Any:
-    """Put base weights of an adapter's file into the tree, and note counters that the tree has no leaf for."""
+    """Put base weights of a file into the tree, and note counters that have no leaf."""
 
     def update(path: Any, leaf: Any) -> Any:
         parts = path_parts(path)
@@ -182,7 +184,7 @@ def with_base_weights(
         return {n: np.asarray(base_weights[key]) for n, key in keys.items() if key in base_weights}
 
     def put(given: Mapping[int, np.ndarray], modules: np.ndarray) -> bool:
-        """Writes values into the rows of a stack, and says whether that changed them."""
+        """Write values into the rows of a stack, and return whether that changed them."""
         before = modules.copy()
         for n, value in given.items():
             modules[n] = value.astype(modules.dtype)

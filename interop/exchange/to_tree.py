@@ -147,7 +147,7 @@ def _lora_shapes(target: Target, r: int, module: AdapterModule | None) -> dict[s
 
 
 def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
-    """The norms of a kernel's weight decomposition, `{"dora_scale": [*stack, …]}`; {} where it has none."""
+    """The norms of a kernel, `{"dora_scale": [*stack, …]}`; {} where it has none."""
     given = [modules[name].dora_scale if name in modules else None for name in target.names]
     first = next((scale for scale in given if scale is not None), None)
     if first is None:

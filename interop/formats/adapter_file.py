@@ -1,6 +1,6 @@
-"""`AdapterFile`: an adapter as it lies on disk, of whatever format, module by module and without a model.
+"""`AdapterFile`: an adapter of any format, module by module and without a model.
 
-The command line works on these; what needs a model's tree (`load_peft`, `load_lycoris`) does not.
+Every reader returns one, every writer takes one, and `exchange` turns them into trees and back.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ class AdapterModule:
     """One module of an adapter, in torch's orientation.
 
     Attributes:
-        name: torch's dotted module name; or the file's own after the prefix, where nothing says which dots its
-            underscores stand for.
+        name: torch's dotted module name; or the file's own after the prefix, where nothing says
+            which dots its underscores stand for.
         kind: "loha" or "lora".
         r, alpha: of the module; its update is scaled by alpha/r.
-        tensors: "loha": `hada_*` in PEFT's shapes (the core of a Conv1d with its trailing 1). "lora": `lora_A`
-            `[r, in, *spatial]` and `lora_B` `[out, r]` (with 1s for spatial axes; of a convolution in groups, in is
-            that of all groups and r that of one).
+        tensors: "loha": `hada_*` in PEFT's shapes (the core of a Conv1d with its trailing 1).
+            "lora": `lora_A` `[r, in, *spatial]` and `lora_B` `[out, r]` (with 1s for spatial axes;
+            of a convolution in groups, in is that of all groups and r that of one).
         dora_scale: norms of a weight decomposition, `[out, 1, ...]` or `[1, in, 1, ...]`, or None.
-        prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`, `lora_te1_`,
-            `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in PEFT's folders.
-        in_shape: `(in, *spatial)` of a convolution's flat factors, where the file shows it, or None.
+        prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`,
+            `lora_te1_`, `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in
+            PEFT's folders.
+        in_shape: `(in, *spatial)` of a convolution's flat factors, where the file shows it, or
+            None.
     """
 
     name: str
@@ -71,13 +73,16 @@ class AdapterFile:
         path: what was read; of a PEFT folder that is loaded, the file in it that holds the tensors.
         form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file).
         modules: by the name that the file itself has for them, with the prefix.
-        others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`, `base_layer`s,
-            LyCORIS' differences (of norm layers, `<module>.w_norm`, `<module>.b_norm`; of others, `.diff`, `.diff_b`).
+        others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`,
+            `base_layer`s, LyCORIS' differences (of norm layers, `<module>.w_norm`,
+            `<module>.b_norm`; of others, `.diff`, `.diff_b`).
         config: the parsed `adapter_config.json`, or {} where the format has none.
         metadata: the strings in the file's header.
-        foreign: modules that LoHa cannot hold, by the file's name for them; `read_adapter` refuses them.
+        foreign: modules that LoHa cannot hold, by the file's name for them; `read_adapter` refuses
+            them.
         embeddings: token embeddings that are bundled with the weights, by their keys.
-        keys: PEFT's formats: the file's own keys by the names of `peft_tensors` and of `others`, for messages.
+        keys: PEFT's formats: the file's own keys by the names of `peft_tensors` and of `others`,
+            for messages.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig` as JSON: what is written for a converted adapter, and what of a read one LoHa can follow."""
+"""PEFT's `LoraConfig` as JSON: written for a converted adapter, and read into a LoHa's config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 def lora_config(
     config: LoHaConfig, modules: Mapping[str, AdapterModule], targets: list[str] | str, *, fan_in_fan_out: bool
 ) -> dict[str, Any]:
-    """The content of `adapter_config.json`: the fields that PEFT has always had, and alpha = r in every module.
+    """Return the content of `adapter_config.json`: fields that PEFT has always had, and alpha = r.
 
     Args:
         config: of the LoHa adapter, for what both have.
@@ -70,14 +70,15 @@ def lora_config(
 
 
 def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
-    """`target_modules` that PEFT matches with the adapted modules and no other one.
+    """Return `target_modules` that PEFT matches with the adapted modules and no other one.
 
     Args:
         adapted: their names.
         others: the names of the other modules; those that contain modules are known from these.
 
     Returns:
-        The shortest name endings, sorted. Where no list does, since an adapted module's whole name ends another
+        The shortest name endings, sorted. Where no list does, since an adapted module's whole name
+            ends another
         module's, a regular expression.
 
     Example:
@@ -88,7 +89,7 @@ def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
     """
     parts = [name.split(".") for name in adapted | others]
     others = others | {".".join(of_one[:n]) for of_one in parts for n in range(1, len(of_one))}
-    # A number alone is a place in a container, and torch has modules without parameters in some of these.
+    # A number is a place in a container, and torch has modules without parameters in some of these.
     numbers = {last for name in adapted if (last := name.rpartition(".")[2]).isdigit()}
     chosen = find_minimal_target_modules(adapted, (others - adapted) | numbers)
     if all(chosen.isdisjoint(name_endings(name)) for name in others - adapted):
@@ -97,10 +98,11 @@ def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
 
 
 def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a LoRA's `adapter_config.json`, checked.
+    """Return the checked fields of a LoRA's `adapter_config.json`.
 
     Raises:
-        ValueError: it is not the configuration of a LoRA, or one with an option that LoHa has no counterpart of.
+        ValueError: it is not the configuration of a LoRA, or one with an option that LoHa has no
+            counterpart of.
     """
     if (kind := values.get("peft_type")) != "LORA":
         raise ValueError(f"This is the configuration of a {kind!r} adapter, not of a 'LORA' one")
@@ -108,7 +110,7 @@ def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"bias={bias!r}: trained biases have no place in a LoHa adapter")
     if (init := values.get("init_lora_weights", True)) not in _HARMLESS_INITS:
         raise ValueError(
-            f"init_lora_weights={init!r} changes the base weights, which an adapter alone does not. Save it in PEFT "
+            f"init_lora_weights={init!r} changes the base weights, which an adapter does not. Save it in PEFT "
             "with `path_initial_model_for_weight_conversion`, which makes an ordinary LoRA of it"
         )
     known = (*_SHARED, *_OTHERS_READ, *_WITHOUT_EFFECT)
@@ -137,13 +139,13 @@ def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
 
 
 def like_loha(values: Mapping[str, Any]) -> LoHaConfig:
-    """The fields that LoHa has too; its alpha is `lora_alpha`, without rank stabilisation."""
+    """Return the fields that LoHa has too; alpha is `lora_alpha`, not stabilised."""
     given = {name: values[name] for name in (*_SHARED, "r", "alpha_pattern") if values.get(name) is not None}
     return LoHaConfig(**given, alpha=values.get("lora_alpha", 8))
 
 
 def rank_and_alpha(values: Mapping[str, Any], config: LoHaConfig, name: str) -> tuple[int, float]:
-    """A module's rank, and its alpha with rank stabilisation folded in: the scaling is alpha/r.
+    """Return a module's rank, and its alpha with rank stabilisation folded in.
 
     Args:
         values: from `check_lora_config`.
@@ -156,7 +158,7 @@ def rank_and_alpha(values: Mapping[str, Any], config: LoHaConfig, name: str) -> 
 
 
 def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule]) -> LoHaConfig:
-    """The config of the LoHa adapter that is exactly a LoRA.
+    """Return the config of the LoHa adapter that equals a LoRA.
 
     Args:
         values: from `check_lora_config`.

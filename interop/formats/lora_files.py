@@ -27,8 +27,8 @@ def read_lora(folder: str | Path) -> AdapterFile:
 
     Raises:
         FileNotFoundError: there is no config or no weights.
-        FileError: they are corrupted, hold NaN or infinity, do not fit each other, or are a variant of LoRA that LoHa
-            has no counterpart of.
+        FileError: they are corrupted, hold NaN or infinity, do not fit each other, or are a variant
+            of LoRA that LoHa has no counterpart of.
     """
     try:
         file = lora_file(*read_folder(Path(folder), check_lora_config))
@@ -41,8 +41,9 @@ def read_lora(folder: str | Path) -> AdapterFile:
 def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
     """Return the adapter of a folder that has been read.
 
-    The tensors are as they are in the file. Rank stabilisation (`use_rslora`) is folded into alpha, and DoRA's
-    magnitudes have the shape of LyCORIS' norms. `r` and `alpha` follow the config's patterns.
+    The tensors are as they are in the file. Rank stabilisation (`use_rslora`) is folded into alpha,
+    and DoRA's magnitudes have the shape of LyCORIS' norms. `r` and `alpha` follow the config's
+    patterns.
 
     Args:
         values: from `check_lora_config`.

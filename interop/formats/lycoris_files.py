@@ -1,7 +1,8 @@
-"""LyCORIS' and kohya's files as they are, without a model: keys, prefixes and the tensors of each module.
+"""LyCORIS' and kohya's files, without a model: keys, prefixes and the tensors of each module.
 
-A key is `<prefix><module>.<parameter>`. Most writers put underscores for the dots of the module's name, which cannot be
-undone by splitting; `ModuleNames` finds the module among those that there are.
+A key is `<prefix><module>.<parameter>`. Most writers put underscores for the dots of the module's
+name, which cannot be undone by splitting; `ModuleNames` finds the module among those that there
+are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def split_prefix(name: str) -> tuple[str, str]:
-    """A module's name in a file as its component's prefix, "" if none is known, and the rest.
+    """Split a module's name in a file into its component's prefix, or "", and the rest.
 
     Example:
         >>> split_prefix("lora_te1_encoder_layers_0_mlp_fc1")
@@ -49,14 +50,15 @@ def split_prefix(name: str) -> tuple[str, str]:
 
 
 def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
-    """The factors of one module, checked; of any dtype.
+    """Return the checked factors of one module, in their own dtype.
 
     Args:
         name: of the module.
-        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA. Its alpha is r where they have none, or 0.
-            The core of a Conv1d gets its trailing 1; a convolution's flat factors, which OneTrainer and A1111 write as
-            `[out, r, 1, 1]` and `[r, in, *spatial]`, become matrices; the core of a LoRA (LyCORIS' `lora_mid`) is
-            multiplied into `lora_A`, which is exact and keeps the rank.
+        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA. Its alpha is r where they
+            have none, or 0. The core of a Conv1d gets its trailing 1; a convolution's flat factors,
+            which OneTrainer and A1111 write as `[out, r, 1, 1]` and `[r, in, *spatial]`, become
+            matrices; the core of a LoRA (LyCORIS' `lora_mid`) is multiplied into `lora_A`, which is
+            exact and keeps the rank.
 
     Raises:
         FileError: tensors are missing or do not fit each other, or alpha is no finite number.
@@ -124,13 +126,55 @@ def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.nd
     return {"lora_A": a, "lora_B": b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))}
 
 
-def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.ndarray]:
-    """One module's tensors by LyCORIS' names: `read_module` the other way.
+class LycorisState(NamedTuple):
+    """The content of a LyCORIS file.
+
+    Attributes:
+        tensors: by the file's keys.
+        convolutions: the modules, as the file names them, that are convolutions.
+    """
+
+    tensors: dict[str, np.ndarray]
+    convolutions: list[str]
+
+
+def lycoris_state(
+    modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray], prefix: str | None
+) -> LycorisState:
+    """Return the content of a LyCORIS file.
 
     Args:
-        module: what to write.
-        one_axis: whether it is a Conv1d, whose core has no trailing axis in LyCORIS.
+        modules: of kind "loha", with torch's names. A convolution has an `in_shape`.
+        others: LyCORIS' differences, by `<module>.<part>`.
+        prefix: of all keys. None keeps each module's own, and the keys of `others`.
+
+    Raises:
+        ValueError: two modules would have one name, since dots are written as underscores.
     """
+    state = LycorisState({}, [])
+    owners: dict[str, str] = {}
+
+    def add(own: str, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        if owners.setdefault(own, name) != name:
+            raise ValueError(f"{owners[own]} and {name} would both be {own!r} in the file")
+        state.tensors.update({f"{own}.{part}": tensor for part, tensor in tensors.items()})
+
+    for module in modules:
+        own = module_key(module.prefix if prefix is None else prefix, module.name)
+        if own in owners:
+            raise ValueError(f"{owners[own]} and {module.name} would both be {own!r} in the file")
+        add(own, module.name, _module_tensors(module))
+        if "hada_t1" in module.tensors or math.prod((module.in_shape or ())[1:]) > 1:
+            state.convolutions.append(own)
+    for key, value in others.items():
+        name, _, part = key.rpartition(".")
+        add(name if prefix is None else module_key(prefix, name), name, {part: value})
+    return state
+
+
+def _module_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
+    """One module's tensors by LyCORIS' names: `read_module` the other way."""
+    one_axis = module.in_shape is not None and len(module.in_shape) == 2  # a Conv1d's core has no trailing axis
     tensors = {
         part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
         for part, tensor in module.tensors.items()
@@ -141,7 +185,7 @@ def module_tensors(module: AdapterModule, *, one_axis: bool) -> dict[str, np.nda
 
 
 def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
-    """The tensors in another dtype, but for alphas, which stay float32: half precision would change the scale.
+    """Return the tensors in another dtype; alphas stay float32, since rounding changes the scale.
 
     Args:
         state: by the file's keys.
@@ -168,7 +212,7 @@ def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarra
 
 
 def module_key(prefix: str, name: str) -> str:
-    """A module's name in a file: after a prefix that ends with an underscore, its dots are underscores too.
+    """Return a module's name in a file: its dots are underscores if the prefix ends with one.
 
     Raises:
         ValueError: the prefix ends with neither.
@@ -179,14 +223,16 @@ def module_key(prefix: str, name: str) -> str:
 
 
 def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()) -> bytes:
-    """The content of a file: the tensors, and metadata whose hash is that of these tensors.
+    """Return the content of a file: the tensors, and metadata with their hash.
 
-    Where keys are kohya's (`lora_…`), what user interfaces read of a network (`ss_network_dim`, …) is added if absent.
+    Where keys are kohya's (`lora_…`), what user interfaces read of a network (`ss_network_dim`, …)
+    is added if absent.
 
     Args:
         state: by the file's keys.
         metadata: strings for the header; hashes of a file that it comes from are left out.
-        convolutions: the modules, as the file names them, that have a `conv_dim` of their own in kohya's scripts.
+        convolutions: the modules, as the file names them, that have a `conv_dim` of their own in
+            kohya's scripts.
     """
     kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}  # stale, whatever they were
     data = safetensors_bytes(state, kept)
@@ -228,7 +274,7 @@ def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[s
 
 
 class ModuleNames:
-    """Finds the modules that a file names, among those of a model.
+    """The modules of a model, found by the names that a file has for them.
 
     Args:
         names: the model's dotted module names.
@@ -241,10 +287,11 @@ class ModuleNames:
             self._underscored.setdefault(name.replace(".", "_"), []).append(name)
 
     def find(self, prefix: str, name: str) -> str | None:
-        """The dotted name of a module, or None.
+        """Return the dotted name of a module, or None.
 
         Args:
-            prefix: of its component; one that ends with a dot, or none, stands before a dotted name.
+            prefix: of its component; one that ends with a dot, or none, stands before a dotted
+                name.
             name: in the file, after the prefix.
 
         Raises:

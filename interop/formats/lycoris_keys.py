@@ -1,6 +1,8 @@
-"""The keys of LyCORIS', kohya's and diffusers' files: which tensors belong to which module, and of what kind each is.
+"""The keys of LyCORIS', kohya's and diffusers' files: which tensors belong to which module, and of
+what kind each is.
 
-A file may mix kinds: LyCORIS' presets choose an algorithm per module, and user interfaces bundle token embeddings.
+A file may mix kinds: LyCORIS' presets choose an algorithm per module, and user interfaces bundle
+token embeddings.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class Groups:
     """The tensors of a file by kind.
 
     Attributes:
-        modules: by module (with its prefix) and part: `hada_*`, `alpha`, `dora_scale`, `lora_A`, `lora_B`, `lora_mid`,
-            and the differences of `PARAMETER_OF`.
+        modules: by module (with its prefix) and part: `hada_*`, `alpha`, `dora_scale`, `lora_A`,
+            `lora_B`, `lora_mid`, and the differences of `PARAMETER_OF`.
         foreign: modules with a tensor that is none of these; all tensors of theirs are in here.
         embeddings: token embeddings, by key.
     """
@@ -56,10 +58,11 @@ class Groups:
 
 
 def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
-    """Sorts the tensors of a LyCORIS, kohya or diffusers state dict by module and kind.
+    """Sort the tensors of a LyCORIS, kohya or diffusers state dict by module and kind.
 
     Raises:
-        FileError: the keys are PEFT's, two of them are the same tensor of a module, or there are none.
+        FileError: the keys are PEFT's, two of them are the same tensor of a module, or there are
+            none.
 
     Example:
         >>> groups = group_keys({"lora_unet_q.lora_up.weight": np.ones((3, 1)), "lora_unet_k.lokr_w1": np.ones(2)})
@@ -111,7 +114,7 @@ def _kind_of(keys: Iterable[str]) -> str:
 
 
 def are_adapters(keys: Iterable[str]) -> bool:
-    """Whether keys are those of an adapter, of whatever kind, and not of a model's checkpoint."""
+    """Return whether keys are those of an adapter of any kind, and not of a model's checkpoint."""
     keys = list(keys)
     own = [key for key in keys if re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key)]
     small = ("on_input", "lambda_layer", "alpha", "dora_scale", *PARAMETER_OF)  # which a model could have too
@@ -119,7 +122,7 @@ def are_adapters(keys: Iterable[str]) -> bool:
 
 
 def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str:
-    """Says which modules LoHa cannot hold, and how to leave them out.
+    """Return a message on the modules that LoHa cannot hold, and how to leave them out.
 
     Args:
         foreign: these modules.
@@ -148,7 +151,7 @@ def _shown(items: list[str]) -> str:
 
 
 def embeddings_note(embeddings: Mapping[str, np.ndarray]) -> str:
-    """Says which token embeddings a file holds besides weights."""
+    """Return a note on the token embeddings that a file holds besides weights."""
     names = dict.fromkeys(key.removeprefix(EMBEDDINGS).partition(".")[0] for key in embeddings)
     return (
         f"the file also holds token embeddings ({_shown(list(embeddings))}). They are no weights of the model, and are "

@@ -1,4 +1,4 @@
-"""The README.md beside an adapter: what the Hugging Face hub reads of it, as PEFT writes it."""
+"""The README.md of an adapter's folder, with the front matter that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL_CARD_NAME = "README.md"
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The text: PEFT's front matter (library, base model, task) and its block of versions.
+    """Return the text: PEFT's front matter (library, base model, task) and its block of versions.
 
     Args:
         config: the content of `adapter_config.json`, of a LoHa or a LoRA.

@@ -21,11 +21,11 @@ class _Change(NamedTuple):
 
 
 class ModuleLookup:
-    """Finds an adapter's modules among the names of a checkpoint.
+    """The modules of a checkpoint, found by the names that an adapter has for them.
 
-    A module is looked up by its name. Where no module of a component (a UNet, a text encoder) is found so, the names
-    may lack a prefix that all of them have in the checkpoint, or the other way round ("model.", "transformer.",
-    "base_model.model."): the one prefix with which all are found.
+    A module is looked up by its name. Where no module of a component (a UNet, a text encoder) is
+    found so, the names may lack a prefix that all of them have in the checkpoint, or the other way
+    round ("model.", "transformer.", "base_model.model."): the one prefix with which all are found.
 
     Args:
         names: modules of the checkpoint.
@@ -73,7 +73,7 @@ class ModuleLookup:
             said = " or ".join(repr(change.added or change.removed) for change in good)
             raise ValueError(
                 f"The adapter's modules, such as {first}, could be the checkpoint's with the prefix {said}. Use one "
-                "that has one of them alone"
+                "that has only one of them"
             )
         if good:
             self._changes[prefix] = good[0]
@@ -82,7 +82,7 @@ class ModuleLookup:
             self.notes.append(f"names {verb} the prefix {said!r} of the {'checkpoint' if verb == 'got' else 'adapter'}")
 
     def find(self, name: str, prefix: str) -> str:
-        """The module's name in the checkpoint; the given one where there is no such."""
+        """Return the module's name in the checkpoint; the given one if there is none."""
         change = self._changes.get(prefix)
         if change is None:
             return name
@@ -92,6 +92,6 @@ class ModuleLookup:
         return change(name) or name
 
     def find_own(self, own: str) -> str:
-        """The same for a name with its prefix, as LyCORIS' file has it."""
+        """Return the same for a name with its prefix, as a LyCORIS file has it."""
         prefix, name = split_prefix(own)
         return self.find(self._own_names.find(prefix, name) or name, prefix)

@@ -42,7 +42,8 @@ def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tu
 
     Args:
         folder: of PEFT or diffusers.
-        config_of: makes the config of its fields, as `LoHaConfig.from_dict` does, and raises ValueError.
+        config_of: makes the config of its fields, as `LoHaConfig.from_dict` does, and raises
+            ValueError.
     """
     config_path, diffusers = pending_or_own(folder, CONFIG_NAME), folder / DIFFUSERS_NAME
     has_config = config_path.is_file()
@@ -88,7 +89,8 @@ def read_peft(folder: str | Path) -> AdapterFile:
 
     Raises:
         FileNotFoundError: there is no config or no weights.
-        FileError: they are corrupted, hold NaN or infinity, or are those of another kind of adapter.
+        FileError: they are corrupted, hold NaN or infinity, or are those of another kind of
+            adapter.
     """
     try:
         config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
@@ -102,7 +104,8 @@ def read_peft(folder: str | Path) -> AdapterFile:
 def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> AdapterFile:
     """Return the adapter of a state dict that PEFT wrote for a LoHa.
 
-    Nothing is checked: modules may lack factors, or have others than their config says; see `check_peft_file`.
+    Nothing is checked: modules may lack factors, or have others than their config says; see
+    `check_peft_file`.
 
     Args:
         config: the adapter's; it says the modules' ranks and alphas.
@@ -133,7 +136,7 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
 
 
 def check_peft_file(file: AdapterFile) -> None:
-    """Raise FileError where a module's factors do not fit each other, or not the rank in the config."""
+    """Raise FileError where a module's factors fit neither each other nor the config."""
     for name, module in file.modules.items():
         r = rank_of(name, module.tensors)
         if r != module.r:
@@ -158,7 +161,7 @@ def peft_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
 
 
 def peft_state(modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return PEFT's state dict of some modules, and of the parameters beside them."""
+    """Return PEFT's state dict of some modules and of other parameters."""
     own = [item for module in modules for item in peft_tensors(module).items()]
     return {PREFIX + name: tensor for name, tensor in [*own, *others.items()]}
 

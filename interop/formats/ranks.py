@@ -18,22 +18,22 @@ T = TypeVar("T")
 
 
 def exact_pattern(name: str) -> str:
-    """The key of `rank_pattern` or `alpha_pattern` that matches a module by its full name, and no other."""
+    """Return the key of `rank_pattern` or `alpha_pattern` that matches only this full name."""
     return f"^{re.escape(name)}"
 
 
 def most_common(values: Iterable[T]) -> T:
-    """The value that occurs most often; the first of several."""
+    """Return the value that occurs most often; the first of several."""
     return collections.Counter(values).most_common(1)[0][0]
 
 
 def plain_number(alpha: float) -> float:
-    """An alpha as people write it: 8, not 8.0."""
+    """Return an alpha as people write it: 8, not 8.0."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
-    """The fields of a config that give each module its own rank and alpha: the most common ones, and patterns."""
+    """Return the fields of a config that give each module its rank and alpha."""
     r, alpha = most_common(m.r for m in modules.values()), most_common(m.alpha for m in modules.values())
     return {
         "r": r,
@@ -44,7 +44,7 @@ def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
 
 
 def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
-    """The rank of one module's factors in PEFT's shapes, whose kernel is not known.
+    """Return the rank of one module's factors in PEFT's shapes, whose kernel is not known.
 
     Args:
         name: for messages.

@@ -23,7 +23,7 @@ from loha_jax.runtime.untrusted import read_json
 from loha_jax.targets.config import LoHaConfig
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, beside the file
+_LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, in the same folder
 _ALPHAS = ("alpha", "lora_alpha", "linear_alpha", "conv_alpha")
 _BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
 
@@ -36,28 +36,33 @@ def read_adapter(
     prefix: str = "",
     loader: str = "",
 ) -> AdapterFile:
-    """Reads an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya, or a folder with one.
+    """Read an adapter: a PEFT folder (LoHa or LoRA), or a file of LyCORIS or kohya.
 
     Args:
-        path: a folder with `adapter_config.json`, one with an adapter's file (`find_adapter_file`), or a file
-            (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which needs torch).
-        modules: the dotted names of the model's modules, to find those that a LyCORIS file writes with underscores;
-            one that is not among them keeps the file's name.
-        only: a regular expression for the whole names of modules in the file; the others are left out.
+        path: a folder with `adapter_config.json`, one with an adapter's file (`find_adapter_file`),
+            or a file (`.safetensors`, or a torch pickle: `.pt`, `.pth`, `.bin`, `.ckpt`, which
+            needs torch).
+        modules: the dotted names of the model's modules, to find those that a LyCORIS file writes
+            with underscores; one that is not among them keeps the file's name.
+        only: a regular expression for the whole names of modules in the file; the others are left
+            out.
         prefix: modules that LoHa cannot hold are refused only where their names begin so.
         loader: the function of `loha_jax.interop` that reads it, for messages; "" for a command.
 
     Returns:
-        The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file has none or 0, as
-        in kohya's scripts, ComfyUI and PEFT's converter. LoRA modules of a file are of kind "lora". Token embeddings
-        bundled with the weights (`bundle_emb.…`) are in `embeddings`, and no caller can put them into a model.
+        The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file
+            has none or 0, as
+        in kohya's scripts, ComfyUI and PEFT's converter. LoRA modules of a file are of kind "lora".
+            Token embeddings
+        bundled with the weights (`bundle_emb.…`) are in `embeddings`, and no caller can put them
+            into a model.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no adapter.
-        FileError: it is broken, or holds another kind of adapter, or modules of another kind that `only` does not leave
-            out; the message names the key.
-        ValueError: two of `modules` have the same name in the file, which writes their dots as underscores; or no
-            module has a name that `only` matches.
+        FileError: it is corrupted, or holds another kind of adapter, or modules of another kind
+            that `only` does not leave out; the message names the key.
+        ValueError: two of `modules` have the same name in the file, which writes their dots as
+            underscores; or no module has a name that `only` matches.
 
     Example:
         >>> import tempfile, jax, loha_jax
@@ -95,7 +100,7 @@ def read_lycoris(path: str | Path, *, only: str | None = None, prefix: str | Non
 
 
 def read_everything(path: str | Path, *, modules: Iterable[str] | None = None, loader: str = "") -> AdapterFile:
-    """Reads an adapter with all that there is in its file, also what LoHa cannot hold; see `read_adapter`."""
+    """Read everything in a file, also modules that LoHa cannot hold; see `read_adapter`."""
     try:
         return _read(Path(path), None if modules is None else ModuleNames(modules))
     except (FileError, FileNotFoundError) as error:
@@ -122,7 +127,7 @@ def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
 
 
 def _check_scale(file: Path, ranks: set[int], example: str) -> None:
-    """Raises FileError where modules without alpha are scaled by more than 1, as a configuration says.
+    """Raise FileError where a configuration scales modules without alpha by another number than 1.
 
     Args:
         file: of the adapter.
@@ -173,7 +178,7 @@ def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
 
 
 def module_of(key: str) -> str:
-    """The module that a tensor of `AdapterFile.others` belongs to."""
+    """Return the module that a tensor of `AdapterFile.others` belongs to."""
     base_layer = _BASE_LAYER.fullmatch(key)
     return base_layer[1] if base_layer else key.rpartition(".")[0]
 
@@ -194,7 +199,7 @@ def _lycoris(
             odd = sorted(parts.keys() - {*NORM_PARTS.values()})[0]
             raise FileError(f"{own} has both {odd} and the differences of a normalisation layer ({mixed[0]})")
         if "diff" in parts and "dora_scale" in parts:
-            raise FileError(f"{own} has a dora_scale beside the difference of its whole weight (diff)")
+            raise FileError(f"{own} has a dora_scale and the difference of its whole weight (diff)")
         prefix, name = split_prefix(own)
         name = (names.find(prefix, name) if names else None) or name
         found[own] = dataclasses.replace(read_module(own, factors), name=name, prefix=prefix)

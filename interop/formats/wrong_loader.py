@@ -48,10 +48,10 @@ def kind_of(path: str | Path) -> Kind | None:
 
 
 def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception:
-    """The error, with what is at the path added where another function opens that.
+    """Return the error, with a description of the path added if another function opens it.
 
     Args:
-        error: one that has a message alone.
+        error: one with a message and no other argument.
         path: what was given.
         loader: the function that it was given to; "" for a command, whose user knows no functions.
     """
@@ -67,7 +67,7 @@ def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception
 
 
 def has_peft_config(folder: Path) -> bool:
-    """Whether a folder has PEFT's configuration: in a file, or as diffusers keeps it in a header."""
+    """Return whether a folder has PEFT's configuration, in a file or in a header."""
     if pending_or_own(folder, CONFIG_NAME).is_file():
         return True
     diffusers = folder / DIFFUSERS_NAME
@@ -75,7 +75,7 @@ def has_peft_config(folder: Path) -> bool:
 
 
 def header_config(file: Path) -> dict[str, object]:
-    """The configuration that diffusers keeps in the header of an adapter's file; {} where there is none.
+    """Return the configuration that diffusers keeps in the header of an adapter's file, or {}.
 
     Raises:
         FileError: it is not a JSON object.
@@ -100,7 +100,7 @@ def _file_kind(file: Path) -> Kind | None:
     if file.name in ("adapter_model.bin", "adapter_model.safetensors"):
         return _peft_file(file)
     if file.suffix in _PICKLES:
-        return Kind("a torch pickle", "load_lycoris", "`load_lycoris` opens it if it holds an adapter's tensors alone")
+        return Kind("a torch pickle", "load_lycoris", "`load_lycoris` opens it if it holds only an adapter's tensors")
     keys = list(Checkpoint(file).shapes)
     if any(key.startswith("base_model.model.") for key in keys):
         return _peft_file(file)

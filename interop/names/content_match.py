@@ -1,8 +1,10 @@
-"""Finds leaves among the tensors of a torch checkpoint by their contents alone, one tensor in memory at a time.
+"""Leaves found among the tensors of a torch checkpoint by their contents only.
 
-A sum of hashed values is the same in whatever order an array keeps them: it finds the tensors that a leaf, or each
-index of its stack, may hold. Their contents are then compared under every way to permute and merge axes that the two
-shapes allow.
+One tensor is in memory at a time.
+
+A sum of hashed values is the same in whatever order an array keeps them: it finds the tensors that
+a leaf, or each index of its stack, may hold. Their contents are then compared under every way to
+permute and merge axes that the two shapes allow.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.names.fused_parts import find_parts
 from loha_jax.interop.names.leaf_source import Source, make_source
 from loha_jax.interop.names.value_hashes import coarser, fingerprint, value_bits
 
@@ -37,7 +38,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Correspondence:
     """One way in which a leaf may be made of torch tensors.
 
     Attributes:
@@ -63,9 +64,9 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a leaf could be where contents do not settle it."""
+    """The options of a leaf that contents do not settle."""
 
-    ways: tuple[Way, ...]
+    ways: tuple[Correspondence, ...]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -78,7 +79,11 @@ class Options:
         return tuple(dict.fromkeys(key for way in self.ways for own in way.keys for key in own))
 
     def choose(self, keys: Sequence[str], layout: Layout | None) -> Source:
-        """The source with these names and this layout; ValueError where they are no option, or leave several."""
+        """Return the source with these names and this layout.
+
+        Raises:
+            ValueError: they are no option, or leave several.
+        """
         ways = [way for way in self.ways if _holds(way, keys)]
         if not ways:
             raise ValueError(f"{', '.join(keys)} is none of {'; '.join(self.words)}")
@@ -89,7 +94,7 @@ class Options:
         return dataclasses.replace(forms[0], keys=tuple(keys))
 
 
-def _holds(way: Way, keys: Sequence[str]) -> bool:
+def _holds(way: Correspondence, keys: Sequence[str]) -> bool:
     return len(keys) == len(way.keys) and all(key in own for key, own in zip(keys, way.keys, strict=True))
 
 
@@ -121,7 +126,7 @@ class _Hits:
 
 
 def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
-    """Finds every leaf; see `NameMap.infer`."""
+    """Find every leaf; see `NameMap.infer`."""
     slots = _slots(leaves, checkpoint)
     hits: dict[tuple[int, Stack, tuple[int, ...]], _Hits] = {}
     wanted = {(dtype, size) for dtype, size, _ in slots}
@@ -237,13 +242,15 @@ def _products(axes: list[tuple[int, int]], size: int) -> Iterator[tuple[tuple[in
 def _resolve(
     leaves: Sequence[Leaf], hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits], checkpoint: Checkpoint
 ) -> Found:
-    """Takes what contents settle, then what a settled neighbour in the same module does, and lists the rest."""
-    ways: dict[int, list[Way]] = defaultdict(list)
+    """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
+    ways: dict[int, list[Correspondence]] = defaultdict(list)
     for (n, stack, torch_shape), own in hits.items():
         for keys, groups in own.ways().items():
             shape, names = tuple(leaves[n].array.shape), tuple(itertools.chain(*keys))
             forms = (make_source(names, shape, torch_shape, stack, group) for group in groups)
-            ways[n].append(Way(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant))
+            ways[n].append(
+                Correspondence(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant)
+            )
     claims = Counter(key for own in ways.values() for way in own for index in way.keys for key in index)
     result = Found({}, {}, {}, [])
     for n, own in ways.items():
@@ -263,17 +270,13 @@ def _resolve(
             result.sources[leaf.path] = source
         else:
             result.ambiguous[leaf.path] = Options(tuple(ways[n]))
-    alone = {leaf.path: leaf.array for leaf in leaves if leaf.path in result.unmatched}
-    for path, part in find_parts(alone, checkpoint).items() if alone else ():
-        if not result.unmatched[path].startswith("of its stack"):
-            result.unmatched[path] = f"{part}; no layout can say so"
     result.sources = {leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources}
     used = {key for own in hits.values() for index in own.found for key in index}
     result.unused = [key for key in checkpoint.shapes if key not in used]
     return result
 
 
-def _keys(way: Way, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+def _keys(way: Correspondence, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """The torch names of a leaf where contents settle them, and further names of the same values."""
     contested = any(claims[key] > 1 for own in way.keys for key in own)
     several = any(len(own) > 1 for own in way.keys)
@@ -285,7 +288,7 @@ def _keys(way: Way, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, 
 
 
 def _of_neighbour(
-    leaf: Leaf, ways: Sequence[Way], owners: set[tuple[str, ...]], claims: Mapping[str, int]
+    leaf: Leaf, ways: Sequence[Correspondence], owners: set[tuple[str, ...]], claims: Mapping[str, int]
 ) -> Source | None:
     """The source of a parameter whose contents fit, among others, the module that holds its neighbour."""
     keys = None

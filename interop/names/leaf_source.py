@@ -1,4 +1,4 @@
-"""`Source`: where in a torch checkpoint the values of one leaf are, and how their axes correspond."""
+"""`Source`: where the values of one leaf are in a torch checkpoint."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ class Source:
     """The torch tensors that a leaf holds.
 
     Attributes:
-        keys: their names, one per index of the leaf's stack axes in row-major order (one where there are none).
+        keys: their names, one per index of the leaf's stack axes in row-major order (one where
+            there are none).
         stack: the leaf's stack axes.
-        axes: for each axis of the torch tensor the leaf's axes that it flattens, in order; () for an axis of size 1
-            that the leaf does not have.
-        layout: the kernel's layout, for adapters; None where the tensor is no module's weight, or no layout says it.
-        also: names of further tensors with the same values (a tied weight that the file stores twice).
+        axes: for each axis of the torch tensor the leaf's axes that it flattens, in order; () for
+            an axis of size 1 that the leaf does not have.
+        layout: the kernel's layout, for adapters; None where the tensor is no module's weight, or
+            no layout says it.
+        also: names of further tensors with the same values (a tied weight that the file stores
+            twice).
 
     Example:
         >>> q = Source.of_layout(("q.weight",), Layout("ioo"))  # [in, heads, head] from torch's [out, in]
@@ -37,7 +40,7 @@ class Source:
 
     @classmethod
     def of_layout(cls, keys: tuple[str, ...], layout: Layout) -> Source:
-        """The source of a kernel whose torch weight is `[out, in, *spatial]`."""
+        """Return the source of a kernel whose torch weight is `[out, in, *spatial]`."""
         spatial = [(axis,) for axis in layout.axes("k")]
         return cls(keys, layout.axes("s"), (layout.axes("o"), layout.axes("i"), *spatial), layout)
 
@@ -47,24 +50,24 @@ class Source:
         return self.stack + tuple(axis for group in self.axes for axis in group)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of each torch tensor for a leaf of this `shape`."""
+        """Return the shape of each torch tensor for a leaf of this `shape`."""
         return tuple(math.prod(shape[axis] for axis in group) for group in self.axes)
 
     def fits(self, shape: Sequence[int], torch_shape: Sequence[int]) -> bool:
-        """Whether a torch tensor has the shape that a leaf of `shape` needs, but for axes of size 1."""
+        """Return whether a torch tensor has the shape that a leaf needs, but for axes of size 1."""
         return [n for n in self.torch_shape(shape) if n != 1] == [n for n in torch_shape if n != 1]
 
     def part(self, leaf: np.ndarray, index: int) -> np.ndarray:
-        """A view of the part of `leaf` that is tensor number `index`, with one axis per axis of the leaf."""
+        """Return a view of the part of `leaf` that is tensor number `index`."""
         view = leaf.transpose(self.order)
         return view[np.unravel_index(index, view.shape[: len(self.stack)])] if self.stack else view
 
     def tensor(self, leaf: np.ndarray, index: int = 0) -> np.ndarray:
-        """Torch tensor number `index` out of a leaf."""
+        """Return torch tensor number `index` of a leaf."""
         return self.part(leaf, index).reshape(self.torch_shape(leaf.shape))
 
     def put(self, tensor: np.ndarray, leaf: np.ndarray, index: int = 0) -> None:
-        """Writes torch tensor number `index` into a leaf."""
+        """Write torch tensor number `index` into a leaf."""
         part = self.part(leaf, index)
         part[...] = tensor.reshape(part.shape)
 
@@ -72,7 +75,7 @@ class Source:
 def convolution_source(
     key: str, shape: Sequence[int], torch_shape: Sequence[int], torch_oriented: bool
 ) -> Source | None:
-    """The source of a kernel of three or more axes whose one torch tensor has as many, or None: a convolution's.
+    """Return the source of a convolution's kernel, whose torch tensor has as many axes, or None.
 
     Example:
         >>> convolution_source("c.weight", (3, 3, 6, 8), (8, 6, 3, 3), False).layout.word
@@ -92,11 +95,12 @@ def make_source(
     stack: Sequence[int],
     groups: Sequence[Sequence[int]],
 ) -> Source:
-    """A source from what contents or strides can tell: axes of size 1 are in no group yet.
+    """Return a source from groups that lack the axes of size 1, as contents or strides tell them.
 
-    Such an axis carries no information. Where torch's tensor has one too, they are paired as in a convolution
-    (`[k…, in, out]`), else in order; one that is left over becomes a stack axis of one module, which is right for a
-    scan over a single layer and for a product that keeps the axis alike.
+    Such an axis carries no information. Where torch's tensor has one too, they are paired as in a
+    convolution (`[k…, in, out]`), else in order; one that is left over becomes a stack axis of one
+    module, which is right for a scan over a single layer and for a product that keeps the axis
+    alike.
     """
     groups = [tuple(group) for group in groups]
     given = {*stack, *(axis for group in groups for axis in group)}

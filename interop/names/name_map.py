@@ -18,26 +18,39 @@ from loha_jax.tree.named_tree import Layouts
 GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 """GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""
 
+_TRANSFORMERS_NAMES = {
+    r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
+    r"(.*)\.weight_v": r"\1.parametrizations.weight.original1",
+    r"(.*\.layers\.\d+)\.layer\.layer_(\d+)\.(.*)": r"\1.layer.\2.\3",
+}
+_TRANSFORMERS_LAYOUTS = {r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"}
+_DIFFUSERS_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of an autoencoder
+
 
 class NameMap:
-    """Torch names of a model's leaves, to give to `inject`, `load_peft`, `load_base` and `save_merged` as `names=`.
+    """Torch names of a model's leaves, for `names=` of `inject` and all loaders and savers.
 
     Two forms of `names` are read:
 
-    - a function of the default dotted name, or `{regex: template}`, as `loha_jax.inject` takes them;
-    - `{torch_regex: (jax_path, transform)}`, the mapping that google-tunix and jax-bonsai models load their weights
-      with. Its patterns are run on the names in the checkpoint `base=`; every layout follows from its shapes.
+    - a function of the default dotted name, or `{regex: template}`, as `loha_jax.inject` takes
+      them;
+    - `{torch_regex: (jax_path, transform)}`, the mapping that google-tunix and jax-bonsai models
+      load their weights with. Its patterns are run on the names in the checkpoint `base=`; every
+      layout follows from its shapes.
 
     `NameMap.transformers`, `NameMap.diffusers` and `NameMap.infer` make other ones.
 
     Args:
         names: see above.
-        base: the torch checkpoint (a safetensors file or folder; only headers are read) or `{name: shape}`.
+        base: the torch checkpoint (a safetensors file or folder; only headers are read) or `{name:
+            shape}`.
         preprocess: the function that stacks tensors after the mapping (tunix' `preprocess_fn`).
-        layouts: `{regex: layout}` by default dotted name; they come before those that the mapping gives.
+        layouts: `{regex: layout}` by default dotted name; they come before those that the mapping
+            gives.
 
     Raises:
-        ValueError: a transform is of no known form; a mapping without `base`; `preprocess` or `base` without a mapping.
+        ValueError: a transform is of no known form; a mapping without `base`; `preprocess` or
+            `base` without a mapping.
 
     Example:
         >>> mapping = {r"model\\.layers\\.(\\d+)\\.q_proj\\.weight": (r"layers.\\1.q.w", ((1, 0), (6, 2, 4)))}
@@ -71,7 +84,7 @@ class NameMap:
 
     @property
     def sources(self) -> dict[str, Source]:
-        """`Source` by leaf path ("layers.0.attn.q_proj.w"), where contents or a checkpoint's names settled it."""
+        """`Source` by leaf path ("layers.0.attn.q_proj.w"), where a checkpoint settled it."""
         return self._settled.sources if self._settled else {}
 
     @property
@@ -99,12 +112,13 @@ class NameMap:
 
     @classmethod
     def transformers(cls, model_type: str | None = None) -> NameMap:
-        """The names of Flax models in Hugging Face transformers (4.57 is the last release that has them).
+        """Return the names of Flax models in transformers (up to 4.57, the last release with them).
 
-        They are torch's, with kernel, scale and embedding for weight. What differs: ResNet's `layer_0` is torch's
-        `layer.0`, a weight norm's `weight_g` and `weight_v` are `parametrizations.weight.original0` and `1`, the Conv1d
-        kernels of Whisper and Wav2Vec2 are `kio`, and GPT-2's projections are kept as [out, in], where torch has [in,
-        out] (its `Conv1D`, to which PEFT has no LoHa).
+        They are torch's, with kernel, scale and embedding for weight. What differs: ResNet's
+        `layer_0` is torch's `layer.0`, a weight norm's `weight_g` and `weight_v` are
+        `parametrizations.weight.original0` and `1`, the Conv1d kernels of Whisper and Wav2Vec2 are
+        `kio`, and GPT-2's projections are kept as [out, in], where torch has [in, out] (its
+        `Conv1D`, to which PEFT has no LoHa).
 
         Args:
             model_type: `config.model_type`. Only "gpt2" makes a difference.
@@ -113,14 +127,7 @@ class NameMap:
             >>> NameMap.transformers()("resnet.encoder.stages.0.layers.0.layer.layer_1.convolution")
             'resnet.encoder.stages.0.layers.0.layer.1.convolution'
         """
-        result = cls(
-            {
-                r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
-                r"(.*)\.weight_v": r"\1.parametrizations.weight.original1",
-                r"(.*\.layers\.\d+)\.layer\.layer_(\d+)\.(.*)": r"\1.layer.\2.\3",
-            },
-            layouts={r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"},
-        )
+        result = cls(_TRANSFORMERS_NAMES, layouts=_TRANSFORMERS_LAYOUTS)
         if model_type == "gpt2":
             result._given[GPT2_CONV1D] = "oi"
             result._conv1d = re.compile(GPT2_CONV1D)
@@ -128,35 +135,31 @@ class NameMap:
 
     @classmethod
     def diffusers(cls) -> NameMap:
-        """The names of Flax models in diffusers (0.39 is the last release that has them).
+        """Return the names of Flax models in diffusers (up to 0.39, the last release with them).
 
-        `down_blocks_0` is torch's `down_blocks.0`, and an autoencoder's `query`, `key`, `value` and `proj_attn` are
-        `to_q`, `to_k`, `to_v` and `to_out.0`.
+        `down_blocks_0` is torch's `down_blocks.0`, and an autoencoder's `query`, `key`, `value` and
+        `proj_attn` are `to_q`, `to_k`, `to_v` and `to_out.0`.
 
         Example:
             >>> NameMap.diffusers()("down_blocks_0.attentions_1.transformer_blocks_0.attn1.to_out_0")
             'down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0'
         """
-        vae = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-        def part(name: str) -> str:
-            # linear_1 and linear_2 of an embedding are called so in torch
-            return vae.get(name, name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name))
-
-        return cls(lambda name: ".".join(map(part, name.split("."))))
+        return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
     def infer(cls, params: Any, base: str | Path) -> NameMap:
-        """Names and layouts out of contents alone: each leaf is found among the tensors of a torch checkpoint.
+        """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
-        Found are permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or two axes (`[L, in,
-        out]`, `[2, K, D, H]`), and tied copies. Tensors are compared bit for bit after rounding to the coarser of the
-        two dtypes, so that bfloat16 parameters of a float32 file are found, and the reverse. Whatever is not settled by
-        contents is listed in `ambiguous` (two tensors of zeros, a symmetric kernel) or `unmatched`, and an error once
-        `inject`, `load_base` or `save_merged` ask for it; `settle` names it. Biases and scales that have no contents
-        of their own follow the module whose other parameter was found.
+        Found are permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
+        two axes (`[L, in, out]`, `[2, K, D, H]`), and tied copies. Tensors are compared bit for bit
+        after rounding to the coarser of the two dtypes, so that bfloat16 parameters of a float32
+        file are found, and the reverse. Whatever is not settled by contents is listed in
+        `ambiguous` (two tensors of zeros, a symmetric kernel) or `unmatched`, and an error once
+        `inject`, `load_base` or `save_merged` ask for it; `settle` names it. Biases and scales that
+        have no contents of their own follow the module whose other parameter was found.
 
-        One torch tensor is in memory at a time: sums of hashed values find candidates, then contents are compared.
+        One torch tensor is in memory at a time: sums of hashed values find candidates, then
+        contents are compared.
 
         Args:
             params: the tree with the checkpoint's values, adapted or not.
@@ -166,7 +169,8 @@ class NameMap:
             TypeError: `params` has shapes instead of values.
             FileNotFoundError, ValueError: see `Checkpoint`; or it is quantised.
 
-        A torch `Conv1D` (GPT-2) stores [in, out] instead of [out, in], which contents do not show: give `layouts=`.
+        A torch `Conv1D` (GPT-2) stores [in, out] instead of [out, in], which contents do not show:
+        give `layouts=`.
 
         Example:
             >>> import tempfile, numpy as np
@@ -184,10 +188,10 @@ class NameMap:
         return result
 
     def then(self, names: Names) -> NameMap:
-        """Return this map with its torch names renamed: by a function of the name, or `{regex: template}` (fullmatch).
+        """Return this map with its torch names renamed by a function or `{regex: template}`.
 
-        For checkpoints whose tensors are called otherwise than the model's modules: with one map to load the base and
-        another to exchange adapters.
+        For checkpoints whose tensors are called otherwise than the model's modules: with one map to
+        load the base and another to exchange adapters.
 
         Example:
             >>> NameMap({r"h\\.(.*)": r"layers.\\1"}).then({r"(.*)": r"model.\\1"})("h.0.q")
@@ -204,12 +208,13 @@ class NameMap:
         """Return this map with some leaves settled by hand.
 
         Args:
-            choices: by leaf path or default module name, as `table` prints them: the torch name of the module or
-                parameter (a list of them for a stack), or `(name, layout)`.
+            choices: by leaf path or default module name, as `table` prints them: the torch name of
+                the module or parameter (a list of them for a stack), or `(name, layout)`.
 
         Raises:
             KeyError: the map knows no such leaf.
-            ValueError: the name is none of those whose contents fit, or the layout does not fit the leaf.
+            ValueError: the name is none of those whose contents fit, or the layout does not fit the
+                leaf.
 
         Example:
             >>> names = NameMap({r"a\\.weight": ("q.w", None)}, base={"a.weight": (3, 3)})
@@ -248,7 +253,7 @@ class NameMap:
 
     @property
     def is_settled(self) -> bool:
-        """True where a checkpoint settled the names: by its contents, or by a mapping that was run on it."""
+        """True where a checkpoint settled the names, by its contents or a mapping."""
         return self._settled is not None
 
     def is_conv1d(self, name: str) -> bool:
@@ -256,7 +261,7 @@ class NameMap:
         return self._conv1d is not None and self._conv1d.fullmatch(name) is not None
 
     def table(self) -> str:
-        """Return all that the map says: leaf, shape, torch name, layout; then what is ambiguous, unmatched, unused."""
+        """Return the map as text: leaf, shape, torch name and layout; then what is not settled."""
         return (self._settled or SettledNames()).table()
 
     def __repr__(self) -> str:
@@ -265,3 +270,9 @@ class NameMap:
         names = self._names
         shown = f"{len(names)} patterns" if isinstance(names, Mapping) else getattr(names, "__qualname__", repr(names))
         return f"NameMap({shown})"
+
+
+def _diffusers_part(name: str) -> str:
+    # linear_1 and linear_2 of an embedding are called so in torch
+    numbered = name if name.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", name)
+    return _DIFFUSERS_ATTENTION.get(name, numbered)

@@ -15,16 +15,18 @@ _SHOWN = 5
 
 
 def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -> AdapterFile:
-    """An adapter whose modules, and parameters beside them, have the names that `names` gives.
+    """Return an adapter whose modules, and other parameters, have the names that `names` gives.
 
     Args:
         adapter: as it was read.
-        names: `{regex: template}` for the whole names of modules in the adapter's file, or, where these have a
-            prefix, of what follows it; or a function of the name. Names that it does not give stay.
+        names: `{regex: template}` for the whole names of modules in the adapter's file, or, where
+            these have a prefix, of what follows it; or a function of the name. Names that it does
+            not give stay.
         modules: of the base, to find those that a new name writes with underscores.
 
     Raises:
-        ValueError: it gives one module several names, or a template refers to a group that its pattern lacks.
+        ValueError: it gives one module several names, or a template refers to a group that its
+            pattern lacks.
     """
     if names is None:
         return adapter
@@ -59,7 +61,7 @@ def _new_name(names: Names, own: str, rest: str) -> str | None:
 
 
 def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
-    """Return a sentence on modules of the base that end like the missing ones, with `names=`; "" if there are none."""
+    """Return a sentence on modules of the base that end as the missing ones do, or ""."""
     near: list[str] = []
     option = ""
     by_last: dict[str, list[str]] = {}

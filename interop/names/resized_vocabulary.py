@@ -1,8 +1,9 @@
 """Embeddings and output heads that an adapter saved with another number of rows than the base has.
 
-Training that adds tokens resizes them (`resize_token_embeddings` in transformers), and PEFT saves them whole:
-`modules_to_save=["embed_tokens", "lm_head"]`, or `save_embedding_layers`. A merged checkpoint takes the new rows, and
-its config.json the new `vocab_size`, without which transformers does not open it.
+Training that adds tokens resizes them (`resize_token_embeddings` in transformers), and PEFT saves
+them whole: `modules_to_save=["embed_tokens", "lm_head"]`, or `save_embedding_layers`. A merged
+checkpoint takes the new rows, and its config.json the new `vocab_size`, without which transformers
+does not open it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def is_resized(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether a tensor is an embedding or an output head, and its shapes differ in the size of the vocabulary only.
+    """Return whether an embedding or output head differs only in the size of the vocabulary.
 
     Example:
         >>> is_resized("model.embed_tokens.weight", (10, 4), (12, 4)), is_resized("q_proj.weight", (10, 4), (12, 4))
@@ -58,7 +59,7 @@ def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) 
 
 
 def vocabulary_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The places in a config that say a size of the vocabulary: of the model, or of its language model."""
+    """Return the sizes of the vocabulary in a config, of the model or of its language model."""
     nested = {f"{name}.vocab_size": part for name, part in config.items() if isinstance(part, Mapping)}
     found = {
         "vocab_size": config,
@@ -68,7 +69,7 @@ def vocabulary_sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """A config in which every size of the vocabulary that was `old` is `new`."""
+    """Return a config in which every size of the vocabulary that was `old` is `new`."""
     result = dict(config)
     for place, size in vocabulary_sizes(config).items():
         part, _, _ = place.rpartition(".")
@@ -90,7 +91,7 @@ def resizing_note(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> s
 
 
 def resizing_hint(wanted: Shapes, given: Shapes) -> str:
-    """How to load an adapter whose vocabulary was resized onto a tree of the old size; "" where it was not.
+    """Return how to load an adapter whose vocabulary was resized, or "".
 
     Args:
         wanted: shapes that the tree's parameters have, by torch name.

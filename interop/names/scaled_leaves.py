@@ -26,7 +26,7 @@ def quantised_problem(quantisation: Quantisation, taken: Collection[str], key: s
 def requantised(
     checkpoint: Checkpoint, key: str, value: np.ndarray, losses: dict[str, Loss]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A tensor in the base's scaled float8, and its scale; the base's own bits where it has the base's values."""
+    """Return a tensor in the base's scaled float8, and its scale; unchanged values keep their bits."""
     scale, raw, old = checkpoint.quantisation.scales[key], checkpoint.read(key), checkpoint.read_scale(key)
     base = dequantised(raw, scale.rows(old, raw.shape))
     if np.array_equal(base.astype(value.dtype), value):
@@ -43,7 +43,7 @@ def requantised(
 
 
 def warn_of_losses(losses: Mapping[str, Loss]) -> None:
-    """Warns where quantising again lost more than half of the update."""
+    """Warn where quantising again lost more than half of the update."""
     if losses and (share := overall(list(losses.values()))) > LOSS_LIMIT:
         worst = max(losses, key=lambda key: losses[key].share)
         warn_caller(

@@ -55,7 +55,7 @@ class SettledNames:
         base: str | Path | Mapping[str, Sequence[int]],
         preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None,
     ) -> SettledNames:
-        """Run a mapping `{torch_regex: (jax_path, transform)}` on a checkpoint's names; see `NameMap`."""
+        """Run a mapping on a checkpoint's names; see `NameMap`."""
         shapes = base if isinstance(base, Mapping) else Checkpoint(base).shapes
         mapped = map_sources(mapping, {key: tuple(shape) for key, shape in shapes.items()}, preprocess)
         return cls(
@@ -87,7 +87,7 @@ class SettledNames:
 
     @property
     def layouts(self) -> dict[str, Layout | None]:
-        """Layouts by default module name; None for a leaf called like a kernel that is a vector in torch."""
+        """Layouts by default module name; None for vectors that are called like a kernel."""
         known: dict[str, Layout | None] = {}
         for path, source in self.sources.items():
             is_vector = len(source.axes) < 2 and len(source.order) > 1 and path.rpartition(".")[2] in KERNEL_LEAVES

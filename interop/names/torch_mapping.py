@@ -1,8 +1,9 @@
-"""Mappings `{torch_regex: (jax_path, transform)}`, as google-tunix and jax-bonsai models carry them, read as they are.
+"""Mappings `{torch_regex: (jax_path, transform)}` of google-tunix and jax-bonsai models.
 
-Source: `torch_key_to_jax_key` and `load_and_create_model` in tunix 0.1.7, `map_to_bonsai_key` and `assign_weights` in
-jax-bonsai: a torch name that exactly one pattern matches (`re.match`) becomes `re.sub(pattern, jax_path, name)`, its
-tensor is permuted, then reshaped; bonsai's third element says to reshape first.
+Source: `torch_key_to_jax_key` and `load_and_create_model` in tunix 0.1.7, `map_to_bonsai_key` and
+`assign_weights` in jax-bonsai: a torch name that exactly one pattern matches (`re.match`) becomes
+`re.sub(pattern, jax_path, name)`, its tensor is permuted, then reshaped; bonsai's third element
+says to reshape first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 def is_torch_mapping(names: Any) -> bool:
-    """Whether a table is of the form `{torch_regex: (jax_path, transform)}`, and not `{regex: template}`."""
+    """Return whether a table is a mapping, and not `{regex: template}`."""
     return isinstance(names, Mapping) and any(
         isinstance(v, tuple) and len(v) == 2 and not isinstance(v[1], str) for v in names.values()
     )
@@ -33,7 +34,7 @@ def is_torch_mapping(names: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What happens to a torch tensor: permuted, then reshaped, or the other way round."""
+    """A permutation of a torch tensor, then a reshape, or the other way round."""
 
     permute: Shape | None = None
     reshape: Shape | None = None
@@ -41,7 +42,7 @@ class Transform:
 
     @classmethod
     def of(cls, value: Any, pattern: str) -> Transform:
-        """From None, `(permute, reshape)`, `(permute, reshape, reshape_first)` or an enum member of such a value."""
+        """Parse None, `(permute, reshape[, reshape_first])` or an enum member of such a value."""
         if isinstance(value, enum.Enum):
             value = value.value
         if value is None:
@@ -59,7 +60,7 @@ class Transform:
         )
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor with its axes as the JAX model has them."""
+        """Return the tensor with its axes as the JAX model has them."""
         if self.reshape_first and self.reshape is not None:
             tensor = tensor.reshape(self.reshape)
         if self.permute:
@@ -69,10 +70,11 @@ class Transform:
         return tensor
 
     def source(self, key: str, torch_shape: Shape) -> Source:
-        """Which axis is which, off the strides of an array that is transformed without copying.
+        """Return which axis is which, from the strides of an array that is transformed as a view.
 
         Raises:
-            ValueError: the transform does not fit the tensor, or mixes axes of the torch tensor in one of the leaf.
+            ValueError: the transform does not fit the tensor, or mixes axes of the torch tensor in
+                one of the leaf.
         """
         probe = np.zeros(torch_shape, np.uint8)  # never read or written, so that it takes no memory
         try:
@@ -112,7 +114,7 @@ def _source_of_strides(
 
 @dataclasses.dataclass
 class MappedSources:
-    """What a mapping says of a checkpoint.
+    """The result of a mapping that was run on a checkpoint.
 
     Attributes:
         sources: by JAX path.
@@ -130,13 +132,14 @@ def map_sources(
     shapes: Mapping[str, Shape],
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> MappedSources:
-    """Applies a mapping to the names and shapes of a checkpoint.
+    """Apply a mapping to the names and shapes of a checkpoint.
 
     Args:
         mapping: `{torch_regex: (jax_path, transform)}`.
         shapes: torch shapes by name.
-        preprocess: the function that the model's loader runs on the transformed tensors (tunix' `preprocess_fn`, which
-            stacks q, k and v or experts). It is run on index numbers, which show where each element comes from.
+        preprocess: the function that the model's loader runs on the transformed tensors (tunix'
+            `preprocess_fn`, which stacks q, k and v or experts). It is run on index numbers, which
+            show where each element comes from.
     """
     parsed = [(re.compile(p), path, Transform.of(t, p)) for p, (path, t) in mapping.items()]
     found: dict[str, list[tuple[str, Transform]]] = {}
@@ -177,7 +180,7 @@ def _dependencies(
     entries: Mapping[str, tuple[str, Transform]],
     shapes: Mapping[str, Shape],
 ) -> dict[str, list[str]]:
-    """The inputs that each output of `preprocess` is made of; one that is handed on depends on itself alone."""
+    """The inputs that each output of `preprocess` is made of; one that is handed on depends only on itself."""
 
     def shape(key: str, transform: Transform) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(transform.apply(np.zeros(shapes[key], np.uint8)).shape, jnp.uint32)

@@ -1,4 +1,4 @@
-"""Finds the torch tensors that hold the values of each leaf of a tree."""
+"""The torch tensors that hold the values of each leaf of a tree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loha_jax.tree.named_tree import Layouts, NamedTree
 def find_sources_in(
     checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
-    """The tree, the sources of its leaves by flat position, and what is wrong with those that have none.
+    """Return the tree, the sources of its leaves by flat position, and why others have none.
 
     The names in the checkpoint may all begin with DataParallel's "module.".
     """
@@ -35,7 +35,7 @@ def find_sources_in(
 def _find_sources(
     params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
-    """The tree, the sources of its leaves by flat position, and what is wrong with those that have none."""
+    """The same for a checkpoint whose names are as they are."""
     in_file = {key.removesuffix(".weight"): shape for key, shape in (shapes or {}).items() if len(shape) > 2}
     tree = NamedTree(params, names, layouts, in_file)
     sources: dict[int, Source] = {}
@@ -111,7 +111,7 @@ def _kernel_source(
 
 
 def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Source:
-    """A bias, scale or statistic, which may be stacked as the kernel beside it, or as the checkpoint's names show."""
+    """A bias, scale or statistic, stacked like its module's kernel or as the names show."""
     parts, shape = tree.paths[position], tuple(tree.leaves[position].shape)
     stacks = [0]
     for other in tree.kernels:

@@ -13,7 +13,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
 def coarser(a: Any, b: Any) -> np.dtype | None:
-    """The dtype to compare in: that of the two with fewer digits; int64 for integers, None if one is no number.
+    """Return the dtype to compare in: that with fewer digits; int64 for integers; else None.
 
     Example:
         >>> coarser(np.dtype("float32"), np.dtype("bfloat16"))
@@ -36,14 +36,14 @@ def _digits(dtype: np.dtype) -> int | None:
 
 
 def value_bits(array: Any, dtype: np.dtype) -> np.ndarray:
-    """An array's values in `dtype`, as unsigned integers."""
+    """Return an array's values in `dtype`, as unsigned integers."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False)).reshape(np.shape(array))
     return values.view(f"u{dtype.itemsize}")
 
 
 def fingerprint(bits: np.ndarray) -> int:
-    """The sum of hashed values, modulo 2^64."""
+    """Return the sum of hashed values, modulo 2^64."""
     flat, total = bits.reshape(-1), np.uint64(0)
     with np.errstate(over="ignore"):
         for start in range(0, flat.size, _CHUNK):
@@ -57,9 +57,3 @@ def fingerprint(bits: np.ndarray) -> int:
                 mixed ^= mixed >> np.uint64(29)
                 total += mixed.sum(dtype=np.uint64)
     return int(total)
-
-
-def slice_fingerprints(bits: np.ndarray, axis: int) -> np.ndarray:
-    """The fingerprint of each index along an axis; those of a range add up to that of the range."""
-    parts = (np.ascontiguousarray(part) for part in np.moveaxis(bits, axis, 0))
-    return np.array([fingerprint(part) for part in parts], np.uint64)

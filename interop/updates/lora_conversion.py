@@ -1,9 +1,10 @@
-"""LoHa as LoRA and back, for the factors of one module: numpy, and never a matrix of the weight's shape.
+"""LoHa as LoRA and back, for the factors of one module, without a matrix of the weight's shape.
 
-A Hadamard product of two matrices of rank r has the rank r² and known factors (Khatri-Rao): ΔW = KA @ KB, which is a
-LoRA already. Its singular values are those of Ra @ Rbᵀ, where Ra and Rb are the small triangles of the QR
-decompositions of KA and KBᵀ; cutting them off gives the best approximation of every rank (Eckart and Young, "The
-approximation of one matrix by another of lower rank", Psychometrika 1936).
+A Hadamard product of two matrices of rank r has the rank r² and known factors (Khatri-Rao): ΔW = KA
+@ KB, which is a LoRA already. Its singular values are those of Ra @ Rbᵀ, where Ra and Rb are the
+small triangles of the QR decompositions of KA and KBᵀ; cutting them off gives the best
+approximation of every rank (Eckart and Young, "The approximation of one matrix by another of lower
+rank", Psychometrika 1936).
 """
 
 from __future__ import annotations
@@ -30,26 +31,30 @@ def lora_of(
     shape: Sequence[int] | None = None,
     groups: int = 1,
 ) -> tuple[AdapterModule, float]:
-    """The LoRA of one module's update: the exact one, or the best one of a smaller rank.
+    """Return the LoRA of one module's update: the exact one, or the best one of a smaller rank.
 
-    The exact rank is r², or less where the weight itself has less or columns of the Khatri-Rao factors are zero.
+    The exact rank is r², or less where the weight itself has less or columns of the Khatri-Rao
+    factors are zero.
 
     Args:
         module: of kind "loha" (or "lora", to lower its rank).
         rank: at most this rank; of a grouped convolution, the next multiple of the groups.
-        energy: in (0, 1]: the smallest rank that keeps this share of the sum of the squared singular values, as in
-            PEFT's `convert_to_lora`.
-        shape: of the weight in torch's orientation, `[out, in/groups, *spatial]`. Flat factors do not show the kernel
-            of a convolution; without `shape` they are a linear layer's.
-        groups: of a convolution. PEFT's LoRA has factors over all in channels there, which are zero outside a group's.
+        energy: in (0, 1]: the smallest rank that keeps this share of the sum of the squared
+            singular values, as in PEFT's `convert_to_lora`.
+        shape: of the weight in torch's orientation, `[out, in/groups, *spatial]`. Flat factors do
+            not show the kernel of a convolution; without `shape` they are a linear layer's.
+        groups: of a convolution. PEFT's LoRA has factors over all in channels there, which are zero
+            outside a group's.
 
     Returns:
-        The module, of kind "lora", with alpha = r: the scaling is in the factors; and the relative error of the update
+        The module, of kind "lora", with alpha = r: the scaling is in the factors; and the relative
+            error of the update
         in the Frobenius norm. The tensors are float32, or float64 where the factors are.
 
     Raises:
-        ValueError: rank or energy are out of range or both given, the module's norms are per in feature (which PEFT's
-            DoRA has not) or those of a grouped convolution, `shape` or `groups` do not fit, or a factor is not finite.
+        ValueError: rank or energy are out of range or both given, the module's norms are per input
+            feature (which PEFT's DoRA has not) or those of a grouped convolution, `shape` or
+            `groups` do not fit, or a factor is not finite.
 
     Example:
         >>> one = {f"hada_w{n}_a": np.ones((3, 2)) for n in "12"} | {f"hada_w{n}_b": np.ones((2, 4)) for n in "12"}
@@ -88,7 +93,7 @@ def lora_of(
 
 
 def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
-    """The tensors of a module in another dtype.
+    """Return the tensors of a module in another dtype.
 
     Raises:
         ValueError: a value is too large for it.
@@ -103,7 +108,7 @@ def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> di
 
 
 def check_limits(rank: int | None, energy: float | None) -> None:
-    """Raises ValueError for a rank or an energy threshold that `lora_of` cannot use."""
+    """Raise ValueError for a rank or an energy threshold that `lora_of` cannot use."""
     rank, energy = plain_scalar(rank), plain_scalar(energy)
     if rank is not None and energy is not None:
         raise ValueError(f"Give `rank` or `energy`, not both: got rank={rank} and energy={energy}")
@@ -133,8 +138,9 @@ def _check_norms(module: AdapterModule, out: int, groups: int) -> None:
     assert module.dora_scale is not None
     if module.dora_scale.shape[0] != out or module.dora_scale.size != out:
         raise ValueError(
-            f"The weight decomposition of {module.name} has norms per in feature {list(module.dora_scale.shape)}, and "
-            f"PEFT's DoRA has norms per out feature alone. Merge the adapter instead."
+            f"The weight decomposition of {module.name} has norms per input feature "
+            f"{list(module.dora_scale.shape)}, and PEFT's DoRA has only norms per output feature. Merge the "
+            "adapter instead."
         )
     if groups > 1:
         raise ValueError(
@@ -174,7 +180,7 @@ def _factors(
 
 
 def _over_all_channels(right: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
-    """`[groups, k, in/groups·spatial]` with the zeros that each group has at the others' channels."""
+    """`[groups, k, in/groups·spatial]` with zeros at the channels of the other groups."""
     groups, slots = right.shape[:2]
     whole = np.zeros((groups, slots, groups, math.prod(in_shape)))
     for group in range(groups):
@@ -183,16 +189,16 @@ def _over_all_channels(right: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarr
 
 
 def loha_of(module: AdapterModule, spare: np.ndarray | None = None) -> AdapterModule:
-    """The LoHa of the same rank that is exactly a LoRA: its second pair of factors makes a matrix of ones.
+    """Return the LoHa that equals a LoRA: its second pair of factors makes a matrix of ones.
 
     Args:
         module: of kind "lora".
-        spare: `[out, r]`: what `hada_w2_a` holds but for its first column; zeros by default. The rows of `hada_w2_b`
-            that they meet are zero, so the update does not depend on them.
+        spare: `[out, r]`: what `hada_w2_a` holds but for its first column; zeros by default. The
+            rows of `hada_w2_b` that they meet are zero, so the update does not depend on them.
 
     Raises:
-        ValueError: a convolution in groups whose `lora_A` reads channels of another group, which no change of its
-            weight does.
+        ValueError: a convolution in groups whose `lora_A` reads channels of another group, which no
+            change of its weight does.
     """
     lora_a, lora_b = module.tensors["lora_A"], module.tensors["lora_B"]
     out, slots = lora_b.shape[:2]

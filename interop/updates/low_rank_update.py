@@ -1,4 +1,4 @@
-"""`LowRankUpdate`: ΔW of one module of an adapter file as products of its factors, the same for LoHa and LoRA."""
+"""`LowRankUpdate`: ΔW of one module as products of its factors, for LoHa and LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def accumulator(*dtypes: np.dtype) -> np.dtype:
-    """What values of these dtypes are added in: float64 if one of them is, else float32.
+    """Return the dtype to add values of these dtypes in: float64 if one of them is, else float32.
 
     `float32_or_wider` without JAX, which has no float64 by default.
     """
@@ -35,10 +35,12 @@ class LowRankUpdate:
 
     @classmethod
     def of(cls, module: AdapterModule) -> LowRankUpdate:
-        """The update of a module. Cores multiply into the right factors, which is exact and keeps the rank.
+        """Return the update of a module. Cores are multiplied into the right factors, which is
+        exact.
 
         Raises:
-            ValueError: it is the LoRA of a convolution in groups, whose factors do not multiply to a weight's change.
+            ValueError: it is the LoRA of a convolution in groups, whose factors do not multiply to
+                a weight's change.
         """
         tensors = {
             name: t.astype(np.float64 if t.dtype == np.float64 else np.float32, copy=False)
@@ -63,12 +65,12 @@ class LowRankUpdate:
 
     @property
     def rows(self) -> int:
-        """Out features."""
+        """The number of output features."""
         return self.pairs[0][0].shape[0]
 
     @property
     def columns(self) -> int:
-        """In features, times the size of a convolution's kernel."""
+        """The number of input features, times the size of a convolution's kernel."""
         return self.pairs[0][1].shape[1]
 
     @property
@@ -77,7 +79,7 @@ class LowRankUpdate:
         return math.prod(left.shape[1] for left, _ in self.pairs)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can be added to a weight `[out, in, *spatial]`."""
+        """Return whether it can be added to a weight `[out, in, *spatial]`."""
 
         def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
             while len(shape) > 1 and shape[-1] == 1:  # PEFT's core of a Conv1d
@@ -90,11 +92,11 @@ class LowRankUpdate:
 
     @property
     def T(self) -> LowRankUpdate:
-        """Of a weight that is stored as `[in, out]`."""
+        """The update of a weight that is stored as `[in, out]`."""
         return LowRankUpdate(tuple((right.T, left.T) for left, right in self.pairs), self.scale)
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows of ΔW, in float64."""
+        """Return rows of ΔW, in float64."""
         result = np.float64(self.scale)
         for left, right in self.pairs:
             result = result * (left[start:stop].astype(np.float64) @ right.astype(np.float64))

@@ -1,8 +1,8 @@
-"""‖ΔW‖ and ‖ΔW_A − ΔW_B‖ of modules of adapter files, without building ΔW.
+"""‖ΔW‖ and ‖ΔW_A − ΔW_B‖ of modules of adapter files, without materialising ΔW.
 
-ΔW = L @ R exactly, with the Khatri-Rao factors L `[out, r²]` and R `[r², in]`, so that the inner product of two updates
-is the sum of (L_Aᵀ L_B) ⊙ (R_A R_Bᵀ). Where these Gram matrices would cost more than ΔW's rows, or where they cancel,
-blocks of rows are built instead.
+ΔW = L @ R exactly, with the Khatri-Rao factors L `[out, r²]` and R `[r², in]`, so that the inner
+product of two updates is the sum of (L_Aᵀ L_B) ⊙ (R_A R_Bᵀ). Where these Gram matrices would cost
+more than ΔW's rows, or where they cancel, blocks of rows are materialised instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CANCELLED = 1e-8
 
 
 def update_norm(update: LowRankUpdate) -> float:
-    """‖ΔW‖ (Frobenius), in float64.
+    """Return ‖ΔW‖ (Frobenius), in float64.
 
     Example:
         >>> one = np.ones((3, 2), np.float32)
@@ -37,7 +37,7 @@ def update_norm(update: LowRankUpdate) -> float:
 
 
 def difference_norm(first: LowRankUpdate, second: LowRankUpdate) -> float:
-    """‖ΔW_A − ΔW_B‖ (Frobenius), in float64; the shapes must be the same."""
+    """Return ‖ΔW_A − ΔW_B‖ (Frobenius), in float64; the shapes must be the same."""
     return _norm_of_sum([(1.0, first), (-1.0, second)])
 
 
@@ -48,7 +48,7 @@ def _norm_of_sum(terms: list[tuple[float, LowRankUpdate]]) -> float:
         raise ValueError(f"The updates differ in shape: {', '.join(f'{[u.rows, u.columns]}' for _, u in terms)}")
     gram = sum(u.inner for _, u in terms) ** 2 * (first.rows + first.columns)
     rows = sum(left.shape[1] for _, u in terms for left, _ in u.pairs) * first.rows * first.columns
-    with np.errstate(over="ignore", invalid="ignore"):  # a broken adapter's norm is what it is: inf or NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # the norm may be inf or NaN
         if gram < rows:
             products = [(s * t, a, b) for s, a in terms for t, b in terms]
             sums = [(sign * value, size) for sign, a, b in products for value, size in [_inner(a, b)]]

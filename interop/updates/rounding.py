@@ -1,4 +1,4 @@
-"""How much of an update is lost where the merged weights are rounded to few bits."""
+"""The share of an update that is lost where merged weights are rounded to few bits."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Losses:
         self.tensors: dict[str, Loss] = {}
 
     def add(self, key: str, dtype: np.dtype, scaled: bool, sums: Sequence[Any]) -> None:
-        """Adds a block's sums of squares: lost, update, size."""
+        """Add a block's sums of squares: lost, update, size."""
         lost, update, size = (float(s) for s in sums)
         with self._lock:
             own = self.tensors.setdefault(key, Loss(dtype.name, scaled))
             own.lost, own.update, own.size = own.lost + lost, own.update + update, own.size + size
 
     def write(self, path: Path) -> None:
-        """Notes them in a file beside a finished shard."""
+        """Write them to a file of a finished shard."""
         write_atomically(path, json.dumps(self.to_json()).encode())
 
     def to_json(self) -> dict[str, Any]:
@@ -73,13 +73,13 @@ class Losses:
 
 
 def overall(tensors: Sequence[Loss]) -> float:
-    """The share that is lost of all the tensors' updates."""
+    """Return the share that is lost of all the tensors' updates."""
     update = sum(t.update for t in tensors)
     return math.sqrt(sum(t.lost for t in tensors) / update) if update else 0.0
 
 
 def loss_notes(losses: dict[str, Loss]) -> list[str]:
-    """Sentences on updates of which rounding loses much."""
+    """Return sentences on updates of which rounding loses much."""
     notes = []
     for dtype, scaled in sorted({(t.dtype, t.scaled) for t in losses.values()}):
         own = {key: t for key, t in losses.items() if (t.dtype, t.scaled) == (dtype, scaled)}
@@ -95,7 +95,7 @@ def loss_notes(losses: dict[str, Loss]) -> list[str]:
 
 
 def check_losses(losses: dict[str, Loss], force: bool) -> None:
-    """Raises ValueError where rounding to float8 without scales loses too much."""
+    """Raise ValueError where rounding to float8 without scales loses too much."""
     own = {key: t for key, t in losses.items() if not t.scaled and t.dtype.startswith("float8")}
     if force or (share := overall(list(own.values()))) <= LOSS_LIMIT:
         return

@@ -9,10 +9,13 @@ from loha_jax.interop.formats.adapter_file import AdapterModule
 
 
 def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the updates in a state dict, by module: `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
+    """Return the shapes of the updates in a state dict, by module.
+
+    They are `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
 
     Args:
-        arrays: by keys like "layer.conv.hada_w1_a", without a prefix. What is no factor is passed over.
+        arrays: by keys like "layer.conv.hada_w1_a", without a prefix. What is no factor is passed
+            over.
 
     Example:
         >>> import numpy as np
@@ -27,7 +30,7 @@ def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def module_shapes(modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the updates of modules that were read from a file; see `update_shapes`."""
+    """Return the shapes of the updates of modules of a file; see `update_shapes`."""
     shapes = update_shapes({f"{name}.{part}": t for name, m in modules.items() for part, t in m.tensors.items()})
     known = {name: m.in_shape for name, m in modules.items() if m.in_shape is not None and name in shapes}
     return shapes | {name: (shapes[name][0], *in_shape) for name, in_shape in known.items()}

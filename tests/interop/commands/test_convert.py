@@ -179,7 +179,7 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),
         ("native_plain", "lora", {"base": BASE, "rank": 0}, r"positive integer"),
         ("native_plain", "lora", {"base": BASE, "rank": 2, "energy": 0.5}, r"not both"),
-        ("native_dora_in", "lora", {"base": BASE}, r"norms per in feature"),
+        ("native_dora_in", "lora", {"base": BASE}, r"norms per input feature"),
         ("native_plain", "gguf", {}, r"not to 'gguf'"),
         ("peft:modules_to_save", "lycoris", {}, r"modules_to_save\): .*head\.0\.weight"),
         ("peft:conv1d_cp", "lycoris", {}, r"`base=`"),

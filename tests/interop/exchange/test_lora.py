@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.targets.matching import Match, match_target
+from loha_jax.targets.matching import match_target
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 # --- trees and folders ------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_the_samples_of_peft(name):
     others = {k for k in interop.to_peft_state_dict(params) if "hada_" not in k}
     assert others == {k for k in lora.tensors if ".lora_" not in k}
     targets = LoHaConfig(target_modules=lora.config["target_modules"])
-    assert {m for m in sample.meta["layers"] if match_target(m, targets) is Match.TARGETED} == set(want)
+    assert {m for m in sample.meta["layers"] if match_target(m, targets) is True} == set(want)
 
 
 SCANNED = {
@@ -189,7 +189,7 @@ def test_target_modules_match_the_adapted_modules_and_no_other_by_pefts_rules(na
     adapted = set(data.draw(st.lists(st.sampled_from(names), min_size=1)))
     targets = exact_targets(adapted, set(names))
     config = LoHaConfig(target_modules=targets)
-    assert {name for name in names if match_target(name, config) is Match.TARGETED} == adapted
+    assert {name for name in names if match_target(name, config) is True} == adapted
 
 
 def test_names_decide_between_endings_and_full_names():
@@ -215,7 +215,7 @@ def test_what_a_tree_holds_that_no_lora_can_is_refused(tmp_path):
         (inject("q"), {"adapter_name": "other"}, "Adapter other not found"),
         (inject("q"), {"rank": -1}, "`rank` should be a positive integer"),
         (inject("q"), {"dtype": "int8"}, "`dtype` should be one of floating-point numbers"),
-        (inject("q", LycorisConfig, weight_decompose=True, wd_on_out=False), {}, "q has norms per in feature"),
+        (inject("q", LycorisConfig, weight_decompose=True, wd_on_out=False), {}, "q has norms per input feature"),
         (loha_jax.scale(decomposed, {"default": 0.5}), {}, "q has a weight decomposition scaled by 0.5"),
     ]
     for params, kwargs, message in cases:

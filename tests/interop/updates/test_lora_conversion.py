@@ -180,7 +180,7 @@ def test_a_lora_can_be_lowered_in_rank_too():
         ({}, {"shape": (4, 5)}, r"m has 4 rows and 6 columns; the weight's shape \[4, 5\]"),
         ({}, {"shape": (4, 2, 3), "groups": 3}, "m has 4 out channels, which 3 groups do not divide"),
         ({}, {"shape": (4, 2, 3), "groups": 0}, "The groups of m should be a positive integer value but are 0"),
-        ({"dora_scale": np.ones((1, 6))}, {}, r"m has norms per in feature \[1, 6\]"),
+        ({"dora_scale": np.ones((1, 6))}, {}, r"m has norms per input feature \[1, 6\]"),
         ({"dora_scale": np.ones((4, 1, 1))}, {"shape": (4, 2, 3), "groups": 2}, "m is a convolution in 2 groups with"),
     ],
 )

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
+from loha_jax.lowrank.layout import Layout
+
 Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
 """How `inject` takes names: a function of the default name, or `{regex: template}`.
 
-A function may have an attribute `layouts` (as the argument of that name), used where the caller gives none; None in it
-says that a leaf is no kernel, but a stack of scales. Such a function is `loha_jax.interop.NameMap`.
+The function may be a `NamesWithLayouts`, such as `loha_jax.interop.NameMap`.
 """
+
+
+@runtime_checkable
+class NamesWithLayouts(Protocol):
+    """A function of the default name that also knows layouts.
+
+    Attributes:
+        layouts: used where the caller gives none. None says that a leaf is no kernel, but a stack
+            of scales.
+    """
+
+    layouts: Mapping[str, str | Layout | None] | None
+
+    def __call__(self, name: str, /) -> str | Sequence[str]:
+        """Return the torch module name, or one name per stack index."""
+        ...
+
 
 KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")
 """Leaf names that stand for the module that holds them."""

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast, overload
 
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
 from loha_jax.tree.leaves import flatten_whole, is_adapted
-from loha_jax.tree.named_tree import Layouts
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 """The `Container` of the models that are instances of a class, given by its module and its name."""

@@ -16,13 +16,13 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
-from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -44,6 +44,8 @@ from loha_jax.tree.inject import factor_dtype, stack_factors
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.named_tree import Layouts, NamedTree
 from loha_jax.tree.plan import Target, plan_injection
+
+T = TypeVar("T")
 
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
 
@@ -227,13 +229,13 @@ def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, An
 
 def load_peft(
     folder: str | Path,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
+) -> T:
     """Adds an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
 
     Args:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -19,6 +19,8 @@ from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
 from loha_jax.tree.placement import follow_kernel
+
+T = TypeVar("T")
 
 
 @takes_model(changes=False)
@@ -53,7 +55,7 @@ def check_new_adapter(params: Any, name: Any) -> None:
 
 
 @takes_model
-def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
+def set_adapter(params: T, names: str | Sequence[str]) -> T:
     """The tree with other adapters active: one, several (their updates are summed in this order) or none.
 
     Args:
@@ -80,7 +82,7 @@ def set_adapter(params: Any, names: str | Sequence[str]) -> Any:
 
 
 @takes_model
-def scale(params: Any, weights: Mapping[str, Any]) -> Any:
+def scale(params: T, weights: Mapping[str, Any]) -> T:
     """The tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
 
     The numbers count from alpha/r, not from an earlier call, so `scale(params, {"style": 1.0})` undoes one. They hold
@@ -126,7 +128,7 @@ def _with_multiplier(factors: Factors, weight: Any) -> Factors:
 
 
 @takes_model
-def delete_adapter(params: Any, name: str) -> Any:
+def delete_adapter(params: T, name: str) -> T:
     """The tree without an adapter; leaves that held only this one are plain arrays again, the very same ones.
 
     Args:
@@ -167,7 +169,7 @@ def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> An
 
 
 @takes_model
-def add_weighted_adapter(params: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> Any:
+def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> T:
     """Adds the weighted sum of several adapters as one more LoHa adapter, exactly.
 
     The sum of Hadamard products is not one of low rank; but each is a product KA @ KB of inner size r² (Khatri-Rao),

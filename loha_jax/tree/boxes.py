@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted, map_adapted
 from loha_jax.tree.placement import factor_axes
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_box(x: Any) -> bool:
@@ -96,7 +98,7 @@ def boxes_inside(tree: Any) -> Any:
     return jax.tree.map(turn, tree, is_leaf=is_box)
 
 
-def keeps_boxes(function: Any) -> Any:
+def keeps_boxes(function: F) -> F:
     """Decorates a function from a tree (its first argument) to a tree so that the tree may hold boxes."""
 
     @functools.wraps(function)
@@ -106,4 +108,4 @@ def keeps_boxes(function: Any) -> Any:
             return function(tree, *args, **kwargs)
         return put_in_boxes(function(unbox(tree), *args, **kwargs), boxes)
 
-    return wrapper
+    return cast(F, wrapper)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.forgotten_dropout import note_dropout
 from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
+T = TypeVar("T")
+
 
 @keeps_boxes
-def dropout(params: Any, key: jax.Array) -> Any:
+def dropout(params: T, key: jax.Array) -> T:
     """Applies `rank_dropout` and `module_dropout` of each active adapter's config, for one training step.
 
     Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's name) drops rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,12 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adap
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
+T = TypeVar("T")
+
 
 @takes_model
 def inject(
-    params: Any,
+    params: T,
     config: LoHaConfig,
     *,
     key: jax.Array,
@@ -37,7 +39,7 @@ def inject(
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
+) -> T:
     """Adds a LoHa adapter to a tree of parameters.
 
     Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
@@ -119,13 +121,13 @@ def _with_rank_to_spare(plan: Plan) -> list[str]:
 
 
 def apply_plan(
-    params: Any,
+    params: T,
     plan: Plan,
     adapter_name: str,
     make_factors: Callable[[Target], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
     make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
-) -> Any:
+) -> T:
     """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
@@ -170,7 +172,7 @@ def apply_plan(
     return treedef.unflatten(leaves)
 
 
-def _with_shardings(shapes: Any, params: Any) -> Any:
+def _with_shardings(shapes: T, params: T) -> T:
     """The shapes of an adapted tree, placed as the shapes it was made of are."""
     leaves, treedef = flatten_whole(shapes)
     for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):

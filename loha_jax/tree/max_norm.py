@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from loha_jax.tree.adapters import check_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
+T = TypeVar("T")
+
 
 @takes_model
-def apply_max_norm(params: Any, max_norm: float, adapters: Sequence[str] | None = None) -> Any:
+def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = None) -> T:
     """The tree with the update of each module scaled down where its Frobenius norm ‖ΔW‖ exceeds `max_norm`.
 
     Called after an optimizer step, as kohya's `scale_weight_norms` is. The scalar takes the change where there is one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -17,6 +17,8 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, map_adapted
 
+T = TypeVar("T")
+
 LOSS_LIMIT = 0.5
 """The share of an update that rounding to a float8 without scales may lose."""
 _LOSS_NOTED = 0.1
@@ -24,13 +26,13 @@ _LOSS_NOTED = 0.1
 
 @takes_model
 def merge(
-    params: Any,
+    params: T,
     adapters: Sequence[str] | None = None,
     *,
     safe: bool = False,
     unload: bool = True,
     force: bool = False,
-) -> Any:
+) -> T:
     """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
     Args:
@@ -128,7 +130,7 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
 
 
 @takes_model
-def unload(params: Any) -> Any:
+def unload(params: T) -> T:
     """The base model's tree, as it was before `inject`: the very same arrays.
 
     PEFT's `unload` keeps the trained copies of `modules_to_save`; `merge(params)` has those.

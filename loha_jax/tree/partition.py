@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
 
+T = TypeVar("T")
 
-def partition(params: Any) -> tuple[Any, Any]:
+
+def partition(params: T) -> tuple[T, T]:
     """Splits an adapted tree into what is trained and what is frozen.
 
     Trained are the factors of the active adapters and the active copies of `modules_to_save`. Both halves have the
@@ -46,7 +48,7 @@ def partition(params: Any) -> tuple[Any, Any]:
     return trainable, frozen
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: T, frozen: T) -> T:
     """Puts the two halves of `partition` together.
 
     The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable

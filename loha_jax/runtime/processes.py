@@ -1,4 +1,7 @@
-"""What several processes have to agree about. All of them call each function; with one, nothing is sent."""
+"""Agreement between several processes.
+
+All of them call each function. With one process, nothing is sent.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from loha_jax.runtime.untrusted import FileError
 
 
 def gathered(array: np.ndarray) -> np.ndarray:
-    """The array of each process, stacked in their order; of the same shape, and of 32 bits at most.
+    """Return the arrays of all processes, stacked in their order.
+
+    They have the same shape and elements of at most 32 bits.
 
     Example:
         >>> gathered(np.ones(3)).shape
@@ -26,7 +31,7 @@ def gathered(array: np.ndarray) -> np.ndarray:
 
 
 def same_everywhere(value: Any) -> bool:
-    """Whether all processes give the same JSON.
+    """Say whether all processes give the same JSON.
 
     Example:
         >>> same_everywhere({"batch": 3})
@@ -37,7 +42,7 @@ def same_everywhere(value: Any) -> bool:
 
 
 def of_first_process(numbers: Sequence[int]) -> list[int]:
-    """The numbers that the first process gives, each below 2^31.
+    """Return the numbers that the first process gives, each below 2^31.
 
     Example:
         >>> of_first_process([3, 1])
@@ -50,7 +55,7 @@ def of_first_process(numbers: Sequence[int]) -> list[int]:
 
 
 def agreed(read: Callable[[], Any], failed: str) -> Any:
-    """What `read` returns; where it fails in one process, a FileError in all.
+    """Return what `read` returns; if it fails in one process, raise FileError in all.
 
     Args:
         read: may fail in any way, as libraries do that stumble over a broken file; waits for no other process.
@@ -74,7 +79,9 @@ def agreed(read: Callable[[], Any], failed: str) -> Any:
 
 
 def on_host(array: Any) -> np.ndarray:
-    """An array as numpy has it, in every process; the parts of those that other processes hold are sent around.
+    """Return an array as numpy holds it, in every process.
+
+    Parts that other processes hold are sent around.
 
     Example:
         >>> on_host(jax.numpy.ones(3)).shape
@@ -88,7 +95,7 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def in_first_process(write: Callable[[], Any], failed: str) -> None:
-    """Has the first process write to disk while the others wait; where it fails, FileError in all.
+    """Write in the first process while the others wait; if it fails, raise FileError in all.
 
     JAX is not started for it.
 

@@ -1,4 +1,4 @@
-"""Dotted module names of the leaves of a parameter tree: what `target_modules` matches and what PEFT's keys hold."""
+"""Dotted module names of a tree's leaves, which targets match and PEFT's keys hold."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
 
 
 class UnknownNameError(ValueError):
-    """What a `names` function raises where it cannot tell a kernel's torch name.
+    """The error of a `names` function that cannot tell a kernel's torch name.
 
     `inject` passes it on if the config may target that kernel, and leaves the kernel alone otherwise.
 
@@ -63,7 +63,7 @@ class UnknownNameError(ValueError):
 
 
 def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
-    """A `jax.tree_util` key path as strings.
+    """Return a `jax.tree_util` key path as strings.
 
     The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give several parts, as the
     nested tree has them. An attribute or index that only boxes the array gives none.
@@ -90,7 +90,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _key_parts(key: Any) -> list[str]:
-    """The parts of one key: several where a dictionary is flat."""
+    """Return the parts of one key: several if the dictionary is flat."""
     if isinstance(key, tuple):
         return [part for inner in key for part in _key_parts(inner)]
     parts = re.split(r"/~/|[/.]", key) if isinstance(key, str) else [str(key)]
@@ -98,12 +98,15 @@ def _key_parts(key: Any) -> list[str]:
 
 
 def is_kernel_leaf(parts: Sequence[str]) -> bool:
-    """Whether a leaf can hold a kernel, by its name: biases and normalisation scales can not."""
+    """Say whether a leaf can hold a kernel, by its name.
+
+    Biases and normalisation scales cannot.
+    """
     return bool(parts) and parts[-1] not in _OTHER_LEAVES
 
 
 def module_name(parts: Sequence[str]) -> str:
-    """The default dotted module name of a leaf.
+    """Return the default dotted module name of a leaf.
 
     The path joined with dots, less a leading collection ("params") and a trailing "kernel", "embedding", "w" or
     "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as dots.
@@ -121,7 +124,10 @@ def module_name(parts: Sequence[str]) -> str:
 
 
 def torch_parameter(parts: Sequence[str]) -> str:
-    """The name of a leaf inside its torch module: kernel, scale and embedding are `weight`, mean is `running_mean`."""
+    """Return the name of a leaf inside its torch module.
+
+    Kernel, scale and embedding are `weight`, mean is `running_mean`.
+    """
     last = parts[-1]
     if last in KERNEL_LEAVES or last == "scale":
         return "weight"
@@ -129,7 +135,7 @@ def torch_parameter(parts: Sequence[str]) -> str:
 
 
 def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
-    """The torch module names of a leaf, one per stack index in row-major order.
+    """Return the torch module names of a leaf, one per stack index in row-major order.
 
     Without `names`, a stack index follows the first part of the name that is called like a container of layers
     ("layers", "blocks", "h", "ScanBlock_0", …), or else the first part.
@@ -170,7 +176,7 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
 
 
 def all_names(name: str, names: Names | None) -> tuple[str, ...]:
-    """The torch module names of a leaf that is no kernel (a normalisation scale), whether it is stacked or not."""
+    """Return the torch module names of a leaf that is no kernel, stacked or not."""
     given = _given_name(name, names)
     return (given,) if isinstance(given, str) else tuple(given or (name,))
 

@@ -1,4 +1,4 @@
-"""Several adapters in one tree: which are active, how strong, and how they are deleted and added up."""
+"""Several adapters in one tree: choose the active ones, scale, delete and add them up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @takes_model(changes=False)
 def adapter_names(params: Any) -> tuple[str, ...]:
-    """The names of all adapters in a tree, sorted.
+    """Return the names of all adapters in a tree, sorted.
 
     Example:
         >>> import loha_jax
@@ -39,7 +39,7 @@ def adapter_names(params: Any) -> tuple[str, ...]:
 
 
 def check_adapters(params: Any, names: Sequence[str]) -> None:
-    """Raises ValueError for the first name that no adapter of the tree has."""
+    """Raise ValueError for the first name that no adapter of the tree has."""
     known = adapter_names(params)
     for name in names:
         if name not in known:
@@ -47,7 +47,7 @@ def check_adapters(params: Any, names: Sequence[str]) -> None:
 
 
 def check_new_adapter(params: Any, name: Any) -> None:
-    """Raises ValueError for a name that no adapter can have, or that one of the tree's adapters has."""
+    """Raise ValueError for a name that is invalid or taken by an adapter of the tree."""
     if not isinstance(name, str) or not 0 < len(name) <= 200 or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name):
         raise ValueError(f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}")
     if name in adapter_names(params):
@@ -56,7 +56,9 @@ def check_new_adapter(params: Any, name: Any) -> None:
 
 @takes_model
 def set_adapter(params: T, names: str | Sequence[str]) -> T:
-    """The tree with other adapters active: one, several (their updates are summed in this order) or none.
+    """Return the tree with other adapters active: one, several or none.
+
+    The updates of several are summed in the given order.
 
     Args:
         params: an adapted tree.
@@ -83,7 +85,9 @@ def set_adapter(params: T, names: str | Sequence[str]) -> T:
 
 @takes_model
 def scale(params: T, weights: Mapping[str, Any]) -> T:
-    """The tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
+    """Return the tree with each named adapter's update multiplied by a number.
+
+    The update becomes `s · alpha/r · ΔW`.
 
     The numbers count from alpha/r, not from an earlier call, so `scale(params, {"style": 1.0})` undoes one. They hold
     for every use (`adapt`, `merge`, active or not) and stay in the tree, but files have no place for them: merge, or
@@ -129,7 +133,9 @@ def _with_multiplier(factors: Factors, weight: Any) -> Factors:
 
 @takes_model
 def delete_adapter(params: T, name: str) -> T:
-    """The tree without an adapter; leaves that held only this one are plain arrays again, the very same ones.
+    """Return the tree without an adapter.
+
+    Leaves that held only this one are plain arrays again, the very same ones.
 
     Args:
         params: an adapted tree.
@@ -170,7 +176,7 @@ def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> An
 
 @takes_model
 def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> T:
-    """Adds the weighted sum of several adapters as one more LoHa adapter, exactly.
+    """Add the weighted sum of several adapters as one more LoHa adapter, exactly.
 
     The sum of Hadamard products is not one of low rank; but each is a product KA @ KB of inner size r² (Khatri-Rao),
     and these stand side by side in the first pair of factors of the new adapter, whose second pair makes a matrix of
@@ -264,7 +270,10 @@ def _sum_of(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) 
 
 
 def _sum_config(params: Any, adapters: Sequence[str]) -> LoHaConfig:
-    """The config from which PEFT makes the summed adapter: the modules by their full names, alpha = r in each."""
+    """Return the config from which PEFT makes the summed adapter.
+
+    It names the modules in full and has alpha = r in each.
+    """
     configs: list[LoHaConfig] = []
     ranks: dict[str, int] = {}
     for leaf in leaves_of(LoHaWeight, params):

@@ -16,14 +16,16 @@ from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of
 
 
 def check_whole(params: Any) -> None:
-    """Raises ValueError for one half of `partition`."""
+    """Raise ValueError for one half of `partition`."""
     for leaf in (*leaves_of(LoHaWeight, params), *leaves_of(SavedWeight, params)):
         leaf.require_whole()
 
 
 @takes_model(changes=False)
 def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> None:
-    """Checks a tree (or an NNX model) of which some adapters, by default all, are about to be written to a file.
+    """Check a tree, or an NNX model, before some of its adapters are written to a file.
+
+    By default all adapters are checked.
 
     Raises:
         ValueError: it is one half of `partition`.
@@ -44,7 +46,10 @@ def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> N
 
 
 def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> None:
-    """Warns, by name, of kernels that have changed since their adapters (all by default) were made."""
+    """Warn of kernels that have changed since their adapters were made.
+
+    By default all adapters are checked.
+    """
     weights = leaves_of(LoHaWeight, params)
     found = [leaf for leaf in weights if any(f.base is not None for f in leaf.adapters.values())]
     samples = sample_kernels({n: leaf.kernel for n, leaf in enumerate(found)})

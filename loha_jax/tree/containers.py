@@ -24,13 +24,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Container(Protocol):
-    """What the module that handles one kind of model has.
+    """The interface of the module that handles one kind of model.
 
     An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a tree.
     """
 
     def tree_of(self, model: Any) -> dict[Any, Any]:
-        """The model's parameters as nested dicts, with adapted leaves."""
+        """Return the model's parameters as nested dicts, with adapted leaves."""
         ...
 
     def write_back(self, model: Any, tree: Any) -> Any:
@@ -38,7 +38,7 @@ class Container(Protocol):
         ...
 
     def layouts_of(self, model: Any, given: Layouts | None) -> Layouts:
-        """The given layouts, completed with what the model's layers say."""
+        """Return the given layouts, completed with those of the model's layers."""
         ...
 
     def is_node(self, x: Any) -> bool:
@@ -46,7 +46,7 @@ class Container(Protocol):
         ...
 
     def nodes_among(self, args: Any) -> Mapping[Any, Any]:
-        """The adapted nodes of the models among the leaves of `args`."""
+        """Return the adapted nodes of the models among the leaves of `args`."""
         ...
 
     def call(
@@ -63,7 +63,10 @@ class Container(Protocol):
 
 
 def container_of(tree: Any) -> Container | None:
-    """The container of a model; None for a tree. Who has a model has imported its framework."""
+    """Return the container of a model; None for a tree.
+
+    Whoever has a model has imported its framework.
+    """
     for (module, name), provider in PROVIDERS.items():
         framework = sys.modules.get(module)
         if framework is not None and isinstance(tree, getattr(framework, name)):
@@ -72,7 +75,10 @@ def container_of(tree: Any) -> Container | None:
 
 
 def _used_containers() -> list[Container]:
-    """The containers that have been imported. Without that, no model of their kind can be adapted."""
+    """Return the containers that have been imported.
+
+    No model of another kind can be adapted.
+    """
     return [cast(Container, sys.modules[p]) for p in PROVIDERS.values() if p in sys.modules]
 
 
@@ -134,7 +140,7 @@ def on_trees(
 
 
 def adapted_leaves(tree: Any) -> list[Any]:
-    """The adapted leaves of a tree, those of the models in it too."""
+    """Return the adapted leaves of a tree and of the models in it."""
     inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree).values()]
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @keeps_boxes
 def dropout(params: T, key: jax.Array) -> T:
-    """Applies `rank_dropout` and `module_dropout` of each active adapter's config, for one training step.
+    """Apply the dropouts of each active adapter's config, for one training step.
 
     Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's name) drops rows
     of ΔW, that is outputs, with one mask for the whole batch, and multiplies the kept rows by out/kept;

@@ -40,7 +40,7 @@ def inject(
     layouts: Layouts | None = None,
     model_type: str | None = None,
 ) -> T:
-    """Adds a LoHa adapter to a tree of parameters.
+    """Add a LoHa adapter to a tree of parameters.
 
     Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
     never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`. The tree can be used at once:
@@ -111,7 +111,7 @@ def inject(
 
 
 def _with_rank_to_spare(plan: Plan) -> list[str]:
-    """Modules for which r² is more than 16 times the largest rank that an update can have."""
+    """Return the modules for which r² exceeds 16 times the largest rank of an update."""
     found = []
     for target in plan.targets.values():
         out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
@@ -128,7 +128,10 @@ def apply_plan(
     make_copy: Callable[[Saved, jax.Array], jax.Array],
     make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
 ) -> T:
-    """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
+    """Put the leaves of `plan` into a tree.
+
+    The functions make the factors, the copies and LyCORIS' extra arrays.
+    """
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
@@ -173,7 +176,7 @@ def apply_plan(
 
 
 def _with_shardings(shapes: T, params: T) -> T:
-    """The shapes of an adapted tree, placed as the shapes it was made of are."""
+    """Return the shapes of an adapted tree with the shardings of the shapes it was made of."""
     leaves, treedef = flatten_whole(shapes)
     for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
@@ -189,7 +192,10 @@ def _with_shardings(shapes: T, params: T) -> T:
 
 
 def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
-    """Factors are float32 unless the kernel is wider, as PEFT's `autocast_adapter_dtype=True` leaves them."""
+    """Return the dtype of factors: float32, or the kernel's if it is wider.
+
+    PEFT's `autocast_adapter_dtype=True` has the same effect.
+    """
     return float32_or_wider(kernel_dtype)
 
 
@@ -211,7 +217,7 @@ def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> di
 
 
 def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:
-    """PEFT's tensors of each module of one kernel (none where its rank is 0) as `Factors` holds them.
+    """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
     """

@@ -1,7 +1,7 @@
-"""The leaves of an adapted tree: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
+"""The leaves of an adapted tree: `LoHaWeight` in place of a kernel, `SavedWeight` of a saved leaf.
 
-Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with
-the adapted weight, with no wrapper and no knowledge of this library.
+Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661). A model that uses
+`jax.numpy` computes with the adapted weight; it needs no wrapper and knows nothing of this library.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LoHaWeight(ArrayLike):
         keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone, for `pickle` and `copy`."""
+        """Return only the fields, for `pickle` and `copy`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class LoHaWeight(ArrayLike):
         return self.kernel
 
     def require_whole(self) -> None:
-        """Raises ValueError for a leaf of one half of `partition`."""
+        """Raise ValueError for a leaf of one half of `partition`."""
         self._frozen  # noqa: B018
         if any(factors.hada_w1_a is None for factors in self.adapters.values()):
             raise ValueError(
@@ -102,7 +102,7 @@ class LoHaWeight(ArrayLike):
 
     @property
     def label(self) -> str:
-        """The module's name for a person: the first and the last of a stack."""
+        """The module's name for messages; of a stack, the first and the last one."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
 
     @property
@@ -115,7 +115,7 @@ class LoHaWeight(ArrayLike):
 
     @standard_promotion()
     def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
-        """`kernel + Σ ΔW`, in the kernel's shape and dtype.
+        """Compute `kernel + Σ ΔW`, in the kernel's shape and dtype.
 
         Args:
             adapters: which ones to add; the active ones by default.
@@ -192,7 +192,7 @@ class SavedWeight(ArrayLike):
 
     @property
     def is_buffer(self) -> bool:
-        """Whether torch holds it as a buffer (BatchNorm statistics): saved, but not trained."""
+        """True for a buffer of torch (BatchNorm statistics): saved, but not trained."""
         return self.name.rsplit(".", 1)[-1] in BUFFERS
 
     @property
@@ -205,7 +205,7 @@ class SavedWeight(ArrayLike):
         return self.original
 
     def require_whole(self) -> None:
-        """Raises ValueError for a leaf of one half of `partition`."""
+        """Raise ValueError for a leaf of one half of `partition`."""
         self._frozen  # noqa: B018
         if any(copy is None for copy in self.copies.values()):
             raise ValueError(
@@ -214,7 +214,7 @@ class SavedWeight(ArrayLike):
             )
 
     def copy_of(self, adapters: Sequence[str]) -> str | None:
-        """The one of these adapters that has a copy, or None.
+        """Return the one of these adapters that has a copy, or None.
 
         Raises:
             ValueError: several have one.

@@ -1,4 +1,4 @@
-"""`apply_max_norm`: keeps the norm of each module's update below a limit."""
+"""`apply_max_norm`: keep the norm of each module's update below a limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @takes_model
 def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = None) -> T:
-    """The tree with the update of each module scaled down where its Frobenius norm ‖ΔW‖ exceeds `max_norm`.
+    """Scale down the update of each module whose Frobenius norm ‖ΔW‖ exceeds `max_norm`.
 
     Called after an optimizer step, as kohya's `scale_weight_norms` is. The scalar takes the change where there is one
     (`LycorisConfig.use_scalar`), else `hada_w1_a`. The norm is computed from Khatri-Rao factors; ΔW is not formed.
@@ -69,7 +69,7 @@ def _limited(factors: Factors, max_norm: Any) -> Factors:
 
 @standard_promotion()
 def update_norm(factors: Factors) -> jax.Array:
-    """‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
+    """Compute ‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
     f = factors.flat()
     dtype = float32_or_wider(f.hada_w1_a.dtype)
     w1_a, w1_b, w2_a, w2_b = (w.astype(dtype) for w in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))

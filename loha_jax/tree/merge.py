@@ -33,7 +33,7 @@ def merge(
     unload: bool = True,
     force: bool = False,
 ) -> T:
-    """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
+    """Add adapters into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
     Args:
         params: an adapted tree.
@@ -131,7 +131,7 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
 
 @takes_model
 def unload(params: T) -> T:
-    """The base model's tree, as it was before `inject`: the very same arrays.
+    """Return the base model's tree, as it was before `inject`: the very same arrays.
 
     PEFT's `unload` keeps the trained copies of `modules_to_save`; `merge(params)` has those.
 

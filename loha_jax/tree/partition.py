@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: `partition`, `combine`, `trainable_mask`."""
+"""`partition`, `combine` and `trainable_mask`: the trained and the frozen arrays of a tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def partition(params: T) -> tuple[T, T]:
-    """Splits an adapted tree into what is trained and what is frozen.
+    """Split an adapted tree into its trained and its frozen arrays.
 
     Trained are the factors of the active adapters and the active copies of `modules_to_save`. Both halves have the
     tree's structure, with None where the other one has the array, so that `jax.grad`, optax and donation see the
@@ -49,7 +49,7 @@ def partition(params: T) -> tuple[T, T]:
 
 
 def combine(trainable: T, frozen: T) -> T:
-    """Puts the two halves of `partition` together.
+    """Put the two halves of `partition` together.
 
     The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable
     half that it returns those of the first tree that it was called with.
@@ -77,7 +77,7 @@ def combine(trainable: T, frozen: T) -> T:
 
 
 def trainable_mask(params: Any) -> Any:
-    """The tree with True where an array is trained and False elsewhere, for optax.
+    """Return the tree with True for each trained array and False for the others, for optax.
 
     `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too, as in the
     example.

@@ -20,12 +20,14 @@ from loha_jax.tree.kernel_samples import KernelSample
 
 @functools.lru_cache(maxsize=1 << 16, typed=True)
 def interned(*values: Any) -> tuple[Any, ...]:
-    """One tuple for equal hashable values: trees are compared by identity then, which takes no time."""
+    """Return one tuple for equal hashable values, so that trees are compared by identity."""
     return values
 
 
 class Origin(tuple):
-    """Where an adapter of a kernel comes from. As a tuple it holds what computing needs of the config, and no more.
+    """The origin of an adapter of a kernel.
+
+    As a tuple it holds only what computing needs of the config.
 
     Attributes:
         config: that made the adapter.
@@ -43,7 +45,7 @@ class Origin(tuple):
     alphas: tuple[float, ...]
 
     def __new__(cls, config: LoHaConfig, base: KernelSample | None = None, alphas: tuple[float, ...] = ()) -> Origin:
-        """An origin of which only `config.computing` is compared."""
+        """Make an origin; only `config.computing` of it is compared."""
         self = super().__new__(cls, (interned(*config.computing),))
         self.config, self.base, self.alphas = config, base, alphas
         return self

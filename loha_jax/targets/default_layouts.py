@@ -110,21 +110,23 @@ def default_layout(
 ) -> Layout:
     """Return the layout of a kernel that nothing else settles.
 
-    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
-    - Flax' attention, by the shapes of its four kernels.
-    - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
-    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
-      of one axis beside it shows that it is not stacked.
-    - The shape that a file has for the one module of that name, where it leaves one possibility.
+    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for
+      others.
+    - Flax' attention: by the shapes of its four kernels.
+    - More axes: the one possibility that fits the shape of the module's bias.
+    - A convolution: by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), if
+      a bias or scale of one axis in the same module or next to it shows that it is not stacked.
+    - The one possibility that fits the shape which a file has for the module of that name.
 
     Args:
         shape: the kernel's shape.
         path: its tree path as strings, e.g. ("attn", "query", "kernel").
         shape_at: shapes of all leaves by path.
-        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
+        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in *
+            prod(spatial)]`.
 
     Raises:
-        ValueError: the kernel could be several things; the message names them and how to settle it.
+        ValueError: several layouts are possible. The message names them and how to choose one.
 
     Example:
         >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {("BatchNorm_0", "scale"): (8,)}).word

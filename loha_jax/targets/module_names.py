@@ -65,8 +65,9 @@ class UnknownNameError(ValueError):
 def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
     """Return a `jax.tree_util` key path as strings.
 
-    The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give several parts, as the
-    nested tree has them. An attribute or index that only boxes the array gives none.
+    The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give
+    several parts, like those of the nested tree. An attribute or index that only boxes the array
+    gives none.
 
     Example:
         >>> import jax
@@ -108,8 +109,9 @@ def is_kernel_leaf(parts: Sequence[str]) -> bool:
 def module_name(parts: Sequence[str]) -> str:
     """Return the default dotted module name of a leaf.
 
-    The path joined with dots, less a leading collection ("params") and a trailing "kernel", "embedding", "w" or
-    "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as dots.
+    It is the path joined with dots, without a leading collection ("params") and without a trailing
+    "kernel", "embedding", "w" or "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as
+    dots.
 
     Example:
         >>> module_name(("params", "encoder", "layer", "0", "query", "kernel"))
@@ -137,17 +139,19 @@ def torch_parameter(parts: Sequence[str]) -> str:
 def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
     """Return the torch module names of a leaf, one per stack index in row-major order.
 
-    Without `names`, a stack index follows the first part of the name that is called like a container of layers
-    ("layers", "blocks", "h", "ScanBlock_0", …), or else the first part.
+    Without `names`, a stack index is inserted after the first part of the name that is called like
+    a container of layers ("layers", "blocks", "h", "ScanBlock_0", …), or else after the first part.
 
     Args:
         name: the default name (`module_name`).
         stack: sizes of the stack axes; () for a kernel that is one module.
-        names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups). A stacked leaf takes
-            a list with one name per index, or one name with `{}` (or `{0}`, `{1}`) where the stack indices go.
+        names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups).
+            A stacked leaf takes a list with one name per index, or one name with `{}` (or `{0}`,
+            `{1}`) in the places of the stack indices.
 
     Raises:
-        ValueError: the number of names is not the number of stack indices, or they are not distinct.
+        ValueError: the number of names is not the number of stack indices, or they are not
+            distinct.
 
     Example:
         >>> stack_names("layers.q", (2,), {r"layers\\.(.*)": r"model.layers.{}.\\1"})

@@ -58,18 +58,17 @@ def check_new_adapter(params: Any, name: Any) -> None:
 def set_adapter(params: T, names: str | Sequence[str]) -> T:
     """Return the tree with other adapters active: one, several or none.
 
-    The updates of several are summed in the given order.
-
     Args:
         params: an adapted tree.
-        names: the name or names; () for the base model.
+        names: the name or names; () for the base model. The updates of several are summed in this
+            order.
 
     Raises:
         ValueError: no leaf of the tree has an adapter of that name.
 
-    Mirrors PEFT's `set_adapter`, and `disable_adapter` with (). Leaves that lack an adapter are simply not adapted by
-    it. Where several active adapters hold a copy of one module (`modules_to_save`), that module cannot be used but by
-    `adapt(fn, adapter_index=ids)`, and says so.
+    Mirrors PEFT's `set_adapter`, and `disable_adapter` with (). Leaves that lack an adapter are not
+    adapted by it. If several active adapters hold a copy of one module (`modules_to_save`), only
+    `adapt(fn, adapter_index=ids)` can use that module; elsewhere its use is an error.
 
     Example:
         >>> import loha_jax
@@ -85,20 +84,19 @@ def set_adapter(params: T, names: str | Sequence[str]) -> T:
 
 @takes_model
 def scale(params: T, weights: Mapping[str, Any]) -> T:
-    """Return the tree with each named adapter's update multiplied by a number.
+    """Return the tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
 
-    The update becomes `s · alpha/r · ΔW`.
-
-    The numbers count from alpha/r, not from an earlier call, so `scale(params, {"style": 1.0})` undoes one. They hold
-    for every use (`adapt`, `merge`, active or not) and stay in the tree, but files have no place for them: merge, or
-    `add_weighted_adapter`, to keep them. Copies of `modules_to_save` are not scaled. Of a weight decomposition (DoRA)
-    it is the difference from the base weight that is multiplied, `s · (W' - W)`.
+    The numbers count from alpha/r, not from an earlier call: `scale(params, {"style": 1.0})` undoes
+    one. They hold for every use (`adapt`, `merge`, active or not) and stay in the tree. Files have
+    no place for them: to keep them, merge, or call `add_weighted_adapter`. Copies of
+    `modules_to_save` are not scaled. With a weight decomposition (DoRA) the difference from the
+    base weight is multiplied, `s · (W' - W)`.
 
     Args:
         params: an adapted tree.
-        weights: numbers by adapter name. They are a part of the tree's structure, so that a jitted function that is
-            given the tree compiles again for each new one; pass the number to the function and call `scale` inside
-            with the traced scalar instead, and it compiles once.
+        weights: numbers by adapter name. They are a part of the tree's structure: a jitted function
+            of the tree compiles again for each new number. To compile only once, pass the number to
+            the function and call `scale` inside with the traced scalar.
 
     Raises:
         ValueError: no leaf has an adapter of that name, or a number is not finite.
@@ -139,12 +137,13 @@ def delete_adapter(params: T, name: str) -> T:
 
     Args:
         params: an adapted tree.
-        name: the adapter. If it was active, the other active ones stay so; no other one takes its place.
+        name: the adapter. If it was active, the other active ones stay so; no other one takes its
+            place.
 
     Raises:
         ValueError: no leaf of the tree has an adapter of that name.
 
-    Mirrors PEFT's `delete_adapter`, which makes another adapter active in its place, layer by layer.
+    Mirrors PEFT's `delete_adapter`, which activates another adapter in its place, layer by layer.
 
     Example:
         >>> import loha_jax
@@ -178,23 +177,26 @@ def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> An
 def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> T:
     """Add the weighted sum of several adapters as one more LoHa adapter, exactly.
 
-    The sum of Hadamard products is not one of low rank; but each is a product KA @ KB of inner size r² (Khatri-Rao),
-    and these stand side by side in the first pair of factors of the new adapter, whose second pair makes a matrix of
-    ones. Its rank is the sum of the squares of the others' ranks: two adapters of r=4 give one of r=32. It is an
-    adapter like any other: trained, saved, opened by PEFT. Cores (CP form) are multiplied into the flat form.
+    A sum of Hadamard products is none of low rank. But each of them is a product KA @ KB of inner
+    size r² (Khatri-Rao). These are concatenated in the first pair of factors of the new adapter,
+    whose second pair is a matrix of ones. Its rank is the sum of the squares of the others' ranks:
+    two adapters of r=4 give one of r=32. It can be trained, saved and opened by PEFT like any
+    other. Cores (CP form) are multiplied into the flat form.
 
     Args:
         params: an adapted tree with values.
-        adapters: names of the adapters, as they are now scaled; a module that lacks one goes without it.
+        adapters: names of the adapters, with their present scales. A module that lacks one goes
+            without it.
         weights: one number per adapter.
         adapter_name: of the new adapter, which becomes the active one.
 
     Returns:
-        The tree with one more adapter. A module in `modules_to_save` keeps the copy of the one adapter that has it.
+        The tree with one more adapter. A module in `modules_to_save` keeps the copy of the one
+        adapter that has it.
 
     Raises:
-        ValueError: an adapter is not there or the new one is, the weights do not fit, or two adapters have a copy of
-            one module.
+        ValueError: an adapter is missing, the new name is taken, the weights do not fit, or two
+            adapters have a copy of one module.
 
     Named after PEFT's function for LoRA, which has none for LoHa.
 

@@ -24,21 +24,24 @@ T = TypeVar("T")
 def dropout(params: T, key: jax.Array) -> T:
     """Apply the dropouts of each active adapter's config, for one training step.
 
-    Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's name) drops rows
-    of ΔW, that is outputs, with one mask for the whole batch, and multiplies the kept rows by out/kept;
-    `module_dropout` drops ΔW as a whole, without rescaling. Each module of a stack has its own draws. A `LycorisConfig`
-    rescales the kept rows where it says `rank_dropout_scale`; with its `weight_decompose`, a dropped row is the base's
-    row at the trained norm, and a dropped module the base's.
+    Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's
+    name) drops rows of ΔW, that is outputs, with one mask for the whole batch, and multiplies the
+    kept rows by out/kept. `module_dropout` drops the whole ΔW, without rescaling. Each module of a
+    stack has its own draws. A `LycorisConfig` rescales the kept rows if it has
+    `rank_dropout_scale`. With its `weight_decompose`, a dropped row is the base's row at the
+    trained norm, and a dropped module the base's.
 
     Args:
         params: an adapted tree.
-        key: JAX PRNG key, a new one for every step. The same key gives the same masks whatever the tree's order.
+        key: JAX PRNG key, a new one for every step. The same key gives the same masks whatever the
+            tree's order.
 
     Returns:
-        The tree, with other values in `hada_w1_a` where a config asks for dropout. Where all rows of a module are
-        dropped, its update is zero (PEFT divides 0 by 0 there).
+        The tree, with other values in `hada_w1_a` if a config asks for dropout. If all rows of a
+        module are dropped, its update is zero (PEFT divides 0 by 0 there).
 
-    Mirrors the training mode of PEFT's LoHa layers; draws come from JAX, so masks differ from torch's.
+    Mirrors the training mode of PEFT's LoHa layers. Draws come from JAX, so masks differ from
+    torch's.
 
     Example:
         >>> import loha_jax

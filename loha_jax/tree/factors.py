@@ -36,30 +36,35 @@ flat_parts = operator.attrgetter("_children", "_aux")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Factors:
-    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
+    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, after the kernel's stack axes.
 
-    alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and `multiplier`. What the
-    adapter was made from (`config`, `base`) is not part of the tree's structure, but for what computing needs of it.
+    alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and
+    `multiplier`. Of the adapter's origin (`config`, `base`) only what computing needs is part of
+    the tree's structure.
 
     Attributes:
-        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` beside cores.
-        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` beside cores.
+        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` with cores.
+        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` with cores.
         hada_t1, hada_t2: cores `[*stack, r, r, *spatial]` (Conv1d: a trailing 1), or None.
-        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one module). Where ranks
-            differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
-            index that the config does not target.
+        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one
+            module). If ranks differ within a stack, the factors are padded with zeros, which
+            training leaves at zero. Rank 0 marks an index that the config does not target.
         config: the config that made the adapter.
-        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
-        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
-            (`LycorisConfig.weight_decompose`), or None; zero where the rank is 0.
-        multiplier: the number that `loha_jax.scale` set. Beside `dora_scale` it says how much of the adapted weight's
-            difference from W counts, elsewhere it multiplies ΔW.
-        module_index: integers `[*stack]`, only where alpha/r differs within a stack: which entry of `ranks` and
-            `alphas` each slice has, whatever a scan or vmap takes away. Not trained.
-        gate: `[*stack]`, one more multiplier that is traced, or None: from `loha_jax.scale` with a traced number, and
-            from `loha_jax.dropout` beside `dora_scale`. Not trained.
+        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or
+            None.
+        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a
+            weight decomposition (`LycorisConfig.weight_decompose`), or None. Zero where the rank is
+            0.
+        multiplier: the number that `loha_jax.scale` set. It multiplies ΔW; with `dora_scale`, the
+            adapted weight's difference from W.
+        module_index: integers `[*stack]`, only if alpha/r differs within a stack: the entry of
+            `ranks` and `alphas` that each slice has, whatever a scan or vmap takes away. Not
+            trained.
+        gate: `[*stack]`, one more multiplier that is traced, or None: from `loha_jax.scale` with a
+            traced number, and from `loha_jax.dropout` with `dora_scale`. Not trained.
         base: a sample of the kernel that the adapter was made on, or None.
-        parts: names of the arrays that the adapter has, though one half of `partition` may hold None for them.
+        parts: names of the arrays that the adapter has, though one half of `partition` may hold
+            None for them.
     """
 
     hada_w1_a: Any

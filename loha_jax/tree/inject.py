@@ -42,38 +42,45 @@ def inject(
 ) -> T:
     """Add a LoHa adapter to a tree of parameters.
 
-    Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
-    never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`. The tree can be used at once:
-    `model.apply({"params": inject(params, config, key=key)}, x)` gives the adapted model's output, and
-    `loha_jax.adapt(model.apply)` gives it without building ΔW. Injecting again with another name adds an adapter,
-    which becomes the active one.
+    Return the same tree in which each targeted kernel is a `LoHaWeight` around the very same array
+    (base weights are never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`.
+    The tree can be used at once: `model.apply({"params": inject(params, config, key=key)}, x)`
+    gives the adapted model's output, and `loha_jax.adapt(model.apply)` gives it without
+    materialising ΔW. Injecting again with another name adds an adapter, which becomes the active
+    one.
 
     Args:
-        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module; an `nnx.Module` is changed
-            in place (`loha_jax.nnx.inject` takes its rngs). A tree of
+        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module. An
+            `nnx.Module` is changed in place (`loha_jax.nnx.inject` takes its rngs). A tree of
             `jax.ShapeDtypeStruct` gives a tree of shapes, as under `jax.eval_shape`.
-        config: what to adapt and how.
-        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the adapter's name.
+        config: the kernels to adapt and the adapter's settings.
+        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the
+            adapter's name.
         adapter_name: PEFT's name of the adapter; may not contain a dot.
-        names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
-            name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
-            `loha_jax.targets.module_names.stack_names`.
-        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of three or more axes that
-            neither their layer nor a bias or a name settles (docs/guide.md); `infer_layouts` makes one from the model.
-        model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
+        names: torch module names if they differ from the tree's: an `interop.NameMap`, a function
+            of the default name (the path joined with dots, without "params" and "kernel"), or
+            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of
+            three or more axes that neither their layer nor a bias or a name settles
+            (docs/guide.md). `infer_layouts` reads them off the model.
+        model_type: a Hugging Face model type, for PEFT's default `target_modules` if the config has
+            None.
 
-    On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,
-    stack axes as they are (`loha_jax.tree.placement.factor_axes`).
+    On a mesh each factor is sharded like its kernel: w*_a along the output axes, w*_b along the
+    input axes, stack axes like the kernel's (`loha_jax.tree.placement.factor_axes`).
 
-    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), else float64.
+    Factors are float32 if the kernel is float32 or narrower (as with PEFT's
+    `autocast_adapter_dtype`), else float64.
 
     Raises:
-        ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
-            kernel's layout is ambiguous, two leaves have one name, or the adapter's name is taken or unusable.
+        ValueError: nothing matches (with the nearest names), a matched module has no kernel that
+            can be adapted, a kernel's layout is ambiguous, two leaves have one name, or the
+            adapter's name is taken or invalid.
         TypeError: `key` is no JAX PRNG key.
 
     Warns:
-        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches
+            nothing.
         UserWarning: r² is more than 16 times the rank that a kernel's update can have.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 

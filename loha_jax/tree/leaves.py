@@ -32,15 +32,16 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # arrays compare elementwise
 class LoHaWeight(ArrayLike):
-    """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
+    """A frozen kernel with its LoHa adapters, in the kernel's place in the tree.
 
-    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in float32 or better. The
-    kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is never formed.
+    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in
+    float32 or better. The kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is
+    never materialised.
 
     Attributes:
         kernel: the base weight, unchanged (the first leaf: Flax checks its shape).
         adapters: `Factors` by adapter name.
-        layout: what each axis of the kernel is.
+        layout: the kind of each axis of the kernel.
         names: torch module names, one per stack index.
         active: the adapters that count, in order.
 
@@ -161,8 +162,8 @@ jax.tree_util.register_pytree_with_keys(
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 
-    As an array it is the copy of the active adapter that has one, else the original, which gets no gradient. With two
-    such adapters it is neither, and an error (as in PEFT).
+    As an array it is the copy of the active adapter that has one, else the original, which gets no
+    gradient. Two such adapters are an error (as in PEFT).
 
     Attributes:
         original: the base parameter.
@@ -170,8 +171,9 @@ class SavedWeight(ArrayLike):
         layout: of a kernel, or None for a parameter that torch stores with the same axes.
         name: torch parameter name, e.g. "classifier.weight".
         active: the adapters that count.
-        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the tree has no leaf for
-            (a BatchNorm's `num_batches_tracked`); written back as they were. Not part of the tree's structure.
+        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the
+            tree has no leaf for (a BatchNorm's `num_batches_tracked`). They are written back
+            unchanged and are no part of the tree's structure.
     """
 
     original: Any

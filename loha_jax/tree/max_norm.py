@@ -23,21 +23,23 @@ T = TypeVar("T")
 def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = None) -> T:
     """Scale down the update of each module whose Frobenius norm ‖ΔW‖ exceeds `max_norm`.
 
-    Called after an optimizer step, as kohya's `scale_weight_norms` is. The scalar takes the change where there is one
-    (`LycorisConfig.use_scalar`), else `hada_w1_a`. The norm is computed from Khatri-Rao factors; ΔW is not formed.
+    Call it after an optimizer step, as kohya's `scale_weight_norms`. It changes the scalar if there
+    is one (`LycorisConfig.use_scalar`), else `hada_w1_a`. The norm is computed from Khatri-Rao
+    factors; ΔW is not materialised.
 
     Args:
         params: an adapted tree, also under `jax.jit`.
-        max_norm: the limit, > 0; each module of a stack has its own norm.
-        adapters: which ones; the active ones by default.
+        max_norm: the limit, > 0. Each module of a stack has its own norm.
+        adapters: names of the adapters; the active ones by default.
 
     Returns:
-        The tree; a module below the limit keeps its values bit for bit.
+        The tree. A module below the limit keeps its values bit for bit.
 
     Raises:
         ValueError: no leaf has an adapter of that name, or the limit is not positive.
 
-    Mirrors LyCORIS' `LohaModule.apply_max_norm`. In LyCORIS 4.1.3 a merge before the next save forgets it.
+    Mirrors LyCORIS' `LohaModule.apply_max_norm`. In LyCORIS 4.1.3 a merge before the next save
+    discards it.
 
     Example:
         >>> import loha_jax

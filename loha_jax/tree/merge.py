@@ -38,26 +38,28 @@ def merge(
     Args:
         params: an adapted tree.
         adapters: names of the adapters to merge, in order; the active ones by default.
-        safe: refuse results that are not finite. Reads the values, so not under `jax.jit`.
-        unload: the other adapters are left out, and the result holds plain arrays, ready to serve. False keeps them:
-            the merged ones are gone from the tree, the others adapt the merged weights, and those that were active
-            are active still.
-        force: merge into float8 kernels although rounding loses more than half of an update. Under `jax.jit`, where
-            values cannot be read, this is not checked.
+        safe: refuse results that are not finite. This reads the values, so not under `jax.jit`.
+        unload: leave out the other adapters; the result holds plain arrays, ready to serve. With
+            False only the merged adapters leave the tree. The others adapt the merged weights, and
+            those that were active stay active.
+        force: merge into float8 kernels although rounding loses more than half of an update. Under
+            `jax.jit`, where values cannot be read, this is not checked.
 
     Returns:
-        The merged tree; leaves of `modules_to_save` are the trained copies. To unmerge, keep the tree you had.
+        The merged tree. Leaves of `modules_to_save` are the trained copies. To unmerge, keep the
+        tree you had.
 
     Raises:
-        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, (`safe`) a merged
-            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
-            message names the modules.
+        ValueError: no leaf has an adapter of that name; two adapters hold a copy of one module; a
+            merged weight holds NaN or infinity (`safe`); or rounding to float8 loses more than half
+            of an update. The message names the modules.
 
     Warns:
-        UserWarning: rounding to float8 loses more than a tenth of an update; the message has the largest share.
+        UserWarning: rounding to float8 loses more than a tenth of an update. The message has the
+            largest share.
 
-    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
-    which PEFT's layers leave out the adapters that are active and not merged.
+    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its
+    `merge_adapter`, after which PEFT's layers ignore active adapters that are not merged.
 
     Example:
         >>> import loha_jax

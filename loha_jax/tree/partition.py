@@ -16,9 +16,9 @@ T = TypeVar("T")
 def partition(params: T) -> tuple[T, T]:
     """Split an adapted tree into its trained and its frozen arrays.
 
-    Trained are the factors of the active adapters and the active copies of `modules_to_save`. Both halves have the
-    tree's structure, with None where the other one has the array, so that `jax.grad`, optax and donation see the
-    trained half alone.
+    The factors of the active adapters and the active copies of `modules_to_save` are trained. Both
+    halves have the tree's structure, with None where the other one has the array, so that
+    `jax.grad`, optax and donation see only the trained half.
 
     Args:
         params: a tree that `inject` or `interop.load_peft` made.
@@ -51,8 +51,9 @@ def partition(params: T) -> tuple[T, T]:
 def combine(trainable: T, frozen: T) -> T:
     """Put the two halves of `partition` together.
 
-    The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable
-    half that it returns those of the first tree that it was called with.
+    Configs, and everything else that is no part of the structure, come from `frozen`: a trainable
+    half that a jitted function returns has those of the first tree that the function was called
+    with.
 
     Raises:
         ValueError: the halves have different structures, or both hold, or both lack, an array.

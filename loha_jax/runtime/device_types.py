@@ -69,7 +69,8 @@ def vary_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 def vary_alike(tree: Any) -> Any:
     """Type each array of a tree as varying over all mesh axes that one of them varies over.
 
-    A `custom_vjp` inside a `shard_map` wants that. What is equal everywhere then gets the sum of all cotangents.
+    A `custom_vjp` inside a `shard_map` requires it. An array that is equal everywhere then gets the
+    sum of all cotangents.
     """
     union = frozenset().union(*map(varying, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: vary_over(x, union), tree) if union else tree

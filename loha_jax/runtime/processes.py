@@ -58,7 +58,8 @@ def agreed(read: Callable[[], Any], failed: str) -> Any:
     """Return what `read` returns; if it fails in one process, raise FileError in all.
 
     Args:
-        read: may fail in any way, as libraries do that stumble over a broken file; waits for no other process.
+        read: may raise anything, as libraries do on a corrupted file. Must not wait for another
+            process.
         failed: how the message begins.
 
     Example:

@@ -33,7 +33,8 @@ def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
 
     XLA does not repeat a division by an unknown number, 1, in each reader.
 
-    On several devices an element of `source` would be sent around; each then divides by numbers of its own.
+    On several devices, where an element of `source` would be sent around, each device divides by
+    its own numbers.
     """
     if jax.device_count() > 1:
         return _divided_by_ones(x)

@@ -22,7 +22,7 @@ _LOOKUP = re.compile(
 _STACK = re.compile(r"layers|blocks|h|resblocks|.*([Ss]can|[Vv]map).*")
 _VECTORS = {"bias", "b", "scale", "offset", "mean", "var", "running_mean", "running_var"}
 
-# What a kernel of three or more axes can be, and the axes of the bias beside it: (layout, bias, what it is).
+# Possible kernels of three or more axes: (layout, axes of the module's bias, description).
 _JAX = {
     3: (
         ("sio", "so", "a Dense stacked on axis 0: layers of a scan, experts"),

@@ -1,4 +1,4 @@
-"""The face of an array for a pytree node that stands where an array stood: all operators and methods of `jax.Array`."""
+"""All operators and methods of `jax.Array` for a pytree node in the place of an array."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ _OF_THE_BASE = ("sharding", "device", "devices", "committed", "format", "is_full
 
 
 class ArrayLike:
-    """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`.
+    """The interface of `jax.Array` for a pytree node.
 
-    What `jax.Array` has is there, and gives what the dense array gives. Where the data lies is the frozen array's
-    (`sharding`, `devices()`); `block_until_ready`, `is_ready`, `is_deleted`, `delete` and `copy_to_host_async` are
-    about all arrays that the node holds.
+    Shape and dtype are those of the frozen array. All other operators, methods and properties go
+    through `__jax_array__` and give the results of the dense array, with two exceptions. `sharding`
+    and `devices()` are those of the frozen array. `block_until_ready`, `is_ready`, `is_deleted`,
+    `delete` and `copy_to_host_async` concern all arrays that the node holds.
     """
 
     __array_priority__ = 100  # numpy arrays on the left leave the operation to this class, as they do for jax.Array

@@ -66,9 +66,10 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
     if changed:
         shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
         warn_caller(
-            f"The base weights under the adapter have changed since it was made: {shown}. The adapter alone is not "
-            "what was trained, or belongs to another base. Train `loha_jax.partition(params)[0]`, not the whole tree, "
-            "and put it together with the frozen half that you have kept."
+            f"The base weights under the adapter have changed since it was made: {shown}. Either they "
+            "were trained too, and the adapter is only a part of the result, or it belongs to another "
+            "base. Train `loha_jax.partition(params)[0]`, not the whole tree, and combine it with the "
+            "frozen half that you have kept."
         )
 
 

@@ -1,8 +1,8 @@
 """Parameters in Linen's metadata boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`).
 
-In an adapted tree every array of an adapter has a box of its own, as the kernel has, with the names of its own axes.
-So `nn.get_partition_spec`, `nn.logical_to_mesh_sharding` and `nn.meta.unbox` find all they look for. The library itself
-works on plain trees: what it is given is unboxed, and what it returns is boxed again.
+In an adapted tree each array of an adapter has a box like the kernel's, with the names of its own
+axes. So `nn.get_partition_spec`, `nn.logical_to_mesh_sharding` and `nn.meta.unbox` work on it. The
+library itself works on plain trees: it unboxes its arguments and boxes its results again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Models that hold a tree of parameters, and trees with metadata boxes, where a function takes a tree.
 
-This file knows no framework. `PROVIDERS` names, for each kind of model, the module that handles it. It is imported
-once a model of that kind is met, so that nothing is imported that the caller does not use.
+This file knows no framework. `PROVIDERS` names the module that handles each kind of model. It is
+imported when the first model of that kind is passed, so that nothing unused is imported.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def takes_model(*, argument: str = "params", changes: bool = True) -> Callable[[
 def takes_model(function: Any = None, *, argument: str = "params", changes: bool = True) -> Any:
     """Decorate a function of a tree of parameters so that a model may stand for the tree.
 
-    The function gets the tree of the model's variables. With `changes`, what it returns is written into the model,
-    which is returned, as users of such models expect. Otherwise what it returns is returned as it is. A `layouts`
-    argument is completed with what the model's own layers say. A tree with boxes (`loha_jax.tree.boxes`) is unboxed and
-    its result boxed again.
+    The function gets the tree of the model's variables. With `changes`, its result is written into
+    the model, which is returned, as users of such models expect. Otherwise its result is returned.
+    A `layouts` argument is completed with what the model's own layers say. A tree with boxes
+    (`loha_jax.tree.boxes`) is unboxed and its result boxed again.
     """
     if function is None:
         return functools.partial(takes_model, argument=argument, changes=changes)

@@ -88,7 +88,7 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     if module_dropout:
         present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
         mask *= present
-        if factors.dora_scale is not None:  # what is dropped is the difference from W, not ΔW alone
+        if factors.dora_scale is not None:  # the whole difference from W is dropped, not only ΔW
             gate = present[..., 0].astype(float32_or_wider(w1_a.dtype))
             factors = dataclasses.replace(factors, gate=gate if factors.gate is None else factors.gate * gate)
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]

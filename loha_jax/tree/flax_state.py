@@ -1,7 +1,8 @@
 """Adapted trees in `flax.serialization`: `to_bytes`, `from_bytes`, `to_state_dict`, `from_state_dict`.
 
-Flax keeps a table of types; ours are added to it when `flax.serialization` is imported, before or after this library.
-As with Flax' own dataclasses, static fields are not stored: they come from the target. Flax itself is not imported.
+Flax keeps a table of types. Ours are added to it once `flax.serialization` is imported, before or
+after this library. As with Flax' own dataclasses, static fields are not stored: they come from the
+target. This module does not import Flax.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
     Args:
         array: an array, a typed random key, a shape, or a traced array.
         sharding: the place.
-        may_alias: False for a copy even of what is there already.
+        may_alias: False to copy even an array that is in its place already.
     """
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -1,11 +1,13 @@
 """Data that travels with a tree without being part of its structure.
 
-Two trees have the same structure if they compute the same function of their arrays. Where an adapter comes from (the
-base model's name, the PEFT version, a file's metadata) is kept in static objects whose `==` and `hash` ignore it, so
-that adapters of one shape share a compilation and can be averaged by `jax.tree.map`.
+Two trees have the same structure if they compute the same function of their arrays. The origin of
+an adapter (the base model's name, the PEFT version, a file's metadata) is kept in static objects
+whose `==` and `hash` ignore it. So adapters of one shape share a compilation, and `jax.tree.map`
+can average them.
 
-The treedef that a jitted function returns is that of its first trace. A whole tree that comes out of one therefore
-carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` takes it from `frozen`.
+A jitted function returns the treedef of its first trace. A whole tree that it returns therefore
+carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` takes it from
+`frozen`.
 """
 
 from __future__ import annotations

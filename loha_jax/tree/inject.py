@@ -141,15 +141,14 @@ def apply_plan(
     """
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
-    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
-    samples = sample_kernels(kernels)
+    samples = sample_kernels({n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets})
     for position, target in plan.targets.items():
-        leaf = leaves[position]
+        kernel = getattr(leaves[position], "kernel", leaves[position])
         tensors = make_factors(target)
-        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
-        extras: dict[str, Any] = make_extras(target, plan.config, kernel)
+        extras = make_extras(target, plan.config, kernel)
         if "dora_scale" in extras:
-            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
+            norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
+            extras = {**extras, "dora_scale": norms}
         factors = Factors(
             **tensors,
             **extras,
@@ -159,27 +158,41 @@ def apply_plan(
             config=plan.config,
             base=samples.get(position),
         )
-        leaves[position] = LoHaWeight(
-            kernel=kernel,
-            adapters={**adapters, adapter_name: follow_kernel(factors, kernel, target.layout)},
-            layout=target.layout,
-            names=target.names,
-            active=(adapter_name,),
-        )
+        placed = follow_kernel(factors, kernel, target.layout)
+        leaves[position] = _with_factors(leaves[position], target, adapter_name, placed)
     for position, saved in plan.saved.items():
         leaf = leaves[position]
-        original, copies = (leaf.original, leaf.copies) if isinstance(leaf, SavedWeight) else (leaf, {})
-        leaves[position] = SavedWeight(
-            original=original,
-            copies={**copies, adapter_name: place_like(make_copy(saved, original), original)},
-            layout=saved.layout,
-            name=saved.name,
-            active=(adapter_name,),
-        )
+        original = leaf.original if isinstance(leaf, SavedWeight) else leaf
+        copy = place_like(make_copy(saved, original), original)
+        leaves[position] = _with_copy(leaf, saved, adapter_name, copy)
     for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
         if is_adapted(leaf) and leaf.active != (adapter_name,):
             leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
     return treedef.unflatten(leaves)
+
+
+def _with_factors(leaf: Any, target: Target, adapter_name: str, factors: Factors) -> LoHaWeight:
+    """Return a kernel, adapted or not, with one more adapter."""
+    others = leaf.adapters if isinstance(leaf, LoHaWeight) else {}
+    return LoHaWeight(
+        kernel=leaf.kernel if isinstance(leaf, LoHaWeight) else leaf,
+        adapters={**others, adapter_name: factors},
+        layout=target.layout,
+        names=target.names,
+        active=(adapter_name,),
+    )
+
+
+def _with_copy(leaf: Any, saved: Saved, adapter_name: str, copy: Any) -> SavedWeight:
+    """Return a saved leaf, with copies or not, with one more copy."""
+    others = leaf.copies if isinstance(leaf, SavedWeight) else {}
+    return SavedWeight(
+        original=leaf.original if isinstance(leaf, SavedWeight) else leaf,
+        copies={**others, adapter_name: copy},
+        layout=saved.layout,
+        name=saved.name,
+        active=(adapter_name,),
+    )
 
 
 def _with_shardings(shapes: T, params: T) -> T:

@@ -145,10 +145,9 @@ def apply_plan(
     for position, target in plan.targets.items():
         kernel = getattr(leaves[position], "kernel", leaves[position])
         tensors = make_factors(target)
-        extras = make_extras(target, plan.config, kernel)
+        extras: dict[str, Any] = make_extras(target, plan.config, kernel)
         if "dora_scale" in extras:
-            norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
-            extras = {**extras, "dora_scale": norms}
+            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
         factors = Factors(
             **tensors,
             **extras,

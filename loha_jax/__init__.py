@@ -18,7 +18,7 @@ from loha_jax.transform.adapt import adapt
 from loha_jax.transform.explain import explain
 from loha_jax.transform.infer_layouts import infer_layouts
 from loha_jax.tree import export as _export  # noqa: F401  tells jax.export of the leaves
-from loha_jax.tree.adapters import adapter_names, add_weighted_adapter, delete_adapter, scale, set_adapter
+from loha_jax.tree.adapters import adapter_names, delete_adapter, scale, set_adapter
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.flax_state import register as _register_with_flax
 from loha_jax.tree.inject import inject
@@ -27,6 +27,7 @@ from loha_jax.tree.max_norm import apply_max_norm
 from loha_jax.tree.merge import merge, unload
 from loha_jax.tree.partition import combine, partition, trainable_mask
 from loha_jax.tree.summary import summary
+from loha_jax.tree.weighted_sum import add_weighted_adapter
 
 __version__ = "0.1.0"
 

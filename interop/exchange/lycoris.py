@@ -123,7 +123,7 @@ def _file(params: Any, adapter_name: str | None) -> AdapterFile:
     """The adapter with LyCORIS' differences, and the metadata that it was loaded with."""
     adapter_name = chosen_adapter(params, adapter_name)
     configs = [leaf.adapters[adapter_name].config for _, leaf in adapted_kernels(params, adapter_name)]
-    metadata = next((dict(c.metadata) for c in reversed(configs) if isinstance(c, LycorisConfig)), {})
+    metadata = next((dict(c.file_metadata) for c in reversed(configs) if c.file_metadata), {})
     return dataclasses.replace(from_tree(params, adapter_name, _differences), metadata=metadata)
 
 

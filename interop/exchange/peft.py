@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from loha_jax.interop.disk.atomic import write_atomically
@@ -34,6 +34,8 @@ from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
+
+T = TypeVar("T")
 
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
 
@@ -216,13 +218,13 @@ def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, An
 @takes_model(argument="base_params")
 def load_peft(
     folder: str | Path,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
+) -> T:
     """Add an adapter that PEFT (or `save_peft`) wrote to a tree of base parameters.
 
     Args:

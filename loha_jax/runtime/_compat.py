@@ -1,4 +1,4 @@
-"""Every difference between JAX versions, each with the version in a comment."""
+"""The differences between JAX versions, each with the version in a comment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Literal = jex.Literal
 
 
 def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
-    """Evaluates one equation of a jaxpr on `values`, keeping its name stack and context.
+    """Evaluate one equation of a jaxpr on `values`, with its name stack and context.
 
     A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params` returns has changed
     (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
@@ -32,12 +32,12 @@ def _debug_info(inputs: list[Any], outputs: list[Any]) -> Any:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """`(jaxpr, consts)` of a ClosedJaxpr (0.10) or of a Jaxpr that carries its constants (0.12)."""
+    """Return `(jaxpr, consts)` of a ClosedJaxpr (0.10) or a Jaxpr with its constants (0.12)."""
     return jaxpr.jaxpr, list(jaxpr.consts)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Numbers of constants and carries among the operands of a scan equation."""
+    """Return the numbers of constants and carries among the operands of a scan equation."""
     if "num_consts" in params:  # 0.10
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # 0.12: a tree of (consts, carry, xs)
@@ -45,6 +45,6 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def without_dead_code(closed: Any) -> Any:
-    """A closed jaxpr without what its outputs do not need, loops included; its inputs stay."""
+    """Remove what the outputs of a closed jaxpr do not need, also in loops; its inputs stay."""
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)

@@ -1,7 +1,8 @@
-"""What an array's type says of devices.
+"""The part of an array's type that concerns devices.
 
-On a mesh with explicit axes it says how the array is split, and products have to say it of their results. Inside a
-`shard_map` it says over which mesh axes the array differs, and both branches of a choice have to agree.
+On a mesh with explicit axes it says how the array is split, and products have to give the sharding
+of their result. Inside a `shard_map` it holds the mesh axes over which the array varies, and both
+branches of a choice have to agree.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding in the type of an array or of a shape, on a mesh with explicit axes; None elsewhere."""
+    """Return the sharding in the type of an array or a shape; None without explicit axes."""
     sharding = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return sharding if mesh is not None and not mesh.empty and mesh.explicit_axes else None
 
 
 def result_sharding(labels: Iterable[str], sources: Iterable[tuple[Any, Iterable[str]]]) -> NamedSharding | None:
-    """How the result of a product is split, on a mesh with explicit axes; None elsewhere.
+    """Return the sharding of a product's result; None without explicit axes.
 
     Args:
         labels: of the result's axes.
@@ -48,32 +49,33 @@ def result_sharding(labels: Iterable[str], sources: Iterable[tuple[Any, Iterable
 
 
 def split_as(array: jax.Array, other: Any) -> jax.Array:
-    """An array split over the devices as another one, or a shape, of its shape, on a mesh with explicit axes."""
+    """Split an array over explicit mesh axes like another array, or a shape, of its shape."""
     sharding = explicit_sharding(other)
     return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 def varying(x: Any) -> frozenset[Any]:
-    """The mesh axes over which an array, or one of a shape, differs inside a `shard_map`."""
+    """Return the mesh axes over which an array or a shape varies inside a `shard_map`."""
     kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 
 def vary_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """An array typed as different over some more mesh axes."""
+    """Return an array typed as varying over some more mesh axes."""
     missing = tuple(sorted(axes - varying(x), key=str))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def vary_alike(tree: Any) -> Any:
-    """The arrays of a tree, each typed as different over all mesh axes that one of them differs over.
+    """Type each array of a tree as varying over all mesh axes that one of them varies over.
 
-    A `custom_vjp` inside a `shard_map` wants that. What is equal everywhere then gets the sum of all cotangents.
+    A `custom_vjp` inside a `shard_map` requires it. An array that is equal everywhere then gets the
+    sum of all cotangents.
     """
     union = frozenset().union(*map(varying, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: vary_over(x, union), tree) if union else tree
 
 
 def zeros_of_type(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros of a shape as `jax.eval_shape` returns it: split and different over the same axes."""
+    """Return zeros of a shape of `jax.eval_shape`: split and varying over the same axes."""
     return vary_over(split_as(jnp.zeros(shape.shape, shape.dtype), shape), varying(shape))

@@ -1,4 +1,4 @@
-"""Digests of arrays: the same for the same values, whatever the sharding and the number of processes."""
+"""Digests of arrays that depend only on values, not on shardings or numbers of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _LANES = ((np.uint32(0x85EBCA6B), np.uint32(1)), (np.uint32(0x27D4EB2F), np.uint
 
 
 def digests(arrays: Mapping[str, Any], sample: int | None = None) -> dict[str, str]:
-    """The digest of each array, in hexadecimal; with several processes, all of them have to call it.
+    """Return the digest of each array in hexadecimal.
+
+    With several processes, all of them have to call it.
 
     Each element is hashed with its index, and the hashes are added up modulo 2^32, twice: a sum does not care which
     device holds which part. Devices hash what they hold; only sums travel.
@@ -50,7 +52,9 @@ def digests(arrays: Mapping[str, Any], sample: int | None = None) -> dict[str, s
 
 
 def grid(shape: Sequence[int], elements: int) -> list[np.ndarray]:
-    """Indices along each axis, about `elements` in all; the shortest one (a stack of layers, say) gets all of its.
+    """Return indices along each axis, about `elements` in all.
+
+    The shortest axis (a stack of layers, say) gets all of its indices.
 
     Example:
         >>> [len(indices) for indices in grid((32, 4096, 4096), 1 << 14)]
@@ -71,7 +75,7 @@ def _is_global(array: Any) -> bool:
 
 
 def _parts(array: Any, chosen: list[np.ndarray] | None) -> list[Any]:
-    """The sums of what this process holds and counts: of each shard, one replica."""
+    """Return the sums of what this process holds and counts: one replica of each shard."""
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if not isinstance(array, jax.Array):
@@ -98,7 +102,7 @@ def _part(data: Any, index: Sequence[slice], chosen: list[np.ndarray] | None) ->
 
 
 def _host_words(data: np.ndarray) -> np.ndarray:
-    """The bits of an array as unsigned integers `[*shape, words of an element]`."""
+    """Return the bits of an array as unsigned integers `[*shape, words of an element]`."""
     if data.dtype != np.bool_ and _is_narrow(data.dtype):
         data = data.astype(np.float32)
     flat = np.ascontiguousarray(data).reshape(-1)
@@ -106,7 +110,7 @@ def _host_words(data: np.ndarray) -> np.ndarray:
 
 
 def _device_words(data: jax.Array) -> jax.Array:
-    """As `_host_words`, of a traced array."""
+    """Return `_host_words` of a traced array."""
     shape = data.shape
     if data.dtype == jnp.bool_:
         return data.astype(jnp.uint8)[..., None]
@@ -118,7 +122,7 @@ def _device_words(data: jax.Array) -> jax.Array:
 
 
 def _is_narrow(dtype: Any) -> bool:
-    """Whether elements are smaller than a byte: float32 holds them all."""
+    """Say whether elements are smaller than a byte: float32 holds them all."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return False
     return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits < 8
@@ -126,7 +130,7 @@ def _is_narrow(dtype: Any) -> bool:
 
 @jax.jit
 def _hash(data: Any, positions: list[Any]) -> jax.Array:
-    """The two sums of an array's shard, or of the words of one."""
+    """Compute the two sums of an array's shard, or of its words."""
     words = (_device_words(data) if data.ndim == len(positions) else data).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, position in enumerate([*positions, jnp.arange(words.shape[-1], dtype=jnp.uint32)]):
@@ -136,7 +140,10 @@ def _hash(data: Any, positions: list[Any]) -> jax.Array:
 
 
 def _mixed(x: Any) -> Any:
-    """Every bit of the result depends on every bit of x (the last step of MurmurHash3)."""
+    """Mix the bits of x: each bit of the result depends on all of them.
+
+    This is the last step of MurmurHash3.
+    """
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

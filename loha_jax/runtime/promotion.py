@@ -1,4 +1,4 @@
-"""How this library's own arithmetic promotes, whatever the caller has set for theirs."""
+"""Promotion of dtypes and ranks in this library's own arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 @contextlib.contextmanager
 def standard_promotion() -> Iterator[None]:
-    """JAX's defaults for dtypes and ranks, as a context or a decorator.
+    """Use JAX's defaults for dtypes and ranks, as a context or a decorator.
 
     Callers may have `jax_numpy_dtype_promotion="strict"` or `jax_numpy_rank_promotion="raise"`, which are meant for
     the model's code: that is traced outside of this.

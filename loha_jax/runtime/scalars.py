@@ -11,7 +11,9 @@ import numpy as np
 
 
 def plain_scalar(value: Any) -> Any:
-    """Python's own number (or string) for a numpy scalar or a concrete array without axes; else the value itself.
+    """Return Python's own number or string for a scalar; other values as they are.
+
+    Scalars are numpy's, and concrete arrays without axes.
 
     Example:
         >>> plain_scalar(np.int64(4)), plain_scalar(jnp.float32(0.5)), plain_scalar("r")
@@ -25,7 +27,7 @@ def plain_scalar(value: Any) -> Any:
 
 
 def check_key(key: Any) -> None:
-    """Raises TypeError for what is no JAX PRNG key."""
+    """Raise TypeError for an object that is no JAX PRNG key."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
         seed = int(key) if isinstance(key, int) else 0

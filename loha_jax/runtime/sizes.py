@@ -8,15 +8,18 @@ from typing import Any
 
 
 def is_known(size: Any) -> bool:
-    """Whether a size is a number, and not a symbol."""
+    """Say whether a size is a number, and not a symbol."""
     return isinstance(size, int)
 
 
 def nominal(sizes: Iterable[Any], unknown: int = 1) -> int:
-    """The product of some sizes, where those that are not known count as `unknown`: for estimates of costs."""
+    """Return the product of some sizes, for estimates of costs.
+
+    Those that are not known count as `unknown`.
+    """
     return math.prod(size if is_known(size) else unknown for size in sizes)
 
 
 def is_empty(shape: Iterable[Any]) -> bool:
-    """Whether an array of this shape is known to hold no elements."""
+    """Say whether an array of this shape is known to hold no elements."""
     return any(is_known(size) and size == 0 for size in shape)

@@ -1,6 +1,6 @@
-"""Reading what strangers wrote, in bounded time and memory: files, JSON, regular expressions.
+"""Reading of untrusted files, JSON and regular expressions in bounded time and memory.
 
-Adapters are passed from hand to hand. Whatever is wrong with one is a `FileError` that names the file.
+Adapters are passed from hand to hand. Each fault in one is a `FileError` that names the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FileError(ValueError):
 
 
 def check_regular(path: str | Path) -> int:
-    """The size of a file in bytes; symbolic links are followed.
+    """Return the size of a file in bytes; symbolic links are followed.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -59,7 +59,7 @@ def check_regular(path: str | Path) -> int:
 
 
 def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The text of a UTF-8 file of at most `limit` bytes.
+    """Read the text of a UTF-8 file of at most `limit` bytes.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -75,7 +75,7 @@ def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, origin: str | Path) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         text: of bounded length.
@@ -103,7 +103,7 @@ def parse_json(text: str | bytes, origin: str | Path) -> Any:
 
 
 def json_object(text: str | bytes, origin: str | Path) -> dict[str, Any]:
-    """The JSON object that a text is; FileError as of `parse_json`, or where it is no object."""
+    """Return the JSON object of a text; FileError as in `parse_json`, or if it is no object."""
     value = parse_json(text, origin)
     if not isinstance(value, dict):
         raise FileError(f"{origin} should hold a JSON object and holds a {type(value).__name__}")
@@ -111,12 +111,12 @@ def json_object(text: str | bytes, origin: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError or FileError as of `read_text` and `json_object`."""
+    """Read a file's JSON object; errors as in `read_text` and `json_object`."""
     return json_object(read_text(path), path)
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises ValueError for what is no regular expression."""
+    """Raise ValueError for a string that is no regular expression."""
     if len(pattern) > _MAX_PATTERN:
         raise ValueError(f"it has {len(pattern):,} characters, more than {_MAX_PATTERN:,}")
     try:
@@ -134,12 +134,12 @@ def _compiled(pattern: str) -> Any:
 
 
 def match(pattern: str, name: str) -> Any:
-    """`re.match`, which ends: a pattern that backtracks for more than a second is a ValueError."""
+    """Call `re.match` with a time limit: ValueError after more than a second."""
     return _timed("match", pattern, name)
 
 
 def fullmatch(pattern: str, name: str) -> Any:
-    """`re.fullmatch`, which ends: a pattern that backtracks for more than a second is a ValueError."""
+    """Call `re.fullmatch` with a time limit: ValueError after more than a second."""
     return _timed("fullmatch", pattern, name)
 
 

@@ -1,8 +1,9 @@
-"""What XLA has to be told so that it keeps no more than it must between the forward and the backward pass.
+"""Hints that keep XLA from storing more than needed between the forward and the backward pass.
 
-None of this changes a value. XLA merges equal computations, even across `lax.optimization_barrier` on CPU, where the
-barrier is dropped first: what the backward pass means to build again is then kept instead. And it repeats cheap
-operations in every reader, so that of a sum it keeps both terms. Two numbers whose values it cannot know prevent that.
+None of them changes a value. XLA merges equal computations, even across `lax.optimization_barrier`
+on CPU, where the barrier is dropped first. A value that the backward pass should recompute is then
+stored instead. XLA also repeats cheap operations in every reader: of a sum it stores both terms.
+Numbers whose values it cannot know prevent both.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from loha_jax.runtime.device_types import zeros_of_type
 
 
 def _unknown_zero(source: jax.Array) -> jax.Array:
-    """An int32 that is 0 for every value of `source`, which XLA does not see."""
+    """Return an int32 that is 0 for every value of `source`, which XLA does not know."""
     return _unknown_zeros(source[(slice(0, 1),) * source.ndim].sum())
 
 
 def _unknown_zeros(x: jax.Array) -> jax.Array:
-    """The same for each element of an array: `[*x.shape]`."""
+    """Return such zeros for each element of an array: `[*x.shape]`."""
     return jnp.minimum(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 1, 0)
 
 
 def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
-    """`x`, a sum for example, as one array: XLA does not repeat a division by an unknown number, 1, in each reader.
+    """Return `x`, a sum for example, as one array that its readers do not recompute.
 
-    On several devices an element of `source` would be sent around; each then divides by numbers of its own.
+    XLA does not repeat a division by an unknown number, 1, in each reader.
+
+    On several devices, where an element of `source` would be sent around, each device divides by
+    its own numbers.
     """
     if jax.device_count() > 1:
         return _divided_by_ones(x)
@@ -39,7 +43,7 @@ def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _divided_by_ones(x: jax.Array) -> jax.Array:
-    """`x`, divided by ones that XLA does not see, one per element: `[*x.shape]`."""
+    """Divide `x` by ones that XLA does not know, one per element: `[*x.shape]`."""
     return x / (1 + _unknown_zeros(x)).astype(x.dtype)
 
 
@@ -50,16 +54,17 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 
 def after(pending: jax.Array, values: Any) -> Any:
-    """`values`, unchanged, as arrays that XLA can neither merge with others nor have before `pending` is there."""
+    """Return `values` as arrays that are computed after `pending` and merged with no others."""
     return jax.tree.map(lambda x: x + _unknown_zero(pending).astype(x.dtype), values)
 
 
 def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
-    """`fn(*args)`, started when all of `args` are there, and sharing nothing with the rest of the program.
+    """Compute `fn(*args)` when all of `args` are computed, sharing nothing with the rest.
 
-    XLA:CPU starts whatever does not depend on a pending result, at the price of memory: it would build every layer's
-    ΔW at once. A branch that it cannot foresee holds it back. Elsewhere a barrier does, at no cost; so it does on
-    several devices, where an element of `source` would be sent around.
+    XLA:CPU starts everything that does not depend on a pending result, at the price of memory: it
+    would materialise every layer's ΔW at once. A branch that it cannot foresee delays it. Elsewhere
+    a barrier does, at no cost. A barrier is also used on several devices, where an element of
+    `source` would be sent around.
     """
 
     def branch(*args):

@@ -1,4 +1,4 @@
-"""The layout of a kernel where nothing else says it: from names, biases and neighbours, never from a shape alone."""
+"""The default layout of a kernel: from names, biases and neighbours, never only from a shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOOKUP = re.compile(
 _STACK = re.compile(r"layers|blocks|h|resblocks|.*([Ss]can|[Vv]map).*")
 _VECTORS = {"bias", "b", "scale", "offset", "mean", "var", "running_mean", "running_var"}
 
-# What a kernel of three or more axes can be, and the axes of the bias beside it: (layout, bias, what it is).
+# Possible kernels of three or more axes: (layout, axes of the module's bias, description).
 _JAX = {
     3: (
         ("sio", "so", "a Dense stacked on axis 0: layers of a scan, experts"),
@@ -69,7 +69,9 @@ _TORCH = {
 
 
 def is_torch_oriented(leaf: str) -> bool:
-    """Whether a leaf is called as in torch, Equinox and haliax, which keep weights as [out, in, *spatial].
+    """Say whether a leaf is named as in torch, Equinox and haliax.
+
+    These keep weights as [out, in, *spatial].
 
     Example:
         >>> [is_torch_oriented(leaf) for leaf in ("weight", "weight_ih", "kernel", "w")]
@@ -79,12 +81,14 @@ def is_torch_oriented(leaf: str) -> bool:
 
 
 def is_named_convolution(path: Sequence[str]) -> bool:
-    """Whether the module of a leaf is called like a convolution, transposed or not."""
+    """Say whether the module of a leaf is named like a convolution, transposed or not."""
     return is_transposed_convolution(path) or _CONVOLUTION.fullmatch(_module(path)) is not None
 
 
 def is_named_lookup(path: Sequence[str]) -> bool:
-    """Whether the module of a leaf called `weight` is called like an embedding (`embed_tokens`, `wte`), as torch's are.
+    """Say whether the module of a `weight` is named like an embedding of torch.
+
+    Such names are `embed_tokens` and `wte`.
 
     Example:
         >>> is_named_lookup(("model", "embed_tokens", "weight")), is_named_lookup(("wte", "kernel"))
@@ -94,30 +98,35 @@ def is_named_lookup(path: Sequence[str]) -> bool:
 
 
 def is_transposed_convolution(path: Sequence[str]) -> bool:
-    """Whether the module of a leaf is called like a transposed convolution (`ConvTranspose_0`, `conv2_d_transpose`)."""
+    """Say whether the module of a leaf is named like a transposed convolution.
+
+    Such names are `ConvTranspose_0` and `conv2_d_transpose`.
+    """
     return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
 
 
 def default_layout(
     shape: Sequence[int], path: Sequence[str], shape_at: _Shapes, torch_shape: Sequence[int] | None = None
 ) -> Layout:
-    """The layout of a kernel where nothing else says it.
+    """Return the layout of a kernel that nothing else settles.
 
-    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for all others.
-    - Flax' attention, by the shapes of its four kernels.
-    - More axes: what the shape of the bias beside the kernel leaves as the one possibility.
-    - A convolution by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), where a bias or scale
-      of one axis beside it shows that it is not stacked.
-    - The shape that a file has for the one module of that name, where it leaves one possibility.
+    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for
+      others.
+    - Flax' attention: by the shapes of its four kernels.
+    - More axes: the one possibility that fits the shape of the module's bias.
+    - A convolution: by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), if
+      a bias or scale of one axis in the same module or next to it shows that it is not stacked.
+    - The one possibility that fits the shape which a file has for the module of that name.
 
     Args:
         shape: the kernel's shape.
         path: its tree path as strings, e.g. ("attn", "query", "kernel").
         shape_at: shapes of all leaves by path.
-        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
+        torch_shape: of the weight or its update in a file: `[out, in, *spatial]`, or `[out, in *
+            prod(spatial)]`.
 
     Raises:
-        ValueError: the kernel could be several things; the message names them and how to settle it.
+        ValueError: several layouts are possible. The message names them and how to choose one.
 
     Example:
         >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {("BatchNorm_0", "scale"): (8,)}).word
@@ -163,7 +172,7 @@ def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -
 
 
 def _module(path: Sequence[str]) -> str:
-    """The last part of a leaf's module name that is no index."""
+    """Return the last part of a leaf's module name that is no index."""
     return next((part for part in reversed(path[:-1]) if not part.isdigit()), "")
 
 
@@ -172,7 +181,7 @@ def _bias(path: tuple[str, ...], shape_at: _Shapes) -> tuple[int, ...] | None:
 
 
 def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
-    """Whether a bias with these axes stands beside a kernel with this layout."""
+    """Say whether a bias with these axes fits a kernel with this layout."""
     sizes = {kind: [n for n, letter in zip(shape, word, strict=True) if letter == kind] for kind in "so"}
     if not letters:
         return False
@@ -182,7 +191,7 @@ def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]
 
 
 def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[int]) -> bool:
-    """Whether a kernel with this layout is one module, and has this shape in torch, flat or not."""
+    """Say whether a kernel with this layout is one module of this shape in torch, flat or not."""
     if layout.axes("s"):
         return False
     out, *rest = layout.torch_shape(shape)
@@ -190,7 +199,7 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
 
 
 def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> bool:
-    """Whether names and neighbours prove that a kernel without a bias is a convolution's, and no stack of such."""
+    """Say whether names and neighbours prove a kernel without a bias to be one convolution's."""
     parent = path[:-2]
     vectors = {p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1] == "weight" and len(s) == 1)}
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
@@ -210,7 +219,11 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
 
 
 def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> Layout:
-    """Flax keeps [*spatial, in, out] or, with `transpose_kernel`, [*spatial, out, in], as Haiku always does."""
+    """Return the layout of a transposed convolution.
+
+    Flax keeps [*spatial, in, out] or, with `transpose_kernel`, [*spatial, out, in]. Haiku always
+    has the latter.
+    """
     spatial = "k" * (len(shape) - 2)
     words = (f"oi{spatial}", f"io{spatial}") if torch else (f"{spatial}io", f"{spatial}oi")
     bias = _bias(path, shape_at)
@@ -221,7 +234,10 @@ def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: 
 
 
 def _attention_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> Layout | None:
-    """`ioo`/`iio` for Flax's MultiHeadDotProductAttention, `sioo`/`siio` for one stacked by a scan."""
+    """Return the layout of a kernel of Flax' MultiHeadDotProductAttention, or None.
+
+    It is `ioo` or `iio`, and `sioo` or `siio` if a scan stacks it.
+    """
     if len(path) < 2 or path[-2] not in ("query", "key", "value", "out") or len(shape) not in (3, 4):
         return None
     parent, leaf = path[:-2], path[-1]

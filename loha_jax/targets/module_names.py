@@ -1,20 +1,38 @@
-"""Dotted module names of the leaves of a parameter tree: what `target_modules` matches and what PEFT's keys hold."""
+"""Dotted module names of a tree's leaves, which targets match and PEFT's keys hold."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
+from loha_jax.lowrank.layout import Layout
+
 Names = Callable[[str], "str | Sequence[str]"] | Mapping[str, "str | Sequence[str]"]
 """How `inject` takes names: a function of the default name, or `{regex: template}`.
 
-A function may have an attribute `layouts` (as the argument of that name), used where the caller gives none; None in it
-says that a leaf is no kernel, but a stack of scales. Such a function is `loha_jax.interop.NameMap`.
+The function may be a `NamesWithLayouts`, such as `loha_jax.interop.NameMap`.
 """
+
+
+@runtime_checkable
+class NamesWithLayouts(Protocol):
+    """A function of the default name that also knows layouts.
+
+    Attributes:
+        layouts: used where the caller gives none. None says that a leaf is no kernel, but a stack
+            of scales.
+    """
+
+    layouts: Mapping[str, str | Layout | None] | None
+
+    def __call__(self, name: str, /) -> str | Sequence[str]:
+        """Return the torch module name, or one name per stack index."""
+        ...
+
 
 KERNEL_LEAVES = ("kernel", "embedding", "w", "weight")
 """Leaf names that stand for the module that holds them."""
@@ -31,7 +49,7 @@ _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
 
 
 class UnknownNameError(ValueError):
-    """What a `names` function raises where it cannot tell a kernel's torch name.
+    """The error of a `names` function that cannot tell a kernel's torch name.
 
     `inject` passes it on if the config may target that kernel, and leaves the kernel alone otherwise.
 
@@ -45,10 +63,11 @@ class UnknownNameError(ValueError):
 
 
 def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
-    """A `jax.tree_util` key path as strings.
+    """Return a `jax.tree_util` key path as strings.
 
-    The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give several parts, as the
-    nested tree has them. An attribute or index that only boxes the array gives none.
+    The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give
+    several parts, like those of the nested tree. An attribute or index that only boxes the array
+    gives none.
 
     Example:
         >>> import jax
@@ -72,7 +91,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _key_parts(key: Any) -> list[str]:
-    """The parts of one key: several where a dictionary is flat."""
+    """Return the parts of one key: several if the dictionary is flat."""
     if isinstance(key, tuple):
         return [part for inner in key for part in _key_parts(inner)]
     parts = re.split(r"/~/|[/.]", key) if isinstance(key, str) else [str(key)]
@@ -80,15 +99,19 @@ def _key_parts(key: Any) -> list[str]:
 
 
 def is_kernel_leaf(parts: Sequence[str]) -> bool:
-    """Whether a leaf can hold a kernel, by its name: biases and normalisation scales can not."""
+    """Say whether a leaf can hold a kernel, by its name.
+
+    Biases and normalisation scales cannot.
+    """
     return bool(parts) and parts[-1] not in _OTHER_LEAVES
 
 
 def module_name(parts: Sequence[str]) -> str:
-    """The default dotted module name of a leaf.
+    """Return the default dotted module name of a leaf.
 
-    The path joined with dots, less a leading collection ("params") and a trailing "kernel", "embedding", "w" or
-    "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as dots.
+    It is the path joined with dots, without a leading collection ("params") and without a trailing
+    "kernel", "embedding", "w" or "weight" (or "bias", "scale", …). Haiku's "linear/~/sub" counts as
+    dots.
 
     Example:
         >>> module_name(("params", "encoder", "layer", "0", "query", "kernel"))
@@ -103,7 +126,10 @@ def module_name(parts: Sequence[str]) -> str:
 
 
 def torch_parameter(parts: Sequence[str]) -> str:
-    """The name of a leaf inside its torch module: kernel, scale and embedding are `weight`, mean is `running_mean`."""
+    """Return the name of a leaf inside its torch module.
+
+    Kernel, scale and embedding are `weight`, mean is `running_mean`.
+    """
     last = parts[-1]
     if last in KERNEL_LEAVES or last == "scale":
         return "weight"
@@ -111,19 +137,21 @@ def torch_parameter(parts: Sequence[str]) -> str:
 
 
 def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
-    """The torch module names of a leaf, one per stack index in row-major order.
+    """Return the torch module names of a leaf, one per stack index in row-major order.
 
-    Without `names`, a stack index follows the first part of the name that is called like a container of layers
-    ("layers", "blocks", "h", "ScanBlock_0", …), or else the first part.
+    Without `names`, a stack index is inserted after the first part of the name that is called like
+    a container of layers ("layers", "blocks", "h", "ScanBlock_0", …), or else after the first part.
 
     Args:
         name: the default name (`module_name`).
         stack: sizes of the stack axes; () for a kernel that is one module.
-        names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups). A stacked leaf takes
-            a list with one name per index, or one name with `{}` (or `{0}`, `{1}`) where the stack indices go.
+        names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups).
+            A stacked leaf takes a list with one name per index, or one name with `{}` (or `{0}`,
+            `{1}`) in the places of the stack indices.
 
     Raises:
-        ValueError: the number of names is not the number of stack indices, or they are not distinct.
+        ValueError: the number of names is not the number of stack indices, or they are not
+            distinct.
 
     Example:
         >>> stack_names("layers.q", (2,), {r"layers\\.(.*)": r"model.layers.{}.\\1"})
@@ -152,7 +180,7 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
 
 
 def all_names(name: str, names: Names | None) -> tuple[str, ...]:
-    """The torch module names of a leaf that is no kernel (a normalisation scale), whether it is stacked or not."""
+    """Return the torch module names of a leaf that is no kernel, stacked or not."""
     given = _given_name(name, names)
     return (given,) if isinstance(given, str) else tuple(given or (name,))
 

@@ -1,4 +1,4 @@
-"""Advice where a config and a tree do not fit: the spelling of targets, and objects that are no tree of kernels."""
+"""Advice if a config and a tree do not fit: misspelt targets, and objects that are no trees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUANTISED = ("qwix", "aqt")  # packages whose arrays stand for a kernel
 
 
 def spelling_advice(targets: Any, names: Sequence[str]) -> str:
-    """The rule that entries of `target_modules` break, with the right spelling where one matches `names`.
+    """Return the rule that entries of `target_modules` break, with the right spelling.
 
     Example:
         >>> spelling_advice(["q_proj.kernel"], ["layers.0.q_proj"])
@@ -50,7 +50,9 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
 
 
 def require_named_leaves(params: Any) -> None:
-    """Refuses what is no tree of named arrays: a bare array, a model of a framework whose models are no pytrees.
+    """Raise TypeError for an object that is no tree of named arrays.
+
+    Such are a bare array, and a model of a framework whose models are no pytrees.
 
     Raises:
         TypeError: the message says what to pass instead.
@@ -108,7 +110,10 @@ def _packages(node: Any) -> set[str]:
 
 
 def quantised_kernels(params: Any) -> dict[str, str]:
-    """Describe the quantised kernels of a tree, by default module name: "q.kernel is a qwix QArray (int8)"."""
+    """Describe the quantised kernels of a tree, by default module name.
+
+    A description is "q.kernel is a qwix QArray (int8)".
+    """
 
     def is_quantised(node: Any) -> bool:
         return type(node).__module__.split(".")[0] in _QUANTISED
@@ -147,7 +152,7 @@ def scaled_kernel(path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, 
 
 
 def _inside(node: Any) -> Iterator[tuple[str, str]]:
-    """Dtype and type of the quantised values in a node, the innermost first."""
+    """Yield dtype and type of the quantised values in a node, the innermost first."""
     inner = getattr(node, "array", None)
     if inner is not None and inner is not node:
         yield from _inside(inner)

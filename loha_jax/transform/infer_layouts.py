@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.model_layouts import ModelLayouts
 from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
 from loha_jax.transform.adapt import trace_and_evaluate
 from loha_jax.transform.interpreter import Options
@@ -20,20 +21,7 @@ from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
 
 
-class InferredLayouts(dict[str, str]):
-    """Layouts by module name, as `infer_layouts` returns them.
-
-    Attributes:
-        lookups: modules whose rows are looked up: no linear layers to "all-linear", whatever their leaves are called.
-        heads: the output head, which "all-linear" leaves out too: the last product of the function, if it has as many
-            outputs as a table that is looked up has rows, and as many inputs as that has features.
-    """
-
-    lookups: frozenset[str] = frozenset()
-    heads: frozenset[str] = frozenset()
-
-
-def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> InferredLayouts:
+def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> ModelLayouts:
     """The layouts of the kernels of `params`, from how `fn(params, *args, **kwargs)` uses them.
 
     `fn` is traced without computing anything; arrays may be `jax.ShapeDtypeStruct`s. Axes that a product contracts are
@@ -78,12 +66,12 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         return [o for o in jax.tree.leaves(outputs) if isinstance(o, jax.Array)]
 
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
-    found = InferredLayouts({name: layout for name in candidates.values() if (layout := roles.layout(name))})
-    found.lookups = frozenset(roles.lookups & found.keys())
+    found = {name: layout for name in candidates.values() if (layout := roles.layout(name))}
+    lookups = roles.lookups & found.keys()
     sizes = {name: Layout(found[name]).torch_shape(leaves[n].shape) for n, name in candidates.items() if name in found}
-    if roles.last not in found.lookups and sizes.get(roles.last) in [sizes[name] for name in found.lookups]:
-        found.heads = frozenset({roles.last})
-    return found
+    # The output head: the last product, if it has as many inputs and outputs as a table's features and rows.
+    is_head = roles.last not in lookups and sizes.get(roles.last) in [sizes[name] for name in lookups]
+    return ModelLayouts(found, lookups=lookups, heads={roles.last} if is_head else ())
 
 
 def _is_array(leaf: Any) -> bool:

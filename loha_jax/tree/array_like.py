@@ -1,4 +1,4 @@
-"""The face of an array for a pytree node that stands where an array stood: all operators and methods of `jax.Array`."""
+"""All operators and methods of `jax.Array` for a pytree node in the place of an array."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ _OF_THE_BASE = ("sharding", "device", "devices", "committed", "format", "is_full
 
 
 class ArrayLike:
-    """The face of an array for a pytree node: everything but the shape and dtype goes through `__jax_array__`.
+    """The interface of `jax.Array` for a pytree node.
 
-    What `jax.Array` has is there, and gives what the dense array gives. Where the data lies is the frozen array's
-    (`sharding`, `devices()`); `block_until_ready`, `is_ready`, `is_deleted`, `delete` and `copy_to_host_async` are
-    about all arrays that the node holds.
+    Shape and dtype are those of the frozen array. All other operators, methods and properties go
+    through `__jax_array__` and give the results of the dense array, with two exceptions. `sharding`
+    and `devices()` are those of the frozen array. `block_until_ready`, `is_ready`, `is_deleted`,
+    `delete` and `copy_to_host_async` concern all arrays that the node holds.
     """
 
     __array_priority__ = 100  # numpy arrays on the left leave the operation to this class, as they do for jax.Array
@@ -89,7 +90,7 @@ class ArrayLike:
         raise NotImplementedError
 
     def _arrays(self) -> list[Any]:
-        """All arrays that the node holds."""
+        """Return all arrays that the node holds."""
         return jax.tree.leaves(self)
 
     @property
@@ -131,25 +132,25 @@ class ArrayLike:
         return format(self.__jax_array__(), spec) if spec or not self.shape else repr(self)
 
     def block_until_ready(self):
-        """Waits for all arrays of the node and returns it."""
+        """Wait for all arrays of the node and return it."""
         jax.block_until_ready(self._arrays())
         return self
 
     def is_ready(self) -> bool:
-        """Whether all arrays of the node are there."""
+        """Say whether all arrays of the node are computed."""
         return all(array.is_ready() for array in self._arrays())
 
     def is_deleted(self) -> bool:
-        """Whether an array of the node was deleted or donated."""
+        """Say whether an array of the node was deleted or donated."""
         return any(array.is_deleted() for array in self._arrays())
 
     def delete(self) -> None:
-        """Deletes all arrays of the node."""
+        """Delete all arrays of the node."""
         for array in self._arrays():
             array.delete()
 
     def copy_to_host_async(self) -> None:
-        """Starts to copy all arrays of the node to the host."""
+        """Start to copy all arrays of the node to the host."""
         for array in self._arrays():
             array.copy_to_host_async()
 
@@ -174,7 +175,7 @@ def _attribute(name: str) -> property:
 
 
 def _complete(cls: type[ArrayLike]) -> None:
-    """Gives the class every operator and public name of `jax.Array` that it does not define itself."""
+    """Give the class each operator and public name of `jax.Array` that it does not define."""
     members: dict[str, Any] = {
         name: _operator(function) for name, function in (_BINARY | _COMPARISONS | _OTHERS).items()
     }

@@ -17,14 +17,16 @@ from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of
 
 
 def check_whole(params: Any) -> None:
-    """Raises ValueError for one half of `partition`."""
+    """Raise ValueError for one half of `partition`."""
     for leaf in (*leaves_of(LoHaWeight, params), *leaves_of(SavedWeight, params)):
         leaf.require_whole()
 
 
 @takes_model(changes=False)
 def check_before_saving(params: Any, adapters: Sequence[str] | None = None) -> None:
-    """Checks a tree (or an NNX model) of which some adapters, by default all, are about to be written to a file.
+    """Check a tree, or an NNX model, before some of its adapters are written to a file.
+
+    By default all adapters are checked.
 
     Raises:
         ValueError: it is one half of `partition`.
@@ -65,9 +67,10 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
     if changed:
         shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
         warn_caller(
-            f"The base weights have changed since the adapter was made: {shown}. The adapter alone is not "
-            "what was trained, or belongs to another base. Train `loha_jax.partition(params)[0]`, not the whole tree, "
-            "and put it together with the frozen half that you have kept."
+            f"The base weights have changed since the adapter was made: {shown}. Either they were "
+            "trained too, and the adapter is only a part of the result, or it belongs to another base. "
+            "Train `loha_jax.partition(params)[0]`, not the whole tree, and combine it with the frozen "
+            "half that you have kept."
         )
 
 

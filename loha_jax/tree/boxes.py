@@ -1,8 +1,8 @@
 """Parameters in Linen's metadata boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`).
 
-In an adapted tree every array of an adapter has a box of its own, as the kernel has, with the names of its own axes.
-So `nn.get_partition_spec`, `nn.logical_to_mesh_sharding` and `nn.meta.unbox` find all they look for. The library itself
-works on plain trees: what it is given is unboxed, and what it returns is boxed again.
+In an adapted tree each array of an adapter has a box like the kernel's, with the names of its own
+axes. So `nn.get_partition_spec`, `nn.logical_to_mesh_sharding` and `nn.meta.unbox` work on it. The
+library itself works on plain trees: it unboxes its arguments and boxes its results again.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted, map_adapted
 from loha_jax.tree.placement import factor_axes
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def is_box(x: Any) -> bool:
-    """Whether `x` is a box. Flax is not imported for it: who has one has done so."""
+    """Say whether `x` is a box.
+
+    Flax is not imported: whoever has a box has imported it.
+    """
     meta = sys.modules.get("flax.core.meta")
     return meta is not None and isinstance(x, meta.AxisMetadata)
 
 
 def box_of(leaf: Any) -> Any:
-    """The box of a parameter, around it or around the kernel of an adapted one; None without one."""
+    """Return the box of a parameter, or of the kernel of an adapted one; None without one."""
     held = leaf.original if is_adapted(leaf) else leaf
     return held if is_box(held) else None
 
 
 def unbox(tree: Any) -> Any:
-    """The tree without boxes; no sharding constraint is applied."""
+    """Return the tree without boxes; no sharding constraint is applied."""
     return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
 
 
@@ -41,7 +46,7 @@ def _content(box: Any) -> Any:
 
 
 def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
-    """The boxes of a tree's parameters by path; {} where Flax' boxes are not in use."""
+    """Return the boxes of a tree's parameters by path; {} if Flax' boxes are not in use."""
     if "flax.core.meta" not in sys.modules:
         return {}
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_box(x) or is_adapted(x))
@@ -49,7 +54,7 @@ def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def put_in_boxes(tree: Any, boxes: Mapping[tuple[Any, ...], Any]) -> Any:
-    """A plain tree with the parameters at some paths in boxes again."""
+    """Return a plain tree with the parameters at some paths in boxes again."""
 
     def put(path: tuple[Any, ...], leaf: Any) -> Any:
         return boxed(leaf, boxes[path]) if path in boxes else leaf
@@ -58,7 +63,10 @@ def put_in_boxes(tree: Any, boxes: Mapping[tuple[Any, ...], Any]) -> Any:
 
 
 def boxed(leaf: Any, box: Any) -> Any:
-    """A parameter in its box; the arrays of an adapted one each in one, with their own axes' names."""
+    """Put a parameter into its box.
+
+    Each array of an adapted one gets a box with the names of its own axes.
+    """
     if isinstance(leaf, LoHaWeight):
         adapters = {name: _boxed_factors(f, leaf, box) for name, f in leaf.adapters.items()}
         return dataclasses.replace(leaf, kernel=box.replace_boxed(leaf.kernel), adapters=adapters)
@@ -78,7 +86,7 @@ def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
 
 
 def boxes_outside(tree: Any) -> Any:
-    """The tree with each adapted parameter whole in one box, as a model expects to find its kernel."""
+    """Return the tree with each adapted parameter in one box, as a model expects its kernel."""
 
     def turn(leaf: Any) -> Any:
         box = box_of(leaf)
@@ -88,7 +96,7 @@ def boxes_outside(tree: Any) -> Any:
 
 
 def boxes_inside(tree: Any) -> Any:
-    """The inverse of `boxes_outside`."""
+    """Undo `boxes_outside`."""
 
     def turn(box: Any) -> Any:
         return boxed(_content(box), box) if is_box(box) and is_adapted(_content(box)) else box
@@ -96,8 +104,8 @@ def boxes_inside(tree: Any) -> Any:
     return jax.tree.map(turn, tree, is_leaf=is_box)
 
 
-def keeps_boxes(function: Any) -> Any:
-    """Decorates a function from a tree (its first argument) to a tree so that the tree may hold boxes."""
+def keeps_boxes(function: F) -> F:
+    """Decorate a function from tree to tree so that its first argument may hold boxes."""
 
     @functools.wraps(function)
     def wrapper(tree: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,4 +114,4 @@ def keeps_boxes(function: Any) -> Any:
             return function(tree, *args, **kwargs)
         return put_in_boxes(function(unbox(tree), *args, **kwargs), boxes)
 
-    return wrapper
+    return cast(F, wrapper)

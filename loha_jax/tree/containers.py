@@ -1,7 +1,7 @@
 """Models that hold a tree of parameters, and trees with metadata boxes, where a function takes a tree.
 
-This file knows no framework. `PROVIDERS` names, for each kind of model, the module that handles it. It is imported
-once a model of that kind is met, so that nothing is imported that the caller does not use.
+This file knows no framework. `PROVIDERS` names the module that handles each kind of model. It is
+imported when the first model of that kind is passed, so that nothing unused is imported.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar, cast, overload
 
 import jax
 
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
 from loha_jax.tree.leaves import flatten_whole, is_adapted
-from loha_jax.tree.named_tree import Layouts
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 """The `Container` of the models that are instances of a class, given by its module and its name."""
@@ -26,13 +26,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Container(Protocol):
-    """What the module that handles one kind of model has.
+    """The interface of the module that handles one kind of model.
 
     An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a tree.
     """
 
     def tree_of(self, model: Any) -> dict[Any, Any]:
-        """The model's parameters as nested dicts, with adapted leaves."""
+        """Return the model's parameters as nested dicts, with adapted leaves."""
         ...
 
     def write_back(self, model: Any, tree: Any) -> Any:
@@ -40,7 +40,7 @@ class Container(Protocol):
         ...
 
     def layouts_of(self, model: Any, given: Layouts | None) -> Layouts:
-        """The given layouts, completed with what the model's layers say."""
+        """Return the given layouts, completed with those of the model's layers."""
         ...
 
     def is_node(self, x: Any) -> bool:
@@ -65,7 +65,10 @@ class Container(Protocol):
 
 
 def container_of(tree: Any) -> Container | None:
-    """The container of a model; None for a tree. Who has a model has imported its framework."""
+    """Return the container of a model; None for a tree.
+
+    Whoever has a model has imported its framework.
+    """
     for (module, name), provider in PROVIDERS.items():
         framework = sys.modules.get(module)
         if framework is not None and isinstance(tree, getattr(framework, name)):
@@ -74,7 +77,10 @@ def container_of(tree: Any) -> Container | None:
 
 
 def _used_containers() -> list[Container]:
-    """The containers that have been imported. Without that, no model of their kind can be adapted."""
+    """Return the containers that have been imported.
+
+    No model of another kind can be adapted.
+    """
     return [cast(Container, sys.modules[p]) for p in PROVIDERS.values() if p in sys.modules]
 
 
@@ -85,10 +91,10 @@ def takes_model(*, argument: str = "params", changes: bool = True) -> Callable[[
 def takes_model(function: Any = None, *, argument: str = "params", changes: bool = True) -> Any:
     """Decorate a function of a tree of parameters so that a model may stand for the tree.
 
-    The function gets the tree of the model's variables. With `changes`, what it returns is written into the model,
-    which is returned, as users of such models expect. Otherwise what it returns is returned as it is. A `layouts`
-    argument is completed with what the model's own layers say. A tree with boxes (`loha_jax.tree.boxes`) is unboxed and
-    its result boxed again.
+    The function gets the tree of the model's variables. With `changes`, its result is written into
+    the model, which is returned, as users of such models expect. Otherwise its result is returned.
+    A `layouts` argument is completed with what the model's own layers say. A tree with boxes
+    (`loha_jax.tree.boxes`) is unboxed and its result boxed again.
     """
     if function is None:
         return functools.partial(takes_model, argument=argument, changes=changes)
@@ -137,7 +143,7 @@ def on_trees(
 
 
 def adapted_leaves(tree: Any) -> list[Any]:
-    """The adapted leaves of a tree, those of the models in it too."""
+    """Return the adapted leaves of a tree and of the models in it."""
     inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree)]
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 

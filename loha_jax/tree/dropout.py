@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,31 @@ from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.forgotten_dropout import note_dropout
 from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
+T = TypeVar("T")
+
 
 @keeps_boxes
-def dropout(params: Any, key: jax.Array) -> Any:
-    """Applies `rank_dropout` and `module_dropout` of each active adapter's config, for one training step.
+def dropout(params: T, key: jax.Array) -> T:
+    """Apply the dropouts of each active adapter's config, for one training step.
 
-    Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's name) drops rows
-    of ΔW, that is outputs, with one mask for the whole batch, and multiplies the kept rows by out/kept;
-    `module_dropout` drops ΔW as a whole, without rescaling. Each module of a stack has its own draws. A `LycorisConfig`
-    rescales the kept rows where it says `rank_dropout_scale`; with its `weight_decompose`, a dropped row is the base's
-    row at the trained norm, and a dropped module the base's.
+    Both are masks on `hada_w1_a`, so the model itself needs no random state. `rank_dropout` (PEFT's
+    name) drops rows of ΔW, that is outputs, with one mask for the whole batch, and multiplies the
+    kept rows by out/kept. `module_dropout` drops the whole ΔW, without rescaling. Each module of a
+    stack has its own draws. A `LycorisConfig` rescales the kept rows if it has
+    `rank_dropout_scale`. With its `weight_decompose`, a dropped row is the base's row at the
+    trained norm, and a dropped module the base's.
 
     Args:
         params: an adapted tree.
-        key: JAX PRNG key, a new one for every step. The same key gives the same masks whatever the tree's order.
+        key: JAX PRNG key, a new one for every step. The same key gives the same masks whatever the
+            tree's order.
 
     Returns:
-        The tree, with other values in `hada_w1_a` where a config asks for dropout. Where all rows of a module are
-        dropped, its update is zero (PEFT divides 0 by 0 there).
+        The tree, with other values in `hada_w1_a` if a config asks for dropout. If all rows of a
+        module are dropped, its update is zero (PEFT divides 0 by 0 there).
 
-    Mirrors the training mode of PEFT's LoHa layers; draws come from JAX, so masks differ from torch's.
+    Mirrors the training mode of PEFT's LoHa layers. Draws come from JAX, so masks differ from
+    torch's.
 
     Example:
         >>> import loha_jax
@@ -83,7 +88,7 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     if module_dropout:
         present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
         mask *= present
-        if factors.dora_scale is not None:  # what is dropped is the difference from W, not ΔW alone
+        if factors.dora_scale is not None:  # the whole difference from W is dropped, not only ΔW
             gate = present[..., 0].astype(float32_or_wider(w1_a.dtype))
             factors = dataclasses.replace(factors, gate=gate if factors.gate is None else factors.gate * gate)
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]

@@ -1,7 +1,7 @@
-"""Lets `jax.export` write functions of adapted trees to files, and read them.
+"""Serialisation of adapted leaves for `jax.export`.
 
-What an exported function says of its arguments includes the static parts of each adapted leaf: layouts, names, ranks,
-configs. They are written as JSON, so that reading a file runs no code.
+An exported function describes its arguments, including the static parts of each adapted leaf:
+layouts, names, ranks, configs. They are written as JSON, so that reading a file runs no code.
 """
 
 from __future__ import annotations

@@ -36,30 +36,35 @@ flat_parts = operator.attrgetter("_children", "_aux")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Factors:
-    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, with the stack axes of the kernel in front.
+    """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, after the kernel's stack axes.
 
-    alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and `multiplier`. What the
-    adapter was made from (`config`, `base`) is not part of the tree's structure, but for what computing needs of it.
+    alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and
+    `multiplier`. Of the adapter's origin (`config`, `base`) only what computing needs is part of
+    the tree's structure.
 
     Attributes:
-        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` beside cores.
-        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` beside cores.
+        hada_w1_a, hada_w2_a: `[*stack, out, r]`, or `[*stack, r, out]` with cores.
+        hada_w1_b, hada_w2_b: `[*stack, r, in·prod(spatial)]`, or `[*stack, r, in]` with cores.
         hada_t1, hada_t2: cores `[*stack, r, r, *spatial]` (Conv1d: a trailing 1), or None.
-        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one module). Where ranks
-            differ within a stack, the factors are padded with zeros, which training leaves at zero; rank 0 marks an
-            index that the config does not target.
+        ranks, alphas: per stack index, in row-major order (one entry for a kernel that is one
+            module). If ranks differ within a stack, the factors are padded with zeros, which
+            training leaves at zero. Rank 0 marks an index that the config does not target.
         config: the config that made the adapter.
-        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or None.
-        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a weight decomposition
-            (`LycorisConfig.weight_decompose`), or None; zero where the rank is 0.
-        multiplier: the number that `loha_jax.scale` set. Beside `dora_scale` it says how much of the adapted weight's
-            difference from W counts, elsewhere it multiplies ΔW.
-        module_index: integers `[*stack]`, only where alpha/r differs within a stack: which entry of `ranks` and
-            `alphas` each slice has, whatever a scan or vmap takes away. Not trained.
-        gate: `[*stack]`, one more multiplier that is traced, or None: from `loha_jax.scale` with a traced number, and
-            from `loha_jax.dropout` beside `dora_scale`. Not trained.
+        scalar: `[*stack]`, one more trained factor of the update (`LycorisConfig.use_scalar`), or
+            None.
+        dora_scale: `[*stack, out, 1, ...]` or `[*stack, 1, in, 1, ...]`, the trained norms of a
+            weight decomposition (`LycorisConfig.weight_decompose`), or None. Zero where the rank is
+            0.
+        multiplier: the number that `loha_jax.scale` set. It multiplies ΔW; with `dora_scale`, the
+            adapted weight's difference from W.
+        module_index: integers `[*stack]`, only if alpha/r differs within a stack: the entry of
+            `ranks` and `alphas` that each slice has, whatever a scan or vmap takes away. Not
+            trained.
+        gate: `[*stack]`, one more multiplier that is traced, or None: from `loha_jax.scale` with a
+            traced number, and from `loha_jax.dropout` with `dora_scale`. Not trained.
         base: a sample of the kernel that the adapter was made on, or None.
-        parts: names of the arrays that the adapter has, though one half of `partition` may hold None for them.
+        parts: names of the arrays that the adapter has, though one half of `partition` may hold
+            None for them.
     """
 
     hada_w1_a: Any
@@ -89,11 +94,11 @@ class Factors:
         _keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone, for `pickle` and `copy`."""
+        """Return only the fields, for `pickle` and `copy`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes the fields, those of a pickle that held alpha/r as an array (`scaling`) too."""
+        """Take the fields, also of a pickle that held alpha/r as an array (`scaling`)."""
         self.__init__(**_without_scaling(state))
 
     def __repr__(self) -> str:
@@ -115,7 +120,7 @@ class Factors:
 
     @property
     def is_cp(self) -> bool:
-        """Whether the adapter has cores (`use_effective_conv2d`, for kernels larger than 1)."""
+        """True if the adapter has cores (`use_effective_conv2d`, for kernels larger than 1)."""
         return self.hada_t1 is not None
 
     @property
@@ -157,7 +162,10 @@ class Factors:
 
     @property
     def strength(self) -> jax.Array:
-        """Of a weight decomposition, how much of W' - W counts, `[*stack]`; 0 where nothing is adapted."""
+        """The share of W' - W that counts, `[*stack]`, for a weight decomposition.
+
+        It is 0 for modules that are not adapted.
+        """
         strength = jnp.ones(self.stack, float32_or_wider(self.hada_w1_a.dtype))
         if 0 in self.ranks:  # norms of zero mark these modules
             norms = lax.stop_gradient(self.dora_scale)
@@ -169,7 +177,7 @@ class Factors:
         return x if self.gate is None else x * lax.stop_gradient(self.gate).astype(x.dtype)
 
     def _alpha_over_r(self) -> jax.Array:
-        """alpha/r of the modules of the stack that are left, `[*stack]`.
+        """Return alpha/r of the modules of the stack that are left, `[*stack]`.
 
         Where the rank is 0 the factors are zero, and any number will do.
         """
@@ -195,7 +203,9 @@ class Factors:
         return scaling if self.scalar is None else scaling * self.scalar.astype(scaling.dtype)
 
     def delta(self, *, forward_mode: bool = False) -> jax.Array:
-        """ΔW in torch's orientation: `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` beside cores.
+        """Compute ΔW in torch's orientation.
+
+        Its shape is `[*stack, out, in·prod(spatial)]`, or `[*stack, out, in, *spatial]` with cores.
 
         The result has at least float32; see `hada_weight` and `hada_weight_cp`.
         """
@@ -209,7 +219,7 @@ class Factors:
         return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
 
     def gains(self, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array] | None:
-        """Of a weight decomposition, what ΔW and what W are multiplied by; None without one.
+        """Return the multipliers of ΔW and of W in a weight decomposition; None without one.
 
         The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the strength m:
         first = m g and second = m (g - 1).
@@ -232,7 +242,10 @@ class Factors:
         return m * g, m * (g - 1)
 
     def flat(self) -> Factors:
-        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        """Return the same update without cores.
+
+        They are multiplied into w*_b, exactly and at the same rank.
+        """
         if not self.is_cp:
             return self
         dtype = float32_or_wider(self.hada_w1_a.dtype)
@@ -249,7 +262,7 @@ class Factors:
 
 
 def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int]) -> Any:
-    """`Factors.module_index` of a new adapter: None where one alpha/r holds for the whole stack.
+    """Return `Factors.module_index` of a new adapter: None if all modules have one alpha/r.
 
     Args:
         ranks, alphas: per stack index.
@@ -260,7 +273,7 @@ def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[
 
 
 def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]) -> Any:
-    """The norms of a weight decomposition, with zeros for the modules of a stack that are not adapted."""
+    """Return the norms of a weight decomposition, with zeros for modules of rank 0."""
     if 0 not in ranks:
         return dora_scale
     adapted = np.asarray(ranks).reshape(*stack, *(1,) * (dora_scale.ndim - len(stack))) > 0
@@ -273,7 +286,7 @@ def _keep(node: Any, **values: Any) -> None:
 
 
 def keep_flat(node: Any, children: tuple[Any, ...], aux: tuple[Any, ...]) -> None:
-    """Notes what `jax.tree.flatten` gives for a frozen dataclass that is registered with `flat_parts`."""
+    """Keep the result of `jax.tree.flatten` in a dataclass registered with `flat_parts`."""
     _keep(node, _children=children, _aux=aux)
 
 
@@ -288,7 +301,7 @@ def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Factors:
 
 
 def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a pickle, in which alpha/r times `scale`'s number may be an array."""
+    """Return the fields of a pickle, in which `scaling` may be an array."""
     if "scaling" not in state:
         return state
     scaling, multiplier = state["scaling"], state.get("multiplier")

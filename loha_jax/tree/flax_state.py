@@ -1,7 +1,8 @@
 """Adapted trees in `flax.serialization`: `to_bytes`, `from_bytes`, `to_state_dict`, `from_state_dict`.
 
-Flax keeps a table of types; ours are added to it when `flax.serialization` is imported, before or after this library.
-As with Flax' own dataclasses, static fields are not stored: they come from the target. Flax itself is not imported.
+Flax keeps a table of types. Ours are added to it once `flax.serialization` is imported, before or
+after this library. As with Flax' own dataclasses, static fields are not stored: they come from the
+target. This module does not import Flax.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MODULE = "flax.serialization"
 
 
 def children_of(node: Any) -> dict[str, Any]:
-    """The children of an adapted leaf, or of an adapter, by name."""
+    """Return the children of an adapted leaf, or of an adapter, by name."""
     if isinstance(node, LoHaWeight):
         return {"kernel": node.kernel, "adapters": node.adapters}
     if isinstance(node, SavedWeight):
@@ -48,7 +49,7 @@ def _register(serialization: ModuleType) -> None:
 
 
 def _check(where: str, given: Any, held: Any) -> None:
-    """Raises ValueError where an array, or None, of the target has another shape in the state."""
+    """Raise ValueError if an array of the target, or None, has another shape in the state."""
     if isinstance(given, Mapping):
         if isinstance(held, Mapping) and given.keys() == held.keys():
             for name, child in given.items():
@@ -69,7 +70,7 @@ def _check(where: str, given: Any, held: Any) -> None:
 
 
 def register() -> None:
-    """Adds the types to Flax' table, now or as soon as Flax is imported."""
+    """Add the types to Flax' table, now or as soon as Flax is imported."""
     if _MODULE in sys.modules:
         _register(sys.modules[_MODULE])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
@@ -77,14 +78,14 @@ def register() -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Runs `_register` after the one import of `flax.serialization`."""
+    """A finder that runs `_register` after the one import of `flax.serialization`."""
 
     _is_looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, with a loader that registers the types at the end."""
+        """Return the module's own spec, with a loader that registers the types at the end."""
         if fullname != _MODULE or self._is_looking:
             return None
         self._is_looking = True
@@ -102,11 +103,11 @@ class _Registering(importlib.abc.Loader):
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """As the module's own loader does."""
+        """Create the module with its own loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Executes the module, then adds the types to its table."""
+        """Execute the module, then add the types to its table."""
         self._loader.exec_module(module)
         _register(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]

@@ -1,4 +1,4 @@
-"""A warning, once, where a config asks for dropout and gradients are taken without it."""
+"""A warning, once, if a config asks for dropout and gradients are taken without it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _done: set[str] = set()  # "called": `dropout` was called in this process; "warn
 
 
 def note_dropout() -> None:
-    """Notes that `dropout` is called: whoever does it knows of it."""
+    """Note that `dropout` was called: no warning is needed any more."""
     _done.add("called")
 
 
 def warn_of_forgotten_dropout(adapters: Iterable[Factors]) -> None:
-    """Warns once if factors are being differentiated, their config asks for dropout and nobody has called `dropout`.
+    """Warn once if factors are differentiated without the dropout that their config asks for.
 
     Inside `jax.jit` within `jax.grad` this does not show; then there is no warning.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
@@ -23,14 +24,15 @@ from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
-from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+T = TypeVar("T")
 
 
 @takes_model
 def inject(
-    params: Any,
+    params: T,
     config: LoHaConfig,
     *,
     key: jax.Array,
@@ -38,41 +40,48 @@ def inject(
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
-    """Adds a LoHa adapter to a tree of parameters.
+) -> T:
+    """Add a LoHa adapter to a tree of parameters.
 
-    Returns the same tree in which each targeted kernel is a `LoHaWeight` around the very same array (base weights are
-    never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`. The tree can be used at once:
-    `model.apply({"params": inject(params, config, key=key)}, x)` gives the adapted model's output, and
-    `loha_jax.adapt(model.apply)` gives it without building ΔW. Injecting again with another name adds an adapter,
-    which becomes the active one.
+    Return the same tree in which each targeted kernel is a `LoHaWeight` around the very same array
+    (base weights are never copied), and each leaf of a module in `modules_to_save` a `SavedWeight`.
+    The tree can be used at once: `model.apply({"params": inject(params, config, key=key)}, x)`
+    gives the adapted model's output, and `loha_jax.adapt(model.apply)` gives it without
+    materialising ΔW. Injecting again with another name adds an adapter, which becomes the active
+    one.
 
     Args:
-        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module; an `nnx.Module` is changed
-            in place (`loha_jax.nnx.inject` takes its rngs). A tree of
+        params: any pytree of arrays: a Flax params dict, an `nnx.State`, an Equinox module. An
+            `nnx.Module` is changed in place (`loha_jax.nnx.inject` takes its rngs). A tree of
             `jax.ShapeDtypeStruct` gives a tree of shapes, as under `jax.eval_shape`.
-        config: what to adapt and how.
-        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the adapter's name.
+        config: the kernels to adapt and the adapter's settings.
+        key: JAX PRNG key. The same key gives the same factors whatever the order of the tree or the
+            adapter's name.
         adapter_name: PEFT's name of the adapter; may not contain a dot.
-        names: torch module names where they differ from the tree's: an `interop.NameMap`, a function of the default
-            name (the path joined with dots, less "params" and "kernel"), or `{regex: template}`; see
-            `loha_jax.targets.module_names.stack_names`.
-        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of three or more axes that
-            neither their layer nor a bias or a name settles (docs/guide.md); `infer_layouts` makes one from the model.
-        model_type: a Hugging Face model type, for PEFT's default `target_modules` where the config has None.
+        names: torch module names if they differ from the tree's: an `interop.NameMap`, a function
+            of the default name (the path joined with dots, without "params" and "kernel"), or
+            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`.
+        layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of
+            three or more axes that neither their layer nor a bias or a name settles
+            (docs/guide.md). `infer_layouts` reads them off the model.
+        model_type: a Hugging Face model type, for PEFT's default `target_modules` if the config has
+            None.
 
-    On a mesh the factors follow their kernel's `NamedSharding`: w*_a is split as its out axes are, w*_b as its in axes,
-    stack axes as they are (`loha_jax.tree.placement.factor_axes`).
+    On a mesh each factor is sharded like its kernel: w*_a along the output axes, w*_b along the
+    input axes, stack axes like the kernel's (`loha_jax.tree.placement.factor_axes`).
 
-    Factors are float32 where the kernel is float32 or less (as PEFT's `autocast_adapter_dtype`), else float64.
+    Factors are float32 if the kernel is float32 or narrower (as with PEFT's
+    `autocast_adapter_dtype`), else float64.
 
     Raises:
-        ValueError: nothing matches (with the nearest names), a matched module has no kernel that can be adapted, a
-            kernel's layout is ambiguous, two leaves have one name, or the adapter's name is taken or unusable.
+        ValueError: nothing matches (with the nearest names), a matched module has no kernel that
+            can be adapted, a kernel's layout is ambiguous, two leaves have one name, or the
+            adapter's name is taken or invalid.
         TypeError: `key` is no JAX PRNG key.
 
     Warns:
-        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches nothing.
+        UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches
+            nothing.
         UserWarning: r² is more than 16 times the rank that a kernel's update can have.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 
@@ -110,7 +119,7 @@ def inject(
 
 
 def _with_rank_to_spare(plan: Plan) -> list[str]:
-    """Modules for which r² is more than 16 times the largest rank that an update can have."""
+    """Return the modules for which r² exceeds 16 times the largest rank of an update."""
     found = []
     for target in plan.targets.values():
         out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
@@ -120,24 +129,27 @@ def _with_rank_to_spare(plan: Plan) -> list[str]:
 
 
 def apply_plan(
-    params: Any,
+    params: T,
     plan: Plan,
     adapter_name: str,
     make_factors: Callable[[Target], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
     make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
-) -> Any:
-    """Puts the leaves of `plan` into a tree, with factors, copies and LyCORIS' extra arrays made by the functions."""
+) -> T:
+    """Put the leaves of `plan` into a tree.
+
+    The functions make the factors, the copies and LyCORIS' extra arrays.
+    """
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
-    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
     changed = {*plan.targets, *plan.saved}
-    beside = sample_kernels(frozen_leaves(treedef.unflatten(None if n in changed else x for n, x in enumerate(leaves))))
-    samples = {n: dataclasses.replace(s, beside=beside) for n, s in sample_kernels(kernels).items()}
+    others = [None if n in changed else leaf for n, leaf in enumerate(leaves)]
+    beside = sample_kernels(frozen_leaves(treedef.unflatten(others)))
+    kernels = sample_kernels({n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets})
+    samples = {n: dataclasses.replace(sample, beside=beside) for n, sample in kernels.items()}
     for position, target in plan.targets.items():
-        leaf = leaves[position]
+        kernel = getattr(leaves[position], "kernel", leaves[position])
         tensors = make_factors(target)
-        kernel, adapters = (leaf.kernel, leaf.adapters) if isinstance(leaf, LoHaWeight) else (leaf, {})
         extras: dict[str, Any] = make_extras(target, plan.config, kernel)
         if "dora_scale" in extras:
             extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
@@ -150,31 +162,45 @@ def apply_plan(
             config=plan.config,
             base=samples.get(position),
         )
-        leaves[position] = LoHaWeight(
-            kernel=kernel,
-            adapters={**adapters, adapter_name: follow_kernel(factors, kernel, target.layout)},
-            layout=target.layout,
-            names=target.names,
-            active=(adapter_name,),
-        )
+        placed = follow_kernel(factors, kernel, target.layout)
+        leaves[position] = _with_factors(leaves[position], target, adapter_name, placed)
     for position, saved in plan.saved.items():
         leaf = leaves[position]
-        original, copies = (leaf.original, leaf.copies) if isinstance(leaf, SavedWeight) else (leaf, {})
-        leaves[position] = SavedWeight(
-            original=original,
-            copies={**copies, adapter_name: place_like(make_copy(saved, original), original)},
-            layout=saved.layout,
-            name=saved.name,
-            active=(adapter_name,),
-        )
+        original = leaf.original if isinstance(leaf, SavedWeight) else leaf
+        copy = place_like(make_copy(saved, original), original)
+        leaves[position] = _with_copy(leaf, saved, adapter_name, copy)
     for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
         if is_adapted(leaf) and leaf.active != (adapter_name,):
             leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
     return treedef.unflatten(leaves)
 
 
-def _with_shardings(shapes: Any, params: Any) -> Any:
-    """The shapes of an adapted tree, placed as the shapes it was made of are."""
+def _with_factors(leaf: Any, target: Target, adapter_name: str, factors: Factors) -> LoHaWeight:
+    """Return a kernel, adapted or not, with one more adapter."""
+    others = leaf.adapters if isinstance(leaf, LoHaWeight) else {}
+    return LoHaWeight(
+        kernel=leaf.kernel if isinstance(leaf, LoHaWeight) else leaf,
+        adapters={**others, adapter_name: factors},
+        layout=target.layout,
+        names=target.names,
+        active=(adapter_name,),
+    )
+
+
+def _with_copy(leaf: Any, saved: Saved, adapter_name: str, copy: Any) -> SavedWeight:
+    """Return a saved leaf, with copies or not, with one more copy."""
+    others = leaf.copies if isinstance(leaf, SavedWeight) else {}
+    return SavedWeight(
+        original=leaf.original if isinstance(leaf, SavedWeight) else leaf,
+        copies={**others, adapter_name: copy},
+        layout=saved.layout,
+        name=saved.name,
+        active=(adapter_name,),
+    )
+
+
+def _with_shardings(shapes: T, params: T) -> T:
+    """Return the shapes of an adapted tree with the shardings of the shapes it was made of."""
     leaves, treedef = flatten_whole(shapes)
     for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
@@ -190,7 +216,10 @@ def _with_shardings(shapes: Any, params: Any) -> Any:
 
 
 def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
-    """Factors are float32 unless the kernel is wider, as PEFT's `autocast_adapter_dtype=True` leaves them."""
+    """Return the dtype of factors: float32, or the kernel's if it is wider.
+
+    PEFT's `autocast_adapter_dtype=True` has the same effect.
+    """
     return float32_or_wider(kernel_dtype)
 
 
@@ -212,7 +241,7 @@ def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> di
 
 
 def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:
-    """PEFT's tensors of each module of one kernel (none where its rank is 0) as `Factors` holds them.
+    """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
     """

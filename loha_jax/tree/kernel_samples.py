@@ -1,4 +1,4 @@
-"""Small samples of frozen kernels, which tell whether a kernel is still the one that its adapter was made on."""
+"""Small samples of frozen kernels, to tell whether a kernel has changed since it was adapted."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ class KernelSample:
     beside: Mapping[tuple[str, ...], KernelSample] = dataclasses.field(default_factory=dict, repr=False)
 
     def differs(self, other: KernelSample) -> bool:
-        """Whether two samples come from different kernels; False where they have no element in common to compare."""
+        """Say whether two samples come from different kernels.
+
+        False if they have no element in common.
+        """
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False  # a cast or sliced kernel: nothing can be said
         return any(self.values[n] != other.values[n] for n in self.values.keys() & other.values.keys())
 
 
 def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
-    """Samples of kernels, by name; of those that have values (no tracers, shapes or quantised arrays).
+    """Sample kernels, by name.
+
+    Those without values (tracers, shapes, quantised arrays) are left out.
 
     Devices pick the elements that they hold; only these are sent to the host. No process waits for another.
 
@@ -75,7 +80,7 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
 
 
 def _points(data: Any, index: Sequence[slice], shape: Sequence[int], points: list[np.ndarray]) -> Any:
-    """The flat positions of the points in one shard, and their values; None where it holds none."""
+    """Return the flat positions and values of the points in one shard; None if there are none."""
     starts = [s.start or 0 for s in index]
     own = [p[(p >= low) & (p < low + n)] for p, low, n in zip(points, starts, data.shape, strict=True)]
     if not all(map(len, own)):

@@ -1,7 +1,7 @@
-"""The leaves of an adapted tree: `LoHaWeight` where a kernel stood, `SavedWeight` where a module is trained whole.
+"""The leaves of an adapted tree: `LoHaWeight` in place of a kernel, `SavedWeight` of a saved leaf.
 
-Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661): a model that uses `jax.numpy` computes with
-the adapted weight, with no wrapper and no knowledge of this library.
+Both are registered pytrees and array-likes (`__jax_array__`, JEP 28661). A model that uses
+`jax.numpy` computes with the adapted weight; it needs no wrapper and knows nothing of this library.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # arrays compare elementwise
 class LoHaWeight(ArrayLike):
-    """A frozen kernel with its LoHa adapters, standing in the tree where the kernel stood.
+    """A frozen kernel with its LoHa adapters, in the kernel's place in the tree.
 
-    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in float32 or better. The
-    kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is never formed.
+    As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in
+    float32 or better. The kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is
+    never materialised.
 
     Attributes:
         kernel: the base weight, unchanged (the first leaf: Flax checks its shape).
         adapters: `Factors` by adapter name.
-        layout: what each axis of the kernel is.
+        layout: the kind of each axis of the kernel.
         names: torch module names, one per stack index.
         active: the adapters that count, in order.
 
@@ -66,7 +67,7 @@ class LoHaWeight(ArrayLike):
         keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone, for `pickle` and `copy`."""
+        """Return only the fields, for `pickle` and `copy`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ class LoHaWeight(ArrayLike):
         return self.kernel
 
     def require_whole(self) -> None:
-        """Raises ValueError for a leaf of one half of `partition`."""
+        """Raise ValueError for a leaf of one half of `partition`."""
         self._frozen  # noqa: B018
         if any(factors.hada_w1_a is None for factors in self.adapters.values()):
             raise ValueError(
@@ -102,7 +103,7 @@ class LoHaWeight(ArrayLike):
 
     @property
     def label(self) -> str:
-        """The module's name for a person: the first and the last of a stack."""
+        """The module's name for messages; of a stack, the first and the last one."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
 
     @property
@@ -115,7 +116,7 @@ class LoHaWeight(ArrayLike):
 
     @standard_promotion()
     def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
-        """`kernel + Σ ΔW`, in the kernel's shape and dtype.
+        """Compute `kernel + Σ ΔW`, in the kernel's shape and dtype.
 
         Args:
             adapters: which ones to add; the active ones by default.
@@ -161,8 +162,8 @@ jax.tree_util.register_pytree_with_keys(
 class SavedWeight(ArrayLike):
     """A leaf of a module in `modules_to_save`: the original, and a trained copy per adapter.
 
-    As an array it is the copy of the active adapter that has one, else the original, which gets no gradient. With two
-    such adapters it is neither, and an error (as in PEFT).
+    As an array it is the copy of the active adapter that has one, else the original, which gets no
+    gradient. Two such adapters are an error (as in PEFT).
 
     Attributes:
         original: the base parameter.
@@ -170,8 +171,9 @@ class SavedWeight(ArrayLike):
         layout: of a kernel, or None for a parameter that torch stores with the same axes.
         name: torch parameter name, e.g. "classifier.weight".
         active: the adapters that count.
-        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the tree has no leaf for
-            (a BatchNorm's `num_batches_tracked`); written back as they were. Not part of the tree's structure.
+        counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the
+            tree has no leaf for (a BatchNorm's `num_batches_tracked`). They are written back
+            unchanged and are no part of the tree's structure.
     """
 
     original: Any
@@ -192,7 +194,7 @@ class SavedWeight(ArrayLike):
 
     @property
     def is_buffer(self) -> bool:
-        """Whether torch holds it as a buffer (BatchNorm statistics): saved, but not trained."""
+        """True for a buffer of torch (BatchNorm statistics): saved, but not trained."""
         return self.name.rsplit(".", 1)[-1] in BUFFERS
 
     @property
@@ -205,7 +207,7 @@ class SavedWeight(ArrayLike):
         return self.original
 
     def require_whole(self) -> None:
-        """Raises ValueError for a leaf of one half of `partition`."""
+        """Raise ValueError for a leaf of one half of `partition`."""
         self._frozen  # noqa: B018
         if any(copy is None for copy in self.copies.values()):
             raise ValueError(
@@ -214,7 +216,7 @@ class SavedWeight(ArrayLike):
             )
 
     def copy_of(self, adapters: Sequence[str]) -> str | None:
-        """The one of these adapters that has a copy, or None.
+        """Return the one of these adapters that has a copy, or None.
 
         Raises:
             ValueError: several have one.

@@ -1,11 +1,11 @@
-"""`apply_max_norm`: keeps the norm of each module's update below a limit."""
+"""`apply_max_norm`: keep the norm of each module's update below a limit."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,30 @@ from loha_jax.tree.adapters import check_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
 
+T = TypeVar("T")
+
 
 @takes_model
-def apply_max_norm(params: Any, max_norm: float, adapters: Sequence[str] | None = None) -> Any:
-    """The tree with the update of each module scaled down where its Frobenius norm ‖ΔW‖ exceeds `max_norm`.
+def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = None) -> T:
+    """Scale down the update of each module whose Frobenius norm ‖ΔW‖ exceeds `max_norm`.
 
-    Called after an optimizer step, as kohya's `scale_weight_norms` is. The scalar takes the change where there is one
-    (`LycorisConfig.use_scalar`), else `hada_w1_a`. The norm is computed from Khatri-Rao factors; ΔW is not formed.
+    Call it after an optimizer step, as kohya's `scale_weight_norms`. It changes the scalar if there
+    is one (`LycorisConfig.use_scalar`), else `hada_w1_a`. The norm is computed from Khatri-Rao
+    factors; ΔW is not materialised.
 
     Args:
         params: an adapted tree, also under `jax.jit`.
-        max_norm: the limit, > 0; each module of a stack has its own norm.
-        adapters: which ones; the active ones by default.
+        max_norm: the limit, > 0. Each module of a stack has its own norm.
+        adapters: names of the adapters; the active ones by default.
 
     Returns:
-        The tree; a module below the limit keeps its values bit for bit.
+        The tree. A module below the limit keeps its values bit for bit.
 
     Raises:
         ValueError: no leaf has an adapter of that name, or the limit is not positive.
 
-    Mirrors LyCORIS' `LohaModule.apply_max_norm`. In LyCORIS 4.1.3 a merge before the next save forgets it.
+    Mirrors LyCORIS' `LohaModule.apply_max_norm`. In LyCORIS 4.1.3 a merge before the next save
+    discards it.
 
     Example:
         >>> import loha_jax
@@ -67,7 +71,7 @@ def _limited(factors: Factors, max_norm: Any) -> Factors:
 
 @standard_promotion()
 def update_norm(factors: Factors) -> jax.Array:
-    """‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
+    """Compute ‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
     f = factors.flat()
     dtype = float32_or_wider(f.hada_w1_a.dtype)
     w1_a, w1_b, w2_a, w2_b = (w.astype(dtype) for w in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -17,6 +17,8 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, map_adapted
 
+T = TypeVar("T")
+
 LOSS_LIMIT = 0.5
 """The share of an update that rounding to a float8 without scales may lose."""
 _LOSS_NOTED = 0.1
@@ -24,38 +26,40 @@ _LOSS_NOTED = 0.1
 
 @takes_model
 def merge(
-    params: Any,
+    params: T,
     adapters: Sequence[str] | None = None,
     *,
     safe: bool = False,
     unload: bool = True,
     force: bool = False,
-) -> Any:
-    """The tree with adapters added into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
+) -> T:
+    """Add adapters into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
     Args:
         params: an adapted tree.
         adapters: names of the adapters to merge, in order; the active ones by default.
-        safe: refuse results that are not finite. Reads the values, so not under `jax.jit`.
-        unload: the other adapters are left out, and the result holds plain arrays, ready to serve. False keeps them:
-            the merged ones are gone from the tree, the others adapt the merged weights, and those that were active
-            are active still.
-        force: merge into float8 kernels although rounding loses more than half of an update. Under `jax.jit`, where
-            values cannot be read, this is not checked.
+        safe: refuse results that are not finite. This reads the values, so not under `jax.jit`.
+        unload: leave out the other adapters; the result holds plain arrays, ready to serve. With
+            False only the merged adapters leave the tree. The others adapt the merged weights, and
+            those that were active stay active.
+        force: merge into float8 kernels although rounding loses more than half of an update. Under
+            `jax.jit`, where values cannot be read, this is not checked.
 
     Returns:
-        The merged tree; leaves of `modules_to_save` are the trained copies. To unmerge, keep the tree you had.
+        The merged tree. Leaves of `modules_to_save` are the trained copies. To unmerge, keep the
+        tree you had.
 
     Raises:
-        ValueError: no leaf has an adapter of that name, two of them hold a copy of one module, (`safe`) a merged
-            weight holds NaN or infinity, or rounding to float8 loses more than half of an update; the
-            message names the modules.
+        ValueError: no leaf has an adapter of that name; two adapters hold a copy of one module; a
+            merged weight holds NaN or infinity (`safe`); or rounding to float8 loses more than half
+            of an update. The message names the modules.
 
     Warns:
-        UserWarning: rounding to float8 loses more than a tenth of an update; the message has the largest share.
+        UserWarning: rounding to float8 loses more than a tenth of an update. The message has the
+            largest share.
 
-    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its `merge_adapter`, after
-    which PEFT's layers leave out the adapters that are active and not merged.
+    Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its
+    `merge_adapter`, after which PEFT's layers ignore active adapters that are not merged.
 
     Example:
         >>> import loha_jax
@@ -128,8 +132,8 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
 
 
 @takes_model
-def unload(params: Any) -> Any:
-    """The base model's tree, as it was before `inject`: the very same arrays.
+def unload(params: T) -> T:
+    """Return the base model's tree, as it was before `inject`: the very same arrays.
 
     PEFT's `unload` keeps the trained copies of `modules_to_save`; `merge(params)` has those.
 

@@ -19,8 +19,10 @@ from loha_jax.targets.default_layouts import (
     is_transposed_convolution,
 )
 from loha_jax.targets.matching import Match, match_target
+from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import (
     Names,
+    NamesWithLayouts,
     UnknownNameError,
     all_names,
     is_kernel_leaf,
@@ -32,34 +34,24 @@ from loha_jax.targets.target_advice import require_named_leaves
 from loha_jax.tree.equinox_layers import equinox_layers
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
-Layouts = Mapping[str, "str | Layout"]
-"""How `inject` takes layouts: by default dotted name, or by a regular expression for the whole of it."""
-
-
-class ModelLayouts(dict[str, "str | Layout"]):
-    """Layouts that a user gave for a model, with those that its layers have by themselves.
-
-    Attributes:
-        own: by default dotted name; they come after the layouts that `names` has, which may split what is one kernel
-            to a layer (a fused projection) into the modules that torch has.
-        lookups, heads: see `InferredLayouts`; those of the given layouts.
-        transposed: names of transposed convolutions.
-    """
-
-    def __init__(self, given: Layouts, own: Mapping[str, Layout], transposed: Collection[str] = ()):
-        super().__init__(given)
-        self.own = dict(own)
-        self.lookups = frozenset(getattr(given, "lookups", ()))
-        self.heads = frozenset(getattr(given, "heads", ()))
-        self.transposed = frozenset(transposed)
-
 
 class NamedTree:
     """The leaves of a tree with their paths, names and layouts.
 
     Args:
         params, names, layouts: as for `inject`.
-        torch_shapes: what a file shows of its modules, by torch name; see `default_layout`.
+        torch_shapes: the shapes that a file shows of its modules, by torch name; see
+            `default_layout`.
+
+    Attributes:
+        paths, leaves: of all leaves, in the tree's order; adapted leaves are whole. A position is
+            an index into them.
+        names: default dotted module names of the arrays, by position.
+        shape_at: shapes of the arrays, by path.
+        modules: names of all modules, those that contain others too.
+        weights: positions of the leaves that stand for their module.
+        kernels: those of them that can be adapted.
+        given_names, given_layouts: the arguments.
     """
 
     def __init__(
@@ -71,51 +63,38 @@ class NamedTree:
     ):
         require_named_leaves(params)
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-        self.given_names = names
-        self._torch_shapes = torch_shapes or {}
-        self.given_layouts = _as_layouts(layouts)
-        equinox = equinox_layers(params)
-        self.own_layouts: dict[str, Layout] = getattr(layouts, "own", equinox.layouts)
-        self.lookups: frozenset[str] = getattr(layouts, "lookups", frozenset()) | equinox.lookups
-        self._heads: frozenset[str] = getattr(layouts, "heads", frozenset())
-        self._transposed: frozenset[str] = getattr(layouts, "transposed", frozenset()) | equinox.transposed
-        known = getattr(names, "layouts", None) or {}
-        self.map_layouts = _as_layouts({name: layout for name, layout in known.items() if layout is not None})
-        vectors = {name for name, layout in known.items() if layout is None} | equinox.vectors
-        self.paths: list[tuple[str, ...]] = []
-        self.leaves: list[Any] = []
-        self.weights: list[int] = []  # positions of the leaf that stands for its module
-        self.kernels: set[int] = set()  # those that can be adapted
-        self.names: dict[int, str] = {}
-        self._layouts: dict[int, Layout] = {}
-        for position, (path, leaf) in enumerate(flat):
-            parts = path_parts(path)
-            self.paths.append(parts)
-            self.leaves.append(leaf)
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-                continue
-            self.names[position] = module_name(parts)
-            if is_kernel_leaf(parts) and leaf.ndim >= 2:
-                if self.names[position] not in vectors:
-                    self.kernels.add(position)
-                self.weights.append(position)
+        self.paths = [path_parts(path) for path, _ in flat]
+        self.leaves = [leaf for _, leaf in flat]
+        self.names = {n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)}
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
-        for position in list(self.kernels):  # a normalisation over several axes, or a stack of such
-            parts, shape = self.paths[position], tuple(self.leaves[position].shape)
-            if parts[-1] == "weight" and self.shape_at.get((*parts[:-1], "bias")) == shape:
-                self.kernels.discard(position)
-        with_kernel = {self.names[n] for n in self.weights}
-        for position, name in self.names.items():  # normalisation layers: modules without a kernel
-            parts = self.paths[position]
-            if position not in self.kernels and name not in with_kernel and parts[-1] in ("scale", "weight"):
-                self.weights.append(position)
-        self.weights.sort()
         self.modules = {
             ".".join(name.split(".")[: n + 1]) for name in self.names.values() for n in range(name.count(".") + 1)
         }
+        self.given_names = names
+        self._torch_shapes = torch_shapes or {}
+        self._known: ModelLayouts = equinox_layers(params, layouts)
+        self.given_layouts = _as_layouts(self._known)
+        mapped = names.layouts or {} if isinstance(names, NamesWithLayouts) else {}
+        self._map_layouts = _as_layouts({name: layout for name, layout in mapped.items() if layout is not None})
+        vectors = self._known.vectors | {name for name, layout in mapped.items() if layout is None}
+        matrices = [n for n in self.names if is_kernel_leaf(self.paths[n]) and self.leaves[n].ndim >= 2]
+        self.kernels = {n for n in matrices if self.names[n] not in vectors and not self._has_bias_of_its_shape(n)}
+        self.weights = sorted([*matrices, *self._scales({self.names[n] for n in matrices})])
+        self._layouts: dict[int, Layout] = {}
+
+    def _has_bias_of_its_shape(self, position: int) -> bool:
+        """Say whether a leaf is the scale of a normalisation over several axes, or a stack of such."""
+        *parent, leaf = self.paths[position]
+        shape = tuple(self.leaves[position].shape)
+        return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
+
+    def _scales(self, with_kernel: Collection[str]) -> list[int]:
+        """Return the positions of the scales of normalisation layers, modules without a kernel."""
+        others = (n for n, name in self.names.items() if name not in with_kernel)
+        return [n for n in others if self.paths[n][-1] in ("scale", "weight")]
 
     def layout(self, position: int) -> Layout:
-        """The kernel's layout: given, kept from an earlier adapter, or the default.
+        """Return the kernel's layout: given, kept from an earlier adapter, or the default.
 
         Raises:
             ValueError: it is ambiguous, or the given one does not fit the kernel.
@@ -125,7 +104,7 @@ class NamedTree:
         return self._layouts[position]
 
     def layout_pattern(self, position: int) -> str | None:
-        """The key of `layouts` that names a kernel, itself or as a regular expression for the whole name."""
+        """Return the key of `layouts` that is a kernel's name or a regular expression for it."""
         return _pattern_of(self.names[position], self.given_layouts)
 
     def _find_layout(self, position: int) -> Layout:
@@ -134,14 +113,14 @@ class NamedTree:
             return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf)
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
-        if (pattern := _pattern_of(name, self.map_layouts)) is not None:
-            return _fitting(self.map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
-        if name in self.own_layouts:
-            return self.own_layouts[name]
+        if (pattern := _pattern_of(name, self._map_layouts)) is not None:
+            return _fitting(self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
+        if name in self._known.own:
+            return self._known.own[name]
         return default_layout(leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name))
 
     def _torch_shape(self, name: str) -> tuple[int, ...] | None:
-        """What the file shows of a kernel that is one module."""
+        """Return the shape that the file shows of a kernel that is one module."""
         if not self._torch_shapes:
             return None
         try:
@@ -151,13 +130,17 @@ class NamedTree:
         return self._torch_shapes.get(own[0]) if len(own) == 1 else None
 
     def is_transposed_convolution(self, position: int) -> bool:
-        """Whether a kernel is a transposed convolution's that torch does not keep as it is kept here."""
+        """Say whether a kernel is a transposed convolution's with other axes in torch than here."""
         path = self.paths[position]
         named = is_transposed_convolution(path) and not is_torch_oriented(path[-1])
-        return named or self.names[position] in self._transposed
+        return named or self.names[position] in self._known.transposed
 
     def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
-        """The torch module names of a weight; an ambiguous layout is an error only where it may be targeted."""
+        """Return the torch module names of a weight.
+
+        Raises:
+            ValueError: its layout or its name is ambiguous, and the config may target it.
+        """
         leaf = self.leaves[position]
         if isinstance(leaf, LoHaWeight):
             return leaf.names
@@ -176,14 +159,14 @@ class NamedTree:
             return (default,)
 
     def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
-        """The torch module names of a leaf with these stack axes; see `stack_names`."""
+        """Return the torch module names of a leaf with these stack axes; see `stack_names`."""
         return stack_names(self.names[position], stack, self.given_names)
 
     def _may_match(self, position: int, config: LoHaConfig) -> bool:
         return any(match_target(name, config) is Match.TARGETED for name in self.possible_names(position))
 
     def possible_names(self, position: int) -> list[str]:
-        """Names that a leaf's modules could have, for one whose layout, and so its stack axes, may be ambiguous."""
+        """Return the names that a leaf's modules could have if its layout is ambiguous."""
         default, shape = self.names[position], self.leaves[position].shape
         possible = [default]
         try:
@@ -201,13 +184,15 @@ class NamedTree:
         return possible
 
     def linear_names(self, position: int) -> tuple[str, ...]:
-        """Names of a kernel's modules if it is a matrix product, for "all-linear": a Dense by its leaf's name, or a
-        kernel that `layouts` or its layer knows, unless as a lookup table (`infer_layouts`, Equinox, torch's names).
+        """Return the names of a kernel's modules if it is a matrix product, for "all-linear".
+
+        It is one if its leaf is called as a Dense's, or `layouts` or its layer knows it, and if it
+        is no lookup table (`infer_layouts`, Equinox, torch's names).
         """
         name, path = self.names[position], self.paths[position]
-        if name in self.lookups or name in self._heads:
+        if name in self._known.lookups | self._known.heads:
             return ()
-        known = self.layout_pattern(position) is not None or name in self.own_layouts
+        known = self.layout_pattern(position) is not None or name in self._known.own
         if not known and (path[-1] not in ("kernel", "w", "weight") or is_named_lookup(path)):
             return ()
         if not known and self.leaves[position].ndim > 2 and is_named_convolution(path):
@@ -222,6 +207,10 @@ class NamedTree:
             return self.module_names(position, layout.sizes("s", self.leaves[position].shape))
         except UnknownNameError:
             return (self.names[position],)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _as_layouts(layouts: Layouts | None) -> dict[str, Layout]:

@@ -1,22 +1,24 @@
-"""What is trained and what is frozen: `partition`, `combine`, `trainable_mask`."""
+"""`partition`, `combine` and `trainable_mask`: the trained and the frozen arrays of a tree."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
 
+T = TypeVar("T")
 
-def partition(params: Any) -> tuple[Any, Any]:
-    """Splits an adapted tree into what is trained and what is frozen.
 
-    Trained are the factors of the active adapters and the active copies of `modules_to_save`. Both halves have the
-    tree's structure, with None where the other one has the array, so that `jax.grad`, optax and donation see the
-    trained half alone.
+def partition(params: T) -> tuple[T, T]:
+    """Split an adapted tree into its trained and its frozen arrays.
+
+    The factors of the active adapters and the active copies of `modules_to_save` are trained. Both
+    halves have the tree's structure, with None where the other one has the array, so that
+    `jax.grad`, optax and donation see only the trained half.
 
     Args:
         params: a tree that `inject` or `interop.load_peft` made.
@@ -46,11 +48,12 @@ def partition(params: Any) -> tuple[Any, Any]:
     return trainable, frozen
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
-    """Puts the two halves of `partition` together.
+def combine(trainable: T, frozen: T) -> T:
+    """Put the two halves of `partition` together.
 
-    The configs and whatever else is no part of the structure come from `frozen`: a jitted function gives the trainable
-    half that it returns those of the first tree that it was called with.
+    Configs, and everything else that is no part of the structure, come from `frozen`: a trainable
+    half that a jitted function returns has those of the first tree that the function was called
+    with.
 
     Raises:
         ValueError: the halves have different structures, or both hold, or both lack, an array.
@@ -75,7 +78,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 def trainable_mask(params: Any) -> Any:
-    """The tree with True where an array is trained and False elsewhere, for optax.
+    """Return the tree with True for each trained array and False for the others, for optax.
 
     `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too, as in the
     example.

@@ -1,4 +1,4 @@
-"""Where an adapter's arrays live on a mesh: as the axes of the kernel that they stand beside."""
+"""The places of an adapter's arrays on a mesh: those of the kernel's axes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from loha_jax.tree.leaves import Factors
 def factor_axes(
     layout: Layout, shape: Sequence[int], axes: Iterable[Any], arrays: Mapping[str, Any], *, cp: bool
 ) -> dict[str, tuple[Any, ...]]:
-    """What each axis of an adapter's arrays is split over, or called, given the same of the kernel's axes.
+    """Return what each axis of an adapter's arrays is split over, given the kernel's axes.
 
-    `w*_a` is split as the kernel's out axes are, `w*_b` as its in axes (and then its spatial ones), stack axes as they
-    are, r not at all. Of several axes that PEFT's tensors flatten into one, the outermost counts: the others cannot be
-    split without moving data.
+    Shard each factor like its kernel: `w*_a` along the output axes, `w*_b` along the input axes and
+    then the spatial ones. Stack axes are split like the kernel's, r is not split. PEFT's tensors
+    flatten several axes into one; it is split over the outermost of them, because splitting it over
+    another would move data.
+
+    Instead of mesh axes the kernel's axes may have logical names.
 
     Args:
         layout, shape: of the kernel.
@@ -75,7 +78,7 @@ def factor_axes(
 
 
 def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tuple[Any, ...]:
-    """As many as there are axes, with None for those of size 1 behind the stack."""
+    """Return as many entries as there are axes, None for those of size 1 after the stack."""
     axes = (*axes, *(None,) * (len(shape) - len(axes)))[: len(shape)]
     return tuple(
         axis if size > 1 or n < stacked else None for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
@@ -83,7 +86,7 @@ def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tupl
 
 
 def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
-    """The adapter with its arrays placed as the kernel is (`factor_axes`).
+    """Return the adapter with its arrays placed like the kernel (`factor_axes`).
 
     Args:
         factors: new arrays, equal in every process; or their shapes.
@@ -102,13 +105,13 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
 
 
 def place_like(array: Any, other: Any) -> Any:
-    """An array of another one's shape, where that one is."""
+    """Place an array like another one of its shape."""
     sharding = _place_of(other)
     return array if sharding is None else place(array, sharding)
 
 
 def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
-    """Where an array, or one of a shape, has been put; None where nobody has said."""
+    """Return the sharding of an array or of a shape; None if nobody has chosen one."""
     if isinstance(x, Tracer):
         return explicit_sharding(x)
     sharding = getattr(x, "sharding", None)
@@ -117,12 +120,14 @@ def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
 
 
 def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
-    """An array where a sharding says; devices of other processes too, if all processes have the same array.
+    """Place an array as a sharding says.
+
+    The sharding may have devices of other processes, if all processes have the same array.
 
     Args:
         array: an array, a typed random key, a shape, or a traced array.
         sharding: the place.
-        may_alias: False for a copy even of what is there already.
+        may_alias: False to copy even an array that is in its place already.
     """
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

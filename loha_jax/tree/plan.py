@@ -21,6 +21,7 @@ from loha_jax.targets.matching import (
     no_match_message,
     resolve_target_modules,
 )
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, torch_parameter
 from loha_jax.targets.target_advice import (
     QUANTISED_ADVICE,
@@ -29,7 +30,7 @@ from loha_jax.targets.target_advice import (
     scaled_kernel,
     spelling_advice,
 )
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 
 
 @dataclasses.dataclass(frozen=True)

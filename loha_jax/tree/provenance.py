@@ -1,11 +1,13 @@
 """Data that travels with a tree without being part of its structure.
 
-Two trees have the same structure if they compute the same function of their arrays. Where an adapter comes from (the
-base model's name, the PEFT version, a file's metadata) is kept in static objects whose `==` and `hash` ignore it, so
-that adapters of one shape share a compilation and can be averaged by `jax.tree.map`.
+Two trees have the same structure if they compute the same function of their arrays. The origin of
+an adapter (the base model's name, the PEFT version, a file's metadata) is kept in static objects
+whose `==` and `hash` ignore it. So adapters of one shape share a compilation, and `jax.tree.map`
+can average them.
 
-The treedef that a jitted function returns is that of its first trace. A whole tree that comes out of one therefore
-carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` takes it from `frozen`.
+A jitted function returns the treedef of its first trace. A whole tree that it returns therefore
+carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` takes it from
+`frozen`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from loha_jax.tree.kernel_samples import KernelSample
 
 @functools.lru_cache(maxsize=1 << 16, typed=True)
 def interned(*values: Any) -> tuple[Any, ...]:
-    """One tuple for equal hashable values: trees are compared by identity then, which takes no time."""
+    """Return one tuple for equal hashable values, so that trees are compared by identity."""
     return values
 
 
 class Origin(tuple):
-    """Where an adapter of a kernel comes from. As a tuple it holds what computing needs of the config, and no more.
+    """The origin of an adapter of a kernel.
+
+    As a tuple it holds only what computing needs of the config.
 
     Attributes:
         config: that made the adapter.
@@ -43,7 +47,7 @@ class Origin(tuple):
     alphas: tuple[float, ...]
 
     def __new__(cls, config: LoHaConfig, base: KernelSample | None = None, alphas: tuple[float, ...] = ()) -> Origin:
-        """An origin of which only `config.computing` is compared."""
+        """Make an origin; only `config.computing` of it is compared."""
         self = super().__new__(cls, (interned(*config.computing),))
         self.config, self.base, self.alphas = config, base, alphas
         return self

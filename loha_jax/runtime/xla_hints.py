@@ -49,12 +49,12 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
     return _divided_by_ones(*primals), tangents[0]
 
 
-def after(pending: jax.Array, values: Any) -> Any:
+def wait_for(pending: jax.Array, values: Any) -> Any:
     """`values`, unchanged, as arrays that XLA can neither merge with others nor have before `pending` is there."""
     return jax.tree.map(lambda x: x + _unknown_zero(pending).astype(x.dtype), values)
 
 
-def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
+def isolated(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
     """`fn(*args)`, started when all of `args` are there, and sharing nothing with the rest of the program.
 
     XLA:CPU starts whatever does not depend on a pending result, at the price of memory: it would build every layer's

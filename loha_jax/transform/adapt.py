@@ -15,12 +15,14 @@ import numpy as np
 from loha_jax.runtime._compat import Literal, without_dead_code
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.transform import control_flow_rules, product_rules, structural_rules  # noqa: F401  # they register
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.closures import closed_over
-from loha_jax.transform.interpreter import Options, densify, evaluate
+from loha_jax.transform.interpreter import densify, evaluate
 from loha_jax.transform.kernel_view import KernelView
-from loha_jax.transform.operation import STRATEGIES
+from loha_jax.transform.options import Options
 from loha_jax.transform.rows import mark_rows
+from loha_jax.transform.strategy import Strategy, checked_strategy
 from loha_jax.tree.containers import on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
@@ -108,13 +110,13 @@ def adapt(
 
 
 def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
-    """Checks the arguments of `adapt`."""
-    for name in (strategy,) if isinstance(strategy, str) else strategy.values():
-        if name not in STRATEGIES:
-            raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
-    if not isinstance(strategy, str):
-        strategy = tuple((re.compile(pattern), chosen) for pattern, chosen in strategy.items())  # type: ignore[assignment]
-    return Options(strategy, training, forward_mode)
+    """Return the options of an evaluation, from the arguments of `adapt`."""
+    if isinstance(strategy, str):
+        return Options(checked_strategy(strategy), training, forward_mode)
+    by_name: list[tuple[re.Pattern[str], Strategy]] = [
+        (re.compile(pattern), checked_strategy(chosen)) for pattern, chosen in strategy.items()
+    ]
+    return Options(tuple(by_name), training, forward_mode)
 
 
 def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:

@@ -15,6 +15,7 @@ from loha_jax.transform.adapt import make_options, run
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
+from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import adapted_leaves
 from loha_jax.tree.leaves import LoHaWeight
 
@@ -109,7 +110,7 @@ class _Recorder:
     def scanned(self, view: KernelView, atom: int | None) -> None:
         pass
 
-    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
         costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
@@ -118,8 +119,8 @@ class _Recorder:
                 view.shape,
                 operation.rows * times,
                 strategy,
-                costs["base"] * times,
-                costs["factored" if strategy == "factored" else "fused"] * times,
+                costs.base * times,
+                (costs.factored if strategy == "factored" else costs.fused) * times,
                 operation.temporary_bytes(view, strategy),
             )
         )

@@ -13,9 +13,10 @@ import numpy as np
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
 from loha_jax.transform.adapt import trace_and_evaluate
-from loha_jax.transform.interpreter import Options
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
+from loha_jax.transform.options import Options
+from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
 
@@ -144,7 +145,7 @@ class _Roles:
             return ones[stored_ones.index(axis)]
         return "s"
 
-    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
         pass
 
     def rows(self, view: KernelView, count: int, times: int) -> None:

@@ -1,7 +1,8 @@
 """The weight update of LoHa, ΔW = (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, and its low-rank form.
 
-Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the backward
-pass recomputes what it needs. Products of bfloat16 and float16 factors are accumulated in float32.
+Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the
+backward pass recomputes what it needs. Products of bfloat16 and float16 factors are accumulated in
+float32.
 
 The Hadamard product of two rank-r matrices is a matrix of rank r² with known factors, the row-wise
 and column-wise Khatri-Rao products: ΔW = KA @ KB exactly. `loha_jax.adapt` computes x·ΔW from them
@@ -86,7 +87,7 @@ def _plain_weight_cp(
 
 
 def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `fn` as a `custom_vjp` that keeps only its arguments and recomputes in the backward pass."""
+    """Return `fn` as a `custom_vjp` that keeps only its arguments and runs again backwards."""
     fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
     wrapped = cast(Any, jax.custom_vjp(fn))
 
@@ -121,7 +122,9 @@ def hada_weight(
     *,
     forward_mode: bool = False,
 ) -> jax.Array:
-    """Return the update (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale of a linear or flat convolution weight.
+    """Return (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, the update of a linear weight.
+
+    A convolution without cores is linear in this sense: its in axis is in·prod(spatial) long.
 
     Args:
         w1_a, w2_a: `[*stack, out, r]`.
@@ -131,7 +134,8 @@ def hada_weight(
         forward_mode: plain products that `jax.jvp` can differentiate, instead of a `custom_vjp`.
 
     Returns:
-        `[*stack, out, in]` in the factors' common dtype; products of lower precision accumulate in float32.
+        `[*stack, out, in]` in the factors' common dtype; products of lower precision accumulate in
+        float32.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -140,7 +144,8 @@ def hada_weight(
     with respect to `scale`, which PEFT leaves out, is there too.
 
     Example:
-        >>> hada_weight(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), 0.5)[0, 0].item()
+        >>> a, b = jnp.ones((4, 2)), jnp.ones((2, 3))
+        >>> hada_weight(a, b, a, b, 0.5)[0, 0].item()
         2.0
     """
     _check_shapes(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
@@ -177,8 +182,8 @@ def hada_weight_cp(
         ValueError: the shapes do not fit together.
 
     Mirrors the value of PEFT's `HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)`. Up to PEFT
-    0.21.2 its backward pass returns wrong gradients for w1a and w2a: each contracts the other pair's
-    core. These are the true ones.
+    0.21.2 its backward pass returns wrong gradients for w1a and w2a: each contracts the other
+    pair's core. These are the true ones.
 
     Example:
         >>> one = jnp.ones((2, 3)); t = jnp.ones((2, 2, 3, 3))

@@ -36,9 +36,9 @@ _SMALLEST = 2**14
 def factor_shapes(out: int, in_: int, spatial: Sequence[int], r: int, cp: bool) -> dict[str, tuple[int, ...]]:
     """Return PEFT's shapes of one module's factors.
 
-    Flat (linear, and convolutions without cores): w*_a `[out, r]`, w*_b `[r, in·prod(spatial)]`. With
-    cores (`cp`): w*_a `[r, out]`, w*_b `[r, in]`, t* `[r, r, *spatial]`, where a Conv1d core has a
-    trailing axis of 1.
+    Flat (linear, and convolutions without cores): w*_a `[out, r]`, w*_b `[r, in·prod(spatial)]`.
+    With cores (`cp`): w*_a `[r, out]`, w*_b `[r, in]`, t* `[r, r, *spatial]`, where a Conv1d core
+    has a trailing axis of 1.
 
     Example:
         >>> factor_shapes(out=5, in_=3, spatial=(), r=2, cp=False)["hada_w1_b"]
@@ -60,7 +60,7 @@ def init_factors(
     dtype: jnp.dtype,
     stack: Sequence[int] | None = None,
 ) -> dict[str, jax.Array]:
-    """Draw the factors of several modules of equal shape, stacked: each array is `[*stack, *shape]`.
+    """Draw the factors of several modules of equal shape, stacked: `[*stack, *shape]` each.
 
     Few programs are compiled: a factor is the beginning of a flat draw of one of a few sizes, which
     all shapes share.
@@ -122,7 +122,7 @@ def _power_of_two(size: int) -> int:
 
 
 def _begins_alike(key: jax.Array) -> bool:
-    """Return whether flat draws of all sizes begin with the same values, of several keys at once too."""
+    """Return whether flat draws of all sizes, of several keys too, begin with the same values."""
     counted = getattr(jax.config, "jax_threefry_partitionable", True)
     return bool(counted) and str(jax.random.key_impl(key)) == "threefry2x32"
 
@@ -144,7 +144,9 @@ def _draw(
     std: float | None,
     at_once: bool,
 ) -> jax.Array:
-    """Draw one factor of each module, `[modules, size]`: normal, or uniform in ±bound if `std` is None.
+    """Draw one factor of each module, `[modules, size]`.
+
+    It is normal, or uniform in ±bound if `std` is None.
 
     `std` is static because XLA rounds its product otherwise where it is not a constant.
     """

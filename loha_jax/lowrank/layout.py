@@ -1,8 +1,8 @@
 """`Layout`: a word that describes each axis of a JAX kernel, and how PEFT's tensors fold into it.
 
 PEFT stores everything in torch's orientation: a linear weight is `[out, in]`, a convolution's
-`[out, in, *spatial]`. A JAX kernel can have its axes in any order and number. Only this module knows
-how the two correspond.
+`[out, in, *spatial]`. A JAX kernel can have its axes in any order and number. Only this module
+knows how the two correspond.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class Layout:
 
     Args:
         word: e.g. "io" (Dense), "oi" (torch, Equinox), "ioo" (DenseGeneral query), "iio" (attention
-            output), "kkio" (Conv), "sio" (Dense stacked by a scan), "soio" (fused key/value einsum),
-            "i1 i0 o".
+            output), "kkio" (Conv), "sio" (Dense stacked by a scan), "soio" (fused key/value
+            einsum), "i1 i0 o".
 
     Raises:
-        ValueError: a letter is unknown, `i` or `o` is missing, or only some of one kind carry an index.
+        ValueError: a letter is unknown, `i` or `o` is missing, or only some of one kind carry an
+            index.
 
     Example:
         >>> Layout("ioo").fold(jnp.zeros((12, 5)), (5, 3, 4)).shape
@@ -73,7 +74,7 @@ class Layout:
         return len(self._tokens)
 
     def axes(self, kind: str) -> tuple[int, ...]:
-        """Return the axes of one kind ('s', 'i', 'o' or 'k'), in the order in which they flatten."""
+        """Return the axes of one kind ('s', 'i', 'o' or 'k'), in flattening order."""
         found = [(int(index) if index else n, n) for n, (k, index) in enumerate(self._tokens) if k == kind]
         return tuple(n for _, n in sorted(found))
 
@@ -105,7 +106,7 @@ class Layout:
 
     def fold(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Fold a torch-shaped array `[*stack, out, in, *spatial]` into a kernel of this `shape`."""
-        permuted = delta.reshape([shape[axis] for axis in self.order])  # the kernel's axes, in torch's order
+        permuted = delta.reshape([shape[axis] for axis in self.order])  # axes in torch's order
         inverse = sorted(range(self.ndim), key=self.order.__getitem__)
         return jnp.transpose(permuted, inverse)
 
@@ -114,7 +115,7 @@ class Layout:
         return jnp.transpose(kernel, self.order).reshape(self.torch_shape(kernel.shape))
 
     def strip(self, ndim: int) -> Layout:
-        """Return the layout of the kernel inside a scan or vmap, which takes leading stack axes away.
+        """Return the layout inside a scan or vmap, which takes leading stack axes away.
 
         Args:
             ndim: number of axes that are left.
@@ -143,8 +144,9 @@ class Layout:
 def einsum_layout(equation: str) -> str | None:
     """Return the layout of an einsum's second operand, or None where LoHa cannot adapt the product.
 
-    Letters that it shares only with the first operand are in axes, only with the result out axes, with
-    both stack axes. A letter that it has twice, or that neither of the others has, fits no layout.
+    Letters that it shares only with the first operand are in axes, only with the result out axes,
+    with both stack axes. A letter that it has twice, or that neither of the others has, fits no
+    layout.
 
     Example:
         >>> einsum_layout("btd,ndh->btnh"), einsum_layout("btd,dq->bt")

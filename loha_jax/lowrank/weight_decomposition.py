@@ -1,8 +1,11 @@
 """Weight decomposition (DoRA): the norms of W + ΔW, from the factors, without materialising ΔW.
 
-With ΔW = KA @ KB (Khatri-Rao factors of inner size r²), ‖W + ΔW‖² of a row is
-‖W‖² + 2 Σ (W KBᵀ) ⊙ KA + Σ (KA KB KBᵀ) ⊙ KA: products with r² columns. The gradient flows through the
-norm, as in LyCORIS; PEFT's DoRA, for LoRA, takes the norm for a constant.
+With ΔW = KA @ KB (Khatri-Rao factors of inner size r²), the norm of a row takes products with r²
+columns:
+
+    ‖W + ΔW‖² = ‖W‖² + 2 Σ (W KBᵀ) ⊙ KA + Σ (KA KB KBᵀ) ⊙ KA
+
+The gradient flows through the norm, as in LyCORIS; PEFT's DoRA, for LoRA, takes it for a constant.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (arXiv:2402.09353), and
 LyCORIS' `LohaModule.apply_weight_decompose`.
@@ -55,7 +58,7 @@ def weight_norms(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
 
 
 def _squares(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
-    """Return the sums of the squares, in the shape of norms, without transposing the kernel (a copy)."""
+    """Return sums of squares in the shape of norms, without a transposed copy of the kernel."""
     summed = layout.axes("i" if on_out else "o") + layout.axes("k")
     sums = jnp.sum(kernel**2, summed, keepdims=True)
     return layout.unfold(sums)
@@ -66,8 +69,8 @@ def adapted_norms(
 ) -> jax.Array:
     """Return ‖W + ΔW‖ per output or per input feature, differentiable in the factors and the scale.
 
-    Where the norm is less than a thousandth of W's, ΔW nearly cancels W, and the difference of squares
-    has few correct digits.
+    Where the norm is less than a thousandth of W's, ΔW nearly cancels W, and the difference of
+    squares has few correct digits.
 
     Args:
         kernel: as its layout says.
@@ -87,7 +90,7 @@ def adapted_norms(
     # [*stack, out, r²] and [*stack, r², in·prod(spatial)]
     ka, kb = khatri_rao_rows(w1_a, w2_a) * scale, khatri_rao_columns(w1_b, w2_b)
     squared = kb.shape[-2]
-    # One letter for each axis of the kernel, which is contracted as it is stored: no transposed copy.
+    # One letter for each axis of the kernel: contracted as stored, it needs no transposed copy.
     letters = string.ascii_lowercase[: kernel.ndim]
     s, o, i, k = ("".join(letters[axis] for axis in layout.axes(kind)) for kind in "soik")
     if on_out:
@@ -109,7 +112,7 @@ def adapted_norms(
 
 
 def gain(norms: jax.Array, dora_scale: Any) -> jax.Array:
-    """Return the multiple of the rows (or columns) of W + ΔW; LyCORIS adds the same ε to the norm."""
+    """Return the multiple of the rows (or columns) of W + ΔW, with the ε of LyCORIS."""
     eps = float(cast(Any, jnp.finfo(norms.dtype).eps))
     return dora_scale.astype(norms.dtype) / (norms + eps)
 

@@ -1,4 +1,4 @@
-"""Rules for functions and control flow: each is built again around an evaluated body."""
+"""Rules for functions and control flow: each is called again with an evaluated body."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     carry = _Carry(values[n_consts : n_consts + n_carry], carry_inputs, jaxpr.outvars[:n_carry], "scan")
     start = carry.changing(carry.values, options)
 
-    leading: dict[int, int | None] = {}  # the atoms that the scan takes away, by the number of their view
+    leading: dict[int, int | None] = {}  # by the number of a view, the atom that the scan takes away
     for n, x in enumerate(xs):
         if isinstance(x, KernelView):
             taken = _take_leading(x)
@@ -91,7 +91,7 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
             leading[n], xs[n] = taken
             if options.observer is not None:
                 options.observer.scanned(x, leading[n])
-    # Factors without an axis for the scan to take (a broadcast kernel, a stack of one) come from outside.
+    # Factors without an axis to scan (a broadcast kernel, a stack of one) come from outside.
     broadcast = {n: xs[n].factors for n, atom in leading.items() if atom is None or xs[n].atoms[atom].kind != "s"}
     sliced = [dataclasses.replace(x, factors=()) if n in broadcast else x for n, x in enumerate(xs)]
     leaves, treedef = jax.tree.flatten(sliced)
@@ -115,9 +115,9 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
     """Prepare a view to be scanned over its leading axis.
 
     Returns:
-        The atom that the scan takes away (None for an axis of size 1, which has no atom) and the view
-        with that atom's axis first in every factor; or None where the leading axis is an in or out
-        axis.
+        The atom that the scan takes away (None for an axis of size 1, which has no atom) and the
+        view with that atom's axis first in every factor; or None where the leading axis is an in or
+        out axis.
     """
     if not view.dims[0]:
         return None, view
@@ -180,8 +180,8 @@ def _cond(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
 def _custom_derivative(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     """Evaluate the function itself factored, and its own derivative rule on the dense weight.
 
-    The user's rule is a function of the weight as an array, and its result for the weight is an array
-    of that shape.
+    The user's rule is a function of the weight as an array, and its result for the weight is an
+    array of that shape.
     """
     jaxpr, consts = open_jaxpr(eqn.params["call_jaxpr"])
     name, options = eqn.primitive.name, context.options

@@ -3,8 +3,8 @@
 A flat update is a convolution to r² channels followed by a 1x1 one. With cores (CP form) it is a
 1x1 convolution to r² channels, a small spatial one from r² to r² channels, whose kernel is the
 Kronecker product of the two cores, and a 1x1 one. Groups of a convolution share the factors' input
-features and divide the output features. Modules stacked in the out axis (a vmapped convolution) have
-factors of their own.
+features and divide the output features. Modules stacked in the out axis (a vmapped convolution)
+have factors of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from loha_jax.transform.strategy import Strategy
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Operation):
-    """A `conv_general_dilated` of a plain array with a `KernelView`, its axes sorted by what they mean.
+    """A `conv_general_dilated` of a plain array with a `KernelView`, its axes sorted by meaning.
 
     Attributes:
         params: of the `conv_general_dilated`.
@@ -159,7 +159,7 @@ class Convolution(Operation):
             return [n for n in atoms if view.atoms[n].size > 1]
 
         def arrange(w: Any, *axes: tuple[Sequence[int], Sequence[Sequence[int]]] | None) -> Any:
-            """Return an array with its axes split into atoms and joined as wanted; None is a rank axis."""
+            """Split each axis into atoms and join them as wanted; None is a rank axis."""
             sizes = [view.atoms[n].size for n in large(view.of_kind("s"))]
             order = [large(view.of_kind("s")).index(n) for n in stack]
             shape = [self.stacked]
@@ -236,8 +236,8 @@ class _Steps:
     x is `[n, *space, stacked·groups·in]`, h `[n·groups, *space, stacked·r²]`, y
     `[n, *space, stacked·groups·out]`. The factors are as in `ViewFactors`, with one stack axis and
     separate input axes: w*_a `[stacked, groups·out, r]`; w*_b `[stacked, r, in, *spatial]` or, with
-    cores, `[stacked, r, in]` and t* `[stacked, r, r, *spatial]`. Hashable, so that equal layers share
-    traces.
+    cores, `[stacked, r, in]` and t* `[stacked, r, r, *spatial]`. Hashable, so that equal layers
+    share traces.
 
     Attributes:
         stacked: modules stacked in the kernel's out axis.
@@ -268,7 +268,8 @@ class _Steps:
             x = x.reshape(*x.shape[:-1], self.stacked, per_group)
             x = contract(x, f"n{letters}sc", kb, "sRc", f"n{letters}sR", self.precision)
             x = x.reshape(*x.shape[:-2], self.stacked * f.r**2)
-            core = f.t1[:, :, None, :, None] * f.t2[:, None, :, None, :]  # [stacked, r, r, r, r, *spatial]
+            # the Kronecker product of the cores: [stacked, r, r, r, r, *spatial]
+            core = f.t1[:, :, None, :, None] * f.t2[:, None, :, None, :]
             kernel = core.reshape(self.stacked, f.r**2, f.r**2, *core.shape[5:])
         kernel = kernel.reshape(-1, *kernel.shape[2:])  # [stacked·r², from, *spatial]
         axes = len(space)

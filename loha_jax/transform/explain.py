@@ -1,4 +1,4 @@
-"""`explain`: how `adapt` computes each product of a model, and what it costs over the frozen base."""
+"""`explain`: how `adapt` computes each product of a model, and the cost over the frozen base."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Use:
         primitive: the JAX primitive that reads the kernel.
         shape: of the kernel there.
         rows: rows of the other operand (tokens), times the trip count of the scans around it.
-        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that forms only the rows it reads).
+        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that computes only the
+            rows it reads).
         flops: FLOPs of the frozen base's product (in training: forward and input gradient).
         extra_flops: FLOPs that the adapter adds, by the cost model that "auto" chooses with.
         extra_bytes: bytes of the largest array that the strategy adds.
@@ -48,7 +49,7 @@ class Use:
 
     @property
     def ratio(self) -> float:
-        """FLOPs with the adapter over FLOPs of the frozen base; nan where the cost model does not count the use."""
+        """FLOPs with the adapter over FLOPs of the frozen base; nan where they are not counted."""
         return (self.flops + self.extra_flops) / self.flops if self.flops else float("nan")
 
 
@@ -68,7 +69,7 @@ class Explanation:
 
     @property
     def dense(self) -> tuple[Use, ...]:
-        """The uses for which the weight is formed."""
+        """The uses for which the weight is materialised."""
         return tuple(use for use in self.uses if use.strategy == "dense")
 
     def __str__(self) -> str:
@@ -142,12 +143,12 @@ def explain(
     forward_mode: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """What `adapt(fn)(params, *args)` does with each adapted kernel: the strategy chosen, its FLOPs and its bytes.
+    """Return the strategy, FLOPs and bytes of each use of an adapted kernel by `adapt(fn)`.
 
     Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s.
 
     Args:
-        fn: the model's function, or what `adapt` made of it (whose own settings then count).
+        fn: the model's function, or the result of `adapt`, whose own settings then count.
         params: the first argument of `fn`, an adapted tree or NNX model.
         args, kwargs: the other arguments of `fn`.
         strategy, training, forward_mode: as for `adapt`.

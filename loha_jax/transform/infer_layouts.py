@@ -138,7 +138,7 @@ class _Roles:
             self.lookups.add(view.name)
 
     def _unseen(self, view: KernelView, axis: int, kinds: list[str]) -> str:
-        """An axis of size 1 here: what the view's own axis of size 1 is, or (indexed away) a stack axis."""
+        """Return the kind of an axis of size 1: the view's, or stack if it was indexed away."""
         ones = [kind for kind, atoms in zip(kinds, view.dims, strict=True) if not atoms]
         stored_ones = [a.axis for a in view.atoms if a.size == 1 and a.axis not in self.stacked.get(view.name, ())]
         if len(ones) == len(stored_ones):
@@ -156,7 +156,7 @@ class _Roles:
 
 
 def _operand_kinds(eqn: Any, operand: int, view: KernelView) -> list[str] | None:
-    """What each axis of the view is to this equation, or None if it does not say."""
+    """Return the kind of each axis of the view for this equation, or None if it does not say."""
     primitive, ndim = eqn.primitive.name, len(view.shape)
     if primitive == "dot_general":
         contracted, batch = (sides[operand] for sides in eqn.params["dimension_numbers"])

@@ -33,7 +33,7 @@ _UNKNOWN = 1024
 
 @dataclasses.dataclass(frozen=True)
 class KeptInput:
-    """What is held until the backward pass, and how the input comes from it.
+    """Arrays held until the backward pass, and how the input comes from them.
 
     Attributes:
         arrays: what is held.
@@ -112,7 +112,7 @@ class _Search:
         self.equations: list[Any] = []
 
     def walk_back(self, var: Any) -> bool:
-        """Follow the one large operand of each equation; return whether the walk ends at anchors."""
+        """Follow the large operand of each equation; return whether the walk ends at anchors."""
         while True:
             var, passed = self._source(var)
             self.equations.extend(passed)
@@ -179,7 +179,7 @@ def _is_floating(var: Any) -> bool:
 
 
 def _activation(eqn: Any) -> Any:
-    """Return the equation if it calls an elementwise function of one array (`jax.nn.silu`), or None."""
+    """Return an equation that calls an elementwise function of one array (silu); else None."""
     if eqn is None or eqn.primitive.name not in ("jit", "pjit", "custom_jvp_call"):
         return None
     inputs = [var.aval for var in eqn.invars if not isinstance(var, Literal)]

@@ -2,7 +2,7 @@
 
 JAX evaluates equations without a view as they are. For the others there is a rule per primitive:
 structural operations return another view (`structural_rules`), products are computed factored or
-fused (`product_rules`), control flow is built again around an evaluated body (`control_flow_rules`).
+fused (`product_rules`), control flow is called again with an evaluated body (`control_flow_rules`).
 An equation without a rule gets the dense weight: slower, never wrong.
 """
 
@@ -50,7 +50,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], options: Op
 
 
 class Context(NamedTuple):
-    """What a rule has besides the equation and its operands.
+    """The arguments of a rule besides the equation and its operands.
 
     Attributes:
         options: of the evaluation.

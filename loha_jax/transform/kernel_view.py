@@ -103,7 +103,7 @@ class ViewFactors:
         return jax.tree.map(lambda w: w.astype(dtype), self)
 
     def flat(self) -> ViewFactors:
-        """Return the same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        """Return the same update without cores, which multiply into w*_b at the same rank."""
         if self.t1 is None:
             return self
         f, dtype = self.astype(self.dtype), self.dtype
@@ -168,7 +168,7 @@ class KernelView:
         return [n for n, atom in enumerate(self.atoms) if atom.kind == kind]
 
     def of_side(self, side: str) -> list[int]:
-        """Return the atoms of the factors' input or output axis: spatial atoms follow the in ones."""
+        """Return the atoms of the factors' in or out axis; spatial atoms follow the in ones."""
         return self.of_kind("i") + self.of_kind("k") if side == "i" else self.of_kind(side)
 
     def flat(self) -> KernelView:
@@ -180,7 +180,7 @@ class KernelView:
         factors = tuple(dataclasses.replace(f, out_gain=None, in_gain=None) for f in self.factors)
         return dataclasses.replace(self, factors=factors)
 
-    # --- structural operations: each returns the new view, or None where a view cannot follow -------------------------
+    # --- structural operations: each returns the new view, or None where a view cannot follow ---
 
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
@@ -276,7 +276,7 @@ class KernelView:
         return view
 
     def map_kernel(self, operation: Callable[[Any], Any]) -> KernelView:
-        """Apply an operation that changes neither values nor axes (a copy, a sharding constraint)."""
+        """Apply an operation that changes no values and no axes (a sharding constraint)."""
         return dataclasses.replace(self, kernel=operation(self.kernel))
 
     def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
@@ -298,7 +298,7 @@ class KernelView:
             dims[axis] = ()
         return dataclasses.replace(view, kernel=kernel, dims=tuple(dims))
 
-    # --- atoms --------------------------------------------------------------------------------------------------------
+    # --- atoms ---
 
     def _map_atom(self, atom: int, operation: Callable[[Any, int], Any], size: int) -> KernelView:
         """Apply an operation to the axis of one atom in every factor that has it."""

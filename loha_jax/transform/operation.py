@@ -82,7 +82,7 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def place_gain(self, x: Any, gain: jax.Array) -> BaseScaling | None:
-        """Return a gain as a multiple of the result or of x; None where it is a multiple of neither.
+        """Return a gain as a multiple of the result or of x; None where it is neither.
 
         Args:
             x: the plain operand.
@@ -90,7 +90,7 @@ class Operation(abc.ABC):
         """
 
     def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
-        """Return an axis of the kernel and the axis of the result with the same positions, or None."""
+        """Return an axis of the kernel and the result's axis of the same positions, or None."""
         return None
 
     def costs(self, view: KernelView, training: bool) -> Costs:
@@ -116,8 +116,8 @@ class Operation(abc.ABC):
     def choose(self, view: KernelView, training: bool) -> Strategy:
         """Return the strategy that "auto" stands for.
 
-        In training on several devices fused is never chosen: they would have to gather W + ΔW twice,
-        or to add up gradients of its shape.
+        In training on several devices fused is never chosen: they would have to gather W + ΔW
+        twice, or to add up gradients of its shape.
         """
         if training and jax.device_count() > 1:
             return "factored"

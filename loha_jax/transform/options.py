@@ -22,7 +22,7 @@ class Observer(Protocol):
         """A scan slices the leading axis: this atom, or None for an axis of size 1."""
 
     def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
-        """A product or convolution is computed by this strategy, `times` times (the scans around it)."""
+        """A product or convolution is computed `times` times (scans around it) by this strategy."""
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         """Single positions of an axis are read (an embedding lookup)."""

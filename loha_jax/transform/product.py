@@ -31,8 +31,8 @@ class Product(Operation):
         kernel_first: whether the kernel is the left operand.
         batch, contracted, free: the view's stack atoms by their part in the product.
         main, rest: its in and its out atoms, contracted and free; exchanged where `swapped`.
-        swapped: the kernel's out axes are contracted (x @ Wᵀ of an `io` kernel, a tied embedding, an
-            input gradient).
+        swapped: the kernel's out axes are contracted (x @ Wᵀ of an `io` kernel, a tied embedding,
+            an input gradient).
         params: of the `dot_general`, without the dimension numbers.
         kernel_dims, x_dims: (contracted, batch) axes of the two operands, pairwise.
         rows: number of rows of x per batch stack index; symbolic sizes count as 1.
@@ -72,7 +72,7 @@ class Product(Operation):
             return NoRule("the kernel is broadcast along a contracted or free axis")
         if {"i", "o"} <= kinds(in_contracted):
             return NoRule("in and out axes are contracted together")
-        # Axes of size 1 have no atoms: in or out axes that are not in the view may be on either side.
+        # Axes of size 1 have no atoms: in or out axes that the view lacks may be on either side.
         swapped = "o" in kinds(in_contracted) or ("i" in kinds(in_free) and "o" not in kinds(in_free))
         main, rest = ("o", "i") if swapped else ("i", "o")
         if main in kinds(in_free) or rest in kinds(in_contracted):
@@ -186,7 +186,7 @@ class Product(Operation):
         stack = self.batch + self.contracted + self.free
         return size_of(view, self.main), size_of(view, self.rest), size_of(view, stack)
 
-    # --- axes ---------------------------------------------------------------------------------------------------------
+    # --- axes ---
 
     def _x_layout(self, x_shape: tuple[int, ...], view: KernelView) -> list[tuple[str, int, int]]:
         """Return x's axes, contracted and batch ones split into atoms.
@@ -272,8 +272,8 @@ _ROW_LABELS = "nmlkjhgedazyxwvuts"
 class _FactoredSteps:
     """The factored product (x KB) KA of arrays whose axes are grouped.
 
-    Hashable, so that equal layers share traces. Axis labels: b batch stack, n rows of x, c contracted
-    stack, f free stack, i contracted features, o free features, R = Σr².
+    Hashable, so that equal layers share traces. Axis labels: b batch stack, n rows of x, c
+    contracted stack, f free stack, i contracted features, o free features, R = Σr².
 
     Attributes:
         b, c, f, i, o: the labels of the groups that are there, "" for the others.
@@ -328,11 +328,12 @@ class _FactoredSteps:
         return contract(h, self.h, ka, self.ka, self.y, self.precision), h
 
     def khatri_rao(self, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
-        """Return KB `[b, c, f, R, i]` and KA `[b, c, f, R, o]` of all adapters, the second one scaled."""
+        """Return KB `[b, c, f, R, i]` and the scaled KA `[b, c, f, R, o]` of all adapters."""
         pairs = []
         for f in factors:
             a1, b1, a2, b2 = (w.astype(self.dtype) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
-            ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))  # [*stack, r², out]
+            # [*stack, out, r] twice -> [*stack, r², out]
+            ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
             scaling = f.scaling.astype(self.dtype)
             pairs.append((khatri_rao_columns(b1, b2), ka * scaling.reshape(*scaling.shape, 1, 1)))
         kb, ka = (jnp.concatenate(side, -2) if len(pairs) > 1 else side[0] for side in zip(*pairs, strict=True))
@@ -341,7 +342,7 @@ class _FactoredSteps:
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
 
     def _arrange(self, k: jax.Array, label: str) -> jax.Array:
-        """Return `[*stack, R, features]` as `[b, c, f, R, features]`, without axes that have no label."""
+        """Return `[*stack, R, features]` as `[b, c, f, R, features]`, without unlabelled axes."""
         *stack, r, n = k.shape
         if stack:
             k = k.reshape(*(size for size in stack if size > 1), r, n)

@@ -108,7 +108,8 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
         return lax.gather(table, positions, numbers, slice_sizes=sizes, mode=mode, fill_value=0)
 
     options = context.options
-    delta = update_rows(view, axis, gather, forward_mode=options.forward_mode)  # [*positions, *other axes]
+    # [*positions, *other axes]
+    delta = update_rows(view, axis, gather, forward_mode=options.forward_mode)
     if delta is None:
         return NoRule("a gather along a stack axis or along one of several in or out axes")
     if options.observer is not None:
@@ -123,10 +124,10 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
 
 
 def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int] | None:
-    """Return the axis of a gather of single positions, and the column of the indices that holds them.
+    """Return the axis of a gather of single positions, and their column of the indices.
 
-    None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are read
-    whole: they are clipped to 0.
+    None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are
+    read whole: they are clipped to 0.
     """
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = [axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have]

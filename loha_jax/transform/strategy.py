@@ -24,7 +24,7 @@ with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
 
 class Costs(NamedTuple):
-    """What an adapted operation costs.
+    """The cost of an adapted operation.
 
     Attributes:
         base: FLOPs of the frozen operation.

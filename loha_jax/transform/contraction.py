@@ -1,5 +1,8 @@
 """`contract`: an einsum of two arrays as one `dot_general`."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from typing import Any

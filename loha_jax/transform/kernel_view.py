@@ -275,10 +275,6 @@ class KernelView:
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
 
-    def map_kernel(self, operation: Callable[[Any], Any]) -> KernelView:
-        """Apply an operation that changes no values and no axes (a sharding constraint)."""
-        return dataclasses.replace(self, kernel=operation(self.kernel))
-
     def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
         """Apply `operation(array, axis)`, which changes the positions along an axis.
 

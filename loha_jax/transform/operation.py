@@ -138,13 +138,15 @@ class Operation(abc.ABC):
         shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
         @standard_promotion()
-        def forward(x, kept_arrays, factors):
+        def forward(x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...]) -> tuple[Any, ...]:
             update, h = self.update(x, dataclasses.replace(shapes, factors=factors))
             return update, (kept_arrays, factors, h)
 
         @standard_promotion()
-        def backward(residuals, g):
-            def pull_back(factors, kept_arrays, h, g):
+        def backward(residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+            def pull_back(
+                factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], h: Any, g: jax.Array
+            ) -> tuple[Any, ...]:
                 return self.pull_back(restore(kept_arrays), dataclasses.replace(shapes, factors=factors), h, g)
 
             kept_arrays, factors, h = residuals
@@ -171,19 +173,23 @@ class Operation(abc.ABC):
         through_weight = costs.through_weight < costs.through_factors or has_gain(view)
         shapes, restore, recomputed = view.shapes, kept.restore, 2 if kept.recomputed else 1
 
-        def product(x, factors, kernel):
+        def product(x: jax.Array, factors: tuple[ViewFactors, ...], kernel: jax.Array) -> jax.Array:
             return self.dense(x, dataclasses.replace(shapes, kernel=kernel, factors=factors), forward_mode=True)
 
         @standard_promotion()
-        def forward(x, kept_arrays, factors, kernel):
-            def run(factors, x, kernel):
+        def forward(
+            x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...], kernel: jax.Array
+        ) -> jax.Array:
+            def run(factors: tuple[ViewFactors, ...], x: jax.Array, kernel: jax.Array) -> jax.Array:
                 return self._in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
 
             return self._isolated(run, (factors, x, kernel), 1, x)
 
         @standard_promotion()
-        def backward(residuals, g):
-            def pull_back(factors, kept_arrays, kernel, g):
+        def backward(residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+            def pull_back(
+                factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], kernel: jax.Array, g: jax.Array
+            ) -> tuple[Any, ...]:
                 x = restore(kept_arrays)
                 if through_weight:
                     return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
@@ -216,10 +222,10 @@ class Operation(abc.ABC):
         if self.branches:
             return isolated(fn, args, args[0][0].w1_a)
 
-        def tied(*args):
+        def tied(*args: Any) -> Any:
             return fn(*wait_for(pending, args[:recomputed]), *args[recomputed:])
 
-        def barrier(*args):
+        def barrier(*args: Any) -> Any:
             return fn(*lax.optimization_barrier(args))
 
         # On several devices an element of a sharded array would be sent around.
@@ -239,11 +245,11 @@ class Operation(abc.ABC):
         axis, result_axis = axes
         sizes = [n // blocks if a == axis else n for a, n in enumerate(view.shape)]
 
-        def whole(x, view):
+        def whole(x: jax.Array, view: KernelView) -> jax.Array:
             return self.dense(x, view, forward_mode=True)
 
-        def in_blocks(x, view):
-            def add_block(n, result):
+        def in_blocks(x: jax.Array, view: KernelView) -> jax.Array:
+            def add_block(n: Any, result: jax.Array) -> jax.Array:
                 at = n * sizes[axis]
                 block = view.dynamic_slice([at if a == axis else 0 for a in range(len(sizes))], sizes)
                 assert block is not None

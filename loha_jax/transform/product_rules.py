@@ -1,5 +1,8 @@
 """Rules for the operations that read a kernel: products, convolutions and embedding lookups."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

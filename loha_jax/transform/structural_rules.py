@@ -1,8 +1,12 @@
 """Rules for structural operations on an adapted kernel: each returns another view."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +96,8 @@ def _split(eqn: Any, values: list[Any], _: Context) -> Outputs:
 def _unchanged(eqn: Any, values: list[Any], _: Context) -> Outputs:
     if len(values) != 1:
         return NoRule("a barrier over several values")
-    return [values[0].map_kernel(lambda kernel: bind_equation(eqn, [kernel])[0])]
+    (view,) = values
+    return [dataclasses.replace(view, kernel=bind_equation(eqn, [view.kernel])[0])]
 
 
 @register("all_gather")
@@ -103,7 +108,8 @@ def _all_gather(eqn: Any, values: list[Any], _: Context) -> Outputs:
 
     def gather(x: jax.Array, axis: int) -> jax.Array:
         groups = p["axis_index_groups"]
-        return lax.all_gather(x, p["axis_name"], axis=axis, tiled=True, axis_index_groups=groups)
+        name = p["axis_name"]
+        return cast(jax.Array, lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups))
 
     # The factors are sharded like the kernel: `control_flow_rules.shard`.
     return _view_or(values[0].cut(p["all_gather_dimension"], gather), "a gather of a part of an in or out axis")

@@ -1,19 +1,24 @@
-"""The weight update of LoHa, ΔW = (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, and its exact low-rank form.
+"""The weight update of LoHa, ΔW = (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, and its low-rank form.
 
-Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the backward pass rebuilds what
-it needs. Products of bfloat16 and float16 factors are accumulated in float32.
+Both weight functions are `jax.custom_vjp`: the forward pass keeps only the factors, and the
+backward pass recomputes what it needs. Products of bfloat16 and float16 factors are accumulated in
+float32.
 
-The Hadamard product of two rank-r matrices is a matrix of rank r² with known factors (the row-wise and column-wise
-Khatri-Rao products): ΔW = KA @ KB exactly. `loha_jax.adapt` computes x·ΔW from them without forming ΔW.
+The Hadamard product of two rank-r matrices is a matrix of rank r² with known factors, the row-wise
+and column-wise Khatri-Rao products: ΔW = KA @ KB exactly. `loha_jax.adapt` computes x·ΔW from them
+without materialising ΔW.
 
-Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", ICLR 2022
-(arXiv:2108.06098), and PEFT's `HadaWeight` and `HadaWeightCP`.
+Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
+Learning", ICLR 2022 (arXiv:2108.06098), and PEFT's `HadaWeight` and `HadaWeightCP`.
 """
+
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +26,7 @@ import numpy as np
 
 from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.runtime.xla_hints import alone
+from loha_jax.runtime.xla_hints import isolated
 
 Scale = jax.Array | float
 A = TypeVar("A", jax.Array, np.ndarray)
@@ -29,7 +34,10 @@ A = TypeVar("A", jax.Array, np.ndarray)
 
 @standard_promotion()
 def float32_or_wider(*dtypes: Any) -> jnp.dtype:
-    """What values of these dtypes are computed in: their common dtype, at least float32 (JAX promotes no float8)."""
+    """Return the dtype to compute in: the common dtype of these, at least float32.
+
+    Float8 counts as float32: JAX does not promote it.
+    """
     return jnp.result_type(jnp.float32, *(d for d in map(jnp.dtype, dtypes) if d.itemsize > 1))
 
 
@@ -42,23 +50,35 @@ def _scaled(product: jax.Array, scale: Scale) -> jax.Array:
     return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
 
 
-def _plain_weight(w1_a, w1_b, w2_a, w2_b, scale):
+def _plain_weight(w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scale: Scale) -> jax.Array:
     dtype = _accumulator(w1_a, w1_b, w2_a, w2_b)
+    # [*stack, out, r] @ [*stack, r, in] -> [*stack, out, in]
     first = jnp.matmul(w1_a, w1_b, preferred_element_type=dtype)
     second = jnp.matmul(w2_a, w2_b, preferred_element_type=dtype)
     return _scaled(first * second, scale).astype(jnp.result_type(w1_a, w1_b, w2_a, w2_b))
 
 
-def _cp_matrix(t, w_a, w_b, dtype):
-    """`[out, in, *spatial]` of one pair: core t [r, r, *spatial], w_a [r, out], w_b [r, in]."""
+def _cp_matrix(t: jax.Array, w_a: jax.Array, w_b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return `w_aᵀ @ t @ w_b` at every position: `[out, in, *spatial]`."""
+    # [r, r, *spatial] · [r, in] -> [r, in, *spatial] -> [out, in, *spatial]
     inner = jnp.einsum("ij...,jq->iq...", t, w_b, preferred_element_type=dtype)
     return jnp.einsum("iq...,ip->pq...", inner, w_a, preferred_element_type=dtype)
 
 
-def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
+def _plain_weight_cp(
+    t1: jax.Array,
+    w1_a: jax.Array,
+    w1_b: jax.Array,
+    t2: jax.Array,
+    w2_a: jax.Array,
+    w2_b: jax.Array,
+    scale: Scale,
+) -> jax.Array:
     dtype = _accumulator(t1, w1_a, w1_b, t2, w2_a, w2_b)
 
-    def one(t1, w1_a, w1_b, t2, w2_a, w2_b):
+    def one(
+        t1: jax.Array, w1_a: jax.Array, w1_b: jax.Array, t2: jax.Array, w2_a: jax.Array, w2_b: jax.Array
+    ) -> jax.Array:
         return _cp_matrix(t1, w1_a, w1_b, dtype) * _cp_matrix(t2, w2_a, w2_b, dtype)
 
     for _ in range(w1_a.ndim - 2):
@@ -67,16 +87,25 @@ def _plain_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, scale):
 
 
 def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`fn`, whose last argument is the scale, as a `custom_vjp` that keeps its arguments alone and runs twice."""
+    """Return `fn` as a `custom_vjp` that keeps only its arguments and runs again backwards."""
     fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
-    wrapped = jax.custom_vjp(fn)
+    wrapped = cast(Any, jax.custom_vjp(fn))
+
+    def forward(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+        return fn(*args), args
+
+    def recompute(args: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
+        return cast(tuple[Any, ...], jax.vjp(fn, *args)[1](cotangent))
 
     @standard_promotion()
-    def backward(args, cotangent):
-        return alone(lambda args, cotangent: jax.vjp(fn, *args)[1](cotangent), (args, cotangent), args[0])
+    def backward(args: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
+        return isolated(recompute, (args, cotangent), args[0])
 
-    wrapped.defvjp(lambda *args: (fn(*args), args), backward)
-    return lambda *args: wrapped(*vary_alike(args))
+    def recomputing(*args: Any) -> jax.Array:
+        return wrapped(*vary_alike(args))
+
+    wrapped.defvjp(forward, backward)
+    return recomputing
 
 
 _weight = _recompute_vjp(_plain_weight)
@@ -93,25 +122,30 @@ def hada_weight(
     *,
     forward_mode: bool = False,
 ) -> jax.Array:
-    """The update (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale of a linear or flat convolution weight.
+    """Return (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · scale, the update of a linear weight.
+
+    A convolution without cores is linear in this sense: its in axis is in·prod(spatial) long.
 
     Args:
         w1_a, w2_a: `[*stack, out, r]`.
         w1_b, w2_b: `[*stack, r, in]` (for a flat convolution `[r, in·kh·kw]`).
-        scale: alpha/r, a number or an array that broadcasts against the stack axes (shape `()` or `[*stack]`).
+        scale: alpha/r, a number or an array that broadcasts against the stack axes (shape `()` or
+            `[*stack]`).
         forward_mode: plain products that `jax.jvp` can differentiate, instead of a `custom_vjp`.
 
     Returns:
-        `[*stack, out, in]` in the factors' common dtype; products of lower precision accumulate in float32.
+        `[*stack, out, in]` in the factors' common dtype; products of lower precision accumulate in
+        float32.
 
     Raises:
         ValueError: the shapes do not fit together.
 
-    Mirrors PEFT's `HadaWeight.apply(w1a, w1b, w2a, w2b, scale)`, values and gradients; the gradient with respect to
-    `scale`, which PEFT leaves out, is there too.
+    Mirrors PEFT's `HadaWeight.apply(w1a, w1b, w2a, w2b, scale)`, values and gradients. The gradient
+    with respect to `scale`, which PEFT leaves out, is there too.
 
     Example:
-        >>> hada_weight(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), 0.5)[0, 0].item()
+        >>> a, b = jnp.ones((4, 2)), jnp.ones((2, 3))
+        >>> hada_weight(a, b, a, b, 0.5)[0, 0].item()
         2.0
     """
     _check_shapes(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
@@ -130,7 +164,7 @@ def hada_weight_cp(
     *,
     forward_mode: bool = False,
 ) -> jax.Array:
-    """The update of a convolution with cores ("effective" or CP form).
+    """Return the update of a convolution with cores ("effective" or CP form).
 
     Each of the two factors is, at every kernel position, `w_aᵀ @ t[:, :, position] @ w_b`.
 
@@ -147,8 +181,9 @@ def hada_weight_cp(
     Raises:
         ValueError: the shapes do not fit together.
 
-    Mirrors the value of PEFT's `HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)`. Its backward pass returns wrong
-    gradients for w1a and w2a up to PEFT 0.21.2 (each contracts the other pair's core); these are the true ones.
+    Mirrors the value of PEFT's `HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)`. Up to PEFT
+    0.21.2 its backward pass returns wrong gradients for w1a and w2a: each contracts the other
+    pair's core. These are the true ones.
 
     Example:
         >>> one = jnp.ones((2, 3)); t = jnp.ones((2, 2, 3, 3))
@@ -180,24 +215,46 @@ def hada_weight_cp(
 
 
 def khatri_rao_rows(w1_a: A, w2_a: A) -> A:
-    """Row-wise Khatri-Rao product: `[*stack, out, r1]` and `[*stack, out, r2]` give `[*stack, out, r1·r2]`.
+    """Return the row-wise Khatri-Rao product.
 
     With `khatri_rao_columns` it is the exact low-rank form of the update:
-    `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`. Numpy arrays give
-    a numpy array.
+    `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`.
+
+    Args:
+        w1_a: `[*stack, out, r1]`.
+        w2_a: `[*stack, out, r2]`.
+
+    Returns:
+        `[*stack, out, r1·r2]`; a numpy array for numpy arrays.
+
+    Example:
+        >>> khatri_rao_rows(jnp.ones((5, 2)), jnp.ones((5, 3))).shape
+        (5, 6)
     """
-    product = w1_a[..., :, :, None] * w2_a[..., :, None, :]
+    product = w1_a[..., :, :, None] * w2_a[..., :, None, :]  # [*stack, out, r1, r2]
     return product.reshape(*product.shape[:-2], -1)
 
 
 def khatri_rao_columns(w1_b: jax.Array, w2_b: jax.Array) -> jax.Array:
-    """Column-wise Khatri-Rao product: `[*stack, r1, in]` and `[*stack, r2, in]` give `[*stack, r1·r2, in]`."""
-    product = w1_b[..., :, None, :] * w2_b[..., None, :, :]
+    """Return the column-wise Khatri-Rao product; see `khatri_rao_rows`.
+
+    Args:
+        w1_b: `[*stack, r1, in]`.
+        w2_b: `[*stack, r2, in]`.
+
+    Returns:
+        `[*stack, r1·r2, in]`.
+
+    Example:
+        >>> khatri_rao_columns(jnp.ones((2, 5)), jnp.ones((3, 5))).shape
+        (6, 5)
+    """
+    product = w1_b[..., :, None, :] * w2_b[..., None, :, :]  # [*stack, r1, r2, in]
     return product.reshape(*product.shape[:-3], -1, product.shape[-1])
 
 
 def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
-    """The in side of the flat form that equals one with cores, of the same rank: the core multiplies into w_b.
+    """Return w_b of the flat form that equals one with cores, of the same rank: t times w_b.
 
     Args:
         core: `[*stack, r, r, *spatial]`.
@@ -205,14 +262,14 @@ def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
         dtype: to compute in.
 
     Returns:
-        `[*stack, r, in·prod(spatial)]`. The out side of the flat form is the transposed w_a.
+        `[*stack, r, in·prod(spatial)]`. w_a of the flat form is the transposed w_a.
     """
-    core = core.astype(dtype).reshape(*core.shape[: w_b.ndim], -1)
+    core = core.astype(dtype).reshape(*core.shape[: w_b.ndim], -1)  # [*stack, r, r, prod(spatial)]
     product = jnp.einsum("...pqk,...qi->...pik", core, w_b.astype(dtype))
     return product.reshape(*product.shape[:-2], -1)
 
 
-def _check_shapes(*, w1_a, w1_b, w2_a, w2_b) -> None:
+def _check_shapes(*, w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array) -> None:
     for name, a, b in (("1", w1_a, w1_b), ("2", w2_a, w2_b)):
         if a.ndim < 2 or b.ndim != a.ndim or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
             raise ValueError(

@@ -1,8 +1,11 @@
 """Initial values of the factors: PEFT's law, LyCORIS' law, and PEFT's all-random one.
 
-Every draw depends on the key and on the module's name alone: not on the order of the tree, the adapter's name, or
-whether a layer stands alone or in a stack.
+Every draw depends only on the key and on the module's name: not on the order of the tree, the
+adapter's name, or whether a layer is part of a stack.
 """
+
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 INIT_SCHEMES = ("lycoris",)
-"""Named values that `LoHaConfig.init_weights` takes beside True and False."""
+"""Named values that `LoHaConfig.init_weights` takes besides True and False."""
 
 FACTOR_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
@@ -30,10 +34,15 @@ _SMALLEST = 2**14
 
 
 def factor_shapes(out: int, in_: int, spatial: Sequence[int], r: int, cp: bool) -> dict[str, tuple[int, ...]]:
-    """PEFT's shapes of one module's factors.
+    """Return PEFT's shapes of one module's factors.
 
-    Flat (linear, and convolutions without cores): w*_a `[out, r]`, w*_b `[r, in·prod(spatial)]`. With cores (`cp`):
-    w*_a `[r, out]`, w*_b `[r, in]`, t* `[r, r, *spatial]`, where a Conv1d core has a trailing axis of 1.
+    Flat (linear, and convolutions without cores): w*_a `[out, r]`, w*_b `[r, in·prod(spatial)]`.
+    With cores (`cp`): w*_a `[r, out]`, w*_b `[r, in]`, t* `[r, r, *spatial]`, where a Conv1d core
+    has a trailing axis of 1.
+
+    Example:
+        >>> factor_shapes(out=5, in_=3, spatial=(), r=2, cp=False)["hada_w1_b"]
+        (2, 3)
     """
     if not cp:
         a, b = (out, r), (r, in_ * math.prod(spatial))
@@ -51,7 +60,7 @@ def init_factors(
     dtype: jnp.dtype,
     stack: Sequence[int] | None = None,
 ) -> dict[str, jax.Array]:
-    """Draw the factors of several modules of equal shape, stacked: each array is `[*stack, *shape]`.
+    """Draw the factors of several modules of equal shape, stacked: `[*stack, *shape]` each.
 
     Few programs are compiled: a factor is the beginning of a flat draw of one of a few sizes, which
     all shapes share.
@@ -72,25 +81,28 @@ def init_factors(
     seeds = np.array([[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests], np.uint32)
     stack = (len(module_names),) if stack is None else tuple(stack)
     key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
-    traced = isinstance(key, Tracer) or isinstance(jax.device_put(seeds), Tracer)
+    traced = any(isinstance(array, Tracer) for array in (key, jax.device_put(seeds)))
     zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}
-    factors = {}
+    factors: dict[str, jax.Array] = {}
     for name, shape in shapes.items():
         full = (*stack, *shape)
         if name == zero[init_weights]:
             factors[name] = jnp.zeros(full, dtype) if traced else _put(np.zeros(full, dtype), key)
             continue
         size = math.prod(shape)
-        flat = _draw(
-            key,
-            seeds,
-            np.uint32(FACTOR_NAMES.index(name)),
-            np.asarray(1 / math.sqrt(math.prod(shape[1:])), dtype),
-            size=size if traced and _begins_alike(key) else max(_SMALLEST, _power_of_two(size)),
-            dtype=jnp.dtype(dtype),
-            std=_std(name, init_weights),
-            at_once=_begins_alike(key),
-        )
+        flat = cast(
+            jax.Array,
+            _draw(
+                key,
+                seeds,
+                np.uint32(FACTOR_NAMES.index(name)),
+                np.asarray(1 / math.sqrt(math.prod(shape[1:])), dtype),
+                size=size if traced and _begins_alike(key) else max(_SMALLEST, _power_of_two(size)),
+                dtype=jnp.dtype(dtype),
+                std=_std(name, init_weights),
+                at_once=_begins_alike(key),
+            ),
+        )  # [modules, at least size]
         if traced or not flat.is_fully_addressable:
             factors[name] = flat[:, :size].reshape(full)
         else:  # on the host, where no program is compiled for a shape
@@ -99,7 +111,7 @@ def init_factors(
 
 
 def _std(name: str, init_weights: bool | str) -> float | None:
-    """The standard deviation of LyCORIS' law; None for PEFT's."""
+    """Return the standard deviation of LyCORIS' law; None for PEFT's."""
     if not isinstance(init_weights, str):
         return None
     return _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
@@ -110,29 +122,41 @@ def _power_of_two(size: int) -> int:
 
 
 def _begins_alike(key: jax.Array) -> bool:
-    """Whether flat draws of all sizes begin with the same values, of several keys at once too."""
+    """Return whether flat draws of all sizes, of several keys too, begin with the same values."""
     counted = getattr(jax.config, "jax_threefry_partitionable", True)
     return bool(counted) and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def _put(array: np.ndarray, key: jax.Array) -> jax.Array:
-    """An array on the device, where the key has been put if it has."""
+    """Return an array on the device, that of the key if it is committed to one."""
     return jax.device_put(array, key.sharding if key.committed else None)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "dtype", "std", "at_once"))
-def _draw(key, seeds, index, bound, *, size, dtype, std, at_once):
-    """Draw one factor of each module, `[modules, size]`: normal, or uniform in ±bound if `std` is None.
+def _draw(
+    key: jax.Array,
+    seeds: np.ndarray,
+    index: np.uint32,
+    bound: np.ndarray,
+    *,
+    size: int,
+    dtype: jnp.dtype,
+    std: float | None,
+    at_once: bool,
+) -> jax.Array:
+    """Draw one factor of each module, `[modules, size]`.
+
+    It is normal, or uniform in ±bound if `std` is None.
 
     `std` is static because XLA rounds its product otherwise where it is not a constant.
     """
 
-    def one(seed):
+    def one(seed: Any) -> jax.Array:
         module_key = jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1])
         factor_key = jax.random.fold_in(module_key, index)
         if std is not None:
             return std * jax.random.normal(factor_key, (size,), dtype)
         return jax.random.uniform(factor_key, (size,), dtype, -bound, bound)
 
-    # [modules, size]; the values of other kinds of keys depend on what is drawn beside them.
-    return jax.vmap(one)(seeds) if at_once else jax.lax.map(one, seeds)
+    # [modules, size]; the values of other kinds of keys depend on what is drawn besides them.
+    return cast(jax.Array, jax.vmap(one)(seeds) if at_once else jax.lax.map(one, seeds))

@@ -1,7 +1,8 @@
-"""`Layout`: a word that says what each axis of a JAX kernel is, and folds PEFT's tensors into that kernel.
+"""`Layout`: a word that describes each axis of a JAX kernel, and how PEFT's tensors fold into it.
 
-PEFT stores everything in torch's orientation: a linear weight is `[out, in]`, a convolution's `[out, in, *spatial]`.
-A JAX kernel can have its axes in any order and number. Only this module knows how the two correspond.
+PEFT stores everything in torch's orientation: a linear weight is `[out, in]`, a convolution's
+`[out, in, *spatial]`. A JAX kernel can have its axes in any order and number. Only this module
+knows how the two correspond.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ _TOKEN = re.compile(r"([siok])(\d*)")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What each axis of a kernel is, one letter per axis.
+    """The kinds of a kernel's axes, one letter per axis.
 
-    `s` stack (layers of a scan, experts: one independent adapter per index), `i` in, `o` out, `k` spatial. Several axes
-    of one kind flatten in the order in which they stand, or, where letters carry an index, in the order of the indices.
+    `s` stack (layers of a scan, experts: one independent adapter per index), `i` in, `o` out, `k`
+    spatial. Several axes of one kind flatten in the order of the word, or, where letters carry an
+    index, in the order of the indices.
 
     Args:
-        word: e.g. "io" (Dense), "oi" (torch, Equinox), "ioo" (DenseGeneral query), "iio" (attention output),
-            "kkio" (Conv), "sio" (Dense stacked by a scan), "soio" (fused key/value einsum), "i1 i0 o".
+        word: e.g. "io" (Dense), "oi" (torch, Equinox), "ioo" (DenseGeneral query), "iio" (attention
+            output), "kkio" (Conv), "sio" (Dense stacked by a scan), "soio" (fused key/value
+            einsum), "i1 i0 o".
 
     Raises:
-        ValueError: a letter is unknown, `i` or `o` is missing, or only some of one kind carry an index.
+        ValueError: a letter is unknown, `i` or `o` is missing, or only some of one kind carry an
+            index.
 
     Example:
         >>> Layout("ioo").fold(jnp.zeros((12, 5)), (5, 3, 4)).shape
@@ -70,7 +74,7 @@ class Layout:
         return len(self._tokens)
 
     def axes(self, kind: str) -> tuple[int, ...]:
-        """The kernel's axes of one kind ('s', 'i', 'o' or 'k'), in the order in which they flatten."""
+        """Return the axes of one kind ('s', 'i', 'o' or 'k'), in flattening order."""
         found = [(int(index) if index else n, n) for n, (k, index) in enumerate(self._tokens) if k == kind]
         return tuple(n for _, n in sorted(found))
 
@@ -80,11 +84,15 @@ class Layout:
         return self.axes("s") + self.axes("o") + self.axes("i") + self.axes("k")
 
     def sizes(self, kind: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of the axes of one kind, in flattening order."""
+        """Return the sizes of the axes of one kind, in flattening order."""
         return tuple(shape[axis] for axis in self.axes(kind))
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """`[*stack, out, in, *spatial]` of a kernel of this `shape`."""
+        """Return `(*stack, out, in, *spatial)` of a kernel of this `shape`.
+
+        Raises:
+            ValueError: the kernel has another number of axes.
+        """
         if len(shape) != self.ndim:
             raise ValueError(
                 f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape {tuple(shape)}"
@@ -97,17 +105,20 @@ class Layout:
         )
 
     def fold(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """Folds a torch-shaped array `[*stack, out, in, *spatial]` into a kernel of this `shape`."""
-        permuted = delta.reshape([shape[axis] for axis in self.order])
+        """Fold a torch-shaped array `[*stack, out, in, *spatial]` into a kernel of this `shape`."""
+        permuted = delta.reshape([shape[axis] for axis in self.order])  # axes in torch's order
         inverse = sorted(range(self.ndim), key=self.order.__getitem__)
         return jnp.transpose(permuted, inverse)
 
     def unfold(self, kernel: jax.Array) -> jax.Array:
-        """The inverse of `fold`: a kernel as `[*stack, out, in, *spatial]`."""
+        """Return a kernel as `[*stack, out, in, *spatial]`, the inverse of `fold`."""
         return jnp.transpose(kernel, self.order).reshape(self.torch_shape(kernel.shape))
 
     def strip(self, ndim: int) -> Layout:
-        """The layout of the kernel inside a scan or vmap, which has taken the leading stack axes away.
+        """Return the layout inside a scan or vmap, which takes leading stack axes away.
+
+        Args:
+            ndim: number of axes that are left.
 
         Raises:
             ValueError: the axes that are missing are not stack axes.
@@ -131,10 +142,11 @@ class Layout:
 
 
 def einsum_layout(equation: str) -> str | None:
-    """The layout of the second operand of an einsum of two, or None where it is no product that LoHa can adapt.
+    """Return the layout of an einsum's second operand, or None where LoHa cannot adapt the product.
 
-    Letters that it shares with the first operand alone are in axes, with the result alone out axes, with both stack
-    axes. A letter that stands in it twice, or in it alone (which is summed), has no place in a layout.
+    Letters that it shares only with the first operand are in axes, only with the result out axes,
+    with both stack axes. A letter that it has twice, or that neither of the others has, fits no
+    layout.
 
     Example:
         >>> einsum_layout("btd,ndh->btnh"), einsum_layout("btd,dq->bt")

@@ -53,12 +53,12 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
     return _divided_by_ones(*primals), tangents[0]
 
 
-def after(pending: jax.Array, values: Any) -> Any:
+def wait_for(pending: jax.Array, values: Any) -> Any:
     """Return `values` as arrays that are computed after `pending` and merged with no others."""
     return jax.tree.map(lambda x: x + _unknown_zero(pending).astype(x.dtype), values)
 
 
-def alone(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
+def isolated(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
     """Compute `fn(*args)` when all of `args` are computed, sharing nothing with the rest.
 
     XLA:CPU starts everything that does not depend on a pending result, at the price of memory: it

@@ -1,4 +1,9 @@
-"""`adapt`: runs a model on an adapted tree without ever building ΔW."""
+"""`adapt`: runs a model on an adapted tree without materialising ΔW.
+
+`adapt` traces the function with plain kernels (`trace_and_evaluate`), then evaluates the jaxpr with
+views of the adapted kernels instead (`interpreter.evaluate`). A product with a view is computed by
+`product_rules`, through `Operation.factored`, as two products with the factors (`product`).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,18 @@ import numpy as np
 from loha_jax.runtime._compat import Literal, without_dead_code
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.transform import (  # noqa: F401  # importing them registers the rules
+    control_flow_rules,
+    product_rules,
+    structural_rules,
+)
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.closures import closed_over
-from loha_jax.transform.interpreter import Options, densify, evaluate
+from loha_jax.transform.interpreter import densify, evaluate
 from loha_jax.transform.kernel_view import KernelView
-from loha_jax.transform.operation import STRATEGIES
+from loha_jax.transform.options import Options
 from loha_jax.transform.rows import mark_rows
+from loha_jax.transform.strategy import Strategy, checked_strategy
 from loha_jax.tree.containers import on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
@@ -38,44 +49,48 @@ def adapt(
     in_axes: Any = None,
     out_axes: Any = 0,
 ) -> F:
-    """`fn` with its signature, computing every product with an adapted kernel without building ΔW.
+    """Return `fn` with every product of an adapted kernel computed without materialising ΔW.
 
-    `fn` is traced with plain kernels and its jaxpr evaluated: equations that consume a `LoHaWeight` of the arguments
-    are computed on the factors, all others as they are. This works for Linen, NNX, Equinox, Haiku and hand-written
-    models, through jit, scan (stacked kernels too), while, cond, remat, vmap, grad, shard_map, custom_jvp and
-    custom_vjp, and for kernels that are transposed, reshaped, sliced, cast or used twice. Whatever it does not know
-    gets the dense weight: slower, never wrong; `explain` lists where.
+    `fn` is traced with plain kernels, and its jaxpr evaluated: equations that read a `LoHaWeight`
+    of the arguments are computed on the factors, all others as they are. This works for Linen, NNX,
+    Equinox, Haiku and hand-written models; through jit, scan (stacked kernels too), while, cond,
+    remat, vmap, grad, shard_map, custom_jvp and custom_vjp; and for kernels that are transposed,
+    reshaped, sliced, cast or used twice. An unknown operation gets the dense weight: slower, never
+    wrong. `explain` lists where.
 
     Args:
-        fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools, strings, None)
-            stays as it is. Weights that it closes over, rather than takes, are not seen: a warning says so.
-        strategy: "auto" chooses per product between "factored" (x·W + (x·KB)·KA, no array of the kernel's shape) and
-            "fused" (x·(W + ΔW), ΔW built once and rebuilt in the backward pass) by their FLOPs; "dense" keeps ΔW. Or
+        fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools,
+            strings, None) stays as it is. Adapted weights that it closes over, instead of taking
+            them as arguments, are not seen: a warning says so.
+        strategy: "auto" chooses for each product, by FLOPs, between "factored" (x·W + (x·KB)·KA,
+            without an array of the kernel's shape) and "fused" (x·(W + ΔW), with ΔW materialised in
+            the forward pass and again in the backward pass); "dense" keeps ΔW. Or
             `{regex: strategy}` by torch module name (fullmatch), "auto" for the rest.
         training: whether "auto" counts the backward pass. False for inference.
-        forward_mode: plain products that `jax.jvp` can differentiate, at some cost in speed; without it adapted
-            products are `jax.custom_vjp`.
-        adapter_index: `[batch]` integers, one per row: the row runs through that one of the active adapters
-            (`set_adapter` says which, in order), -1 through the base model. The adapters have equal ranks and targets
-            (one that lacks a module leaves it as it is). Results are those of calling `fn` row by row, each a batch
-            of one, concatenated; scalars come one per row. All products are factored, and no ΔW is built; base
-            products run once for the whole batch.
-        in_axes: with `adapter_index`, which arguments have rows and along which axis, as for `jax.vmap`: a tuple with
-            an entry for each positional argument, an integer, None (the same for all rows) or a tree of them that is
-            a prefix of the argument's; or a dict of entries by the arguments' names, keyword arguments too; or one
-            integer for all arguments but the adapted tree. By default the one array, no weight, that has an axis as
-            long as `adapter_index`, along its first axis; where several have one (positions as long as the batch, a
-            mask, a random key, a cache), that is an error.
-        out_axes: with `adapter_index`, the axis of each result that the rows are concatenated along: an integer, or a
-            prefix of the result's tree.
+        forward_mode: use plain products, which `jax.jvp` can differentiate, at some cost in speed.
+            Without it adapted products are `jax.custom_vjp`.
+        adapter_index: integers `[batch]`, one per row: the active adapter (in the order of
+            `set_adapter`) that the row runs through, -1 for the base model. The adapters have equal
+            ranks and targets; one that lacks a module leaves it as it is. Results are those of
+            calling `fn` row by row, each a batch of one, concatenated; scalars become one per row.
+            All products are factored, without ΔW. Base products run once for the whole batch.
+        in_axes: with `adapter_index`, which arguments have rows and along which axis, as for
+            `jax.vmap`. A tuple has an entry for each positional argument: an integer, None (the
+            same for all rows) or a tree of them that is a prefix of the argument's. A dict has
+            entries by the arguments' names, keyword arguments too. One integer stands for all
+            arguments but the adapted tree. By default it is 0 for the one array, weights excepted,
+            that has an axis as long as `adapter_index`; several such arrays (positions as long as
+            the batch, a mask, a random key, a cache) are an error.
+        out_axes: with `adapter_index`, the axis of each result along which the rows are
+            concatenated: an integer, or a prefix of the result's tree.
 
     Returns:
-        A function with the same signature and results. Jit it (or `fn`) as you would `fn`.
+        A function with the same signature and results. Jit it (or `fn`) like `fn`.
 
     Raises:
-        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of `partition`,
-            `adapter_index` is out of range (NaN results where it is traced), the adapters differ in shape, no
-            argument has rows, or it is open which have.
+        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of
+            `partition`, `adapter_index` is out of range (NaN results where it is traced), the
+            adapters differ in shape, no argument has rows, or several may have.
 
     Example:
         >>> import loha_jax
@@ -108,17 +123,17 @@ def adapt(
 
 
 def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
-    """Checks the arguments of `adapt`."""
-    for name in (strategy,) if isinstance(strategy, str) else strategy.values():
-        if name not in STRATEGIES:
-            raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
-    if not isinstance(strategy, str):
-        strategy = tuple((re.compile(pattern), chosen) for pattern, chosen in strategy.items())  # type: ignore[assignment]
-    return Options(strategy, training, forward_mode)
+    """Return the options of an evaluation, from the arguments of `adapt`."""
+    if isinstance(strategy, str):
+        return Options(checked_strategy(strategy), training, forward_mode)
+    by_name: list[tuple[re.Pattern[str], Strategy]] = [
+        (re.compile(pattern), checked_strategy(chosen)) for pattern, chosen in strategy.items()
+    ]
+    return Options(tuple(by_name), training, forward_mode)
 
 
 def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:
-    """Calls `fn` with the adapted leaves of its arguments, or of the NNX models among them, as views."""
+    """Call `fn` with the adapted leaves of its arguments, and of NNX models among them, as views."""
     return on_trees(functools.partial(_run, options), fn, args, kwargs)
 
 
@@ -146,7 +161,7 @@ def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str
         if names := closed_over(fn):
             warn_caller(
                 f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
-                "an argument: it computes with W + ΔW, formed as an array. Pass the adapted tree as an argument.",
+                "an argument: it computes with W + ΔW as an array. Pass the adapted tree as an argument.",
             )
         args, kwargs = treedef.unflatten(leaves)
         return fn(*args, **kwargs)
@@ -163,10 +178,19 @@ def trace_and_evaluate(
     originals: Mapping[int, Any],
     options: Options,
 ) -> Any:
-    """Traces `fn` with `arrays` at `positions` of its flat arguments and evaluates the jaxpr on `values`.
+    """Trace `fn` with plain arrays and evaluate its jaxpr on values, some of which are views.
 
-    An output that is one of the adapted inputs is that leaf again (`originals`, by position among `arrays`), so that a
-    function that returns its parameters returns them adapted.
+    An output that is one of the adapted inputs is that leaf again, so that a function that returns
+    its parameters returns them adapted.
+
+    Args:
+        fn: the function.
+        leaves, treedef: its flat arguments.
+        positions: of the traced ones among the leaves.
+        arrays: what they are traced with.
+        values: what the jaxpr is evaluated on, one per array.
+        originals: the adapted leaves, by position among `arrays`.
+        options: of the evaluation.
     """
     out_tree: Any = None
     static_outputs: dict[int, Any] = {}
@@ -198,7 +222,7 @@ def trace_and_evaluate(
 
 
 def _as_array(value: Any, aval: Any) -> jax.Array:
-    """A constant that a function returns, as `jax.jit` would return it; arrays as they are."""
+    """Return an output as `jax.jit` would return it: constants as arrays, arrays as they are."""
     if isinstance(value, jax.Array):
         return value
     return jnp.asarray(np.asarray(value).item()) if aval.weak_type else jnp.asarray(np.asarray(value), aval.dtype)
@@ -206,7 +230,7 @@ def _as_array(value: Any, aval: Any) -> jax.Array:
 
 @standard_promotion()
 def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
-    """The leaf as a view; the plain kernel where no adapter is active."""
+    """Return the leaf as a view; the plain kernel where no adapter is active."""
     leaf.require_whole()
     warn_of_forgotten_dropout(leaf.active_adapters)
     if not leaf.active_adapters:

@@ -1,4 +1,4 @@
-"""Each row of a batch through its own adapter: serving several LoHa adapters of one model in one call."""
+"""Each row of a batch through its own adapter: several LoHa adapters of one model in one call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _ROW = "row"
 
 
 def check_index(adapter_index: Any) -> jax.Array:
-    """`adapter_index` as an array, `[batch]`."""
+    """Return `adapter_index` as an array, `[batch]`.
+
+    Raises:
+        ValueError: it is not a vector of integers.
+    """
     index = jnp.asarray(adapter_index)
     if index.ndim != 1 or not (jnp.issubdtype(index.dtype, jnp.integer) or not index.size):
         raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
@@ -28,13 +32,17 @@ def check_index(adapter_index: Any) -> jax.Array:
 def run_per_example(
     run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], index: jax.Array, out_axes: Any
 ) -> Any:
-    """Calls `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one of the tree.
+    """Call `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one.
 
     Args:
-        run: applies the model to arguments with one active adapter; its products are computed factored.
+        run: applies the model to arguments with one active adapter; its products are factored.
         args, kwargs: of the model, with `Rows` where arrays have rows.
-        index: `[batch]` integers.
-        out_axes: the axis of each result that rows are put together along, as a prefix of its tree.
+        index: integers `[batch]`.
+        out_axes: the axis of each result along which rows are joined, as a prefix of its tree.
+
+    Raises:
+        ValueError: no adapter is active, the index is out of range, the adapters differ in shape,
+            or `out_axes` does not fit the results.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
     adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
@@ -69,20 +77,20 @@ def run_per_example(
 
 
 def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
-    """`[batch, ...]` of batches of one as one batch along an axis; scalars one per row."""
+    """Return batches of one, `[batch, ...]`, as one batch along an axis; scalars as one per row."""
     if outputs.ndim == 1:
         return outputs
     if axis is None or not 1 - outputs.ndim <= axis < outputs.ndim - 1:
         raise ValueError(f"out_axes says {axis} for a result of shape {outputs.shape[1:]} of one row")
     axis %= outputs.ndim - 1
-    moved = jnp.moveaxis(outputs, 0, axis)
+    moved = jnp.moveaxis(outputs, 0, axis)  # [..., batch, own, ...] -> [..., batch·own, ...]
     batch, own, *rest = moved.shape[axis:]
     return moved.reshape(*moved.shape[:axis], batch * own, *rest)
 
 
 @standard_promotion()
 def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
-    """What differs between the rows: the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
+    """Return the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
     if isinstance(leaf, SavedWeight):
         copies = jnp.stack([*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original])
         return _take(copies, index)
@@ -109,9 +117,9 @@ def _scalings_differ(held: Sequence[Factors]) -> bool:
 
 
 def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
-    """The arrays of adapters of one shape. What scales their updates is an array here, where it differs.
+    """Return the arrays of adapters of one shape, with their scaling as an array where it differs.
 
-    A weight decomposition always has its strength as an array: that of the base model is 0.
+    A weight decomposition always has its strength as an array, because that of the base model is 0.
     """
     differ, result = _scalings_differ(held), []
     for f in held:
@@ -128,14 +136,14 @@ def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table by index, where -1 is the last one; NaN for an index that is out of range under a trace."""
+    """Return rows of a table by index: -1 is the last one, and NaN stands for one out of range."""
     size = table.shape[0]
     rows = jnp.where(index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size))
     return jnp.take(table, rows, axis=0, mode="fill")
 
 
 def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
-    """The leaf with the adapter of one row."""
+    """Return the leaf with the adapter of one row."""
     if isinstance(leaf, SavedWeight):
         return chosen
     if chosen is None:

@@ -1,4 +1,7 @@
-"""Adapted weights that a function closes over instead of taking them: `adapt` does not see them."""
+"""Adapted weights that a function closes over instead of taking them as arguments.
+
+`adapt` does not see them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 def closed_over(fn: Callable[..., Any]) -> list[str]:
-    """Names of the variables, outside of `fn`, through which it reaches adapted kernels."""
+    """Return the names of variables outside of `fn` through which it reaches adapted kernels."""
     return list(dict.fromkeys(name for name, value in _outside(fn) if _holds_adapted(value)))
 
 

@@ -1,4 +1,4 @@
-"""`explain`: how `adapt` computes each product of a model, and what it costs over the frozen base."""
+"""`explain`: how `adapt` computes each product of a model, and the cost over the frozen base."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from loha_jax.transform.adapt import make_options, run
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
+from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import adapted_leaves
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.text_table import text_table
@@ -29,7 +30,8 @@ class Use:
         primitive: the JAX primitive that reads the kernel.
         shape: of the kernel there.
         rows: rows of the other operand (tokens), times the trip count of the scans around it.
-        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that forms only the rows it reads).
+        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that computes only the
+            rows it reads).
         flops: FLOPs of the frozen base's product (in training: forward and input gradient).
         extra_flops: FLOPs that the adapter adds, by the cost model that "auto" chooses with.
         extra_bytes: bytes of the largest array that the strategy adds.
@@ -48,7 +50,7 @@ class Use:
 
     @property
     def ratio(self) -> float:
-        """FLOPs with the adapter over FLOPs of the frozen base; nan where the cost model does not count the use."""
+        """FLOPs with the adapter over FLOPs of the frozen base; nan where they are not counted."""
         return (self.flops + self.extra_flops) / self.flops if self.flops else float("nan")
 
 
@@ -68,7 +70,7 @@ class Explanation:
 
     @property
     def dense(self) -> tuple[Use, ...]:
-        """The uses for which the weight is formed."""
+        """The uses for which the weight is materialised."""
         return tuple(use for use in self.uses if use.strategy == "dense")
 
     def __str__(self) -> str:
@@ -109,7 +111,7 @@ class _Recorder:
     def scanned(self, view: KernelView, atom: int | None) -> None:
         pass
 
-    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
         costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
@@ -118,8 +120,8 @@ class _Recorder:
                 view.shape,
                 operation.rows * times,
                 strategy,
-                costs["base"] * times,
-                costs["factored" if strategy == "factored" else "fused"] * times,
+                costs.base * times,
+                (costs.factored if strategy == "factored" else costs.fused) * times,
                 operation.temporary_bytes(view, strategy),
             )
         )
@@ -141,12 +143,12 @@ def explain(
     forward_mode: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """What `adapt(fn)(params, *args)` does with each adapted kernel: the strategy chosen, its FLOPs and its bytes.
+    """Return the strategy, FLOPs and bytes of each use of an adapted kernel by `adapt(fn)`.
 
     Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s.
 
     Args:
-        fn: the model's function, or what `adapt` made of it (whose own settings then count).
+        fn: the model's function, or the result of `adapt`, whose own settings then count.
         params: the first argument of `fn`, an adapted tree or NNX model.
         args, kwargs: the other arguments of `fn`.
         strategy, training, forward_mode: as for `adapt`.

@@ -14,9 +14,10 @@ from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import ModelLayouts
 from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
 from loha_jax.transform.adapt import trace_and_evaluate
-from loha_jax.transform.interpreter import Options
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
+from loha_jax.transform.options import Options
+from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
 
@@ -125,14 +126,14 @@ class _Roles:
             self.lookups.add(view.name)
 
     def _unseen(self, view: KernelView, axis: int, kinds: list[str]) -> str:
-        """An axis of size 1 here: what the view's own axis of size 1 is, or (indexed away) a stack axis."""
+        """Return the kind of an axis of size 1: the view's, or stack if it was indexed away."""
         ones = [kind for kind, atoms in zip(kinds, view.dims, strict=True) if not atoms]
         stored_ones = [a.axis for a in view.atoms if a.size == 1 and a.axis not in self.stacked.get(view.name, ())]
         if len(ones) == len(stored_ones):
             return ones[stored_ones.index(axis)]
         return "s"
 
-    def computed(self, view: KernelView, operation: Operation, strategy: str, times: int) -> None:
+    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
         pass
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
@@ -143,7 +144,7 @@ class _Roles:
 
 
 def _operand_kinds(eqn: Any, operand: int, view: KernelView) -> list[str] | None:
-    """What each axis of the view is to this equation, or None if it does not say."""
+    """Return the kind of each axis of the view for this equation, or None if it does not say."""
     primitive, ndim = eqn.primitive.name, len(view.shape)
     if primitive == "dot_general":
         contracted, batch = (sides[operand] for sides in eqn.params["dimension_numbers"])

@@ -1,25 +1,27 @@
 """`KernelView`: an adapted kernel as it looks at one point of a traced function.
 
-A model rarely multiplies with the kernel as it is stored: it is transposed, reshaped, sliced, cast, or one layer is
-taken from a stack. A view follows these without forming ΔW. Each axis of the kernel is made of *atoms*, indivisible
-runs of stack, in, out or spatial positions; structural operations permute, group, split and cut atoms, and the factors
-follow.
+A model rarely multiplies with the kernel as it is stored: it is transposed, reshaped, sliced, cast,
+or one layer is taken from a stack. A view follows these without materialising ΔW. Each axis of the
+kernel is made of *atoms*, indivisible runs of stack, in, out or spatial positions. Structural
+operations permute, group, split and cut atoms, and the factors follow.
+
+Example: a query kernel `[768, 12, 64]` with the layout "ioo" has three atoms, i 768, o 12 and o 64.
+Reshaped to `[768, 768]`, its second axis is made of the two out atoms.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from loha_jax.lowrank.hadamard import float32_or_wider, hada_weight, multiply_core
+from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
+from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
 from loha_jax.runtime.sizes import is_empty, is_known
 from loha_jax.tree.leaves import Factors, LoHaWeight
@@ -30,8 +32,8 @@ class Atom:
     """A run of positions along one axis of the stored kernel.
 
     Attributes:
-        kind: "s" (stack), "i" (in), "o" (out), "k" (spatial), "b" (added by broadcasting), "?" (not known yet: layout
-            inference).
+        kind: "s" (stack), "i" (in), "o" (out), "k" (spatial), "b" (added by broadcasting), "?" (not
+            known yet: layout inference).
         size: number of positions.
         axis: axis of the stored kernel, -1 for "b".
     """
@@ -48,11 +50,11 @@ class ViewFactors:
 
     Attributes:
         w1_a, w2_a: `[*s, out, r]`.
-        w1_b, w2_b: `[*s, r, in·prod(spatial)]`, or `[*s, r, in]` beside cores.
+        w1_b, w2_b: `[*s, r, in·prod(spatial)]`, or `[*s, r, in]` with cores.
         t1, t2: cores `[*s, r, r, prod(spatial)]` of a convolution in CP form, or None.
         scaling: `[*s]`.
-        out_gain, in_gain: of a weight decomposition, what the base weight is to be multiplied by and added:
-            `[*s, out, 1]` or `[*s, 1, in]`; or None. The factors hold their own share of it.
+        out_gain, in_gain: of a weight decomposition, the multiple of the base weight that is added:
+            `[*s, out, 1]` or `[*s, 1, in]`; or None. ΔW's own multiple is in the factors.
     """
 
     w1_a: Any
@@ -65,10 +67,26 @@ class ViewFactors:
     out_gain: Any = None
     in_gain: Any = None
 
-    @property
-    def without_gain(self) -> ViewFactors:
-        """What of it is ΔW."""
-        return dataclasses.replace(self, out_gain=None, in_gain=None)
+    @classmethod
+    def of(cls, f: Factors, kernel: jax.Array, layout: Layout) -> ViewFactors:
+        """Return an adapter of a kernel as it is stored."""
+        shape = kernel.shape
+        stack = layout.sizes("s", shape)
+        a1, a2, t1, t2 = f.hada_w1_a, f.hada_w2_a, f.hada_t1, f.hada_t2
+        if f.is_cp:
+            a1, a2 = jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2)  # [*stack, out, r]
+            r = a1.shape[-1]
+            t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
+        view = cls(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
+        if (gains := f.gains(kernel, layout)) is None:
+            return view
+        own, base = gains  # [*stack, out, 1, ...] or [*stack, 1, in, 1, ...]
+        if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
+            rows = (*base.shape[: len(stack) + 1], 1)  # [*stack, out, 1]
+            return dataclasses.replace(view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows))
+        columns = (*stack, 1, base.shape[len(stack) + 1])  # [*stack, 1, in]
+        own = own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
+        return dataclasses.replace(view, w1_b=f.hada_w1_b * own, in_gain=base.reshape(columns))
 
     @property
     def r(self) -> int:
@@ -77,15 +95,15 @@ class ViewFactors:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the factors' products are computed in: float32 or better."""
+        """The dtype of the factors' products: float32 or wider."""
         return float32_or_wider(self.w1_a.dtype)
 
     def astype(self, dtype: Any) -> ViewFactors:
-        """All arrays in another dtype."""
+        """Return all arrays in another dtype."""
         return jax.tree.map(lambda w: w.astype(dtype), self)
 
     def flat(self) -> ViewFactors:
-        """The same update without cores: they multiply into w*_b, exactly and at the same rank."""
+        """Return the same update without cores, which multiply into w*_b at the same rank."""
         if self.t1 is None:
             return self
         f, dtype = self.astype(self.dtype), self.dtype
@@ -101,9 +119,10 @@ class KernelView:
     Attributes:
         kernel: the base weight, with the operations applied.
         factors: the active adapters.
-        atoms: all atoms; those of one kind stand in the order in which PEFT's tensors flatten them.
+        atoms: all atoms; those of one kind are in the order in which PEFT's tensors flatten them.
         dims: for each axis of `kernel`, the atoms (of size > 1) it is made of, outermost first.
-        name: the module's name, for reports; empty where none is made, so that equal layers share traces.
+        name: the module's name, for reports; empty where none is made, so that equal layers share
+            traces.
     """
 
     kernel: Any
@@ -114,68 +133,54 @@ class KernelView:
 
     @classmethod
     def of(cls, leaf: LoHaWeight, name: str = "") -> KernelView:
-        """The view of a leaf as it is stored."""
+        """Return the view of a leaf as it is stored."""
         layout = leaf.layout.strip(leaf.kernel.ndim)
         shape = leaf.kernel.shape
         order = layout.order
         kinds = {axis: kind for kind in "soik" for axis in layout.axes(kind)}
         atoms = tuple(Atom(kinds[axis], shape[axis], axis) for axis in order)
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
-
-        stack = layout.sizes("s", shape)
-
         kernel = lax.stop_gradient(leaf.kernel)
-
-        def view_factors(f: Factors) -> ViewFactors:
-            a1, a2, t1, t2 = f.hada_w1_a, f.hada_w2_a, f.hada_t1, f.hada_t2
-            if f.is_cp:
-                a1, a2 = jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2)
-                r = a1.shape[-1]
-                t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
-            view = ViewFactors(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
-            if (gains := f.gains(kernel, layout)) is None:
-                return view
-            own, base = gains
-            if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
-                rows = (*base.shape[: len(stack) + 1], 1)
-                return dataclasses.replace(view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows))
-            columns = (*stack, 1, base.shape[len(stack) + 1])
-            own = own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
-            return dataclasses.replace(view, w1_b=f.hada_w1_b * own, in_gain=base.reshape(columns))
-
-        factors = tuple(view_factors(f) for f in leaf.active_adapters)
+        factors = tuple(ViewFactors.of(f, kernel, layout) for f in leaf.active_adapters)
         return cls(kernel, factors, atoms, dims, name)
 
     @classmethod
     def unknown(cls, kernel: Any, name: str) -> KernelView:
-        """The view of a plain array whose layout is to be inferred."""
+        """Return the view of a plain array whose layout is to be inferred."""
         atoms = tuple(Atom("?", size, axis) for axis, size in enumerate(kernel.shape))
         return cls(kernel, (), atoms, tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms)), name)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the view."""
+        """The shape of the view."""
         return self.kernel.shape
 
     @property
     def shapes(self) -> KernelView:
-        """The view with a `jax.ShapeDtypeStruct` for each array: differentiation rules outlive the trace of those."""
+        """The view with a `jax.ShapeDtypeStruct` for each array.
+
+        Differentiation rules hold it: they outlive the trace of the arrays.
+        """
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
 
     def of_kind(self, kind: str) -> list[int]:
-        """The atoms of one kind, in flattening order."""
+        """Return the atoms of one kind, in flattening order."""
         return [n for n, atom in enumerate(self.atoms) if atom.kind == kind]
 
     def of_side(self, side: str) -> list[int]:
-        """The atoms of the factors' in or out side, as they flatten: spatial atoms follow the in ones."""
+        """Return the atoms of the factors' in or out axis; spatial atoms follow the in ones."""
         return self.of_kind("i") + self.of_kind("k") if side == "i" else self.of_kind(side)
 
-    @property
-    def stack_shape(self) -> tuple[int, ...]:
-        """Sizes of the stack atoms: the leading axes of the factors."""
-        return tuple(self.atoms[n].size for n in self.of_kind("s"))
+    def flat(self) -> KernelView:
+        """Return the same view without cores."""
+        return dataclasses.replace(self, factors=tuple(f.flat() for f in self.factors))
 
-    # --- structural operations: each returns the new view, or None where a view cannot follow -------------------------
+    def without_gain(self) -> KernelView:
+        """Return the view of W + ΔW, without the multiples of W that weight decompositions add."""
+        factors = tuple(dataclasses.replace(f, out_gain=None, in_gain=None) for f in self.factors)
+        return dataclasses.replace(self, factors=factors)
+
+    # --- structural operations: each returns the new view, or None where a view cannot follow ---
 
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
@@ -194,7 +199,7 @@ class KernelView:
         return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
 
     def broadcast_in_dim(self, shape: Sequence[int], broadcast_dimensions: Sequence[int]) -> KernelView | None:
-        """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, hold atoms of kind "b"."""
+        """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, get atoms of kind "b"."""
         if not all(map(is_known, shape)):
             return None
         atoms, dims = list(self.atoms), []
@@ -211,7 +216,7 @@ class KernelView:
         return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
-        """`lax.reshape`: regroups atoms, splitting those that a new axis ends within."""
+        """`lax.reshape`: regroup atoms, splitting those within which a new axis ends."""
         queue = [n for atoms in self.dims for n in atoms]
         view, dims = self, []
         for size in shape:
@@ -259,7 +264,7 @@ class KernelView:
         return view
 
     def scaled(self, factor: Any, operation: Callable[[Any, Any], Any]) -> KernelView:
-        """The kernel multiplied or divided by a scalar."""
+        """Return the view multiplied or divided by a scalar."""
         factors = tuple(dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors)
         return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
 
@@ -270,18 +275,12 @@ class KernelView:
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
 
-    def flat(self) -> KernelView:
-        """The same view with flat factors only."""
-        return dataclasses.replace(self, factors=tuple(f.flat() for f in self.factors))
-
-    def map_kernel(self, operation: Callable[[Any], Any]) -> KernelView:
-        """An operation on the kernel that changes neither values nor axes (a copy, a sharding constraint)."""
-        return dataclasses.replace(self, kernel=operation(self.kernel))
-
     def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
-        """Applies `operation(array, axis)`, which changes the positions along an axis, to the kernel and its factors.
+        """Apply `operation(array, axis)`, which changes the positions along an axis.
 
-        None where the axis is made of several atoms, whose positions cannot be told apart, or nothing is left.
+        Returns:
+            The view with the kernel and its factors changed; None where the axis is made of several
+            atoms, whose positions cannot be told apart, or nothing is left.
         """
         if len(self.dims[axis]) != 1:
             return None
@@ -295,181 +294,16 @@ class KernelView:
             dims[axis] = ()
         return dataclasses.replace(view, kernel=kernel, dims=tuple(dims))
 
-    def take_leading(self) -> tuple[int | None, KernelView] | None:
-        """Prepares the view to be scanned over its leading axis.
-
-        Returns:
-            The atom that the scan takes away (None for an axis of size 1, which no atom stands for) and the view with
-            that atom's axis first in every factor; or None where the leading axis is an in or out axis.
-        """
-        if not self.dims[0]:
-            return None, self
-        (atom, *more) = self.dims[0]
-        if more or self.atoms[atom].kind not in "sb?":
-            return None
-        if self.atoms[atom].kind != "s":
-            return atom, self
-        at = self.of_kind("s").index(atom)
-        factors = jax.tree.map(lambda x: jnp.moveaxis(x, at, 0), self.factors)
-        return atom, dataclasses.replace(self, factors=factors)
-
-    def without_leading(self, atom: int | None) -> KernelView:
-        """The view inside the scan: the leading axis and its atom are gone."""
-        if atom is None:
-            return dataclasses.replace(self, dims=self.dims[1:])
-        dims = tuple(tuple(n - (n > atom) for n in d) for d in self.dims[1:])
-        return dataclasses.replace(self, atoms=self.atoms[:atom] + self.atoms[atom + 1 :], dims=dims)
-
-    def split(self, spec: Sequence[Any], mesh_shape: Mapping[str, int]) -> tuple[KernelView, KernelView] | None:
-        """Prepares the view to be split over the devices of a `shard_map`.
-
-        Args:
-            spec: per axis of the kernel the mesh axes that it is split over; missing ones are None.
-            mesh_shape: sizes of the mesh axes.
-
-        Returns:
-            The view with a `PartitionSpec` for every array, and the view of one shard, whose arrays are to be filled
-            in; or None where a shard of the kernel is not made from blocks of the factors.
-        """
-        atoms, split = list(self.atoms), {}
-        for dims, axes in zip(self.dims, spec, strict=False):  # axes that the spec leaves out are not split
-            count = math.prod(mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
-            if count == 1:
-                continue
-            if not dims or atoms[dims[0]].size % count:
-                return None
-            split[dims[0]] = axes
-            atoms[dims[0]] = dataclasses.replace(atoms[dims[0]], size=atoms[dims[0]].size // count)
-        sides = {side: [n for n in self.of_side(side) if self.atoms[n].size > 1] for side in "oi"}
-        if any(n in split for side in sides.values() for n in side[1:]):
-            return None
-        stack = tuple(split.get(n) for n in self.of_kind("s"))
-
-        def outermost(side: str) -> Any:
-            return split.get(sides[side][0]) if sides[side] else None
-
-        def specs(f: ViewFactors) -> ViewFactors:
-            out, in_ = outermost("o"), outermost("i")
-            by_name = {
-                **dict.fromkeys(("w1_a", "w2_a", "out_gain"), (*stack, out, None)),
-                **dict.fromkeys(("w1_b", "w2_b", "in_gain"), (*stack, None, in_)),
-                **dict.fromkeys(("t1", "t2", "scaling"), stack),
-            }
-            held = {name: axes for name, axes in by_name.items() if getattr(f, name) is not None}
-            return dataclasses.replace(f, **{name: PartitionSpec(*axes) for name, axes in held.items()})
-
-        own = PartitionSpec(*spec)
-        shard = dataclasses.replace(
-            self, atoms=tuple(atoms), dims=tuple(tuple(n for n in d if atoms[n].size > 1) for d in self.dims)
-        )
-        factors = tuple(specs(f) for f in self.factors)
-        return dataclasses.replace(self, kernel=own, factors=factors), shard
-
-    # --- values -------------------------------------------------------------------------------------------------------
-
-    def dense(self, *, forward_mode: bool = False) -> jax.Array:
-        """The view as a plain array: base plus ΔW, in the base's dtype, added in float32 or better."""
-        if not self.factors:
-            return self.kernel
-        present = [n for d in self.dims for n in d]
-        # ΔW is built in the orientation of the view, to be transposed as little as possible.
-        sides = "sio" if [self.atoms[n].kind for n in present if self.atoms[n].kind in "io"][:1] == ["i"] else "soi"
-        atoms = [n for side in sides for n in self.of_side(side) if self.atoms[n].size > 1]
-        total = None
-        for f in self.factors:
-            f = f.flat().astype(f.dtype)
-            a1, b1, a2, b2 = f.w1_a, f.w1_b, f.w2_a, f.w2_b
-            if sides == "sio":
-                a1, b1, a2, b2 = (jnp.swapaxes(w, -1, -2) for w in (b1, a1, b2, a2))
-            delta = hada_weight(a1, b1, a2, b2, f.scaling, forward_mode=forward_mode)
-            total = delta if total is None else total + delta
-        assert total is not None
-        total = total.reshape([self.atoms[n].size for n in atoms])
-        total = jnp.transpose(total, [atoms.index(n) for n in present if self.atoms[n].kind != "b"])
-        total = total.reshape([1 if self.atoms[n].kind == "b" else self.atoms[n].size for n in present])
-        total = jnp.broadcast_to(total, [self.atoms[n].size for n in present]).reshape(self.shape)
-        wide = float32_or_wider(self.kernel.dtype, total.dtype)
-        kernel = self.kernel.astype(wide)
-        for side in "oi":
-            if (gain := self.gain(side)) is not None:
-                total = total + gain.astype(wide) * self.kernel.astype(wide)
-        return (kernel + total.astype(wide)).astype(self.kernel.dtype)
-
-    def gain(self, side: str) -> jax.Array | None:
-        """What weight decompositions add to the base weight, as a multiple of it along the out or in axes.
-
-        Returns:
-            An array that broadcasts against the view, of size 1 along its other axes; None without such adapters.
-        """
-        gains = [g for f in self.factors if (g := f.out_gain if side == "o" else f.in_gain) is not None]
-        if not gains:
-            return None
-        own = [n for n in (*self.of_kind("s"), *self.of_kind(side)) if self.atoms[n].size > 1]
-        present = [n for d in self.dims for n in d]
-        total = functools.reduce(jnp.add, gains).reshape([self.atoms[n].size for n in own])
-        total = jnp.transpose(total, [own.index(n) for n in present if n in own])
-        sizes = [self.atoms[n].size for n in present]
-        total = total.reshape([size if n in own else 1 for n, size in zip(present, sizes, strict=True)])
-        mixed = [d for d in self.dims if set(d) & set(own) and set(d) - set(own)]
-        whole = {n for d in mixed for n in d}
-        shape = [s if n in own or n in whole else 1 for n, s in zip(present, sizes, strict=True)]
-        total = jnp.broadcast_to(total, shape)
-        return total.reshape([math.prod(self.atoms[n].size for n in d) if set(d) & set(own) else 1 for d in self.dims])
-
-    @property
-    def has_gain(self) -> bool:
-        """Whether an adapter decomposes the weight."""
-        return any(f.out_gain is not None or f.in_gain is not None for f in self.factors)
-
-    def without_gain(self) -> KernelView:
-        """The view of W + ΔW."""
-        return dataclasses.replace(self, factors=tuple(f.without_gain for f in self.factors))
-
-    def rows(self, axis: int, gather: Callable[[Any], Any], *, forward_mode: bool) -> jax.Array | None:
-        """ΔW at some positions of one in or out axis (an embedding lookup): only the rows that are read are formed.
-
-        Args:
-            axis: of the view.
-            gather: takes those positions from axis 0 of a matrix: `[n, r]` to `[*positions, r]`.
-            forward_mode: plain products that `jax.jvp` can differentiate.
-
-        Returns:
-            `[*positions, *other axes]`, or None where the view has stack axes or the axis is not all of in or out.
-        """
-        plain = not (self.of_kind("s") or self.of_kind("b") or self.of_kind("k") or self.has_gain)
-        if not plain or len(self.dims[axis]) != 1:
-            return None
-        (atom,) = self.dims[axis]
-        kind = self.atoms[atom].kind
-        if any(self.atoms[n].size > 1 for n in self.of_kind(kind) if n != atom):
-            return None
-        others = [n for n in self.of_kind("i" if kind == "o" else "o") if self.atoms[n].size > 1]
-        total, positions = None, ()
-        for f in self.factors:
-            tables, whole = (f.w1_a, f.w2_a), (f.w1_b, f.w2_b)
-            if kind == "i":
-                tables, whole = tuple(x.T for x in whole), tuple(x.T for x in tables)
-            rows = [gather(table) for table in tables]
-            positions = rows[0].shape[:-1]
-            flat = [row.reshape(-1, row.shape[-1]) for row in rows]
-            delta = hada_weight(flat[0], whole[0], flat[1], whole[1], f.scaling, forward_mode=forward_mode)
-            total = delta if total is None else total + delta
-        assert total is not None
-        total = total.reshape(-1, *(self.atoms[n].size for n in others))
-        rest = [d for n, d in enumerate(self.dims) if n != axis]
-        total = jnp.transpose(total, [0, *(1 + others.index(n) for d in rest for n in d)])
-        return total.reshape(*positions, *(size for n, size in enumerate(self.shape) if n != axis))
-
-    # --- atoms --------------------------------------------------------------------------------------------------------
+    # --- atoms ---
 
     def _map_atom(self, atom: int, operation: Callable[[Any, int], Any], size: int) -> KernelView:
-        """Applies an operation to the axis of one atom in every factor that has it."""
+        """Apply an operation to the axis of one atom in every factor that has it."""
         kind = self.atoms[atom].kind
-        stack = self.stack_shape
+        leading = len(self.of_kind("s"))
 
         def mapped(x: jax.Array, axis: int, side: list[int]) -> jax.Array:
-            """`operation` on the atom's axis, where `axis` of x is made of the atoms of `side`."""
-            inner = [self.atoms[n].size for n in side]
+            """Apply it to the atom's part of an axis that is made of the atoms of `side`."""
+            inner = [self.atoms[n].size for n in side]  # the axis as one axis per atom
             y = operation(x.reshape(*x.shape[:axis], *inner, *x.shape[axis + 1 :]), axis + side.index(atom))
             return y.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
@@ -477,17 +311,17 @@ class KernelView:
             if kind == "s":
                 return jax.tree.map(lambda x: operation(x, self.of_kind("s").index(atom)), f)
             if kind == "o":
-                names, axis, side = ("w1_a", "w2_a"), len(stack), self.of_kind("o")
+                names, axis, side = ("w1_a", "w2_a"), leading, self.of_kind("o")
             elif kind == "k" and f.t1 is not None:
-                names, axis, side = ("t1", "t2"), len(stack) + 2, self.of_kind("k")
+                names, axis, side = ("t1", "t2"), leading + 2, self.of_kind("k")
             else:
-                names, axis = ("w1_b", "w2_b"), len(stack) + 1
+                names, axis = ("w1_b", "w2_b"), leading + 1
                 side = self.of_kind("i") if f.t1 is not None else self.of_side("i")
             changed = {name: mapped(getattr(f, name), axis, side) for name in names}
             if kind == "o" and f.out_gain is not None:
                 changed["out_gain"] = mapped(f.out_gain, axis, side)
             if kind == "i" and f.in_gain is not None:
-                changed["in_gain"] = mapped(f.in_gain, len(stack) + 1, self.of_kind("i"))
+                changed["in_gain"] = mapped(f.in_gain, leading + 1, self.of_kind("i"))
             return dataclasses.replace(f, **changed)
 
         factors = self.factors if kind in "b?" else tuple(change(f) for f in self.factors)
@@ -496,7 +330,7 @@ class KernelView:
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
 
     def _split(self, atom: int, outer: int) -> KernelView:
-        """Splits an atom in two that stand one after the other; `dims` is left to the caller."""
+        """Split an atom in two that follow each other; `dims` is left to the caller."""
         old = self.atoms[atom]
         inner = old.size // outer
         atoms = [
@@ -512,5 +346,5 @@ class KernelView:
 
 
 def size_of(view: KernelView, atoms: Sequence[int]) -> int:
-    """Product of the sizes of some atoms."""
+    """Return the product of the sizes of some atoms."""
     return math.prod(view.atoms[n].size for n in atoms)

@@ -1,4 +1,9 @@
-"""What products and convolutions with an adapted kernel share: the choice by cost, and the fused form."""
+"""Operations with an adapted kernel: what products and convolutions share.
+
+Each has three forms. Dense materialises W + ΔW. Factored computes x·W + (x·KB)·KA, without an array
+of the kernel's shape. Fused materialises W + ΔW in the forward pass and again in the backward pass,
+and keeps it in between in neither.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,22 @@ from jax import lax
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import split_as
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.runtime.xla_hints import after, alone, materialized
-from loha_jax.transform.input_recomputation import Kept
-from loha_jax.transform.kernel_view import KernelView
-
-STRATEGIES = ("auto", "factored", "fused", "dense")
-
-
-_ELEMENT_FLOPS = 40
-"""FLOPs in whose time an element of ΔW is written and read: the largest that keeps the choice within 10 % of the fewest
-FLOPs for every width, rank and row count in benchmarks/README.md."""
-
-
-_WORTH_FORMING = {"training": 0.06, "inference": 0.015}
-"""What fused has to save, of the frozen operation's FLOPs, to be chosen. In training it forms ΔW twice and multiplies
-with KB twice: a Transformer's step takes as long with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
-
+from loha_jax.runtime.xla_hints import isolated, materialized, wait_for
+from loha_jax.transform.decomposed_base import BaseScaling, has_gain, scaled_base
+from loha_jax.transform.input_recomputation import KeptInput
+from loha_jax.transform.kernel_view import KernelView, ViewFactors
+from loha_jax.transform.materialised import dense_kernel
+from loha_jax.transform.strategy import Costs, GradientCosts, Strategy, cheapest
 
 _BLOCK_ELEMENTS = 1 << 20
-"""Elements of ΔW that are formed at a time in the forward pass on one CPU: few enough to stay in its caches."""
+"""Elements of ΔW that the forward pass materialises at a time on one CPU: they fit its caches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRule:
+    """The reason why an operation has no form but the dense weight."""
+
+    reason: str
 
 
 class Operation(abc.ABC):
@@ -40,8 +42,8 @@ class Operation(abc.ABC):
 
     Attributes:
         primitive: its name in a jaxpr.
+        branches: whether XLA:CPU computes it as fast inside a branch as outside.
         rows: how many times the whole kernel is multiplied: tokens, or positions of an image.
-        branches: whether XLA:CPU computes it in a branch as fast as outside one.
     """
 
     primitive: ClassVar[str]
@@ -50,136 +52,145 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The plain operation with some kernel of the view's shape."""
+        """Return the plain operation with a kernel of the view's shape."""
 
     @abc.abstractmethod
     def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, Any]:
-        """What the adapters add to the result, in float32 or better, without forming ΔW; and what `pull_back` wants."""
+        """Return what the adapters add to the result, without materialising ΔW.
 
-    @abc.abstractmethod
-    def pull_back(self, x: jax.Array, view: KernelView, h: Any, g: jax.Array) -> tuple[jax.Array, Any]:
-        """Cotangents of x and of the view's factors, for the cotangent `g` of the update; `h` comes from `update`."""
-
-    @abc.abstractmethod
-    def costs(self, view: KernelView, training: bool) -> dict[str, float]:
-        """FLOPs of the frozen operation ("base"), FLOPs that "factored" and "fused" add to it, and the "elements" of ΔW
-        that fused forms.
+        Returns:
+            The update in float32 or wider, and the intermediate values that `pull_back` takes as h.
         """
 
     @abc.abstractmethod
-    def temporary_bytes(self, view: KernelView, strategy: str) -> int:
-        """Bytes of the largest array that the strategy adds to the frozen operation."""
+    def pull_back(
+        self, x: jax.Array, view: KernelView, h: Any, g: jax.Array
+    ) -> tuple[jax.Array, tuple[ViewFactors, ...]]:
+        """Return the cotangents of x and of the factors for the cotangent `g` of the update."""
 
     @abc.abstractmethod
-    def gradient_costs(self, view: KernelView) -> dict[str, float]:
-        """FLOPs of the factors' gradients: through the gradient of ΔW ("weight"), or without it ("factors")."""
+    def elements(self, view: KernelView) -> int:
+        """Return the number of elements of ΔW."""
+
+    @abc.abstractmethod
+    def factored_flops(self, view: KernelView) -> float:
+        """Return the FLOPs of the factored update's forward pass."""
+
+    @abc.abstractmethod
+    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
+        """Return the size of the largest array that the strategy adds to the frozen operation."""
+
+    @abc.abstractmethod
+    def place_gain(self, x: Any, gain: jax.Array) -> BaseScaling | None:
+        """Return a gain as a multiple of the result or of x; None where it is neither.
+
+        Args:
+            x: the plain operand.
+            gain: a multiple of the weight that broadcasts against the view.
+        """
 
     def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
-        """An axis of the kernel and the axis of the result that has the same positions; None where there is none."""
+        """Return an axis of the kernel and the result's axis of the same positions, or None."""
         return None
 
-    def choose(self, view: KernelView, training: bool) -> str:
-        """Factored, which forms nothing of W's shape, unless fused costs clearly less.
+    def costs(self, view: KernelView, training: bool) -> Costs:
+        """Return the FLOPs of the frozen operation, and what each strategy adds to them."""
+        elements, gradients = self.elements(view), self.gradient_costs(view)
+        base, factored, materialising = 2.0 * self.rows * elements, self.factored_flops(view), self._materialising(view)
+        count = float(len(view.factors))
+        if not training:
+            return Costs(base, factored, materialising, count * elements)
+        # Each pass materialises ΔW, and each gradient through ΔW is two more arrays of its shape.
+        times = 4 if gradients.through_weight < gradients.through_factors else 2
+        return Costs(2 * base, 3 * factored, 2 * materialising + min(gradients), times * count * elements)
 
-        Building ΔW counts for more than its FLOPs, because it is bound by memory. In training on several devices fused
-        is never chosen: they would have to gather W + ΔW twice, or to add up gradients of its shape.
+    def gradient_costs(self, view: KernelView) -> GradientCosts:
+        """Return the FLOPs of the factors' gradients."""
+        base = 2.0 * self.rows * self.elements(view)
+        return GradientCosts(base + 2 * self._materialising(view), 2 * self.factored_flops(view))
+
+    def _materialising(self, view: KernelView) -> float:
+        """Return the FLOPs of ΔW: two products with r columns, their product, scaled and added."""
+        return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
+
+    def choose(self, view: KernelView, training: bool) -> Strategy:
+        """Return the strategy that "auto" stands for.
+
+        In training on several devices fused is never chosen: they would have to gather W + ΔW
+        twice, or to add up gradients of its shape.
         """
         if training and jax.device_count() > 1:
             return "factored"
-        costs = self.costs(view, training)
-        saved = costs["factored"] - costs["fused"] - _ELEMENT_FLOPS * costs["elements"]
-        worth = _WORTH_FORMING["training" if training else "inference"] * costs["base"]
-        return "fused" if saved > worth else "factored"
+        return cheapest(self.costs(view, training), training)
 
-    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: Kept) -> jax.Array:
-        """The frozen result plus the update, added in float32 or better.
+    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: KeptInput) -> jax.Array:
+        """Return x·W + (x·KB)·KA, added in float32 or wider.
 
         Args:
             x: the plain operand.
             view: the adapted one.
-            forward_mode: plain operations that `jax.jvp` can differentiate, instead of a `custom_vjp`.
+            forward_mode: plain operations that `jax.jvp` can differentiate, instead of a
+                `custom_vjp`.
             kept: what to hold until the backward pass, to have x there.
         """
         dtype = x.dtype
-        base, view = self.base(x, view), view.without_gain()
-        shapes, build, rebuilds = view.shapes, kept.build, kept.rebuilds
+        base, view = scaled_base(self, x, view), view.without_gain()
+        shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
         @standard_promotion()
-        def forward(x, kept_values, factors):
+        def forward(x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...]) -> tuple[Any, ...]:
             update, h = self.update(x, dataclasses.replace(shapes, factors=factors))
-            return update, (kept_values, factors, h)
+            return update, (kept_arrays, factors, h)
 
         @standard_promotion()
-        def backward(residuals, g):
-            def pull_back(factors, kept_values, h, g):
-                return self.pull_back(build(kept_values), dataclasses.replace(shapes, factors=factors), h, g)
+        def backward(residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+            def pull_back(
+                factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], h: Any, g: jax.Array
+            ) -> tuple[Any, ...]:
+                return self.pull_back(restore(kept_arrays), dataclasses.replace(shapes, factors=factors), h, g)
 
-            kept_values, factors, h = residuals
-            if rebuilds:
-                dx, dfactors = self._alone(pull_back, (factors, kept_values, h, g), 2, g)
+            kept_arrays, factors, h = residuals
+            if recomputed:
+                dx, dfactors = self._isolated(pull_back, (factors, kept_arrays, h, g), 2, g)
             else:
-                dx, dfactors = pull_back(factors, kept_values, h, g)
+                dx, dfactors = pull_back(factors, kept_arrays, h, g)
             return dx.astype(dtype), None, dfactors
 
         update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         update.defvjp(forward, backward)
-        arguments = (x, kept.values, view.factors)
+        arguments = (x, kept.arrays, view.factors)
         delta = forward(*arguments)[0] if forward_mode else update(*arguments)
         total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
         return materialized(total, view.factors[0].w1_a).astype(base.dtype)
 
-    def base(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """The frozen operation, with what weight decompositions multiply the base weight by on x or on the result."""
-        factors = self.gain_factors(x, view)
-        assert factors is not None, "asked before"
-        if True not in factors:
-            return self.apply(x if False not in factors else (x * (1 + factors[False])).astype(x.dtype), view.kernel)
-        plain = self.apply(x, view.kernel)
-        base = (plain * (1 + factors[True])).astype(plain.dtype)
-        return base + self.apply((x * factors[False]).astype(x.dtype), view.kernel) if False in factors else base
+    def fused(self, x: jax.Array, view: KernelView, kept: KeptInput) -> jax.Array:
+        """Return x·(W + ΔW), where W + ΔW lives only within the forward and the backward pass.
 
-    def gain_factors(self, x: Any, view: KernelView) -> dict[bool, jax.Array] | None:
-        """The multiples of the base weight that weight decompositions add, as multiples of the result and of x.
-
-        Returns:
-            By whether it is of the result (see `gain_place`); None where one can be neither, and the weight is formed.
-        """
-        gains = [gain for side in "oi" if (gain := view.gain(side)) is not None]
-        places = [self.gain_place(x, gain) for gain in gains]
-        factors = dict(place for place in places if place is not None)
-        return factors if len(factors) == len(gains) else None
-
-    @abc.abstractmethod
-    def gain_place(self, x: Any, gain: jax.Array) -> tuple[bool, jax.Array] | None:
-        """How a multiple of the weight, an array that broadcasts against the view, can be had without forming it.
-
-        Returns:
-            Whether it is a multiple of the result (else of x), and an array that broadcasts against that; or None.
-        """
-
-    def fused(self, x: jax.Array, view: KernelView, kept: Kept) -> jax.Array:
-        """The operation with W + ΔW, which is formed, used and forgotten in the forward and in the backward pass.
-
-        The factors' gradients come through the gradient of ΔW, or from the Khatri-Rao factors where that costs less.
+        The factors' gradients come through the gradient of ΔW, or from the Khatri-Rao factors where
+        that costs less.
         """
         costs, dtype = self.gradient_costs(view), x.dtype
-        through_weight = costs["weight"] < costs["factors"] or view.has_gain
-        shapes, build, rebuilt = view.shapes, kept.build, 2 if kept.rebuilds else 1
+        through_weight = costs.through_weight < costs.through_factors or has_gain(view)
+        shapes, restore, recomputed = view.shapes, kept.restore, 2 if kept.recomputed else 1
 
-        def product(x, factors, kernel):
-            return self.formed(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
-
-        @standard_promotion()
-        def forward(x, kept_values, factors, kernel):
-            def run(factors, x, kernel):
-                return self.formed_in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
-
-            return self._alone(run, (factors, x, kernel), 1, x)
+        def product(x: jax.Array, factors: tuple[ViewFactors, ...], kernel: jax.Array) -> jax.Array:
+            return self.dense(x, dataclasses.replace(shapes, kernel=kernel, factors=factors), forward_mode=True)
 
         @standard_promotion()
-        def backward(residuals, g):
-            def pull_back(factors, kept_values, kernel, g):
-                x = build(kept_values)
+        def forward(
+            x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...], kernel: jax.Array
+        ) -> jax.Array:
+            def run(factors: tuple[ViewFactors, ...], x: jax.Array, kernel: jax.Array) -> jax.Array:
+                return self._in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
+
+            return self._isolated(run, (factors, x, kernel), 1, x)
+
+        @standard_promotion()
+        def backward(residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+            def pull_back(
+                factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], kernel: jax.Array, g: jax.Array
+            ) -> tuple[Any, ...]:
+                x = restore(kept_arrays)
                 if through_weight:
                     return jax.vjp(lambda x, factors: product(x, factors, kernel), x, factors)[1](g)
                 (dx,) = jax.vjp(lambda x: product(x, factors, kernel), x)[1](g)
@@ -187,41 +198,41 @@ class Operation(abc.ABC):
                 _, h = self.update(x, whole)
                 return dx, self.pull_back(x, whole, h, g)[1]
 
-            kept_values, factors, kernel = residuals
-            dx, dfactors = self._alone(pull_back, (factors, kept_values, kernel, g), rebuilt, g)
+            kept_arrays, factors, kernel = residuals
+            dx, dfactors = self._isolated(pull_back, (factors, kept_arrays, kernel, g), recomputed, g)
             return dx.astype(dtype), None, dfactors, None
 
         fused = jax.custom_vjp(forward)
         fused.defvjp(lambda *args: (forward(*args), args[1:]), backward)
-        return fused(x, kept.values, view.factors, view.kernel)
+        return fused(x, kept.arrays, view.factors, view.kernel)
 
-    def _alone(self, fn: Callable[..., Any], args: tuple[Any, ...], rebuilt: int, pending: jax.Array) -> Any:
-        """`fn(*args)`, started when `pending` is there, with nothing of it merged with the forward pass.
+    def dense(self, x: jax.Array, view: KernelView, *, forward_mode: bool) -> jax.Array:
+        """Return the operation with W + ΔW as one array."""
+        return self.apply(x, dense_kernel(view, forward_mode=forward_mode))
+
+    def _isolated(self, fn: Callable[..., Any], args: tuple[Any, ...], recomputed: int, pending: jax.Array) -> Any:
+        """Return `fn(*args)`, started when `pending` is there and not merged with the forward pass.
 
         Args:
             fn: computes with the factors.
             args: the factors first.
-            rebuilt: of how many of the first arguments `fn` makes what must not be kept from before.
+            recomputed: `fn` recomputes from this many of the first arguments what must not be kept.
             pending: one of the arguments, the last one to be there.
         """
         if self.branches:
-            return alone(fn, args, args[0][0].w1_a)
+            return isolated(fn, args, args[0][0].w1_a)
 
-        def tied(*args):
-            return fn(*after(pending, args[:rebuilt]), *args[rebuilt:])
+        def tied(*args: Any) -> Any:
+            return fn(*wait_for(pending, args[:recomputed]), *args[recomputed:])
 
-        def barrier(*args):
+        def barrier(*args: Any) -> Any:
             return fn(*lax.optimization_barrier(args))
 
         # On several devices an element of a sharded array would be sent around.
         return lax.platform_dependent(*args, cpu=tied if jax.device_count() == 1 else barrier, default=barrier)
 
-    def formed(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """The operation with W + ΔW as one array."""
-        return self.apply(x, view.dense(forward_mode=True))
-
-    def formed_in_blocks(self, x: jax.Array, view: KernelView) -> jax.Array:
-        """The same with one block of W + ΔW after the other, where one CPU runs the program and that is faster.
+    def _in_blocks(self, x: jax.Array, view: KernelView) -> jax.Array:
+        """Return `dense`, on one CPU with one block of W + ΔW after the other where that is faster.
 
         On several devices a block would be gathered from all of them.
         """
@@ -230,19 +241,19 @@ class Operation(abc.ABC):
         fewest = -(-view.kernel.size // _BLOCK_ELEMENTS)
         blocks = next((n for n in range(fewest, 4 * fewest) if n and size % n == 0), 1)
         if axes is None or blocks == 1 or jax.device_count() > 1:
-            return self.formed(x, view)
+            return self.dense(x, view, forward_mode=True)
         axis, result_axis = axes
         sizes = [n // blocks if a == axis else n for a, n in enumerate(view.shape)]
 
-        def whole(x, view):
-            return self.formed(x, view)
+        def whole(x: jax.Array, view: KernelView) -> jax.Array:
+            return self.dense(x, view, forward_mode=True)
 
-        def in_blocks(x, view):
-            def add_block(n, result):
+        def in_blocks(x: jax.Array, view: KernelView) -> jax.Array:
+            def add_block(n: Any, result: jax.Array) -> jax.Array:
                 at = n * sizes[axis]
                 block = view.dynamic_slice([at if a == axis else 0 for a in range(len(sizes))], sizes)
                 assert block is not None
-                return lax.dynamic_update_slice_in_dim(result, self.formed(x, block), at, result_axis)
+                return lax.dynamic_update_slice_in_dim(result, whole(x, block), at, result_axis)
 
             shape = jax.eval_shape(whole, x, view)
             return lax.fori_loop(0, blocks, add_block, jnp.zeros(shape.shape, shape.dtype))

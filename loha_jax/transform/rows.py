@@ -1,4 +1,4 @@
-"""Which arrays among a function's arguments have a row per example: what `in_axes` of `loha_jax.adapt` says."""
+"""`in_axes` of `loha_jax.adapt`: which arguments of a function have a row per example."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from loha_jax.tree.leaves import is_adapted
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """An array with its axis of rows, standing where the array stood. Not a pytree: it is found as a leaf."""
+    """An array with its axis of rows, in the place of the array. Not a pytree, but a leaf."""
 
     array: Any
     axis: int
 
 
 def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_axes: Any, batch: Any) -> Any:
-    """The arguments with `Rows` in place of the arrays that have rows.
+    """Return the arguments with `Rows` in place of the arrays that have rows.
 
     Args:
         fn: names the arguments.
@@ -33,7 +33,8 @@ def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_ax
         batch: number of rows.
 
     Raises:
-        ValueError: `in_axes` does not fit the arguments, or is not given and the arguments leave it open.
+        ValueError: `in_axes` does not fit the arguments; or it is not given, and the arguments do
+            not decide it.
     """
     given = [_Argument(name, value) for name, value in (*enumerate(args), *kwargs.items())]
     names = _names(fn, args, kwargs)
@@ -46,14 +47,21 @@ def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_ax
     if not any(isinstance(leaf, Rows) for value in marked for leaf in jax.tree.leaves(value, is_leaf=_is_leaf)):
         raise ValueError(
             f"No argument has a row for each of the {batch} entries of adapter_index: in_axes, or a first axis of "
-            f"{batch} of the one array beside the adapted tree, says which do"
+            f"{batch} of the one array besides the adapted tree, says which do"
         )
     return tuple(marked[: len(args)]), dict(zip(kwargs, marked[len(args) :], strict=True))
 
 
 @dataclasses.dataclass
 class _Argument:
-    """One argument: its place or name, its leaves, and for each of them the axis of rows; None is not decided yet."""
+    """One argument of a call.
+
+    Attributes:
+        key: its position or its keyword.
+        value: the argument.
+        label: the name that errors give it.
+        axes: for each leaf the axis of rows, or None; None as a whole is not decided yet.
+    """
 
     key: int | str
     value: Any
@@ -64,27 +72,28 @@ class _Argument:
         paths, self.treedef = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_leaf)
         self.paths, self.leaves = [path for path, _ in paths], [leaf for _, leaf in paths]
         self.is_adapted = bool(adapted_leaves(self.value))
-        self.beside: set[Any] = _beside(self.value) if self.is_adapted else set()
+        self.unadapted: set[Any] = _unadapted_parts(self.value) if self.is_adapted else set()
 
     @property
     def entry(self) -> str:
         """A proposal for its place in `in_axes`."""
-        if not self.beside:
+        if not self.unadapted:
             return "None" if self.is_adapted else "0"
         if isinstance(self.value, Mapping):
-            return repr({key: 0 if key in self.beside else None for key in self.value})
-        return repr(tuple(0 if n in self.beside else None for n in range(len(self.value))))
+            return repr({key: 0 if key in self.unadapted else None for key in self.value})
+        return repr(tuple(0 if n in self.unadapted else None for n in range(len(self.value))))
 
     def arrays(self) -> Iterator[tuple[str, Any]]:
-        """The arrays that may have rows, with what a person calls them: no weights."""
+        """Yield the arrays that may have rows, which weights cannot, with a readable name."""
         for path, leaf in zip(self.paths, self.leaves, strict=True):
-            if self.is_adapted and not (path and getattr(path[0], "key", getattr(path[0], "idx", None)) in self.beside):
+            first = getattr(path[0], "key", getattr(path[0], "idx", None)) if path else None
+            if self.is_adapted and not (path and first in self.unadapted):
                 continue
             if _is_array(leaf) and leaf.ndim:
                 yield f"{self.label}{jax.tree_util.keystr(path)}", leaf
 
     def marked(self, batch: Any) -> Any:
-        """The argument with `Rows`."""
+        """Return the argument with `Rows`."""
         leaves = list(self.leaves)
         for n, (leaf, axis) in enumerate(zip(leaves, self.axes or (), strict=True)):
             name = f"{self.label}{jax.tree_util.keystr(self.paths[n])}"
@@ -101,8 +110,11 @@ class _Argument:
         return self.treedef.unflatten(leaves)
 
 
-def _beside(value: Any) -> set[Any]:
-    """The parts of an adapted argument that hold no weights: `cache` beside Flax' `params`, other items of a tuple."""
+def _unadapted_parts(value: Any) -> set[Any]:
+    """Return the parts of an adapted argument that hold no weights.
+
+    These are `cache` besides Flax' `params`, and other items of a tuple.
+    """
     if isinstance(value, Mapping) and "params" in value:
         return {key for key, part in value.items() if key != "params" and not adapted_leaves(part)}
     if type(value) is tuple:
@@ -131,7 +143,7 @@ def _names(fn: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> li
 
 
 def _spread(given: Sequence[_Argument], count: int, in_axes: Any) -> None:
-    """Writes what `in_axes` says into the arguments that it speaks of."""
+    """Set the axes of the arguments that `in_axes` names."""
     if in_axes is None:
         return
     if isinstance(in_axes, int | np.integer) and not isinstance(in_axes, bool):
@@ -155,7 +167,11 @@ def _spread(given: Sequence[_Argument], count: int, in_axes: Any) -> None:
 
 
 def spread(axes: Any, tree: Any, what: str) -> list[int | None]:
-    """A prefix of a tree, of integers and None, as one entry for each leaf."""
+    """Return a prefix of a tree, of integers and None, as one entry for each leaf.
+
+    Raises:
+        ValueError: it is no prefix, or holds something else; the message begins with `what`.
+    """
     result: list[int | None] = []
 
     def add(axis: Any, part: Any) -> None:
@@ -171,7 +187,11 @@ def spread(axes: Any, tree: Any, what: str) -> list[int | None]:
 
 
 def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: Any) -> None:
-    """Where nothing is said, the one array that has an axis of the batch's size has rows, along its first axis."""
+    """Give the one array that has an axis of the batch's size rows along its first axis.
+
+    Raises:
+        ValueError: several arrays have one.
+    """
     for argument in undecided:
         argument.axes = [None for _ in argument.leaves]
     fitting = [
@@ -199,5 +219,5 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
 
 
 def _may_be_key(array: Any) -> bool:
-    """Whether an array may be a random key, or several: the same key for all rows, or one for each?"""
+    """Return whether an array may be a random key for all rows, or one for each."""
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or (array.dtype == np.uint32 and array.shape[-1] in (2, 4))

@@ -1,0 +1,54 @@
+"""How a function is evaluated: its options, and an observer of every use of a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loha_jax.transform.strategy import Strategies, Strategy
+
+if TYPE_CHECKING:
+    from loha_jax.transform.kernel_view import KernelView
+    from loha_jax.transform.operation import Operation
+
+
+class Observer(Protocol):
+    """Told of every use of a kernel (`explain`, `infer_layouts`)."""
+
+    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+        """An equation that is not a structural operation reads the view."""
+
+    def scanned(self, view: KernelView, atom: int | None) -> None:
+        """A scan slices the leading axis: this atom, or None for an axis of size 1."""
+
+    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
+        """A product or convolution is computed `times` times (scans around it) by this strategy."""
+
+    def rows(self, view: KernelView, count: int, times: int) -> None:
+        """Single positions of an axis are read (an embedding lookup)."""
+
+    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
+        """The weight is materialised for an operation that has no other form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How adapted products are evaluated; hashable, so that equal inner functions share traces.
+
+    Attributes:
+        strategy: one for all modules, or pairs of a pattern of module names and a strategy.
+        training: whether costs count the backward pass.
+        forward_mode: plain products that `jax.jvp` can differentiate, instead of `custom_vjp`.
+        observer: told of every use, or None. An observed evaluation shares no traces.
+        times: trip count of the scans around the current equation, for the observer.
+    """
+
+    strategy: Strategies = "auto"
+    training: bool = True
+    forward_mode: bool = False
+    observer: Observer | None = None
+    times: int = 1
+
+    def repeated(self, times: int) -> Options:
+        """Return the options inside a loop."""
+        return self if self.observer is None else dataclasses.replace(self, times=self.times * times)

@@ -1,0 +1,143 @@
+"""Rules for the operations that read a kernel: products, convolutions and embedding lookups."""
+
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.runtime._compat import bind_equation
+from loha_jax.runtime.device_types import vary_alike
+from loha_jax.runtime.sizes import is_empty, nominal
+from loha_jax.transform.convolution import Convolution
+from loha_jax.transform.decomposed_base import base_scaling
+from loha_jax.transform.interpreter import Context, register
+from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.materialised import update_rows
+from loha_jax.transform.operation import NoRule, Operation
+from loha_jax.transform.product import Product
+from loha_jax.transform.strategy import strategy_of
+
+
+@register("dot_general", reads=True)
+def _dot_general(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+    lhs, rhs = values
+    if isinstance(lhs, KernelView) and isinstance(rhs, KernelView):
+        return NoRule("a product of two adapted weights")
+    kernel_first = isinstance(lhs, KernelView)
+    view, x = (lhs, rhs) if kernel_first else (rhs, lhs)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return NoRule("a product with an operand that is not floating")
+    if not view.factors:
+        return bind_equation(eqn, [v.kernel if isinstance(v, KernelView) else v for v in values])
+    product = Product.of(view, x, kernel_first, eqn.params)
+    return _computed(product, view, x, eqn.invars[int(kernel_first)], context)
+
+
+@register("conv_general_dilated", reads=True)
+def _conv_general_dilated(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+    x, view = values
+    if not isinstance(view, KernelView) or isinstance(x, KernelView):
+        return NoRule("the weight is what a convolution slides over")
+    if not view.factors:
+        return bind_equation(eqn, [x, view.kernel])
+    convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
+    return _computed(convolution, view, x, eqn.invars[0], context)
+
+
+def _computed(
+    operation: Operation | NoRule, view: KernelView, x: Any, x_var: Any, context: Context
+) -> list[Any] | NoRule:
+    """Return the result of an operation by the strategy for its module.
+
+    Args:
+        operation: or why it has no factored form.
+        view: the adapted operand.
+        x: the plain operand.
+        x_var: the plain operand's variable.
+        context: of the rule.
+    """
+    if isinstance(operation, NoRule):
+        return operation
+    if base_scaling(operation, x, view) is None:
+        return NoRule("a weight decomposition whose norms go with neither the operand nor the result")
+    options, kept = context.options, context.keep(x_var)
+    view, x, arrays = vary_alike((view, x, kept.arrays))
+    kept = dataclasses.replace(kept, arrays=arrays)
+    strategy = strategy_of(options.strategy, view.name)
+    if strategy == "auto":
+        strategy = operation.choose(view, options.training)
+    if strategy == "fused" and options.forward_mode:
+        strategy = "dense"  # without a custom_vjp the two are the same
+    if options.observer is not None:
+        options.observer.computed(view, operation, strategy, options.times)
+    if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
+        return [operation.apply(x, view.kernel)]
+    if strategy == "factored":
+        return [operation.factored(x, view, options.forward_mode, kept)]
+    if strategy == "fused":
+        return [operation.fused(x, view, kept)]
+    return [operation.dense(x, view, forward_mode=options.forward_mode)]
+
+
+@register("gather", reads=True)
+def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+    view, indices = values
+    if not isinstance(view, KernelView) or isinstance(indices, KernelView):
+        return NoRule("a gather by adapted indices")
+    row = _row_axis(eqn.params, view.shape)
+    if row is None:
+        return NoRule("a gather of other than whole rows")
+    if not view.factors:
+        return bind_equation(eqn, [view.kernel, indices])
+    axis, column = row
+    positions = indices[..., column : column + 1]  # [*positions, 1]
+
+    def gather(table: jax.Array) -> jax.Array:
+        # [n, r] -> [*positions, r]
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+        )
+        sizes, mode = (1, table.shape[1]), eqn.params["mode"]
+        # The base's rows hold the caller's own fill value.
+        return lax.gather(table, positions, numbers, slice_sizes=sizes, mode=mode, fill_value=0)
+
+    options = context.options
+    # [*positions, *other axes]
+    delta = update_rows(view, axis, gather, forward_mode=options.forward_mode)
+    if delta is None:
+        return NoRule("a gather along a stack axis or along one of several in or out axes")
+    if options.observer is not None:
+        options.observer.rows(view, nominal(delta.shape[:-1]), options.times)
+    base = bind_equation(eqn, [view.kernel, indices])[0]
+    numbers = eqn.params["dimension_numbers"]
+    count = len(numbers.offset_dims)
+    if not numbers.collapsed_slice_dims:  # the axis that is looked up stays, with size 1
+        delta = jnp.expand_dims(delta, delta.ndim - count + 1 + axis)
+    delta = jnp.moveaxis(delta, tuple(range(delta.ndim - count, delta.ndim)), numbers.offset_dims)
+    return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
+
+
+def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int] | None:
+    """Return the axis of a gather of single positions, and their column of the indices.
+
+    None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are
+    read whole: they are clipped to 0.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    axes = [axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have]
+    if len(axes) != 1 or sizes[axes[0]] != 1 or tuple(numbers.collapsed_slice_dims) not in ((), tuple(axes)):
+        return None
+    if numbers.operand_batching_dims or numbers.start_indices_batching_dims or axes[0] not in numbers.start_index_map:
+        return None
+    if len(numbers.start_index_map) > 1 and params["mode"] != lax.GatherScatterMode.CLIP:
+        return None
+    return axes[0], numbers.start_index_map.index(axes[0])

@@ -1,0 +1,82 @@
+"""The forms an adapted product can take, what each costs, and the choice between them."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple, get_args
+
+Strategy = Literal["auto", "factored", "fused", "dense"]
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+Strategies = Strategy | tuple[tuple[re.Pattern[str], Strategy], ...]
+"""One strategy for all modules, or pairs of a pattern of module names and a strategy."""
+
+_ELEMENT_FLOPS = 40
+"""FLOPs in the time of which one element of ΔW is written and read. It is the largest number that
+keeps the choice within 10 % of the fewest FLOPs for every width, rank and row count in
+benchmarks/README.md."""
+
+_WORTH_MATERIALISING = {True: 0.06, False: 0.015}
+"""The share of the frozen operation's FLOPs that fused has to save to be chosen, by `training`. In
+training it materialises ΔW twice and multiplies with KB twice: a Transformer's step takes as long
+with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
+
+
+class Costs(NamedTuple):
+    """The cost of an adapted operation.
+
+    Attributes:
+        base: FLOPs of the frozen operation.
+        factored: FLOPs that "factored" adds to it.
+        fused: FLOPs that "fused" adds to it.
+        elements: elements of ΔW that "fused" materialises.
+    """
+
+    base: float
+    factored: float
+    fused: float
+    elements: float
+
+
+class GradientCosts(NamedTuple):
+    """FLOPs of the factors' gradients.
+
+    Attributes:
+        through_weight: through the gradient of ΔW.
+        through_factors: from the Khatri-Rao factors, without ΔW.
+    """
+
+    through_weight: float
+    through_factors: float
+
+
+def checked_strategy(name: str) -> Strategy:
+    """Return the strategy of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for strategy in STRATEGIES:
+        if name == strategy:
+            return strategy
+    raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
+
+
+def strategy_of(strategies: Strategies, name: str) -> Strategy:
+    """Return the strategy for the module of this name; "auto" where no pattern matches."""
+    if not isinstance(strategies, tuple):
+        return strategies
+    for pattern, chosen in strategies:
+        if pattern.fullmatch(name):
+            return chosen
+    return "auto"
+
+
+def cheapest(costs: Costs, training: bool) -> Strategy:
+    """Return "factored", unless "fused" costs clearly less.
+
+    An element of ΔW counts for more than its FLOPs, because materialising is bound by memory.
+    """
+    saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
+    return "fused" if saved > _WORTH_MATERIALISING[training] * costs.base else "factored"

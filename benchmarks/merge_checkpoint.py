@@ -21,10 +21,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter  # pyright: ignore[reportMissingImports]
-from loha_jax.interop.disk.tensor_files import safetensors_bytes  # pyright: ignore[reportMissingImports]
 
 from loha_jax import LoHaConfig
+from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter  # pyright: ignore[reportMissingImports]
+from loha_jax.interop.disk.tensor_files import safetensors_bytes  # pyright: ignore[reportMissingImports]
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
 SHARD = 9_900_000_000  # the 7B model's first shard

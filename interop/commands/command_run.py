@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
-from loha_jax.interop.commands.tables import printable
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from .tables import printable
 
 FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
-from loha_jax.interop.formats.module_lookup import ModuleLookup
-from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.interop.names.renames import rename_hint, renamed
-from loha_jax.interop.updates.lora_conversion import cast_tensors, loha_of
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
 from loha_jax.targets.module_names import Names
+
+from ..disk.base_checkpoint import Checkpoint
+from ..formats.adapter_file import AdapterModule
+from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
+from ..formats.module_lookup import ModuleLookup
+from ..formats.read_adapter import read_adapter
+from ..names.renames import rename_hint, renamed
+from ..updates.lora_conversion import cast_tensors, loha_of
+from ..updates.low_rank_update import LowRankUpdate
 
 
 class ConversionSource:

@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.commands.conversion_source import ConversionSource, cast_module
-from loha_jax.interop.disk.atomic import move_into_place, naming, temporary_folder, write_atomically
-from loha_jax.interop.disk.base_checkpoint import read_config
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
-from loha_jax.interop.formats.lycoris_files import (
+
+from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
+from loha_jax.targets.module_names import Names
+
+from ..disk.atomic import move_into_place, naming, temporary_folder, write_atomically
+from ..disk.base_checkpoint import read_config
+from ..formats.adapter_file import AdapterModule
+from ..formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
+from ..formats.lycoris_files import (
     KOHYA_PREFIX,
     NATIVE_PREFIX,
     file_bytes,
     lycoris_state,
 )
-from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF
-from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import folder_contents, peft_state
-from loha_jax.interop.formats.ranks import ranks_and_alphas
-from loha_jax.interop.updates.lora_conversion import lora_of
-
-from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
-from loha_jax.targets.module_names import Names
+from ..formats.lycoris_keys import PARAMETER_OF
+from ..formats.model_card import MODEL_CARD_NAME, model_card
+from ..formats.peft_files import folder_contents, peft_state
+from ..formats.ranks import ranks_and_alphas
+from ..updates.lora_conversion import lora_of
+from .conversion_source import ConversionSource, cast_module
 
 FORMATS = ("peft", "lycoris", "kohya", "lora")
 _KOHYA_DEFAULT = "lora_unet_"

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.commands.inspection import is_adapter
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
-from loha_jax.interop.formats.read_adapter import read_everything
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
-from loha_jax.interop.updates.norms import difference_norm, update_norm
+
+from ..disk.base_checkpoint import Checkpoint, is_floating
+from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..formats.read_adapter import read_everything
+from ..updates.low_rank_update import LowRankUpdate
+from ..updates.norms import difference_norm, update_norm
+from .inspection import is_adapter
 
 _BLOCK = 1 << 22
 

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating
-from loha_jax.interop.disk.paired_files import find_adapter_file, pending_or_own
-from loha_jax.interop.disk.tensor_files import FileError, read_safetensors
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
-from loha_jax.interop.formats.lycoris_files import read_module
-from loha_jax.interop.formats.lycoris_keys import are_adapters, embeddings_note
-from loha_jax.interop.formats.peft_files import SAFETENSORS_NAME, torch_name
-from loha_jax.interop.formats.ranks import rank_of
-from loha_jax.interop.formats.read_adapter import module_of, read_everything
-from loha_jax.interop.formats.wrong_loader import has_peft_config
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
-from loha_jax.interop.updates.norms import update_norm
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+from ..disk.base_checkpoint import Checkpoint, is_floating
+from ..disk.paired_files import find_adapter_file, pending_or_own
+from ..disk.tensor_files import FileError, read_safetensors
+from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..formats.lycoris_files import read_module
+from ..formats.lycoris_keys import are_adapters, embeddings_note
+from ..formats.peft_files import SAFETENSORS_NAME, torch_name
+from ..formats.ranks import rank_of
+from ..formats.read_adapter import module_of, read_everything
+from ..formats.wrong_loader import has_peft_config
+from ..updates.low_rank_update import LowRankUpdate
+from ..updates.norms import update_norm
 
 _KINDS = {"loha": "LoHa", "lora": "LoRA"}
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from loha_jax.interop.commands import convert as conversion
-from loha_jax.interop.commands import differences, inspection, tables
-from loha_jax.interop.commands.command_run import DIFFERENT, FINE, CommandRun
-from loha_jax.interop.commands.options import (
+
+from ..merge import files as merge_files
+from . import convert as conversion
+from . import differences, inspection, tables
+from .command_run import DIFFERENT, FINE, CommandRun
+from .options import (
     Dtype,
     ForceOption,
     Format,
@@ -23,7 +25,6 @@ from loha_jax.interop.commands.options import (
     parse_names,
     parse_with,
 )
-from loha_jax.interop.merge import files as merge_files
 
 _EPILOG = (
     "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken; 2 wrong use or unreadable input; "

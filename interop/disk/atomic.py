@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from loha_jax.interop.disk.system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
+from .system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
 
 _SUFFIX = ".tmp"
 _REPLACED = "replaced"

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.quantised import Quantisation, dequantised
-from loha_jax.interop.disk.tensor_files import DTYPES, open_safetensors, without_wrappers
 
 from loha_jax.runtime.untrusted import FileError, parse_json, read_json, read_text
+
+from .quantised import Quantisation, dequantised
+from .tensor_files import DTYPES, open_safetensors, without_wrappers
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")

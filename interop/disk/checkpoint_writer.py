@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.atomic import TemporaryFile, naming, write_atomically
-from loha_jax.interop.disk.base_checkpoint import INDEX, Header
-from loha_jax.interop.disk.system import sync_folder, write_at
 
 from loha_jax.runtime.scalars import plain_scalar
+
+from .atomic import TemporaryFile, naming, write_atomically
+from .base_checkpoint import INDEX, Header
+from .system import sync_folder, write_at
 
 
 def parse_size(size: int | str) -> int:

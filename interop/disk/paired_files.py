@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from loha_jax.interop.disk.atomic import is_replaceable, naming, remove_abandoned, temporary_folder, write_atomically
-from loha_jax.interop.disk.system import exchange, locked_folder, sync_folder
-
 from loha_jax.runtime.untrusted import FileError
+
+from .atomic import is_replaceable, naming, remove_abandoned, temporary_folder, write_atomically
+from .system import exchange, locked_folder, sync_folder
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 """The name of an adapter's file in diffusers and SimpleTuner."""

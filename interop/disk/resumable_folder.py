@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from loha_jax.interop.disk.atomic import move_into_place, naming, restore, write_atomically
-from loha_jax.interop.disk.system import IS_WINDOWS, lock_file, sync_folder
+from .atomic import move_into_place, naming, restore, write_atomically
+from .system import IS_WINDOWS, lock_file, sync_folder
 
 
 class WorkingFolder:

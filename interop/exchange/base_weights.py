@@ -10,17 +10,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.tensor_files import FileError
-from loha_jax.interop.exchange.mismatch import Mismatch
-from loha_jax.interop.names.leaf_source import Source
-from loha_jax.interop.names.scaled_leaves import quantised_problem
-from loha_jax.interop.names.tree_sources import find_sources_in
 
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import is_adapted
 from loha_jax.tree.named_tree import Layouts, NamedTree
+
+from ..disk.base_checkpoint import Checkpoint
+from ..disk.tensor_files import FileError
+from ..names.leaf_source import Source
+from ..names.scaled_leaves import quantised_problem
+from ..names.tree_sources import find_sources_in
+from .mismatch import Mismatch
 
 # Tensors of a torch checkpoint that no Flax model has a place for.
 _BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.exchange.saved_modules import saved_tensors
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.module_names import path_parts
@@ -17,6 +15,9 @@ from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.before_saving import check_whole
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.plan import Target
+
+from ..formats.adapter_file import AdapterFile, AdapterModule
+from .saved_modules import saved_tensors
 
 
 def from_tree(

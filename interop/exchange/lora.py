@@ -11,17 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.paired_files import write_together
-from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, module_factors
-from loha_jax.interop.exchange.saved_modules import saved_tensors
-from loha_jax.interop.exchange.to_tree import peft_to_tree
-from loha_jax.interop.formats.adapter_file import AdapterModule, errors_about
-from loha_jax.interop.formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
-from loha_jax.interop.formats.lora_files import read_lora
-from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import PREFIX, folder_contents, peft_state
-from loha_jax.interop.names.name_map import GPT2_CONV1D
-from loha_jax.interop.updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
@@ -34,6 +23,18 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
+
+from ..disk.paired_files import write_together
+from ..formats.adapter_file import AdapterModule, errors_about
+from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
+from ..formats.lora_files import read_lora
+from ..formats.model_card import MODEL_CARD_NAME, model_card
+from ..formats.peft_files import PREFIX, folder_contents, peft_state
+from ..names.name_map import GPT2_CONV1D
+from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
+from .from_tree import adapted_kernels, chosen_adapter, module_factors
+from .saved_modules import saved_tensors
+from .to_tree import peft_to_tree
 
 _OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.disk.atomic import write_atomically
-from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, from_tree
-from loha_jax.interop.formats.adapter_file import AdapterFile
-from loha_jax.interop.formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+
+from ..disk.atomic import write_atomically
+from ..formats.adapter_file import AdapterFile
+from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
+from .from_tree import adapted_kernels, chosen_adapter, from_tree
 
 
 def save_lycoris(

@@ -13,17 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError, check_finite
-from loha_jax.interop.exchange.mismatch import Mismatch
-from loha_jax.interop.exchange.to_tree import NAMES_AND_LAYOUTS, to_tree
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
-from loha_jax.interop.formats.lycoris_files import NORM_PARTS, ModuleNames, split_prefix
-from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
-from loha_jax.interop.formats.ranks import most_common, plain_number, ranks_and_alphas
-from loha_jax.interop.formats.read_adapter import read_lycoris
-from loha_jax.interop.updates.lora_conversion import loha_of
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
-from loha_jax.interop.updates.shapes import module_shapes
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import is_on_out
@@ -35,6 +24,18 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+from ..disk.tensor_files import FileError, check_finite
+from ..formats.adapter_file import AdapterFile, AdapterModule, errors_about
+from ..formats.lycoris_files import NORM_PARTS, ModuleNames, split_prefix
+from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
+from ..formats.ranks import most_common, plain_number, ranks_and_alphas
+from ..formats.read_adapter import read_lycoris
+from ..updates.lora_conversion import loha_of
+from ..updates.low_rank_update import LowRankUpdate
+from ..updates.shapes import module_shapes
+from .mismatch import Mismatch
+from .to_tree import NAMES_AND_LAYOUTS, to_tree
 
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
 

@@ -9,22 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.disk.atomic import whole_folder, write_atomically
-from loha_jax.interop.disk.base_checkpoint import (
-    Checkpoint,
-    read_config,
-    side_file_content,
-    side_files,
-    weight_files,
-)
-from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter, parse_size
-from loha_jax.interop.disk.quantised import Scale, is_float8
-from loha_jax.interop.exchange.base_weights import cast_values, kind_of_dtype
-from loha_jax.interop.exchange.mismatch import Mismatch
-from loha_jax.interop.names.leaf_source import Source
-from loha_jax.interop.names.scaled_leaves import requantised, warn_of_losses
-from loha_jax.interop.names.tree_sources import find_sources_in
-from loha_jax.interop.updates.rounding import Loss
 
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names, check_adapters
@@ -32,6 +16,23 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.merge import check_rounding, merge, unload
 from loha_jax.tree.named_tree import Layouts, NamedTree
+
+from ..disk.atomic import whole_folder, write_atomically
+from ..disk.base_checkpoint import (
+    Checkpoint,
+    read_config,
+    side_file_content,
+    side_files,
+    weight_files,
+)
+from ..disk.checkpoint_writer import CheckpointWriter, parse_size
+from ..disk.quantised import Scale, is_float8
+from ..names.leaf_source import Source
+from ..names.scaled_leaves import requantised, warn_of_losses
+from ..names.tree_sources import find_sources_in
+from ..updates.rounding import Loss
+from .base_weights import cast_values, kind_of_dtype
+from .mismatch import Mismatch
 
 
 @takes_model(changes=False)

@@ -13,16 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from loha_jax.interop.disk.atomic import write_atomically
-from loha_jax.interop.disk.paired_files import write_together
-from loha_jax.interop.disk.tensor_files import without_wrappers
-from loha_jax.interop.exchange.from_tree import adapted_kernels, chosen_adapter, from_tree
-from loha_jax.interop.exchange.to_tree import peft_to_tree
-from loha_jax.interop.formats.adapter_file import AdapterFile, errors_about
-from loha_jax.interop.formats.model_card import MODEL_CARD_NAME, model_card
-from loha_jax.interop.formats.peft_files import folder_contents, peft_file, peft_state, read_peft
-from loha_jax.interop.formats.ranks import exact_pattern
-from loha_jax.interop.names.name_map import GPT2_CONV1D
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
@@ -34,6 +24,17 @@ from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
+
+from ..disk.atomic import write_atomically
+from ..disk.paired_files import write_together
+from ..disk.tensor_files import without_wrappers
+from ..formats.adapter_file import AdapterFile, errors_about
+from ..formats.model_card import MODEL_CARD_NAME, model_card
+from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
+from ..formats.ranks import exact_pattern
+from ..names.name_map import GPT2_CONV1D
+from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .to_tree import peft_to_tree
 
 T = TypeVar("T")
 

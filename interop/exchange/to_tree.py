@@ -8,24 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.exchange.mismatch import Mismatch
-from loha_jax.interop.exchange.saved_modules import (
-    base_layer_shapes,
-    batch_counters,
-    saved_shapes,
-    with_base_weights,
-    with_names_that_end_alike,
-)
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
-from loha_jax.interop.formats.peft_files import PREFIX, peft_tensors
-from loha_jax.interop.names.resized_vocabulary import resizing_hint
-from loha_jax.interop.updates.shapes import module_shapes
 
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
 from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+
+from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..formats.peft_files import PREFIX, peft_tensors
+from ..names.resized_vocabulary import resizing_hint
+from ..updates.shapes import module_shapes
+from .mismatch import Mismatch
+from .saved_modules import (
+    base_layer_shapes,
+    batch_counters,
+    saved_shapes,
+    with_base_weights,
+    with_names_that_end_alike,
+)
 
 NAMES_AND_LAYOUTS = (
     "The model's modules are named by its tree; pass `names=` where torch names them otherwise, "

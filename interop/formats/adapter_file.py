@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError
+
+from ..disk.tensor_files import FileError
 
 
 @dataclasses.dataclass(frozen=True)

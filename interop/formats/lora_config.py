@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.ranks import exact_pattern
-
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import find_minimal_target_modules, match_pattern, name_endings
+
+from .adapter_file import AdapterModule
+from .ranks import exact_pattern
 
 # Fields of both configs, by LoHa's names.
 _SHARED = (

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError, check_finite, read_metadata
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
-from loha_jax.interop.formats.lora_config import check_lora_config, like_loha, rank_and_alpha
-from loha_jax.interop.formats.peft_files import PREFIX, read_folder
-from loha_jax.interop.formats.wrong_loader import with_hint
+
+from ..disk.tensor_files import FileError, check_finite, read_metadata
+from .adapter_file import AdapterFile, AdapterModule, errors_about
+from .lora_config import check_lora_config, like_loha, rank_and_alpha
+from .peft_files import PREFIX, read_folder
+from .wrong_loader import with_hint
 
 # The adapter's name stands in the keys of a model's state dict, not in those of a file.
 _KEYS = re.compile(

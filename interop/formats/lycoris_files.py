@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError, safetensors_bytes
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lycoris_keys import group_keys
-from loha_jax.interop.formats.ranks import most_common, rank_of
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+from ..disk.tensor_files import FileError, safetensors_bytes
+from .adapter_file import AdapterModule
+from .lycoris_keys import group_keys
+from .ranks import most_common, rank_of
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"

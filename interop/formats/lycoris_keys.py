@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError
-from loha_jax.interop.formats.adapter_file import Foreign
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+from ..disk.tensor_files import FileError
+from .adapter_file import Foreign
 
 PARAMETER_OF: Mapping[str, str] = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
 """The parameter that each difference is added to; `diff` and `diff_b` are those of a whole layer (`algo=full`)."""

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
+from .adapter_file import AdapterModule
+from .lycoris_files import ModuleNames, split_prefix
 
 
 class _Change(NamedTuple):

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, pending_or_own
-from loha_jax.interop.disk.tensor_files import (
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.untrusted import json_object, read_json
+from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
+from loha_jax.targets.matching import match_pattern
+
+from ..disk.paired_files import DIFFUSERS_NAME, pending_or_own
+from ..disk.tensor_files import (
     FileError,
     check_finite,
     read_metadata,
@@ -19,14 +25,9 @@ from loha_jax.interop.disk.tensor_files import (
     safetensors_bytes,
     without_wrappers,
 )
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
-from loha_jax.interop.formats.ranks import rank_of
-from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
-
-from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.runtime.untrusted import json_object, read_json
-from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
-from loha_jax.targets.matching import match_pattern
+from .adapter_file import AdapterFile, AdapterModule, errors_about
+from .ranks import rank_of
+from .wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
 
 C = TypeVar("C")
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.disk.tensor_files import FileError
-from loha_jax.interop.formats.adapter_file import AdapterModule
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+
+from ..disk.tensor_files import FileError
+from .adapter_file import AdapterModule
 
 T = TypeVar("T")
 

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file
-from loha_jax.interop.disk.tensor_files import FileError, read_metadata, read_safetensors, read_torch_pickle
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule, errors_about
-from loha_jax.interop.formats.lora_config import check_lora_config
-from loha_jax.interop.formats.lora_files import lora_file
-from loha_jax.interop.formats.lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
-from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, foreign_message, group_keys
-from loha_jax.interop.formats.peft_files import check_peft_file, peft_file, read_folder
-from loha_jax.interop.formats.wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
 
 from loha_jax.runtime.untrusted import read_json
 from loha_jax.targets.config import LoHaConfig
+
+from ..disk.paired_files import DIFFUSERS_NAME, find_adapter_file
+from ..disk.tensor_files import FileError, read_metadata, read_safetensors, read_torch_pickle
+from .adapter_file import AdapterFile, AdapterModule, errors_about
+from .lora_config import check_lora_config
+from .lora_files import lora_file
+from .lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
+from .lycoris_keys import PARAMETER_OF, foreign_message, group_keys
+from .peft_files import check_peft_file, peft_file, read_folder
+from .wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, in the same folder

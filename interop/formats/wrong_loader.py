@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.paired_files import DIFFUSERS_NAME, find_adapter_file, pending_or_own
-from loha_jax.interop.disk.tensor_files import read_metadata
-from loha_jax.interop.formats.lycoris_keys import are_adapters
-
 from loha_jax.runtime.untrusted import json_object, read_json
 from loha_jax.targets.config import CONFIG_NAME
+
+from ..disk.base_checkpoint import Checkpoint
+from ..disk.paired_files import DIFFUSERS_NAME, find_adapter_file, pending_or_own
+from ..disk.tensor_files import read_metadata
+from .lycoris_keys import are_adapters
 
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")

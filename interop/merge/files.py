@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.atomic import write_atomically
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, side_file_content, side_files
-from loha_jax.interop.disk.resumable_folder import WorkingFolder
-from loha_jax.interop.formats.adapter_file import AdapterFile
-from loha_jax.interop.merge.plan import MergePlan, plan_merge
-from loha_jax.interop.merge.shard import ShardWriter, new_dtype
-from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
-from loha_jax.interop.updates.rounding import Loss, Losses, check_losses, loss_notes
 
 from loha_jax.targets.module_names import Names
+
+from ..disk.atomic import write_atomically
+from ..disk.base_checkpoint import Checkpoint, Header, side_file_content, side_files
+from ..disk.resumable_folder import WorkingFolder
+from ..formats.adapter_file import AdapterFile
+from ..names.resized_vocabulary import with_vocabulary_size
+from ..updates.rounding import Loss, Losses, check_losses, loss_notes
+from .plan import MergePlan, plan_merge
+from .shard import ShardWriter, new_dtype
 
 _VERSION = 2
 """The version of the working folder, increased whenever what is written changes."""

@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating, read_config
-from loha_jax.interop.disk.tensor_files import FileError, check_finite
-from loha_jax.interop.formats.adapter_file import AdapterFile, AdapterModule
-from loha_jax.interop.formats.lycoris_keys import PARAMETER_OF, embeddings_note
-from loha_jax.interop.formats.module_lookup import ModuleLookup
-from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.interop.names.name_map import GPT2_CONV1D
-from loha_jax.interop.names.renames import rename_hint, renamed
-from loha_jax.interop.names.resized_vocabulary import is_resized, resizing_note, resizing_problems
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
 from loha_jax.targets.module_names import Names
+
+from ..disk.base_checkpoint import Checkpoint, is_floating, read_config
+from ..disk.tensor_files import FileError, check_finite
+from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
+from ..formats.module_lookup import ModuleLookup
+from ..formats.read_adapter import read_adapter
+from ..names.name_map import GPT2_CONV1D
+from ..names.renames import rename_hint, renamed
+from ..names.resized_vocabulary import is_resized, resizing_note, resizing_problems
+from ..updates.low_rank_update import LowRankUpdate
 
 _PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 _COUNTER = "num_batches_tracked"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.quantised import dequantised, quantised
+
+from ..disk.base_checkpoint import Checkpoint
+from ..disk.quantised import dequantised, quantised
 
 Span = tuple[int, int]
 

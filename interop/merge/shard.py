@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, Header, is_floating
-from loha_jax.interop.disk.system import copy_range, read_at, sync_folder, write_at
-from loha_jax.interop.merge.plan import MergePlan
-from loha_jax.interop.merge.scaled import ScaledRows, matrix
-from loha_jax.interop.merge.sum import RowUpdates, column_gains, merge_rows, squared_columns
-from loha_jax.interop.updates.low_rank_update import accumulator
-from loha_jax.interop.updates.rounding import Losses
+
+from ..disk.base_checkpoint import Checkpoint, Header, is_floating
+from ..disk.system import copy_range, read_at, sync_folder, write_at
+from ..updates.low_rank_update import accumulator
+from ..updates.rounding import Losses
+from .plan import MergePlan
+from .scaled import ScaledRows, matrix
+from .sum import RowUpdates, column_gains, merge_rows, squared_columns
 
 _BLOCK = 4 << 20
 """Bytes of a block of rows; a handful are in memory at a time."""

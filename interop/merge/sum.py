@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.merge.plan import TensorUpdate
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import gain
+
+from .plan import TensorUpdate
 
 _UNROLLED = 8
 """Up to this rank, a product of factors is a sum of outer products, which XLA fuses with all the rest."""

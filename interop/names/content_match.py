@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.names.leaf_source import Source, make_source
-from loha_jax.interop.names.value_hashes import coarser, fingerprint, value_bits
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import is_kernel_leaf, torch_parameter
+
+from ..disk.base_checkpoint import Checkpoint
+from .leaf_source import Source, make_source
+from .value_hashes import coarser, fingerprint, value_bits
 
 Groups = tuple[tuple[int, ...], ...]
 Stack = tuple[int, ...]  # axes of a leaf

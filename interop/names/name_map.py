@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loha_jax.interop.names.leaf_source import Source
-from loha_jax.interop.names.settled_names import SettledNames
-from loha_jax.interop.names.torch_mapping import is_torch_mapping
-
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import Names, all_names
 from loha_jax.tree.named_tree import Layouts
+
+from .leaf_source import Source
+from .settled_names import SettledNames
+from .torch_mapping import is_torch_mapping
 
 GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 """GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""

@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-from loha_jax.interop.formats.adapter_file import AdapterFile
-from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
-
 from loha_jax.targets.module_names import Names, all_names
+
+from ..formats.adapter_file import AdapterFile
+from ..formats.lycoris_files import ModuleNames, split_prefix
 
 _SHOWN = 5
 

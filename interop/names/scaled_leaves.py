@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from loha_jax.interop.disk.base_checkpoint import Checkpoint, is_floating
-from loha_jax.interop.disk.quantised import Quantisation, dequantised, is_float8, quantised
-from loha_jax.interop.updates.rounding import Loss, overall
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.merge import LOSS_LIMIT
+
+from ..disk.base_checkpoint import Checkpoint, is_floating
+from ..disk.quantised import Quantisation, dequantised, is_float8, quantised
+from ..updates.rounding import Loss, overall
 
 
 def quantised_problem(quantisation: Quantisation, taken: Collection[str], key: str, target: np.dtype) -> str | None:

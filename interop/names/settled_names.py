@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.names.content_match import Leaf, Options, match_contents
-from loha_jax.interop.names.leaf_source import Source
-from loha_jax.interop.names.torch_mapping import map_sources
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, UnknownNameError, all_names, module_name, path_parts
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.text_table import text_table
+
+from ..disk.base_checkpoint import Checkpoint
+from .content_match import Leaf, Options, match_contents
+from .leaf_source import Source
+from .torch_mapping import map_sources
 
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 

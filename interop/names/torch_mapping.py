@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loha_jax.interop.names.leaf_source import Source, make_source
 
 from loha_jax.runtime._compat import Literal
+
+from .leaf_source import Source, make_source
 
 Shape = tuple[int, ...]
 

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.names.leaf_source import Source, convolution_source
-from loha_jax.interop.names.name_map import NameMap
-from loha_jax.interop.names.settled_names import leaf_path
 
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import Layouts, NamedTree
+
+from ..disk.base_checkpoint import Checkpoint
+from .leaf_source import Source, convolution_source
+from .name_map import NameMap
+from .settled_names import leaf_path
 
 
 def find_sources_in(

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
 from loha_jax.lowrank.hadamard import khatri_rao_rows
 from loha_jax.runtime.scalars import plain_scalar
+
+from ..formats.adapter_file import AdapterModule
+from .low_rank_update import LowRankUpdate
 
 
 def lora_of(

@@ -6,7 +6,8 @@ import dataclasses
 import math
 
 import numpy as np
-from loha_jax.interop.formats.adapter_file import AdapterModule
+
+from ..formats.adapter_file import AdapterModule
 
 Pair = tuple[np.ndarray, np.ndarray]
 

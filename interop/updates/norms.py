@@ -11,9 +11,10 @@ import functools
 import math
 
 import numpy as np
-from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 
 from loha_jax.lowrank.hadamard import khatri_rao_rows
+
+from .low_rank_update import LowRankUpdate
 
 _BLOCK = 1 << 21
 """Elements of a block of rows."""

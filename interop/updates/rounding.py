@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loha_jax.interop.disk.atomic import write_atomically
 
 from loha_jax.tree.merge import LOSS_LIMIT
+
+from ..disk.atomic import write_atomically
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loha_jax.interop.formats.adapter_file import AdapterModule
+from ..formats.adapter_file import AdapterModule
 
 
 def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

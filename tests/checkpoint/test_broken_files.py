@@ -4,10 +4,10 @@ import warnings
 import jax
 import pytest
 from checkpoint_trees import assert_same_bits, bits, dense, saved, start
-from loha_jax.interop import FileError
 
 from loha_jax import checkpoint
 from loha_jax.checkpoint import Checkpoints
+from loha_jax.interop import FileError
 
 # ---- broken files
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from checkpoint_writer import trees, write
-from loha_jax.interop import FileError
 
 import loha_jax
 from loha_jax.checkpoint import Checkpoints
+from loha_jax.interop import FileError
 
 
 @pytest.mark.slow

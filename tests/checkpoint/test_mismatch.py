@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from checkpoint_trees import KEY, base, dense, inject, saved, start
-from loha_jax.interop import FileError
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, checkpoint
 from loha_jax.checkpoint import Checkpoints
+from loha_jax.interop import FileError
 
 # ---- what does not belong together is an error
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 from jax._src import xla_bridge
+
+import loha_jax
+from loha_jax import interop
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.disk.paired_files import PENDING
 from loha_jax.interop.merge.files import merge_checkpoint
-
-import loha_jax
-from loha_jax import interop
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.tree.leaves import Factors, LoHaWeight

@@ -4,11 +4,11 @@ import json
 
 import ml_dtypes
 import numpy as np
+
+from loha_jax import LoHaConfig
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
-
-from loha_jax import LoHaConfig
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

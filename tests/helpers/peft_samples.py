@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from loha_jax.interop.disk.tensor_files import read_safetensors, read_torch_pickle
 from safetensors.numpy import load_file
+
+from loha_jax.interop.disk.tensor_files import read_safetensors, read_torch_pickle
 
 ROOT = Path(__file__).parents[1] / "data" / "peft"
 NAMES = sorted(path.name for path in ROOT.iterdir() if path.is_dir())

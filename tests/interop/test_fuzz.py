@@ -15,9 +15,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from loha_jax.interop.commands.main import app
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.formats.read_adapter import read_adapter
 from lycoris_samples import LAYOUTS, base_params
 from mutations import mutate_folder
 from peft_samples import Sample
@@ -25,6 +22,9 @@ from typer.testing import CliRunner
 
 import loha_jax
 from loha_jax import interop
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.formats.read_adapter import read_adapter
 
 SECONDS = 30  # far more than any case needs, far less than a pattern that backtracks
 MEGABYTES = 1500  # what a process may grow by over all cases

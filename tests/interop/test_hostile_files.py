@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.tensor_files import read_safetensors
 from peft_samples import Sample
 from safetensors.numpy import save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.tensor_files import read_safetensors
 from loha_jax.runtime.untrusted import fullmatch, parse_json, read_text
 
 SLOW = r"([a-z.]|[a-z.][a-z.])+\d"  # Fibonacci numbers of ways to match, none of which ends in a digit

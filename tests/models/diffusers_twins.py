@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, FlaxAutoencoderKL, FlaxUNet2DConditionModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from loha_jax.interop import NameMap, load_base
 
+from loha_jax.interop import NameMap, load_base
 from tests.models.twins import Size, Twins, seeded
 
 

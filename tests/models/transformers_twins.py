@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import transformers as hf
-from loha_jax.interop import NameMap, load_base
 
+from loha_jax.interop import NameMap, load_base
 from tests.models.twins import VOCABULARY, Size, Twins, seeded
 
 IMAGE = 32  # pixels a side

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.peft_files import peft_state

@@ -12,15 +12,15 @@ import pytest
 import torch
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from loha_jax.interop import NameMap
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.checkpoint_writer import parse_size
-from loha_jax.interop.names.tree_sources import find_sources_in
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop import NameMap
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.disk.checkpoint_writer import parse_size
+from loha_jax.interop.names.tree_sources import find_sources_in
 
 IDS = np.random.default_rng(0).integers(3, 60, (2, 7))
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -11,15 +11,15 @@ import peft
 import pytest
 import torch
 import transformers
-from loha_jax.interop.commands.main import app
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.merge.files import merge_checkpoint
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from typer.testing import CliRunner
 
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.merge.files import merge_checkpoint
 from tests.parity.merge_in_peft import CheckedTensor, compare_with_peft
 
 LLAMAS = ["llama_default_targets", "llama_patterns", "llama_lm_head_targeted"]
@@ -175,9 +175,8 @@ def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
     model.save_pretrained(tmp_path / "base")
     random = np.random.default_rng(0)
     names = {"transformer.h.0.attn.c_attn": (24, 8), "transformer.h.0.attn.c_proj": (8, 8)}
-    from loha_jax.interop.disk.tensor_files import safetensors_bytes
-
     from loha_jax import LoHaConfig, hada_weight
+    from loha_jax.interop.disk.tensor_files import safetensors_bytes
 
     state, deltas = {}, {}
     for name, (out, in_) in names.items():

@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 import torch
-from loha_jax.interop.disk.tensor_files import read_torch_pickle
 from peft_samples import Sample
 
 from loha_jax import interop
+from loha_jax.interop.disk.tensor_files import read_torch_pickle
 
 
 class Payload:

@@ -6,14 +6,14 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.commands.convert import FORMATS, convert_adapter
-from loha_jax.interop.commands.differences import compare_paths
-from loha_jax.interop.disk.tensor_files import safetensors_bytes
-from loha_jax.interop.formats.read_adapter import read_adapter
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
 from loha_jax import LoHaConfig
+from loha_jax.interop.commands.convert import FORMATS, convert_adapter
+from loha_jax.interop.commands.differences import compare_paths
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
+from loha_jax.interop.formats.read_adapter import read_adapter
 
 BASE = lycoris_samples.DATA / "base_tiny.safetensors"
 WITHOUT_C3D = r"(?!.*c3d).*"

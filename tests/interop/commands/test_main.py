@@ -10,13 +10,13 @@ from pathlib import Path
 import lycoris_samples
 import numpy as np
 import pytest
-from loha_jax.interop.commands.main import app
-from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from loha_jax import LoHaConfig
+from loha_jax.interop.commands.main import app
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
 
 LINEAR = Sample("linear")
 BASE = LINEAR.folder / "base.safetensors"

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk import atomic
 from loha_jax.interop.disk import paired_files as adapter_folder
 from loha_jax.interop.disk.resumable_folder import WorkingFolder
-
-from loha_jax import LoHaConfig, interop
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "crash_writers.py"
 

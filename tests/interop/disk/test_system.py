@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft_samples import Sample
+
+from loha_jax import interop
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk import atomic, resumable_folder, system
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.merge.files import merge_checkpoint
-from peft_samples import Sample
-
-from loha_jax import interop
 
 HIDDEN = {
     "linux": (),

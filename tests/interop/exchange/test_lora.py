@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop.formats.adapter_file import AdapterModule
-from loha_jax.interop.formats.lora_config import exact_targets
 from lora_folders import PREFIX, dense
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
+from loha_jax.interop.formats.adapter_file import AdapterModule
+from loha_jax.interop.formats.lora_config import exact_targets
 from loha_jax.targets.matching import match_target
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loha_jax.interop.disk.tensor_files import FileError
-from loha_jax.interop.formats.lora_files import read_lora
-from loha_jax.interop.formats.read_adapter import read_adapter
 from lora_folders import PREFIX
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop.disk.tensor_files import FileError
+from loha_jax.interop.formats.lora_files import read_lora
+from loha_jax.interop.formats.read_adapter import read_adapter
 
 # --- the way in -------------------------------------------------------------------------------------------------------
 

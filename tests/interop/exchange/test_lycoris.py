@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.disk.tensor_files import read_metadata
-from loha_jax.interop.exchange.from_tree import module_factors
 from lycoris_samples import DATA, FORMS, LAYOUTS, base_params, inputs, model, native, outputs, trained
 from lycoris_trees import loaded, loha_leaves, same_tensors, written
 from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LycorisConfig, interop
+from loha_jax.interop.disk.tensor_files import read_metadata
+from loha_jax.interop.exchange.from_tree import module_factors
 from loha_jax.tree.plan import plan_injection
 
 

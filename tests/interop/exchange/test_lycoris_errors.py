@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loha_jax.interop.disk.tensor_files import FileError
 from lycoris_samples import CONVOLUTIONS, DATA, LAYOUTS, base_params, native
 from lycoris_trees import loaded, loha_leaves, same_tensors, written
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop.disk.tensor_files import FileError
 from loha_jax.tree.leaves import is_adapted
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from peft_samples import LINEAR, NAMES, Sample, torch_value
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LoHaWeight, interop
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from loha_jax.tree.leaves import is_adapted
 
 MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_seqcls": "bert"}

@@ -11,15 +11,15 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop.disk.tensor_files import FileError, read_metadata
-from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
-from loha_jax.interop.formats.read_adapter import read_adapter
 from lycoris_samples import DATA, FORMS, LAYERS, LAYOUTS, base_params, jax_tree, native
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop.disk.tensor_files import FileError, read_metadata
+from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
+from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loha_jax.interop.commands.main import app
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import loha_jax
 from loha_jax import interop
+from loha_jax.interop.commands.main import app
 
 BASE = {"q": {"kernel": jnp.ones((4, 6))}, "k": {"kernel": jnp.ones((4, 6))}}
 CONFIG = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)

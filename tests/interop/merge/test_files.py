@@ -6,12 +6,13 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.interop.merge.files import merge_checkpoint
 from merge_inputs import BF16, delta, files_in, loha, normal, read_all, sharded_base, write_adapter, write_base
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
+
+from loha_jax.interop.disk.base_checkpoint import Checkpoint
+from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.interop.merge.files import merge_checkpoint
 
 
 def lora(out, in_, r=3):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from merge_inputs import BF16, delta, files_in, loha, normal, read_all, sharded_base, write_adapter, write_base
+from safetensors.numpy import load_file, save_file
+
 from loha_jax.interop.merge import files as merge_files
 from loha_jax.interop.merge import shard as merge_shard
 from loha_jax.interop.merge.files import merge_checkpoint
-from merge_inputs import BF16, delta, files_in, loha, normal, read_all, sharded_base, write_adapter, write_base
-from safetensors.numpy import load_file, save_file
 
 
 def merge_some_modules(tmp_path):

@@ -1,7 +1,8 @@
 import numpy as np
+from merge_inputs import delta, loha, normal, read_all, write_adapter, write_base
+
 from loha_jax.interop.merge import shard as merge_shard
 from loha_jax.interop.merge.files import merge_checkpoint
-from merge_inputs import delta, loha, normal, read_all, write_adapter, write_base
 
 
 def test_compiled_sums_match_numpy_whatever_the_block(tmp_path, monkeypatch):

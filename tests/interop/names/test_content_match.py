@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loha_jax.interop import NameMap
 from safetensors.numpy import save_file
 from torch_names import llama3, nested, run_loader, torch_tensors
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop import NameMap
 from loha_jax.targets.module_names import UnknownNameError
 
 # Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy alone.

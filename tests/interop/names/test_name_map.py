@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loha_jax.interop import NameMap
 from safetensors.numpy import save_file
 from torch_names import D, E, F, H, K, N, llama3, nested, run_loader, torch_tensors
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop import NameMap
 from loha_jax.targets.module_names import UnknownNameError
 
 

@@ -5,11 +5,11 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from loha_jax.interop.merge.files import merge_checkpoint
-from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
 from safetensors.numpy import load_file, save_file
 
 from loha_jax import interop
+from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.interop.names.resized_vocabulary import with_vocabulary_size
 
 OLD, NEW, WIDTH = 10, 12, 4
 

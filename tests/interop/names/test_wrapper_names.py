@@ -8,11 +8,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from loha_jax.interop.merge.files import merge_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop.merge.files import merge_checkpoint
 
 BASE = {"layers": {"0": {"q": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}}}
 

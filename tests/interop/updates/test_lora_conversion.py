@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_folders import dense
+
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.updates.lora_conversion import loha_of, lora_of
-from lora_folders import dense
 
 
 def loha(shape, r, cp=False, seed=0, alpha=3.0, dtype=np.float32):

@@ -2,9 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from merge_inputs import normal
+
 from loha_jax.interop.updates.low_rank_update import LowRankUpdate
 from loha_jax.interop.updates.norms import difference_norm, update_norm
-from merge_inputs import normal
 
 
 @pytest.mark.parametrize("ranks", [(4, 4), (16, 16), (3,), (1, 1)])

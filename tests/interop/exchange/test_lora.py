@@ -15,7 +15,7 @@ import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.lora_config import exact_targets
-from loha_jax.targets.matching import match_target
+from loha_jax.targets.matching import Match, match_target
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 # --- trees and folders ------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_the_samples_of_peft(name):
     others = {k for k in interop.to_peft_state_dict(params) if "hada_" not in k}
     assert others == {k for k in lora.tensors if ".lora_" not in k}
     targets = LoHaConfig(target_modules=lora.config["target_modules"])
-    assert {m for m in sample.meta["layers"] if match_target(m, targets) is True} == set(want)
+    assert {m for m in sample.meta["layers"] if match_target(m, targets) is Match.TARGETED} == set(want)
 
 
 SCANNED = {

@@ -43,8 +43,8 @@ class ModelLayouts(dict[str, "str | Layout"]):
     ):
         super().__init__(given or {})
         known = given if isinstance(given, ModelLayouts) else None
-        self.own = {**(own or {}), **(known.own if known else {})}
-        self.lookups = frozenset(lookups) | (known.lookups if known else frozenset())
-        self.heads = frozenset(heads) | (known.heads if known else frozenset())
-        self.transposed = frozenset(transposed) | (known.transposed if known else frozenset())
-        self.vectors = frozenset(vectors) | (known.vectors if known else frozenset())
+        self.own = {**(own or {}), **(known.own if known is not None else {})}
+        self.lookups = frozenset(lookups) | (known.lookups if known is not None else frozenset())
+        self.heads = frozenset(heads) | (known.heads if known is not None else frozenset())
+        self.transposed = frozenset(transposed) | (known.transposed if known is not None else frozenset())
+        self.vectors = frozenset(vectors) | (known.vectors if known is not None else frozenset())

@@ -189,7 +189,7 @@ def test_target_modules_match_the_adapted_modules_and_no_other_by_pefts_rules(na
     adapted = set(data.draw(st.lists(st.sampled_from(names), min_size=1)))
     targets = exact_targets(adapted, set(names))
     config = LoHaConfig(target_modules=targets)
-    assert {name for name in names if match_target(name, config) is True} == adapted
+    assert {name for name in names if match_target(name, config) is Match.TARGETED} == adapted
 
 
 def test_names_decide_between_endings_and_full_names():

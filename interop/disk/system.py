@@ -9,26 +9,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-
-def _module(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
+fcntl: Any
+msvcrt: Any
+try:
+    import fcntl  # of POSIX
+except ImportError:
+    fcntl = None
+try:
+    import msvcrt  # of Windows
+except ImportError:
+    msvcrt = None
 
 IS_WINDOWS = os.name == "nt"
-fcntl, msvcrt = _module("fcntl"), _module("msvcrt")  # of POSIX and of Windows
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)

@@ -20,9 +20,10 @@ from loha_jax.transform.infer_layouts import infer_layouts
 from loha_jax.tree import export as _export  # noqa: F401  tells jax.export of the leaves
 from loha_jax.tree.adapters import adapter_names, delete_adapter, scale, set_adapter
 from loha_jax.tree.dropout import dropout
+from loha_jax.tree.factors import Factors
 from loha_jax.tree.flax_state import register as _register_with_flax
 from loha_jax.tree.inject import inject
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.max_norm import apply_max_norm
 from loha_jax.tree.merge import merge, unload
 from loha_jax.tree.partition import combine, partition, trainable_mask

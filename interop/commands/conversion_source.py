@@ -52,7 +52,7 @@ class ConversionSource:
         known = self.checkpoint.modules if self.checkpoint else []
         read = read_adapter(path, modules=known if self.checkpoint else None, only=only)
         adapter = renamed(read, names, known)
-        modules, others = adapter.modules, adapter.others
+        modules = adapter.modules
         if not modules:
             raise ValueError(f"{path} has no module with factors")
         self.notes: list[str] = [embeddings_note(adapter.embeddings)] if adapter.embeddings else []
@@ -61,7 +61,7 @@ class ConversionSource:
         if self.checkpoint is not None:
             self.notes += self.lookup.notes
             modules = self._in_base(modules, shapes)
-        self.adapter = dataclasses.replace(adapter, modules=modules, others=others)
+        self.adapter = dataclasses.replace(adapter, modules=modules)
         self.is_unchanged = list(adapter.modules) == [module.name for module in modules.values()]
 
     def _in_base(
@@ -87,14 +87,14 @@ class ConversionSource:
             update = LowRankUpdate.of(module)
             if not update.fits(shape) and not (len(shape) == 2 and update.fits(shape[::-1])):
                 raise ValueError(
-                    f"{name}.weight is {list(shape)} in {self.checkpoint and self.checkpoint.path}, the adapter's "
+                    f"{name}.weight is {list(shape)} in {self.checkpoint.path}, the adapter's "
                     f"{own} is for {[update.rows, update.columns]}"
                 )
             self.shapes[name] = shape if update.fits(shape) else shape[::-1]
             result[own] = dataclasses.replace(module, name=name)
         if lost:
             raise ValueError(
-                f"{self.checkpoint and self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
+                f"{self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
                 "that the adapter was made for, or choose modules with `only=`."
                 + rename_hint([m.name for own, m in modules.items() if own in lost], self.checkpoint.modules)
             )

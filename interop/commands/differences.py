@@ -32,7 +32,7 @@ def compare_paths(
         first, second: paths of the same kind.
         tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules
             count as equal; of checkpoints, the absolute difference of values.
-        progress: called with the number of tensors compared and their number in all.
+        progress: of checkpoints, called with the number of tensors compared and their number in all.
 
     Returns:
         Only JSON's types: `different`, `only_first`, `only_second`, and a row for each common

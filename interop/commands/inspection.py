@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.untrusted import FileError
 
 from ..disk.base_checkpoint import Checkpoint, is_floating
 from ..disk.paired_files import find_adapter_file, pending_or_own
-from ..disk.tensor_files import FileError, read_safetensors
+from ..disk.tensor_files import read_safetensors
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_files import read_module
 from ..formats.lycoris_keys import are_adapters, embeddings_note

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from loha_jax.runtime.untrusted import FileError
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import is_adapted
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
-from ..disk.tensor_files import FileError
 from ..names.leaf_source import Source
 from ..names.scaled_leaves import quantised_problem
 from ..names.tree_sources import find_sources_in

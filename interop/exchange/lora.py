@@ -15,12 +15,13 @@ import numpy as np
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.inject import factor_dtype
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
@@ -92,9 +93,8 @@ def to_lora(
 
     Returns:
         Tensors, config and errors; `print` shows a table. A weight decomposition becomes PEFT's
-            DoRA, of W plus the
-        approximated update. `modules_to_save` and base weights come along as in
-            `to_peft_state_dict`.
+        DoRA, of W plus the approximated update. `modules_to_save` and base weights come along as in
+        `to_peft_state_dict`.
 
     Raises:
         ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA
@@ -210,7 +210,7 @@ def save_lora(
 
     Returns:
         What was written; `print` shows the error of each module (without that of rounding to
-            `dtype`).
+        `dtype`).
 
     Raises:
         ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too
@@ -279,8 +279,7 @@ def load_lora(
 
     Returns:
         The adapted tree, the new adapter active. DoRA is a `LycorisConfig` with `weight_decompose`;
-            LoRA's dropout has
-        no counterpart and is left out.
+        LoRA's dropout has no counterpart and is left out.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.

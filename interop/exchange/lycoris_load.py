@@ -17,15 +17,17 @@ import numpy as np
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import is_on_out
 from loha_jax.runtime.caller import warn_caller
+from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import name_endings
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, all_names, torch_parameter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
-from ..disk.tensor_files import FileError, check_finite
+from ..disk.tensor_files import check_finite
 from ..formats.adapter_file import AdapterFile, AdapterModule, errors_about
 from ..formats.lycoris_files import NORM_PARTS, ModuleNames, split_prefix
 from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
@@ -76,18 +78,13 @@ def load_lycoris(
 
     Returns:
         The adapted tree, the new adapter active. Its config is a `LycorisConfig`, which keeps the
-            file's `metadata`.
-        Factors are float32, whatever the file's dtype. A module without alpha, or with 0, is scaled
-            by 1 (alpha = r),
-        as in kohya's scripts, ComfyUI and PEFT's converter; LyCORIS 4.1.3 cannot open a file
-            without. Weight
-        decompositions of both axes are loaded (LyCORIS reads only one). LoRA modules in the file
-            become the LoHa of
-        their rank that is equal to them, as in `load_lora`. Differences of whole parameters (of
-            normalisation layers,
+        file's `metadata`. Factors are float32, whatever the file's dtype. A module without alpha,
+        or with 0, is scaled by 1 (alpha = r), as in kohya's scripts, ComfyUI and PEFT's converter;
+        LyCORIS 4.1.3 cannot open a file without. Weight decompositions of both axes are loaded
+        (LyCORIS reads only one). LoRA modules in the file become the LoHa of their rank that is
+        equal to them, as in `load_lora`. Differences of whole parameters (of normalisation layers,
         `train_norm=True`, or of any layer, `algo=full`) become copies of the parameters, as with
-            `modules_to_save`.
-        Modules of the tree that are not in the file are not adapted.
+        `modules_to_save`. Modules of the tree that are not in the file are not adapted.
 
     Raises:
         FileNotFoundError: there is no such file.

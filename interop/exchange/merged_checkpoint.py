@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.merge import check_rounding, merge, unload
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.atomic import whole_folder, write_atomically
 from ..disk.base_checkpoint import (

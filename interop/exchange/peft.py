@@ -18,12 +18,13 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.matching import match_pattern
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.atomic import write_atomically
 from ..disk.paired_files import write_together
@@ -127,9 +128,8 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
 
     Returns:
         numpy arrays (bfloat16 as `ml_dtypes.bfloat16`) in torch's orientation; a stacked kernel
-            gives one set per
-        module. `lm_head` and `embed_tokens` in the config's targets add their `base_layer.weight`,
-            as in PEFT.
+        gives one set per module. `lm_head` and `embed_tokens` in the config's targets add their
+        `base_layer.weight`, as in PEFT.
 
     Raises:
         ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa
@@ -238,7 +238,7 @@ def load_peft(
 
     Returns:
         The adapted tree, the new adapter active. A `base_layer.weight` in the file replaces the
-            kernel, as in PEFT.
+        kernel, as in PEFT.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.

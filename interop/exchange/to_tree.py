@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
-from loha_jax.tree.named_tree import Layouts
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
 from ..formats.adapter_file import AdapterFile, AdapterModule

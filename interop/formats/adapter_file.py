@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..disk.tensor_files import FileError
+from loha_jax.runtime.untrusted import FileError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,8 +78,7 @@ def exact_targets(adapted: set[str], others: set[str]) -> list[str] | str:
 
     Returns:
         The shortest name endings, sorted. Where no list does, since an adapted module's whole name
-            ends another
-        module's, a regular expression.
+        ends another module's, a regular expression.
 
     Example:
         >>> exact_targets({"layers.0.q", "layers.1.q", "head.0"}, {"layers.0.k"})

@@ -10,7 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..disk.tensor_files import FileError, check_finite, read_metadata
+from loha_jax.runtime.untrusted import FileError
+
+from ..disk.tensor_files import check_finite, read_metadata
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config, like_loha, rank_and_alpha
 from .peft_files import PREFIX, read_folder

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.untrusted import FileError
 
-from ..disk.tensor_files import FileError, safetensors_bytes
+from ..disk.tensor_files import safetensors_bytes
 from .adapter_file import AdapterModule
 from .lycoris_keys import group_keys
 from .ranks import most_common, rank_of

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.runtime.untrusted import json_object, read_json
+from loha_jax.runtime.untrusted import FileError, json_object, read_json
 from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
 from loha_jax.targets.matching import match_pattern
 
 from ..disk.paired_files import DIFFUSERS_NAME, pending_or_own
 from ..disk.tensor_files import (
-    FileError,
     check_finite,
     read_metadata,
     read_safetensors,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.runtime.untrusted import FileError
 
-from ..disk.tensor_files import FileError
 from .adapter_file import AdapterModule
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from loha_jax.runtime.untrusted import read_json
+from loha_jax.runtime.untrusted import FileError, read_json
 from loha_jax.targets.config import LoHaConfig
 
 from ..disk.paired_files import DIFFUSERS_NAME, find_adapter_file
-from ..disk.tensor_files import FileError, read_metadata, read_safetensors, read_torch_pickle
+from ..disk.tensor_files import read_metadata, read_safetensors, read_torch_pickle
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config
 from .lora_files import lora_file
@@ -52,11 +52,9 @@ def read_adapter(
 
     Returns:
         The tensors as they are in the file, in its dtype. LyCORIS' alpha is the rank where the file
-            has none or 0, as
-        in kohya's scripts, ComfyUI and PEFT's converter. LoRA modules of a file are of kind "lora".
-            Token embeddings
-        bundled with the weights (`bundle_emb.…`) are in `embeddings`, and no caller can put them
-            into a model.
+        has none or 0, as in kohya's scripts, ComfyUI and PEFT's converter. LoRA modules of a file
+        are of kind "lora". Token embeddings bundled with the weights (`bundle_emb.…`) are in
+        `embeddings`, and no caller can put them into a model.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no adapter.

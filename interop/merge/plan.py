@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.module_names import Names
 
 from ..disk.base_checkpoint import Checkpoint, is_floating, read_config
-from ..disk.tensor_files import FileError, check_finite
+from ..disk.tensor_files import check_finite
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from ..formats.module_lookup import ModuleLookup

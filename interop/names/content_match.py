@@ -245,10 +245,10 @@ def _resolve(
 ) -> Found:
     """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
     ways: dict[int, list[Correspondence]] = defaultdict(list)
-    for (n, stack, torch_shape), own in hits.items():
+    for (n, stack, _), own in hits.items():
         for keys, groups in own.ways().items():
             shape, names = tuple(leaves[n].array.shape), tuple(itertools.chain(*keys))
-            forms = (make_source(names, shape, torch_shape, stack, group) for group in groups)
+            forms = (make_source(names, shape, stack, group) for group in groups)
             ways[n].append(
                 Correspondence(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant)
             )

@@ -91,7 +91,6 @@ def convolution_source(
 def make_source(
     keys: tuple[str, ...],
     shape: Sequence[int],
-    torch_shape: Sequence[int],
     stack: Sequence[int],
     groups: Sequence[Sequence[int]],
 ) -> Source:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, all_names
-from loha_jax.tree.named_tree import Layouts
 
 from .leaf_source import Source
 from .settled_names import SettledNames

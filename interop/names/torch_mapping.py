@@ -110,7 +110,7 @@ def _source_of_strides(
         groups[owner].append(axis)
     if [math.prod(shape[axis] for axis in group) for group in groups] != list(torch_shape):
         return None
-    return make_source(keys, shape, torch_shape, sorted(stack), groups)
+    return make_source(keys, shape, sorted(stack), groups)
 
 
 @dataclasses.dataclass

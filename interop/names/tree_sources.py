@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from loha_jax.targets.default_layouts import is_torch_oriented
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.named_tree import Layouts, NamedTree
+from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
 from .leaf_source import Source, convolution_source

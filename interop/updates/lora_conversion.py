@@ -49,8 +49,8 @@ def lora_of(
 
     Returns:
         The module, of kind "lora", with alpha = r: the scaling is in the factors; and the relative
-            error of the update
-        in the Frobenius norm. The tensors are float32, or float64 where the factors are.
+        error of the update in the Frobenius norm. The tensors are float32, or float64 where the
+        factors are.
 
     Raises:
         ValueError: rank or energy are out of range or both given, the module's norms are per input

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.tree.containers import refuse_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 KEY = "key"
 

@@ -22,8 +22,8 @@ from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import Names, module_name, stack_names
-from loha_jax.tree.factors import EXTRA_NAMES
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.factors import EXTRA_NAMES, Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.plan import Target
 
 describing = jax.make_user_context(False)  # part of jit's cache key: a jitted init is traced again

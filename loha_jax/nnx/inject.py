@@ -9,9 +9,9 @@ from flax import nnx
 
 from loha_jax.nnx.variables import AdaptedKernel, adapted_nodes
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.inject import inject as inject_tree
-from loha_jax.tree.named_tree import Layouts
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -31,9 +31,9 @@ from loha_jax.nnx.variables import (
     replace_nodes,
     slots,
 )
+from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.named_tree import Layouts, ModelLayouts
 
 # With `call`, `is_node` and `nodes_among`, this module is a `loha_jax.tree.containers.Container`.
 __all__ = ["call", "is_node", "layer_layout", "layouts_of", "nodes_among", "tree_of", "write_back"]

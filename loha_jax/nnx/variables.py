@@ -14,7 +14,8 @@ from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.dropout import dropout
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.placement import factor_axes
 from loha_jax.tree.provenance import Origin
 

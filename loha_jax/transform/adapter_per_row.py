@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.transform.rows import Rows, spread
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
 

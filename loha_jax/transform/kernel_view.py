@@ -24,7 +24,8 @@ from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
 from loha_jax.runtime.sizes import is_empty, is_known
-from loha_jax.tree.leaves import Factors, LoHaWeight
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from jax.core import Tracer
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ import numpy as np
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.containers import takes_model
+from loha_jax.tree.factors import Factors
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of
 
 
 def check_whole(params: Any) -> None:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted, map_adapted
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, map_adapted
 from loha_jax.tree.placement import factor_axes
 
 F = TypeVar("F", bound=Callable[..., Any])

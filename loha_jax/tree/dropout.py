@@ -14,8 +14,9 @@ from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.tree.boxes import keeps_boxes
 from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.factors import Factors
 from loha_jax.tree.forgotten_dropout import note_dropout
-from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
+from loha_jax.tree.leaves import LoHaWeight, map_factors
 
 T = TypeVar("T")
 

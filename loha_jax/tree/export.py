@@ -16,7 +16,8 @@ import jax.export
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.provenance import Counters, Origin
 
 

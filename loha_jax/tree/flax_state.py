@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 
 _MODULE = "flax.serialization"
 

@@ -14,7 +14,8 @@ from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khat
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.adapters import check_adapters
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, map_factors
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, map_factors
 
 T = TypeVar("T")
 

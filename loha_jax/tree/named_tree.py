@@ -94,7 +94,10 @@ class NamedTree:
         return [n for n in others if self.paths[n][-1] in ("scale", "weight")]
 
     def layout(self, position: int) -> Layout:
-        """Return the kernel's layout: given, kept from an earlier adapter, or the default.
+        """Return the kernel's layout.
+
+        The first of: the given one, that of an earlier adapter, the name map's, the layer's own,
+        the default.
 
         Raises:
             ValueError: it is ambiguous, or the given one does not fit the kernel.

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax
 
 from loha_jax.tree.containers import refuse_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 T = TypeVar("T")
 

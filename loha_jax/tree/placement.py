@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
-from loha_jax.tree.leaves import Factors
+from loha_jax.tree.factors import Factors
 
 
 def factor_axes(

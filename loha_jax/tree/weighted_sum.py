@@ -16,7 +16,8 @@ from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.adapters import check_adapters, check_new_adapter, check_number
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import Factors, LoHaWeight, SavedWeight, leaves_of, map_adapted
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of, map_adapted
 from loha_jax.tree.placement import follow_kernel
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""What `test_checkpoint_kill.py` runs in a process of its own: a loop that saves checkpoint after checkpoint."""
+"""A loop that saves checkpoint after checkpoint, run by `tests/checkpoint/test_killed_saves.py`."""
 
 import warnings
 

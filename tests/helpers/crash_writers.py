@@ -29,7 +29,8 @@ from loha_jax.interop.disk.paired_files import PENDING
 from loha_jax.interop.merge.files import merge_checkpoint
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
-from loha_jax.tree.leaves import Factors, LoHaWeight
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight
 
 OLD, NEW = 1, 2
 SHAPE, RANK = (48, 40), 4

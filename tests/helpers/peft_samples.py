@@ -17,8 +17,6 @@ NAMES = sorted(path.name for path in ROOT.iterdir() if path.is_dir())
 LINEAR = [name for name in NAMES if not name.startswith("conv")]
 TRAINED = [name for name in NAMES if "bf16" not in name]
 
-_NORMS = ("norm", "bn", "ln")
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -15,9 +15,9 @@ from loha_jax import interop
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.commands.inspection import inspect_path
 from loha_jax.interop.commands.main import app
-from loha_jax.interop.disk.tensor_files import FileError
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.runtime.untrusted import FileError
 
 SHAPES = {"q": (6, 4), "k": (6, 4), "conv": (6, 4, 3, 3), "one": (6, 4, 1, 1), "c1": (6, 4, 3), "c3": (6, 4, 2, 3, 3)}
 KERNELS = {"conv": "kkio", "one": "kkio", "c1": "kio", "c3": "kkkio"}

@@ -41,16 +41,6 @@ class Einsum(nnx.Module):
         return jnp.einsum(self.einsum_str, x, self.w.get_value())
 
 
-class Bare(nnx.Module):
-    """A weight of three axes, of which nothing but its use says what they are."""
-
-    def __init__(self, rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (2, 4, 3), jnp.float64))
-
-    def __call__(self, x):
-        return jnp.einsum("btd,ndh->btnh", x, self.w[...])
-
-
 class Attention(nnx.Module):
     def __init__(self, rngs):
         self.attn = nnx.MultiHeadAttention(2, 4, 6, decode=False, rngs=rngs, **F64)

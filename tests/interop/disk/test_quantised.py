@@ -16,8 +16,9 @@ from loha_jax import LoHaConfig
 from loha_jax.interop import NameMap, load_base, save_merged, save_peft
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.tensor_files import FileError, safetensors_bytes
+from loha_jax.interop.disk.tensor_files import safetensors_bytes
 from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.runtime.untrusted import FileError
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 RANDOM = np.random.default_rng(5)

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.interop.disk.tensor_files import FileError
 from loha_jax.interop.formats.lora_files import read_lora
 from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.runtime.untrusted import FileError
 
 # --- the way in -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from lycoris_trees import loaded, loha_leaves, same_tensors, written
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.interop.disk.tensor_files import FileError
+from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.leaves import is_adapted
 
 

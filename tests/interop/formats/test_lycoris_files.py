@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.interop.disk.tensor_files import FileError, read_metadata
+from loha_jax.interop.disk.tensor_files import read_metadata
 from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
 from loha_jax.interop.formats.read_adapter import read_adapter
+from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}

@@ -3,10 +3,10 @@ import pytest
 from merge_inputs import delta, files_in, loha, normal, read_all, write_adapter, write_base
 from safetensors.numpy import save_file
 
-from loha_jax.interop.disk.tensor_files import FileError
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.module_lookup import ModuleLookup
 from loha_jax.interop.merge.files import merge_checkpoint
+from loha_jax.runtime.untrusted import FileError
 
 
 @pytest.mark.parametrize(

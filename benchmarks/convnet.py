@@ -89,6 +89,7 @@ def _jax_model(widths: tuple[int, ...], images: int, side: int, dtype: str) -> J
         x=jnp.asarray(pixels, dtype),
         batch={"labels": jnp.asarray(labels)},
         loss=cross_entropy,
+        layouts={r".*(stem|shortcut|conv\d)": "kkio"},  # they have no bias
     )
 
 

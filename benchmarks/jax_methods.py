@@ -8,7 +8,7 @@ every layer, as any adapter needs it. No optimizer: it is small, and the same fo
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class JaxModel:
         x: the input that gradients go back to.
         batch: all other inputs, the labels among them.
         loss: a scalar, from the outputs and the batch.
+        layouts: of kernels that neither a bias nor a name settles.
     """
 
     apply: Apply
@@ -39,6 +40,7 @@ class JaxModel:
     x: jax.Array
     batch: dict[str, jax.Array]
     loss: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+    layouts: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def config(adapter: Adapter) -> loha_jax.LoHaConfig:
 
 def inject(model: JaxModel, adapter: Adapter) -> Any:
     """The model's parameters with the adapter."""
-    return loha_jax.inject(model.params, config(adapter), key=jax.random.key(0))
+    return loha_jax.inject(model.params, config(adapter), key=jax.random.key(0), layouts=model.layouts)
 
 
 def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:

@@ -1,7 +1,7 @@
 """LoHa (low-rank Hadamard product) fine-tuning for any JAX model.
 
     params = loha_jax.inject(params, loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "value"]), key=key)
-    apply = loha_jax.adapt(model.apply)            # the same function, without ever building ΔW
+    apply = loha_jax.adapt(model.apply)            # the same function; keeps no ΔW
     trainable, frozen = loha_jax.partition(params)  # for jax.grad and optax
 
 Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.

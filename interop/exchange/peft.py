@@ -313,7 +313,7 @@ def _without_module(name: str) -> str:
 
 
 def _without_data_parallel(file: AdapterFile) -> AdapterFile:
-    """The file with its modules named as before DataParallel wrapped them."""
+    """Return the file with its modules named as before DataParallel wrapped them."""
     modules = {_without_module(n): dataclasses.replace(m, name=_without_module(n)) for n, m in file.modules.items()}
     others = {_without_module(name): array for name, array in file.others.items()}
     keys = {_without_module(name): key for name, key in file.keys.items()}

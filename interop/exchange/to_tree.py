@@ -125,7 +125,7 @@ def peft_to_tree(
 
 
 def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, ...]]:
-    """The shapes of all factors that a plan asks for, by PEFT's names."""
+    """Return the shapes of all factors that a plan asks for, by PEFT's names."""
     is_lora = any(module.kind == "lora" for module in modules.values())
     shapes: dict[str, tuple[int, ...]] = {}
     for target in plan.targets.values():
@@ -137,7 +137,7 @@ def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str
 
 
 def _lora_shapes(target: Target, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
+    """Return the shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
     out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
     groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
     ones = (1,) * len(spatial)
@@ -148,7 +148,7 @@ def _lora_shapes(target: Target, r: int, module: AdapterModule | None) -> dict[s
 
 
 def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
-    """The norms of a kernel, `{"dora_scale": [*stack, …]}`; {} where it has none."""
+    """Return the norms of a kernel, `{"dora_scale": [*stack, …]}`; {} where it has none."""
     given = [modules[name].dora_scale if name in modules else None for name in target.names]
     first = next((scale for scale in given if scale is not None), None)
     if first is None:

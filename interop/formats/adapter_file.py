@@ -72,7 +72,8 @@ class AdapterFile:
 
     Attributes:
         path: what was read; of a PEFT folder that is loaded, the file in it that holds the tensors.
-        form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file).
+        form: "peft" (a LoHa folder), "lora" (a PEFT LoRA folder), "lycoris" or "kohya" (one file);
+            "tree" (modules that were read off a tree).
         modules: by the name that the file itself has for them, with the prefix.
         others: other tensors by their keys, without PEFT's prefix: parameters of `modules_to_save`,
             `base_layer`s, LyCORIS' differences (of norm layers, `<module>.w_norm`,

@@ -136,7 +136,7 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
 
 
 def check_peft_file(file: AdapterFile) -> None:
-    """Raise FileError where a module's factors fit neither each other nor the config."""
+    """Raise FileError where a module's factors do not fit each other, or not the config."""
     for name, module in file.modules.items():
         r = rank_of(name, module.tensors)
         if r != module.r:

@@ -49,7 +49,7 @@ def adapt(
     in_axes: Any = None,
     out_axes: Any = 0,
 ) -> F:
-    """Return `fn` with every product of an adapted kernel computed without materialising ΔW.
+    """Return `fn` with every product of an adapted kernel computed without keeping ΔW.
 
     `fn` is traced with plain kernels, and its jaxpr evaluated: equations that read a `LoHaWeight`
     of the arguments are computed on the factors, all others as they are. This works for Linen, NNX,
@@ -73,7 +73,7 @@ def adapt(
             `set_adapter`) that the row runs through, -1 for the base model. The adapters have equal
             ranks and targets; one that lacks a module leaves it as it is. Results are those of
             calling `fn` row by row, each a batch of one, concatenated; scalars become one per row.
-            All products are factored, without ΔW. Base products run once for the whole batch.
+            With the strategy "auto" all products are factored. Base products run once for the whole batch.
         in_axes: with `adapter_index`, which arguments have rows and along which axis, as for
             `jax.vmap`. A tuple has an entry for each positional argument: an integer, None (the
             same for all rows) or a tree of them that is a prefix of the argument's. A dict has

@@ -1,8 +1,8 @@
 """Evaluates a jaxpr in which some values are `KernelView`s.
 
 JAX evaluates equations without a view as they are. For the others there is a rule per primitive:
-structural operations return another view (`structural_rules`), products are computed factored or
-fused (`product_rules`), control flow is called again with an evaluated body (`control_flow_rules`).
+structural operations return another view (`structural_rules`), products are computed by their
+strategy (`product_rules`), control flow is called again with an evaluated body (`control_flow_rules`).
 An equation without a rule gets the dense weight: slower, never wrong.
 """
 
@@ -54,8 +54,8 @@ class Context(NamedTuple):
 
     Attributes:
         options: of the evaluation.
-        keep: says, for a variable without a view, what to hold until the backward pass to have it
-            there.
+        keep: returns the arrays to keep so that the backward pass can use a variable without a
+            view. They may be inputs that recompute it.
     """
 
     options: Options
@@ -74,7 +74,9 @@ def register(*primitives: str, reads: bool = False) -> Callable[[Rule], Rule]:
 
     Args:
         primitives: their names in a jaxpr.
-        reads: whether they read the kernel, which an observer is told.
+        reads: True if they compute with the kernel. The observer (`explain`) is told of the use.
+
+    The file with the rule is imported in `adapt.py`.
     """
 
     def add(rule: Rule) -> Rule:

@@ -1,8 +1,8 @@
 """Operations with an adapted kernel: what products and convolutions share.
 
 Each has three forms. Dense materialises W + ΔW. Factored computes x·W + (x·KB)·KA, without an array
-of the kernel's shape. Fused materialises W + ΔW in the forward pass and again in the backward pass,
-and keeps it in between in neither.
+of the kernel's shape. Fused materialises W + ΔW in the forward pass and again in the backward pass.
+It does not keep W + ΔW between the two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Operation(abc.ABC):
     Attributes:
         primitive: its name in a jaxpr.
         branches: whether XLA:CPU computes it as fast inside a branch as outside.
-        rows: how many times the whole kernel is multiplied: tokens, or positions of an image.
+        rows: the number of rows of x: tokens, or positions of an image.
     """
 
     primitive: ClassVar[str]
@@ -211,13 +211,13 @@ class Operation(abc.ABC):
         return self.apply(x, dense_kernel(view, forward_mode=forward_mode))
 
     def _isolated(self, fn: Callable[..., Any], args: tuple[Any, ...], recomputed: int, pending: jax.Array) -> Any:
-        """Return `fn(*args)`, started when `pending` is there and not merged with the forward pass.
+        """Return `fn(*args)`, computed after `pending` and not merged with the forward pass.
 
         Args:
             fn: computes with the factors.
             args: the factors first.
             recomputed: `fn` recomputes from this many of the first arguments what must not be kept.
-            pending: one of the arguments, the last one to be there.
+            pending: the argument that is computed last.
         """
         if self.branches:
             return isolated(fn, args, args[0][0].w1_a)

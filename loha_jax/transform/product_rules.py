@@ -59,7 +59,7 @@ def _computed(
     """Return the result of an operation by the strategy for its module.
 
     Args:
-        operation: or why it has no factored form.
+        operation: the operation, or a `NoRule` with the reason why it has no factored form.
         view: the adapted operand.
         x: the plain operand.
         x_var: the plain operand's variable.

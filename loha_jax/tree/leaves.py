@@ -36,10 +36,10 @@ class LoHaWeight(ArrayLike):
 
     As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in
     float32 or better. The kernel gets no gradient. Applied through `loha_jax.adapt`, the sum is
-    never materialised.
+    materialised only where that is cheaper, and not kept.
 
     Attributes:
-        kernel: the base weight, unchanged (the first leaf: Flax checks its shape).
+        kernel: the base weight, unchanged. It is the first child: Flax compares its shape.
         adapters: `Factors` by adapter name.
         layout: the kind of each axis of the kernel.
         names: torch module names, one per stack index.

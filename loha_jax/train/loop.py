@@ -1,10 +1,4 @@
-"""`fit`: a training loop for people who want one. Nothing else in the package needs it.
-
-result = loha_jax.train.fit(
-    loss_fn, params, optax.adamw(1e-3), batches, key=key, steps=1000, checkpoints="run"
-)
-interop.save_peft("adapter", result.params)
-"""
+"""`fit`: the loop over batches, with evaluations, checkpoints and SIGTERM between its steps."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
 
 
 def _changed_beside(params: Any, kept: Sequence[KernelSample]) -> list[str]:
-    """Names of the leaves without an adapter that differ from what they were when an adapter was made."""
+    """Return the names of the leaves without an adapter that have changed since an adapter was made."""
     frozen = frozen_leaves(params)
     old = {id(sample.beside): sample.beside for sample in kept}
     now = sample_kernels({path: leaf for path, leaf in frozen.items() if any(path in s for s in old.values())})

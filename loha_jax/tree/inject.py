@@ -144,9 +144,10 @@ def apply_plan(
     leaves, treedef = flatten_whole(params)
     changed = {*plan.targets, *plan.saved}
     others = [None if n in changed else leaf for n, leaf in enumerate(leaves)]
-    beside = sample_kernels(frozen_leaves(treedef.unflatten(others)))
-    kernels = sample_kernels({n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets})
-    samples = {n: dataclasses.replace(sample, beside=beside) for n, sample in kernels.items()}
+    frozen = frozen_leaves(treedef.unflatten(others))
+    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
+    samples = sample_kernels({**kernels, **frozen})  # by position and by path: one transfer from the devices
+    beside = {path: samples[path] for path in frozen if path in samples}
     for position, target in plan.targets.items():
         kernel = getattr(leaves[position], "kernel", leaves[position])
         tensors = make_factors(target)
@@ -160,7 +161,7 @@ def apply_plan(
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
-            base=samples.get(position),
+            base=dataclasses.replace(samples[position], beside=beside) if position in samples else None,
         )
         placed = follow_kernel(factors, kernel, target.layout)
         leaves[position] = _with_factors(leaves[position], target, adapter_name, placed)

@@ -4,11 +4,13 @@ import json
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from loha_jax import LoHaConfig
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
+from loha_jax.interop.merge.files import merge_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -77,3 +79,14 @@ def sharded_base(tmp_path, dtype=BF16):
     (path / "tokenizer.json").write_text("{}")
     (path / "weights.bin").write_bytes(b"not a side file")
     return base, path
+
+
+def merge_some_modules(tmp_path):
+    """Merge one module of three, and check that the others are left out."""
+    base = {"a.weight": normal(6, 4), "b.weight": normal(6, 4)}
+    path = write_base(tmp_path / "base", base)
+    adapter = write_adapter(tmp_path / "adapter", {"a": loha(6, 4), "b": loha(6, 4), "not.there": loha(6, 4)})
+    assert merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", only="a").merged == 1
+    np.testing.assert_array_equal(read_all(tmp_path / "out")["b.weight"], base["b.weight"])
+    with pytest.raises(ValueError, match=r"has no module whose whole name .*; it has a, b, not\.there"):
+        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "other", only="c")

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from merge_inputs import BF16, delta, files_in, loha, normal, read_all, sharded_base, write_adapter, write_base
+from merge_inputs import (
+    BF16,
+    delta,
+    files_in,
+    loha,
+    merge_some_modules,
+    normal,
+    read_all,
+    sharded_base,
+    write_adapter,
+    write_base,
+)
 from safetensors.numpy import load_file, save_file
 
 from loha_jax.interop.merge import files as merge_files
 from loha_jax.interop.merge import shard as merge_shard
 from loha_jax.interop.merge.files import merge_checkpoint
-
-
-def merge_some_modules(tmp_path):
-    base = {"a.weight": normal(6, 4), "b.weight": normal(6, 4)}
-    path = write_base(tmp_path / "base", base)
-    adapter = write_adapter(tmp_path / "adapter", {"a": loha(6, 4), "b": loha(6, 4), "not.there": loha(6, 4)})
-    assert merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", only="a").merged == 1
-    np.testing.assert_array_equal(read_all(tmp_path / "out")["b.weight"], base["b.weight"])
-    with pytest.raises(ValueError, match=r"has no module whose whole name .*; it has a, b, not\.there"):
-        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "other", only="c")
 
 
 def test_what_is_there_is_replaced_only_with_force(tmp_path):

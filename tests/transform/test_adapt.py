@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pullbacks import BOUNDS, assert_equals_merged_in_float64
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -527,11 +528,6 @@ def einsums(draw):
 
 # The bound on values and gradients against float64, relative to the largest entry; in bfloat16, where the base product,
 # the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest entry of the same sums without cancellation.
-BOUNDS = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 2**-6}
-
-
-def widened(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64), tree)
 
 
 @pytest.mark.slow
@@ -549,27 +545,7 @@ def test_any_einsum_with_any_layout(case, dtype, strategy):
         def fn(p, x):
             return jnp.einsum(equation, x, jnp.asarray(p["m"]["kernel"]))
 
-        def value_and_pullback(fn, params, x, sign=lambda x: x):
-            trainable, frozen = loha_jax.partition(params)
-
-            def run(trainable, x):
-                out, pull_back = jax.vjp(lambda t, x: fn(loha_jax.combine(t, frozen), x), trainable, x)
-                cotangent = (jnp.arange(out.size) % 7 - 3).reshape(out.shape)  # exact in every dtype
-                return out, pull_back(sign(cotangent).astype(out.dtype))
-
-            return jax.jit(run)(trainable, x)
-
-        got = value_and_pullback(loha_jax.adapt(fn, strategy=strategy), params, x)
-        wide = widened((params, x))
-        want = value_and_pullback(lambda p, x: fn(loha_jax.merge(p), x), *wide)
-        sizes = want
-        if dtype == "bfloat16":
-            positive = jax.tree.map(jnp.abs, wide)
-            sizes = value_and_pullback(lambda p, x: fn(loha_jax.merge(p), x), *positive, sign=jnp.abs)
-        for g, w, size in zip(*map(jax.tree.leaves, (got, want, sizes)), strict=True):
-            atol = BOUNDS[dtype] * max(np.abs(size).max(), 1e-6)
-            np.testing.assert_allclose(np.asarray(g, float), w, rtol=0, atol=atol)
-        assert not loha_jax.explain(fn, params, x, strategy="factored").dense
+        assert_equals_merged_in_float64(fn, params, x, dtype, strategy)
 
 
 def test_a_report_names_what_is_dense_and_why():

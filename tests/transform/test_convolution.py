@@ -9,6 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from pullbacks import BOUNDS, assert_equals_merged_in_float64, value_and_pullback
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -17,7 +18,6 @@ STRATEGIES = ("factored", "fused", "auto")
 
 # The bound on values and gradients against float64, relative to the largest entry; in bfloat16, where the base product,
 # the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest entry of the same sums without cancellation.
-BOUNDS = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 2**-6}
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -33,19 +33,6 @@ def adapted(base, layout, cp, r=3, names=("conv",)):
     return jax.tree.map(
         lambda x, m: jnp.asarray(random.standard_normal(x.shape) * 0.7, x.dtype) if m else x, params, mask
     )
-
-
-def value_and_pullback(fn, params, x, sign=lambda x: x):
-    """The result, and cotangents of the factors and x."""
-    trainable, frozen = loha_jax.partition(params)
-
-    @jax.jit
-    def run(trainable, x):
-        out, pull_back = jax.vjp(lambda t, x: fn(loha_jax.combine(t, frozen), x), trainable, x)
-        cotangent = (jnp.arange(out.size) % 7 - 3).reshape(out.shape)  # exact in every dtype
-        return out, pull_back(sign(cotangent).astype(out.dtype))
-
-    return run(trainable, x)
 
 
 def assert_equals_merged(fn, params, x, value=2e-5, gradient=1e-4, strategies=STRATEGIES, dense=()):
@@ -161,17 +148,7 @@ def test_any_convolution_with_any_layout(case, dtype, strategy):
         def fn(p, x):
             return lax.conv_general_dilated(x, jnp.asarray(p["conv"]["kernel"]), **window, dimension_numbers=numbers)
 
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))
-        want = value_and_pullback(lambda p, x: fn(loha_jax.merge(p), x), *wide)
-        got = value_and_pullback(loha_jax.adapt(fn, strategy=strategy), params, x)
-        sizes = want
-        if dtype == "bfloat16":
-            positive = jax.tree.map(jnp.abs, wide)
-            sizes = value_and_pullback(lambda p, x: fn(loha_jax.merge(p), x), *positive, sign=jnp.abs)
-        for g, w, size in zip(*map(jax.tree.leaves, (got, want, sizes)), strict=True):
-            atol = BOUNDS[dtype] * max(np.abs(size).max(), 1e-6)
-            np.testing.assert_allclose(np.asarray(g, float), w, rtol=0, atol=atol)
-        assert not loha_jax.explain(fn, params, x, strategy="factored").dense
+        assert_equals_merged_in_float64(fn, params, x, dtype, strategy)
 
 
 @pytest.mark.parametrize("cp", [False, True], ids=["flat", "cp"])

@@ -18,7 +18,7 @@ import numpy as np
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import path_parts, torch_parameter
-from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.inject import with_samples
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.plan import Plan
 
@@ -163,14 +163,16 @@ def with_base_weights(
             if not put(given, weights.reshape(math.prod(stack), *weights.shape[len(stack) :])):
                 return leaf  # the same weight: the tree's own array is kept
             kernel = leaf.layout.fold(jnp.asarray(weights), leaf.kernel.shape)
-            sample = sample_kernels({"kernel": kernel}).get("kernel")
-            adapters = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
-            return dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
+            changed.append(leaf.label)
+            return dataclasses.replace(leaf, kernel=kernel)
         if not is_adapted(leaf) and torch_parameter(parts) == "bias" and parts[:-1] in modules:
             if not (given := values_of(modules[parts[:-1]], "bias")):
                 return leaf
             bias = np.array(leaf)
-            return jnp.asarray(bias) if put(given, bias.reshape(len(modules[parts[:-1]]), -1)) else leaf
+            if not put(given, bias.reshape(len(modules[parts[:-1]]), -1)):
+                return leaf
+            changed.append(".".join(parts))
+            return jnp.asarray(bias)
         if isinstance(leaf, SavedWeight):
             own = tuple(
                 (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
@@ -193,4 +195,6 @@ def with_base_weights(
     noted: set[str] = set()
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     modules = {path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)}
-    return jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)
+    changed: list[str] = []
+    result = jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)
+    return with_samples(result) if changed else result

@@ -22,7 +22,7 @@ from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
-from loha_jax.tree.kernel_samples import sample_kernels
+from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
@@ -144,10 +144,8 @@ def apply_plan(
     leaves, treedef = flatten_whole(params)
     changed = {*plan.targets, *plan.saved}
     others = [None if n in changed else leaf for n, leaf in enumerate(leaves)]
-    frozen = frozen_leaves(treedef.unflatten(others))
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
-    samples = sample_kernels({**kernels, **frozen})  # by position and by path: one transfer from the devices
-    beside = {path: samples[path] for path in frozen if path in samples}
+    samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
     for position, target in plan.targets.items():
         kernel = getattr(leaves[position], "kernel", leaves[position])
         tensors = make_factors(target)
@@ -161,7 +159,7 @@ def apply_plan(
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
-            base=dataclasses.replace(samples[position], beside=beside) if position in samples else None,
+            base=samples.get(position),
         )
         placed = follow_kernel(factors, kernel, target.layout)
         leaves[position] = _with_factors(leaves[position], target, adapter_name, placed)
@@ -174,6 +172,23 @@ def apply_plan(
         if is_adapted(leaf) and leaf.active != (adapter_name,):
             leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
     return treedef.unflatten(leaves)
+
+
+def with_samples(params: T) -> T:
+    """Note anew what the adapters were made on, after a file has brought base weights."""
+    leaves, treedef = flatten_whole(params)
+    kernels = {n: leaf.kernel for n, leaf in enumerate(leaves) if isinstance(leaf, LoHaWeight)}
+    for n, base in _base_samples(kernels, frozen_leaves(params)).items():
+        adapters = {name: dataclasses.replace(f, base=base) for name, f in leaves[n].adapters.items()}
+        leaves[n] = dataclasses.replace(leaves[n], adapters=adapters)
+    return treedef.unflatten(leaves)
+
+
+def _base_samples(kernels: dict[int, Any], frozen: dict[tuple[str, ...], Any]) -> dict[int, KernelSample]:
+    """Return samples of kernels by position, each with those of the leaves that no adapter changes."""
+    samples = sample_kernels({**kernels, **frozen})  # by position and by path: one transfer from the devices
+    beside = {path: samples[path] for path in frozen if path in samples}
+    return {n: dataclasses.replace(samples[n], beside=beside) for n in kernels if n in samples}
 
 
 def _with_factors(leaf: Any, target: Target, adapter_name: str, factors: Factors) -> LoHaWeight:

@@ -370,3 +370,13 @@ def test_a_dropout_config_that_nothing_reads_is_a_warning_once(monkeypatch):
     forgotten_dropout._done.clear()
     loha_jax.dropout(loha_jax.combine(trainable, frozen), jax.random.key(0))
     jax.grad(loss)(trainable)
+
+
+def test_base_weights_that_a_file_brings_are_no_change(tmp_path):
+    """A targeted output head is written with its weight and bias; loading puts them under the adapter."""
+    base = {**BASE, "lm_head": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+    interop.save_peft(tmp_path / "one", adapted(base=base, target_modules=["q", "lm_head"]))
+    other = {**BASE, "lm_head": {"kernel": 2 * jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+    loaded = interop.load_peft(tmp_path / "one", other)
+    np.testing.assert_array_equal(loaded["lm_head"]["bias"], base["lm_head"]["bias"])
+    interop.save_peft(tmp_path / "again", loaded)  # without a warning

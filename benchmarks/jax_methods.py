@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 import loha_jax
-from benchmarks.case import AUTO, DENSE, FACTORED, FORWARD, FUSED, JAX_FROZEN, MERGED, TRAINING, Adapter
+from benchmarks.case import (
+    AUTO,
+    DENSE,
+    FACTORED,
+    FORWARD,
+    FUSED,
+    JAX_FROZEN,
+    MERGED,
+    TRAINING,
+    Adapter,
+)
 
 ADAPTED = {AUTO: "auto", FACTORED: "factored", FUSED: "fused"}
 """The strategies of `adapt`. `DENSE` is the unmodified model on the adapted tree: each LoHa leaf builds W + ΔW."""
@@ -61,13 +71,18 @@ def cross_entropy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 def config(adapter: Adapter) -> loha_jax.LoHaConfig:
     """The adapter as loha-jax takes it."""
     return loha_jax.LoHaConfig(
-        r=adapter.rank, alpha=adapter.alpha, target_modules=adapter.targets, use_effective_conv2d=adapter.cp
+        r=adapter.rank,
+        alpha=adapter.alpha,
+        target_modules=adapter.targets,
+        use_effective_conv2d=adapter.cp,
     )
 
 
 def inject(model: JaxModel, adapter: Adapter) -> Any:
     """The model's parameters with the adapter."""
-    return loha_jax.inject(model.params, config(adapter), key=jax.random.key(0), layouts=model.layouts)
+    return loha_jax.inject(
+        model.params, config(adapter), key=jax.random.key(0), layouts=model.layouts
+    )
 
 
 def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:
@@ -83,17 +98,25 @@ def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:
     if kind == FORWARD:
         base = Method(model.apply, (model.params, *inputs), 0)
         merged = Method(model.apply, (loha_jax.merge(params), *inputs), 0)
-        adapted = {name: Method(apply, (params, *inputs), trained) for name, apply in applies.items()}
+        adapted = {
+            name: Method(apply, (params, *inputs), trained) for name, apply in applies.items()
+        }
         return {JAX_FROZEN: base, **adapted, MERGED: merged}
-    base = Method(_step(model.apply, model.loss, lambda _, frozen: frozen), ((), model.params, *inputs), 0)
+    base = Method(
+        _step(model.apply, model.loss, lambda _, frozen: frozen), ((), model.params, *inputs), 0
+    )
     adapted = {
-        name: Method(_step(apply, model.loss, loha_jax.combine), (trainable, frozen, *inputs), trained)
+        name: Method(
+            _step(apply, model.loss, loha_jax.combine), (trainable, frozen, *inputs), trained
+        )
         for name, apply in applies.items()
     }
     return {JAX_FROZEN: base, **adapted}
 
 
-def _step(apply: Apply, loss: Callable[..., jax.Array], combine: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _step(
+    apply: Apply, loss: Callable[..., jax.Array], combine: Callable[[Any, Any], Any]
+) -> Callable[..., Any]:
     def step(trainable: Any, frozen: Any, x: jax.Array, batch: dict[str, jax.Array]) -> Any:
         def compute(trainable: Any, x: jax.Array) -> jax.Array:
             return loss(apply(combine(trainable, frozen), x, batch), batch)

@@ -45,7 +45,9 @@ Prepare = dict[str, Callable[[], Any]]
 
 def _timed(runs: Runs, prepare: Prepare, settings: Settings) -> dict[str, Record]:
     timers = {name: timer(run, prepare.get(name)) for name, run in runs.items()}
-    seconds = interleaved_seconds(timers, repeats=min(settings.repeats, 9), budget=3 * settings.budget)
+    seconds = interleaved_seconds(
+        timers, repeats=min(settings.repeats, 9), budget=3 * settings.budget
+    )
     return {name: runner.timings(times) for name, times in seconds.items()}
 
 
@@ -83,12 +85,18 @@ def _operations(case: Case, model: JaxModel, folder: Path) -> tuple[Runs, Prepar
     saved = peft.get_peft_model(fresh_copy(base), peft_config(case.adapter))  # type: ignore[arg-type]
     saved.save_pretrained(str(folder / "torch"))
     runs |= {
-        "PEFT get_peft_model": lambda module: peft.get_peft_model(module, peft_config(case.adapter)),
+        "PEFT get_peft_model": lambda module: peft.get_peft_model(
+            module, peft_config(case.adapter)
+        ),
         "PEFT save_pretrained": lambda: saved.save_pretrained(str(folder / "torch")),
-        "PEFT from_pretrained": lambda module: peft.PeftModel.from_pretrained(module, str(folder / "torch")),
+        "PEFT from_pretrained": lambda module: peft.PeftModel.from_pretrained(
+            module, str(folder / "torch")
+        ),
     }
     # Both change the model that they are given.
-    prepare |= dict.fromkeys(("PEFT get_peft_model", "PEFT from_pretrained"), functools.partial(fresh_copy, base))
+    prepare |= dict.fromkeys(
+        ("PEFT get_peft_model", "PEFT from_pretrained"), functools.partial(fresh_copy, base)
+    )
     return runs, prepare
 
 
@@ -99,8 +107,14 @@ def _stages(case: Case, model: JaxModel) -> tuple[Runs, Prepare]:
         methods = jax_methods.methods(model, case.adapter, kind)
         for name, label in STAGED.items():
             job = f"{kind}, {label}"
-            runs[f"{job}: trace"], prepare[f"{job}: trace"] = _trace, functools.partial(_clear, methods[name])
-            runs[f"{job}: compile"], prepare[f"{job}: compile"] = _compile, functools.partial(_lower, methods[name])
+            runs[f"{job}: trace"], prepare[f"{job}: trace"] = (
+                _trace,
+                functools.partial(_clear, methods[name]),
+            )
+            runs[f"{job}: compile"], prepare[f"{job}: compile"] = (
+                _compile,
+                functools.partial(_lower, methods[name]),
+            )
     return runs, prepare
 
 

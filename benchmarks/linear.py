@@ -28,7 +28,11 @@ WITH_PROCESS_MEMORY = (2048, 8, 2048)
 
 def cases(settings: Settings) -> list[Case]:
     """All combinations."""
-    grid = itertools.product((64,), (4,), (1, 16)) if settings.quick else itertools.product(WIDTHS, RANKS, TOKENS)
+    grid = (
+        itertools.product((64,), (4,), (1, 16))
+        if settings.quick
+        else itertools.product(WIDTHS, RANKS, TOKENS)
+    )
     return [
         Case(
             subject="linear",

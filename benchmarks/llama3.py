@@ -77,12 +77,18 @@ MODELS = {
 def make_mesh(fsdp: int, tensor: int) -> Mesh:
     """A mesh of the first devices."""
     devices = jax.devices()[: fsdp * tensor]
-    return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    return jax.make_mesh(
+        (fsdp, tensor), ("fsdp", "tensor"), (AxisType.Auto, AxisType.Auto), devices=devices
+    )
 
 
-def array(mesh: Any, shape: tuple[int, ...], dtype: Any, *split: str | None) -> jax.ShapeDtypeStruct:
+def array(
+    mesh: Any, shape: tuple[int, ...], dtype: Any, *split: str | None
+) -> jax.ShapeDtypeStruct:
     """A shape and how a mesh holds it; on one device without a mesh."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and NamedSharding(mesh, PartitionSpec(*split)))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=mesh and NamedSharding(mesh, PartitionSpec(*split))
+    )
 
 
 def layer_params(model: Llama3, mesh: Any = None) -> dict[str, Any]:
@@ -99,7 +105,9 @@ def layer_params(model: Llama3, mesh: Any = None) -> dict[str, Any]:
 def outer_params(model: Llama3, mesh: Any = None) -> dict[str, Any]:
     """Shapes of what is no layer's."""
     return {
-        "embed_tokens": {"embedding": array(mesh, (VOCABULARY, model.hidden), BASE_DTYPE, "tensor", "fsdp")},
+        "embed_tokens": {
+            "embedding": array(mesh, (VOCABULARY, model.hidden), BASE_DTYPE, "tensor", "fsdp")
+        },
         "norm": {"scale": array(mesh, (model.hidden,), BASE_DTYPE)},
         "lm_head": {"kernel": array(mesh, (model.hidden, VOCABULARY), BASE_DTYPE, *IN_OUT)},
     }
@@ -120,7 +128,9 @@ def layer(model: Llama3, mesh: Any, params: Any, x: jax.Array) -> jax.Array:
 
     h = split(_rms_norm(x, params["input_layernorm"]["scale"]), *RESIDUAL)
     q, k, v = (heads(h @ params[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
-    attend = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"))
+    attend = jax.checkpoint(
+        functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+    )
     mixed = split(attend(_rotate(q), _rotate(k), v).reshape(sequences, length, -1), *WIDE)
     x = split(x + mixed @ params["o_proj"]["kernel"], *RESIDUAL)
     h = split(_rms_norm(x, params["post_attention_layernorm"]["scale"]), *RESIDUAL)
@@ -130,18 +140,26 @@ def layer(model: Llama3, mesh: Any, params: Any, x: jax.Array) -> jax.Array:
 
 def head_loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy after the last layer."""
-    logits = (_rms_norm(x, params["norm"]["scale"]) @ params["lm_head"]["kernel"]).astype(jnp.float32)
+    logits = (_rms_norm(x, params["norm"]["scale"]) @ params["lm_head"]["kernel"]).astype(
+        jnp.float32
+    )
     chosen = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     return (jax.nn.logsumexp(logits, -1) - chosen).mean()
 
 
 def _split(mesh: Any, x: jax.Array, *split: str | None) -> jax.Array:
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
+    return (
+        x
+        if mesh is None
+        else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
+    )
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)).astype(x.dtype) * scale
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)).astype(
+        x.dtype
+    ) * scale
 
 
 def _rotate(x: jax.Array) -> jax.Array:
@@ -150,4 +168,6 @@ def _rotate(x: jax.Array) -> jax.Array:
     angles = jnp.arange(x.shape[1])[:, None, None] * ROPE_BASE ** (-jnp.arange(half) / half)
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], -1
+    ).astype(x.dtype)

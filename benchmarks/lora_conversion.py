@@ -76,7 +76,12 @@ def _in_new_process(method: str, width: int, r: int, rank: int) -> Record:
     command = [sys.executable, "-m", "benchmarks.lora_conversion", method]
     command += ["--width", str(width), "--r", str(r), "--rank", str(rank)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, timeout=TIME_LIMIT, check=True
+        command,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,8 +90,14 @@ def measure(method: str, width: int, r: int, rank: int) -> Record:
     """Converts once in this process."""
     random = np.random.default_rng(0)
     shapes = {"w1_a": (width, r), "w1_b": (r, width), "w2_a": (width, r), "w2_b": (r, width)}
-    factors = {f"hada_{part}": random.standard_normal(s).astype(np.float32) for part, s in shapes.items()}
-    convert = _peft(factors, rank) if method == PEFT else _loha_jax(factors, None if method == EXACT else rank)
+    factors = {
+        f"hada_{part}": random.standard_normal(s).astype(np.float32) for part, s in shapes.items()
+    }
+    convert = (
+        _peft(factors, rank)
+        if method == PEFT
+        else _loha_jax(factors, None if method == EXACT else rank)
+    )
     found: dict[str, Any] = {}
 
     def run() -> None:
@@ -105,11 +116,15 @@ def measure(method: str, width: int, r: int, rank: int) -> Record:
     }
 
 
-def _loha_jax(factors: dict[str, np.ndarray], rank: int | None) -> Callable[[], tuple[Pair, float | None]]:
+def _loha_jax(
+    factors: dict[str, np.ndarray], rank: int | None
+) -> Callable[[], tuple[Pair, float | None]]:
     width, r = factors["hada_w1_a"].shape
     state = {f"q.{part}": tensor for part, tensor in factors.items()}
     base = {"q": {"kernel": jnp.zeros((width, width))}}
-    params = interop.from_peft_state_dict(state, LoHaConfig(r=r, alpha=r, target_modules=["q"]), base)
+    params = interop.from_peft_state_dict(
+        state, LoHaConfig(r=r, alpha=r, target_modules=["q"]), base
+    )
 
     def convert() -> tuple[Pair, float | None]:
         lora = interop.to_lora(params, rank=rank)
@@ -138,7 +153,9 @@ def _peft(factors: dict[str, np.ndarray], rank: int) -> Callable[[], tuple[Pair,
 
 
 def _error(factors: dict[str, np.ndarray], b: np.ndarray, a: np.ndarray, rows: int = 256) -> float:
-    w1_a, w1_b, w2_a, w2_b = (factors[f"hada_{part}"].astype(np.float64) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    w1_a, w1_b, w2_a, w2_b = (
+        factors[f"hada_{part}"].astype(np.float64) for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+    )
     a = a.astype(np.float64)
     difference = total = 0.0
     for start in range(0, len(b), rows):
@@ -150,7 +167,9 @@ def _error(factors: dict[str, np.ndarray], b: np.ndarray, a: np.ndarray, rows: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--r", type=int, default=RANKS[0])

@@ -46,7 +46,10 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
     traced_at = time.perf_counter()
     lowered = traced.lower()
     compiled = lowered.compile()
-    seconds = {"trace_seconds": traced_at - start, "compile_seconds": time.perf_counter() - traced_at}
+    seconds = {
+        "trace_seconds": traced_at - start,
+        "compile_seconds": time.perf_counter() - traced_at,
+    }
     counts = xla_counts(compiled)
     counts["flops"] = counts["xla_flops"] + _flops_of_repeats(traced.jaxpr)
     return Program(compiled, lowered.as_text(), counts | seconds)
@@ -81,7 +84,9 @@ def _product_flops(jaxpr: Any, *, whole_loops: bool) -> float:
         elif equation.primitive.name == "conv_general_dilated":
             out_features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) / out_features
-        turns = equation.params["length"] if equation.primitive.name == "scan" and whole_loops else 1
+        turns = (
+            equation.params["length"] if equation.primitive.name == "scan" and whole_loops else 1
+        )
         for inner in _inner_jaxprs(equation.params):
             total += turns * _product_flops(inner, whole_loops=whole_loops)
     return total
@@ -90,9 +95,15 @@ def _product_flops(jaxpr: Any, *, whole_loops: bool) -> float:
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs in an equation; of branches for different platforms, the one for this platform."""
     if platforms := params.get("branches_platforms"):
-        chosen = next(n for n, names in enumerate(platforms) if names is None or jax.default_backend() in names)
+        chosen = next(
+            n
+            for n, names in enumerate(platforms)
+            if names is None or jax.default_backend() in names
+        )
         return [params["branches"][chosen]]
-    values = [v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))]
+    values = [
+        v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))
+    ]
     return [value for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
 
 
@@ -120,7 +131,9 @@ def timer(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> 
     return seconds
 
 
-def interleaved_seconds(timers: Mapping[str, Timer], *, repeats: int, budget: float) -> dict[str, list[float]]:
+def interleaved_seconds(
+    timers: Mapping[str, Timer], *, repeats: int, budget: float
+) -> dict[str, list[float]]:
     """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
 
     The order changes from turn to turn. Each timed run follows an untimed one of the same function, as in a training
@@ -157,7 +170,9 @@ class Neighbours:
 
     def cores(self) -> float | None:
         """How many cores they used on average; None where there is no /proc/stat."""
-        busy, own, now = (current - last for current, last in zip(self._read(), self._last, strict=True))
+        busy, own, now = (
+            current - last for current, last in zip(self._read(), self._last, strict=True)
+        )
         self._last = self._read()
         return None if math.isnan(busy) else round(max(busy - own, 0) / now, 2)
 
@@ -169,10 +184,14 @@ class Neighbours:
         stat = Path("/proc/stat")
         busy = float("nan")
         if stat.exists():
-            user, nice, system, _, _, *interrupts_and_stolen = map(int, stat.read_text().split(maxsplit=9)[1:9])
+            user, nice, system, _, _, *interrupts_and_stolen = map(
+                int, stat.read_text().split(maxsplit=9)[1:9]
+            )
             busy = (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
         this = psutil.Process()
-        own = sum(sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True)))
+        own = sum(
+            sum(process.cpu_times()[:4]) for process in (this, *this.children(recursive=True))
+        )
         return busy, own, time.perf_counter()
 
 
@@ -182,10 +201,14 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu
+        )
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],  # a GPU's name
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -67,7 +67,9 @@ def make_base(folder: Path, tensors: dict[str, tuple[int, ...]], dtype: np.dtype
         for key, shape in tensors.items():
             writer.write(key, np.resize(values, shape))
         writer.commit()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": dtype.name}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "torch_dtype": dtype.name})
+    )
 
 
 def make_adapter(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
@@ -82,7 +84,9 @@ def make_adapter(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
                 state[f"{name}_a"] = random.normal(0, 0.1, (shape[0], RANK)).astype(np.float32)
                 state[f"{name}_b"] = random.normal(0, 0.1, (RANK, shape[1])).astype(np.float32)
     modules = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
-    (folder / "adapter_config.json").write_text(LoHaConfig(r=RANK, alpha=RANK, target_modules=modules).to_json())
+    (folder / "adapter_config.json").write_text(
+        LoHaConfig(r=RANK, alpha=RANK, target_modules=modules).to_json()
+    )
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(state, {"format": "pt"}))
 
 
@@ -106,12 +110,16 @@ def merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """Seconds and peak memory of a merge in a new process, its start included in `total_s`."""
     start = time.perf_counter()
     command = [sys.executable, "-c", _MERGE, str(base), str(adapter), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     return {**json.loads(done.stdout), "total_s": time.perf_counter() - start}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true")
     size.add_argument("--full", action="store_true")
@@ -131,7 +139,10 @@ def main() -> None:
         make_adapter(adapter, tensors)
         flush(base)
         total = sum(file.stat().st_size for file in base.iterdir())
-        print(f"{total / 1e9:.2f} GB of {dtype.name}, {layers} layers, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(
+            f"{total / 1e9:.2f} GB of {dtype.name}, {layers} layers, load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
         for turn in range(args.turns):
             copied = copy(base, out)
             shutil.rmtree(out)
@@ -149,7 +160,9 @@ def main() -> None:
     print(f"median: {ratio:.2f} x the time of copying")
     if args.json:
         args.json.write_text(
-            json.dumps({"bytes": total, "layers": layers, "dtype": dtype.name, "turns": turns}, indent=2)
+            json.dumps(
+                {"bytes": total, "layers": layers, "dtype": dtype.name, "turns": turns}, indent=2
+            )
         )
 
 

@@ -24,7 +24,9 @@ from benchmarks import jax_methods
 from benchmarks.case import JAX_METHODS, MERGED, TORCH_METHODS, TRAINING, Case, Settings
 from benchmarks.measure import compile_program
 
-METHODS = tuple(name for name in (*JAX_METHODS, *TORCH_METHODS) if name != MERGED)  # a merged model is not trained
+METHODS = tuple(
+    name for name in (*JAX_METHODS, *TORCH_METHODS) if name != MERGED
+)  # a merged model is not trained
 STEPS = 2
 TIME_LIMIT = 1800  # seconds
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -32,14 +34,29 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 def in_new_process(case: str, method: str, settings: Settings) -> dict[str, Any]:
     """Measures in a new process. Where that fails, the result is the error."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", case, method, "--dtype", settings.dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.peak_memory",
+        case,
+        method,
+        "--dtype",
+        settings.dtype,
+    ]
     command += ["--quick"] if settings.quick else []
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=TIME_LIMIT, check=True
+            command,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+            check=True,
         )
     except subprocess.CalledProcessError as error:
-        return {"error": (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]}
+        return {
+            "error": (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
+        }
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {TIME_LIMIT} s"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -48,7 +65,9 @@ def in_new_process(case: str, method: str, settings: Settings) -> dict[str, Any]
 def measure(case: Case, method: str) -> dict[str, Any]:
     """Measures in this process."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # larger blocks are unmapped when they are freed
+        ctypes.CDLL(None).mallopt(
+            M_MMAP_THRESHOLD, 1 << 20
+        )  # larger blocks are unmapped when they are freed
     return _measure_jax(case, method) if method in JAX_METHODS else _measure_torch(case, method)
 
 
@@ -108,7 +127,9 @@ def _status(key: str) -> int:
 def main() -> None:
     from benchmarks.catalogue import find
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("case")
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--quick", action="store_true")

@@ -63,9 +63,16 @@ def report(run: dict[str, Any]) -> str:
         elif record["kind"] == MEMORY:
             parts += [title, table(list(_memory(record["methods"])))]
         elif record["subject"] != "linear":
-            parts += [title, table(list(_methods(record["methods"]))), f"auto: {_strategies(record)}"]
+            parts += [
+                title,
+                table(list(_methods(record["methods"]))),
+                f"auto: {_strategies(record)}",
+            ]
     judged = ["not on the tiny shapes of --quick"] if run["settings"]["quick"] else bars(records)
-    parts += ["## Bars", "\n".join(f"- {line}" for line in judged) or "None of their cases was run."]
+    parts += [
+        "## Bars",
+        "\n".join(f"- {line}" for line in judged) or "None of their cases was run.",
+    ]
     about = run["machine"] | run["settings"] | {"other processes": _neighbours(records)}
     parts += ["## Machine", "\n".join(f"- {key}: {_plain(value)}" for key, value in about.items())]
     return "\n\n".join(parts)
@@ -154,7 +161,9 @@ def _memory(methods: dict[str, Record]) -> Iterable[Record]:
             "more than frozen": megabytes(extra_bytes(methods, name)),
             "of what PEFT LoHa adds": ratio(over_peft_memory(methods, name)),
             "XLA temporary MB": megabytes(temporary),
-            "more than frozen's": megabytes(None if temporary is None or frozen is None else temporary - frozen),
+            "more than frozen's": megabytes(
+                None if temporary is None or frozen is None else temporary - frozen
+            ),
         }
 
 
@@ -172,7 +181,11 @@ def over_peft_memory(methods: dict[str, Record], name: str) -> float | None:
 
 def _operations(operations: dict[str, Record]) -> Iterable[Record]:
     for name, operation in operations.items():
-        yield {"operation": name, "median s": number(operation["median"], 3), "runs": len(operation["seconds"])}
+        yield {
+            "operation": name,
+            "median s": number(operation["median"], 3),
+            "runs": len(operation["seconds"]),
+        }
 
 
 def _conversions(methods: dict[str, Record]) -> Iterable[Record]:
@@ -208,12 +221,22 @@ def bars(records: Sequence[Record]) -> list[str]:
             continue
         methods = record.get("methods", {})
         if record["kind"] == TRAINING:
-            over_frozen, over_peft = (methods[AUTO].get(key) for key in ("over_frozen", "over_peft_loha"))
-            lines.append(_bar("llama, training step over the frozen base's", over_frozen, MOST_TIME_OVER_FROZEN))
+            over_frozen, over_peft = (
+                methods[AUTO].get(key) for key in ("over_frozen", "over_peft_loha")
+            )
+            lines.append(
+                _bar(
+                    "llama, training step over the frozen base's",
+                    over_frozen,
+                    MOST_TIME_OVER_FROZEN,
+                )
+            )
             lines.append(_bar("llama, training step over PEFT LoHa's", over_peft, 1.0))
         elif record["kind"] == MEMORY:
             share = over_peft_memory(methods, AUTO)
-            lines.append(_bar("llama, memory added, of what PEFT LoHa adds", share, MOST_MEMORY_OVER_PEFT))
+            lines.append(
+                _bar("llama, memory added, of what PEFT LoHa adds", share, MOST_MEMORY_OVER_PEFT)
+            )
     for key, unit, most in (
         ("flops_over_best", "FLOPs", MOST_FLOPS_OVER_BEST),
         ("time_over_best", "time", MOST_TIME_OVER_BEST),
@@ -222,7 +245,9 @@ def bars(records: Sequence[Record]) -> list[str]:
         if not cells:
             continue
         outside = [cell for cell in cells if cell["auto"][key] > most]
-        lines.append(f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of {len(cells)} cells")
+        lines.append(
+            f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of {len(cells)} cells"
+        )
         lines += [
             f"outside: {cell['kind']} {_shape(cell['shape'])}: {_strategies(cell)} is {cell['auto'][key]:.2f} x "
             f"{cell['auto']['best_by_' + unit.lower()]}"
@@ -245,11 +270,17 @@ def table(rows: Sequence[Record]) -> str:
     header = list(rows[0])
     cells = [header, *([str(row[key]) for key in header] for row in rows)]
     widths = [max(3, *(len(line[n]) for line in cells)) for n in range(len(header))]
-    align: list[Callable[[str, int], str]] = [str.rjust if _is_number(c) else str.ljust for c in cells[1]]
-    rule = [f"{'-' * (w - 1)}:" if a is str.rjust else "-" * w for w, a in zip(widths, align, strict=True)]
+    align: list[Callable[[str, int], str]] = [
+        str.rjust if _is_number(c) else str.ljust for c in cells[1]
+    ]
+    rule = [
+        f"{'-' * (w - 1)}:" if a is str.rjust else "-" * w
+        for w, a in zip(widths, align, strict=True)
+    ]
     lines = [cells[0], rule, *cells[1:]]
     return "\n".join(
-        "| " + " | ".join(a(c, w) for c, w, a in zip(line, widths, align, strict=True)) + " |" for line in lines
+        "| " + " | ".join(a(c, w) for c, w, a in zip(line, widths, align, strict=True)) + " |"
+        for line in lines
     )
 
 
@@ -292,7 +323,9 @@ def _plain(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     print(report(results.read(parser.parse_args().file)))
 

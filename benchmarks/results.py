@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: Path, machine: dict[str, Any], settings: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def write(
+    path: Path, machine: dict[str, Any], settings: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
     """Writes the file under another name and renames it: a run that is cut off leaves whole results."""
     head = json.dumps({"machine": machine, "settings": settings}, indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps(record, ensure_ascii=False)}" for record in records)

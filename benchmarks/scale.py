@@ -68,7 +68,9 @@ def predict(model: Llama3, rank: int, devices: int) -> Record:
         "gradients": model.layers * one.bytes_per_device(step.trainable),
         "optimizer": model.layers * one.bytes_per_device(step.state),
         "layer_inputs": model.layers * one.bytes_per_device(step.x),
-        "layer_or_logits": max(one.kept_bytes(model, step, fsdp, tensor), 2 * 4 * LENGTH * llama3.VOCABULARY // tensor),
+        "layer_or_logits": max(
+            one.kept_bytes(model, step, fsdp, tensor), 2 * 4 * LENGTH * llama3.VOCABULARY // tensor
+        ),
         "gathered": 2 * kernels // tensor,
     }
     adapted, frozen = (
@@ -111,7 +113,10 @@ def check(model: Llama3, rank: int, fsdp: int, tensor: int) -> Record:
     trained, x = one.bytes_per_device((step.trainable, step.state)), one.bytes_per_device(step.x)
     compiled, kept = xla_counts(one.compile_step(step)), xla_counts(one.compile_kept(whole))
     figures = {
-        "arguments": (one.bytes_per_device(step.frozen) + trained + 2 * x, compiled["argument_bytes"]),
+        "arguments": (
+            one.bytes_per_device(step.frozen) + trained + 2 * x,
+            compiled["argument_bytes"],
+        ),
         "results": (trained + x, compiled["output_bytes"]),
         "kept": (one.kept_bytes(model, whole, fsdp, tensor), kept["output_bytes"]),
         "flops": (_adapted_flops(model, rank) / tensor, compiled["xla_flops"]),
@@ -122,7 +127,10 @@ def check(model: Llama3, rank: int, fsdp: int, tensor: int) -> Record:
         "rank": rank,
         "fsdp": fsdp,
         "tensor": tensor,
-        **{name: {"predicted": a, "compiled": b, "ratio": b / a} for name, (a, b) in figures.items()},
+        **{
+            name: {"predicted": a, "compiled": b, "ratio": b / a}
+            for name, (a, b) in figures.items()
+        },
         "temporary_bytes": compiled["temporary_bytes"],
         "off": [name for name, (a, b) in figures.items() if abs(b / a - 1) > CLOSE],
     }
@@ -139,7 +147,9 @@ def records(quick: bool) -> Iterator[Record]:
             for devices in DEVICES:
                 yield predict(model, rank, devices)
     for model in models:
-        meshes = dict.fromkeys([model.tensor, 4])  # the tables' own mesh, and one that has both axes for all sizes
+        meshes = dict.fromkeys(
+            [model.tensor, 4]
+        )  # the tables' own mesh, and one that has both axes for all sizes
         for tensor in list(meshes)[: 1 if quick else None]:
             for rank in ranks:
                 yield check(model, rank, VIRTUAL_DEVICES // tensor, tensor)
@@ -217,19 +227,31 @@ def _gigabytes(count: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="8B, rank 8 and one mesh")
-    parser.add_argument("--json", type=Path, default=Path("out/scale.json"), help="the figures (%(default)s)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/scale.json"), help="the figures (%(default)s)"
+    )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
-    about: dict[str, Any] = machine() | {"command": " ".join(["python -m benchmarks.scale", *sys.argv[1:]])}
+    about: dict[str, Any] = machine() | {
+        "command": " ".join(["python -m benchmarks.scale", *sys.argv[1:]])
+    }
     found: list[Record] = []
     for record in records(args.quick):
         found.append(record)
         results.write(args.json, about, {"quick": args.quick, "length": LENGTH}, found)
-        say(" ".join(str(record[key]) for key in ("kind", "model", "rank", "devices", "fsdp") if key in record))
+        say(
+            " ".join(
+                str(record[key])
+                for key in ("kind", "model", "rank", "devices", "fsdp")
+                if key in record
+            )
+        )
     print(report(found))
     print(f"\nwritten to {args.json}")
     return 1 if any(record.get("off") for record in found) else 0

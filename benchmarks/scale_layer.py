@@ -55,7 +55,11 @@ def adapted_step(
         return adapted(loha_jax.combine(trainable, frozen), x)
 
     return Step(
-        forward, trainable, _optimizer_state(trainable, mesh), frozen, llama3.tokens(model, sequences, length, mesh)
+        forward,
+        trainable,
+        _optimizer_state(trainable, mesh),
+        frozen,
+        llama3.tokens(model, sequences, length, mesh),
     )
 
 
@@ -65,7 +69,13 @@ def frozen_step(model: Llama3, sequences: int, length: int) -> Step:
     def forward(trainable: Any, frozen: Any, x: jax.Array) -> jax.Array:
         return jax.checkpoint(functools.partial(llama3.layer, model, None))(frozen, x)
 
-    return Step(forward, (), OPTIMIZER.init(()), llama3.layer_params(model), llama3.tokens(model, sequences, length))
+    return Step(
+        forward,
+        (),
+        OPTIMIZER.init(()),
+        llama3.layer_params(model),
+        llama3.tokens(model, sequences, length),
+    )
 
 
 def _optimizer_state(trainable: Any, mesh: Any) -> Any:
@@ -75,7 +85,9 @@ def _optimizer_state(trainable: Any, mesh: Any) -> Any:
         lambda leaf, factor: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=factor.sharding),
         jax.eval_shape(OPTIMIZER.init, trainable),
         trainable,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=whole
+        ),
     )
 
 
@@ -110,7 +122,12 @@ def compile_head(model: Llama3, sequences: int, length: int) -> jax.stages.Compi
     """Compiles the loss of the last layer's result and its gradient with respect to that."""
     labels = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
     x = llama3.tokens(model, sequences, length)
-    return _compile(jax.jit(jax.value_and_grad(llama3.head_loss, argnums=1)), llama3.outer_params(model), x, labels)
+    return _compile(
+        jax.jit(jax.value_and_grad(llama3.head_loss, argnums=1)),
+        llama3.outer_params(model),
+        x,
+        labels,
+    )
 
 
 def flops(compiled: jax.stages.Compiled) -> float:
@@ -143,7 +160,8 @@ def kept_bytes(model: Llama3, step: Step, fsdp: int, tensor: int) -> int:
     split = {model.hidden, model.mlp, llama3.HEAD_WIDTH, 1}
     leaves = jax.eval_shape(functools.partial(_kept, step), step.trainable, step.frozen, step.x)
     return sum(
-        leaf.size * leaf.dtype.itemsize // (fsdp * tensor if leaf.shape[-1] in split else fsdp) for leaf in leaves
+        leaf.size * leaf.dtype.itemsize // (fsdp * tensor if leaf.shape[-1] in split else fsdp)
+        for leaf in leaves
     )
 
 
@@ -152,4 +170,6 @@ def _kept(step: Step, trainable: Any, frozen: Any, x: jax.Array) -> list[jax.Arr
         return step.forward(trainable, frozen, x)
 
     _, pull_back = jax.vjp(run, trainable, x)
-    return [leaf for leaf in jax.tree.leaves(pull_back) if leaf.shape[:2] == x.shape[:2]]  # not the kernels
+    return [
+        leaf for leaf in jax.tree.leaves(pull_back) if leaf.shape[:2] == x.shape[:2]
+    ]  # not the kernels

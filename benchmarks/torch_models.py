@@ -24,7 +24,9 @@ def linear(kernel: np.ndarray, x: np.ndarray, cotangent: np.ndarray, dtype: str)
     """One Linear layer, named "layer"."""
     layer = torch.nn.Linear(*kernel.shape, bias=False, device="meta").to_empty(device="cpu")
     layer.load_state_dict({"weight": torch.from_numpy(kernel.T)})
-    inputs, towards = (torch.tensor(a, device=DEVICE).to(getattr(torch, dtype)) for a in (x, cotangent))
+    inputs, towards = (
+        torch.tensor(a, device=DEVICE).to(getattr(torch, dtype)) for a in (x, cotangent)
+    )
     module = frozen(torch.nn.Sequential(), dtype)
     module.add_module("layer", frozen(layer, dtype))
     return TorchModel(module, {"input": inputs.requires_grad_()}, lambda y: (y * towards).sum())
@@ -37,7 +39,9 @@ def llama(config: Any, batch: dict[str, np.ndarray], dtype: str) -> TorchModel:
     module = frozen(transformers.LlamaForCausalLM(config), dtype)
     require_output_gradient(module.get_submodule("model.embed_tokens"))
     labels = integers(batch["labels"])
-    return TorchModel(module, {"input_ids": integers(batch["ids"])}, lambda out: cross_entropy(out.logits, labels))
+    return TorchModel(
+        module, {"input_ids": integers(batch["ids"])}, lambda out: cross_entropy(out.logits, labels)
+    )
 
 
 class SentenceClassifier(torch.nn.Module):
@@ -48,7 +52,10 @@ class SentenceClassifier(torch.nn.Module):
 
         super().__init__()
         self.bert: Any = transformers.BertModel.from_pretrained(
-            folder, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            folder,
+            add_pooling_layer=False,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
         self.classifier = torch.nn.Linear(self.bert.config.hidden_size, classes)
 
@@ -98,9 +105,15 @@ class ConvNet(torch.nn.Module):
         return self.classifier(torch.relu(self.blocks(self.stem(images))).mean((2, 3)))
 
 
-def convnet(widths: Sequence[int], classes: int, images: np.ndarray, labels: np.ndarray, dtype: str) -> TorchModel:
+def convnet(
+    widths: Sequence[int], classes: int, images: np.ndarray, labels: np.ndarray, dtype: str
+) -> TorchModel:
     """A small ResNet; `images` are [batch, height, width, channels]."""
     module = frozen(ConvNet(widths, classes), dtype)
-    x = torch.tensor(images.transpose(0, 3, 1, 2), device=DEVICE).to(getattr(torch, dtype)).requires_grad_()
+    x = (
+        torch.tensor(images.transpose(0, 3, 1, 2), device=DEVICE)
+        .to(getattr(torch, dtype))
+        .requires_grad_()
+    )
     targets = integers(labels)
     return TorchModel(module, {"images": x}, lambda logits: cross_entropy(logits, targets))

@@ -143,18 +143,24 @@ def peft_config(adapter: Adapter) -> Any:
     )
 
 
-def _peft_loha(module: torch.nn.Module, adapter: Adapter) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _peft_loha(
+    module: torch.nn.Module, adapter: Adapter
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     import peft
 
     model = peft.get_peft_model(module, peft_config(adapter))  # type: ignore[arg-type]  # any module will do
     return model, model
 
 
-def _peft_lora(module: torch.nn.Module, adapter: Adapter) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _peft_lora(
+    module: torch.nn.Module, adapter: Adapter
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """LoRA of the rank that has as many parameters: 2r, less where LoHa has cores."""
     import peft
 
-    shapes = [tuple(module.get_parameter(f"{name}.weight").shape) for name in _targets(module, adapter)]
+    shapes = [
+        tuple(module.get_parameter(f"{name}.weight").shape) for name in _targets(module, adapter)
+    ]
     loha = sum(_loha_parameters(shape, adapter) for shape in shapes)
     rank_one = sum(shape[0] + math.prod(shape[1:]) for shape in shapes)
     rank = max(round(loha / rank_one), 1)
@@ -171,7 +177,9 @@ def _loha_parameters(shape: tuple[int, ...], adapter: Adapter) -> int:
     return 2 * adapter.rank * (out + into * positions)
 
 
-def _lycoris(module: torch.nn.Module, adapter: Adapter, *, bypass: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+def _lycoris(
+    module: torch.nn.Module, adapter: Adapter, *, bypass: bool
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     # Not `create_lycoris`: it takes its targets from the presets that come with it, or from a file.
     import lycoris.logging
     from lycoris.wrapper import LycorisNetwork

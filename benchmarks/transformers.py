@@ -82,7 +82,11 @@ def _add_to_output(name: str, shift: jax.Array) -> Any:
 
     def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         output = call(*args, **kwargs)
-        return output + shift if context.module.name == name and context.method_name == "__call__" else output
+        return (
+            output + shift
+            if context.module.name == name and context.method_name == "__call__"
+            else output
+        )
 
     return nn.intercept_methods(add)
 
@@ -93,7 +97,10 @@ def _cast(params: Any, dtype: str) -> Any:
 
 def _llama_batch(vocabulary: int, sequences: int, length: int) -> Batch:
     random = np.random.default_rng(0)
-    return {name: random.integers(0, vocabulary, (sequences, length), np.int32) for name in ("ids", "labels")}
+    return {
+        name: random.integers(0, vocabulary, (sequences, length), np.int32)
+        for name in ("ids", "labels")
+    }
 
 
 def _llama_config(sizes: dict[str, int], batch: Batch) -> Any:
@@ -109,7 +116,9 @@ def _jax_llama(sizes: dict[str, int], batch: Batch, dtype: str) -> JaxModel:
         from transformers import FlaxLlamaForCausalLM
     except ImportError as error:
         raise NotInstalled("transformers with Flax (the last one is 4.57.6)") from error
-    model: Any = FlaxLlamaForCausalLM(_llama_config(sizes, batch), dtype=jnp.dtype(dtype), _do_init=False)
+    model: Any = FlaxLlamaForCausalLM(
+        _llama_config(sizes, batch), dtype=jnp.dtype(dtype), _do_init=False
+    )
 
     def apply(params: Any, shift: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         with _add_to_output("embed_tokens", shift):
@@ -157,7 +166,9 @@ def _example() -> Any:
 def _jax_minilm(batch: Batch, dtype: str) -> JaxModel:
     example = _example()
     model, bert = example.load_minilm(example.model_folder())
-    model = type(model)(model.config, dtype=jnp.dtype(dtype), add_pooling_layer=False, _do_init=False)
+    model = type(model)(
+        model.config, dtype=jnp.dtype(dtype), add_pooling_layer=False, _do_init=False
+    )
     classifier = example.init_classifier(MINILM_WIDTH, MINILM_CLASSES, jax.random.key(0))
 
     def apply(params: Any, shift: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:

@@ -30,7 +30,8 @@ class Workers:
         if importlib.util.find_spec("torch") is not None:
             self._sides["torch"] = _TorchSide
         self._pools = {
-            name: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) for name in self._sides
+            name: ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            for name in self._sides
         }
 
     @property

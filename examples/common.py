@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers, diffusers or peft is imported: nothing here asks a hub
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when transformers, diffusers or peft is imported: nothing here asks a hub
+)
 
 from movie_sentences import JobError
 from report import console
@@ -27,10 +29,18 @@ def run_example(run: Callable[[argparse.Namespace], None], doc: str | None, name
         doc: its module's docstring, which --help shows.
         name: of the folder that its files go to by default.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same on a slice, for continuous integration")
-    parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for the results")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, factors and the order of the data")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the same on a slice, for continuous integration"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out") / name, help="folder for the results"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, factors and the order of the data"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -42,10 +52,16 @@ def run_example(run: Callable[[argparse.Namespace], None], doc: str | None, name
 
 def missing(packages: Mapping[str, str] = PEFT_VERSIONS) -> str:
     """What pip should install of `{module: pip argument}`; empty where all is there."""
-    return " ".join(argument for module, argument in packages.items() if importlib.util.find_spec(module) is None)
+    return " ".join(
+        argument
+        for module, argument in packages.items()
+        if importlib.util.find_spec(module) is None
+    )
 
 
-def show_results(path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def show_results(
+    path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]
+) -> None:
     """Prints a table and writes it as JSON: `{first cell: {header: cell}}`.
 
     Args:

@@ -57,13 +57,25 @@ def load_pictures(seed: int) -> tuple[Pictures, Pictures, Pictures, Pictures]:
     images = (images / 16).reshape(-1, 8, 8, 1).astype(np.float32)
     high, labels = labels > 4, labels % 5
     split = partial(train_test_split, train_size=100, random_state=seed)
-    train, rest, train_labels, rest_labels = split(images[high], labels[high], stratify=labels[high])
-    validation, test, validation_labels, test_labels = split(rest, rest_labels, stratify=rest_labels)
+    train, rest, train_labels, rest_labels = split(
+        images[high], labels[high], stratify=labels[high]
+    )
+    validation, test, validation_labels, test_labels = split(
+        rest, rest_labels, stratify=rest_labels
+    )
     few = (train, train_labels), (validation, validation_labels), (test, test_labels)
     return (images[~high], labels[~high]), *few  # type: ignore[return-value]  # scikit-learn's types say too little
 
 
-def train(params: Params, pictures: Pictures, validation: Pictures, rate: float, steps: int, seed: int, full: bool):
+def train(
+    params: Params,
+    pictures: Pictures,
+    validation: Pictures,
+    rate: float,
+    steps: int,
+    seed: int,
+    full: bool,
+):
     """Trains a tree's adapters and saved modules, or (`full`) all of it; returns it and its validation accuracies."""
     # ------------------------------------------------------------------------------------------------------------
     apply = loha_jax.adapt(ConvNet().apply)  # the same function; no ΔW is built
@@ -85,7 +97,9 @@ def train(params: Params, pictures: Pictures, validation: Pictures, rate: float,
     rng, curve = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         rows = rng.integers(0, len(pictures[1]), 32)
-        trainable, opt_state = train_step(trainable, opt_state, pictures[0][rows], pictures[1][rows])
+        trainable, opt_state = train_step(
+            trainable, opt_state, pictures[0][rows], pictures[1][rows]
+        )
         if step % (steps // 10) == 0:
             curve.append((step, accuracy(loha_jax.combine(trainable, frozen), validation)))
     return loha_jax.combine(trainable, frozen), curve
@@ -96,7 +110,9 @@ logits = jax.jit(ConvNet().apply, static_argnames="features")
 
 def accuracy(params: Params, pictures: Pictures) -> float:
     """The share of pictures whose label the net finds."""
-    return float((np.asarray(logits(loha_jax.merge(params), pictures[0])).argmax(1) == pictures[1]).mean())
+    return float(
+        (np.asarray(logits(loha_jax.merge(params), pictures[0])).argmax(1) == pictures[1]).mean()
+    )
 
 
 def regression_accuracy(train: Pictures, test: Pictures, features: Any) -> tuple[float, int]:
@@ -112,19 +128,27 @@ def size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def run_seed(seed: int, steps: int) -> tuple[dict[str, tuple[float, int]], dict[str, Any], Params, Pictures]:
+def run_seed(
+    seed: int, steps: int
+) -> tuple[dict[str, tuple[float, int]], dict[str, Any], Params, Pictures]:
     """Accuracy on test pictures and size by method; curves; the net with the flat adapter; the test pictures."""
     low, few, validation, test = load_pictures(seed)
     start = ConvNet().init(jax.random.key(seed), low[0][:1])
     base, _ = train(start, low, low, FULL_RATE, 2 * steps, seed, full=True)
     results = {
-        "raw pixels, logistic regression": regression_accuracy(few, test, lambda x: x.reshape(len(x), -1)),
-        "frozen net, linear probe": regression_accuracy(few, test, partial(logits, base, features=True)),
+        "raw pixels, logistic regression": regression_accuracy(
+            few, test, lambda x: x.reshape(len(x), -1)
+        ),
+        "frozen net, linear probe": regression_accuracy(
+            few, test, partial(logits, base, features=True)
+        ),
     }
     curves, adapted = {}, {}
     for name, config in FORMS.items():
         params = loha_jax.inject(base, config, key=jax.random.key(seed))
-        adapted[name], curves[name] = train(params, few, validation, LOHA_RATE, steps, seed, full=False)
+        adapted[name], curves[name] = train(
+            params, few, validation, LOHA_RATE, steps, seed, full=False
+        )
         results[name] = accuracy(adapted[name], test), size(loha_jax.partition(params)[0])
     for name, params in {"all parameters": base, "all parameters, from scratch": start}.items():
         params, curves[name] = train(params, few, validation, FULL_RATE, steps, seed, full=True)
@@ -134,21 +158,35 @@ def run_seed(seed: int, steps: int) -> tuple[dict[str, tuple[float, int]], dict[
 
 def run(options: argparse.Namespace) -> None:
     """All methods with some seeds, which draw weights, factors and the split."""
-    seeds, steps = ([options.seed], 60) if options.quick else (list(range(options.seed, options.seed + 5)), 300)
+    seeds, steps = (
+        ([options.seed], 60)
+        if options.quick
+        else (list(range(options.seed, options.seed + 5)), 300)
+    )
     runs = []
     for seed in seeds:
         runs.append(run_seed(seed, steps))
-        console.print(f"seed {seed}: " + ", ".join(f"{name} {found[0]:.3f}" for name, found in runs[-1][0].items()))
+        console.print(
+            f"seed {seed}: "
+            + ", ".join(f"{name} {found[0]:.3f}" for name, found in runs[-1][0].items())
+        )
     _, curves, params, test = runs[0]
     interop.save_peft(options.out / "adapter", params)
     plot(options.out / "digits.png", curves, params, test)
-    console.print(f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside it")
+    console.print(
+        f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside it"
+    )
     rows = []
     for name in runs[0][0]:
         found = np.array([results[name][0] for results, *_ in runs])
         rows.append([name, runs[0][0][name][1], found.mean(), found.min(), found.max()])
     title = f"Accuracy on {len(test[1])} test pictures of 5 to 9, {len(seeds)} seed(s) from {options.seed}"
-    show_results(options.out / "results.json", title, ["", "parameters trained", "mean", "lowest", "highest"], rows)
+    show_results(
+        options.out / "results.json",
+        title,
+        ["", "parameters trained", "mean", "lowest", "highest"],
+        rows,
+    )
 
 
 def plot(path: Any, curves: dict[str, Any], params: Params, test: Pictures) -> None:
@@ -162,9 +200,13 @@ def plot(path: Any, curves: dict[str, Any], params: Params, test: Pictures) -> N
     axes.legend()
     found = np.asarray(logits(loha_jax.merge(params), test[0])).argmax(1)
     right.suptitle("LoHa, flat: what it takes test pictures for")
-    for row, axes in zip(np.argsort(found == test[1], kind="stable"), right.subplots(3, 6).flat, strict=False):
+    for row, axes in zip(
+        np.argsort(found == test[1], kind="stable"), right.subplots(3, 6).flat, strict=False
+    ):
         axes.imshow(test[0][row, :, :, 0], cmap="gray_r")
-        axes.set_title(str(found[row] + 5), color="tab:red" if found[row] != test[1][row] else "tab:green")
+        axes.set_title(
+            str(found[row] + 5), color="tab:red" if found[row] != test[1][row] else "tab:green"
+        )
         axes.axis("off")
     figure.savefig(path, dpi=150)
 

@@ -22,7 +22,16 @@ try:
     import jax
     import numpy as np
     import optax
-    from minilm import Encoder, Params, classify, embed, init_classifier, load_minilm, load_tokenizer, model_folder
+    from minilm import (
+        Encoder,
+        Params,
+        classify,
+        embed,
+        init_classifier,
+        load_minilm,
+        load_tokenizer,
+        model_folder,
+    )
     from movie_sentences import CLASSES, JobError, Tokenized, load, split
     from peft_check import logits_with_peft, missing_requirements
     from report import (
@@ -43,7 +52,9 @@ try:
     from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
     from loha_jax.train import fit
 except ImportError as error:
-    sys.exit(f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs it and runs it.")
+    sys.exit(
+        f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs it and runs it."
+    )
 
 INTRODUCTION = """
 [bold]all-MiniLM-L6-v2[/bold] turns sentences into vectors; it was not trained for sentiment. Here it learns to tell \
@@ -69,7 +80,9 @@ class Settings:
 
     epochs: int = 1
     batch_size: int = 8
-    learning_rate: float = 4e-3  # of the factors, at the end of the warm-up; then linearly down to 0
+    learning_rate: float = (
+        4e-3  # of the factors, at the end of the warm-up; then linearly down to 0
+    )
     head_learning_rate: float = 5e-3
     warmup: float = 0.1
     validations: int = 4
@@ -96,7 +109,9 @@ def train(
         The tree as it was at its best validation, the course of the training, and the seconds it took.
     """
     rng = np.random.default_rng(settings.seed)
-    batches = [batch for _ in range(settings.epochs) for batch in data.epoch(settings.batch_size, rng)]
+    batches = [
+        batch for _ in range(settings.epochs) for batch in data.epoch(settings.batch_size, rng)
+    ]
     adapted_logits = loha_jax.adapt(logits)  # the same function; no ΔW is built
     best: tuple[float, Params] = (-1.0, params)
 
@@ -120,7 +135,9 @@ def train(
         on_metrics=say_validation,
     )
     losses = [row["loss"] for row in result.history if "loss" in row]
-    validations = [(int(row["step"]), row["eval_accuracy"]) for row in result.history if "eval_accuracy" in row]
+    validations = [
+        (int(row["step"]), row["eval_accuracy"]) for row in result.history if "eval_accuracy" in row
+    ]
     return best[1], History(losses, validations), result.seconds
 
 
@@ -135,14 +152,20 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
     def adamw(peak: float) -> optax.GradientTransformation:
         warmup = round(settings.warmup * steps)
-        ramps = [optax.linear_schedule(0, peak, warmup), optax.linear_schedule(peak, 0, steps - warmup)]
+        ramps = [
+            optax.linear_schedule(0, peak, warmup),
+            optax.linear_schedule(peak, 0, steps - warmup),
+        ]
         return optax.adamw(optax.join_schedules(ramps, [warmup]), weight_decay=0.0)
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         return "classifier" if path[0].key == "classifier" else "factors"
 
     return optax.multi_transform(
-        {"factors": adamw(settings.learning_rate), "classifier": adamw(settings.head_learning_rate)},
+        {
+            "factors": adamw(settings.learning_rate),
+            "classifier": adamw(settings.head_learning_rate),
+        },
         partial(jax.tree_util.tree_map_with_path, label),
     )
 
@@ -150,7 +173,9 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 def fit_probe(vectors: np.ndarray, labels: np.ndarray) -> LogisticRegression:
     """Logistic regression on frozen vectors, its regularisation chosen by 5-fold cross-validation on them."""
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 1, 9)}, cv=5)
-    with threadpool_limits(1):  # dozens of small fits: more threads would mostly wait for each other
+    with threadpool_limits(
+        1
+    ):  # dozens of small fits: more threads would mostly wait for each other
         return search.fit(vectors, labels).best_estimator_  # type: ignore[return-value]
 
 
@@ -182,21 +207,32 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     with probe_clock.measure("train"):
         probe = fit_probe(encode(bert, train_data), train_data.labels)
     probe_memory = peak_memory()
-    probe_accuracy = accuracy(np.asarray(probe.predict(encode(bert, validation_data))), validation_data)
-    console.print(f"C = {probe.C:.2g} by cross-validation; validation accuracy {probe_accuracy:.4f}")
+    probe_accuracy = accuracy(
+        np.asarray(probe.predict(encode(bert, validation_data))), validation_data
+    )
+    console.print(
+        f"C = {probe.C:.2g} by cross-validation; validation accuracy {probe_accuracy:.4f}"
+    )
 
     headline("LoHa")
     classifier_key, loha_key = jax.random.split(jax.random.key(settings.seed))
-    base_params = {"bert": bert, "classifier": init_classifier(encode.features, len(CLASSES), classifier_key)}
+    base_params = {
+        "bert": bert,
+        "classifier": init_classifier(encode.features, len(CLASSES), classifier_key),
+    }
     params = loha_jax.inject(base_params, LOHA, key=loha_key)
     summary = loha_jax.summary(params)
     console.print(summary.totals)
 
     def logits(params: Params, batch: Any) -> jax.Array:
-        return classify(params["classifier"], embed(model, params["bert"], batch["ids"], batch["mask"]))
+        return classify(
+            params["classifier"], embed(model, params["bert"], batch["ids"], batch["mask"])
+        )
 
     def predict(params: Params, data: Tokenized) -> np.ndarray:
-        merged = loha_jax.merge(params)  # plain arrays, hence the encoder that was compiled for the probe
+        merged = loha_jax.merge(
+            params
+        )  # plain arrays, hence the encoder that was compiled for the probe
         return np.asarray(classify(merged["classifier"], encode(merged["bert"], data)))
 
     def validate(params: Params) -> float:
@@ -232,9 +268,13 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     headline("The same adapter in PyTorch")
     largest_difference = None
     if missing := missing_requirements():
-        console.print(f"Left out. To have PEFT open the adapter too: pip install {' '.join(missing)}")
+        console.print(
+            f"Left out. To have PEFT open the adapter too: pip install {' '.join(missing)}"
+        )
     else:
-        peft_logits = logits_with_peft(out / "adapter", folder, base_params["classifier"], test_data)
+        peft_logits = logits_with_peft(
+            out / "adapter", folder, base_params["classifier"], test_data
+        )
         largest_difference = check_agreement(test_logits, peft_logits, test_data)
     write_results(
         out / "results.json",
@@ -260,7 +300,9 @@ def check_agreement(ours: np.ndarray, theirs: np.ndarray, data: Tokenized) -> fl
         f"{their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
     )
     if not difference < LARGEST_DIFFERENCE or our_accuracy != their_accuracy:
-        raise JobError(f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect.")
+        raise JobError(
+            f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect."
+        )
     return difference
 
 
@@ -281,17 +323,32 @@ def main() -> int:
         description="Fine-tunes all-MiniLM-L6-v2 with LoHa on rated film reviews and opens the result in PyTorch PEFT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a slice of the data, less than a minute")
-    parser.add_argument("--out", type=Path, default=Path("out/minilm"), help="folder for the results")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the factors and the order of the batches")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="times through the data")
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="of the factors")
+    parser.add_argument(
+        "--quick", action="store_true", help="a slice of the data, less than a minute"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/minilm"), help="folder for the results"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=Settings.seed,
+        help="of the factors and the order of the batches",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=Settings.epochs, help="times through the data"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=Settings.learning_rate, help="of the factors"
+    )
     options = parser.parse_args()
     if options.epochs < 1:
         parser.error("--epochs should be 1 or more")
     console.print(INTRODUCTION)
     try:
-        settings = Settings(epochs=options.epochs, learning_rate=options.learning_rate, seed=options.seed)
+        settings = Settings(
+            epochs=options.epochs, learning_rate=options.learning_rate, seed=options.seed
+        )
         if options.quick:
             settings = dataclasses.replace(settings, validations=2)
         run(settings, options.out, options.quick)

@@ -41,7 +41,12 @@ RATE, BATCH, LENGTH = 1e-2, 16, 24
 
 def batches(vocabulary: int, count: int, seed: int, held_out: bool = False) -> list[np.ndarray]:
     """Stretches of the text, [BATCH, LENGTH]: bytes modulo the vocabulary's size. The last fifth is held out."""
-    text = np.frombuffer("\n".join(pydoc_data.topics.topics.values()).encode(), np.uint8).astype(np.int32) % vocabulary
+    text = (
+        np.frombuffer("\n".join(pydoc_data.topics.topics.values()).encode(), np.uint8).astype(
+            np.int32
+        )
+        % vocabulary
+    )
     text = np.split(text, [len(text) * 4 // 5])[held_out]
     starts = np.random.default_rng(seed).integers(0, len(text) - LENGTH, (count, BATCH, 1))
     return list(text[starts + np.arange(LENGTH)])
@@ -54,11 +59,18 @@ def train_in_peft(folder: Path, steps: int, seed: int) -> tuple[Path, Path]:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=256, initializer_range=0.1, **sizes))
     model.save_pretrained(folder / "base")
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoHaConfig(r=8, alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoHaConfig(r=8, alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for batch in batches(256, steps, seed):
         ids = torch.tensor(batch, dtype=torch.int64)
@@ -91,7 +103,11 @@ def run(options: argparse.Namespace) -> None:
         base_folder, adapter = train_in_peft(options.out, steps, options.seed)
         config_file = base_folder / "config.json"
     else:
-        base_folder, config_file, adapter = SAMPLE / "base.safetensors", SAMPLE / "base_config.json", SAMPLE / "adapter"
+        base_folder, config_file, adapter = (
+            SAMPLE / "base.safetensors",
+            SAMPLE / "base_config.json",
+            SAMPLE / "adapter",
+        )
     print(SIDE_BY_SIDE)
 
     config = LlamaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
@@ -105,10 +121,14 @@ def run(options: argparse.Namespace) -> None:
     print(loha_jax.summary(arrived).totals)
 
     def loss_fn(params: Any, ids: Any, key: jax.Array | None = None) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(apply(params, ids)[:, :-1], ids[:, 1:]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            apply(params, ids)[:, :-1], ids[:, 1:]
+        ).mean()
 
     data = batches(config.vocab_size, steps, options.seed + 1)
-    continued = fit(loss_fn, arrived, optax.adam(RATE), data, key=jax.random.key(options.seed)).params
+    continued = fit(
+        loss_fn, arrived, optax.adam(RATE), data, key=jax.random.key(options.seed)
+    ).params
     # -- And out -------------------------------------------------------------------------------------------------
     interop.save_peft(options.out / "from_jax", continued)
     # ------------------------------------------------------------------------------------------------------------
@@ -130,7 +150,12 @@ def run(options: argparse.Namespace) -> None:
     if not with_peft:
         console.print(f"To have PEFT make and open the adapter: pip install {missing()}")
     title = f"Loss on held-out text, nats per byte (seed {options.seed})"
-    show_results(options.out / "results.json", title, ["", "JAX", "PyTorch", "largest difference of a logit"], rows)
+    show_results(
+        options.out / "results.json",
+        title,
+        ["", "JAX", "PyTorch", "largest difference of a logit"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: all files are here, no hub is asked
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when transformers is imported: all files are here, no hub is asked
+)
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +73,13 @@ def load_minilm(folder: Path) -> tuple[FlaxBertModel, Params]:
         name = ".".join([*module, "bias" if leaf == "bias" else "weight"])
         if name not in tensors:
             raise JobError(f"{folder} has no tensor {name}")
-        value = tensors[name].T if leaf == "kernel" else tensors[name]  # torch's Linear keeps [out, in]
+        value = (
+            tensors[name].T if leaf == "kernel" else tensors[name]
+        )  # torch's Linear keeps [out, in]
         if value.shape != expected.shape:
-            raise JobError(f"{name} in {folder} has the shape {value.shape}, the model wants {expected.shape}")
+            raise JobError(
+                f"{name} in {folder} has the shape {value.shape}, the model wants {expected.shape}"
+            )
         return jnp.asarray(value)
 
     return model, jax.tree_util.tree_map_with_path(read, model.params_shape_tree)

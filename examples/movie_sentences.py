@@ -30,11 +30,17 @@ INNER_ARCHIVE = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 CLASSES = ("blame", "praise")
-LEAST_RATING = 1.0  # mean ratings go from -4 to 4; nearer to 0 than this, people saw no clear sentiment
+LEAST_RATING = (
+    1.0  # mean ratings go from -4 to 4; nearer to 0 than this, people saw no clear sentiment
+)
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15
 SPLIT_SEED = 0  # the split is the same in every run, whatever seed the run trains with
 
-LENGTHS = (20, 32, 48)  # tokens that sentences are padded to: jit compiles once for each. 4 % are cut off at 48
+LENGTHS = (
+    20,
+    32,
+    48,
+)  # tokens that sentences are padded to: jit compiles once for each. 4 % are cut off at 48
 
 Batch = dict[str, np.ndarray]
 
@@ -69,7 +75,10 @@ def load(folder: Path | None = None) -> Sentences:
     """
     folder = folder or Path(os.environ.get("LOHA_JAX_CACHE") or "~/.cache/loha-jax").expanduser()
     archive = io.BytesIO(_source_distribution(folder))
-    with tarfile.open(fileobj=archive) as outer, tarfile.open(fileobj=outer.extractfile(INNER_ARCHIVE)) as inner:
+    with (
+        tarfile.open(fileobj=archive) as outer,
+        tarfile.open(fileobj=outer.extractfile(INNER_ARCHIVE)) as inner,
+    ):
         ratings = inner.extractfile(RATINGS)
         assert ratings is not None  # the hash was right
         lines = [line.split("\t") for line in ratings.read().decode("utf-8").splitlines()]
@@ -82,7 +91,10 @@ def split(sentences: Sentences) -> tuple[Sentences, Sentences, Sentences]:
 
     def cut(sentences: Sentences, share: float) -> tuple[Sentences, Sentences]:
         rest, held_out = train_test_split(
-            np.arange(len(sentences)), test_size=share, random_state=SPLIT_SEED, stratify=sentences.labels
+            np.arange(len(sentences)),
+            test_size=share,
+            random_state=SPLIT_SEED,
+            stratify=sentences.labels,
         )
         return sentences.take(rest), sentences.take(held_out)
 
@@ -122,7 +134,9 @@ class Tokenized:
         batches = []
         for length in LENGTHS:
             rows = rng.permutation(np.flatnonzero(self.lengths == length))
-            batches += [self.batch(rows[n : n + size]) for n in range(0, len(rows) - size + 1, size)]
+            batches += [
+                self.batch(rows[n : n + size]) for n in range(0, len(rows) - size + 1, size)
+            ]
         rng.shuffle(batches)  # type: ignore[arg-type]  # it shuffles any list
         return batches
 
@@ -154,7 +168,14 @@ def _fetch(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         # The ratings are in the source distribution only, hence --no-binary.
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         command += ["--no-binary", ":all:", f"{PACKAGE}=={VERSION}", "--dest", unfinished]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (Path(unfinished) / ARCHIVE).is_file():

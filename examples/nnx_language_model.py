@@ -29,7 +29,9 @@ import loha_jax.nnx
 from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # pyright sees loha_jax/ alone
 
 CONTEXT, BATCH = 128, 16
-LOHA = loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "key", "value", "out", "up", "down", "head"])
+LOHA = loha_jax.LoHaConfig(
+    r=8, alpha=16, target_modules=["query", "key", "value", "out", "up", "down", "head"]
+)
 # LoHa's: the best of 3e-3, 1e-2, 2e-2 on validation text, with one more layer. All parameters: not tuned.
 LOHA_RATE, FULL_RATE = 2e-2, 3e-3
 
@@ -57,34 +59,49 @@ class LanguageModel(nnx.Module):
         self.bytes = nnx.Embed(256, width, rngs=rngs)
         self.positions = nnx.Embed(CONTEXT, width, rngs=rngs)
         make_layers = nnx.vmap(lambda rngs: Block(width, heads, rngs))
-        self.layers = make_layers(rngs.split(layers))  # one Block whose arrays have a leading axis of layers
+        self.layers = make_layers(
+            rngs.split(layers)
+        )  # one Block whose arrays have a leading axis of layers
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 256, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[batch, length] to [batch, length, 256]."""
         x = self.bytes(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-        x = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
+        x = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
+            self.layers, x
+        )
         return self.head(self.norm(x))
 
 
 def loss_fn(model: LanguageModel, windows: Any) -> jax.Array:
     """Cross-entropy in nats per byte; `windows` are bytes, [batch, CONTEXT + 1]."""
-    return optax.softmax_cross_entropy_with_integer_labels(model(windows[:, :-1]), windows[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        model(windows[:, :-1]), windows[:, 1:]
+    ).mean()
 
 
 evaluate = nnx.jit(loss_fn)
 
 
 @partial(nnx.jit, static_argnames="wrt")
-def train_step(model: LanguageModel, optimizer: nnx.Optimizer, windows: Any, wrt: type) -> jax.Array:
+def train_step(
+    model: LanguageModel, optimizer: nnx.Optimizer, windows: Any, wrt: type
+) -> jax.Array:
     """One step of the optimizer on the variables of type `wrt`."""
     loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt))(model, windows)
     optimizer.update(model, grads)
     return loss
 
 
-def train(model: LanguageModel, texts: dict[str, np.ndarray], rate: float, steps: int, seed: int, wrt: type) -> Any:
+def train(
+    model: LanguageModel,
+    texts: dict[str, np.ndarray],
+    rate: float,
+    steps: int,
+    seed: int,
+    wrt: type,
+) -> Any:
     """Trains in place; returns `(step, validation loss)` pairs."""
     schedule = optax.warmup_cosine_decay_schedule(0, rate, max(1, steps // 10), steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule, weight_decay=0.0), wrt=wrt)
@@ -92,7 +109,9 @@ def train(model: LanguageModel, texts: dict[str, np.ndarray], rate: float, steps
     with training_bar(steps) as bar:
         for step in range(1, steps + 1):
             starts = rng.integers(0, len(texts["train"]) - CONTEXT, BATCH)
-            loss = train_step(model, optimizer, texts["train"][starts[:, None] + np.arange(CONTEXT + 1)], wrt)
+            loss = train_step(
+                model, optimizer, texts["train"][starts[:, None] + np.arange(CONTEXT + 1)], wrt
+            )
             bar.advance(float(loss))
             if step % max(1, steps // 8) == 0:
                 curve.append((step, held_out(model, texts["validation"])))
@@ -129,7 +148,11 @@ def split(text: str, size: int) -> dict[str, np.ndarray]:
 
 def run(options: argparse.Namespace) -> None:
     """Pretrains, adapts in two ways, compares."""
-    size = {"layers": 2, "width": 64, "heads": 2} if options.quick else {"layers": 3, "width": 160, "heads": 4}
+    size = (
+        {"layers": 2, "width": 64, "heads": 2}
+        if options.quick
+        else {"layers": 3, "width": 160, "heads": 4}
+    )
     pretrain_steps, steps = (50, 30) if options.quick else (450, 150)
     most = 150_000 if options.quick else 2_000_000
     reviews = split("\n".join(load().texts), most)
@@ -142,7 +165,9 @@ def run(options: argparse.Namespace) -> None:
     console.rule("LoHa on Python's documentation", align="left")
     # ------------------------------------------------------------------------------------------------------------
     model = nnx.clone(base)
-    loha_jax.nnx.inject(model, LOHA, rngs=nnx.Rngs(options.seed + 1))  # in place; one adapter per layer of the stack
+    loha_jax.nnx.inject(
+        model, LOHA, rngs=nnx.Rngs(options.seed + 1)
+    )  # in place; one adapter per layer of the stack
     print(loha_jax.summary(model).totals)
     loha_curve = train(model, docs, LOHA_RATE, steps, options.seed, wrt=loha_jax.nnx.LoHaParam)
     interop.save_peft(options.out / "adapter", model)
@@ -152,7 +177,10 @@ def run(options: argparse.Namespace) -> None:
     full = nnx.clone(base)
     full_curve = train(full, docs, FULL_RATE, steps, options.seed, wrt=nnx.Param)
 
-    samples = {name: write(m, docs["test"], options.seed) for name, m in {"frozen": base, "LoHa": model}.items()}
+    samples = {
+        name: write(m, docs["test"], options.seed)
+        for name, m in {"frozen": base, "LoHa": model}.items()
+    }
     for name, text in samples.items():
         console.rule(f"{name} writes on", align="left")
         console.print(text, markup=False)
@@ -169,16 +197,25 @@ def run(options: argparse.Namespace) -> None:
     loha_jax.set_adapter(model, ())  # the base model is there still
     rows.append(row("LoHa, switched off", model, None))
     plot(options.out / "curves.png", pretrained, loha_curve, full_curve)
-    console.print(f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: {options.out / 'curves.png'}")
+    console.print(
+        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: {options.out / 'curves.png'}"
+    )
     title = f"Loss on test text, nats per byte (seed {options.seed})"
-    show_results(options.out / "results.json", title, ["", "parameters trained", "documentation", "film reviews"], rows)
+    show_results(
+        options.out / "results.json",
+        title,
+        ["", "parameters trained", "documentation", "film reviews"],
+        rows,
+    )
 
 
 def plot(path: Any, pretrained: Any, loha: Any, full: Any) -> None:
     """Draws the validation losses."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     left.plot(*zip(*pretrained, strict=True), marker="o", color="tab:gray")
-    left.set(title="Pretraining on film reviews", xlabel="step", ylabel="validation loss, nats per byte")
+    left.set(
+        title="Pretraining on film reviews", xlabel="step", ylabel="validation loss, nats per byte"
+    )
     right.plot(*zip(*loha, strict=True), marker="o", label="LoHa")
     right.plot(*zip(*full, strict=True), marker="o", label="all parameters")
     right.axhline(loha[0][1], color="gray", linestyle="--", label="frozen")

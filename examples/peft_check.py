@@ -20,10 +20,14 @@ REQUIREMENTS = ("torch==2.13.0", "peft==0.21.2")
 
 def missing_requirements() -> list[str]:
     """What of torch and peft is not installed."""
-    return [wanted for wanted in REQUIREMENTS if importlib.util.find_spec(wanted.split("==")[0]) is None]
+    return [
+        wanted for wanted in REQUIREMENTS if importlib.util.find_spec(wanted.split("==")[0]) is None
+    ]
 
 
-def logits_with_peft(adapter: Path, model_folder: Path, classifier: Params, data: Tokenized) -> np.ndarray:
+def logits_with_peft(
+    adapter: Path, model_folder: Path, classifier: Params, data: Tokenized
+) -> np.ndarray:
     """The logits of all sentences by PyTorch, with the adapter that PEFT read from its folder.
 
     Args:

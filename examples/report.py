@@ -68,7 +68,12 @@ class TrainingBar:
 @contextlib.contextmanager
 def training_bar(steps: int) -> Iterator[TrainingBar]:
     """Shows a progress bar for so many steps."""
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         yield TrainingBar(progress, steps)
 
@@ -93,8 +98,12 @@ def plot_curves(history: History, probe_accuracy: float, path: Path) -> None:
     left.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
     left.set(title="Training loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
     left.legend()
-    right.plot(*zip(*history.validations, strict=True), marker="o", color="tab:orange", label="LoHa")
-    right.plot(*history.best, marker="*", markersize=16, color="tab:red", linestyle="none", label="kept")
+    right.plot(
+        *zip(*history.validations, strict=True), marker="o", color="tab:orange", label="LoHa"
+    )
+    right.plot(
+        *history.best, marker="*", markersize=16, color="tab:red", linestyle="none", label="kept"
+    )
     right.axhline(probe_accuracy, color="gray", linestyle="--", label="probe on the frozen encoder")
     right.set(title="Validation accuracy", xlabel="step", ylabel="accuracy", xlim=(0, None))
     right.legend()
@@ -122,14 +131,18 @@ class Outcome:
 
 def paired_difference(before: Outcome, after: Outcome) -> tuple[float, float]:
     """How much more accurate `after` is on the same sentences, and the standard error of that."""
-    gain = after.right.astype(float) - before.right.astype(float)  # sentence by sentence: 1, 0 or -1
+    gain = after.right.astype(float) - before.right.astype(
+        float
+    )  # sentence by sentence: 1, 0 or -1
     return float(gain.mean()), float(gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def show_comparison(probe: Outcome, loha: Outcome) -> None:
     """Prints the table of the two."""
     difference, error = paired_difference(probe, loha)
-    table = Table("", "probe", "LoHa", title=f"{len(loha.right):,} test sentences", title_justify="left")
+    table = Table(
+        "", "probe", "LoHa", title=f"{len(loha.right):,} test sentences", title_justify="left"
+    )
 
     def row(name: str, cell: Callable[[Outcome], str]) -> None:
         table.add_row(name, cell(probe), cell(loha))
@@ -139,7 +152,10 @@ def show_comparison(probe: Outcome, loha: Outcome) -> None:
     row("parameters trained", lambda outcome: f"{outcome.parameters:,}")
     row("seconds to compile", lambda outcome: f"{outcome.compile_seconds:.1f}")
     row("seconds to train", lambda outcome: f"{outcome.train_seconds:.1f}")
-    row("peak memory so far, MiB", lambda outcome: f"{outcome.peak_memory:,.0f}" if outcome.peak_memory else "unknown")
+    row(
+        "peak memory so far, MiB",
+        lambda outcome: f"{outcome.peak_memory:,.0f}" if outcome.peak_memory else "unknown",
+    )
     console.print(table)
 
 

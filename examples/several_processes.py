@@ -66,7 +66,9 @@ def train(options: argparse.Namespace) -> None:
 
     # Each device makes its own part of the base: no process ever holds all of it.
     base = jax.jit(init, out_shardings=NamedSharding(mesh, P("fsdp")))(jax.random.key(0))
-    config = loha_jax.LoHaConfig(r=4, alpha=4, target_modules=["up", "middle", "down"], rank_dropout=0.1)
+    config = loha_jax.LoHaConfig(
+        r=4, alpha=4, target_modules=["up", "middle", "down"], rank_dropout=0.1
+    )
     params = loha_jax.inject(base, config, key=jax.random.key(1))
 
     pixels, digits = load_digits(return_X_y=True)
@@ -76,13 +78,17 @@ def train(options: argparse.Namespace) -> None:
         """This process' rows of each batch, from the first one that was not used yet."""
         own = ROWS // jax.process_count()
         for n in range(used, options.steps):
-            rows = np.take(order, range(n * ROWS, (n + 1) * ROWS), mode="wrap")[jax.process_index() * own :][:own]
+            rows = np.take(order, range(n * ROWS, (n + 1) * ROWS), mode="wrap")[
+                jax.process_index() * own :
+            ][:own]
             yield {"x": pixels[rows].astype(np.float32) / 16, "y": digits[rows].astype(np.int32)}
 
     run = loha_jax.adapt(model)
 
     def loss_fn(params, batch, key):
-        losses = optax.softmax_cross_entropy_with_integer_labels(run(params, batch["x"]), batch["y"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            run(params, batch["x"]), batch["y"]
+        )
         return jnp.mean(losses)
 
     def report(step: int, metrics: dict[str, float]) -> None:
@@ -115,14 +121,24 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, __file__, "train", "--coordinator", address, "--processes", str(processes)]
+        command = [
+            sys.executable,
+            __file__,
+            "train",
+            "--coordinator",
+            address,
+            "--processes",
+            str(processes),
+        ]
         command += ["--folder", str(folder), "--log", str(log), "--pause", str(pause)]
         self.log = log
         self.outputs = [log.with_suffix(f".{n}") for n in range(processes)]
         self.processes = []
         for n, path in enumerate(self.outputs):
             with path.open("w") as output:
-                process = subprocess.Popen([*command, "--process", str(n)], stdout=output, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    [*command, "--process", str(n)], stdout=output, stderr=subprocess.STDOUT
+                )
             self.processes.append(process)
 
     def __enter__(self) -> Run:
@@ -153,13 +169,17 @@ class Run:
     def _check(self) -> None:
         for number, process in enumerate(self.processes):
             if process.poll():
-                raise SystemExit(f"process {number} failed: {process.returncode}\n{self.outputs[number].read_text()}")
+                raise SystemExit(
+                    f"process {number} failed: {process.returncode}\n{self.outputs[number].read_text()}"
+                )
 
     def kill_one(self) -> None:
         """Kills the last process with SIGKILL, and the others when they have noticed: schedulers do so too."""
         self.processes[-1].send_signal(signal.SIGKILL)
         deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+        while time.monotonic() < deadline and any(
+            process.poll() is None for process in self.processes
+        ):
             time.sleep(0.1)
         self.kill()
 
@@ -199,20 +219,25 @@ def demonstrate(options: argparse.Namespace) -> None:
             with Run(count, folder / f"run{count}", folder / f"run{count}.log") as run:
                 columns[f"resumed in {count}"] = run.finish()
         adapters = {
-            count: load_file(folder / f"run{count}" / "adapter" / "adapter_model.safetensors") for count in others
+            count: load_file(folder / f"run{count}" / "adapter" / "adapter_model.safetensors")
+            for count in others
         }
         expected = load_file(folder / "whole" / "adapter" / "adapter_model.safetensors")
 
     table = Table("step", "one process", *columns, title="Losses")
     shown = [1, SAVED_EVERY, SAVED_EVERY + 1, *range(2 * SAVED_EVERY, STEPS + 1, SAVED_EVERY)]
     for step in shown:
-        cells = [f"{losses[step]:.6f}" if step in losses else "" for losses in (whole, *columns.values())]
+        cells = [
+            f"{losses[step]:.6f}" if step in losses else "" for losses in (whole, *columns.values())
+        ]
         table.add_row(str(step), *cells)
     console.print(table)
     problems = [f"the undisturbed run has {len(whole)} losses"] if len(whole) != STEPS else []
     for name, losses in columns.items():
         worst = max(abs(loss - whole[step]) / abs(whole[step]) for step, loss in losses.items())
-        console.print(f"{name}: steps {min(losses)} to {max(losses)}, largest relative difference {worst:.1e}")
+        console.print(
+            f"{name}: steps {min(losses)} to {max(losses)}, largest relative difference {worst:.1e}"
+        )
         if not worst < 1e-4:
             problems.append(f"{name}: losses differ by {worst:.1e}")
     for name, losses in list(columns.items())[1:]:
@@ -220,7 +245,9 @@ def demonstrate(options: argparse.Namespace) -> None:
             problems.append(f"{name}: it went from step {min(losses)} to {max(losses)}")
     for count, tensors in adapters.items():
         worst = max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected)
-        console.print(f"PEFT's file of the run resumed in {count}: largest difference of a factor {worst:.1e}")
+        console.print(
+            f"PEFT's file of the run resumed in {count}: largest difference of a factor {worst:.1e}"
+        )
         if not worst < 1e-4:
             problems.append(f"the adapter of the run resumed in {count} differs by {worst:.1e}")
     if not np.isfinite(list(whole.values())).all() or not whole[STEPS] < 0.8 * whole[1]:
@@ -233,14 +260,24 @@ def demonstrate(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 1], help="at first, and of each resumption")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[2, 4, 1],
+        help="at first, and of each resumption",
+    )
     parser.set_defaults(run=demonstrate)
     one = parser.add_subparsers().add_parser("train", help="one process of a run")
     one.add_argument("--folder", default="run", help="of the checkpoints; all processes see it")
     one.add_argument("--log", default="losses.jsonl", help="file for the losses")
     one.add_argument("--steps", type=int, default=STEPS)
-    one.add_argument("--coordinator", help="address of the first process, where all run on one machine")
+    one.add_argument(
+        "--coordinator", help="address of the first process, where all run on one machine"
+    )
     one.add_argument("--processes", type=int, default=1)
     one.add_argument("--process", type=int, default=0)
     one.add_argument("--pause", type=float, default=0.0, help="seconds to wait after each step")

@@ -33,8 +33,12 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 from loha_jax.train import fit
 
 if packages := missing({"diffusers": "--no-deps diffusers==0.39.0"}):
-    sys.exit(f"This example needs more than this Python has: {sys.executable} -m pip install {packages}")
-logging.disable(logging.WARNING)  # diffusers and transformers would say that these releases are the last with Flax
+    sys.exit(
+        f"This example needs more than this Python has: {sys.executable} -m pip install {packages}"
+    )
+logging.disable(
+    logging.WARNING
+)  # diffusers and transformers would say that these releases are the last with Flax
 from diffusers import FlaxUNet2DConditionModel  # noqa: E402  # pyright: ignore[reportPrivateImportUsage]
 
 # What PEFT's LoHa page gives for Stable Diffusion; the convolutions of the residual blocks are an addition.
@@ -78,7 +82,9 @@ QUICK = {
 }
 CAPTIONS = ("a temple", "a flower")
 RATE, BATCH = 1e-2, 16
-KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).astype(np.float32)  # of a picture's variance, after n steps
+KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).astype(
+    np.float32
+)  # of a picture's variance, after n steps
 
 Params = Any
 
@@ -100,7 +106,9 @@ def batches(count: int, seed: int, held_out: bool = False) -> list[dict[str, np.
         noise = rng.standard_normal((BATCH, 3, 16, 16)).astype(np.float32)
         kept = KEPT[t][:, None, None, None]
         noisy = kept**0.5 * np.stack(pieces) + (1 - kept) ** 0.5 * noise
-        result.append({"noisy": noisy, "noise": noise, "t": t.astype(np.int32), "caption": captions[which]})
+        result.append(
+            {"noisy": noisy, "noise": noise, "t": t.astype(np.int32), "caption": captions[which]}
+        )
     return result
 
 
@@ -129,7 +137,9 @@ def run(options: argparse.Namespace) -> None:
         return jnp.mean((predict_noise(params, batch) - batch["noise"]) ** 2)
 
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, RATE, steps // 10, steps))
-    result = fit(loss_fn, params, tx, batches(steps, options.seed), key=jax.random.key(options.seed))  # both parts
+    result = fit(
+        loss_fn, params, tx, batches(steps, options.seed), key=jax.random.key(options.seed)
+    )  # both parts
     # ------------------------------------------------------------------------------------------------------------
     params, losses = result.params, [row["loss"] for row in result.history]
     for part, tree in params.items():
@@ -149,8 +159,19 @@ def run(options: argparse.Namespace) -> None:
     plot(options.out / "denoised.png", losses, test[0], np.asarray(predicted["LoHa"][0]))
     rows = []
     for name, guess in guesses.items():
-        rows.append([name, float(np.mean([np.mean((g - b["noise"]) ** 2) for g, b in zip(guess, test, strict=True)]))])
-    title = f"Error of a guess of the noise, {BATCH * len(test)} held-out pieces (seed {options.seed})"
+        rows.append(
+            [
+                name,
+                float(
+                    np.mean(
+                        [np.mean((g - b["noise"]) ** 2) for g, b in zip(guess, test, strict=True)]
+                    )
+                ),
+            ]
+        )
+    title = (
+        f"Error of a guess of the noise, {BATCH * len(test)} held-out pieces (seed {options.seed})"
+    )
     show_results(options.out / "results.json", title, ["", "mean squared error"], rows)
 
     if packages := missing():
@@ -159,7 +180,12 @@ def run(options: argparse.Namespace) -> None:
     ours = {"frozen random models": predicted["base"][0], "with LoHa": predicted["LoHa"][0]}
     theirs = noise_in_torch(options.out, config, base, unet_names, test[0])
     rows = [[name, float(np.abs(theirs[name] - ours[name]).max())] for name in ours]
-    show_results(options.out / "torch.json", "In PyTorch", ["", "largest difference of the predicted noise"], rows)
+    show_results(
+        options.out / "torch.json",
+        "In PyTorch",
+        ["", "largest difference of the predicted noise"],
+        rows,
+    )
 
 
 def noise_in_torch(
@@ -174,9 +200,14 @@ def noise_in_torch(
     from peft import PeftModel
     from transformers import CLIPTextModel
 
-    modules = {"text_encoder": CLIPTextModel(TEXT_CONFIG).eval(), "unet": UNet2DConditionModel(**config).eval()}
+    modules = {
+        "text_encoder": CLIPTextModel(TEXT_CONFIG).eval(),
+        "unet": UNet2DConditionModel(**config).eval(),
+    }
     for part, module in modules.items():
-        tensors = torch_tensors(out / f"{part}_base", base[part], unet_names if part == "unet" else None)
+        tensors = torch_tensors(
+            out / f"{part}_base", base[part], unet_names if part == "unet" else None
+        )
         module.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     tensors = {name: torch.tensor(value) for name, value in batch.items()}
 
@@ -193,12 +224,16 @@ def noise_in_torch(
 
 def torch_tensors(folder: Path, params: Params, names: Any) -> dict[str, np.ndarray]:
     """The tensors of a plain tree with the names and shapes of PyTorch."""
-    (folder / "model.safetensors").unlink(missing_ok=True)  # save_merged does not write over weights
+    (folder / "model.safetensors").unlink(
+        missing_ok=True
+    )  # save_merged does not write over weights
     interop.save_merged(folder, params, names=names)
     return load_file(folder / "model.safetensors")
 
 
-def plot(path: Path, losses: list[float], batch: dict[str, np.ndarray], predicted: np.ndarray) -> None:
+def plot(
+    path: Path, losses: list[float], batch: dict[str, np.ndarray], predicted: np.ndarray
+) -> None:
     """Draws the loss, and held-out pieces: with noise, and less the noise that is predicted."""
     figure = plt.figure(figsize=(11, 3.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3)).flat  # type: ignore[union-attr]
@@ -208,7 +243,10 @@ def plot(path: Path, losses: list[float], batch: dict[str, np.ndarray], predicte
     right.suptitle("Held-out pieces, little to much noise: noisy, denoised, true")
     order = np.argsort(batch["t"])[::2]
     kept = KEPT[batch["t"]][:, None, None, None]
-    pieces = [(batch["noisy"] - (1 - kept) ** 0.5 * noise) / kept**0.5 for noise in (predicted, batch["noise"])]
+    pieces = [
+        (batch["noisy"] - (1 - kept) ** 0.5 * noise) / kept**0.5
+        for noise in (predicted, batch["noise"])
+    ]
     for row, images in zip(right.subplots(3, len(order)), [batch["noisy"], *pieces], strict=True):
         for axes, n in zip(row, order, strict=True):
             axes.imshow(np.clip(images[n].transpose(1, 2, 0) / 2 + 0.5, 0, 1))

@@ -32,7 +32,10 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 from loha_jax.train import fit
 
 LOHA = loha_jax.LoHaConfig(
-    r=8, alpha=16, target_modules=["query", "key", "value", "attention.output.dense"], task_type="FEATURE_EXTRACTION"
+    r=8,
+    alpha=16,
+    target_modules=["query", "key", "value", "attention.output.dense"],
+    task_type="FEATURE_EXTRACTION",
 )
 BATCH, RATE, TEMPERATURE = 32, 4e-3, 0.1
 
@@ -43,17 +46,23 @@ def contrast(vectors: jax.Array, labels: jax.Array) -> jax.Array:
     """Of each sentence, how improbable those with its label are among its neighbours (supervised contrastive loss)."""
     vectors /= jnp.linalg.norm(vectors, axis=1, keepdims=True)
     itself = jnp.eye(len(labels), dtype=bool)
-    log_probabilities = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, vectors @ vectors.T / TEMPERATURE), axis=1)
+    log_probabilities = jax.nn.log_softmax(
+        jnp.where(itself, -jnp.inf, vectors @ vectors.T / TEMPERATURE), axis=1
+    )
     alike = (labels[:, None] == labels) & ~itself
     return -jnp.where(alike, log_probabilities, 0).sum() / alike.sum()
 
 
-def train(model: Any, params: Params, data: Tokenized, epochs: int, seed: int) -> tuple[Params, list[float]]:
+def train(
+    model: Any, params: Params, data: Tokenized, epochs: int, seed: int
+) -> tuple[Params, list[float]]:
     """Trains the adapter; returns the tree and the loss of each step."""
     rng = np.random.default_rng(seed)
     batches = [batch for _ in range(epochs) for batch in data.epoch(BATCH, rng)]
     # ------------------------------------------------------------------------------------------------------------
-    encode = loha_jax.adapt(lambda params, ids, mask: embed(model, params, ids, mask))  # no ΔW is built
+    encode = loha_jax.adapt(
+        lambda params, ids, mask: embed(model, params, ids, mask)
+    )  # no ΔW is built
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, RATE, len(batches) // 10, len(batches)))
 
     def loss_fn(params, batch, key):
@@ -73,7 +82,9 @@ def vectors_in_torch(module: Any, data: Tokenized) -> np.ndarray:
         for rows, batch in data.in_order(EVALUATION_BATCH):
             ids, mask = torch.tensor(batch["ids"]), torch.tensor(batch["mask"])
             hidden = module.eval()(ids, mask).last_hidden_state
-            vectors[rows] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))[: len(rows)].numpy()
+            vectors[rows] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))[
+                : len(rows)
+            ].numpy()
     return vectors
 
 
@@ -100,7 +111,9 @@ def run(options: argparse.Namespace) -> None:
     # Out: the adapter alone, and the merged model with all that lies beside the checkpoint.
     # ------------------------------------------------------------------------------------------------------------
     interop.save_peft(options.out / "adapter", params)
-    shutil.rmtree(options.out / "merged", ignore_errors=True)  # save_merged does not write over weights
+    shutil.rmtree(
+        options.out / "merged", ignore_errors=True
+    )  # save_merged does not write over weights
     interop.save_merged(options.out / "merged", params, names=names, base=checkpoint)
     # ------------------------------------------------------------------------------------------------------------
 
@@ -115,15 +128,30 @@ def run(options: argparse.Namespace) -> None:
         from peft import PeftModel
         from transformers import BertModel
 
-        with_adapter = PeftModel.from_pretrained(BertModel.from_pretrained(checkpoint), options.out / "adapter")
-        modules = {"by PEFT": with_adapter, "merged checkpoint": BertModel.from_pretrained(options.out / "merged")}
+        with_adapter = PeftModel.from_pretrained(
+            BertModel.from_pretrained(checkpoint), options.out / "adapter"
+        )
+        modules = {
+            "by PEFT": with_adapter,
+            "merged checkpoint": BertModel.from_pretrained(options.out / "merged"),
+        }
         for name, module in modules.items():
-            differences[name] = float(np.abs(vectors_in_torch(module, test_data) - adapted[1]).max())
+            differences[name] = float(
+                np.abs(vectors_in_torch(module, test_data) - adapted[1]).max()
+            )
 
-    plot(options.out / "vectors.png", losses, {"frozen": frozen[1], "LoHa": adapted[1]}, test_data.labels)
+    plot(
+        options.out / "vectors.png",
+        losses,
+        {"frozen": frozen[1], "LoHa": adapted[1]},
+        test_data.labels,
+    )
     console.print(f"Adapter, merged checkpoint and a picture of the vectors are in {options.out}")
     header = ["", "linear probe on the vectors, accuracy", "nearest neighbour, accuracy"]
-    rows = [["frozen", *scores(frozen, train_data, test_data)], ["LoHa", *scores(adapted, train_data, test_data)]]
+    rows = [
+        ["frozen", *scores(frozen, train_data, test_data)],
+        ["LoHa", *scores(adapted, train_data, test_data)],
+    ]
     title = f"{len(test_data):,} test sentences, {len(train_data):,} training sentences (seed {options.seed})"
     show_results(options.out / "results.json", title, header, rows)
     rows = [[name, difference] for name, difference in differences.items()]
@@ -131,15 +159,21 @@ def run(options: argparse.Namespace) -> None:
     show_results(options.out / "torch.json", "The adapted model in PyTorch", header, rows)
 
 
-def scores(vectors: list[np.ndarray], train_data: Tokenized, test_data: Tokenized) -> tuple[float, float]:
+def scores(
+    vectors: list[np.ndarray], train_data: Tokenized, test_data: Tokenized
+) -> tuple[float, float]:
     """How often a linear probe, and the label of the most similar training sentence, are right about test sentences."""
     train_vectors, test_vectors = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors)
     probe = fit_probe(train_vectors, train_data.labels)
     nearest = train_data.labels[(test_vectors @ train_vectors.T).argmax(1)]
-    return float(probe.score(test_vectors, test_data.labels)), float((nearest == test_data.labels).mean())
+    return float(probe.score(test_vectors, test_data.labels)), float(
+        (nearest == test_data.labels).mean()
+    )
 
 
-def plot(path: Path, losses: list[float], vectors: dict[str, np.ndarray], labels: np.ndarray) -> None:
+def plot(
+    path: Path, losses: list[float], vectors: dict[str, np.ndarray], labels: np.ndarray
+) -> None:
     """Draws the loss, and the two main axes of the test sentences' vectors before and after."""
     figure, (left, *others) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     left.plot(losses)
@@ -148,7 +182,12 @@ def plot(path: Path, losses: list[float], vectors: dict[str, np.ndarray], labels
         values = values / np.linalg.norm(values, axis=1, keepdims=True)
         main = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][:2]
         for label, color in ((0, "tab:red"), (1, "tab:green")):
-            axes.scatter(*(values[labels == label] @ main.T).T, s=3, color=color, label=("blame", "praise")[label])
+            axes.scatter(
+                *(values[labels == label] @ main.T).T,
+                s=3,
+                color=color,
+                label=("blame", "praise")[label],
+            )
         axes.set(title=f"{name}: main axes of the vectors", xticks=[], yticks=[])
         axes.legend()
     figure.savefig(path, dpi=150)

@@ -29,8 +29,14 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 
 logging.disable(logging.WARNING)  # transformers would say that this release is the last with Flax
 
-LOHA = loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"])
-PRETRAIN_RATE, LOHA_RATE, FULL_RATE = 1e-3, 3e-2, 3e-3  # the last two from a few tried on validation pictures
+LOHA = loha_jax.LoHaConfig(
+    r=8, alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
+)
+PRETRAIN_RATE, LOHA_RATE, FULL_RATE = (
+    1e-3,
+    3e-2,
+    3e-3,
+)  # the last two from a few tried on validation pictures
 
 # 16 patches of 4x4 of a digit enlarged to 16x16.
 CONFIG = ViTConfig(
@@ -57,11 +63,20 @@ def enlarged(pictures: Pictures) -> Pictures:
 
 
 def train(
-    model: Any, params: Params, pictures: Pictures, validation: Pictures, rate: float, steps: int, seed: int, full: bool
+    model: Any,
+    params: Params,
+    pictures: Pictures,
+    validation: Pictures,
+    rate: float,
+    steps: int,
+    seed: int,
+    full: bool,
 ) -> tuple[Params, list[tuple[int, float]]]:
     """Trains the adapter and the classifier, or (`full`) all parameters; returns them and validation accuracies."""
     # ------------------------------------------------------------------------------------------------------------
-    logits = loha_jax.adapt(lambda params, images: model(images, params=params).logits)  # no ΔW is built
+    logits = loha_jax.adapt(
+        lambda params, images: model(images, params=params).logits
+    )  # no ΔW is built
     nothing = jax.tree.map(lambda _: None, params)
     trainable, frozen = (params, nothing) if full else loha_jax.partition(params)
     tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps))
@@ -80,7 +95,9 @@ def train(
     rng, curve = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         rows = rng.integers(0, len(pictures[1]), 32)
-        trainable, opt_state = train_step(trainable, opt_state, frozen, pictures[0][rows], pictures[1][rows])
+        trainable, opt_state = train_step(
+            trainable, opt_state, frozen, pictures[0][rows], pictures[1][rows]
+        )
         if step % (steps // 10) == 0:
             curve.append((step, accuracy(model, loha_jax.combine(trainable, frozen), validation)))
     return loha_jax.combine(trainable, frozen), curve
@@ -127,23 +144,37 @@ def run(options: argparse.Namespace) -> None:
     low, few, validation, test = map(enlarged, load_pictures(options.seed))
     model = FlaxViTForImageClassification(CONFIG, input_shape=SHAPE, seed=options.seed)
     console.print("Pretraining on 0 to 4")
-    base, _ = train(model, model.params, low, low, PRETRAIN_RATE, 2 * steps, options.seed, full=True)
+    base, _ = train(
+        model, model.params, low, low, PRETRAIN_RATE, 2 * steps, options.seed, full=True
+    )
 
     console.print("LoHa on 5 to 9")
     params = loha_jax.inject(base, LOHA, key=jax.random.key(options.seed))
     print(loha_jax.summary(params).totals)
-    params, curve = train(model, params, few, validation, LOHA_RATE, steps, options.seed, full=False)
+    params, curve = train(
+        model, params, few, validation, LOHA_RATE, steps, options.seed, full=False
+    )
 
     console.print("All parameters on 5 to 9")
-    full, full_curve = train(model, base, few, validation, FULL_RATE, steps, options.seed, full=True)
+    full, full_curve = train(
+        model, base, few, validation, FULL_RATE, steps, options.seed, full=True
+    )
 
     interop.save_peft(options.out / "adapter", params)
     if packages := missing():
         console.print(f"To have PEFT open the adapter: pip install {packages}")
     else:
-        difference = np.abs(logits_in_torch(base, options.out / "adapter", test[0]) - predict(model, params, test[0]))
+        difference = np.abs(
+            logits_in_torch(base, options.out / "adapter", test[0])
+            - predict(model, params, test[0])
+        )
         rows = [["LoHa", float(difference.max())]]
-        show_results(options.out / "torch.json", "Opened by PEFT", ["", "largest difference of a logit"], rows)
+        show_results(
+            options.out / "torch.json",
+            "Opened by PEFT",
+            ["", "largest difference of a logit"],
+            rows,
+        )
 
     plot(options.out / "curves.png", curve, full_curve)
     trained = size(loha_jax.partition(params)[0])

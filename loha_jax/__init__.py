@@ -10,7 +10,12 @@ Adapters go to and come from PyTorch PEFT through `loha_jax.interop`.
 import importlib
 from typing import Any
 
-from loha_jax.lowrank.hadamard import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
+from loha_jax.lowrank.hadamard import (
+    hada_weight,
+    hada_weight_cp,
+    khatri_rao_columns,
+    khatri_rao_rows,
+)
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
@@ -34,7 +39,13 @@ __version__ = "0.1.0"
 
 _register_with_flax()
 
-_SUBMODULES = ("checkpoint", "interop", "linen", "nnx", "train")  # imported when first used: Flax takes a while
+_SUBMODULES = (
+    "checkpoint",
+    "interop",
+    "linen",
+    "nnx",
+    "train",
+)  # imported when first used: Flax takes a while
 
 __all__ = [
     "Factors",

@@ -13,27 +13,42 @@ from jax._src.lru_cache import LRUCache
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nearly every program of the tests runs once or twice: to optimise it costs more than it saves.
 # tests/test_examples.py runs programs that are optimised as a user's are.
-CHEAP_TO_COMPILE = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+CHEAP_TO_COMPILE = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if jax.__version_info__ < (0, 11):  # later ones do not know it, and end the process
     CHEAP_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *CHEAP_TO_COMPILE])
 
-settings.register_profile("default", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+settings.register_profile(
+    "default", deadline=None, max_examples=50, derandomize=True, print_blob=True
+)
 settings.load_profile("default")
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("parity", "generated cases beside the real PEFT (tests/parity/test_harness.py)")
+    group = parser.getgroup(
+        "parity", "generated cases beside the real PEFT (tests/parity/test_harness.py)"
+    )
     group.addoption("--parity-seed", type=int, default=0, help="seed of the cases")
     group.addoption("--parity-cases", type=int, default=120, help="how many in all")
-    group = parser.getgroup("models", "third-party models beside their PyTorch twins (tests/models)")
-    group.addoption("--models-seed", type=int, default=0, help="seed of weights, inputs and factors")
-    group.addoption("--models-width", type=int, default=32, help="width of the models, a multiple of 32")
+    group = parser.getgroup(
+        "models", "third-party models beside their PyTorch twins (tests/models)"
+    )
+    group.addoption(
+        "--models-seed", type=int, default=0, help="seed of weights, inputs and factors"
+    )
+    group.addoption(
+        "--models-width", type=int, default=32, help="width of the models, a multiple of 32"
+    )
     group.addoption("--models-layers", type=int, default=2, help="layers of the models")
     group = parser.getgroup("fuzz", "broken and hostile files (tests/interop/test_fuzz.py)")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the cases")
     group.addoption("--fuzz-cases", type=int, default=2000, help="how many")
-    group = parser.getgroup("checkpoint", "processes killed while they save (tests/checkpoint/test_killed_saves.py)")
+    group = parser.getgroup(
+        "checkpoint", "processes killed while they save (tests/checkpoint/test_killed_saves.py)"
+    )
     group.addoption("--checkpoint-kills", type=int, default=8, help="how many")
     group.addoption("--checkpoint-seed", type=int, default=0, help="seed of the moments")
 
@@ -43,7 +58,9 @@ def pytest_configure(config):
 
     Not by JAX's own environment variable: processes that tests start, and some kill, do not write there.
     """
-    if not os.environ.get("COMPILED_PROGRAMS"):  # else .ci/run's, or that of the process that started this worker
+    if not os.environ.get(
+        "COMPILED_PROGRAMS"
+    ):  # else .ci/run's, or that of the process that started this worker
         os.environ["COMPILED_PROGRAMS"] = tempfile.mkdtemp(prefix="loha-jax-compiled-")
         config.add_cleanup(forget_folder)
     LRUCache.put = put_whole

@@ -34,7 +34,9 @@ def examples(text):
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(name)
-    result = doctest.testmod(module, extraglobs={"jax": jax, "jnp": jnp}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        module, extraglobs={"jax": jax, "jnp": jnp}, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert result.failed == 0
     assert result.attempted == examples(Path(module.__file__ or "").read_text(encoding="utf-8"))
 
@@ -65,7 +67,9 @@ def test_every_public_name_has_a_docstring_with_an_example():
     for module in (loha_jax, interop):
         for name in set(module.__all__) - exempt:
             text = getattr(module, name).__doc__ or ""
-            assert ">>> " in text or name == "from_peft_state_dict" or name == "to_peft_state_dict", name
+            assert (
+                ">>> " in text or name == "from_peft_state_dict" or name == "to_peft_state_dict"
+            ), name
 
 
 def test_the_core_never_imports_torch():
@@ -76,7 +80,11 @@ def test_the_core_never_imports_torch():
 
 def test_every_row_of_the_parity_table_names_a_test_that_exists_or_says_why():
     text = (ROOT / "docs" / "peft-parity.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| PEFT", "| behav"))]
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith(("| PEFT", "| behav"))
+    ]
     assert len(rows) > 60
     for row in rows:
         _, _, here, _ = re.split(r"(?<!\\)\|", row)

@@ -51,7 +51,9 @@ def module_of(path: Path) -> str:
     return ".".join((package, *parts)).removesuffix(".__init__")
 
 
-MODULES = {module_of(path): path for folder in SOURCES.values() for path in sorted(folder.rglob("*.py"))}
+MODULES = {
+    module_of(path): path for folder in SOURCES.values() for path in sorted(folder.rglob("*.py"))
+}
 
 
 def parse(path: Path) -> ast.Module:
@@ -72,7 +74,11 @@ def imports_of(tree: ast.AST, module: str, is_package: bool) -> list[Import]:
                 base = ".".join([*above, *filter(None, [node.module])])
             # `from package import module` imports the module.
             found += [
-                Import(node.lineno, full if (full := f"{base}.{alias.name}") in MODULES else base, alias.name)
+                Import(
+                    node.lineno,
+                    full if (full := f"{base}.{alias.name}") in MODULES else base,
+                    alias.name,
+                )
                 for alias in node.names
             ]
     return found
@@ -101,7 +107,9 @@ def wrong_imports(tree: ast.AST, module: str, is_package: bool) -> list[str]:
 
 def test_every_folder_is_a_room():
     for package, folder in SOURCES.items():
-        held = {path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}
+        held = {
+            path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"
+        }
         assert held == set(ROOMS[package])
         faces = {"__init__.py"} if package == "loha_jax" else {"__init__.py", "files.py"}
         assert {path.name for path in folder.glob("*.py")} == faces
@@ -165,23 +173,36 @@ FACE = "loha_jax"  # imports its public rooms when they are first used
 def own_names_in_strings(tree: ast.Module) -> list[str]:
     """The strings of a file, besides docstrings, that are names of our modules."""
     docs = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
-    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
-    return [value for value in strings if isinstance(value, str) and "." in value and value in MODULES]
+    strings = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in docs
+    ]
+    return [
+        value for value in strings if isinstance(value, str) and "." in value and value in MODULES
+    ]
 
 
 def calls_in(tree: ast.Module) -> list[str]:
     """The last names of all functions that a file calls."""
     called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "") for func in called]
+    return [
+        func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "") for func in called
+    ]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_is_found_by_a_string(module):
     """Besides the table of containers, and the face, whose attributes are its public rooms."""
     tree = parse(MODULES[module])
-    named, importers = own_names_in_strings(tree), [call for call in calls_in(tree) if call in IMPORTERS]
+    named, importers = (
+        own_names_in_strings(tree),
+        [call for call in calls_in(tree) if call in IMPORTERS],
+    )
     assert sorted(named) == (sorted(PROVIDERS.values()) if module == TABLE else [])
     assert importers == (["import_module"] if module in (TABLE, FACE) else [])
 
@@ -192,7 +213,9 @@ def test_face_imports_only_its_public_rooms():
         assert getattr(loha_jax, name).__name__ == f"loha_jax.{name}"
 
 
-FUNCTIONS = [name for name, value in vars(Container).items() if inspect.isfunction(value) and name[0] != "_"]
+FUNCTIONS = [
+    name for name, value in vars(Container).items() if inspect.isfunction(value) and name[0] != "_"
+]
 
 
 @pytest.mark.parametrize(("framework", "provider"), PROVIDERS.items(), ids=lambda x: str(x))
@@ -204,7 +227,9 @@ def test_every_container_has_the_functions_of_the_protocol(framework, provider):
     for function in FUNCTIONS:
         asked = list(inspect.signature(getattr(Container, function)).parameters.values())[1:]
         given = list(inspect.signature(getattr(held, function)).parameters.values())
-        assert [(p.kind, p.default) for p in given] == [(p.kind, p.default) for p in asked], function
+        assert [(p.kind, p.default) for p in given] == [(p.kind, p.default) for p in asked], (
+            function
+        )
 
 
 # --- the package ----------------------------------------------------------------------------------------------------
@@ -215,7 +240,9 @@ def packages_in_folders() -> set[str]:
 
 
 def test_pyproject_lists_every_package():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
     assert sorted(settings["packages"]) == sorted(packages_in_folders())
     assert set(packages_in_folders()) == {*SOURCES, *ORDER}
 
@@ -232,7 +259,17 @@ def test_a_wheel_has_every_file(tmp_path):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        str(tmp_path),
+        str(copy),
+    ]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -259,9 +296,14 @@ def test_ci_leaves_out_only_what_exists():
 def test_rooms_of_tests_are_rooms():
     """A folder of tests is named after the room that it tests."""
     others = {"data", "devices", "helpers", "interop", "models", "parity"}
-    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__", *others}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {
+        "__pycache__",
+        *others,
+    }
     assert folders == set(ROOMS["loha_jax"])
-    inner = {path.name for path in (ROOT / "tests" / "interop").iterdir() if path.is_dir()} - {"__pycache__"}
+    inner = {path.name for path in (ROOT / "tests" / "interop").iterdir() if path.is_dir()} - {
+        "__pycache__"
+    }
     assert inner <= set(ROOMS["loha_jax.interop"])
 
 
@@ -320,9 +362,15 @@ def lengths(path: Path) -> dict[str, tuple[str, int]]:
 def test_nothing_is_too_long():
     """An exception that is no longer needed is an error too."""
     places = [ROOT / name for name in SEARCHED]
-    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
+    files = [
+        file
+        for place in places
+        for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))
+    ]
     measured = {name: length for file in files for name, length in lengths(file).items()}
-    long = {name: f"{kind} of {n} lines" for name, (kind, n) in measured.items() if n > LIMITS[kind]}
+    long = {
+        name: f"{kind} of {n} lines" for name, (kind, n) in measured.items() if n > LIMITS[kind]
+    }
     assert not (more := {name: said for name, said in long.items() if name not in EXCEPTIONS}), more
     assert not (gone := set(EXCEPTIONS) - set(long)), f"exceptions that nothing needs: {gone}"
     assert all(EXCEPTIONS.values())

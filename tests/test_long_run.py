@@ -91,11 +91,18 @@ print(json.dumps({
 def test_ten_thousand_steps_leave_nothing_behind():
     steps = 10_000
     environment = {**os.environ, "JAX_CHECK_TRACER_LEAKS": "1"}
-    ran = subprocess.run([sys.executable, "-c", RUN, str(steps)], env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, str(steps)], env=environment, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     seen = {int(step): row for step, row in found["seen"].items()}
-    print({step: (f"{row['resident'] / 2**20:.1f} MiB", row["compiled"], row["loss"]) for step, row in seen.items()})
+    print(
+        {
+            step: (f"{row['resident'] / 2**20:.1f} MiB", row["compiled"], row["loss"])
+            for step, row in seen.items()
+        }
+    )
     print(found["seconds"])
     assert (found["step"], found["stopped"], found["finite"]) == (steps, "finished", True)
     assert found["losses"][-1] < 0.7 * found["losses"][0]
@@ -107,7 +114,11 @@ def test_ten_thousand_steps_leave_nothing_behind():
 @pytest.mark.parametrize("config", [loha_jax.LoHaConfig, loha_jax.LycorisConfig])
 def test_no_rule_of_differentiation_holds_a_tracer(config, strategy):
     """Of a scan over layers (whose tracers end with it), a convolution and a lookup, with all that LyCORIS adds."""
-    options = {"use_effective_conv2d": True, "rank_dropout": 0.1, "target_modules": ["up", "conv", "table"]}
+    options = {
+        "use_effective_conv2d": True,
+        "rank_dropout": 0.1,
+        "target_modules": ["up", "conv", "table"],
+    }
     if config is loha_jax.LycorisConfig:
         options |= {"weight_decompose": True, "use_scalar": True}
     base = {
@@ -120,16 +131,21 @@ def test_no_rule_of_differentiation_holds_a_tracer(config, strategy):
 
     def fn(params, ids):
         x = jnp.asarray(params["table"]["embedding"])[ids]
-        x, _ = jax.lax.scan(lambda x, layer: (x + jax.nn.gelu(x @ layer["up"]["kernel"]), None), x, params["layers"])
+        x, _ = jax.lax.scan(
+            lambda x, layer: (x + jax.nn.gelu(x @ layer["up"]["kernel"]), None), x, params["layers"]
+        )
         kernel = jnp.asarray(params["conv"]["kernel"])
         numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers).sum()
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        ).sum()
 
     trainable, frozen = loha_jax.partition(params)
 
     def loss(trainable, key):
         return loha_jax.adapt(fn, strategy=strategy)(
-            loha_jax.dropout(loha_jax.combine(trainable, frozen), key), jnp.zeros((2, 4, 4), jnp.int32)
+            loha_jax.dropout(loha_jax.combine(trainable, frozen), key),
+            jnp.zeros((2, 4, 4), jnp.int32),
         )
 
     with jax.checking_leaks():

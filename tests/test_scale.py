@@ -20,7 +20,9 @@ def records(tmp_path_factory):
     file = tmp_path_factory.mktemp("scale") / "scale.json"
     command = [sys.executable, "-m", "benchmarks.scale", "--quick", "--json", str(file)]
     env = {**os.environ, "XLA_FLAGS": ""}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "compiled FLOPs" in done.stdout
     return json.loads(file.read_text())["records"]

@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "several_processes.py"
 def test_a_killed_run_goes_on_in_four_processes_and_in_one():
     """The example compares every loss with those of an undisturbed run in one process, and fails where they differ."""
     environment = {**os.environ, "XLA_FLAGS": ""}
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=900)
+    result = subprocess.run(
+        [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=900
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     for line in ("2 processes, killed: steps 1 to", "resumed in 4: steps", "resumed in 1: steps"):
         assert line in result.stdout

@@ -14,7 +14,14 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from .tables import printable
@@ -25,7 +32,9 @@ FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
 _PIPE_WIDTH = 160
 """Columns of tables that go to a file or another program."""
 
-_ARGUMENT = re.compile(r"""`(only|base|prefix|dtype|rank|energy|force|names|to)=(True|"\w+"|\{'[^`{}]*'\}|)`""")
+_ARGUMENT = re.compile(
+    r"""`(only|base|prefix|dtype|rank|energy|force|names|to)=(True|"\w+"|\{'[^`{}]*'\}|)`"""
+)
 """An argument of the library that is an option of a command, as the library's errors write it."""
 
 
@@ -88,7 +97,9 @@ class CommandRun:
         """Show a bar if standard error is a terminal; yield a function to call with what is done and the total."""
         count = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-        with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bar:
+        with Progress(
+            *columns, console=self._errors, transient=True, disable=not self._errors.is_terminal
+        ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -103,7 +114,9 @@ def _message(error: Exception) -> str:
         return _ARGUMENT.sub(_as_option, str(error))
     if isinstance(error, MemoryError):
         return "there is not enough memory"
-    return f"loha-jax has a fault ({type(error).__name__}: {error}); LOHA_JAX_TRACEBACK=1 shows where"
+    return (
+        f"loha-jax has a fault ({type(error).__name__}: {error}); LOHA_JAX_TRACEBACK=1 shows where"
+    )
 
 
 def _as_option(found: re.Match[str]) -> str:

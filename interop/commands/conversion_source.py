@@ -46,7 +46,13 @@ class ConversionSource:
             modules.
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None, only: str | None, names: Names | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        base: str | Path | None,
+        only: str | None,
+        names: Names | None = None,
+    ):
         self.checkpoint = None if base is None else Checkpoint(base)
         shapes = self.checkpoint.shapes if self.checkpoint else {}
         known = self.checkpoint.modules if self.checkpoint else []
@@ -83,7 +89,9 @@ class ConversionSource:
                     "Choose with `only=`"
                 )
             if f"{name}.weight" in quantisation.problems:
-                raise ValueError(f"{self.checkpoint.path}: {quantisation.problems[f'{name}.weight']}")
+                raise ValueError(
+                    f"{self.checkpoint.path}: {quantisation.problems[f'{name}.weight']}"
+                )
             update = LowRankUpdate.of(module)
             if not update.fits(shape) and not (len(shape) == 2 and update.fits(shape[::-1])):
                 raise ValueError(
@@ -96,7 +104,9 @@ class ConversionSource:
             raise ValueError(
                 f"{self.checkpoint.path} has no weight for {', '.join(lost)}. Give the base model "
                 "that the adapter was made for, or choose modules with `only=`."
-                + rename_hint([m.name for own, m in modules.items() if own in lost], self.checkpoint.modules)
+                + rename_hint(
+                    [m.name for own, m in modules.items() if own in lost], self.checkpoint.modules
+                )
             )
         return result
 
@@ -107,7 +117,9 @@ class ConversionSource:
 
     def lohas(self) -> dict[str, AdapterModule]:
         """Return the modules as LoHa, by the source's names."""
-        modules = {own: loha_of(m) if m.kind == "lora" else m for own, m in self.adapter.modules.items()}
+        modules = {
+            own: loha_of(m) if m.kind == "lora" else m for own, m in self.adapter.modules.items()
+        }
         if any(m.kind == "lora" for m in self.adapter.modules.values()):
             self.notes.append("each LoRA became the LoHa of its rank that is equal to it")
         return modules
@@ -120,7 +132,9 @@ class ConversionSource:
                 f"with `only=`, such as `only=` '{re.escape(prefixes[0])}.*'"
             )
         unknown = [
-            own for own, m in modules.items() if self.checkpoint is None and m.prefix.endswith("_") and "_" in m.name
+            own
+            for own, m in modules.items()
+            if self.checkpoint is None and m.prefix.endswith("_") and "_" in m.name
         ]
         if unknown:
             raise ValueError(
@@ -131,7 +145,9 @@ class ConversionSource:
         owners: dict[str, str] = {}
         for own, module in modules.items():
             if (other := owners.setdefault(module.name, own)) != own:
-                raise ValueError(f"{other} and {own} would both be {module.name} in the folder. Choose with `only=`")
+                raise ValueError(
+                    f"{other} and {own} would both be {module.name} in the folder. Choose with `only=`"
+                )
             result[module.name] = module
         return result
 
@@ -169,17 +185,25 @@ class ConversionSource:
             for name in (f"{module}.weight", f"{module}.bias"):
                 if name in self.checkpoint.shapes:
                     if name in self.checkpoint.quantisation.problems:
-                        raise ValueError(f"{self.checkpoint.path}: {self.checkpoint.quantisation.problems[name]}")
+                        raise ValueError(
+                            f"{self.checkpoint.path}: {self.checkpoint.quantisation.problems[name]}"
+                        )
                     value = self.checkpoint.read_values(name)
                     if name in differences:
-                        value = (value.astype(np.float32) + differences[name].astype(np.float32)).astype(value.dtype)
+                        value = (
+                            value.astype(np.float32) + differences[name].astype(np.float32)
+                        ).astype(value.dtype)
                     saved[name] = value
         return saved, sorted(set(modules))
 
     def is_base_weight(self, module: str, part: str, value: np.ndarray) -> bool:
         """Return whether a `base_layer` in a PEFT file equals the base, so that it can be left out."""
         key = f"{module.removesuffix('.base_layer')}.{part}"
-        if self.checkpoint is None or not module.endswith(".base_layer") or key not in self.checkpoint.shapes:
+        if (
+            self.checkpoint is None
+            or not module.endswith(".base_layer")
+            or key not in self.checkpoint.shapes
+        ):
             return False
         return np.array_equal(self.checkpoint.read_values(key), value)
 

@@ -53,7 +53,10 @@ class Conversion:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result in JSON's types."""
-        modules = [{"name": name, "r": r, "error": self.errors.get(name)} for name, r in self.modules.items()]
+        modules = [
+            {"name": name, "r": r, "error": self.errors.get(name)}
+            for name, r in self.modules.items()
+        ]
         return {"form": self.form, "modules": modules, "notes": list(self.notes)}
 
 
@@ -107,12 +110,16 @@ def convert_adapter(
     if to not in FORMATS:
         raise ValueError(f"Adapters are converted to {', '.join(FORMATS)}, not to {to!r}")
     if to != "lora" and (rank is not None or energy is not None):
-        raise ValueError('`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are')
+        raise ValueError(
+            '`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are'
+        )
     if prefix is not None and to not in ("lycoris", "kohya"):
         raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not force:
-        raise FileExistsError(f"{target} is there already. Choose another place, or pass `force=True` to replace it")
+        raise FileExistsError(
+            f"{target} is there already. Choose another place, or pass `force=True` to replace it"
+        )
     if target == Path(os.path.abspath(source)):
         raise ValueError(f"{target} is the source itself")
     if not target.parent.is_dir():
@@ -127,7 +134,9 @@ def convert_adapter(
         "lycoris": lambda: job.lycoris(NATIVE_PREFIX, prefix),
         "kohya": lambda: job.lycoris(_KOHYA_DEFAULT, prefix),
     }
-    _write_whole(target, makers[to](), force)  # all content is made before the first file is touched
+    _write_whole(
+        target, makers[to](), force
+    )  # all content is made before the first file is touched
     ranks = {m.name: m.r for m in job.written.values()}
     return Conversion(read.adapter.form, ranks, job.errors, tuple(read.notes))
 
@@ -188,12 +197,22 @@ class _Targets:
 
     def _check_for_peft(self, modules: Mapping[str, AdapterModule]) -> None:
         shapes = self._source.shapes
-        cores = {name: m.tensors["hada_t1"] for name, m in modules.items() if "hada_t1" in m.tensors}
-        refused = {
-            "a weight decomposition (DoRA)": [name for name, m in modules.items() if m.dora_scale is not None],
-            "a Conv3d": [n for n in modules if len(shapes.get(n, ())) > 4 or (n in cores and cores[n].ndim > 4)],
+        cores = {
+            name: m.tensors["hada_t1"] for name, m in modules.items() if "hada_t1" in m.tensors
         }
-        if problems := [f"{what} in {', '.join(names)}" for what, names in refused.items() if names]:
+        refused = {
+            "a weight decomposition (DoRA)": [
+                name for name, m in modules.items() if m.dora_scale is not None
+            ],
+            "a Conv3d": [
+                n
+                for n in modules
+                if len(shapes.get(n, ())) > 4 or (n in cores and cores[n].ndim > 4)
+            ],
+        }
+        if problems := [
+            f"{what} in {', '.join(names)}" for what, names in refused.items() if names
+        ]:
             raise ValueError(
                 f"PEFT's LoHa cannot hold {' and '.join(problems)}. Leave them out with `only=`, or merge the adapter"
             )
@@ -215,12 +234,16 @@ class _Targets:
         """Return a function that writes a PEFT LoRA folder."""
         modules: dict[str, AdapterModule] = {}
         for name, module in self._source.dotted(self._adapter.modules).items():
-            lora, self.errors[name] = lora_of(module, rank, energy, shape=self._source.shapes.get(name))
+            lora, self.errors[name] = lora_of(
+                module, rank, energy, shape=self._source.shapes.get(name)
+            )
             modules[name] = lora if dtype is None else cast_module(lora, dtype)
         saved, norms = self._source.saved()
         config = self._config(modules, norms)
         checkpoint = self._source.checkpoint
-        is_gpt2 = checkpoint is not None and read_config(checkpoint.folder).get("model_type") == "gpt2"
+        is_gpt2 = (
+            checkpoint is not None and read_config(checkpoint.folder).get("model_type") == "gpt2"
+        )
         values = lora_config(config, modules, self._targets(modules), fan_in_fan_out=is_gpt2)
         check_decomposed(modules)
         if convolutions := [name for name in modules if len(self._source.shapes.get(name, ())) > 2]:
@@ -230,7 +253,10 @@ class _Targets:
         return self._folder(modules, saved, values)
 
     def _folder(
-        self, modules: dict[str, AdapterModule], saved: Mapping[str, np.ndarray], config: Mapping[str, Any]
+        self,
+        modules: dict[str, AdapterModule],
+        saved: Mapping[str, np.ndarray],
+        config: Mapping[str, Any],
     ) -> Callable[[Path], None]:
         self.written = modules
         files = folder_contents(peft_state(modules.values(), saved), config)
@@ -254,9 +280,13 @@ class _Targets:
                 f"The source holds several models' modules ({', '.join(sorted(own_prefixes))}); choose with `only=`"
             )
         chosen = None if kept else default if prefix is None else prefix
-        known = [dataclasses.replace(m, in_shape=self._in_shape(own, m)) for own, m in modules.items()]
+        known = [
+            dataclasses.replace(m, in_shape=self._in_shape(own, m)) for own, m in modules.items()
+        ]
         state, convolutions = lycoris_state(known, self._norm_differences(renamed=not kept), chosen)
-        data = file_bytes(state, self._adapter.metadata if not self._adapter.config else {}, convolutions)
+        data = file_bytes(
+            state, self._adapter.metadata if not self._adapter.config else {}, convolutions
+        )
         self.written = modules
 
         return lambda path: write_atomically(path, data)

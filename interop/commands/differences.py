@@ -57,7 +57,9 @@ def compare_paths(
     kinds = [is_adapter(path) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)
-        raise ValueError(f"{adapter} is an adapter and {other} a checkpoint; two of a kind can be compared")
+        raise ValueError(
+            f"{adapter} is an adapter and {other} a checkpoint; two of a kind can be compared"
+        )
     if kinds[0]:
         return _compare_adapters(*_read_both(first, second), tolerance)
     return _compare_checkpoints(Checkpoint(first), Checkpoint(second), tolerance, progress)
@@ -89,7 +91,8 @@ def _compare_adapters(first: AdapterFile, second: AdapterFile, tolerance: float)
         "kind": "adapters",
         "first": str(first.path),
         "second": str(second.path),
-        "different": bool(only_first or only_second or others) or any(row["different"] for row in rows),
+        "different": bool(only_first or only_second or others)
+        or any(row["different"] for row in rows),
         "only_first": only_first,
         "only_second": only_second,
         "modules": rows,
@@ -97,7 +100,9 @@ def _compare_adapters(first: AdapterFile, second: AdapterFile, tolerance: float)
     }
 
 
-def _compare_modules(name: str, a: AdapterModule, b: AdapterModule, tolerance: float) -> dict[str, Any]:
+def _compare_modules(
+    name: str, a: AdapterModule, b: AdapterModule, tolerance: float
+) -> dict[str, Any]:
     first, second = LowRankUpdate.of(a), LowRankUpdate.of(b)
     row: dict[str, Any] = {
         "name": name,
@@ -115,7 +120,11 @@ def _compare_modules(name: str, a: AdapterModule, b: AdapterModule, tolerance: f
     if row["shape"][0] != row["shape"][1]:
         return row
     norm = update_norm(first)
-    difference = 0.0 if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r else difference_norm(first, second)
+    difference = (
+        0.0
+        if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
+        else difference_norm(first, second)
+    )
     if not math.isfinite(norm) or not math.isfinite(difference):
         return row
     relative = difference / norm if norm else (0.0 if difference == 0 else None)
@@ -128,7 +137,8 @@ def _bit_equal(a: AdapterModule, b: AdapterModule) -> bool:
     return a.tensors.keys() == b.tensors.keys() and all(
         tensor.dtype == b.tensors[part].dtype
         and tensor.shape == b.tensors[part].shape
-        and np.ascontiguousarray(tensor).tobytes() == np.ascontiguousarray(b.tensors[part]).tobytes()
+        and np.ascontiguousarray(tensor).tobytes()
+        == np.ascontiguousarray(b.tensors[part]).tobytes()
         for part, tensor in a.tensors.items()
     )
 
@@ -140,15 +150,23 @@ def _same_norms(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, Any]]:
     """Return the differing tensors besides the factors."""
     a, b = (
-        {**x.others, **{key: t for f in x.foreign.values() for key, t in f.tensors.items()}, **x.embeddings}
+        {
+            **x.others,
+            **{key: t for f in x.foreign.values() for key, t in f.tensors.items()},
+            **x.embeddings,
+        }
         for x in (first, second)
     )
     result: list[dict[str, Any]] = []
     for key in dict.fromkeys((*a, *b)):
         if key not in a or key not in b:
-            result.append({"name": key, "difference": f"only in the {'first' if key in a else 'second'}"})
+            result.append(
+                {"name": key, "difference": f"only in the {'first' if key in a else 'second'}"}
+            )
         elif a[key].shape != b[key].shape:
-            result.append({"name": key, "difference": f"{list(a[key].shape)} and {list(b[key].shape)}"})
+            result.append(
+                {"name": key, "difference": f"{list(a[key].shape)} and {list(b[key].shape)}"}
+            )
         elif not np.array_equal(a[key], b[key]):
             largest = _largest(a[key].reshape(-1), b[key].reshape(-1))
             result.append({"name": key, "difference": f"up to {largest:.3g}"})
@@ -196,7 +214,10 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
         if x.dtype == y.dtype and x.tobytes() == y.tobytes():
             continue
         if is_floating(x.dtype) or is_floating(y.dtype):
-            x, y = (v.astype(np.float64 if v.dtype.itemsize > 4 else np.float32, copy=False) for v in (x, y))
+            x, y = (
+                v.astype(np.float64 if v.dtype.itemsize > 4 else np.float32, copy=False)
+                for v in (x, y)
+            )
             with np.errstate(invalid="ignore"):
                 difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
             largest = float(np.maximum(largest, difference.max()))  # NaN stays

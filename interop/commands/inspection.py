@@ -63,7 +63,12 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     except FileError as error:
         if not _is_readable(path):
             raise
-        return {"path": str(path), "kind": None, "problems": _broken_modules(path) or [str(error)], "remarks": []}
+        return {
+            "path": str(path),
+            "kind": None,
+            "problems": _broken_modules(path) or [str(error)],
+            "remarks": [],
+        }
     return _describe_adapter(adapter)
 
 
@@ -112,8 +117,13 @@ def _broken_modules(path: Path) -> list[str]:
 def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     problems: list[str] = []
     remarks: list[str] = []
-    rest = {**{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()}, **adapter.embeddings}
-    modules = [_describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()]
+    rest = {
+        **{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()},
+        **adapter.embeddings,
+    }
+    modules = [
+        _describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()
+    ]
     for key, tensor in adapter.others.items():
         _check_finite(key, tensor, problems)
     for key, tensor in adapter.embeddings.items():
@@ -124,9 +134,13 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     for own, found in adapter.foreign.items():
         kinds[found.kind or "unknown"] += 1
         if found.kind:
-            remarks.append(f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges")
+            remarks.append(
+                f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges"
+            )
     if unknown := [found.key for found in adapter.foreign.values() if not found.kind]:
-        problems.append(f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}")
+        problems.append(
+            f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}"
+        )
     if adapter.embeddings:
         kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
         remarks.append(embeddings_note(adapter.embeddings))
@@ -143,10 +157,17 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
         "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
         "modules": modules,
         "foreign": [
-            {"file_name": own, "kind": f.kind, "tensors": {key: list(t.shape) for key, t in f.tensors.items()}}
+            {
+                "file_name": own,
+                "kind": f.kind,
+                "tensors": {key: list(t.shape) for key, t in f.tensors.items()},
+            }
             for own, f in adapter.foreign.items()
         ],
-        "others": [_describe_tensor(key, t.shape, t.dtype) for key, t in (*adapter.others.items(), *rest.items())],
+        "others": [
+            _describe_tensor(key, t.shape, t.dtype)
+            for key, t in (*adapter.others.items(), *rest.items())
+        ],
         "config": _plain(adapter.config),
         "metadata": dict(adapter.metadata),
         "problems": problems,
@@ -154,7 +175,9 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     }
 
 
-def _describe_module(own: str, module: AdapterModule, problems: list[str], remarks: list[str]) -> dict[str, Any]:
+def _describe_module(
+    own: str, module: AdapterModule, problems: list[str], remarks: list[str]
+) -> dict[str, Any]:
     tensors = module.arrays
     finite = [_check_finite(f"{own}.{part}", tensor, problems) for part, tensor in tensors.items()]
     update, norm = None, None
@@ -165,7 +188,13 @@ def _describe_module(own: str, module: AdapterModule, problems: list[str], remar
         remarks.append(f"no norm: {error}")
     if norm == 0:
         zero = [part for part, tensor in module.tensors.items() if not tensor.any()]
-        why = f"{', '.join(zero)} is zero" if zero else "alpha is zero" if module.alpha == 0 else "its factors cancel"
+        why = (
+            f"{', '.join(zero)} is zero"
+            if zero
+            else "alpha is zero"
+            if module.alpha == 0
+            else "its factors cancel"
+        )
         remarks.append(f"the update of {own} is zero: {why}")
     return {
         "name": module.name,
@@ -196,7 +225,10 @@ def _check_finite(key: str, tensor: np.ndarray, problems: list[str]) -> bool:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = [_describe_tensor(key, shape, checkpoint.dtypes[key]) for key, shape in checkpoint.shapes.items()]
+    tensors = [
+        _describe_tensor(key, shape, checkpoint.dtypes[key])
+        for key, shape in checkpoint.shapes.items()
+    ]
     return {
         "path": str(checkpoint.path),
         "kind": "checkpoint",
@@ -225,5 +257,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
-    plain = isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
+    plain = isinstance(value, str | int | bool) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
     return value if value is None or plain else str(value)

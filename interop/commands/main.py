@@ -55,8 +55,12 @@ def _main_options(
 
 @app.command(epilog=_EPILOG)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter (folder or file), or a base checkpoint.")],
-    every: Annotated[bool, typer.Option("--all", help="A row for every module, not for every kind of module.")] = False,
+    path: Annotated[
+        Path, typer.Argument(help="An adapter (folder or file), or a base checkpoint.")
+    ],
+    every: Annotated[
+        bool, typer.Option("--all", help="A row for every module, not for every kind of module.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a file or folder.
@@ -74,11 +78,19 @@ def inspect(
 @app.command(epilog=_EPILOG)
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter of any format.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder (or LyCORIS' or kohya's file) to write.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="The folder (or LyCORIS' or kohya's file) to write."),
+    ],
     to: Annotated[Format, typer.Option("--to", help="The format to write.")],
-    rank: Annotated[int | None, typer.Option(help="--to lora: at most this rank; exact (r²) by default.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="--to lora: at most this rank; exact (r²) by default.")
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="--to lora: the rank that keeps this share of the squared singular values.")
+        float | None,
+        typer.Option(
+            help="--to lora: the rank that keeps this share of the squared singular values."
+        ),
     ] = None,
     base: Annotated[
         Path | None,
@@ -88,11 +100,14 @@ def convert(
         ),
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_).")
+        str | None,
+        typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_)."),
     ] = None,
     only: OnlyOption = None,
     names: NamesOption = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the factors; their own by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the factors; their own by default.")
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -121,17 +136,26 @@ def convert(
 
 @app.command(epilog=_EPILOG)
 def merge(
-    base: Annotated[Path, typer.Argument(help="The base model's safetensors checkpoint: a file, or a folder.")],
+    base: Annotated[
+        Path, typer.Argument(help="The base model's safetensors checkpoint: a file, or a folder.")
+    ],
     adapter: Annotated[
-        Path, typer.Argument(help="An adapter: PEFT's LoHa or LoRA folder, LyCORIS' or kohya's file or its folder.")
+        Path,
+        typer.Argument(
+            help="An adapter: PEFT's LoHa or LoRA folder, LyCORIS' or kohya's file or its folder."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it appears when it is whole.")],
     weight: Annotated[float, typer.Option(help="What ADAPTER's update is multiplied by.")] = 1.0,
     more: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="PATH[=WEIGHT]", help="One more adapter; may be given several times."),
+        typer.Option(
+            "--with", metavar="PATH[=WEIGHT]", help="One more adapter; may be given several times."
+        ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")
+    ] = None,
     only: OnlyOption = None,
     names: NamesOption = None,
     force: ForceOption = False,
@@ -167,7 +191,9 @@ def merge(
 @app.command(epilog=_EPILOG)
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="An adapter, or a checkpoint.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same kind, of any format.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Another one of the same kind, of any format.")
+    ],
     tolerance: Annotated[
         float,
         typer.Option(

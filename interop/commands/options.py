@@ -31,7 +31,9 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of tables.")
+]
 OnlyOption = Annotated[
     str | None,
     typer.Option(
@@ -96,7 +98,9 @@ def parse_names(given: Sequence[str]) -> dict[str, str] | None:
     for text in given:
         pattern, separator, template = text.rpartition("=")
         if not separator or not pattern or not template:
-            raise ValueError(f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}")
+            raise ValueError(
+                f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}"
+            )
         try:
             re.compile(pattern)
         except re.error as error:

@@ -35,7 +35,9 @@ def show_inspection(console: Console, found: dict[str, Any], every: bool) -> Non
     if "modules" in found:
         _modules(console, found["modules"], every)
         if found["others"]:
-            _table(console, ("other tensors", "shape", "dtype"), _tensor_rows(found["others"], every))
+            _table(
+                console, ("other tensors", "shape", "dtype"), _tensor_rows(found["others"], every)
+            )
     elif "tensors" in found:
         _table(console, ("tensor", "shape", "dtype"), _tensor_rows(found["tensors"], every))
     _list(console, "Broken", found["problems"], "red")
@@ -53,7 +55,13 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("‖ΔW‖ of all", _number(found["norm"])),
         ]
         config = found["config"]
-        named = ("base_model_name_or_path", "task_type", "target_modules", "modules_to_save", "peft_version")
+        named = (
+            "base_model_name_or_path",
+            "task_type",
+            "target_modules",
+            "modules_to_save",
+            "peft_version",
+        )
         facts += [(name, _several(config[name])) for name in named if config.get(name)]
     if "files" in found:
         facts += [("files", _several(found["files"])), ("size", _size(found["bytes"]))]
@@ -65,7 +73,9 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _kinds(kinds: dict[str, int]) -> str:
     """Return the kinds of a file's modules, with their numbers if there are several."""
-    return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
+    return (
+        ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
+    )
 
 
 def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -> None:
@@ -76,14 +86,20 @@ def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -
         return
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for m in modules:
-        groups.setdefault((re.sub(r"(?<![A-Za-z])\d+(?![A-Za-z])", "*", m["name"]), *_kind(m)), []).append(m)
+        groups.setdefault(
+            (re.sub(r"(?<![A-Za-z])\d+(?![A-Za-z])", "*", m["name"]), *_kind(m)), []
+        ).append(m)
     rows = []
     for key, group in groups.items():
         norms = [m["norm"] for m in group if m["norm"] is not None]
         middle = (
-            f"{_number(min(norms))} … {_number(statistics.median(norms))} … {_number(max(norms))}" if norms else "-"
+            f"{_number(min(norms))} … {_number(statistics.median(norms))} … {_number(max(norms))}"
+            if norms
+            else "-"
         )
-        rows.append((key[0], str(len(group)), *key[1:], f"{sum(m['parameters'] for m in group):,}", middle))
+        rows.append(
+            (key[0], str(len(group)), *key[1:], f"{sum(m['parameters'] for m in group):,}", middle)
+        )
     _table(console, ("modules", "number", *head[1:-1], "‖ΔW‖ least … median … most"), rows)
     console.print("--all shows every module.", style="dim")
 
@@ -102,7 +118,11 @@ def _kind(module: dict[str, Any]) -> tuple[str, ...]:
 def _tensor_rows(tensors: Sequence[dict[str, Any]], every: bool) -> list[tuple[str, ...]]:
     shown = tensors if every or len(tensors) <= _FEW else tensors[:_FEW]
     rows = [(t["name"], str(t["shape"]), t["dtype"]) for t in shown]
-    return rows if len(shown) == len(tensors) else [*rows, (f"… and {len(tensors) - len(shown)} more (--all)", "", "")]
+    return (
+        rows
+        if len(shown) == len(tensors)
+        else [*rows, (f"… and {len(tensors) - len(shown)} more (--all)", "", "")]
+    )
 
 
 def show_conversion(console: Console, result: dict[str, Any]) -> None:
@@ -118,7 +138,9 @@ def show_conversion(console: Console, result: dict[str, Any]) -> None:
     )
     errors = [m for m in result["modules"] if m["error"] is not None]
     if errors:
-        rows = [(m["name"], str(m["r"]), f"{m['error']:.2e}" if m["error"] else "exact") for m in errors]
+        rows = [
+            (m["name"], str(m["r"]), f"{m['error']:.2e}" if m["error"] else "exact") for m in errors
+        ]
         _table(console, ("module", "rank", "relative error"), rows)
     _list(console, "Notes", result["notes"], "yellow")
 
@@ -129,14 +151,19 @@ def show_merge(console: Console, result: dict[str, Any]) -> None:
         ("out", result["out"]),
         ("files", _several(result["files"])),
         ("size", _size(result["bytes"])),
-        ("tensors", f"{result['merged']} merged, {result['replaced']} replaced, {result['copied']} as they were"),
+        (
+            "tensors",
+            f"{result['merged']} merged, {result['replaced']} replaced, {result['copied']} as they were",
+        ),
     ]
     if result["kept"]:
         facts.append(("kept of an earlier run", _several(result["kept"])))
     losses = result["losses"]
     if losses:
         worst = max(losses, key=lambda loss: loss["lost_share"])
-        facts.append(("rounding loses", f"at most {worst['lost_share']:.2%} of an update ({worst['name']})"))
+        facts.append(
+            ("rounding loses", f"at most {worst['lost_share']:.2%} of an update ({worst['name']})")
+        )
     _facts(console, facts)
     rows = [
         (
@@ -149,7 +176,9 @@ def show_merge(console: Console, result: dict[str, Any]) -> None:
         if loss["dtype"].startswith("float8")
     ]
     if rows:
-        _table(console, ("tensor", "dtype", "relative error of the weight", "of the update lost"), rows)
+        _table(
+            console, ("tensor", "dtype", "relative error of the weight", "of the update lost"), rows
+        )
     _list(console, "Notes", result["notes"], "yellow")
 
 
@@ -165,7 +194,9 @@ def show_difference(console: Console, found: dict[str, Any], every: bool) -> Non
         _list(console, "Other tensors", others, "yellow")
         same = [m for m in found["modules"] if not m["different"]]
         bits = sum(m["bit_equal"] for m in found["modules"])
-        console.print(f"{len(same)} of {len(found['modules'])} common modules are equal, {bits} of them bit for bit.")
+        console.print(
+            f"{len(same)} of {len(found['modules'])} common modules are equal, {bits} of them bit for bit."
+        )
     else:
         rows = [
             (t["name"], _both(t["shape"]), _both(t["dtype"]), _number(t["max_difference"]))
@@ -195,7 +226,14 @@ def _difference_row(module: dict[str, Any]) -> tuple[str, ...]:
     if module["norms_differ"]:
         relative += ", DoRA norms differ"
     norm = _number(module["norm"])
-    return module["name"], _both(module["r"]), _both(module["alpha"]), _both(module["dtype"]), norm, relative
+    return (
+        module["name"],
+        _both(module["r"]),
+        _both(module["alpha"]),
+        _both(module["dtype"]),
+        norm,
+        relative,
+    )
 
 
 def _both(values: Sequence[Any]) -> str:

@@ -46,7 +46,9 @@ class TemporaryFile:
         self._is_open = True
         while True:
             with naming(path):
-                self.descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
+                self.descriptor, name = tempfile.mkstemp(
+                    prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent
+                )
             self._temporary = Path(name)
             if _lock(self.descriptor, self._temporary):
                 return

@@ -64,7 +64,11 @@ class Header:
         for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
             start, end = end, end + math.prod(shape) * dtype.itemsize
             stored = (stored_names or {}).get(name, name)
-            entries[stored] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            entries[stored] = {
+                "dtype": _WORDS[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
             offsets[name] = (start, end)
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -115,7 +119,9 @@ class Checkpoint:
                     if key in self._files:
                         raise FileError(f"{key} is in {self._files[key]} and again in {file}")
                     if (word := part.get_dtype()) not in DTYPES:
-                        raise FileError(f"{file}: {key} is of dtype {word}, which numpy has no type for")
+                        raise FileError(
+                            f"{file}: {key} is of dtype {word}, which numpy has no type for"
+                        )
                     self._files[key] = file
                     if stored != key:
                         self.stored_names[key] = stored
@@ -123,7 +129,9 @@ class Checkpoint:
                     self.dtypes[key] = np.dtype(DTYPES[word])
         lost = sorted(key for key in weight_map or () if without_wrappers(key) not in self._files)
         if lost:
-            raise FileError(f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}")
+            raise FileError(
+                f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}"
+            )
 
     def drop_prefix(self, prefix: str) -> None:
         """Remove a prefix from all names (`module.` of DataParallel), if every name has it."""
@@ -170,7 +178,9 @@ class Checkpoint:
         values = self.read(name)
         wide = values.astype(np.float32)
         if not np.isfinite(wide).all() or (wide < 0).any():
-            raise FileError(f"{self._files[name]}: the scale {name} holds values that are negative or not finite")
+            raise FileError(
+                f"{self._files[name]}: the scale {name} holds values that are negative or not finite"
+            )
         return values
 
     def read_values(self, key: str) -> np.ndarray:
@@ -184,7 +194,11 @@ class Checkpoint:
     def is_whole_folder(self) -> bool:
         """True if the files beside the weights (config, tokenizer) belong to them."""
         named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
-        return self.path.is_dir() or self.index is not None or (named and (self.folder / "config.json").is_file())
+        return (
+            self.path.is_dir()
+            or self.index is not None
+            or (named and (self.folder / "config.json").is_file())
+        )
 
     def read(self, key: str) -> np.ndarray:
         """Return the values of a tensor.
@@ -213,7 +227,10 @@ class Checkpoint:
         entries = parse_json(data[8:], file)
         metadata = entries.pop("__metadata__", {})
         places = {
-            without_wrappers(name): (len(data) + entry["data_offsets"][0], len(data) + entry["data_offsets"][1])
+            without_wrappers(name): (
+                len(data) + entry["data_offsets"][0],
+                len(data) + entry["data_offsets"][1],
+            )
             for name, entry in entries.items()
         }
         self._headers[file] = Header(data, places, metadata)
@@ -252,14 +269,22 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
     raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
 
 
-def _from_index(index: Path, *, missing_is_fine: bool = False) -> tuple[list[Path], Path, dict[str, str]]:
+def _from_index(
+    index: Path, *, missing_is_fine: bool = False
+) -> tuple[list[Path], Path, dict[str, str]]:
     values = parse_json(read_text(index), index)
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FileError(f"{index} is not an index of safetensors shards: it has no `weight_map` of file names")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise FileError(
+            f"{index} is not an index of safetensors shards: it has no `weight_map` of file names"
+        )
     # A file of another folder could be anything that this user may read.
     names = list(dict.fromkeys(weight_map.values()))
-    if outside := [repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)]:
+    if outside := [
+        repr(n[:100]) for n in names if n in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,255}", n)
+    ]:
         raise FileError(f"{index} names shards that are no files beside it: {', '.join(outside)}")
     files = [index.parent / name for name in names]
     if not missing_is_fine and (missing := [str(file) for file in files if not file.is_file()]):
@@ -290,7 +315,10 @@ def side_files(folder: Path) -> list[Path]:
         FileError: one is a link that leads out of the folder.
     """
     found = sorted(p for p in folder.iterdir() if p.is_file() and _SIDE_FILE.fullmatch(p.name))
-    own = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # Hugging Face's cache links to the latter
+    own = (
+        folder.resolve(),
+        folder.resolve().parent.parent / "blobs",
+    )  # Hugging Face's cache links to the latter
     if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
         raise FileError(
             f"{folder} links to files elsewhere, which would be copied: {', '.join(p.name for p in outside)}. Remove "
@@ -321,4 +349,8 @@ def side_file_content(file: Path, dtype: Any) -> bytes:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that hold or index weights."""
-    return sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name)) if folder.is_dir() else []
+    return (
+        sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name))
+        if folder.is_dir()
+        else []
+    )

@@ -74,8 +74,12 @@ class CheckpointWriter:
         if len(shards) == 1:
             self.names = [f"{stem}.safetensors"]
         else:
-            self.names = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-        self.weight_map = {t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard}
+            self.names = [
+                f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))
+            ]
+        self.weight_map = {
+            t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard
+        }
         self._places: dict[str, tuple[int, int, np.dtype, tuple[int, ...]]] = {}
         self._pending = set(self.weight_map)
         self._files: list[TemporaryFile] = []
@@ -88,7 +92,9 @@ class CheckpointWriter:
             self.close()
             raise
 
-    def _start(self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]) -> None:
+    def _start(
+        self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]
+    ) -> None:
         header = Header.of(shard, metadata)
         for name, dtype, shape in shard:
             self._places[name] = (n, header.places[name][0], dtype, shape)
@@ -99,15 +105,23 @@ class CheckpointWriter:
         """Write a tensor to its place; its dtype and shape must be those announced."""
         n, offset, dtype, shape = self._places[name]
         if value.dtype != dtype or value.shape != shape:
-            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}")
+            raise ValueError(
+                f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}"
+            )
         with naming(self._folder / self.names[n]):
-            write_at(self._files[n].descriptor, offset, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            write_at(
+                self._files[n].descriptor,
+                offset,
+                np.ascontiguousarray(value).reshape(-1).view(np.uint8).data,
+            )
         self._pending.discard(name)
 
     def commit(self) -> None:
         """Flush and rename the files; raise ValueError if a tensor was not written."""
         if self._pending:
-            raise ValueError(f"These tensors were announced and not written: {', '.join(sorted(self._pending))}")
+            raise ValueError(
+                f"These tensors were announced and not written: {', '.join(sorted(self._pending))}"
+            )
         with naming(self._folder):
             for file in self._files:
                 file.flush()

@@ -45,7 +45,11 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
         for name, data in {**changed, **new}.items():
             write_atomically(folder / name, data)
         return
-    kept = {name: (folder / name).read_bytes() for name in once.keys() - new.keys() if (folder / name).is_file()}
+    kept = {
+        name: (folder / name).read_bytes()
+        for name in once.keys() - new.keys()
+        if (folder / name).is_file()
+    }
     if _replace_folder(folder, {**files, **new, **kept}):
         return
     with naming(folder), locked_folder(folder), temporary_folder(folder / PENDING) as work:
@@ -88,9 +92,15 @@ def find_adapter_file(folder: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(file.name for file in found)
-        raise FileError(f"'{folder}' holds several safetensors files: {names}. Give the path of one of them.")
-    inside = sorted({f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()})
-    pickles = sorted(f"'{file}'" for file in folder.iterdir() if file.suffix in (".pt", ".pth", ".bin", ".ckpt"))
+        raise FileError(
+            f"'{folder}' holds several safetensors files: {names}. Give the path of one of them."
+        )
+    inside = sorted(
+        {f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()}
+    )
+    pickles = sorted(
+        f"'{file}'" for file in folder.iterdir() if file.suffix in (".pt", ".pth", ".bin", ".ckpt")
+    )
     hint = f"; give one of its folders: {', '.join(inside)}" if inside else ""
     hint = f"; give the file that is the adapter: {', '.join(pickles)}" if pickles else hint
     raise FileNotFoundError(f"There is no adapter in '{folder}'{hint}")
@@ -116,7 +126,9 @@ def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
 def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Replace a folder that holds no other files; return False if that is impossible."""
     entries = list(os.scandir(folder))
-    if not is_replaceable(folder) or not all(e.name in files and e.is_file(follow_symlinks=False) for e in entries):
+    if not is_replaceable(folder) or not all(
+        e.name in files and e.is_file(follow_symlinks=False) for e in entries
+    ):
         return False
     folder = Path(os.path.realpath(folder))
     with naming(folder), temporary_folder(folder) as work:

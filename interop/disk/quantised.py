@@ -44,7 +44,9 @@ class Scale:
     blocks: tuple[int, ...]
     power_of_two: bool = False
 
-    def rows(self, values: np.ndarray, shape: tuple[int, ...], first: int = 0, last: int | None = None) -> np.ndarray:
+    def rows(
+        self, values: np.ndarray, shape: tuple[int, ...], first: int = 0, last: int | None = None
+    ) -> np.ndarray:
         """Return the scale for rows of a tensor of this shape, in float32 and broadcastable to them.
 
         Example:
@@ -58,7 +60,9 @@ class Scale:
                 result = result.take(index[first:last] if axis == 0 else index, axis)
         return result
 
-    def largest(self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None) -> np.ndarray:
+    def largest(
+        self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None
+    ) -> np.ndarray:
         """Return the largest absolute value per value of the scale, along some axes of the tensor."""
         for axis in range(len(self.grid))[first_axis:last_axis]:
             count, block = self.grid[axis], self.blocks[axis]
@@ -82,7 +86,9 @@ class Scale:
         if self.power_of_two:
             wanted = np.exp2(np.ceil(np.log2(np.maximum(wanted, np.finfo(np.float32).tiny))))
         # Up to half a unit above the largest number rounds to it.
-        fits = (largest <= limit * had * (1 + 2.0 ** -(info.nmant + 2))) & (2 * largest >= limit * had)
+        fits = (largest <= limit * had * (1 + 2.0 ** -(info.nmant + 2))) & (
+            2 * largest >= limit * had
+        )
         return np.where(fits | (largest == 0), had, wanted).astype(old.dtype).reshape(old.shape)
 
 
@@ -135,7 +141,9 @@ class Quantisation:
             parts = key.split(".")
             for count in (1, 2, 3):  # `weight.quant_state.bitsandbytes__nf4`
                 if count <= len(parts):
-                    self._children.setdefault(".".join(parts[:-count]), []).append(".".join(parts[-count:]))
+                    self._children.setdefault(".".join(parts[:-count]), []).append(
+                        ".".join(parts[-count:])
+                    )
         self._marked = next((key for key in shapes if _MARKER.fullmatch(key)), None)
         self.scales: dict[str, Scale] = {}
         self.problems: dict[str, str] = {}
@@ -144,7 +152,9 @@ class Quantisation:
             self._classify(key)
         self.weights = {scale.key: key for key, scale in self.scales.items()}
         self.extras = frozenset(
-            key for key in shapes if _MARKER.fullmatch(key) or _ACTIVATION.fullmatch(key.rpartition(".")[2])
+            key
+            for key in shapes
+            if _MARKER.fullmatch(key) or _ACTIVATION.fullmatch(key.rpartition(".")[2])
         )
 
     @property
@@ -155,9 +165,9 @@ class Quantisation:
     @property
     def example(self) -> str:
         """A quantised tensor, for a message."""
-        return next((f"{key} with {scale.key}" for key, scale in self.scales.items()), None) or next(
-            iter([*self.problems.values(), *self.packed.values()]), ""
-        )
+        return next(
+            (f"{key} with {scale.key}" for key, scale in self.scales.items()), None
+        ) or next(iter([*self.problems.values(), *self.packed.values()]), "")
 
     def owner_is_packed(self, key: str) -> bool:
         """Return whether a tensor is part of a packed weight."""
@@ -175,23 +185,30 @@ class Quantisation:
             found = sorted(
                 child
                 for child in set(children)
-                if _PACKED.fullmatch(child.removeprefix("weight.")) and child not in ("_scale", "_data", "scales")
+                if _PACKED.fullmatch(child.removeprefix("weight."))
+                and child not in ("_scale", "_data", "scales")
             )
             if not module or not found or all(f == "scales" for f in found):
                 continue
             if module.endswith(".weight"):
                 continue
             said = ", ".join(f"{module}.{child}" for child in found[:4])
-            result[module] = f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can add to)"
+            result[module] = (
+                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can add to)"
+            )
         return result
 
     def _classify(self, key: str) -> None:
         module, _, part = key.rpartition(".")
         dtype = self._dtypes[key]
         if part == "weight" and module in self.packed:
-            self.problems[key] = f"{key} holds {dtype} and belongs to {self.packed[module]}: {_ADVICE}"
+            self.problems[key] = (
+                f"{key} holds {dtype} and belongs to {self.packed[module]}: {_ADVICE}"
+            )
         elif part == "weight" and dtype.kind in "iub":
-            self.problems[key] = f"{key} holds {dtype}: quantised weights can't be merged into; {_ADVICE}"
+            self.problems[key] = (
+                f"{key} holds {dtype}: quantised weights can't be merged into; {_ADVICE}"
+            )
         elif _MARKER.fullmatch(key) or _ACTIVATION.fullmatch(part):
             return
         elif is_float8(dtype):
@@ -199,7 +216,9 @@ class Quantisation:
         elif part == "weight":
             found = [name for name in self._known(key) if name in self._shapes]
             if found:
-                self.problems[key] = f"{key} is {dtype} with {found[0]}, which is known for float8 only; {_ADVICE}"
+                self.problems[key] = (
+                    f"{key} is {dtype} with {found[0]}, which is known for float8 only; {_ADVICE}"
+                )
 
     def _known(self, key: str) -> list[str]:
         """Return the names that a tensor's scale may have."""
@@ -211,7 +230,9 @@ class Quantisation:
     def _classify_float8(self, key: str, module: str, part: str) -> None:
         known = [name for name in self._known(key) if name in self._shapes]
         lost = [name for name in self._known(key) if name in self._elsewhere]
-        beside = [f"{module}.{c}" if module else c for c in self._children.get(module, ()) if "." not in c]
+        beside = [
+            f"{module}.{c}" if module else c for c in self._children.get(module, ()) if "." not in c
+        ]
         others = [
             name
             for name in (*beside, *(f"{key}.{c}" for c in self._children.get(key, ())))
@@ -227,18 +248,24 @@ class Quantisation:
             )
         elif others or len(known) > 1:
             found = ", ".join([*known, *others])
-            self.problems[key] = f"{key} is float8 with scales of an unknown form ({found}); {_ADVICE}"
+            self.problems[key] = (
+                f"{key} is float8 with scales of an unknown form ({found}); {_ADVICE}"
+            )
         elif known:
             self._add_scale(key, known[0])
         elif self._marked or self._config.get("quant_method"):
             says = self._marked or "quantization_config in config.json"
-            self.problems[key] = f"{key} is float8 and has no scale, though {says} says that weights are scaled"
+            self.problems[key] = (
+                f"{key} is float8 and has no scale, though {says} says that weights are scaled"
+            )
 
     def _add_scale(self, key: str, scale_key: str) -> None:
         shape, own = self._shapes[key], self._shapes[scale_key]
         dtype = self._dtypes[scale_key]
         if dtype.kind in "iub" or is_float8(dtype):
-            self.problems[key] = f"{key} is scaled by {scale_key}, which holds {dtype}: an unknown form; {_ADVICE}"
+            self.problems[key] = (
+                f"{key} is scaled by {scale_key}, which holds {dtype}: an unknown form; {_ADVICE}"
+            )
             return
         size = self._block()
         grid = _grid(shape, own, size, bool(self._config.get("weight_block_size")))
@@ -248,18 +275,26 @@ class Quantisation:
                 if size
                 else "no config.json gives `quantization_config.weight_block_size`"
             )
-            self.problems[key] = f"{key} {list(shape)} does not fit its scale {scale_key} {list(own)}; {said}"
+            self.problems[key] = (
+                f"{key} {list(shape)} does not fit its scale {scale_key} {list(own)}; {said}"
+            )
             return
         blocks = []
         for axis, (n, count) in enumerate(zip(shape, grid, strict=True)):
-            blocks.append(n if count == 1 else 1 if count == n else (size or [1, 1])[axis - len(shape)])
+            blocks.append(
+                n if count == 1 else 1 if count == n else (size or [1, 1])[axis - len(shape)]
+            )
         power = self._config.get("scale_fmt") == "ue8m0"
         self.scales[key] = Scale(scale_key, grid, tuple(max(1, b) for b in blocks), power)
 
     def _block(self) -> list[int] | None:
         """Return the block size of the last two axes given by the config."""
         size = self._config.get("weight_block_size")
-        if size is None and "weight_block_size" not in self._config and self._config.get("quant_method") == "fp8":
+        if (
+            size is None
+            and "weight_block_size" not in self._config
+            and self._config.get("quant_method") == "fp8"
+        ):
             size = [128, 128]  # what transformers takes then
         groups = self._config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
@@ -268,12 +303,19 @@ class Quantisation:
                 size = weights["block_structure"]
             elif isinstance(weights.get("group_size"), int) and weights["group_size"] > 0:
                 size = [1, weights["group_size"]]
-        good = isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+        good = (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(isinstance(n, int) and n > 0 for n in size)
+        )
         return size if good else None
 
 
 def _grid(
-    shape: tuple[int, ...], scale: tuple[int, ...], block: Sequence[int] | None, must_be_blocks: bool
+    shape: tuple[int, ...],
+    scale: tuple[int, ...],
+    block: Sequence[int] | None,
+    must_be_blocks: bool,
 ) -> tuple[int, ...] | None:
     """Return a scale's shape with one axis per axis of the tensor, or None if it does not fit."""
     ndim = len(shape)

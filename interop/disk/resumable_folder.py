@@ -30,7 +30,9 @@ class WorkingFolder:
         self._manifest = self._folder / "manifest.json"
         self._fingerprint = fingerprint
         self.files = self._folder / "files"
-        self._done = self._folder / "done"  # an old result comes here in exchange, and must not be resumed
+        self._done = (
+            self._folder / "done"
+        )  # an old result comes here in exchange, and must not be resumed
 
     def __enter__(self) -> WorkingFolder:
         with naming(self._out):
@@ -40,7 +42,9 @@ class WorkingFolder:
             lock_file(self._lock.fileno())
         except OSError as error:
             self._lock.close()
-            raise FileExistsError(f"Another run is writing {self._out} ({self._folder} is locked)") from error
+            raise FileExistsError(
+                f"Another run is writing {self._out} ({self._folder} is locked)"
+            ) from error
         try:
             self._start()
         except BaseException:

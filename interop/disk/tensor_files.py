@@ -39,7 +39,9 @@ DTYPES = {
 _MAX_HEADER_BYTES = 32 << 20  # a shard with 100,000 tensors has about 15 MB
 
 
-_WRAPPERS = re.compile(r"(?:(?<=\.)|(?<=_)|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]")
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|(?<=_)|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)[._]"
+)
 
 
 def without_wrappers(key: str) -> str:
@@ -63,7 +65,9 @@ def unwrapped(tensors: Mapping[str, np.ndarray], path: str | Path) -> dict[str, 
     found: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
         if (plain := without_wrappers(key)) in found:
-            raise FileError(f"{path}: {key} and another key are both {plain} without the names of torch's wrappers")
+            raise FileError(
+                f"{path}: {key} and another key are both {plain} without the names of torch's wrappers"
+            )
         found[plain] = tensor
     return found
 
@@ -74,7 +78,9 @@ def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     Arrays are made contiguous first: safetensors writes the bytes of a transposed array in memory
     order, which would load as other values.
     """
-    return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()}, dict(metadata))
+    return safetensors.numpy.save(
+        {k: np.asarray(v, order="C") for k, v in tensors.items()}, dict(metadata)
+    )
 
 
 @contextlib.contextmanager
@@ -111,7 +117,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             that numpy has not.
     """
     with open_safetensors(path) as file:
-        found = dict(safetensors.deserialize(Path(path).read_bytes()))  # in an order that differs from run to run
+        found = dict(
+            safetensors.deserialize(Path(path).read_bytes())
+        )  # in an order that differs from run to run
         keys = list(file.keys())
     tensors = {}
     for key in keys:
@@ -120,7 +128,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise FileError(f"{path}: {key} is of dtype {word}, which numpy has no type for")
         try:
             # safetensors itself has no numpy arrays of float8
-            tensors[key] = np.frombuffer(bytearray(tensor["data"]), DTYPES[word]).reshape(tensor["shape"])
+            tensors[key] = np.frombuffer(bytearray(tensor["data"]), DTYPES[word]).reshape(
+                tensor["shape"]
+            )
         except ValueError as error:
             raise FileError(f"{path}: {key} cannot be read: {error}") from error
     return unwrapped(tensors, path)
@@ -166,17 +176,25 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
         raise FileError(f"{path} does not hold a dict of tensors")
 
     def to_numpy(key: str, tensor: torch.Tensor) -> np.ndarray:
-        plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        plain = (
+            tensor.layout == torch.strided
+            and not tensor.is_quantized
+            and tensor.device.type == "cpu"
+        )
         # A tensor may show one element of the file a billion times.
         if not plain or tensor.numel() * tensor.element_size() > size:
-            raise FileError(f"{path}: {key} is no plain tensor, or claims to be larger than the file")
+            raise FileError(
+                f"{path}: {key} is no plain tensor, or claims to be larger than the file"
+            )
         tensor = tensor.detach().contiguous()
         try:
             if tensor.dtype == torch.bfloat16:  # numpy has no such dtype of its own
                 return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return tensor.numpy()
         except (TypeError, RuntimeError) as error:
-            raise FileError(f"{path}: {key} is of dtype {tensor.dtype}, which numpy has no type for") from error
+            raise FileError(
+                f"{path}: {key} is of dtype {tensor.dtype}, which numpy has no type for"
+            ) from error
 
     return unwrapped({key: to_numpy(key, value) for key, value in loaded.items()}, path)
 
@@ -190,8 +208,13 @@ def _check_archive(path: Path, size: int) -> None:
         raise FileError(
             f"{path} is not a file of torch.save since PyTorch 1.6: {error}. Save it anew, as safetensors."
         ) from error
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
-        raise FileError(f"{path} holds compressed entries, or claims more than its {size:,} bytes can hold")
+    if (
+        any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        or sum(e.file_size for e in entries) > size
+    ):
+        raise FileError(
+            f"{path} holds compressed entries, or claims more than its {size:,} bytes can hold"
+        )
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
@@ -199,7 +222,10 @@ def check_finite(tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
     broken = [
         key
         for key, tensor in tensors.items()
-        if jnp.issubdtype(tensor.dtype, jnp.inexact) and not np.isfinite(tensor.astype(np.float32)).all()
+        if jnp.issubdtype(tensor.dtype, jnp.inexact)
+        and not np.isfinite(tensor.astype(np.float32)).all()
     ]
     if broken:
-        raise FileError(f"{path} holds NaN or infinite values, in {', '.join(broken)}: the adapter is broken")
+        raise FileError(
+            f"{path} holds NaN or infinite values, in {', '.join(broken)}: the adapter is broken"
+        )

@@ -25,8 +25,14 @@ from ..names.tree_sources import find_sources_in
 from .mismatch import Mismatch
 
 # Tensors of a torch checkpoint that no Flax model has a place for.
-_BUFFERS = re.compile(r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)")
-_TITLES = ("tensors that no leaf takes", "tensors that are not in the file", "leaves that do not fit")
+_BUFFERS = re.compile(
+    r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)"
+)
+_TITLES = (
+    "tensors that no leaf takes",
+    "tensors that are not in the file",
+    "leaves that do not fit",
+)
 
 
 @takes_model
@@ -75,7 +81,9 @@ def load_base(
         (4, 3)
     """
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
-        raise ValueError("load_base takes the base model's tree: load it first, then inject or load adapters.")
+        raise ValueError(
+            "load_base takes the base model's tree: load it first, then inject or load adapters."
+        )
     checkpoint = Checkpoint(path)
     tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)
     mismatch = Mismatch(misshapen=problems, titles=_TITLES)
@@ -83,7 +91,15 @@ def load_base(
     for position, source in sources.items():
         keys = tuple(k if k in checkpoint.shapes else (tied or {}).get(k, k) for k in source.keys)
         sources[position] = source = dataclasses.replace(source, keys=keys)
-        _check_leaf(checkpoint, tree, position, source, _target(tree.leaves[position], dtype), taken, mismatch)
+        _check_leaf(
+            checkpoint,
+            tree,
+            position,
+            source,
+            _target(tree.leaves[position], dtype),
+            taken,
+            mismatch,
+        )
     if strict:
         used = {key for source in sources.values() for key in (*source.keys, *source.also)}
         mismatch.unexpected += _unused(checkpoint, used)
@@ -109,12 +125,16 @@ def _check_leaf(
     shape, quantisation = tuple(leaf.shape), checkpoint.quantisation
     for key in source.keys:
         if key not in checkpoint.shapes:
-            mismatch.missing.append(f"{key} (for {where} {list(shape)}{quantisation.why_missing(key)})")
+            mismatch.missing.append(
+                f"{key} (for {where} {list(shape)}{quantisation.why_missing(key)})"
+            )
         elif problem := quantised_problem(quantisation, taken, key, target):
             mismatch.misshapen.append(f"{where}: {problem}")
         elif not source.fits(shape, checkpoint.shapes[key]):
             need = list(source.torch_shape(shape))
-            mismatch.misshapen.append(f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}")
+            mismatch.misshapen.append(
+                f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}"
+            )
         elif kind_of_dtype(checkpoint.dtypes[key]) != kind_of_dtype(leaf.dtype):
             mismatch.misshapen.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {leaf.dtype}")
 
@@ -127,7 +147,9 @@ def _unused(checkpoint: Checkpoint, used: Collection[str]) -> list[str]:
     return [
         key
         for key in checkpoint.shapes
-        if key not in known and not _BUFFERS.fullmatch(key) and not quantisation.owner_is_packed(key)
+        if key not in known
+        and not _BUFFERS.fullmatch(key)
+        and not quantisation.owner_is_packed(key)
     ]
 
 
@@ -138,12 +160,16 @@ def _hint(mismatch: Mismatch) -> str:
             "`names=` says what torch calls a leaf (NameMap.transformers(), NameMap.infer, …), `tied=` whose values a "
             "tied weight has"
         )
-    if mismatch.unexpected and not mismatch.missing and not mismatch.misshapen:  # else the others may explain them
+    if (
+        mismatch.unexpected and not mismatch.missing and not mismatch.misshapen
+    ):  # else the others may explain them
         hints.append("`strict=False` leaves tensors unread")
     return "; ".join(hints)
 
 
-def _read_leaf(checkpoint: Checkpoint, source: Source, like: Any, dtype: Any, taken: Collection[str]) -> jax.Array:
+def _read_leaf(
+    checkpoint: Checkpoint, source: Source, like: Any, dtype: Any, taken: Collection[str]
+) -> jax.Array:
     """Read the tensors of a leaf into a new array, placed as the leaf is."""
     scales, target = checkpoint.quantisation.scales, _target(like, dtype)
     value = np.empty(tuple(like.shape), target)
@@ -159,7 +185,11 @@ def _read_leaf(checkpoint: Checkpoint, source: Source, like: Any, dtype: Any, ta
 
 def _target(like: Any, dtype: Any) -> np.dtype:
     """The dtype that a leaf gets."""
-    return np.dtype(dtype) if dtype is not None and kind_of_dtype(like.dtype) == "float" else np.dtype(like.dtype)
+    return (
+        np.dtype(dtype)
+        if dtype is not None and kind_of_dtype(like.dtype) == "float"
+        else np.dtype(like.dtype)
+    )
 
 
 def kind_of_dtype(dtype: Any) -> str:
@@ -175,8 +205,12 @@ def cast_values(tensor: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         result = tensor.astype(dtype, copy=False)
-    if dtype == np.float16 and tensor.dtype != np.float16:  # the one common dtype with a smaller range
+    if (
+        dtype == np.float16 and tensor.dtype != np.float16
+    ):  # the one common dtype with a smaller range
         lost = ~np.isfinite(result) & np.isfinite(tensor.astype(np.float32, copy=False))
         if lost.any():
-            raise ValueError(f"{key} has {int(lost.sum())} values that float16 cannot hold; use bfloat16 or float32")
+            raise ValueError(
+                f"{key} has {int(lost.sum())} values that float16 cannot hold; use bfloat16 or float32"
+            )
     return result

@@ -33,7 +33,9 @@ def from_tree(
         others: what the format holds besides the factors, of the two arguments above.
     """
     leaves = [leaf for _, leaf in adapted_kernels(params, adapter_name)]
-    modules = {module.name: module for leaf in leaves for module in module_factors(leaf, adapter_name)}
+    modules = {
+        module.name: module for leaf in leaves for module in module_factors(leaf, adapter_name)
+    }
     return AdapterFile(Path(), "tree", modules, others(params, adapter_name), {}, {})
 
 
@@ -55,19 +57,41 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
     leaf.require_whole()
     factors = leaf.adapters[adapter_name]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    trained = {n: on_host(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()}
+    trained = {
+        n: on_host(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()
+    }
     target = Target(
-        (), leaf.names, leaf.layout, tuple(leaf.kernel.shape), None, factors.ranks, factors.alphas, factors.is_cp
+        (),
+        leaf.names,
+        leaf.layout,
+        tuple(leaf.kernel.shape),
+        None,
+        factors.ranks,
+        factors.alphas,
+        factors.is_cp,
     )
     in_shape = leaf.layout.torch_shape(leaf.kernel.shape)[len(stack) + 1 :]
-    for index, (name, r, alpha) in enumerate(zip(leaf.names, factors.ranks, factors.alphas, strict=True)):
+    for index, (name, r, alpha) in enumerate(
+        zip(leaf.names, factors.ranks, factors.alphas, strict=True)
+    ):
         if r:
-            own = {n: trained[n][index][tuple(slice(size) for size in shape)] for n, shape in target.shapes(r).items()}
+            own = {
+                n: trained[n][index][tuple(slice(size) for size in shape)]
+                for n, shape in target.shapes(r).items()
+            }
             if "scalar" in trained:
-                own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(own["hada_w1_a"].dtype)
+                own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(
+                    own["hada_w1_a"].dtype
+                )
             dora_scale = trained["dora_scale"][index] if "dora_scale" in trained else None
             yield AdapterModule(
-                name, "loha", r, alpha, own, dora_scale, in_shape=in_shape if len(in_shape) > 1 else None
+                name,
+                "loha",
+                r,
+                alpha,
+                own,
+                dora_scale,
+                in_shape=in_shape if len(in_shape) > 1 else None,
             )
 
 

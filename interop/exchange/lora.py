@@ -37,7 +37,11 @@ from .from_tree import adapted_kernels, chosen_adapter, module_factors
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
-_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")  # what torch calls a Linear whose weight is the embedding's
+_OUTPUT_HEADS = (
+    "lm_head",
+    "embed_out",
+    "decoder",
+)  # what torch calls a Linear whose weight is the embedding's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +128,15 @@ def to_lora(
             _check_embedding(path, module.name)
             pattern = next((p for p in groups if re.fullmatch(p, module.name)), None)
             if pattern is not None and module.in_shape is None:
-                raise ValueError(f"groups[{pattern!r}] names {module.name}, which is no convolution")
+                raise ValueError(
+                    f"groups[{pattern!r}] names {module.name}, which is no convolution"
+                )
             used.add(pattern)
             number = 1 if pattern is None else groups[pattern]
             found[module.name], errors[module.name] = lora_of(module, rank, energy, groups=number)
-            conv1d |= leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
+            conv1d |= (
+                leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
+            )
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     if unused := [pattern for pattern in groups if pattern not in used]:
@@ -229,7 +237,9 @@ def save_lora(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}")
+        raise ValueError(
+            f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"
+        )
     lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
@@ -303,7 +313,9 @@ def load_lora(
         return _loha_of(module, key, factor_dtype(target.dtype))
 
     with errors_about(folder):
-        return peft_to_tree(file, base_params, config, adapter_name, names=names, layouts=layouts, loha=loha)
+        return peft_to_tree(
+            file, base_params, config, adapter_name, names=names, layouts=layouts, loha=loha
+        )
 
 
 def _loha_of(module: AdapterModule, key: jax.Array | None, dtype: Any) -> AdapterModule:

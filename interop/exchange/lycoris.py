@@ -66,8 +66,14 @@ def save_lycoris(
         ...     save_lycoris(f"{folder}/adapter.safetensors", params)
     """
     metadata = dict(metadata or {})
-    if odd := [key for key, value in metadata.items() if not isinstance(key, str) or not isinstance(value, str)]:
-        raise ValueError(f"A file's metadata are strings; metadata[{odd[0]!r}] is {metadata[odd[0]]!r}")
+    if odd := [
+        key
+        for key, value in metadata.items()
+        if not isinstance(key, str) or not isinstance(value, str)
+    ]:
+        raise ValueError(
+            f"A file's metadata are strings; metadata[{odd[0]!r}] is {metadata[odd[0]]!r}"
+        )
     state: dict[str, np.ndarray] = {}
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
@@ -75,7 +81,9 @@ def save_lycoris(
         file = _file(tree, adapter_name)
         component = lycoris_state(file.modules.values(), file.others, component_prefix)
         if both := sorted(state.keys() & component.tensors.keys()):
-            raise ValueError(f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`")
+            raise ValueError(
+                f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`"
+            )
         state.update(in_dtype(component.tensors, dtype))
         convolutions += component.convolutions
         kept = {**file.metadata, **kept}
@@ -121,7 +129,9 @@ def to_lycoris_state_dict(
 def _file(params: Any, adapter_name: str | None) -> AdapterFile:
     """The adapter with LyCORIS' differences, and the metadata that it was loaded with."""
     adapter_name = chosen_adapter(params, adapter_name)
-    configs = [leaf.adapters[adapter_name].config for _, leaf in adapted_kernels(params, adapter_name)]
+    configs = [
+        leaf.adapters[adapter_name].config for _, leaf in adapted_kernels(params, adapter_name)
+    ]
     metadata = next((dict(c.file_metadata) for c in reversed(configs) if c.file_metadata), {})
     return dataclasses.replace(from_tree(params, adapter_name, _differences), metadata=metadata)
 
@@ -139,17 +149,24 @@ def _differences(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
             module, _, parameter = leaf.name.rpartition(".")
             saved.setdefault(module, {})[parameter] = leaf
         elif isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            adapted.update(n for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r)
+            adapted.update(
+                n for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r
+            )
     result = {}
     for module, leaves in saved.items():
-        if not all(name in NORM_PARTS and leaf.layout is None and leaf.ndim == 1 for name, leaf in leaves.items()):
+        if not all(
+            name in NORM_PARTS and leaf.layout is None and leaf.ndim == 1
+            for name, leaf in leaves.items()
+        ):
             raise ValueError(
                 f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only for normalisation "
                 "layers with weight and bias). Use `save_peft`."
             )
         for name, leaf in leaves.items():
             wide = float32_or_wider(leaf.original.dtype)
-            copy, original = (on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original))
+            copy, original = (
+                on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original)
+            )
             part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
             result[f"{module}.{part}"] = copy - original
     return result

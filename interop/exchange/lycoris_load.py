@@ -124,7 +124,9 @@ def load_lycoris(
 
     def loha(module: AdapterModule, target: Target) -> AdapterModule:
         if conv2d_weights_fix and target.cp and len(target.layout.axes("k")) == 2:
-            return dataclasses.replace(module, tensors={**module.tensors, "hada_t2": module.tensors["hada_t1"]})
+            return dataclasses.replace(
+                module, tensors={**module.tensors, "hada_t2": module.tensors["hada_t1"]}
+            )
         return module
 
     def saved(leaf: Saved, original: jax.Array) -> jax.Array:
@@ -164,7 +166,9 @@ def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
     listed = ", ".join(f"{p!r} ({n} modules)" for p, n in counts.items())
     if prefix is None:
         if len(counts) > 1:
-            raise ValueError(f"the file has several components: {listed}. Choose one with `prefix=`")
+            raise ValueError(
+                f"the file has several components: {listed}. Choose one with `prefix=`"
+            )
         (prefix,) = counts
     chosen = _Found(
         {
@@ -181,7 +185,9 @@ def _component(adapter: AdapterFile, prefix: str | None) -> tuple[str, _Found]:
             "which are no LoHa. Merge the file into the model's checkpoint (`loha-jax merge`)"
         )
     if not chosen.modules:
-        raise ValueError(f"no module with factors begins with prefix={prefix!r}; the file has {listed}")
+        raise ValueError(
+            f"no module with factors begins with prefix={prefix!r}; the file has {listed}"
+        )
     return prefix, chosen
 
 
@@ -189,24 +195,39 @@ def _found(component: tuple[str, _Found], tree: NamedTree, mismatch: Mismatch) -
     """The component by the tree's names; modules that the tree lacks are left out and noted."""
     prefix, own = component
     kernels = [name for position in tree.kernels for name in _names_at(tree, position)]
-    norms = [name for position in tree.weights if position not in tree.kernels for name in _names_at(tree, position)]
+    norms = [
+        name
+        for position in tree.weights
+        if position not in tree.kernels
+        for name in _names_at(tree, position)
+    ]
     in_kernels, in_norms = ModuleNames(kernels), ModuleNames(norms)
     origin: dict[str, str] = {}
     lacking = mismatch.unexpected
 
-    def resolved(parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]) -> dict[str, Any]:
+    def resolved(
+        parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]
+    ) -> dict[str, Any]:
         result = {}
         for name, value in parts.items():
             found = next((hit for lookup in lookups if (hit := lookup.find(prefix, name))), None)
             if found is None:
-                lacking.append(f"{prefix}{name}" + _near_miss(name, names) * (len(lacking) < _SHOWN_NEAR))
+                lacking.append(
+                    f"{prefix}{name}" + _near_miss(name, names) * (len(lacking) < _SHOWN_NEAR)
+                )
             elif origin.get(found, name) != name:
-                raise ValueError(f"{prefix}{origin[found]} and {prefix}{name} are both {found} in the tree")
+                raise ValueError(
+                    f"{prefix}{origin[found]} and {prefix}{name} are both {found} in the tree"
+                )
             else:
                 origin[found], result[found] = name, value
         return result
 
-    of_norms = {name: parts for name, parts in own.differences.items() if parts.keys() <= {*NORM_PARTS.values()}}
+    of_norms = {
+        name: parts
+        for name, parts in own.differences.items()
+        if parts.keys() <= {*NORM_PARTS.values()}
+    }
     of_others = {name: parts for name, parts in own.differences.items() if name not in of_norms}
     modules = resolved(own.modules, [in_kernels], kernels)
     differences = resolved(of_norms, [in_norms], norms)
@@ -228,7 +249,9 @@ def _names_at(tree: NamedTree, position: int) -> Iterable[str]:
         if position not in tree.kernels:
             return all_names(tree.names[position], tree.given_names)
         return tree.module_names(position, tree.layout(position).sizes("s", leaf.shape))
-    except ValueError:  # `plan_injection` raises it again for a kernel that the file has factors for
+    except (
+        ValueError
+    ):  # `plan_injection` raises it again for a kernel that the file has factors for
         return tree.possible_names(position)
 
 
@@ -270,7 +293,10 @@ def _plan(
         targets[position] = dataclasses.replace(
             target,
             ranks=tuple(modules[name].r if name in modules else 0 for name in target.names),
-            alphas=tuple(plain_number(modules[n].alpha) if n in modules else config.alpha for n in target.names),
+            alphas=tuple(
+                plain_number(modules[n].alpha) if n in modules else config.alpha
+                for n in target.names
+            ),
             cp=any("hada_t1" in m.tensors for m in given.values()),
         )
         mismatch.misshapen += _misfits(targets[position], given, shape)
@@ -288,20 +314,29 @@ def _plan(
 def _targets(modules: Iterable[str], tree: NamedTree) -> list[str] | str:
     """`target_modules` that match only these modules by PEFT's rules: names also match endings."""
     chosen = frozenset(modules)
-    others = (name for position in tree.weights for name in _names_at(tree, position) if name not in chosen)
+    others = (
+        name
+        for position in tree.weights
+        for name in _names_at(tree, position)
+        if name not in chosen
+    )
     if all(chosen.isdisjoint(name_endings(name)) for name in others):
         return sorted(chosen)
     return "|".join(re.escape(name) for name in sorted(chosen))
 
 
-def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[int, ...]) -> list[str]:
+def _misfits(
+    target: Target, given: Mapping[str, AdapterModule], shape: tuple[int, ...]
+) -> list[str]:
     """The misshapen entries of a kernel's modules, whose shape in torch is `shape`."""
     problems: list[str] = []
     forms: dict[Any, list[str]] = {}
     dora_shapes = _dora_shapes(shape)
     for name, module in given.items():
         cp, dora = "hada_t1" in module.tensors, module.dora_scale
-        wanted = dataclasses.replace(target, cp=cp and any(n != 1 for n in shape[2:])).shapes(module.r)
+        wanted = dataclasses.replace(target, cp=cp and any(n != 1 for n in shape[2:])).shapes(
+            module.r
+        )
         problems += [
             f"{name}.{part}: {list(tensor.shape)} in the file, {list(wanted.get(part, ())) or 'none'} in the model"
             for part, tensor in module.tensors.items()
@@ -313,7 +348,9 @@ def _misfits(target: Target, given: Mapping[str, AdapterModule], shape: tuple[in
             )
         if dora is not None and dora.shape not in dora_shapes:
             wanted_dora = " or ".join(str(list(allowed)) for allowed in dora_shapes)
-            problems.append(f"{name}.dora_scale: {list(dora.shape)} in the file, {wanted_dora} in the model")
+            problems.append(
+                f"{name}.dora_scale: {list(dora.shape)} in the file, {wanted_dora} in the model"
+            )
         forms.setdefault((cp, _decomposed_axis(module, shape)), []).append(name)
     if len(forms) > 1:
         shown = [
@@ -357,11 +394,18 @@ def _saved(
         if position in tree.kernels and _difference(differences[module], parameter) is None:
             continue
         if position in targets or isinstance(leaf, LoHaWeight):
-            refused.append(f"{module}.diff: {path} has an adapter, and a tree holds either this or a changed copy")
+            refused.append(
+                f"{module}.diff: {path} has an adapter, and a tree holds either this or a changed copy"
+            )
             continue
-        layout, shape = tree.layout(position) if position in tree.kernels else None, tuple(leaf.shape)
+        layout, shape = (
+            tree.layout(position) if position in tree.kernels else None,
+            tuple(leaf.shape),
+        )
         if len(names) > 1 or (layout and layout.axes("s")):
-            refused.append(f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded")
+            refused.append(
+                f"{path} of shape {list(shape)} holds a stack of layers; only single ones are loaded"
+            )
         saved[position] = Saved(tree.paths[position], f"{module}.{parameter}", layout, shape)
     mismatch.misshapen += refused
     if not refused:
@@ -372,7 +416,10 @@ def _saved(
 def _misshapen_differences(
     saved: Iterable[Saved], differences: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Iterator[str]:
-    shapes = {leaf.name: leaf.layout.torch_shape(leaf.shape) if leaf.layout else leaf.shape for leaf in saved}
+    shapes = {
+        leaf.name: leaf.layout.torch_shape(leaf.shape) if leaf.layout else leaf.shape
+        for leaf in saved
+    }
     for module, parts in differences.items():
         for part, value in parts.items():
             wanted = shapes.get(f"{module}.{PARAMETER_OF[part]}")

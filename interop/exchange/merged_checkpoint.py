@@ -106,14 +106,19 @@ def save_merged(
             f"{base} is quantised ({checkpoint.quantisation.example}): leave dtype= out, or give another base"
         )
     tensors = _MergedTensors(tree, sources, checkpoint, adapters, safe, force)
-    mismatch = Mismatch(misshapen=problems, titles=("unexpected", "missing", "leaves that do not fit"))
+    mismatch = Mismatch(
+        misshapen=problems, titles=("unexpected", "missing", "leaves that do not fit")
+    )
     tensors.find_owners(tied or {}, mismatch)
     mismatch.check("The tree cannot be saved; nothing was written", "")
     plan = tensors.plan(dtype)
     stem = "model"
     if checkpoint is not None and "_diffusers_version" in read_config(checkpoint.folder):
         stem = "diffusion_pytorch_model"
-    with whole_folder(folder) as place, CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer:
+    with (
+        whole_folder(folder) as place,
+        CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer,
+    ):
         tensors.write(writer, plan)
         warn_of_losses(tensors.losses)
         if checkpoint is not None:
@@ -156,7 +161,9 @@ class _MergedTensors:
         for position, source in self._sources.items():
             for n, key in [*enumerate(source.keys), *((0, key) for key in source.also)]:
                 name = (
-                    key if self._checkpoint is None else self._name_in(self._checkpoint, position, key, tied, mismatch)
+                    key
+                    if self._checkpoint is None
+                    else self._name_in(self._checkpoint, position, key, tied, mismatch)
                 )
                 if name is not None:
                     self.owners.setdefault(name, []).append((position, n))
@@ -170,7 +177,9 @@ class _MergedTensors:
         name = key if key in base.shapes else tied.get(key, key)
         if name not in base.shapes:
             why = base.quantisation.why_missing(key)
-            mismatch.misshapen.append(f"{key} (for {where} {list(shape)}) is not in the base checkpoint{why}")
+            mismatch.misshapen.append(
+                f"{key} (for {where} {list(shape)}) is not in the base checkpoint{why}"
+            )
             return None
         if not source.fits(shape, base.shapes[name]):
             need = list(source.torch_shape(shape))
@@ -195,7 +204,9 @@ class _MergedTensors:
             plan.append((key, np.dtype(dtype) if given else kind, tuple(shape)))
         return plan
 
-    def write(self, writer: CheckpointWriter, plan: Sequence[tuple[str, np.dtype, tuple[int, ...]]]) -> None:
+    def write(
+        self, writer: CheckpointWriter, plan: Sequence[tuple[str, np.dtype, tuple[int, ...]]]
+    ) -> None:
         """Merge and write all tensors of a plan."""
         base, scales = self._checkpoint, self._scales()
         written_with_theirs = {scale.key for scale in scales.values()}
@@ -224,7 +235,9 @@ class _MergedTensors:
     def _scales(self) -> dict[str, Scale]:
         """The scales of the tensors that are quantised again: those that no leaf holds itself."""
         scales = self._checkpoint.quantisation.scales if self._checkpoint is not None else {}
-        return {key: s for key, s in scales.items() if key in self.owners and s.key not in self.owners}
+        return {
+            key: s for key, s in scales.items() if key in self.owners and s.key not in self.owners
+        }
 
     def _value(self, key: str) -> np.ndarray:
         """One merged tensor.
@@ -247,12 +260,18 @@ class _MergedTensors:
         """One torch tensor of a leaf; of an adapted stack, only that module is merged."""
         leaf, source = self._tree.leaves[position], self._sources[position]
         if is_adapted(leaf):
-            own = None if self._adapters is None else [n for n in self._adapters if n in adapter_names(leaf)]
+            own = (
+                None
+                if self._adapters is None
+                else [n for n in self._adapters if n in adapter_names(leaf)]
+            )
             stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
                 where = np.unravel_index(index, leaf.shape[: len(stack)])
                 leaf = jax.tree.map(lambda array: array[where], leaf)
-                leaf = dataclasses.replace(leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],))
+                leaf = dataclasses.replace(
+                    leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],)
+                )
                 moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
                 source, index = Source(source.keys[index : index + 1], (), moved), 0
             leaf = merge(leaf, own, safe=self._safe, force=self._force)

@@ -30,7 +30,10 @@ class Mismatch:
     titles: tuple[str, str, str] = ("unexpected keys", "missing keys", "misshapen")
 
     def add_shapes(
-        self, arrays: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]
+        self,
+        arrays: Mapping[str, Any],
+        wanted: Mapping[str, tuple[int, ...]],
+        keys: Mapping[str, str],
     ) -> None:
         """Add the arrays whose shapes differ from the wanted ones.
 
@@ -50,7 +53,9 @@ class Mismatch:
 
     def __str__(self) -> str:
         found = zip(self.titles, (self.unexpected, self.missing, self.misshapen), strict=True)
-        return ". ".join(f"{title} ({len(items)}): {', '.join(items)}" for title, items in found if items)
+        return ". ".join(
+            f"{title} ({len(items)}): {', '.join(items)}" for title, items in found if items
+        )
 
     def check(self, sentence: str, hint: str, error: type[ValueError] = ValueError) -> None:
         """Raise an error that names all entries, if there are any.

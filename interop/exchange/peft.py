@@ -39,7 +39,11 @@ from .to_tree import peft_to_tree
 
 T = TypeVar("T")
 
-_SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")  # no pattern for single modules
+_SAME_FOR_ALL = (
+    "use_effective_conv2d",
+    "rank_dropout",
+    "module_dropout",
+)  # no pattern for single modules
 
 
 @takes_model(changes=False)
@@ -88,18 +92,24 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
             f"it has {list(known)}."
         )
     if not chosen:
-        raise ValueError("This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first.")
+        raise ValueError(
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first."
+        )
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name).to_dict() for name in chosen}
     card = model_card(configs[chosen[0]]).encode()
-    contents = {name: folder_contents(to_peft_state_dict(params, name), configs[name]) for name in chosen}
+    contents = {
+        name: folder_contents(to_peft_state_dict(params, name), configs[name]) for name in chosen
+    }
     check_before_saving(params, chosen)
 
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
             target = folder if name == "default" else folder / name
-            write_together(target, contents[name], {MODEL_CARD_NAME: card} if target == folder else {})
+            write_together(
+                target, contents[name], {MODEL_CARD_NAME: card} if target == folder else {}
+            )
         if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
             write_atomically(folder / MODEL_CARD_NAME, card)
 
@@ -108,7 +118,9 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
 
 def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
     """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
-    leaves = [leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)]
+    leaves = [
+        leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)
+    ]
     named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
     if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
         warn_caller(
@@ -198,7 +210,9 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     config = config.as_peft(alphas.values())
     return dataclasses.replace(
         config,
-        use_effective_conv2d=next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d),
+        use_effective_conv2d=next(
+            iter(settings["use_effective_conv2d"]), config.use_effective_conv2d
+        ),
         inference_mode=True,
         peft_version=PEFT_VERSION,
         # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.
@@ -209,7 +223,9 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     )
 
 
-def _sortable(patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _sortable(
+    patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
@@ -257,7 +273,12 @@ def load_peft(
     file = read_peft(folder)
     with errors_about(file.path):
         return _to_tree(
-            file, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+            file,
+            base_params,
+            adapter_name=adapter_name,
+            names=names,
+            layouts=layouts,
+            model_type=model_type,
         )
 
 
@@ -285,7 +306,14 @@ def from_peft_state_dict(
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
     file = peft_file(config, state, Path())
-    return _to_tree(file, base_params, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type)
+    return _to_tree(
+        file,
+        base_params,
+        adapter_name=adapter_name,
+        names=names,
+        layouts=layouts,
+        model_type=model_type,
+    )
 
 
 def _to_tree(
@@ -301,11 +329,15 @@ def _to_tree(
     # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
     config = dataclasses.replace(LoHaConfig.from_dict(file.config), inference_mode=False)
     config = _map_names(config, without_wrappers)
-    wrapped = all(name.startswith("module.") for name in (*file.modules, *file.others))  # by DataParallel
+    wrapped = all(
+        name.startswith("module.") for name in (*file.modules, *file.others)
+    )  # by DataParallel
     if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
         config = _map_names(config, _without_module)
         file = _without_data_parallel(file)
-    return peft_to_tree(file, base_params, config, adapter_name, names=names, layouts=layouts, model_type=model_type)
+    return peft_to_tree(
+        file, base_params, config, adapter_name, names=names, layouts=layouts, model_type=model_type
+    )
 
 
 def _without_module(name: str) -> str:
@@ -314,7 +346,10 @@ def _without_module(name: str) -> str:
 
 def _without_data_parallel(file: AdapterFile) -> AdapterFile:
     """Return the file with its modules named as before DataParallel wrapped them."""
-    modules = {_without_module(n): dataclasses.replace(m, name=_without_module(n)) for n, m in file.modules.items()}
+    modules = {
+        _without_module(n): dataclasses.replace(m, name=_without_module(n))
+        for n, m in file.modules.items()
+    }
     others = {_without_module(name): array for name, array in file.others.items()}
     keys = {_without_module(name): key for name, key in file.keys.items()}
     return dataclasses.replace(file, modules=modules, others=others, keys=keys)
@@ -324,7 +359,9 @@ def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
     """Return the config with renamed modules, in lists and in the keys of patterns."""
 
     def entries(names: Any) -> Any:
-        return names if names is None or isinstance(names, str) else [rename(name) for name in names]
+        return (
+            names if names is None or isinstance(names, str) else [rename(name) for name in names]
+        )
 
     return dataclasses.replace(
         config,

@@ -44,21 +44,34 @@ def saved_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
         elif isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
             copy = leaf.copies[adapter_name]
             value = on_host(leaf.layout.unfold(copy) if leaf.layout else copy)
-            state[leaf.name] = value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
+            state[leaf.name] = (
+                value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value
+            )
             for owner, name, count in leaf.counters:
                 if owner == adapter_name:
                     state[name] = np.array(count, np.int64)
     for key in [key for key in state if key.endswith(".running_mean")]:
         # torch's BatchNorm counts its batches, and PEFT wants the counter; a new one's is 0.
-        state.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64))
+        state.setdefault(
+            f"{key.removesuffix('running_mean')}num_batches_tracked", np.array(0, np.int64)
+        )
     return state
 
 
 def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
     leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    lohas = [leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters]
-    adapted = {n for leaf in lohas for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r}
-    saved = [leaf for leaf in leaves if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies]
+    lohas = [
+        leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters
+    ]
+    adapted = {
+        n
+        for leaf in lohas
+        for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True)
+        if r
+    }
+    saved = [
+        leaf for leaf in leaves if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies
+    ]
     for leaf in saved:
         if (module := leaf.name.rpartition(".")[0]) in adapted:
             raise ValueError(
@@ -71,7 +84,11 @@ def _biases(params: Any) -> dict[tuple[str, ...], Any]:
     """The biases of a tree by the path of their module."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     named = [(path_parts(path), leaf) for path, leaf in flat]
-    return {parts[:-1]: leaf for parts, leaf in named if torch_parameter(parts) == "bias" and not is_adapted(leaf)}
+    return {
+        parts[:-1]: leaf
+        for parts, leaf in named
+        if torch_parameter(parts) == "bias" and not is_adapted(leaf)
+    }
 
 
 def _base_layers(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np.ndarray]:
@@ -120,7 +137,11 @@ def with_names_that_end_alike(config: LoHaConfig, names: Iterable[str]) -> LoHaC
 def batch_counters(plan: Plan, names: Iterable[str]) -> list[str]:
     """Return the names of BatchNorm counters in saved modules, for which a tree has no leaf."""
     saved = [saved.name for saved in plan.saved.values()]
-    return [n for n in names if n.endswith(".num_batches_tracked") and any(_same_module(n, own) for own in saved)]
+    return [
+        n
+        for n in names
+        if n.endswith(".num_batches_tracked") and any(_same_module(n, own) for own in saved)
+    ]
 
 
 def _same_module(a: str, b: str) -> bool:
@@ -129,7 +150,9 @@ def _same_module(a: str, b: str) -> bool:
 
 def saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the shapes in torch's orientation of the parameters of saved modules."""
-    return {s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in plan.saved.values()}
+    return {
+        s.name: s.layout.torch_shape(s.shape) if s.layout else s.shape for s in plan.saved.values()
+    }
 
 
 def base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
@@ -175,7 +198,9 @@ def with_base_weights(
             return jnp.asarray(bias)
         if isinstance(leaf, SavedWeight):
             own = tuple(
-                (adapter_name, k, v) for k, v in counters.items() if _same_module(k, leaf.name) and k not in noted
+                (adapter_name, k, v)
+                for k, v in counters.items()
+                if _same_module(k, leaf.name) and k not in noted
             )
             noted.update(k for _, k, _ in own)
             return dataclasses.replace(leaf, counters=(*leaf.counters, *own)) if own else leaf
@@ -194,7 +219,9 @@ def with_base_weights(
 
     noted: set[str] = set()
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    modules = {path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)}
+    modules = {
+        path_parts(path)[:-1]: leaf.names for path, leaf in flat if isinstance(leaf, LoHaWeight)
+    }
     changed: list[str] = []
     result = jax.tree_util.tree_map_with_path(update, params, is_leaf=is_adapted)
     return with_samples(result) if changed else result

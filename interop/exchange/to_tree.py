@@ -56,7 +56,8 @@ def to_tree(
 
     def make_factors(target: Target) -> dict[str, jax.Array]:
         own = [
-            loha(modules[name], target).tensors if r else {} for name, r in zip(target.names, target.ranks, strict=True)
+            loha(modules[name], target).tensors if r else {}
+            for name, r in zip(target.names, target.ranks, strict=True)
         ]
         return stack_factors(own, target, factor_dtype(target.dtype))
 
@@ -92,9 +93,18 @@ def peft_to_tree(
     """
     config = with_names_that_end_alike(config, file.others)
     shapes = module_shapes(file.modules)
-    plan = plan_injection(base_params, config, names=names, layouts=layouts, model_type=model_type, torch_shapes=shapes)
+    plan = plan_injection(
+        base_params,
+        config,
+        names=names,
+        layouts=layouts,
+        model_type=model_type,
+        torch_shapes=shapes,
+    )
     arrays = {
-        name: tensor for module in file.modules.values() for name, tensor in peft_tensors(module).items()
+        name: tensor
+        for module in file.modules.values()
+        for name, tensor in peft_tensors(module).items()
     } | file.others
     wanted = _factor_shapes(plan, file.modules) | saved_shapes(plan)
     optional = base_layer_shapes(plan, base_params)
@@ -120,7 +130,9 @@ def peft_to_tree(
         params,
         adapter_name,
         {name: arrays[name] for name in optional if name in arrays},
-        {name: count for name in counters if (count := int(arrays[name]))},  # 0 is written without being noted
+        {
+            name: count for name in counters if (count := int(arrays[name]))
+        },  # 0 is written without being noted
     )
 
 
@@ -136,12 +148,17 @@ def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str
     return shapes
 
 
-def _lora_shapes(target: Target, r: int, module: AdapterModule | None) -> dict[str, tuple[int, ...]]:
+def _lora_shapes(
+    target: Target, r: int, module: AdapterModule | None
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
     out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
     groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
     ones = (1,) * len(spatial)
-    shapes = {"lora_A.weight": (r, in_ * groups, *spatial), "lora_B.weight": (out, r // groups, *ones)}
+    shapes = {
+        "lora_A.weight": (r, in_ * groups, *spatial),
+        "lora_B.weight": (out, r // groups, *ones),
+    }
     if module is not None and module.dora_scale is not None:
         shapes["lora_magnitude_vector"] = (1, out, *ones) if spatial else (out,)
     return shapes
@@ -153,5 +170,11 @@ def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict
     first = next((scale for scale in given if scale is not None), None)
     if first is None:
         return {}
-    stacked = np.stack([np.zeros(first.shape, first.dtype) if scale is None else scale for scale in given])
-    return {"dora_scale": jnp.asarray(stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype))}
+    stacked = np.stack(
+        [np.zeros(first.shape, first.dtype) if scale is None else scale for scale in given]
+    )
+    return {
+        "dora_scale": jnp.asarray(
+            stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype)
+        )
+    }

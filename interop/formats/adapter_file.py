@@ -100,7 +100,11 @@ class AdapterFile:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by their keys: those of the modules, then the others."""
-        own = {f"{own}.{part}": array for own, module in self.modules.items() for part, array in module.arrays.items()}
+        own = {
+            f"{own}.{part}": array
+            for own, module in self.modules.items()
+            for part, array in module.arrays.items()
+        }
         return {**own, **self.others}
 
 

@@ -17,20 +17,47 @@ from .ranks import exact_pattern
 
 # Fields of both configs, by LoHa's names.
 _SHARED = (
-    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "modules_to_save", "rank_pattern"),
+    *(
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "modules_to_save",
+        "rank_pattern",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
-_OTHERS_READ = ("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "bias", "init_lora_weights")
+_OTHERS_READ = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "init_lora_weights",
+)
 # They have no bearing on what a trained adapter computes.
 _WITHOUT_EFFECT = (
     *("peft_version", "inference_mode", "lora_dropout", "fan_in_fan_out", "runtime_config"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core"),
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+    ),
 )
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def lora_config(
-    config: LoHaConfig, modules: Mapping[str, AdapterModule], targets: list[str] | str, *, fan_in_fan_out: bool
+    config: LoHaConfig,
+    modules: Mapping[str, AdapterModule],
+    targets: list[str] | str,
+    *,
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """Return the content of `adapter_config.json`: fields that PEFT has always had, and alpha = r.
 
@@ -41,7 +68,9 @@ def lora_config(
         fan_in_fan_out: whether some are transformers' `Conv1D`.
     """
     r = max(module.r for module in modules.values())
-    smaller = {exact_pattern(name): module.r for name, module in sorted(modules.items()) if module.r != r}
+    smaller = {
+        exact_pattern(name): module.r for name, module in sorted(modules.items()) if module.r != r
+    }
     common = config.to_dict()
     return {
         "alpha_pattern": smaller,
@@ -114,7 +143,11 @@ def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     known = (*_SHARED, *_OTHERS_READ, *_WITHOUT_EFFECT)
     # A number by itself turns nothing on; it belongs to an option.
-    odd = {n: v for n, v in values.items() if n not in known and v and (v is True or not isinstance(v, int | float))}
+    odd = {
+        n: v
+        for n, v in values.items()
+        if n not in known and v and (v is True or not isinstance(v, int | float))
+    }
     if odd:
         raise ValueError(
             f"{', '.join(f'{name}={value!r}' for name, value in odd.items())}: loha_jax knows no LoHa for this variant "
@@ -139,7 +172,11 @@ def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
 
 def like_loha(values: Mapping[str, Any]) -> LoHaConfig:
     """Return the fields that LoHa has too; alpha is `lora_alpha`, not stabilised."""
-    given = {name: values[name] for name in (*_SHARED, "r", "alpha_pattern") if values.get(name) is not None}
+    given = {
+        name: values[name]
+        for name in (*_SHARED, "r", "alpha_pattern")
+        if values.get(name) is not None
+    }
     return LoHaConfig(**given, alpha=values.get("lora_alpha", 8))
 
 
@@ -166,7 +203,11 @@ def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule])
     config = like_loha(values)
     if values.get("use_rslora", False):
         alpha = config.alpha * math.sqrt(config.r)
-        patterns = {exact_pattern(name): module.alpha for name, module in modules.items() if module.alpha != alpha}
+        patterns = {
+            exact_pattern(name): module.alpha
+            for name, module in modules.items()
+            if module.alpha != alpha
+        }
         config = dataclasses.replace(config, alpha=alpha, alpha_pattern=patterns)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=sorted(modules))

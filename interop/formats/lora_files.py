@@ -63,7 +63,9 @@ def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Pat
             parts_of.setdefault(found["module"], {})[part] = tensor
             keys[f"{found['module']}.{part}{'.weight' if found['factor'] else ''}"] = key
         elif other := _OTHER_PART.search(name):
-            raise FileError(f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no counterpart of")
+            raise FileError(
+                f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no counterpart of"
+            )
         else:
             others[name], keys[name] = tensor, key
     if not parts_of:
@@ -78,12 +80,16 @@ def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Pat
     return AdapterFile(path, "lora", modules, others, values, metadata, keys=keys)
 
 
-def _module(name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_dora: bool) -> AdapterModule:
+def _module(
+    name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_dora: bool
+) -> AdapterModule:
     wanted = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if use_dora else ()))
     if missing := [part for part in wanted if part not in parts]:
         raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
     if len(parts) > len(wanted):
-        raise FileError(f"{name} has a lora_magnitude_vector, and adapter_config.json does not say use_dora")
+        raise FileError(
+            f"{name} has a lora_magnitude_vector, and adapter_config.json does not say use_dora"
+        )
     for part, tensor in parts.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise FileError(f"{name}.{part} is {tensor.dtype}; factors hold floating-point numbers")
@@ -94,11 +100,15 @@ def _module(name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_d
     if not fits or b[0] % groups or a[1] % groups or (groups > 1 and len(a) == 2):
         raise FileError(f"the factors of {name} do not fit each other: {shown}")
     if a[0] != r:
-        raise FileError(f"the factors of {name} have rank {a[0]} ({shown}), adapter_config.json says {r}")
+        raise FileError(
+            f"the factors of {name} have rank {a[0]} ({shown}), adapter_config.json says {r}"
+        )
     tensors = {part: parts[part] for part in ("lora_A", "lora_B")}
     if not use_dora:
         return AdapterModule(name, "lora", r, alpha, tensors)
     norms = parts["lora_magnitude_vector"]
     if groups > 1 or norms.size != b[0] or norms.shape not in ((b[0],), (1, b[0], *b[2:])):
-        raise FileError(f"{name} does not fit its lora_magnitude_vector {list(norms.shape)}: {shown}")
+        raise FileError(
+            f"{name} does not fit its lora_magnitude_vector {list(norms.shape)}: {shown}"
+        )
     return AdapterModule(name, "lora", r, alpha, tensors, norms.reshape(b[0], *(1,) * (len(b) - 1)))

@@ -73,19 +73,25 @@ def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
         r, in_shape = tensors["lora_A"].shape[0], tensors["lora_A"].shape[1:]
         in_shape = in_shape if len(in_shape) > 1 else None
     else:
-        tensors, in_shape = _loha_tensors(name, {part: parts[part] for part in FACTOR_NAMES if part in parts})
+        tensors, in_shape = _loha_tensors(
+            name, {part: parts[part] for part in FACTOR_NAMES if part in parts}
+        )
         r = rank_of(name, tensors)
     alpha = float(r)
     if "alpha" in parts:
         given = np.asarray(parts["alpha"])
         if given.size != 1 or not math.isfinite(given.item()):
-            raise FileError(f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}")
+            raise FileError(
+                f"{name}.alpha should be one finite number, it is {given.tolist()!r:.80}"
+            )
         alpha = float(given.item()) or alpha
     kind = "lora" if is_lora else "loha"
     return AdapterModule(name, kind, r, alpha, tensors, parts.get("dora_scale"), in_shape=in_shape)
 
 
-def _loha_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
+def _loha_tensors(
+    name: str, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
     """The factors in PEFT's shapes, and `(in, *spatial)` where those of the file show it."""
     result: dict[str, np.ndarray] = {}
     in_shapes: dict[str, tuple[int, ...]] = {}
@@ -112,13 +118,22 @@ def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.nd
         raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
     tensors = {part: parts[part] for part in (*_LORA_NAMES, "lora_mid") if part in parts}
     shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
-    if odd := [part for part, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
-        raise FileError(f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers")
+    if odd := [
+        part for part, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]:
+        raise FileError(
+            f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers"
+        )
     a, b, core = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_mid")
     fits = a.ndim >= 2 and b.ndim >= 2 and set(b.shape[2:]) <= {1} and a.shape[0] == b.shape[1]
     fits = fits and all(0 not in tensor.shape for tensor in tensors.values())
     if core is not None:
-        fits = fits and set(a.shape[2:]) <= {1} and core.ndim >= 3 and core.shape[:2] == (a.shape[0],) * 2
+        fits = (
+            fits
+            and set(a.shape[2:]) <= {1}
+            and core.ndim >= 3
+            and core.shape[:2] == (a.shape[0],) * 2
+        )
     if not fits:
         raise FileError(f"the factors of {name} do not fit each other: {shown}")
     if core is not None:
@@ -176,7 +191,9 @@ def lycoris_state(
 
 def _module_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
     """One module's tensors by LyCORIS' names: `read_module` the other way."""
-    one_axis = module.in_shape is not None and len(module.in_shape) == 2  # a Conv1d's core has no trailing axis
+    one_axis = (
+        module.in_shape is not None and len(module.in_shape) == 2
+    )  # a Conv1d's core has no trailing axis
     tensors = {
         part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
         for part, tensor in module.tensors.items()
@@ -209,7 +226,9 @@ def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarra
         with np.errstate(over="ignore"):
             result[key] = tensor if key.endswith(".alpha") else tensor.astype(wanted)
         if np.isinf(result[key]).sum() > np.isinf(tensor).sum():
-            raise ValueError(f"{key} has values that {wanted.name} cannot hold; choose another dtype")
+            raise ValueError(
+                f"{key} has values that {wanted.name} cannot hold; choose another dtype"
+            )
     return result
 
 
@@ -220,11 +239,15 @@ def module_key(prefix: str, name: str) -> str:
         ValueError: the prefix ends with neither.
     """
     if prefix and prefix[-1] not in "._":
-        raise ValueError(f"prefix={prefix!r} should end with '_' (names with underscores) or '.' (dotted names)")
+        raise ValueError(
+            f"prefix={prefix!r} should end with '_' (names with underscores) or '.' (dotted names)"
+        )
     return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
 
 
-def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()) -> bytes:
+def file_bytes(
+    state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()
+) -> bytes:
     """Return the content of a file: the tensors, and metadata with their hash.
 
     Where keys are kohya's (`lora_…`), what user interfaces read of a network (`ss_network_dim`, …)
@@ -236,17 +259,23 @@ def file_bytes(state: Mapping[str, np.ndarray], metadata: Mapping[str, str], con
         convolutions: the modules, as the file names them, that have a `conv_dim` of their own in
             kohya's scripts.
     """
-    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}  # stale, whatever they were
+    kept = {
+        key: value for key, value in metadata.items() if not key.startswith("sshs_")
+    }  # stale, whatever they were
     data = safetensors_bytes(state, kept)
     if any(key.startswith(KOHYA_PREFIX) for key in state):
         body = data[8 + int.from_bytes(data[:8], "little") :]
         # As sd-scripts and A1111 hash a file. LyCORIS' own depends on an order of the tensors that it does not store.
         hashed = {"sshs_model_hash": hashlib.sha256(body).hexdigest()}
-        data = safetensors_bytes(state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed})
+        data = safetensors_bytes(
+            state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed}
+        )
     return data
 
 
-def _network_metadata(state: Mapping[str, np.ndarray], convolutions: frozenset[str]) -> dict[str, str]:
+def _network_metadata(
+    state: Mapping[str, np.ndarray], convolutions: frozenset[str]
+) -> dict[str, str]:
     """kohya's description of a network, as far as the tensors show it."""
     modules = group_keys(state).modules
     parts_of = modules.values()
@@ -301,7 +330,11 @@ class ModuleNames:
         """
         dotted = not prefix.endswith("_")
         for candidate in (name, *self._with_or_without_clip(name)):
-            if dotted and (found := next((n for n in (candidate, prefix + candidate) if n in self._names), None)):
+            if dotted and (
+                found := next(
+                    (n for n in (candidate, prefix + candidate) if n in self._names), None
+                )
+            ):
                 return found
             if dotted and prefix:
                 continue

@@ -18,7 +18,12 @@ from loha_jax.runtime.untrusted import FileError
 
 from .adapter_file import Foreign
 
-PARAMETER_OF: Mapping[str, str] = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
+PARAMETER_OF: Mapping[str, str] = {
+    "w_norm": "weight",
+    "b_norm": "bias",
+    "diff": "weight",
+    "diff_b": "bias",
+}
 """The parameter that each difference is added to; `diff` and `diff_b` are those of a whole layer (`algo=full`)."""
 
 EMBEDDINGS = "bundle_emb."
@@ -111,15 +116,25 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _kind_of(keys: Iterable[str]) -> str:
-    return next((kind for kind, pattern in _OTHER_KINDS for key in keys if re.search(pattern, key)), "")
+    return next(
+        (kind for kind, pattern in _OTHER_KINDS for key in keys if re.search(pattern, key)), ""
+    )
 
 
 def are_adapters(keys: Iterable[str]) -> bool:
     """Return whether keys are those of an adapter of any kind, and not of a model's checkpoint."""
     keys = list(keys)
     own = [key for key in keys if re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key)]
-    small = ("on_input", "lambda_layer", "alpha", "dora_scale", *PARAMETER_OF)  # which a model could have too
-    return bool(own) or (bool(keys) and all(key.rpartition(".")[2] in small or EMBEDDINGS in key for key in keys))
+    small = (
+        "on_input",
+        "lambda_layer",
+        "alpha",
+        "dora_scale",
+        *PARAMETER_OF,
+    )  # which a model could have too
+    return bool(own) or (
+        bool(keys) and all(key.rpartition(".")[2] in small or EMBEDDINGS in key for key in keys)
+    )
 
 
 def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str:
@@ -131,7 +146,11 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
     """
     unknown = [f.key for f in foreign.values() if not f.kind]
     named = [f"{own} is a {f.kind} adapter ({f.key!r})" for own, f in foreign.items() if f.kind]
-    parts = [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"] if unknown else []
+    parts = (
+        [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"]
+        if unknown
+        else []
+    )
     if named:
         parts.append(f"modules that a LoHa cannot hold ({len(named)}): {_shown(named)}")
     known = list(known)

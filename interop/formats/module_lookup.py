@@ -17,7 +17,9 @@ class _Change(NamedTuple):
     added: str
 
     def __call__(self, name: str) -> str | None:
-        return self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
+        return (
+            self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
+        )
 
 
 class ModuleLookup:
@@ -66,8 +68,12 @@ class ModuleLookup:
             known = frozenset(self._underscored)
         separator = "_" if prefix.endswith("_") else "."
         first = wanted[0]
-        candidates = [_Change("", n.removesuffix(first)) for n in known if n.endswith(separator + first)]
-        candidates += [_Change(first.removesuffix(n), "") for n in known if first.endswith(separator + n)]
+        candidates = [
+            _Change("", n.removesuffix(first)) for n in known if n.endswith(separator + first)
+        ]
+        candidates += [
+            _Change(first.removesuffix(n), "") for n in known if first.endswith(separator + n)
+        ]
         good = sorted(c for c in candidates if all(c(name) in known for name in wanted))
         if len(good) > 1:
             said = " or ".join(repr(change.added or change.removed) for change in good)
@@ -79,7 +85,9 @@ class ModuleLookup:
             self._changes[prefix] = good[0]
             verb = "got" if good[0].added else "lost"
             said = good[0].added or good[0].removed
-            self.notes.append(f"names {verb} the prefix {said!r} of the {'checkpoint' if verb == 'got' else 'adapter'}")
+            self.notes.append(
+                f"names {verb} the prefix {said!r} of the {'checkpoint' if verb == 'got' else 'adapter'}"
+            )
 
     def find(self, name: str, prefix: str) -> str:
         """Return the module's name in the checkpoint; the given one if there is none."""

@@ -37,7 +37,9 @@ SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 
 
-def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tuple[C, dict[str, np.ndarray], Path]:
+def read_folder(
+    folder: Path, config_of: Callable[[Mapping[str, Any]], C]
+) -> tuple[C, dict[str, np.ndarray], Path]:
     """Return the config and the tensors of an adapter, and the file that holds the tensors.
 
     Args:
@@ -60,8 +62,16 @@ def read_folder(folder: Path, config_of: Callable[[Mapping[str, Any]], C]) -> tu
             raise FileError(f"{diffusers}: {error}") from error
         return config, read_safetensors(diffusers), diffusers
     if not has_config:
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
-        hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'" if inside else ""
+        inside = (
+            sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+            if folder.is_dir()
+            else []
+        )
+        hint = (
+            f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'"
+            if inside
+            else ""
+        )
         raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
     values = read_json(config_path)
     try:
@@ -140,7 +150,9 @@ def check_peft_file(file: AdapterFile) -> None:
     for name, module in file.modules.items():
         r = rank_of(name, module.tensors)
         if r != module.r:
-            raise FileError(f"the factors of {name} have rank {r}, adapter_config.json says {module.r}")
+            raise FileError(
+                f"the factors of {name} have rank {r}, adapter_config.json says {module.r}"
+            )
 
 
 def peft_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
@@ -155,12 +167,16 @@ def peft_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
     tensors = {f"{module.name}.{part}{suffix}": tensor for part, tensor in module.tensors.items()}
     if module.kind == "lora" and module.dora_scale is not None:
         spatial = module.tensors["lora_A"].ndim - 2
-        shape = (1, -1, *(1,) * spatial) if spatial else (-1,)  # [out], or [1, out, 1, ...] of a convolution
+        shape = (
+            (1, -1, *(1,) * spatial) if spatial else (-1,)
+        )  # [out], or [1, out, 1, ...] of a convolution
         tensors[f"{module.name}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
     return tensors
 
 
-def peft_state(modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def peft_state(
+    modules: Iterable[AdapterModule], others: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Return PEFT's state dict of some modules and of other parameters."""
     own = [item for module in modules for item in peft_tensors(module).items()]
     return {PREFIX + name: tensor for name, tensor in [*own, *others.items()]}

@@ -35,12 +35,17 @@ def plain_number(alpha: float) -> float:
 
 def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
     """Return the fields of a config that give each module its rank and alpha."""
-    r, alpha = most_common(m.r for m in modules.values()), most_common(m.alpha for m in modules.values())
+    r, alpha = (
+        most_common(m.r for m in modules.values()),
+        most_common(m.alpha for m in modules.values()),
+    )
     return {
         "r": r,
         "alpha": plain_number(alpha),
         "rank_pattern": {exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
-        "alpha_pattern": {exact_pattern(n): plain_number(m.alpha) for n, m in modules.items() if m.alpha != alpha},
+        "alpha_pattern": {
+            exact_pattern(n): plain_number(m.alpha) for n, m in modules.items() if m.alpha != alpha
+        },
     }
 
 
@@ -55,9 +60,13 @@ def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
         FileError: some are missing, do not fit each other, or do not hold floating-point numbers.
     """
     cores = [part for part in FACTOR_NAMES if part.startswith("hada_t")]
-    wanted = [part for part in FACTOR_NAMES if part not in cores or any(core in tensors for core in cores)]
+    wanted = [
+        part for part in FACTOR_NAMES if part not in cores or any(core in tensors for core in cores)
+    ]
     if missing := [part for part in wanted if part not in tensors]:
-        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(tensors) or 'no factor'}")
+        raise FileError(
+            f"{name} lacks {', '.join(missing)}; it has {', '.join(tensors) or 'no factor'}"
+        )
     shapes = {part: tensors[part].shape for part in wanted}
     r = shapes["hada_w1_b"][0] if shapes["hada_w1_b"] else 0
     rank_axis = 0 if cores[0] in wanted else 1
@@ -67,12 +76,18 @@ def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
         and all(shapes[f"hada_w1_{part}"] == shapes[f"hada_w2_{part}"] for part in "ab")
         and all(len(shapes[part]) == 2 for part in wanted if part not in cores)
         and shapes["hada_w1_a"][rank_axis] == r
-        and all(len(shapes[core]) >= 4 and shapes[core][:2] == (r, r) for core in cores if core in wanted)
+        and all(
+            len(shapes[core]) >= 4 and shapes[core][:2] == (r, r)
+            for core in cores
+            if core in wanted
+        )
         and (cores[0] not in wanted or shapes[cores[0]] == shapes[cores[1]])
     )
     if not fits:
         found = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
         raise FileError(f"the factors of {name} do not fit each other: {found}")
     if odd := [part for part in wanted if not jnp.issubdtype(tensors[part].dtype, jnp.floating)]:
-        raise FileError(f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers")
+        raise FileError(
+            f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers"
+        )
     return r

@@ -80,12 +80,18 @@ def read_adapter(
     if foreign:
         raise with_hint(FileError(f"{path}: {foreign_message(foreign, known)}"), path, loader)
     if not known:
-        held = f"only token embeddings ({', '.join(adapter.embeddings)})" if adapter.embeddings else "no adapter"
+        held = (
+            f"only token embeddings ({', '.join(adapter.embeddings)})"
+            if adapter.embeddings
+            else "no adapter"
+        )
         raise FileError(f"{path}: the file holds {held}")
     return adapter
 
 
-def read_lycoris(path: str | Path, *, only: str | None = None, prefix: str | None = None) -> AdapterFile:
+def read_lycoris(
+    path: str | Path, *, only: str | None = None, prefix: str | None = None
+) -> AdapterFile:
     """Read a file of LyCORIS, kohya or diffusers; see `read_adapter`.
 
     Raises:
@@ -98,7 +104,9 @@ def read_lycoris(path: str | Path, *, only: str | None = None, prefix: str | Non
     return adapter
 
 
-def read_everything(path: str | Path, *, modules: Iterable[str] | None = None, loader: str = "") -> AdapterFile:
+def read_everything(
+    path: str | Path, *, modules: Iterable[str] | None = None, loader: str = ""
+) -> AdapterFile:
     """Read everything in a file, also modules that LoHa cannot hold; see `read_adapter`."""
     try:
         return _read(Path(path), None if modules is None else ModuleNames(modules))
@@ -133,13 +141,21 @@ def _check_scale(file: Path, ranks: set[int], example: str) -> None:
         ranks: of its modules without alpha.
         example: the name of one of these.
     """
-    said, place = (header_config(file), f"its header ({DIFFUSERS_CONFIG_KEY})") if _has_header(file) else ({}, "")
+    said, place = (
+        (header_config(file), f"its header ({DIFFUSERS_CONFIG_KEY})")
+        if _has_header(file)
+        else ({}, "")
+    )
     beside = file.parent / _LYCORIS_CONFIG
     if not said and file.name == DIFFUSERS_NAME and beside.is_file():
         said, place = read_json(beside), str(beside)
     last = {key: key.rpartition(".")[2] for key in said}
-    alphas = {key: value for key, value in said.items() if last[key] in _ALPHAS and value is not None}
-    odd = [key for key, value in said.items() if last[key] in ("alpha_pattern", "use_rslora") and value]
+    alphas = {
+        key: value for key, value in said.items() if last[key] in _ALPHAS and value is not None
+    }
+    odd = [
+        key for key, value in said.items() if last[key] in ("alpha_pattern", "use_rslora") and value
+    ]
     odd += [key for key, value in alphas.items() if not isinstance(value, int | float)]
     if odd or (alphas and set(alphas.values()) != ranks):
         shown = ", ".join(f"{key}={said[key]!r}" for key in dict.fromkeys((*alphas, *odd)))
@@ -163,7 +179,9 @@ def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
     chosen = dataclasses.replace(
         adapter,
         modules={own: m for own, m in adapter.modules.items() if pattern.fullmatch(own)},
-        others={key: value for key, value in adapter.others.items() if pattern.fullmatch(module_of(key))},
+        others={
+            key: value for key, value in adapter.others.items() if pattern.fullmatch(module_of(key))
+        },
         foreign={own: f for own, f in adapter.foreign.items() if pattern.fullmatch(own)},
         embeddings={},
     )
@@ -189,14 +207,20 @@ def _lycoris(
     others: dict[str, np.ndarray] = {}
     groups = group_keys(state)
     for own, parts in groups.modules.items():
-        others.update({f"{own}.{part}": tensor for part, tensor in parts.items() if part in PARAMETER_OF})
+        others.update(
+            {f"{own}.{part}": tensor for part, tensor in parts.items() if part in PARAMETER_OF}
+        )
         factors = {part: tensor for part, tensor in parts.items() if part not in PARAMETER_OF}
         whole = any(part in parts for part in ("diff", "diff_b"))
-        if len(factors) < len(parts) and factors.keys() <= ({"alpha"} if whole else set()):  # which has no effect
+        if len(factors) < len(parts) and factors.keys() <= (
+            {"alpha"} if whole else set()
+        ):  # which has no effect
             continue
         if mixed := [part for part in ("w_norm", "b_norm") if part in parts]:
             odd = sorted(parts.keys() - {*NORM_PARTS.values()})[0]
-            raise FileError(f"{own} has both {odd} and the differences of a normalisation layer ({mixed[0]})")
+            raise FileError(
+                f"{own} has both {odd} and the differences of a normalisation layer ({mixed[0]})"
+            )
         if "diff" in parts and "dora_scale" in parts:
             raise FileError(f"{own} has a dora_scale and the difference of its whole weight (diff)")
         prefix, name = split_prefix(own)
@@ -208,7 +232,11 @@ def _lycoris(
 
 def _config(values: Mapping[str, Any]) -> LoHaConfig | dict[str, Any]:
     """The config of a LoHa, or the fields of one of a LoRA."""
-    return check_lora_config(values) if values.get("peft_type") == "LORA" else LoHaConfig.from_dict(values)
+    return (
+        check_lora_config(values)
+        if values.get("peft_type") == "LORA"
+        else LoHaConfig.from_dict(values)
+    )
 
 
 def _read_peft(folder: Path) -> AdapterFile:

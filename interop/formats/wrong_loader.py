@@ -60,7 +60,9 @@ def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception
         return error
     if not loader and kind.loader not in ("", "load_base"):
         return error  # every command opens every adapter
-    advice = kind.advice or (f"`{kind.loader}` opens it" if kind.loader else "loha_jax does not read it")
+    advice = kind.advice or (
+        f"`{kind.loader}` opens it" if kind.loader else "loha_jax does not read it"
+    )
     said = f"'{path}' is {kind.name}" + (f"; {advice}" if loader or kind.advice else "")
     text = str(error).rstrip(".")
     return error if said in text else type(error)(f"{text}. {said}")
@@ -89,7 +91,8 @@ def _folder_kind(folder: Path) -> Kind | None:
         config = pending_or_own(folder, CONFIG_NAME)
         values = read_json(config) if config.is_file() else header_config(folder / DIFFUSERS_NAME)
         return _PEFT_KINDS.get(
-            str(values.get("peft_type")), Kind(f"an adapter of PEFT's {values.get('peft_type')!r}", "")
+            str(values.get("peft_type")),
+            Kind(f"an adapter of PEFT's {values.get('peft_type')!r}", ""),
         )
     if any(folder.glob("*.safetensors.index.json")):
         return _CHECKPOINT
@@ -100,7 +103,11 @@ def _file_kind(file: Path) -> Kind | None:
     if file.name in ("adapter_model.bin", "adapter_model.safetensors"):
         return _peft_file(file)
     if file.suffix in _PICKLES:
-        return Kind("a torch pickle", "load_lycoris", "`load_lycoris` opens it if it holds only an adapter's tensors")
+        return Kind(
+            "a torch pickle",
+            "load_lycoris",
+            "`load_lycoris` opens it if it holds only an adapter's tensors",
+        )
     keys = list(Checkpoint(file).shapes)
     if any(key.startswith("base_model.model.") for key in keys):
         return _peft_file(file)

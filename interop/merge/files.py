@@ -64,9 +64,20 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         """Return the result in JSON's types."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"out": str(self.out), "files": list(self.files), "kept": list(self.kept), "notes": list(self.notes)}
+        values |= {
+            "out": str(self.out),
+            "files": list(self.files),
+            "kept": list(self.kept),
+            "notes": list(self.notes),
+        }
         values["losses"] = [
-            {"name": key, "dtype": loss.dtype, "scaled": loss.scaled, "error": loss.relative, "lost_share": loss.share}
+            {
+                "name": key,
+                "dtype": loss.dtype,
+                "scaled": loss.scaled,
+                "error": loss.relative,
+                "lost_share": loss.share,
+            }
             for key, loss in self.losses.items()
         ]
         return values
@@ -131,11 +142,18 @@ def merge_checkpoint(
             "`dtype=` out"
         )
     plan, files = plan_merge(checkpoint, adapters, only=only, names=names)
-    headers = {file.name: _new_header(checkpoint, file, dtype, plan.resized) for file in checkpoint.files}
+    headers = {
+        file.name: _new_header(checkpoint, file, dtype, plan.resized) for file in checkpoint.files
+    }
     fingerprint = _fingerprint(checkpoint, files, [weight for _, weight in adapters], dtype, only)
     with WorkingFolder(out, fingerprint) as work:
-        kept = [name for name, header in headers.items() if work.is_finished(name, header.file_size)]
-        _check_space(out.parent, sum(header.file_size for name, header in headers.items() if name not in kept))
+        kept = [
+            name for name, header in headers.items() if work.is_finished(name, header.file_size)
+        ]
+        _check_space(
+            out.parent,
+            sum(header.file_size for name, header in headers.items() if name not in kept),
+        )
         losses = _write_shards(checkpoint, plan, headers, dtype, work, kept, progress)
         try:
             check_losses(losses.tensors, force)
@@ -186,14 +204,18 @@ def _write_shards(
         if file.name not in kept:
             own = Losses()
             writer = ShardWriter(checkpoint, plan, file, headers[file.name], dtype, count, own)
-            writer.write(work.files / file.name, functools.partial(own.write, work.losses(file.name)))
+            writer.write(
+                work.files / file.name, functools.partial(own.write, work.losses(file.name))
+            )
             losses.add_json(own.to_json())
     return losses
 
 
 def _check_place(checkpoint: Checkpoint, out: Path, force: bool) -> None:
     if os.path.lexists(out) and not force:
-        raise FileExistsError(f"{out} is there already. Choose another place, or pass `force=True` to replace it")
+        raise FileExistsError(
+            f"{out} is there already. Choose another place, or pass `force=True` to replace it"
+        )
     real, source = out.resolve(), checkpoint.folder.resolve()
     if real == source or real in source.parents:
         raise ValueError(f"{out} holds the base checkpoint; a merge does not replace its own base")
@@ -211,17 +233,25 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _new_header(checkpoint: Checkpoint, file: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> Header:
+def _new_header(
+    checkpoint: Checkpoint, file: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]
+) -> Header:
     header = checkpoint.header(file)
     if dtype is None and header.places.keys().isdisjoint(resized):
         return header
     shapes = {**checkpoint.shapes, **resized}
-    tensors = [(key, new_dtype(checkpoint.dtypes[key], dtype), shapes[key]) for key in header.places]
+    tensors = [
+        (key, new_dtype(checkpoint.dtypes[key], dtype), shapes[key]) for key in header.places
+    ]
     return Header.of(tensors, header.metadata, checkpoint.stored_names)
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, adapters: Sequence[AdapterFile], weights: Sequence[float], dtype: Any, only: str | None
+    checkpoint: Checkpoint,
+    adapters: Sequence[AdapterFile],
+    weights: Sequence[float],
+    dtype: Any,
+    only: str | None,
 ) -> str:
     """Return a hash of everything that the result depends on; of base files, the header, size and time."""
     digest = hashlib.sha256()
@@ -243,13 +273,18 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]) -> None:
+def _write_side_files(
+    checkpoint: Checkpoint, folder: Path, dtype: Any, resized: Mapping[str, tuple[int, ...]]
+) -> None:
     if checkpoint.index is not None:
         text = checkpoint.index.read_text(encoding="utf-8")
         if dtype is not None or resized:
             index = json.loads(text)
             shapes = {**checkpoint.shapes, **resized}
-            sizes = {k: math.prod(s) * new_dtype(checkpoint.dtypes[k], dtype).itemsize for k, s in shapes.items()}
+            sizes = {
+                k: math.prod(s) * new_dtype(checkpoint.dtypes[k], dtype).itemsize
+                for k, s in shapes.items()
+            }
             index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
             text = json.dumps(index, indent=2) + "\n"
         write_atomically(folder / checkpoint.index.name, text.encode())
@@ -258,6 +293,8 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path, dtype: Any, resized:
             content = side_file_content(file, dtype)
             if file.name == "config.json" and resized:
                 key, new = next(iter(resized.items()))
-                config = with_vocabulary_size(json.loads(content), checkpoint.shapes[key][0], new[0])
+                config = with_vocabulary_size(
+                    json.loads(content), checkpoint.shapes[key][0], new[0]
+                )
                 content = (json.dumps(config, indent=2) + "\n").encode()
             write_atomically(folder / file.name, content)

@@ -158,7 +158,10 @@ class _Planner:
     def _add_updates(self, adapter: AdapterFile, found: list[_Found], weight: float) -> None:
         is_conv1d = self._is_conv1d(adapter, found)
         for module, key, update in found:
-            shape, dtype = self._resized.get(key, self._checkpoint.shapes[key]), self._checkpoint.dtypes[key]
+            shape, dtype = (
+                self._resized.get(key, self._checkpoint.shapes[key]),
+                self._checkpoint.dtypes[key],
+            )
             fits = update.fits(shape)
             turned = len(shape) == 2 and update.fits(shape[::-1])
             if key in self._checkpoint.quantisation.problems:
@@ -167,7 +170,9 @@ class _Planner:
                 self._problems.append(f"{key} holds {dtype}: no weights that can be merged into")
             elif not fits and not turned:
                 need = [update.rows, *(update.in_shape or (update.columns,))]
-                self._problems.append(f"{key} is {list(shape)}, the adapter's {module.name} is for {need}")
+                self._problems.append(
+                    f"{key} is {list(shape)}, the adapter's {module.name} is for {need}"
+                )
             elif key == "lm_head.weight" and self._config.get("tie_word_embeddings"):
                 self._problems.append(
                     f"{key} is tied to the embeddings (tie_word_embeddings in config.json): what is merged into it is "
@@ -176,18 +181,27 @@ class _Planner:
             else:
                 transposed = turned and (not fits or is_conv1d(module.name))
                 if transposed:
-                    self._notes.append(f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)")
+                    self._notes.append(
+                        f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)"
+                    )
                 norms = _norms(module, update, transposed)
-                own = TensorUpdate(module, update.T if transposed else update, weight, norms, transposed)
+                own = TensorUpdate(
+                    module, update.T if transposed else update, weight, norms, transposed
+                )
                 self._updates.setdefault(key, []).append(own)
 
     def _is_conv1d(self, adapter: AdapterFile, found: list[_Found]) -> Callable[[str], bool]:
         """Return a test by name for GPT-2's projections, stored as [in, out], also square ones."""
         named = [
-            (update, self._checkpoint.shapes[key]) for m, key, update in found if re.fullmatch(GPT2_CONV1D, m.name)
+            (update, self._checkpoint.shapes[key])
+            for m, key, update in found
+            if re.fullmatch(GPT2_CONV1D, m.name)
         ]
         shown = {update.fits(shape) for update, shape in named if len(set(shape)) > 1}
-        told = adapter.config.get("fan_in_fan_out") or self._config.get("model_type") in ("gpt2", "openai-gpt")
+        told = adapter.config.get("fan_in_fan_out") or self._config.get("model_type") in (
+            "gpt2",
+            "openai-gpt",
+        )
         if shown == {False} or (told and True not in shown):
             return lambda name: re.fullmatch(GPT2_CONV1D, name) is not None
         return lambda name: False
@@ -204,7 +218,9 @@ class _Planner:
         module, _, part = key.rpartition(".")
         if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
             target = f"{lookup.find_own(module)}.{PARAMETER_OF[part]}"
-            if self._check_shape(target, value, module) and not self._is_taken(target, module, owners):
+            if self._check_shape(target, value, module) and not self._is_taken(
+                target, module, owners
+            ):
                 self._added.setdefault(target, []).append((value, weight))
             return
         if base_layer := _PREFIX_OF_BASE_LAYER.fullmatch(key):
@@ -212,26 +228,36 @@ class _Planner:
         target = f"{lookup.find(module, '')}.{part}"
         if target not in self._checkpoint.shapes:  # a head beside the model that has the prefix
             target = f"{module}.{part}"
-        if target not in self._checkpoint.shapes and (part == _COUNTER or self._is_tied_copy(target, value)):
+        if target not in self._checkpoint.shapes and (
+            part == _COUNTER or self._is_tied_copy(target, value)
+        ):
             return
         old = self._checkpoint.shapes.get(target)
         if old is not None and is_resized(target, old, value.shape):
             if scale := self._checkpoint.quantisation.scales.get(target):
                 rows = f"{key} has {value.shape[0]} rows, {target} {old[0]}"
-                self._problems.append(f"{rows} and a scale ({scale.key}): merge into the float base")
+                self._problems.append(
+                    f"{rows} and a scale ({scale.key}): merge into the float base"
+                )
             elif self._resized.setdefault(target, value.shape) != value.shape:
-                self._problems.append(f"{target} has {self._resized[target][0]} rows, {key} has {value.shape[0]}")
+                self._problems.append(
+                    f"{target} has {self._resized[target][0]} rows, {key} has {value.shape[0]}"
+                )
         elif not self._check_shape(target, value, key):
             return
         if target in self._replaced and not np.array_equal(self._replaced[target], value):
-            self._problems.append(f"{self._replaced_by[target]} and {adapter.path} each hold values for {target}")
+            self._problems.append(
+                f"{self._replaced_by[target]} and {adapter.path} each hold values for {target}"
+            )
         self._replaced[target], self._replaced_by[target] = value, adapter.path
 
     def _is_tied_copy(self, key: str, value: np.ndarray) -> bool:
         """Return whether an output head missing in the base is a copy of its tied embedding."""
         if not key.endswith(_HEAD) or not self._config.get("tie_word_embeddings", True):
             return False
-        return any(_EMBEDDING.search(own) and np.array_equal(v, value) for own, v in self._replaced.items())
+        return any(
+            _EMBEDDING.search(own) and np.array_equal(v, value) for own, v in self._replaced.items()
+        )
 
     def _check_shape(self, key: str, value: np.ndarray, name: str) -> bool:
         if key not in self._checkpoint.shapes:
@@ -239,7 +265,9 @@ class _Planner:
         elif key in self._checkpoint.quantisation.problems:
             self._problems.append(self._checkpoint.quantisation.problems[key])
         elif self._checkpoint.shapes[key] != value.shape:
-            self._problems.append(f"{key} is {list(self._checkpoint.shapes[key])}, {name} is {list(value.shape)}")
+            self._problems.append(
+                f"{key} is {list(self._checkpoint.shapes[key])}, {name} is {list(value.shape)}"
+            )
         else:
             return True
         return False
@@ -248,7 +276,9 @@ class _Planner:
         if key.endswith(_HEAD):
             tied = [k for k in self._checkpoint.shapes if _EMBEDDING.search(k)]
             if tied:
-                return f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
+                return (
+                    f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
+                )
         return key + self._checkpoint.quantisation.why_missing(key)
 
     def finish(self) -> MergePlan:
@@ -259,18 +289,30 @@ class _Planner:
         if self._missing or self._problems:
             parts = []
             if self._missing:
-                parts.append(f"tensors that the base does not have ({len(self._missing)}): {'; '.join(self._missing)}")
+                parts.append(
+                    f"tensors that the base does not have ({len(self._missing)}): {'; '.join(self._missing)}"
+                )
             if self._problems:
-                parts.append(f"tensors that do not fit ({len(self._problems)}): {'; '.join(self._problems)}")
+                parts.append(
+                    f"tensors that do not fit ({len(self._problems)}): {'; '.join(self._problems)}"
+                )
             some = ", ".join(list(shapes)[:3])
-            lost = [key.split(" ")[0].removesuffix(".weight") for key in self._missing if ":" not in key]
+            lost = [
+                key.split(" ")[0].removesuffix(".weight") for key in self._missing if ":" not in key
+            ]
             raise ValueError(
                 f"{self._checkpoint.path} and the adapter do not fit; nothing was written. {'. '.join(parts)}. The "
                 f"base has {len(shapes)} tensors, such as {some}.{rename_hint(lost, self._modules)}"
             )
         if both := sorted(key for key in self._replaced if key in self._added):
             raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
-        return MergePlan(self._updates, self._replaced, self._added, tuple(dict.fromkeys(self._notes)), self._resized)
+        return MergePlan(
+            self._updates,
+            self._replaced,
+            self._added,
+            tuple(dict.fromkeys(self._notes)),
+            self._resized,
+        )
 
 
 def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:
@@ -283,5 +325,7 @@ def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np
     elif scale.ndim > 1 and scale.shape[0] == 1 and update.columns % scale.shape[1] == 0:
         norms = scale.reshape(1, -1)
     else:
-        raise FileError(f"dora_scale of {module.name} is {list(scale.shape)}: neither one per out feature nor per in")
+        raise FileError(
+            f"dora_scale of {module.name} is {list(scale.shape)}: neither one per out feature nor per in"
+        )
     return norms.T if transposed else norms

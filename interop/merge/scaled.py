@@ -41,8 +41,12 @@ class ScaledRows:
 
     def _expanded(self, scale: np.ndarray, first: int, last: int) -> np.ndarray:
         """Return a scale for rows of the matrix."""
-        rows = self._scale.rows(scale, self._torch_shape, *((first, last) if len(self._torch_shape) > 1 else ()))
-        full = np.broadcast_to(rows, (last - first, *self._torch_shape[1:])) if rows.ndim > 2 else rows
+        rows = self._scale.rows(
+            scale, self._torch_shape, *((first, last) if len(self._torch_shape) > 1 else ())
+        )
+        full = (
+            np.broadcast_to(rows, (last - first, *self._torch_shape[1:])) if rows.ndim > 2 else rows
+        )
         return full.reshape(full.shape[0], -1) if rows.ndim > 1 else full.reshape(1, -1)
 
     def rows(self, first: int, last: int) -> np.ndarray:
@@ -53,9 +57,13 @@ class ScaledRows:
         data = np.fromfile(self._file, np.uint8, count, offset=self._start + first * self.shape[1])
         if data.size != count:
             raise OSError(f"{self._file} became shorter while it was read")
-        return dequantised(data.view(self.dtype).reshape(last - first, -1), self._expanded(self._old, first, last))
+        return dequantised(
+            data.view(self.dtype).reshape(last - first, -1), self._expanded(self._old, first, last)
+        )
 
-    def fit(self, merged: Callable[[Span], np.ndarray], spans: Sequence[Span], run: Callable[..., Any]) -> None:
+    def fit(
+        self, merged: Callable[[Span], np.ndarray], spans: Sequence[Span], run: Callable[..., Any]
+    ) -> None:
         """Find the new scale from all merged rows; they are recomputed when they are written.
 
         Args:
@@ -73,7 +81,9 @@ class ScaledRows:
             return self._scale.largest(sizes, first_axis=1)
 
         rows = np.concatenate(list(run(largest, spans)))
-        self.new_scale = self._scale.renewed(self._old, self._scale.largest(rows, last_axis=1), self.dtype)
+        self.new_scale = self._scale.renewed(
+            self._old, self._scale.largest(rows, last_axis=1), self.dtype
+        )
 
     def quantised(self, merged: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Return merged rows in float8, and their values."""

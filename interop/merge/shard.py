@@ -75,9 +75,15 @@ class ShardWriter:
     def _tasks(self, pool: concurrent.futures.Executor) -> Iterator[Callable[[], int]]:
         """Yield calls that each write some bytes and return their number, in the order of the base's bytes."""
         for key, (start, end) in sorted(self._old.places.items(), key=lambda item: item[1]):
-            own, target = self._checkpoint.dtypes[key], new_dtype(self._checkpoint.dtypes[key], self._dtype)
+            own, target = (
+                self._checkpoint.dtypes[key],
+                new_dtype(self._checkpoint.dtypes[key], self._dtype),
+            )
             place = self._new.places[key][0]
-            scales, weight = self._checkpoint.quantisation.scales, self._checkpoint.quantisation.weights.get(key)
+            scales, weight = (
+                self._checkpoint.quantisation.scales,
+                self._checkpoint.quantisation.weights.get(key),
+            )
             if key in self._plan.keys and key in scales:
                 yield from self._scaled_tasks(pool, key)
                 continue
@@ -92,12 +98,16 @@ class ShardWriter:
                 size = min(8 * _BLOCK, end - start - offset)
                 yield lambda a=start + offset, b=place + offset, n=size: self._copy(a, b, n)
 
-    def _merged(self, base: ScaledRows, updates: RowUpdates, key: str, span: tuple[int, int]) -> np.ndarray:
+    def _merged(
+        self, base: ScaledRows, updates: RowUpdates, key: str, span: tuple[int, int]
+    ) -> np.ndarray:
         """Return rows of a scaled tensor with its updates, in float32."""
         block = base.rows(*span)
         for value, weight in self._plan.added.get(key, ()):
             block = block + weight * value.reshape(base.shape)[slice(*span)].astype(np.float32)
-        return np.asarray(_in_precision(np.float32, merge_rows, block, updates.rows(*span), np.dtype(np.float32)))
+        return np.asarray(
+            _in_precision(np.float32, merge_rows, block, updates.rows(*span), np.dtype(np.float32))
+        )
 
     def _scaled_parts(
         self, pool: concurrent.futures.Executor, key: str, base: ScaledRows
@@ -116,7 +126,9 @@ class ShardWriter:
             self._scaled[key] = base
         return self._scaled[key]
 
-    def _scaled_tasks(self, pool: concurrent.futures.Executor, key: str) -> Iterator[Callable[[], int]]:
+    def _scaled_tasks(
+        self, pool: concurrent.futures.Executor, key: str
+    ) -> Iterator[Callable[[], int]]:
         """Yield the tasks of a float8 tensor whose scale is a tensor of its own."""
         base = self._scaled_rows(pool, key)
         updates, spans = self._scaled_parts(pool, key, base)
@@ -134,7 +146,12 @@ class ShardWriter:
             yield lambda span=span: write(span)
 
     def _tensor_tasks(
-        self, pool: concurrent.futures.Executor, key: str, start: int, own: np.dtype, target: np.dtype
+        self,
+        pool: concurrent.futures.Executor,
+        key: str,
+        start: int,
+        own: np.dtype,
+        target: np.dtype,
     ) -> Iterator[Callable[[], int]]:
         value = self._plan.replaced.get(key)
         shape = self._checkpoint.shapes[key] if value is None else value.shape
@@ -142,13 +159,18 @@ class ShardWriter:
             yield lambda: self._write_value(key, value.astype(own))
             return
         if value is not None:
-            if key in self._plan.updates:  # PEFT puts it into the model, in its dtype, and adds to that
+            if (
+                key in self._plan.updates
+            ):  # PEFT puts it into the model, in its dtype, and adds to that
                 value = _rounded(key, value, own)
             own = value.dtype
             base: Any = np.ascontiguousarray(value).reshape(matrix(shape))
         else:
             base = _FileMatrix(self._source, start, own, matrix(shape))
-        added = [(value.reshape(matrix(shape)), weight) for value, weight in self._plan.added.get(key, ())]
+        added = [
+            (value.reshape(matrix(shape)), weight)
+            for value, weight in self._plan.added.get(key, ())
+        ]
         rows, columns = matrix(shape)
         step = max(1, _BLOCK // max(1, columns * max(own.itemsize, target.itemsize)))
         spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
@@ -161,7 +183,9 @@ class ShardWriter:
             if added:
                 block = sum((w * d[first:last].astype(wide) for d, w in added), block.astype(wide))
             measure = target.itemsize < 4 and key in self._plan.updates
-            result = _in_precision(wide, merge_rows, block, updates.rows(first, last), target, measure)
+            result = _in_precision(
+                wide, merge_rows, block, updates.rows(first, last), target, measure
+            )
             if measure:
                 self._losses.add(key, target, False, result[1])
                 result = result[0]
@@ -170,14 +194,18 @@ class ShardWriter:
                 raise ValueError(
                     f"{key} has values that {target.name} cannot hold; choose bfloat16 or float32 with `dtype=`"
                 )
-            self._write(place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8))
+            self._write(
+                place + first * columns * target.itemsize, result.reshape(-1).view(np.uint8)
+            )
             return (last - first) * columns * target.itemsize
 
         for first, last in spans:
             yield lambda first=first, last=last: write(first, last)
 
     def _write(self, place: int, data: Any) -> None:
-        with self._writing:  # threads that wait for a file's lock in the kernel use up the processor
+        with (
+            self._writing
+        ):  # threads that wait for a file's lock in the kernel use up the processor
             write_at(self._target, place, data)
 
     def _copy(self, start: int, place: int, size: int) -> int:
@@ -186,14 +214,22 @@ class ShardWriter:
         return size
 
     def _write_value(self, key: str, value: np.ndarray) -> int:
-        self._write(self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        self._write(
+            self._new.places[key][0], np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        )
         return value.nbytes
 
     def _row_updates(
-        self, pool: concurrent.futures.Executor, key: str, base: Any, spans: Sequence[tuple[int, int]]
+        self,
+        pool: concurrent.futures.Executor,
+        key: str,
+        base: Any,
+        spans: Sequence[tuple[int, int]],
     ) -> RowUpdates:
         updates = self._plan.updates.get(key, [])
-        by_column = [n for n, u in enumerate(updates) if u.norms is not None and u.norms.shape[0] == 1]
+        by_column = [
+            n for n, u in enumerate(updates) if u.norms is not None and u.norms.shape[0] == 1
+        ]
         gains: list[np.ndarray | None] = [None] * len(updates)
         if by_column:  # norms over all rows: the base is read twice
             whole = RowUpdates([updates[n] for n in by_column], [None] * len(by_column))
@@ -201,7 +237,9 @@ class ShardWriter:
 
             def squares(span: tuple[int, int]) -> np.ndarray:
                 rows = tuple(u._replace(norms=None) for u in whole.rows(*span))
-                return np.asarray(_in_precision(wide, squared_columns, self._rows(base, *span), rows), np.float64)
+                return np.asarray(
+                    _in_precision(wide, squared_columns, self._rows(base, *span), rows), np.float64
+                )
 
             total = sum(pool.map(squares, spans))
             for row, n in enumerate(by_column):
@@ -244,7 +282,9 @@ def _rounded(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _overflows(base: np.ndarray, result: np.ndarray) -> bool:
     """Return whether finite values became infinite, in a dtype with a small range."""
-    return not np.isfinite(result.astype(np.float32)).all() and bool(np.isfinite(base.astype(np.float32)).all())
+    return not np.isfinite(result.astype(np.float32)).all() and bool(
+        np.isfinite(base.astype(np.float32)).all()
+    )
 
 
 def _in_precision(wide: Any, fn: Callable[..., Any], block: np.ndarray, *args: Any) -> Any:
@@ -261,7 +301,9 @@ def _aligned(size: int) -> np.ndarray:
 
 
 def _run_all(
-    pool: concurrent.futures.Executor, tasks: Iterator[Callable[[], int]], count: Callable[[int], None]
+    pool: concurrent.futures.Executor,
+    tasks: Iterator[Callable[[], int]],
+    count: Callable[[int], None],
 ) -> None:
     """Run calls, a few at a time; after an error, wait for those that are running and raise it."""
     running: set[concurrent.futures.Future[int]] = set()
@@ -269,7 +311,9 @@ def _run_all(
         for task in tasks:
             running.add(pool.submit(task))
             while len(running) > _WORKERS:
-                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                done, running = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
                 for future in done:
                     count(future.result())
         for future in concurrent.futures.as_completed(running):

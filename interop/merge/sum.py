@@ -67,7 +67,9 @@ class RowUpdates:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "measure"))
-def merge_rows(weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any, measure: bool = False) -> Any:
+def merge_rows(
+    weight: jax.Array, updates: tuple[RowsOfUpdate, ...], dtype: Any, measure: bool = False
+) -> Any:
     """Return rows of the merged weight.
 
     Args:

@@ -88,7 +88,9 @@ class Options:
         ways = [way for way in self.ways if _holds(way, keys)]
         if not ways:
             raise ValueError(f"{', '.join(keys)} is none of {'; '.join(self.words)}")
-        forms = [form for way in ways for form in way.forms if layout is None or form.layout == layout]
+        forms = [
+            form for way in ways for form in way.forms if layout is None or form.layout == layout
+        ]
         if len(forms) != 1:
             known = ", ".join(str(form.layout) for way in ways for form in way.forms)
             raise ValueError(f"the layout is one of {known}; give (name, layout)")
@@ -96,7 +98,9 @@ class Options:
 
 
 def _holds(way: Correspondence, keys: Sequence[str]) -> bool:
-    return len(keys) == len(way.keys) and all(key in own for key, own in zip(keys, way.keys, strict=True))
+    return len(keys) == len(way.keys) and all(
+        key in own for key, own in zip(keys, way.keys, strict=True)
+    )
 
 
 @dataclasses.dataclass
@@ -120,7 +124,9 @@ class _Hits:
         """By the tensors at each index the correspondences under which all of them hold."""
         result: dict[tuple[tuple[str, ...], ...], list[Groups]] = defaultdict(list)
         for groups in sorted({g for index in self.found for own in index.values() for g in own}):
-            keys = tuple(tuple(key for key, own in index.items() if groups in own) for index in self.found)
+            keys = tuple(
+                tuple(key for key, own in index.items() if groups in own) for index in self.found
+            )
             if all(keys):
                 result[keys].append(groups)
         return result
@@ -133,7 +139,11 @@ def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
     wanted = {(dtype, size) for dtype, size, _ in slots}
     for key, shape in checkpoint.shapes.items():
         size = math.prod(shape)
-        kinds = {(own, common) for own, common, n in _kinds(leaves, checkpoint, key) if (common, n) in wanted}
+        kinds = {
+            (own, common)
+            for own, common, n in _kinds(leaves, checkpoint, key)
+            if (common, n) in wanted
+        }
         if not kinds:
             continue
         tensor = checkpoint.read(key)
@@ -152,7 +162,9 @@ def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
     return _resolve(leaves, hits, checkpoint)
 
 
-def _kinds(leaves: Sequence[Leaf], checkpoint: Checkpoint, key: str) -> Iterator[tuple[Any, Any, int]]:
+def _kinds(
+    leaves: Sequence[Leaf], checkpoint: Checkpoint, key: str
+) -> Iterator[tuple[Any, Any, int]]:
     size = math.prod(checkpoint.shapes[key])
     for dtype in {np.dtype(leaf.array.dtype) for leaf in leaves}:
         if (common := coarser(dtype, checkpoint.dtypes[key])) is not None:
@@ -196,7 +208,12 @@ def _slice(leaf: Any, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
 
 
 def _verify(
-    part: np.ndarray, dtype: np.dtype, bits: np.ndarray, shape: Sequence[int], stack: Stack, torch_shape: Sequence[int]
+    part: np.ndarray,
+    dtype: np.dtype,
+    bits: np.ndarray,
+    shape: Sequence[int],
+    stack: Stack,
+    torch_shape: Sequence[int],
 ) -> set[Groups]:
     """All correspondences of axes under which a part of a leaf is the tensor."""
     own = value_bits(part, dtype)
@@ -230,7 +247,9 @@ def _correspondences(axes: list[tuple[int, int]], torch_shape: Sequence[int]) ->
             yield (group, *others)
 
 
-def _products(axes: list[tuple[int, int]], size: int) -> Iterator[tuple[tuple[int, ...], list[tuple[int, int]]]]:
+def _products(
+    axes: list[tuple[int, int]], size: int
+) -> Iterator[tuple[tuple[int, ...], list[tuple[int, int]]]]:
     if size == 1:
         yield (), axes
         return
@@ -241,7 +260,9 @@ def _products(axes: list[tuple[int, int]], size: int) -> Iterator[tuple[tuple[in
 
 
 def _resolve(
-    leaves: Sequence[Leaf], hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits], checkpoint: Checkpoint
+    leaves: Sequence[Leaf],
+    hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits],
+    checkpoint: Checkpoint,
 ) -> Found:
     """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
     ways: dict[int, list[Correspondence]] = defaultdict(list)
@@ -250,14 +271,20 @@ def _resolve(
             shape, names = tuple(leaves[n].array.shape), tuple(itertools.chain(*keys))
             forms = (make_source(names, shape, stack, group) for group in groups)
             ways[n].append(
-                Correspondence(keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant)
+                Correspondence(
+                    keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant
+                )
             )
-    claims = Counter(key for own in ways.values() for way in own for index in way.keys for key in index)
+    claims = Counter(
+        key for own in ways.values() for way in own for index in way.keys for key in index
+    )
     result = Found({}, {}, {}, [])
     for n, own in ways.items():
         keys, also = _keys(own[0], claims)
         if len(own) == 1 and len(own[0].forms) == 1 and keys is not None:
-            result.sources[leaves[n].path] = dataclasses.replace(own[0].forms[0], keys=keys, also=also)
+            result.sources[leaves[n].path] = dataclasses.replace(
+                own[0].forms[0], keys=keys, also=also
+            )
     modules: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
     for leaf in leaves:
         if (source := result.sources.get(leaf.path)) and not source.also:
@@ -266,18 +293,24 @@ def _resolve(
         if leaf.path in result.sources:
             continue
         if n not in ways:
-            result.unmatched[leaf.path] = _why(leaf, [own for (m, stack, _), own in hits.items() if m == n and stack])
+            result.unmatched[leaf.path] = _why(
+                leaf, [own for (m, stack, _), own in hits.items() if m == n and stack]
+            )
         elif source := _of_neighbour(leaf, ways[n], modules.get(leaf.parts[:-1], set()), claims):
             result.sources[leaf.path] = source
         else:
             result.ambiguous[leaf.path] = Options(tuple(ways[n]))
-    result.sources = {leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources}
+    result.sources = {
+        leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources
+    }
     used = {key for own in hits.values() for index in own.found for key in index}
     result.unused = [key for key in checkpoint.shapes if key not in used]
     return result
 
 
-def _keys(way: Correspondence, claims: Mapping[str, int]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+def _keys(
+    way: Correspondence, claims: Mapping[str, int]
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """The torch names of a leaf where contents settle them, and further names of the same values."""
     contested = any(claims[key] > 1 for own in way.keys for key in own)
     several = any(len(own) > 1 for own in way.keys)
@@ -289,7 +322,10 @@ def _keys(way: Correspondence, claims: Mapping[str, int]) -> tuple[tuple[str, ..
 
 
 def _of_neighbour(
-    leaf: Leaf, ways: Sequence[Correspondence], owners: set[tuple[str, ...]], claims: Mapping[str, int]
+    leaf: Leaf,
+    ways: Sequence[Correspondence],
+    owners: set[tuple[str, ...]],
+    claims: Mapping[str, int],
 ) -> Source | None:
     """The source of a parameter whose contents fit, among others, the module that holds its neighbour."""
     keys = None
@@ -303,7 +339,9 @@ def _of_neighbour(
     form, *others = ways[0].forms
     if others and (is_kernel_leaf(leaf.parts) or len(form.axes) != 1):
         return None
-    return dataclasses.replace(form, keys=keys)  # of a bias that is equal in any order of its axes, the natural one
+    return dataclasses.replace(
+        form, keys=keys
+    )  # of a bias that is equal in any order of its axes, the natural one
 
 
 def _why(leaf: Leaf, stacked: Sequence[_Hits]) -> str:

@@ -108,7 +108,10 @@ def make_source(
     rest = [axis for axis in range(len(shape)) if axis not in stack]
     if rest and len(rest) == len(groups):
         for guess in ([rest[-1], *rest[-2:-1], *rest[:-2]], rest):
-            if all((axis in units) if t in empty else groups[t] == (axis,) for t, axis in enumerate(guess)):
+            if all(
+                (axis in units) if t in empty else groups[t] == (axis,)
+                for t, axis in enumerate(guess)
+            ):
                 groups = [(axis,) for axis in guess]
                 units = []
                 break
@@ -118,7 +121,9 @@ def make_source(
         units = units[len(empty) :]
     stack = tuple(sorted((*stack, *units)))
     is_weight = all(key.rpartition(".")[2] == "weight" for key in keys)
-    return Source(keys, stack, tuple(groups), _layout(len(shape), stack, groups) if is_weight else None)
+    return Source(
+        keys, stack, tuple(groups), _layout(len(shape), stack, groups) if is_weight else None
+    )
 
 
 def _layout(ndim: int, stack: Sequence[int], groups: Sequence[Sequence[int]]) -> Layout | None:

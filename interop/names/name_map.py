@@ -23,8 +23,16 @@ _TRANSFORMERS_NAMES = {
     r"(.*)\.weight_v": r"\1.parametrizations.weight.original1",
     r"(.*\.layers\.\d+)\.layer\.layer_(\d+)\.(.*)": r"\1.layer.\2.\3",
 }
-_TRANSFORMERS_LAYOUTS = {r"(.*\.)?encoder\.conv[12]": "kio", r"(.*\.)?conv_layers\.\d+\.conv": "kio"}
-_DIFFUSERS_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of an autoencoder
+_TRANSFORMERS_LAYOUTS = {
+    r"(.*\.)?encoder\.conv[12]": "kio",
+    r"(.*\.)?conv_layers\.\d+\.conv": "kio",
+}
+_DIFFUSERS_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # of an autoencoder
 
 
 class NameMap:
@@ -80,7 +88,9 @@ class NameMap:
                 )
             self._settled = SettledNames.of_mapping(names, base, preprocess)
         elif base is not None or preprocess is not None:
-            raise ValueError("`base` and `preprocess` belong to a mapping {torch_regex: (jax_path, transform)}")
+            raise ValueError(
+                "`base` and `preprocess` belong to a mapping {torch_regex: (jax_path, transform)}"
+            )
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -204,7 +214,9 @@ class NameMap:
             result._after = (*self._after, names)
         return result
 
-    def settle(self, choices: Mapping[str, str | Sequence[str] | tuple[Any, str | Layout]]) -> NameMap:
+    def settle(
+        self, choices: Mapping[str, str | Sequence[str] | tuple[Any, str | Layout]]
+    ) -> NameMap:
         """Return this map with some leaves settled by hand.
 
         Args:
@@ -268,7 +280,11 @@ class NameMap:
         if self._settled is not None:
             return f"NameMap({self._settled})"
         names = self._names
-        shown = f"{len(names)} patterns" if isinstance(names, Mapping) else getattr(names, "__qualname__", repr(names))
+        shown = (
+            f"{len(names)} patterns"
+            if isinstance(names, Mapping)
+            else getattr(names, "__qualname__", repr(names))
+        )
         return f"NameMap({shown})"
 
 

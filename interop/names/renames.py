@@ -40,7 +40,10 @@ def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -
     others = {}
     for key, value in adapter.others.items():
         owner, _, part = key.rpartition(".")
-        base, suffix = owner.removesuffix(".base_layer"), ".base_layer" if owner.endswith(".base_layer") else ""
+        base, suffix = (
+            owner.removesuffix(".base_layer"),
+            ".base_layer" if owner.endswith(".base_layer") else "",
+        )
         prefix, rest = split_prefix(base) if adapter.form in ("lycoris", "kohya") else ("", base)
         new = _new_name(names, base, rest)
         others[key if new is None else f"{prefix}{new}{suffix}.{part}"] = value
@@ -52,7 +55,9 @@ def _new_name(names: Names, own: str, rest: str) -> str | None:
         try:
             found = all_names(name, names)
         except (re.error, IndexError) as error:
-            raise ValueError(f"`names` has a template that does not fit its pattern, for {name}: {error}") from error
+            raise ValueError(
+                f"`names` has a template that does not fit its pattern, for {name}: {error}"
+            ) from error
         if len(found) != 1:
             raise ValueError(f"`names` gives {name} several names: {', '.join(found)}")
         if found[0] != name:
@@ -74,7 +79,10 @@ def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
         if not length or [n for n, _ in lengths].count(length) > 1:
             continue
         near.append(f"{best} for {name}")
-        old, new = ".".join(parts[:-length]), best[: -len(".".join(parts[-length:]))].removesuffix(".")
+        old, new = (
+            ".".join(parts[:-length]),
+            best[: -len(".".join(parts[-length:]))].removesuffix("."),
+        )
         start = re.escape(f"{old}.") if old else ""
         option = option or str({f"{start}(.*)": f"{new}.\\1" if new else "\\1"})
         if len(near) == _SHOWN:

@@ -26,7 +26,12 @@ def is_resized(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
         >>> is_resized("model.embed_tokens.weight", (10, 4), (12, 4)), is_resized("q_proj.weight", (10, 4), (12, 4))
         (True, False)
     """
-    return _NAMES.fullmatch(key) is not None and len(old) == len(new) and old[1:] == new[1:] and old != new
+    return (
+        _NAMES.fullmatch(key) is not None
+        and len(old) == len(new)
+        and old[1:] == new[1:]
+        and old != new
+    )
 
 
 def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> list[str]:
@@ -45,7 +50,9 @@ def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) 
         return [f"the vocabulary was resized to different sizes: {shown}"]
     (old,) = before
     problems = []
-    if left := [k for k, s in base.items() if k not in resized and _NAMES.fullmatch(k) and s[0] == old]:
+    if left := [
+        k for k, s in base.items() if k not in resized and _NAMES.fullmatch(k) and s[0] == old
+    ]:
         problems.append(
             f"the adapter resized the vocabulary ({shown}) and does not hold {', '.join(left)}, which must have as "
             "many rows. Save both in PEFT, such as with modules_to_save=['embed_tokens', 'lm_head']"
@@ -60,12 +67,18 @@ def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) 
 
 def vocabulary_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes of the vocabulary in a config, of the model or of its language model."""
-    nested = {f"{name}.vocab_size": part for name, part in config.items() if isinstance(part, Mapping)}
+    nested = {
+        f"{name}.vocab_size": part for name, part in config.items() if isinstance(part, Mapping)
+    }
     found = {
         "vocab_size": config,
         **{place: part for place, part in nested.items() if "text" in place or "llm" in place},
     }
-    return {place: part["vocab_size"] for place, part in found.items() if isinstance(part.get("vocab_size"), int)}
+    return {
+        place: part["vocab_size"]
+        for place, part in found.items()
+        if isinstance(part.get("vocab_size"), int)
+    }
 
 
 def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -83,7 +96,11 @@ def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[
 def resizing_note(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> str:
     """Write the note about a merge that resizes the vocabulary."""
     (key, new), *_ = resized.items()
-    said = "as config.json says now" if vocabulary_sizes(config) else "which the config has to say (vocab_size)"
+    said = (
+        "as config.json says now"
+        if vocabulary_sizes(config)
+        else "which the config has to say (vocab_size)"
+    )
     return (
         f"the vocabulary has {new[0]} rows instead of {base[key][0]} ({', '.join(resized)}), {said}. The tokenizer is "
         "still the base's: put the one of the training into the folder"

@@ -14,7 +14,9 @@ from ..disk.quantised import Quantisation, dequantised, is_float8, quantised
 from ..updates.rounding import Loss, overall
 
 
-def quantised_problem(quantisation: Quantisation, taken: Collection[str], key: str, target: np.dtype) -> str | None:
+def quantised_problem(
+    quantisation: Quantisation, taken: Collection[str], key: str, target: np.dtype
+) -> str | None:
     """Why a leaf cannot get a tensor's values; a tree that holds the scale too takes them as they are stored."""
     if key in quantisation.scales:
         scale = quantisation.scales[key].key
@@ -28,7 +30,11 @@ def requantised(
     checkpoint: Checkpoint, key: str, value: np.ndarray, losses: dict[str, Loss]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a tensor in the base's scaled float8, and its scale; unchanged values keep their bits."""
-    scale, raw, old = checkpoint.quantisation.scales[key], checkpoint.read(key), checkpoint.read_scale(key)
+    scale, raw, old = (
+        checkpoint.quantisation.scales[key],
+        checkpoint.read(key),
+        checkpoint.read_scale(key),
+    )
     base = dequantised(raw, scale.rows(old, raw.shape))
     if np.array_equal(base.astype(value.dtype), value):
         return raw, old

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.lowrank.layout import Layout
-from loha_jax.targets.module_names import KERNEL_LEAVES, Names, UnknownNameError, all_names, module_name, path_parts
+from loha_jax.targets.module_names import (
+    KERNEL_LEAVES,
+    Names,
+    UnknownNameError,
+    all_names,
+    module_name,
+    path_parts,
+)
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.text_table import text_table
 
@@ -58,7 +65,9 @@ class SettledNames:
     ) -> SettledNames:
         """Run a mapping on a checkpoint's names; see `NameMap`."""
         shapes = base if isinstance(base, Mapping) else Checkpoint(base).shapes
-        mapped = map_sources(mapping, {key: tuple(shape) for key, shape in shapes.items()}, preprocess)
+        mapped = map_sources(
+            mapping, {key: tuple(shape) for key, shape in shapes.items()}, preprocess
+        )
         return cls(
             {_without_box(path): source for path, source in mapped.sources.items()},
             {_without_box(path): reason for path, reason in mapped.problems.items()},
@@ -78,7 +87,9 @@ class SettledNames:
         found = match_contents(leaves, checkpoint)
         tied = {path: (*s.keys, *s.also) for path, s in found.sources.items() if s.also}
         shapes = {leaf.path: tuple(leaf.array.shape) for leaf in leaves}
-        return cls(found.sources, found.unmatched, tuple(found.unused), found.ambiguous, tied, shapes)
+        return cls(
+            found.sources, found.unmatched, tuple(found.unused), found.ambiguous, tied, shapes
+        )
 
     @property
     def ambiguous(self) -> dict[str, tuple[str, ...]]:
@@ -91,7 +102,11 @@ class SettledNames:
         """Layouts by default module name; None for vectors that are called like a kernel."""
         known: dict[str, Layout | None] = {}
         for path, source in self.sources.items():
-            is_vector = len(source.axes) < 2 and len(source.order) > 1 and path.rpartition(".")[2] in KERNEL_LEAVES
+            is_vector = (
+                len(source.axes) < 2
+                and len(source.order) > 1
+                and path.rpartition(".")[2] in KERNEL_LEAVES
+            )
             if source.layout is not None or is_vector:
                 known[module_name(path.split("."))] = source.layout
         return known
@@ -102,7 +117,12 @@ class SettledNames:
         Raises:
             UnknownNameError: nothing settles it; the message lists what it could be.
         """
-        for path in (name, *(f"{name}.{leaf}" for leaf in KERNEL_LEAVES), f"{name}.scale", f"{name}.bias"):
+        for path in (
+            name,
+            *(f"{name}.{leaf}" for leaf in KERNEL_LEAVES),
+            f"{name}.scale",
+            f"{name}.bias",
+        ):
             if path in self.tied or path in self.options:
                 keys = self.options[path].keys if path in self.options else self.tied[path]
                 raise UnknownNameError(
@@ -118,7 +138,9 @@ class SettledNames:
                     f"{path} has no torch name: {self.unmatched[path]}. Give it one with "
                     f"names.settle({{{path!r}: (name, layout)}})."
                 )
-        raise UnknownNameError(f"{name} has no torch name: the map, which has {len(self.sources)} leaves, lacks it.")
+        raise UnknownNameError(
+            f"{name} has no torch name: the map, which has {len(self.sources)} leaves, lacks it."
+        )
 
     def source(self, path: str) -> Source:
         """See `NameMap.source`."""
@@ -139,15 +161,21 @@ class SettledNames:
 
     def settle(self, choices: Mapping[str, Any]) -> SettledNames:
         """Return these with some leaves settled by hand; see `NameMap.settle`."""
-        copies = {name: dict(getattr(self, name)) for name in ("sources", "unmatched", "options", "tied")}
+        copies = {
+            name: dict(getattr(self, name)) for name in ("sources", "unmatched", "options", "tied")
+        }
         result = dataclasses.replace(self, **copies)
         known = [*self.sources, *self.options, *self.unmatched]
         for name, choice in choices.items():
-            paths = [name] if name in known else [p for p in known if module_name(p.split(".")) == name]
+            paths = (
+                [name] if name in known else [p for p in known if module_name(p.split(".")) == name]
+            )
             if len(paths) > 1:
                 paths = [p for p in paths if p.rpartition(".")[2] in KERNEL_LEAVES] or paths
             if len(paths) != 1:
-                raise KeyError(f"settle: {name!r} is no leaf of this map; it has {', '.join(known)}")
+                raise KeyError(
+                    f"settle: {name!r} is no leaf of this map; it has {', '.join(known)}"
+                )
             result.sources[paths[0]] = result._chosen(paths[0], choice)
             for table in (result.options, result.unmatched, result.tied):
                 table.pop(paths[0], None)
@@ -158,12 +186,18 @@ class SettledNames:
         layout = None
         if isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Layout):
             choice, layout = choice
-        elif isinstance(choice, tuple) and len(choice) == 2 and re.fullmatch(r"[siok\d ]+", str(choice[1])):
+        elif (
+            isinstance(choice, tuple)
+            and len(choice) == 2
+            and re.fullmatch(r"[siok\d ]+", str(choice[1]))
+        ):
             choice, layout = choice[0], Layout(choice[1])
         names = [choice] if isinstance(choice, str) else list(choice)
         try:
             if (options := self.options.get(path)) is not None:
-                return options.choose([n if n in options.keys else _parameter(n) for n in names], layout)
+                return options.choose(
+                    [n if n in options.keys else _parameter(n) for n in names], layout
+                )
             tied = self.tied.get(path, ())
             keys = tuple(name if name in tied else _parameter(name) for name in names)
             source = self.sources.get(path)
@@ -183,9 +217,13 @@ class SettledNames:
             shape = f"[{','.join(map(str, self.shapes[path]))}]" if path in self.shapes else ""
             keys = source.keys if len(source.keys) < 3 else (source.keys[0], "…", source.keys[-1])
             also = f" = {', '.join(source.also)}" if source.also else ""
-            rows.append((path, shape, ", ".join(keys) + also, source.layout.word if source.layout else "-"))
+            rows.append(
+                (path, shape, ", ".join(keys) + also, source.layout.word if source.layout else "-")
+            )
         lines = text_table(rows)
-        lines += [f"ambiguous: {path}: {', '.join(options)}" for path, options in self.ambiguous.items()]
+        lines += [
+            f"ambiguous: {path}: {', '.join(options)}" for path, options in self.ambiguous.items()
+        ]
         lines += [f"unmatched: {path}: {reason}" for path, reason in self.unmatched.items()]
         lines += [f"unused: {key}" for key in self.unused]
         return "\n".join(lines)

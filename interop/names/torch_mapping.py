@@ -81,9 +81,15 @@ class Transform:
         try:
             moved = self.apply(probe)
         except ValueError as error:
-            raise ValueError(f"{key} of shape {list(torch_shape)} does not take {self}: {error}") from error
-        if moved.size and not np.may_share_memory(probe, moved):  # numpy had to copy: no strides describe the result
-            raise ValueError(f"{key}: {self} merges axes of the torch tensor in another order; no layout can say so")
+            raise ValueError(
+                f"{key} of shape {list(torch_shape)} does not take {self}: {error}"
+            ) from error
+        if moved.size and not np.may_share_memory(
+            probe, moved
+        ):  # numpy had to copy: no strides describe the result
+            raise ValueError(
+                f"{key}: {self} merges axes of the torch tensor in another order; no layout can say so"
+            )
         source = _source_of_strides((key,), moved.shape, torch_shape, moved.strides)
         if source is None:
             raise ValueError(f"{key}: {self} merges axes of the torch tensor; no layout can say so")
@@ -104,7 +110,10 @@ def _source_of_strides(
         if strides[axis] >= size:
             stack.append(axis)
             continue
-        owner = next((t for t, step in enumerate(steps) if step <= strides[axis] and torch_shape[t] != 1), None)
+        owner = next(
+            (t for t, step in enumerate(steps) if step <= strides[axis] and torch_shape[t] != 1),
+            None,
+        )
         if owner is None:
             return None
         groups[owner].append(axis)
@@ -146,7 +155,11 @@ def map_sources(
     found: dict[str, list[tuple[str, Transform]]] = {}
     unused: list[str] = []
     for key in shapes:
-        hits = [(pattern.sub(path, key), transform) for pattern, path, transform in parsed if pattern.match(key)]
+        hits = [
+            (pattern.sub(path, key), transform)
+            for pattern, path, transform in parsed
+            if pattern.match(key)
+        ]
         if len(hits) == 1:
             found.setdefault(hits[0][0], []).append((key, hits[0][1]))
         else:
@@ -157,7 +170,9 @@ def map_sources(
         if len(entries) == 1:
             single[path] = entries[0]
         else:
-            result.problems[path] = f"the mapping gives it several tensors: {', '.join(k for k, _ in entries)}"
+            result.problems[path] = (
+                f"the mapping gives it several tensors: {', '.join(k for k, _ in entries)}"
+            )
     if preprocess is None:
         for path, (key, transform) in single.items():
             try:
@@ -168,9 +183,13 @@ def map_sources(
     for path, inputs in _dependencies(preprocess, single, shapes).items():
         try:
             if inputs == [path]:
-                result.sources[path] = single[path][1].source(single[path][0], shapes[single[path][0]])
+                result.sources[path] = single[path][1].source(
+                    single[path][0], shapes[single[path][0]]
+                )
             else:
-                result.sources[path] = _preprocessed(preprocess, path, {p: single[p] for p in inputs}, shapes)
+                result.sources[path] = _preprocessed(
+                    preprocess, path, {p: single[p] for p in inputs}, shapes
+                )
         except ValueError as error:
             result.problems[path] = str(error)
     return result
@@ -184,14 +203,18 @@ def _dependencies(
     """The inputs that each output of `preprocess` is made of; one that is handed on depends only on itself."""
 
     def shape(key: str, transform: Transform) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(transform.apply(np.zeros(shapes[key], np.uint8)).shape, jnp.uint32)
+        return jax.ShapeDtypeStruct(
+            transform.apply(np.zeros(shapes[key], np.uint8)).shape, jnp.uint32
+        )
 
     inputs = {path: shape(*entry) for path, entry in entries.items()}
     closed, outputs = jax.make_jaxpr(preprocess, return_shape=True)(inputs)
     names = sorted(inputs)  # as jax flattens a dict
     depends = {var: {name} for var, name in zip(closed.jaxpr.invars, names, strict=True)}
     for equation in closed.jaxpr.eqns:
-        united = set().union(*(depends.get(v, set()) for v in equation.invars if not isinstance(v, Literal)))
+        united = set().union(
+            *(depends.get(v, set()) for v in equation.invars if not isinstance(v, Literal))
+        )
         depends.update(dict.fromkeys(equation.outvars, united))
     return {
         name: sorted(depends.get(var, ())) if not isinstance(var, Literal) else []
@@ -210,14 +233,23 @@ def _preprocessed(
     torch_shape = shapes[keys[0]] if keys else ()
     size = math.prod(torch_shape)
     if not keys or len({shapes[key] for key in keys}) != 1:
-        raise ValueError(f"it is made of tensors of different shapes, {', '.join(keys)}; no layout can say so")
+        raise ValueError(
+            f"it is made of tensors of different shapes, {', '.join(keys)}; no layout can say so"
+        )
     if size * len(keys) > np.iinfo(np.uint32).max:
-        raise ValueError(f"it has {size * len(keys)} elements, more than can be followed through `preprocess`")
-    tensors = [np.arange(n * size, (n + 1) * size, dtype=np.uint32).reshape(torch_shape) for n in range(len(keys))]
+        raise ValueError(
+            f"it has {size * len(keys)} elements, more than can be followed through `preprocess`"
+        )
+    tensors = [
+        np.arange(n * size, (n + 1) * size, dtype=np.uint32).reshape(torch_shape)
+        for n in range(len(keys))
+    ]
     inputs = {p: jnp.asarray(t.apply(tensors[n])) for n, (p, (_, t)) in enumerate(entries.items())}
     outputs = preprocess(inputs)
     leaf = np.asarray(outputs[path]) if path in outputs else np.zeros(0, np.uint32)
-    error = ValueError(f"`preprocess` does more with {', '.join(keys)} than permute and stack; no layout can say so")
+    error = ValueError(
+        f"`preprocess` does more with {', '.join(keys)} than permute and stack; no layout can say so"
+    )
     if leaf.dtype != np.uint32 or leaf.size != size * len(keys):
         raise error
     corner = (0,) * leaf.ndim
@@ -227,7 +259,11 @@ def _preprocessed(
         step = int(leaf[(*corner[:axis], 1, *corner[axis + 1 :])]) - first if n > 1 else 0
         # the inputs come in any order, so that a step between two of them may be negative
         strides.append(size if n > 1 and abs(step) >= size and step % size == 0 else step)
-    source = _source_of_strides(tuple(keys), leaf.shape, torch_shape, strides) if min(strides, default=0) >= 0 else None
+    source = (
+        _source_of_strides(tuple(keys), leaf.shape, torch_shape, strides)
+        if min(strides, default=0) >= 0
+        else None
+    )
     if source is None or math.prod(leaf.shape[a] for a in source.stack) != len(keys):
         raise error
     heads = [int(source.part(leaf, n).reshape(-1)[0]) for n in range(len(keys))]

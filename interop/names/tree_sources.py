@@ -28,17 +28,26 @@ def find_sources_in(
     The names in the checkpoint may all begin with DataParallel's "module.".
     """
     found = _find_sources(params, names, layouts, checkpoint.shapes if checkpoint else None)
-    if checkpoint and not any(key in checkpoint.shapes for source in found[1].values() for key in source.keys):
+    if checkpoint and not any(
+        key in checkpoint.shapes for source in found[1].values() for key in source.keys
+    ):
         checkpoint.drop_prefix("module.")
         return _find_sources(params, names, layouts, checkpoint.shapes)
     return found
 
 
 def _find_sources(
-    params: Any, names: Names | None, layouts: Layouts | None, shapes: Mapping[str, tuple[int, ...]] | None
+    params: Any,
+    names: Names | None,
+    layouts: Layouts | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
     """The same for a checkpoint whose names are as they are."""
-    in_file = {key.removesuffix(".weight"): shape for key, shape in (shapes or {}).items() if len(shape) > 2}
+    in_file = {
+        key.removesuffix(".weight"): shape
+        for key, shape in (shapes or {}).items()
+        if len(shape) > 2
+    }
     tree = NamedTree(params, names, layouts, in_file)
     sources: dict[int, Source] = {}
     problems: list[str] = []
@@ -48,12 +57,17 @@ def _find_sources(
         try:
             sources[position] = _source(tree, position, names, shapes)
         except ValueError as error:
-            problems.append(f"{'.'.join(tree.paths[position])} {list(tree.leaves[position].shape)}: {error}")
+            problems.append(
+                f"{'.'.join(tree.paths[position])} {list(tree.leaves[position].shape)}: {error}"
+            )
     return tree, sources, problems
 
 
 def _source(
-    tree: NamedTree, position: int, names: Names | None, shapes: Mapping[str, tuple[int, ...]] | None
+    tree: NamedTree,
+    position: int,
+    names: Names | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> Source:
     leaf, parts = tree.leaves[position], tree.paths[position]
     given = tree.layout_pattern(position) is not None and position in tree.kernels
@@ -74,17 +88,28 @@ def _source(
     if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
         source = _kernel_source(tree, position, None, names, shapes)
         if shapes is not None and not given and source.keys[0] not in shapes:
-            vectors = _vector_source(tree, position, shapes)  # Llama's stacked norms are called weight too
+            vectors = _vector_source(
+                tree, position, shapes
+            )  # Llama's stacked norms are called weight too
             return vectors if all(key in shapes for key in vectors.keys) else source
         return source
-    if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:  # a parameter of its own, such as a class token
+    if (
+        is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES
+    ):  # a parameter of its own, such as a class token
         (name,) = tree.module_names(position, ())
         if is_torch_oriented(parts[-1]) and not given:  # a recurrent cell's weight_ih
             return Source((name,), (), tuple((axis,) for axis in range(len(leaf.shape))))
-        if given or (position in tree.kernels and shapes and name not in shapes and f"{name}.weight" in shapes):
+        if given or (
+            position in tree.kernels
+            and shapes
+            and name not in shapes
+            and f"{name}.weight" in shapes
+        ):
             return _kernel_source(tree, position, None, names)
         if shapes is None:
-            raise ValueError("only a torch checkpoint says whether it is a parameter or a weight; give `base=`")
+            raise ValueError(
+                "only a torch checkpoint says whether it is a parameter or a weight; give `base=`"
+            )
         return Source((name,), (), _axes(leaf.shape, shapes.get(name)))
     return _vector_source(tree, position, shapes)
 
@@ -99,7 +124,10 @@ def _kernel_source(
     try:
         layout = tree.layout(position)
     except ValueError:
-        shape, key = tuple(tree.leaves[position].shape), f"{tree.module_names(position, ())[0]}.weight"
+        shape, key = (
+            tuple(tree.leaves[position].shape),
+            f"{tree.module_names(position, ())[0]}.weight",
+        )
         torch = is_torch_oriented(tree.paths[position][-1])
         if (source := convolution_source(key, shape, (shapes or {}).get(key, ()), torch)) is None:
             raise
@@ -112,7 +140,9 @@ def _kernel_source(
     return source
 
 
-def _vector_source(tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None) -> Source:
+def _vector_source(
+    tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None
+) -> Source:
     """A bias, scale or statistic, stacked like its module's kernel or as the names show."""
     parts, shape = tree.paths[position], tuple(tree.leaves[position].shape)
     stacks = [0]

@@ -38,7 +38,9 @@ def _digits(dtype: np.dtype) -> int | None:
 def value_bits(array: Any, dtype: np.dtype) -> np.ndarray:
     """Return an array's values in `dtype`, as unsigned integers."""
     with np.errstate(over="ignore", invalid="ignore"):
-        values = np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False)).reshape(np.shape(array))
+        values = np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False)).reshape(
+            np.shape(array)
+        )
     return values.view(f"u{dtype.itemsize}")
 
 

@@ -65,17 +65,25 @@ def lora_of(
     """
     check_limits(rank, energy)
     if module.kind == "lora" and module.tensors["lora_B"].shape[1] != module.r:
-        raise ValueError(f"{module.name} is the LoRA of a convolution in groups; its rank cannot be lowered here")
+        raise ValueError(
+            f"{module.name} is the LoRA of a convolution in groups; its rank cannot be lowered here"
+        )
     update = LowRankUpdate.of(module)
     in_shape = _in_shape(module, update, shape)
     groups = plain_scalar(groups)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"The groups of {module.name} should be a positive integer value but are {groups!r}")
+        raise ValueError(
+            f"The groups of {module.name} should be a positive integer value but are {groups!r}"
+        )
     if update.rows % groups:
-        raise ValueError(f"{module.name} has {update.rows} out channels, which {groups} groups do not divide")
+        raise ValueError(
+            f"{module.name} has {update.rows} out channels, which {groups} groups do not divide"
+        )
     for part, tensor in module.tensors.items():
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{module.name}.{part} has values that are not finite; it has no singular values")
+            raise ValueError(
+                f"{module.name}.{part} has values that are not finite; it has no singular values"
+            )
     if module.dora_scale is not None:
         _check_norms(module, update.rows, groups)
     left, right, error = _factors(update, rank, energy, groups)
@@ -88,7 +96,9 @@ def lora_of(
     }
     r = groups * slots
     tensors = cast_tensors(
-        module.name, tensors, np.result_type(*(side.dtype for pair in update.pairs for side in pair))
+        module.name,
+        tensors,
+        np.result_type(*(side.dtype for pair in update.pairs for side in pair)),
     )
     return dataclasses.replace(module, kind="lora", r=r, alpha=float(r), tensors=tensors), error
 
@@ -104,7 +114,9 @@ def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> di
     for key, tensor in result.items():
         if not np.isfinite(tensor).all():
             largest = float(np.abs(tensors[key]).max())
-            raise ValueError(f"{name}.{key} has values up to {largest:.3g}, too large for {np.dtype(dtype)}")
+            raise ValueError(
+                f"{name}.{key} has values up to {largest:.3g}, too large for {np.dtype(dtype)}"
+            )
     return result
 
 
@@ -114,7 +126,9 @@ def check_limits(rank: int | None, energy: float | None) -> None:
     if rank is not None and energy is not None:
         raise ValueError(f"Give `rank` or `energy`, not both: got rank={rank} and energy={energy}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"`rank` should be a positive integer value but the value passed is {rank!r}")
+        raise ValueError(
+            f"`rank` should be a positive integer value but the value passed is {rank!r}"
+        )
     if energy is not None and (
         isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1
     ):  # fmt: skip
@@ -123,7 +137,9 @@ def check_limits(rank: int | None, energy: float | None) -> None:
         )
 
 
-def _in_shape(module: AdapterModule, update: LowRankUpdate, shape: Sequence[int] | None) -> tuple[int, ...]:
+def _in_shape(
+    module: AdapterModule, update: LowRankUpdate, shape: Sequence[int] | None
+) -> tuple[int, ...]:
     """`(in, *spatial)` of the weight."""
     if shape is None:
         return update.in_shape or (update.columns,)
@@ -154,9 +170,16 @@ def _factors(
     update: LowRankUpdate, rank: int | None, energy: float | None, groups: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """`left [out, k]`, `right [groups, k, columns]` and the relative error; each group of rows has a `right`."""
-    ka = functools.reduce(khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs)) * update.scale
-    kb = functools.reduce(khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)).T
-    kept = ka.any(0) & kb.any(1)  # a pair that makes a matrix of ones has one column that is not zero
+    ka = (
+        functools.reduce(khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs))
+        * update.scale
+    )
+    kb = functools.reduce(
+        khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)
+    ).T
+    kept = ka.any(0) & kb.any(
+        1
+    )  # a pair that makes a matrix of ones has one column that is not zero
     if not kept.any():
         return np.zeros((update.rows, 1)), np.zeros((groups, 1, update.columns)), 0.0
     ka, kb = np.ascontiguousarray(ka[:, kept]), np.ascontiguousarray(kb[kept])

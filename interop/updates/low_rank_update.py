@@ -51,16 +51,24 @@ class LowRankUpdate:
         if module.kind == "lora":
             a, b = tensors["lora_A"], tensors["lora_B"]
             if b.shape[1] != a.shape[0]:
-                raise ValueError(f"{module.name} is the LoRA of a convolution in groups, which is not supported here")
+                raise ValueError(
+                    f"{module.name} is the LoRA of a convolution in groups, which is not supported here"
+                )
             spatial = a.shape[1:] if a.ndim > 2 else None
             return cls(((b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)),), scale, spatial)
         if "hada_t1" not in tensors:
-            return cls(tuple((tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]) for n in "12"), scale, module.in_shape)
+            return cls(
+                tuple((tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"]) for n in "12"),
+                scale,
+                module.in_shape,
+            )
         pairs = []
         for n in "12":
             core, w_b = tensors[f"hada_t{n}"], tensors[f"hada_w{n}_b"]
             right = np.einsum("pq...,qi->pi...", core, w_b)
-            pairs.append((tensors[f"hada_w{n}_a"].T, np.ascontiguousarray(right).reshape(right.shape[0], -1)))
+            pairs.append(
+                (tensors[f"hada_w{n}_a"].T, np.ascontiguousarray(right).reshape(right.shape[0], -1))
+            )
         in_shape = module.in_shape or (tensors["hada_w1_b"].shape[1], *tensors["hada_t1"].shape[2:])
         return cls(tuple(pairs), scale, in_shape)
 

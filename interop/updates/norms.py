@@ -46,13 +46,17 @@ def _norm_of_sum(terms: list[tuple[float, LowRankUpdate]]) -> float:
     """‖Σ sign · ΔW‖."""
     first = terms[0][1]
     if any((u.rows, u.columns) != (first.rows, first.columns) for _, u in terms):
-        raise ValueError(f"The updates differ in shape: {', '.join(f'{[u.rows, u.columns]}' for _, u in terms)}")
+        raise ValueError(
+            f"The updates differ in shape: {', '.join(f'{[u.rows, u.columns]}' for _, u in terms)}"
+        )
     gram = sum(u.inner for _, u in terms) ** 2 * (first.rows + first.columns)
     rows = sum(left.shape[1] for _, u in terms for left, _ in u.pairs) * first.rows * first.columns
     with np.errstate(over="ignore", invalid="ignore"):  # the norm may be inf or NaN
         if gram < rows:
             products = [(s * t, a, b) for s, a in terms for t, b in terms]
-            sums = [(sign * value, size) for sign, a, b in products for value, size in [_inner(a, b)]]
+            sums = [
+                (sign * value, size) for sign, a, b in products for value, size in [_inner(a, b)]
+            ]
             square, size = sum(v for v, _ in sums), sum(s for _, s in sums)
             if not square < _CANCELLED * size:
                 return math.sqrt(square) if square >= 0 else math.nan
@@ -80,10 +84,14 @@ def _gram(a: LowRankUpdate, b: LowRankUpdate) -> np.ndarray:
     total = np.zeros((a.inner, b.inner))
     for start in range(0, a.rows, step):
         first = _left(a, start, start + step)
-        total += first.T @ (first if a is b else _left(b, start, start + step))  # of one array, BLAS does half the work
+        total += first.T @ (
+            first if a is b else _left(b, start, start + step)
+        )  # of one array, BLAS does half the work
     return total
 
 
 def _left(update: LowRankUpdate, start: int, stop: int) -> np.ndarray:
     """Rows of the Khatri-Rao factor, in float64."""
-    return functools.reduce(khatri_rao_rows, (left[start:stop].astype(np.float64) for left, _ in update.pairs))
+    return functools.reduce(
+        khatri_rao_rows, (left[start:stop].astype(np.float64) for left, _ in update.pairs)
+    )

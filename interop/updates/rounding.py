@@ -84,7 +84,9 @@ def loss_notes(losses: dict[str, Loss]) -> list[str]:
     notes = []
     for dtype, scaled in sorted({(t.dtype, t.scaled) for t in losses.values()}):
         own = {key: t for key, t in losses.items() if (t.dtype, t.scaled) == (dtype, scaled)}
-        if (share := overall(list(own.values()))) > LOSS_LIMIT or any(t.share > LOSS_LIMIT for t in own.values()):
+        if (share := overall(list(own.values()))) > LOSS_LIMIT or any(
+            t.share > LOSS_LIMIT for t in own.values()
+        ):
             worst = max(own, key=lambda key: own[key].share)
             many = sum(t.share > LOSS_LIMIT for t in own.values())
             notes.append(

@@ -31,8 +31,12 @@ def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def module_shapes(modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the updates of modules of a file; see `update_shapes`."""
-    shapes = update_shapes({f"{name}.{part}": t for name, m in modules.items() for part, t in m.tensors.items()})
-    known = {name: m.in_shape for name, m in modules.items() if m.in_shape is not None and name in shapes}
+    shapes = update_shapes(
+        {f"{name}.{part}": t for name, m in modules.items() for part, t in m.tensors.items()}
+    )
+    known = {
+        name: m.in_shape for name, m in modules.items() if m.in_shape is not None and name in shapes
+    }
     return shapes | {name: (shapes[name][0], *in_shape) for name, in_shape in known.items()}
 
 

@@ -106,7 +106,9 @@ class Checkpoints:
 
         name = os.fspath(folder)
         self.folder: Any = epath.Path(name if "://" in name else os.path.abspath(name))
-        self._retention = Retention(keep, best, best_mode, keep_best, lambda step: self._description(step)["metrics"])
+        self._retention = Retention(
+            keep, best, best_mode, keep_best, lambda step: self._description(step)["metrics"]
+        )
         self._fingerprints = Fingerprints()
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -127,7 +129,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         self.close()
 
     def close(self) -> None:
@@ -220,7 +227,9 @@ class Checkpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, params: Any, opt_state: Any = None, step: int | None = None) -> Restored | None:
+    def restore(
+        self, params: Any, opt_state: Any = None, step: int | None = None
+    ) -> Restored | None:
         """Restore the latest intact checkpoint, or that of a step.
 
         Args:
@@ -248,13 +257,22 @@ class Checkpoints:
         state = take_apart(params, opt_state)
         base = self._fingerprints.of(state.base)
         leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
-        given = {"adapters": state.adapters, "optimizer": state.optimizer, "leaves": leaves, "base": base}
+        given = {
+            "adapters": state.adapters,
+            "optimizer": state.optimizer,
+            "leaves": leaves,
+            "base": base,
+        }
         steps = steps_on_disk(self.folder)
         if step is not None and step not in steps:
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}; it has {steps or 'none'}")
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint of step {step}; it has {steps or 'none'}"
+            )
         for name in unfinished(self.folder):
             if step is None and int(name.partition(".")[0]) > max(steps, default=-1):
-                warn_caller(f"{self.folder / name} is unfinished: saving was interrupted. It is skipped.")
+                warn_caller(
+                    f"{self.folder / name} is unfinished: saving was interrupted. It is skipped."
+                )
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
                 restored = self._restore_step(candidate, state, given)
@@ -266,7 +284,9 @@ class Checkpoints:
                     raise
                 warn_caller(f"{error}. It is skipped.")
         if steps:
-            reasons = "".join(f"\n  - {self._retention.corrupted[n]}" for n in sorted(steps, reverse=True))
+            reasons = "".join(
+                f"\n  - {self._retention.corrupted[n]}" for n in sorted(steps, reverse=True)
+            )
             raise FileError(f"{self.folder} holds no intact checkpoint:{reasons}")
         return None
 
@@ -288,10 +308,14 @@ class Checkpoints:
         arrays = raise_together(read, f"{origin} is corrupted")
         found = digests(arrays)
         if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
-            raise FileError(f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved")
+            raise FileError(
+                f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved"
+            )
         for name, array in arrays.items():
             # Not the optimizer state: optax may change a dtype in its first update.
-            values[name] = as_given(array, state.saved.get(name), wanted[name], cast=name.startswith("params"))
+            values[name] = as_given(
+                array, state.saved.get(name), wanted[name], cast=name.startswith("params")
+            )
         params, opt_state = state.with_values(values)
         return Restored(step, params, opt_state, values.get(KEY), held["data"], held["metrics"])
 
@@ -304,8 +328,12 @@ class Checkpoints:
         except TypeError:
             number = -1
         if not 0 <= number <= _LARGEST_STEP:
-            raise ValueError(f"The step should be an integer from 0 to {_LARGEST_STEP}, got {step!r}")
-        if later := [n for n in self.all_steps if n >= number and n not in self._retention.corrupted]:
+            raise ValueError(
+                f"The step should be an integer from 0 to {_LARGEST_STEP}, got {step!r}"
+            )
+        if later := [
+            n for n in self.all_steps if n >= number and n not in self._retention.corrupted
+        ]:
             raise ValueError(
                 f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which would be taken for "
                 "the newer ones. Choose another folder, or delete those."
@@ -315,7 +343,9 @@ class Checkpoints:
 
 def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arrays by number, as they are saved, and the description of all leaves by name."""
-    if abstract := [name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+    if abstract := [
+        name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)
+    ]:
         raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
     arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}
     leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
@@ -357,7 +387,9 @@ def save(
         checkpoints.save(step, params, opt_state, key=key, data=data, metrics=metrics)
 
 
-def restore(folder: str | os.PathLike[str], params: Any, opt_state: Any = None, step: int | None = None) -> Restored:
+def restore(
+    folder: str | os.PathLike[str], params: Any, opt_state: Any = None, step: int | None = None
+) -> Restored:
     """Restore one checkpoint, as `Checkpoints.restore` does; see `save` for an example.
 
     Raises:

@@ -23,8 +23,21 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 KEY = "key"
 
 PROVENANCE = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+    ),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    ),
     *("init_weights", "metadata"),
 )
 """Fields of a config that are not compared: origins, and choices of modules, compared by name."""
@@ -54,7 +67,9 @@ class State:
         """Return `(params, opt_state)` with other values of the saved leaves."""
         params, is_saved, leaves, opt_state = self._flat
         names = iter(self.saved)
-        new = params.unflatten([values[next(names)] if saved else x for x, saved in zip(leaves, is_saved, strict=True)])
+        new = params.unflatten(
+            [values[next(names)] if saved else x for x, saved in zip(leaves, is_saved, strict=True)]
+        )
         if opt_state is None:
             return new, None
         return new, opt_state.unflatten([values[next(names)] for _ in range(opt_state.num_leaves)])
@@ -67,7 +82,10 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
         TypeError: `params` is an NNX model, or a leaf to save is neither an array nor a number.
         ValueError: `params` has no adapter, or is one half of `partition`.
     """
-    refuse_model(params, "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.")
+    refuse_model(
+        params,
+        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.",
+    )
     adapters: dict[str, Any] = {}
 
     def mark(path: Any, leaf: Any) -> Any:
@@ -76,7 +94,9 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
         adapters[_name("params", path)] = _describe_adapted(leaf)
         marked = jax.tree.map(lambda _: True, leaf)
         frozen = "kernel" if isinstance(leaf, LoHaWeight) else "original"
-        return dataclasses.replace(marked, **{frozen: jax.tree.map(lambda _: False, getattr(leaf, frozen))})
+        return dataclasses.replace(
+            marked, **{frozen: jax.tree.map(lambda _: False, getattr(leaf, frozen))}
+        )
 
     is_saved = jax.tree.leaves(jax.tree_util.tree_map_with_path(mark, params, is_leaf=is_adapted))
     if not any(is_saved):
@@ -97,7 +117,9 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
         saved[KEY] = key
     for name, leaf in saved.items():
         if type(leaf) not in _SCALARS and not is_array(leaf):
-            raise TypeError(f"{name} is of type {type(leaf).__name__}; a checkpoint holds arrays and numbers")
+            raise TypeError(
+                f"{name} is of type {type(leaf).__name__}; a checkpoint holds arrays and numbers"
+            )
     flat = (structure, is_saved, [leaf for _, leaf in paths], optimizer)
     return State(saved, base, adapters, None if optimizer is None else _types(optimizer), flat)
 
@@ -115,7 +137,12 @@ def describe_leaf(leaf: Any) -> dict[str, Any]:
         return {"kind": kind, "value": leaf}
     shape = list(leaf.shape)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return {"kind": "key", "shape": shape, "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
+        return {
+            "kind": "key",
+            "shape": shape,
+            "dtype": str(leaf.dtype),
+            "impl": str(jax.random.key_impl(leaf)),
+        }
     kind = "numpy" if isinstance(leaf, np.ndarray | np.generic) else "array"
     weak = {"weak_type": True} if getattr(leaf, "weak_type", False) else {}
     return {"kind": kind, "shape": shape, "dtype": str(leaf.dtype), **weak}
@@ -178,7 +205,9 @@ def _describe_adapted(leaf: LoHaWeight | SavedWeight) -> dict[str, Any]:
                 "config": {"class": type(factors.config).__name__, **factors.config.to_dict()},
             }
     layout = None if leaf.layout is None else leaf.layout.word
-    return json.loads(json.dumps({"layout": layout, "active": list(leaf.active), **described}, default=str))
+    return json.loads(
+        json.dumps({"layout": layout, "active": list(leaf.active), **described}, default=str)
+    )
 
 
 def _types(structure: Any) -> list[str]:
@@ -208,7 +237,9 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
         lines += _fields(name, _structure(ours), _structure(theirs))
     # Earlier versions saved alpha/r, `scale`'s numbers and norms of unadapted modules as arrays.
-    described = [x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)]
+    described = [
+        x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)
+    ]
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
         lines.append(
@@ -216,21 +247,31 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
         )
     arrays = ".scaling", ".multiplier"
     wanted = {
-        n: x for n, x in held["leaves"].items() if n != KEY and not (n.startswith("params") and n.endswith(arrays))
+        n: x
+        for n, x in held["leaves"].items()
+        if n != KEY and not (n.startswith("params") and n.endswith(arrays))
     }
     if given["optimizer"] is None:
         wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
     elif given["optimizer"] != held["optimizer"]:
-        lines.append(f"opt_state: given {given['optimizer']}, the checkpoint has {held['optimizer']}")
+        lines.append(
+            f"opt_state: given {given['optimizer']}, the checkpoint has {held['optimizer']}"
+        )
     for name, ours, theirs in _pairs(given["leaves"], wanted):
         if ours is None or theirs is None or _as_shape(ours) != _as_shape(theirs):
             lines.append(f"{name}: given {_shown(ours)}, the checkpoint has {_shown(theirs)}")
     for name, ours, theirs in _pairs(given["base"], held["base"]):
-        if ours is not None and theirs is not None and not ("digest" in ours and "digest" in theirs):
+        if (
+            ours is not None
+            and theirs is not None
+            and not ("digest" in ours and "digest" in theirs)
+        ):
             ours, theirs = ({k: v for k, v in x.items() if k != "digest"} for x in (ours, theirs))
         if not _same(ours, theirs):
             what = "other values" if _shown(ours) == _shown(theirs) else _shown(ours)
-            lines.append(f"{name} (base): given {what}, the checkpoint was made on {_shown(theirs)}")
+            lines.append(
+                f"{name} (base): given {what}, the checkpoint was made on {_shown(theirs)}"
+            )
     return lines
 
 
@@ -252,9 +293,17 @@ def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str,
 
 def _fields(name: str, given: Any, held: Any) -> list[str]:
     """Return a line for each field that differs, those of a config too."""
-    if not all(isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)):
-        return [] if _same(given, held) else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
-    return [line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)]
+    if not all(
+        isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)
+    ):
+        return (
+            []
+            if _same(given, held)
+            else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
+        )
+    return [
+        line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)
+    ]
 
 
 def _same(given: Any, held: Any) -> bool:

@@ -26,10 +26,14 @@ class Fingerprints:
         arrays = list(base.values())
         if self._last is not None:
             known, result = self._last
-            if len(known) == len(arrays) and all(ref() is array for ref, array in zip(known, arrays, strict=True)):
+            if len(known) == len(arrays) and all(
+                ref() is array for ref, array in zip(known, arrays, strict=True)
+            ):
                 return result
         result = fingerprint(base)
-        fixed = all(isinstance(array, jax.Array) for array in arrays)  # numpy arrays may change in place
+        fixed = all(
+            isinstance(array, jax.Array) for array in arrays
+        )  # numpy arrays may change in place
         self._last = ([weakref.ref(array) for array in arrays], result) if fixed else None
         return result
 

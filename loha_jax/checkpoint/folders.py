@@ -20,7 +20,9 @@ def unfinished(folder: Any) -> list[str]:
     import orbax.checkpoint as ocp
 
     names = [path.name for path in folder.iterdir()]
-    return sorted(n for n in names if ocp.utils.TMP_DIR_SUFFIX in n and n.partition(".")[0].isdigit())
+    return sorted(
+        n for n in names if ocp.utils.TMP_DIR_SUFFIX in n and n.partition(".")[0].isdigit()
+    )
 
 
 def remove(folder: Any) -> None:

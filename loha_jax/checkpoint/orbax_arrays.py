@@ -45,7 +45,9 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
             restore_args[described["item"]] = ocp.RestoreArgs(restore_type=np.ndarray)
         else:
             restore_args[described["item"]] = ocp.ArrayRestoreArgs(
-                sharding=sharding, global_shape=tuple(described["shape"]), dtype=jnp.dtype(described["dtype"])
+                sharding=sharding,
+                global_shape=tuple(described["shape"]),
+                dtype=jnp.dtype(described["dtype"]),
             )
     # Not by the manager: if one process fails in it, the others wait for that one forever.
     read = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers()).restore(
@@ -95,7 +97,9 @@ def _sharding_to_read(given: Any, described: Mapping[str, Any]) -> Any:
     sharding = wanted_sharding(given)
     if sharding is None or described["kind"] == "key" or described.get("weak_type"):
         return None
-    if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:  # float64 while it is disabled
+    if (
+        jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]
+    ):  # float64 while it is disabled
         return None
     return None if jax.process_count() > 1 and sharding.is_fully_addressable else sharding
 

@@ -48,7 +48,9 @@ class Retention:
     ):
         keep, keep_best = plain_scalar(keep), plain_scalar(keep_best)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise ValueError(f"`keep` should be a positive integer, or None for all checkpoints, got {keep!r}")
+            raise ValueError(
+                f"`keep` should be a positive integer, or None for all checkpoints, got {keep!r}"
+            )
         if isinstance(keep_best, bool) or not isinstance(keep_best, int) or keep_best < 0:
             raise ValueError(f"`keep_best` should be an integer of at least 0, got {keep_best!r}")
         if best_mode not in ("min", "max"):
@@ -73,18 +75,25 @@ class Retention:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Return which checkpoints stay; Orbax calls it once it has started to save the last."""
         whole = [
-            dataclasses.replace(c, metrics=self._ranked(c.step)) for c in checkpoints if c.step not in self.corrupted
+            dataclasses.replace(c, metrics=self._ranked(c.step))
+            for c in checkpoints
+            if c.step not in self.corrupted
         ]
         decided = self._policy.should_preserve(whole, context=context)
         kept = {c.step for c, keep in zip(whole, decided, strict=True) if keep}
-        return [c.step in kept or (c.step in self.corrupted and c.step > checkpoints[-1].step) for c in checkpoints]
+        return [
+            c.step in kept or (c.step in self.corrupted and c.step > checkpoints[-1].step)
+            for c in checkpoints
+        ]
 
     def best_step(self, steps: Sequence[int]) -> int | None:
         """Return the step with the best metric, the last of equals; None if no step has one."""
         if self._best is None:
             return None
         sign = -1 if self._best_mode == "min" else 1
-        ranked = [(sign * metrics[self._best], step) for step in steps if (metrics := self._ranked(step))]
+        ranked = [
+            (sign * metrics[self._best], step) for step in steps if (metrics := self._ranked(step))
+        ]
         return max(ranked)[1] if ranked else None
 
     def _ranked(self, step: int) -> dict[str, float] | None:

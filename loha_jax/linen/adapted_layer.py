@@ -131,7 +131,9 @@ def compute(
     def run(weight, others, args) -> Any:
         return plain.apply({"params": {**others, kernel_name: weight}}, *args, method=method)
 
-    return adapt(run, strategy=layer.strategy, forward_mode=layer.forward_mode)(weight, others, args)
+    return adapt(run, strategy=layer.strategy, forward_mode=layer.forward_mode)(
+        weight, others, args
+    )
 
 
 class _Declarations(nn.Module):
@@ -140,7 +142,9 @@ class _Declarations(nn.Module):
     record: Callable[..., None] | None = None
 
     @nn.nowrap
-    def param(self, name: str, init_fn: Callable[..., Any], *init_args, unbox: bool = True, **init_kwargs) -> Any:
+    def param(
+        self, name: str, init_fn: Callable[..., Any], *init_args, unbox: bool = True, **init_kwargs
+    ) -> Any:
         init = functools.partial(_init, init_fn, init_args, init_kwargs)
         box = jax.eval_shape(init, jax.random.key(0))
         assert self.record is not None
@@ -161,7 +165,10 @@ def _declaring(base: type[nn.Module]) -> Any:
 def _fields(layer: nn.Module, base: type[nn.Module]) -> dict[str, Any]:
     """Return the arguments of the plain Flax layer."""
     names = (f.name for f in dataclasses.fields(base) if f.init)
-    return {"parent": None, **{name: getattr(layer, name) for name in names if name not in ("parent", "name")}}
+    return {
+        "parent": None,
+        **{name: getattr(layer, name) for name in names if name not in ("parent", "name")},
+    }
 
 
 _NOT_FOR_FEDPARA = ("rank_dropout", "module_dropout", "init_weights", "strategy")
@@ -176,7 +183,9 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
     alpha = layer.alpha
     if layer.fedpara:
         alpha = layer.r if alpha is None else alpha
-        wrong = [name for name in _NOT_FOR_FEDPARA if getattr(layer, name) != getattr(LoHaLayer, name)]
+        wrong = [
+            name for name in _NOT_FOR_FEDPARA if getattr(layer, name) != getattr(LoHaLayer, name)
+        ]
         wrong += ["alpha"] * (alpha == 0) + ["variance_scale"] * (not layer.variance_scale > 0)
         if wrong:
             raise ValueError(

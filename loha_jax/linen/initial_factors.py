@@ -16,13 +16,20 @@ from loha_jax.tree.plan import Target
 
 
 def initial_factor(
-    layer: Any, target: Target, config: LoHaConfig, name: str, shape: tuple[int, ...], key: jax.Array
+    layer: Any,
+    target: Target,
+    config: LoHaConfig,
+    name: str,
+    shape: tuple[int, ...],
+    key: jax.Array,
 ) -> jax.Array:
     """Draw one factor of all modules of the kernel: `[*stack, *shape]`."""
     dtype = factor_dtype(target.dtype)
     if layer.fedpara:
         key = jax.random.fold_in(key, FACTOR_NAMES.index(name))
-        return _fedpara_std(layer, target, config) * jax.random.normal(key, (*target.stack, *shape), dtype)
+        return _fedpara_std(layer, target, config) * jax.random.normal(
+            key, (*target.stack, *shape), dtype
+        )
     names = [str(n) for n in range(len(target.names))]
     return init_factors(key, names, {name: shape}, config.init_weights, dtype, target.stack)[name]
 

@@ -30,7 +30,12 @@ describing = jax.make_user_context(False)  # part of jit's cache key: a jitted i
 
 
 def make_target(
-    path: tuple[str, ...], name: str, layout: Layout, kernel: Any, config: LoHaConfig, names: Names | None
+    path: tuple[str, ...],
+    name: str,
+    layout: Layout,
+    kernel: Any,
+    config: LoHaConfig,
+    names: Names | None,
 ) -> Target:
     """Return what a layer adapts, with its module names in the model."""
     module_names = stack_names(name, layout.sizes("s", kernel.shape), names)
@@ -42,7 +47,8 @@ def make_target(
         dtype=jnp.dtype(kernel.dtype),
         ranks=(config.r,) * len(module_names),
         alphas=(config.alpha,) * len(module_names),
-        cp=config.use_effective_conv2d and any(size != 1 for size in layout.sizes("k", kernel.shape)),
+        cp=config.use_effective_conv2d
+        and any(size != 1 for size in layout.sizes("k", kernel.shape)),
     )
 
 
@@ -51,7 +57,11 @@ def loha_weight(
 ) -> LoHaWeight:
     """Return the kernel with its factors as a leaf of a tree."""
     return LoHaWeight(
-        kernel, {adapter_name: _factors(target, config, tensors)}, target.layout, target.names, (adapter_name,)
+        kernel,
+        {adapter_name: _factors(target, config, tensors)},
+        target.layout,
+        target.names,
+        (adapter_name,),
     )
 
 
@@ -70,7 +80,9 @@ def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> 
     )
 
 
-def product(target: Target, config: LoHaConfig, tensors: Mapping[str, Any], forward_mode: bool = False) -> jax.Array:
+def product(
+    target: Target, config: LoHaConfig, tensors: Mapping[str, Any], forward_mode: bool = False
+) -> jax.Array:
     """Return FedPara's weight, in the kernel's shape and dtype."""
     delta = _factors(target, config, tensors).delta(forward_mode=forward_mode)
     return target.layout.fold(delta, target.shape).astype(target.dtype)
@@ -123,7 +135,9 @@ class Described(meta.AxisMetadata):
     def layout(self) -> Layout:
         """The layout of the whole kernel."""
         tokens = re.findall(r"[a-z]\d*", self.target.layout.word)
-        return Layout(" ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes))
+        return Layout(
+            " ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes)
+        )
 
     def order(self, ndim: int) -> tuple[int, ...]:
         """Return a factor's axes in the order of `Factors`: the kernel's stack axes, then the rest."""
@@ -135,10 +149,16 @@ class Described(meta.AxisMetadata):
         return tuple(axes.index(axis) for axis in (*stack, *rest))
 
 
-def _describe(init: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+def _describe(
+    init: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[tuple[str, ...], Any]:
     """Evaluate `init` abstractly; return its flat params, with `Described` leaves."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    dynamic = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)]
+    dynamic = [
+        n
+        for n, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    ]
 
     def run(arrays):
         filled = list(leaves)
@@ -150,18 +170,25 @@ def _describe(init: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
     with describing(True):
         variables = jax.eval_shape(run, [leaves[n] for n in dynamic])
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError(f"{init!r} is not the init of a Linen model: it gives no dict with 'params'")
+        raise ValueError(
+            f"{init!r} is not the init of a Linen model: it gives no dict with 'params'"
+        )
     flat = flatten_dict(variables["params"])
     if not any(isinstance(leaf, Described) for leaf in flat.values()):
         raise ValueError(f"The model of {init!r} has no layer of loha_jax.linen")
-    return {path: leaf if isinstance(leaf, Described) else meta.unbox(leaf) for path, leaf in flat.items()}
+    return {
+        path: leaf if isinstance(leaf, Described) else meta.unbox(leaf)
+        for path, leaf in flat.items()
+    }
 
 
 def _layers(described: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Described]:
     return {path[:-1]: leaf for path, leaf in described.items() if isinstance(leaf, Described)}
 
 
-def _own_leaves(described: Mapping[tuple[str, ...], Any], path: tuple[str, ...], d: Described) -> dict[str, Any]:
+def _own_leaves(
+    described: Mapping[tuple[str, ...], Any], path: tuple[str, ...], d: Described
+) -> dict[str, Any]:
     """Return the shapes of a layer's kernel and factors by leaf name."""
     names = (*FACTOR_NAMES, *(() if d.fedpara else (d.kernel_name,)))
     leaves = {name: described[(*path, name)] for name in names if (*path, name) in described}
@@ -241,7 +268,9 @@ def to_adapted(
             if have is None:
                 problems.append(f"{_show((*path, name))} is missing")
             elif np.shape(have) != want.shape:
-                problems.append(f"{_show((*path, name))} has shape {np.shape(have)}, in the model {want.shape}")
+                problems.append(
+                    f"{_show((*path, name))} has shape {np.shape(have)}, in the model {want.shape}"
+                )
     problems += [
         f"{_show(path)}: the model has no LoHa layer there"
         for path in flat
@@ -251,11 +280,17 @@ def to_adapted(
     for path, d in layers.items():
         axes = d.kernel_axes
         first = flat[(*path, FACTOR_NAMES[0])]
-        sizes = dict(zip(d._axes([*d.target.layout.axes("s"), ".0", ".1"]), first.shape, strict=True))
-        shape = tuple(d.target.shape[axis] if isinstance(axis, int) else sizes[axis] for axis in axes)
+        sizes = dict(
+            zip(d._axes([*d.target.layout.axes("s"), ".0", ".1"]), first.shape, strict=True)
+        )
+        shape = tuple(
+            d.target.shape[axis] if isinstance(axis, int) else sizes[axis] for axis in axes
+        )
         shapes[path] = jax.ShapeDtypeStruct(shape, d.target.dtype)
     targets = {
-        path: make_target(path, module_name((*path, d.kernel_name)), d.layout, shapes[path], d.config, names)
+        path: make_target(
+            path, module_name((*path, d.kernel_name)), d.layout, shapes[path], d.config, names
+        )
         for path, d in layers.items()
     }
     adapted = {path: target for path, target in targets.items() if not layers[path].fedpara}
@@ -268,7 +303,9 @@ def to_adapted(
         if d.fedpara:
             result[position] = product(targets[path], d.config, tensors)
         else:
-            result[position] = loha_weight(targets[path], config, flat[position], tensors, adapter_name)
+            result[position] = loha_weight(
+                targets[path], config, flat[position], tensors, adapter_name
+            )
     return rebuild(result)
 
 
@@ -278,20 +315,35 @@ def _common_config(targets: Mapping[Any, Target], configs: Mapping[Any, LoHaConf
         return LoHaConfig()
     counted = Counter(name for target in targets.values() for name in target.names)
     if twice := [name for name, count in counted.items() if count > 1]:
-        raise ValueError(f"Two layers have the module name {twice[0]!r}: give names= that tell them apart")
+        raise ValueError(
+            f"Two layers have the module name {twice[0]!r}: give names= that tell them apart"
+        )
 
     def common(field: str, paths: Sequence[Any]) -> Any:
         values = {path: getattr(configs[path], field) for path in paths}
         if len(set(values.values())) > 1:
-            shown = ", ".join(f"{targets[path].names[0]}: {value!r}" for path, value in values.items())
-            raise ValueError(f"The layers differ in {field}, of which an adapter's config holds one: {shown}")
+            shown = ", ".join(
+                f"{targets[path].names[0]}: {value!r}" for path, value in values.items()
+            )
+            raise ValueError(
+                f"The layers differ in {field}, of which an adapter's config holds one: {shown}"
+            )
         return next(iter(values.values()), getattr(LoHaConfig, field))
 
-    r, alpha = (Counter(getattr(c, f) for c in configs.values()).most_common(1)[0][0] for f in ("r", "alpha"))
-    large = [path for path, t in targets.items() if any(size != 1 for size in t.layout.sizes("k", t.shape))]
+    r, alpha = (
+        Counter(getattr(c, f) for c in configs.values()).most_common(1)[0][0]
+        for f in ("r", "alpha")
+    )
+    large = [
+        path
+        for path, t in targets.items()
+        if any(size != 1 for size in t.layout.sizes("k", t.shape))
+    ]
 
     def patterns(field: str, default: Any) -> dict[str, Any]:
-        values = {name: getattr(configs[path], field) for path, t in targets.items() for name in t.names}
+        values = {
+            name: getattr(configs[path], field) for path, t in targets.items() for name in t.names
+        }
         return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
     return LoHaConfig(
@@ -355,7 +407,9 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
         have = {**tensors, d.kernel_name: leaf.kernel}
         for name, want in _own_leaves(described, path, d).items():
             if have[name].shape != want.shape:
-                problems.append(f"{_show((*path, name))} has shape {have[name].shape}, in the model {want.shape}")
+                problems.append(
+                    f"{_show((*path, name))} has shape {have[name].shape}, in the model {want.shape}"
+                )
         result.update({(*path, name): value for name, value in have.items()})
     _refuse(problems, "The adapted tree and the model do not fit")
     return rebuild(result)
@@ -373,14 +427,18 @@ def _misfit(leaf: Any, d: Described) -> str | None:
     if leaf.kernel is None or not factors.tensors:
         return "comes from one half of `partition`: put the halves together with `loha_jax.combine`"
     if extra := [name for name in EXTRA_NAMES if name in factors.trained]:
-        return f"has {' and '.join(extra)} (a LycorisConfig's), which the layer has no parameter for"
+        return (
+            f"has {' and '.join(extra)} (a LycorisConfig's), which the layer has no parameter for"
+        )
     pairs = {
         "layout": (leaf.layout.word, d.layout.word),
         "r": (sorted({*factors.ranks}), [d.config.r]),
         "alpha": (sorted({*factors.alphas}), [d.config.alpha]),
         "cores": (factors.is_cp, d.target.cp),
     }
-    differ = [f"{name}={have} (the layer: {want})" for name, (have, want) in pairs.items() if have != want]
+    differ = [
+        f"{name}={have} (the layer: {want})" for name, (have, want) in pairs.items() if have != want
+    ]
     if not differ and (factors.multiplier != 1 or factors.gate is not None):
         differ = ["a scaling that `loha_jax.scale` has changed from alpha/r"]
     return f"has {', '.join(differ)}" if differ else None

@@ -140,7 +140,9 @@ class LoHaEinsum(LoHaLayer, nn.Einsum):
     layout: str | None = None
 
     @nn.compact
-    def __call__(self, inputs: Any, einsum_str: str | None = None, deterministic: bool | None = None) -> jax.Array:
+    def __call__(
+        self, inputs: Any, einsum_str: str | None = None, deterministic: bool | None = None
+    ) -> jax.Array:
         """Apply the adapted kernel, as `nn.Einsum` does."""
         layout = functools.partial(_einsum_layout, self, inputs)
         return adapted_call(self, nn.Einsum, (inputs, einsum_str), layout, deterministic)
@@ -177,7 +179,9 @@ class LoHaEmbed(LoHaLayer, nn.Embed):
 
     def attend(self, query: Any, deterministic: bool | None = None) -> jax.Array:
         """Compute `query @ embeddingᵀ`: `[..., features]` to `[..., num_embeddings]`."""
-        return compute(self, nn.Embed, "embedding", self.embedding, {}, (query,), deterministic, "attend")
+        return compute(
+            self, nn.Embed, "embedding", self.embedding, {}, (query,), deterministic, "attend"
+        )
 
 
 def _einsum_layout(layer: LoHaEinsum, inputs: Any, shape: Sequence[int]) -> Layout:

@@ -34,7 +34,9 @@ def trainable_mask(params: Any) -> Any:
         >>> tx = optax.transforms.selective_transform(optax.adam(1e-3), freeze_mask=freeze)
         >>> state = tx.init(params)
     """
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: path_parts(path)[-1] in FACTOR_NAMES, params)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: path_parts(path)[-1] in FACTOR_NAMES, params
+    )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             "These params hold no leaf called hada_*: no layer of loha_jax.linen made them. For trees made by "

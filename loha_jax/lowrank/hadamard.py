@@ -50,7 +50,9 @@ def _scaled(product: jax.Array, scale: Scale) -> jax.Array:
     return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
 
 
-def _plain_weight(w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scale: Scale) -> jax.Array:
+def _plain_weight(
+    w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scale: Scale
+) -> jax.Array:
     dtype = _accumulator(w1_a, w1_b, w2_a, w2_b)
     # [*stack, out, r] @ [*stack, r, in] -> [*stack, out, in]
     first = jnp.matmul(w1_a, w1_b, preferred_element_type=dtype)
@@ -77,13 +79,20 @@ def _plain_weight_cp(
     dtype = _accumulator(t1, w1_a, w1_b, t2, w2_a, w2_b)
 
     def one(
-        t1: jax.Array, w1_a: jax.Array, w1_b: jax.Array, t2: jax.Array, w2_a: jax.Array, w2_b: jax.Array
+        t1: jax.Array,
+        w1_a: jax.Array,
+        w1_b: jax.Array,
+        t2: jax.Array,
+        w2_a: jax.Array,
+        w2_b: jax.Array,
     ) -> jax.Array:
         return _cp_matrix(t1, w1_a, w1_b, dtype) * _cp_matrix(t2, w2_a, w2_b, dtype)
 
     for _ in range(w1_a.ndim - 2):
         one = jax.vmap(one)
-    return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b))
+    return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(
+        jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b)
+    )
 
 
 def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -271,7 +280,12 @@ def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
 
 def _check_shapes(*, w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array) -> None:
     for name, a, b in (("1", w1_a, w1_b), ("2", w2_a, w2_b)):
-        if a.ndim < 2 or b.ndim != a.ndim or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        if (
+            a.ndim < 2
+            or b.ndim != a.ndim
+            or a.shape[-1] != b.shape[-2]
+            or a.shape[:-2] != b.shape[:-2]
+        ):
             raise ValueError(
                 f"hada_w{name}_a {a.shape} and hada_w{name}_b {b.shape} do not fit: expected [out, r] and [r, in]"
             )

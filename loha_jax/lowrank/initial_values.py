@@ -33,7 +33,9 @@ _SMALLEST = 2**14
 """Values of the smallest flat draw: under a millisecond, and enough for r=8 of 2048 features."""
 
 
-def factor_shapes(out: int, in_: int, spatial: Sequence[int], r: int, cp: bool) -> dict[str, tuple[int, ...]]:
+def factor_shapes(
+    out: int, in_: int, spatial: Sequence[int], r: int, cp: bool
+) -> dict[str, tuple[int, ...]]:
     """Return PEFT's shapes of one module's factors.
 
     Flat (linear, and convolutions without cores): w*_a `[out, r]`, w*_b `[r, in·prod(spatial)]`.
@@ -49,7 +51,14 @@ def factor_shapes(out: int, in_: int, spatial: Sequence[int], r: int, cp: bool) 
         return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
     core = (r, r, *spatial, *((1,) if len(spatial) == 1 else ()))
     a, b = (r, out), (r, in_)
-    return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b, "hada_t1": core, "hada_t2": core}
+    return {
+        "hada_w1_a": a,
+        "hada_w1_b": b,
+        "hada_w2_a": a,
+        "hada_w2_b": b,
+        "hada_t1": core,
+        "hada_t2": core,
+    }
 
 
 def init_factors(
@@ -78,7 +87,9 @@ def init_factors(
         stack: shape of the stack axes, whose product is the number of modules; by default one axis.
     """
     digests = [hashlib.sha256(name.encode()).digest() for name in module_names]
-    seeds = np.array([[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests], np.uint32)
+    seeds = np.array(
+        [[int.from_bytes(d[:4], "big"), int.from_bytes(d[4:8], "big")] for d in digests], np.uint32
+    )
     stack = (len(module_names),) if stack is None else tuple(stack)
     key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
     traced = any(isinstance(array, Tracer) for array in (key, jax.device_put(seeds)))

@@ -58,8 +58,12 @@ class Layout:
         for kind in "siok":
             indices = [b for a, b in tokens if a == kind]
             if any(indices) and sorted(indices) != sorted(map(str, range(len(indices)))):
-                raise ValueError(f"The layout {self.word!r} must number all of its {kind!r} axes, from 0")
-        object.__setattr__(self, "word", " ".join(a + b for a, b in tokens) if re.search(r"\d", word) else word)
+                raise ValueError(
+                    f"The layout {self.word!r} must number all of its {kind!r} axes, from 0"
+                )
+        object.__setattr__(
+            self, "word", " ".join(a + b for a, b in tokens) if re.search(r"\d", word) else word
+        )
 
     def __str__(self) -> str:
         return self.word
@@ -75,7 +79,11 @@ class Layout:
 
     def axes(self, kind: str) -> tuple[int, ...]:
         """Return the axes of one kind ('s', 'i', 'o' or 'k'), in flattening order."""
-        found = [(int(index) if index else n, n) for n, (k, index) in enumerate(self._tokens) if k == kind]
+        found = [
+            (int(index) if index else n, n)
+            for n, (k, index) in enumerate(self._tokens)
+            if k == kind
+        ]
         return tuple(n for _, n in sorted(found))
 
     @property
@@ -138,7 +146,9 @@ class Layout:
             )
         kept = self._tokens[missing:]
         stack = sorted(int(index) for kind, index in kept if kind == "s" and index)
-        return Layout("".join(k + (str(stack.index(int(n))) if k == "s" and n else n) for k, n in kept))
+        return Layout(
+            "".join(k + (str(stack.index(int(n))) if k == "s" and n else n) for k, n in kept)
+        )
 
 
 def einsum_layout(equation: str) -> str | None:
@@ -158,4 +168,8 @@ def einsum_layout(equation: str) -> str | None:
     given, letters, result = found.groups()
     kinds = {(True, True): "s", (True, False): "i", (False, True): "o", (False, False): "?"}
     word = "".join(kinds[letter in given, letter in result] for letter in letters)
-    return word if "?" not in word and {"i", "o"} <= set(word) and len(set(letters)) == len(letters) else None
+    return (
+        word
+        if "?" not in word and {"i", "o"} <= set(word) and len(set(letters)) == len(letters)
+        else None
+    )

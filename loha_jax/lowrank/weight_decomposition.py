@@ -65,7 +65,15 @@ def _squares(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
 
 
 def adapted_norms(
-    kernel: jax.Array, layout: Layout, w1_a: Any, w1_b: Any, w2_a: Any, w2_b: Any, scale: Any, *, on_out: bool
+    kernel: jax.Array,
+    layout: Layout,
+    w1_a: Any,
+    w1_b: Any,
+    w2_a: Any,
+    w2_b: Any,
+    scale: Any,
+    *,
+    on_out: bool,
 ) -> jax.Array:
     """Return ‖W + ΔW‖ per output or per input feature, differentiable in the factors and the scale.
 

@@ -59,7 +59,9 @@ def _through_adapt(cls: type[nnx.Module], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        return adapt(lambda self, *args, **kwargs: method(self, *args, **kwargs))(self, *args, **kwargs)
+        return adapt(lambda self, *args, **kwargs: method(self, *args, **kwargs))(
+            self, *args, **kwargs
+        )
 
     return call
 

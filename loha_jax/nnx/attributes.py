@@ -14,7 +14,20 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum, np.generic, np.dtype, np.ndarray)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type(...),
+    enum.Enum,
+    np.generic,
+    np.dtype,
+    np.ndarray,
+)
 
 
 def is_plain(value: Any) -> bool:
@@ -31,7 +44,9 @@ def detach_attributes(clone: nnx.Pytree) -> None:
     for name, value in list(vars(clone).items()):
         if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False):
             continue
-        if isinstance(getattr(type(clone), name, None), functools.cached_property) and not is_plain(value):
+        if isinstance(getattr(type(clone), name, None), functools.cached_property) and not is_plain(
+            value
+        ):
             del vars(clone)[name]
         elif (copy := _copied(value)) is not value:
             vars(clone)[name] = copy
@@ -46,7 +61,9 @@ def _copied(value: Any) -> Any:
     return set(value) if type(value) is set else value
 
 
-def changed_attributes(clones: Mapping[Any, Any], originals: Mapping[Any, Any]) -> Iterator[tuple[Any, str, Any]]:
+def changed_attributes(
+    clones: Mapping[Any, Any], originals: Mapping[Any, Any]
+) -> Iterator[tuple[Any, str, Any]]:
     """Yield the attributes set to plain data in the clones: original node, name and value."""
     for path, clone in clones.items():
         if not isinstance(clone, nnx.Pytree):
@@ -58,10 +75,16 @@ def changed_attributes(clones: Mapping[Any, Any], originals: Mapping[Any, Any]) 
             )
         original = originals[path]
         for name, value in vars(clone).items():
-            if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False) or not is_plain(value):
+            if (
+                name.startswith("_pytree__")
+                or clone._pytree__nodes.get(name, False)
+                or not is_plain(value)
+            ):
                 continue
             old = vars(original).get(name, originals)
-            if old is not value and not (type(old) is type(value) in (list, dict, set) and repr(old) == repr(value)):
+            if old is not value and not (
+                type(old) is type(value) in (list, dict, set) and repr(old) == repr(value)
+            ):
                 yield original, name, value
 
 

@@ -11,7 +11,12 @@ import numpy as np
 from flax import nnx
 
 from loha_jax.nnx.adapted_classes import base_class, set_class
-from loha_jax.nnx.attributes import changed_attributes, detach_attributes, new_data_attributes, set_attribute
+from loha_jax.nnx.attributes import (
+    changed_attributes,
+    detach_attributes,
+    new_data_attributes,
+    set_attribute,
+)
 from loha_jax.nnx.variables import AdaptedCopy, Path, adapted_among, below, is_node, replace_nodes
 
 
@@ -57,8 +62,12 @@ class Originals:
     def __init__(self, args: tuple, kwargs: dict[str, Any]):
         self._leaves, self._treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
         self._are_nodes = [is_node(leaf) for leaf in self._leaves]
-        self._nodes = [leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if node]
-        self.others = [leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if not node]
+        self._nodes = [
+            leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if node
+        ]
+        self.others = [
+            leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if not node
+        ]
         self.graph: dict[Path, Any] = dict(nnx.iter_graph(self._nodes))
         self.adapted = adapted_among(self.graph.items())
         self.weights = [node.leaf_for_call() for node in self.adapted.values()]
@@ -122,7 +131,9 @@ class Clones:
         for (path, variable), array in zip(variables.items(), weights, strict=True):
             variable.set_raw_value(array)
             self._before[path] = array
-        replace_nodes(graph.items(), {id(graph[path]): variable for path, variable in variables.items()})
+        replace_nodes(
+            graph.items(), {id(graph[path]): variable for path, variable in variables.items()}
+        )
         self._paths: dict[int, Path] = {id(variable): path for path, variable in variables.items()}
         for path, node in graph.items():
             if is_node(node) and path not in variables and not below(path, variables):
@@ -140,7 +151,11 @@ class Clones:
             self._changed_variables(),
             list(changed_attributes(graph, originals.graph)),
             dict(new_data_attributes(graph, originals.graph)),
-            {path for node, path in self._paths.items() if node not in left and path in originals.variables},
+            {
+                path
+                for node, path in self._paths.items()
+                if node not in left and path in originals.variables
+            },
         )
 
     def _changed_variables(self) -> dict[Path, Any]:
@@ -149,14 +164,18 @@ class Clones:
         for path, variable in nnx.to_flat_state(nnx.split(self.nodes)[1]):
             # nnx.scan writes back all that it scans over; kernels and trained copies never change.
             frozen = path in adapted and not isinstance(adapted[path].base, nnx.BatchStat)
-            old = self._before.get(path, known[path] if path in known and path not in adapted else None)
+            old = self._before.get(
+                path, known[path] if path in known and path not in adapted else None
+            )
             if not frozen and not _same(_value(variable), _value(old)):
                 changed[path] = variable
         return changed
 
     def mark(self, result: Any) -> Any:
         """Return the result of the call with `Returned` in place of parts of the copies."""
-        return jax.tree.map(lambda x: self._returned(x) if is_node(x) else x, result, is_leaf=is_node)
+        return jax.tree.map(
+            lambda x: self._returned(x) if is_node(x) else x, result, is_leaf=is_node
+        )
 
     def _returned(self, node: Any) -> Returned:
         if id(node) not in self._paths:

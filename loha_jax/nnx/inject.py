@@ -105,7 +105,9 @@ def set_dropout(model: M, rngs: nnx.Rngs) -> M:
         if isinstance(node, AdaptedKernel) and node.drops:
             stack = node.layout.sizes("s", node.base.get_value().shape)
             stream = rngs.dropout
-            node.rngs = nnx.RngStream(jax.random.split(stream(), stack) if stack else stream(), tag="dropout")
+            node.rngs = nnx.RngStream(
+                jax.random.split(stream(), stack) if stack else stream(), tag="dropout"
+            )
             node.deterministic = False
     return model
 

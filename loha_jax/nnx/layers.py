@@ -39,7 +39,16 @@ class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
 
     __reduce__ = object.__reduce__
 
-    def __init__(self, in_features, out_features, *, r: int = 8, alpha: float = 8, rngs: nnx.Rngs, **kwargs: Any):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        *,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
         config = _config(r, alpha, kwargs)
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         _adapt(self, "kernel", config, rngs)
@@ -60,7 +69,16 @@ class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, owner=True)):
 
     __reduce__ = object.__reduce__
 
-    def __init__(self, in_features, out_features, *, r: int = 8, alpha: float = 8, rngs: nnx.Rngs, **kwargs: Any):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        *,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
         config = _config(r, alpha, kwargs)
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         _adapt(self, "kernel", config, rngs)
@@ -84,7 +102,15 @@ class LoHaConv(adapted_class(nnx.Conv, owner=True)):
     __reduce__ = object.__reduce__
 
     def __init__(
-        self, in_features, out_features, kernel_size, *args, r: int = 8, alpha: float = 8, rngs: nnx.Rngs, **kwargs: Any
+        self,
+        in_features,
+        out_features,
+        kernel_size,
+        *args,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
     ):
         config = _config(r, alpha, kwargs, "use_effective_conv2d")
         super().__init__(in_features, out_features, kernel_size, *args, rngs=rngs, **kwargs)
@@ -109,7 +135,16 @@ class LoHaEinsum(adapted_class(nnx.Einsum, owner=True)):
 
     __reduce__ = object.__reduce__
 
-    def __init__(self, einsum_str, kernel_shape, *args, r: int = 8, alpha: float = 8, rngs: nnx.Rngs, **kwargs: Any):
+    def __init__(
+        self,
+        einsum_str,
+        kernel_shape,
+        *args,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
         config = _config(r, alpha, kwargs)
         super().__init__(einsum_str, kernel_shape, *args, rngs=rngs, **kwargs)
         _adapt(self, "kernel", config, rngs)
@@ -133,7 +168,16 @@ class LoHaEmbed(adapted_class(nnx.Embed, owner=True)):
 
     __reduce__ = object.__reduce__
 
-    def __init__(self, num_embeddings, features, *, r: int = 8, alpha: float = 8, rngs: nnx.Rngs, **kwargs: Any):
+    def __init__(
+        self,
+        num_embeddings,
+        features,
+        *,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
         config = _config(r, alpha, kwargs)
         super().__init__(num_embeddings, features, rngs=rngs, **kwargs)
         _adapt(self, "embedding", config, rngs)
@@ -142,7 +186,9 @@ class LoHaEmbed(adapted_class(nnx.Embed, owner=True)):
 def _config(r: int, alpha: float, kwargs: dict[str, Any], *more: str) -> LoHaConfig:
     """Return the adapter's config, taking its options out of a layer's keyword arguments."""
     names = ("rank_dropout", "module_dropout", "init_weights", *more)
-    return LoHaConfig(r=r, alpha=alpha, **{name: kwargs.pop(name) for name in names if name in kwargs})
+    return LoHaConfig(
+        r=r, alpha=alpha, **{name: kwargs.pop(name) for name in names if name in kwargs}
+    )
 
 
 def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -> None:

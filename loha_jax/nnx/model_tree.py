@@ -43,7 +43,9 @@ def tree_of(model: nnx.Module) -> dict[Any, Any]:
     """Return the model's parameters and statistics as nested dicts, with adapted leaves."""
     return unflatten_dict(
         {
-            path: _named(node.leaf(), path) if isinstance(node, AdaptedVariable) else node.get_value()
+            path: _named(node.leaf(), path)
+            if isinstance(node, AdaptedVariable)
+            else node.get_value()
             for path, node in _weights(model).items()
         }
     )
@@ -54,7 +56,9 @@ def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeig
     if isinstance(leaf, SavedWeight) or leaf.names[0]:
         return leaf
     name = module_name(tuple(map(str, path)))
-    return dataclasses.replace(leaf, names=stack_names(name, leaf.layout.sizes("s", leaf.kernel.shape), None))
+    return dataclasses.replace(
+        leaf, names=stack_names(name, leaf.layout.sizes("s", leaf.kernel.shape), None)
+    )
 
 
 def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
@@ -62,7 +66,9 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
     old = _weights(model)
     new = _flat_leaves(tree)
     if old.keys() != new.keys():
-        raise ValueError(f"The tree holds other variables than the model: {sorted(map(str, old.keys() ^ new.keys()))}")
+        raise ValueError(
+            f"The tree holds other variables than the model: {sorted(map(str, old.keys() ^ new.keys()))}"
+        )
     replacements: dict[int, Any] = {}
     values: list[tuple[nnx.Variable, jax.Array]] = []
     for path, node in old.items():
@@ -70,7 +76,9 @@ def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
         base = node.base if isinstance(node, AdaptedVariable) else node
         if isinstance(leaf, LoHaWeight):
             values.append((base, leaf.kernel))
-            replacements[id(node)] = AdaptedKernel(base, leaf, node if isinstance(node, AdaptedKernel) else None)
+            replacements[id(node)] = AdaptedKernel(
+                base, leaf, node if isinstance(node, AdaptedKernel) else None
+            )
         elif isinstance(leaf, SavedWeight):
             values.append((base, leaf.original))
             replacements[id(node)] = AdaptedCopy(base, leaf)
@@ -109,7 +117,9 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     """Return the given layouts, and those of the model's own layers, by module name."""
     found: dict[str, Layout] = {}
     transposed: set[str] = set()
-    owners = {id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in slots(node)}
+    owners = {
+        id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in slots(node)
+    }
     for path, variable in _weights(model).items():
         if not isinstance(variable, nnx.Variable) or id(variable) not in owners:
             continue
@@ -139,9 +149,13 @@ def layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
     elif isinstance(layer, nnx.ConvTranspose) and key == "kernel":
         core = tuple(layer.kernel_shape)
         word = "k" * (len(core) - 2) + ("oi" if layer.transpose_kernel else "io")
-    elif isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2:  # 2-D: the default for this name
+    elif (
+        isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2
+    ):  # 2-D: the default for this name
         word, core = "oi", (layer.num_embeddings, layer.features)
-    elif isinstance(equation := getattr(layer, "einsum_str", None), str):  # nnx.Einsum, tunix's Einsum
+    elif isinstance(
+        equation := getattr(layer, "einsum_str", None), str
+    ):  # nnx.Einsum, tunix's Einsum
         word = einsum_layout(equation) or ""
         core = shape if len(word) == len(shape) else tuple(getattr(layer, "kernel_shape", ()))
     missing = len(shape) - len(word)

@@ -194,7 +194,9 @@ class AdaptedCopy(AdaptedVariable):
     def leaf(self) -> SavedWeight:
         """Return the variable as a leaf of a tree."""
         copies = {name: copy.get_value() for name, copy in self.copies.items()}
-        return SavedWeight(self.base.get_value(), copies, self.layout, self.torch_name, self.active, self.counters)
+        return SavedWeight(
+            self.base.get_value(), copies, self.layout, self.torch_name, self.active, self.counters
+        )
 
     leaf_for_call = leaf
 
@@ -205,7 +207,9 @@ class AdaptedCopy(AdaptedVariable):
         return self.base if name is None else self.copies[name]
 
 
-def _name_axes(variables: Mapping[str, nnx.Variable], base: nnx.Variable, leaf: LoHaWeight, cp: bool) -> None:
+def _name_axes(
+    variables: Mapping[str, nnx.Variable], base: nnx.Variable, leaf: LoHaWeight, cp: bool
+) -> None:
     """Set the sharding metadata of an adapter's arrays as the kernel's metadata implies."""
     metadata = base.get_metadata()
     names = metadata.get("out_sharding")

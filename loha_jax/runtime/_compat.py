@@ -23,7 +23,9 @@ def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
         if not isinstance(var, Literal) and var not in variables:
             variables.append(var)
             inputs.append(value)
-    jaxpr = jex.Jaxpr((), variables, eqn.outvars, [eqn], eqn.effects, _debug_info(variables, eqn.outvars))
+    jaxpr = jex.Jaxpr(
+        (), variables, eqn.outvars, [eqn], eqn.effects, _debug_info(variables, eqn.outvars)
+    )
     return jax.core.eval_jaxpr(jaxpr, (), *inputs)
 
 

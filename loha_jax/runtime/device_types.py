@@ -17,12 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
     """Return the sharding in the type of an array or a shape; None without explicit axes."""
-    sharding = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None)
+    sharding = getattr(
+        x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None
+    )
     mesh = getattr(sharding, "mesh", None)
     return sharding if mesh is not None and not mesh.empty and mesh.explicit_axes else None
 
 
-def result_sharding(labels: Iterable[str], sources: Iterable[tuple[Any, Iterable[str]]]) -> NamedSharding | None:
+def result_sharding(
+    labels: Iterable[str], sources: Iterable[tuple[Any, Iterable[str]]]
+) -> NamedSharding | None:
     """Return the sharding of a product's result; None without explicit axes.
 
     Args:
@@ -56,7 +60,9 @@ def split_as(array: jax.Array, other: Any) -> jax.Array:
 
 def varying(x: Any) -> frozenset[Any]:
     """Return the mesh axes over which an array or a shape varies inside a `shard_map`."""
-    kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
+    kind = getattr(
+        x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None
+    )
     return frozenset() if kind is None else kind.varying
 
 

@@ -39,9 +39,14 @@ def digests(arrays: Mapping[str, Any], sample: int | None = None) -> dict[str, s
     """
     if not arrays:
         return {}
-    parts = [_parts(array, None if sample is None else grid(np.shape(array), sample)) for array in arrays.values()]
+    parts = [
+        _parts(array, None if sample is None else grid(np.shape(array), sample))
+        for array in arrays.values()
+    ]
     # [processes, arrays, 2]
-    everywhere = gather(np.stack([sum(part, np.zeros(2, np.uint32)) for part in jax.device_get(parts)]))
+    everywhere = gather(
+        np.stack([sum(part, np.zeros(2, np.uint32)) for part in jax.device_get(parts)])
+    )
     result = {}
     for n, (name, array) in enumerate(arrays.items()):
         sums = everywhere[:, n]
@@ -79,7 +84,11 @@ def _parts(array: Any, chosen: list[np.ndarray] | None) -> list[Any]:
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if not isinstance(array, jax.Array):
-        return [] if not np.size(array) else [_part(np.asarray(array), [slice(None)] * np.ndim(array), chosen)]
+        return (
+            []
+            if not np.size(array)
+            else [_part(np.asarray(array), [slice(None)] * np.ndim(array), chosen)]
+        )
     shards = [s for s in array.addressable_shards if s.replica_id == 0 and s.data.size]
     parts = [_part(shard.data, shard.index, chosen) for shard in shards]
     return [part for part in parts if part is not None]
@@ -90,10 +99,14 @@ def _part(data: Any, index: Sequence[slice], chosen: list[np.ndarray] | None) ->
     if isinstance(data, jax.Array) and next(iter(data.devices())).platform == "cpu":
         data = np.asarray(data)  # no copy; and one program serves all devices
     if chosen is None:
-        positions = [np.arange(start, start + size) for start, size in zip(starts, data.shape, strict=True)]
+        positions = [
+            np.arange(start, start + size) for start, size in zip(starts, data.shape, strict=True)
+        ]
     else:
         ranges = [(start, start + size) for start, size in zip(starts, data.shape, strict=True)]
-        positions = [c[(c >= low) & (c < high)] for c, (low, high) in zip(chosen, ranges, strict=True)]
+        positions = [
+            c[(c >= low) & (c < high)] for c, (low, high) in zip(chosen, ranges, strict=True)
+        ]
         if not all(map(len, positions)):
             return None
         data = data[np.ix_(*(p - start for p, start in zip(positions, starts, strict=True)))]
@@ -118,7 +131,9 @@ def _device_words(data: jax.Array) -> jax.Array:
         data = jnp.stack([data.real, data.imag], -1)
     elif _is_narrow(data.dtype):
         data = data.astype(jnp.float32)
-    return lax.bitcast_convert_type(data, _WORDS.get(data.dtype.itemsize, np.uint32)).reshape(*shape, -1)
+    return lax.bitcast_convert_type(data, _WORDS.get(data.dtype.itemsize, np.uint32)).reshape(
+        *shape, -1
+    )
 
 
 def _is_narrow(dtype: Any) -> bool:

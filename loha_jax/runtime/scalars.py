@@ -21,7 +21,11 @@ def plain_scalar(value: Any) -> Any:
     """
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+    if (
+        isinstance(value, np.ndarray | jax.Array)
+        and not isinstance(value, jax.core.Tracer)
+        and value.ndim == 0
+    ):
         return value if jnp.issubdtype(value.dtype, jax.dtypes.extended) else value.item()
     return value
 

@@ -95,7 +95,13 @@ def parse_json(text: str | bytes, origin: str | Path) -> Any:
         level = [
             child
             for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+            for child in (
+                parent.values()
+                if isinstance(parent, dict)
+                else parent
+                if isinstance(parent, list)
+                else ()
+            )
         ]
         if not level:
             return value

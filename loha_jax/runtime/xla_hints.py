@@ -75,4 +75,6 @@ def isolated(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -
     def barrier(*args):
         return fn(*lax.optimization_barrier(args))
 
-    return lax.platform_dependent(*args, cpu=branch if jax.device_count() == 1 else barrier, default=barrier)
+    return lax.platform_dependent(
+        *args, cpu=branch if jax.device_count() == 1 else barrier, default=barrier
+    )

@@ -108,7 +108,9 @@ class LoHaConfig:
             value = checked_field(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if self.layers_pattern and self.layers_to_transform in (None, ()):
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+            )
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -215,7 +217,9 @@ class LoHaConfig:
         """
         peft_type = values.get("peft_type", "LOHA")
         if peft_type != "LOHA":
-            raise ValueError(f"This is the configuration of a {peft_type!r} adapter; loha_jax reads 'LOHA' only.")
+            raise ValueError(
+                f"This is the configuration of a {peft_type!r} adapter; loha_jax reads 'LOHA' only."
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -228,7 +232,9 @@ class LoHaConfig:
             if given.get(name) is None:
                 given.pop(name, None)
         scheme = given.get("init_weights", True)
-        if not isinstance(scheme, bool) and scheme not in INIT_SCHEMES:  # PEFT uses it for its truth only
+        if (
+            not isinstance(scheme, bool) and scheme not in INIT_SCHEMES
+        ):  # PEFT uses it for its truth only
             given["init_weights"] = bool(given["init_weights"])
         return cls(**given)
 

@@ -106,7 +106,10 @@ def is_transposed_convolution(path: Sequence[str]) -> bool:
 
 
 def default_layout(
-    shape: Sequence[int], path: Sequence[str], shape_at: _Shapes, torch_shape: Sequence[int] | None = None
+    shape: Sequence[int],
+    path: Sequence[str],
+    shape_at: _Shapes,
+    torch_shape: Sequence[int] | None = None,
 ) -> Layout:
     """Return the layout of a kernel that nothing else settles.
 
@@ -156,7 +159,11 @@ def default_layout(
             return Layout(convolution)
     elif candidates and _is_convolution(shape, path, shape_at, torch):
         return Layout(convolution)
-    found = [word for word, _, _ in candidates if torch_shape and _fits_torch(Layout(word), shape, torch_shape)]
+    found = [
+        word
+        for word, _, _ in candidates
+        if torch_shape and _fits_torch(Layout(word), shape, torch_shape)
+    ]
     if len(found) == 1:
         return Layout(found[0])
     raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
@@ -182,7 +189,9 @@ def _bias(path: tuple[str, ...], shape_at: _Shapes) -> tuple[int, ...] | None:
 
 def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
     """Say whether a bias with these axes fits a kernel with this layout."""
-    sizes = {kind: [n for n, letter in zip(shape, word, strict=True) if letter == kind] for kind in "so"}
+    sizes = {
+        kind: [n for n, letter in zip(shape, word, strict=True) if letter == kind] for kind in "so"
+    }
     if not letters:
         return False
     expected = tuple(sizes[letter].pop(0) for letter in letters)
@@ -195,13 +204,23 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
     if layout.axes("s"):
         return False
     out, *rest = layout.torch_shape(shape)
-    return tuple(torch_shape) in ((out, *rest), (out, *rest, 1), (out, math.prod(rest)))  # PEFT's Conv1d ends in 1
+    return tuple(torch_shape) in (
+        (out, *rest),
+        (out, *rest, 1),
+        (out, math.prod(rest)),
+    )  # PEFT's Conv1d ends in 1
 
 
-def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> bool:
+def _is_convolution(
+    shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
+) -> bool:
     """Say whether names and neighbours prove a kernel without a bias to be one convolution's."""
     parent = path[:-2]
-    vectors = {p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1] == "weight" and len(s) == 1)}
+    vectors = {
+        p: s
+        for p, s in shape_at.items()
+        if p[-1] in _VECTORS or (p[-1] == "weight" and len(s) == 1)
+    }
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
     if not _CONVOLUTION.fullmatch(_module(path)):
@@ -209,7 +228,8 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
     if unstacked:
         return True
     below_scan = any(
-        _STACK.fullmatch(part) and not following.isdigit() for part, following in itertools.pairwise(path[:-1])
+        _STACK.fullmatch(part) and not following.isdigit()
+        for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
     if len(shape) == 3:  # stacked, it is a Dense that is called a convolution: one of 1x1
@@ -218,7 +238,9 @@ def _is_convolution(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Sh
     return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
 
 
-def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool) -> Layout:
+def _transposed_layout(
+    shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
+) -> Layout:
     """Return the layout of a transposed convolution.
 
     Flax keeps [*spatial, in, out] or, with `transpose_kernel`, [*spatial, out, in]. Haiku always
@@ -233,12 +255,18 @@ def _transposed_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: 
     raise _ambiguous(shape, path, " or ".join(map(repr, words)) + " (transposed convolutions)")
 
 
-def _attention_layout(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> Layout | None:
+def _attention_layout(
+    shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes
+) -> Layout | None:
     """Return the layout of a kernel of Flax' MultiHeadDotProductAttention, or None.
 
     It is `ioo` or `iio`, and `sioo` or `siio` if a scan stacks it.
     """
-    if len(path) < 2 or path[-2] not in ("query", "key", "value", "out") or len(shape) not in (3, 4):
+    if (
+        len(path) < 2
+        or path[-2] not in ("query", "key", "value", "out")
+        or len(shape) not in (3, 4)
+    ):
         return None
     parent, leaf = path[:-2], path[-1]
     query, out = shape_at.get((*parent, "query", leaf)), shape_at.get((*parent, "out", leaf))

@@ -86,7 +86,9 @@ def _regex(name: str, pattern: Any) -> str:
     try:
         check_pattern(pattern)
     except ValueError as error:
-        raise ValueError(f"`{name}` holds {pattern!r}, which is not a regular expression: {error}") from None
+        raise ValueError(
+            f"`{name}` holds {pattern!r}, which is not a regular expression: {error}"
+        ) from None
     return pattern
 
 

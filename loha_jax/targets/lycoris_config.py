@@ -52,12 +52,22 @@ class LycorisConfig(LoHaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rs_lora", "use_scalar", "weight_decompose", "wd_on_out", "rank_dropout_scale"):
+        for name in (
+            "rs_lora",
+            "use_scalar",
+            "weight_decompose",
+            "wd_on_out",
+            "rank_dropout_scale",
+        ):
             if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"`{name}` should be True or False but the value passed is {value!r}")
+                raise ValueError(
+                    f"`{name}` should be True or False but the value passed is {value!r}"
+                )
         strings = self.metadata.items() if isinstance(self.metadata, Mapping) else [(None, None)]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in strings):
-            raise ValueError(f"`metadata` should be a dict of strings but the value passed is {self.metadata!r}")
+            raise ValueError(
+                f"`metadata` should be a dict of strings but the value passed is {self.metadata!r}"
+            )
         object.__setattr__(self, "metadata", dict(self.metadata))
 
     @property

@@ -30,10 +30,15 @@ class Match(enum.Enum):
 _QV = ("q_proj", "v_proj")
 DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
+    **dict.fromkeys(
+        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV
+    ),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(
+        ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"),
+        ("query_key_value",),
+    ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
     "blip-2": ("q", "v", "q_proj", "v_proj"),
     "deberta-v2": ("query_proj", "value_proj"),
@@ -51,8 +56,20 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
 
 ALL_LINEAR = "all-linear"
 _OUTPUT_HEADS = (
-    *("lm_head", "lm_head.decoder", "embed_out", "predictions.decoder", "output_projection"),  # transformers
-    *("logits_dense", "logits", "to_logits", "unembed", "unembedding"),  # MaxText and other JAX models
+    *(
+        "lm_head",
+        "lm_head.decoder",
+        "embed_out",
+        "predictions.decoder",
+        "output_projection",
+    ),  # transformers
+    *(
+        "logits_dense",
+        "logits",
+        "to_logits",
+        "unembed",
+        "unembedding",
+    ),  # MaxText and other JAX models
 )
 _CONDENSE_FROM = 20
 
@@ -182,7 +199,9 @@ def resolve_target_modules(
     chosen = [name for name in linear if name not in heads]
     if len(chosen) < _CONDENSE_FROM:
         return frozenset(chosen)
-    return frozenset(find_minimal_target_modules(chosen, [m for m in modules if m not in set(chosen)]))
+    return frozenset(
+        find_minimal_target_modules(chosen, [m for m in modules if m not in set(chosen)])
+    )
 
 
 def _default_targets(model_type: str | None) -> str | frozenset[str]:
@@ -232,7 +251,11 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
         excluded: those of them that the config excludes.
     """
     targets = config.target_modules
-    shown = repr(targets) if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets or ()))) + "}"
+    shown = (
+        repr(targets)
+        if isinstance(targets, str)
+        else "{" + ", ".join(map(repr, sorted(targets or ()))) + "}"
+    )
     if excluded and len(excluded) == len(names):
         return (
             "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
@@ -247,9 +270,7 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
     )
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform
-        message += (
-            f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
-        )
+        message += f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
         if config.layers_pattern is not None:
             message += f" You also specified 'layers_pattern': {config.layers_pattern}."
     return message + (spelling_advice(targets, names) or near_misses(targets, names))

@@ -46,5 +46,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
         self.own = {**(own or {}), **(known.own if known is not None else {})}
         self.lookups = frozenset(lookups) | (known.lookups if known is not None else frozenset())
         self.heads = frozenset(heads) | (known.heads if known is not None else frozenset())
-        self.transposed = frozenset(transposed) | (known.transposed if known is not None else frozenset())
+        self.transposed = frozenset(transposed) | (
+            known.transposed if known is not None else frozenset()
+        )
         self.vectors = frozenset(vectors) | (known.vectors if known is not None else frozenset())

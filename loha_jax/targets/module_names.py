@@ -41,7 +41,10 @@ _OTHER_LEAVES = {
     *("bias", "b", "scale", "offset", "mean", "var"),  # Flax, Haiku
     *("running_mean", "running_var", "num_batches_tracked"),  # torch
 }
-_WRAPPERS = ("value", "raw_value")  # what holds the array inside an nnx.Variable or an nn.Partitioned box
+_WRAPPERS = (
+    "value",
+    "raw_value",
+)  # what holds the array inside an nnx.Variable or an nn.Partitioned box
 _BOXED = ("weight", "bias")
 _BOXES = (FlattenedIndexKey(0), GetAttrKey("array"))  # haliax' NamedArray
 _COLLECTIONS = ("params", "batch_stats")
@@ -133,7 +136,9 @@ def torch_parameter(parts: Sequence[str]) -> str:
     last = parts[-1]
     if last in KERNEL_LEAVES or last == "scale":
         return "weight"
-    return {"b": "bias", "offset": "bias", "mean": "running_mean", "var": "running_var"}.get(last, last)
+    return {"b": "bias", "offset": "bias", "mean": "running_mean", "var": "running_var"}.get(
+        last, last
+    )
 
 
 def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
@@ -166,7 +171,9 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
         at = next((n for n, part in enumerate(parts[:-1]) if _CONTAINER.fullmatch(part)), 0)
         if len(parts) == 1:
             return tuple(".".join([*_indices(index), name]) for index in np.ndindex(*stack))
-        return tuple(".".join([*parts[: at + 1], *_indices(i), *parts[at + 1 :]]) for i in np.ndindex(*stack))
+        return tuple(
+            ".".join([*parts[: at + 1], *_indices(i), *parts[at + 1 :]]) for i in np.ndindex(*stack)
+        )
     if isinstance(given, str):
         result = tuple(given.format(*index) for index in np.ndindex(*stack)) if stack else (given,)
     else:

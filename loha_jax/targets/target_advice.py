@@ -34,7 +34,9 @@ def spelling_advice(targets: Any, names: Sequence[str]) -> str:
         if rules:
             said += f" {target!r}: {' and '.join(rules)}: {right!r}."
         elif not isinstance(targets, str) and re.search(r"[*+?^$|()\[\]\\]", target):
-            whole = target if _matches(target, names) else f".*{target.lstrip('^')}"  # a string matches whole names
+            whole = (
+                target if _matches(target, names) else f".*{target.lstrip('^')}"
+            )  # a string matches whole names
             said += (
                 f" {target!r} is a regular expression, and a list holds names or their endings: pass "
                 f"target_modules={(whole if _matches(whole, names) else target)!r}."
@@ -82,9 +84,16 @@ def require_named_leaves(params: Any) -> None:
             "model.trainable_variables}, and compute with `model.stateless_call`"
         )
     if params is not None:
-        hint = ": pass its `params`" if hasattr(params, "params") or "flax" in _packages(params) else ""
+        hint = (
+            ": pass its `params`"
+            if hasattr(params, "params") or "flax" in _packages(params)
+            else ""
+        )
         if "torch" in _packages(params):
-            kind, hint = f"torch module ({kind})", ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
+            kind, hint = (
+                f"torch module ({kind})",
+                ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}",
+            )
         raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
 
 
@@ -123,14 +132,18 @@ def quantised_kernels(params: Any) -> dict[str, str]:
         if is_quantised(node):
             dtype, kind = next(_inside(node), ("", type(node).__name__))
             parts, package = path_parts(path), type(node).__module__.split(".")[0]
-            found[module_name(parts)] = f"{'.'.join(parts)} is a {package} {kind}{dtype and f' ({dtype})'}"
+            found[module_name(parts)] = (
+                f"{'.'.join(parts)} is a {package} {kind}{dtype and f' ({dtype})'}"
+            )
     return found
 
 
 _SCALE = re.compile(r"(kernel_|weight_|w_|input_)?scales?(_inv|_weight)?")
 
 
-def scaled_kernel(path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, ...], tuple[int, ...]]) -> str | None:
+def scaled_kernel(
+    path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> str | None:
     """Describe a float8 kernel that an array beside it multiplies, or return None.
 
     Args:
@@ -148,7 +161,9 @@ def scaled_kernel(path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, 
     beside = (p for p in shape_at if p[:-1] == parent and _SCALE.fullmatch(p[-1]))
     if (scale := next(beside, None)) is None:
         return None
-    return f"{'.'.join(path)} is {jax.numpy.dtype(dtype)}, and {'.'.join(scale)} looks like its scale"
+    return (
+        f"{'.'.join(path)} is {jax.numpy.dtype(dtype)}, and {'.'.join(scale)} looks like its scale"
+    )
 
 
 def _inside(node: Any) -> Iterator[tuple[str, str]]:
@@ -161,6 +176,4 @@ def _inside(node: Any) -> Iterator[tuple[str, str]]:
         yield str(value.dtype), type(node).__name__
 
 
-QUANTISED_ADVICE = (
-    "A quantised kernel cannot be adapted: inject into the float parameters, train, merge, and quantise what is merged."
-)
+QUANTISED_ADVICE = "A quantised kernel cannot be adapted: inject into the float parameters, train, merge, and quantise what is merged."

@@ -20,7 +20,12 @@ LAG = 2
 class Log:
     """The metrics of a run, read some steps after they were computed."""
 
-    def __init__(self, advance: Callable[[int, float], None], every: int, on_metrics: Callable[..., Any] | None):
+    def __init__(
+        self,
+        advance: Callable[[int, float], None],
+        every: int,
+        on_metrics: Callable[..., Any] | None,
+    ):
         self.history: list[dict[str, float]] = []
         self.failure: tuple[int, dict[str, float]] | None = None  # last good step, next metrics
         self._advance, self._every, self._on_metrics = advance, every, on_metrics
@@ -52,7 +57,10 @@ class Log:
     def end(self, step: int) -> None:
         """Record the mean of the metrics that are not recorded yet."""
         if self._window:
-            self.record(step, {name: float(np.mean([v[name] for v in self._window])) for name in self._window[0]})
+            self.record(
+                step,
+                {name: float(np.mean([v[name] for v in self._window])) for name in self._window[0]},
+            )
             self._window.clear()
 
     def metrics_of(self, step: int) -> dict[str, float]:
@@ -88,10 +96,17 @@ class Clock:
 
 
 @contextlib.contextmanager
-def progress_bar(wanted: bool, start: int, steps: int | None) -> Iterator[Callable[[int, float], None]]:
+def progress_bar(
+    wanted: bool, start: int, steps: int | None
+) -> Iterator[Callable[[int, float], None]]:
     """Show a progress bar in a terminal or notebook; the yielded `(step, loss)` updates it."""
     console = Console()
-    columns = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("  training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     seen = wanted and (console.is_terminal or console.is_jupyter) and jax.process_index() == 0
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not seen) as bar:
         task = bar.add_task("training", total=steps, completed=start, loss="")

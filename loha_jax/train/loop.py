@@ -136,7 +136,18 @@ def fit(
         >>> result.step, result.stopped, result.history[-1]["loss"] < result.history[0]["loss"]
         (20, 'finished', True)
     """
-    _check(params, key, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every)
+    _check(
+        params,
+        key,
+        steps,
+        accumulate,
+        dtype,
+        evaluate,
+        eval_every,
+        checkpoints,
+        checkpoint_every,
+        log_every,
+    )
     clock = Clock()
     with contextlib.ExitStack() as stack:
         to_stop = stack.enter_context(sigterm_handler())
@@ -151,17 +162,39 @@ def fit(
         bar = progress_bar(progress, step, steps if steps is not None else _length(batches))
         log = Log(stack.enter_context(bar), log_every, on_metrics)
         train_step = TrainStep(loss_fn, tx, state, frozen, key, accumulate, dtype)
-        run = _Run(step, state, frozen, key, evaluate, eval_every, checkpoints, checkpoint_every, log, clock)
+        run = _Run(
+            step,
+            state,
+            frozen,
+            key,
+            evaluate,
+            eval_every,
+            checkpoints,
+            checkpoint_every,
+            log,
+            clock,
+        )
         stopped = run.train(train_step, itertools.chain(first, stream), to_stop)
     return Result(run.params, run.state[1], run.step, log.history, stopped, clock.seconds())
 
 
 def _check(
-    params, key, steps, accumulate, dtype, evaluate, eval_every, checkpoints, checkpoint_every, log_every
+    params,
+    key,
+    steps,
+    accumulate,
+    dtype,
+    evaluate,
+    eval_every,
+    checkpoints,
+    checkpoint_every,
+    log_every,
 ) -> None:
     """Raise ValueError for arguments that are wrong or contradict each other."""
     check_key(key)
-    refuse_model(params, "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam).")
+    refuse_model(
+        params, "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam)."
+    )
     if steps is not None and steps < 0:
         raise ValueError(f"steps is a number of steps or None, got {steps}")
     counts = {
@@ -174,17 +207,25 @@ def _check(
         if count is not None and count < 1:
             raise ValueError(f"{name} is 1 or more, got {count}")
     if eval_every is not None and evaluate is None:
-        raise ValueError("eval_every needs evaluate=, a function of the parameters that returns {name: number}")
+        raise ValueError(
+            "eval_every needs evaluate=, a function of the parameters that returns {name: number}"
+        )
     if checkpoint_every is not None and checkpoints is None:
-        raise ValueError("checkpoint_every needs checkpoints=, a folder or loha_jax.checkpoint.Checkpoints")
-    if dtype is not None and (not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.float16):
+        raise ValueError(
+            "checkpoint_every needs checkpoints=, a folder or loha_jax.checkpoint.Checkpoints"
+        )
+    if dtype is not None and (
+        not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.float16
+    ):
         raise ValueError(
             f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: gradients in float16 would "
             "need a scaled loss, which this loop does not have"
         )
 
 
-def _start(params: Any, tx: optax.GradientTransformation, key: jax.Array, checkpoints: Checkpoints | None) -> Any:
+def _start(
+    params: Any, tx: optax.GradientTransformation, key: jax.Array, checkpoints: Checkpoints | None
+) -> Any:
     """Return the step, the state, the frozen arrays and the key that the run starts with."""
     trainable, frozen = partition(params)
     opt_state = tx.init(trainable)
@@ -217,7 +258,9 @@ class _Run:
         """The whole tree as trained so far."""
         return combine(self.state[0], self.frozen)
 
-    def train(self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]) -> Stopped:
+    def train(
+        self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]
+    ) -> Stopped:
         """Run the steps, evaluate and save between them and at the end; return why it ended."""
         stopped = self._steps(train_step, batches, to_stop)
         self.log.read_all()
@@ -234,7 +277,9 @@ class _Run:
         self._save()
         return stopped
 
-    def _steps(self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]) -> Stopped:
+    def _steps(
+        self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]
+    ) -> Stopped:
         for batch in batches:
             with self.clock.measure("compile"):
                 train_step.compile(batch)
@@ -242,7 +287,9 @@ class _Run:
             self.step += 1
             self.log.add(self.step, metrics)
             stop = to_stop(self.step)
-            evaluate, save = (self._is_due(every) for every in (self.eval_every, self.checkpoint_every))
+            evaluate, save = (
+                self._is_due(every) for every in (self.eval_every, self.checkpoint_every)
+            )
             if stop or evaluate or save:
                 self.log.read_all()
             if self.log.failure is not None:
@@ -273,7 +320,9 @@ class _Run:
             return
         with self.clock.measure("save"):
             metrics = self.log.metrics_of(self.step)
-            self.checkpoints.save(self.step, self.params, self.state[1], key=self.key, metrics=metrics)
+            self.checkpoints.save(
+                self.step, self.params, self.state[1], key=self.key, metrics=metrics
+            )
         self._saved = self.step
 
 

@@ -15,9 +15,15 @@ from loha_jax.tree.placement import place
 
 def placed_batches(batches: Any, used: int, steps: int | None, sharding: Any) -> Iterator[Any]:
     """Yield the batches after the first `used` ones, up to step `steps`, sharded as asked for."""
-    rest: Iterable[Any] = batches(used) if callable(batches) else itertools.islice(batches, used, None)  # type: ignore[assignment]
+    rest: Iterable[Any] = (
+        batches(used) if callable(batches) else itertools.islice(batches, used, None)
+    )  # type: ignore[assignment]
     for batch in itertools.islice(rest, None if steps is None else max(steps - used, 0)):
-        yield batch if sharding is None else jax.tree.map(_put, batch, jax.tree.broadcast(sharding, batch))
+        yield (
+            batch
+            if sharding is None
+            else jax.tree.map(_put, batch, jax.tree.broadcast(sharding, batch))
+        )
 
 
 def _put(x: Any, sharding: Any) -> jax.Array:
@@ -31,7 +37,11 @@ def default_sharding(tree: Any) -> Any:
     for x in jax.tree.leaves(tree):
         sharding = x if isinstance(x, jax.sharding.Sharding) else _committed(x)
         if sharding is not None:
-            return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+            return (
+                NamedSharding(sharding.mesh, PartitionSpec())
+                if isinstance(sharding, NamedSharding)
+                else sharding
+            )
     return jnp.zeros(()).sharding  # the default device
 
 

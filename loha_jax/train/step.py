@@ -43,7 +43,9 @@ class TrainStep:
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._accumulate, self._dtype = accumulate, dtype
         self._frozen, self._key = cast_floating(frozen, dtype), key
-        self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        self._state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
         shardings = jax.tree.map(lambda x: x.sharding, state)
         self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
         self._compiled: dict[Any, jax.stages.Compiled] = {}
@@ -56,7 +58,9 @@ class TrainStep:
 
     def __call__(self, state: State, batch: Any, number: int) -> tuple[State, dict[str, jax.Array]]:
         """Start step `number`, counted from 0; return the state after it and its metrics."""
-        return self._compiled[_kind(batch)](state, self._frozen, batch, self._key, np.uint32(number))
+        return self._compiled[_kind(batch)](
+            state, self._frozen, batch, self._key, np.uint32(number)
+        )
 
     def _step(self, state, frozen, batch, key, number):
         trainable, opt_state, good = state
@@ -68,7 +72,9 @@ class TrainStep:
             "grad": grads,
             "value_fn": lambda trainable: get(trainable, *given)[1]["loss"],
         }
-        updates, new_opt_state = self._tx.update(grads, opt_state, trainable, **taken_by(self._tx.update, extra))
+        updates, new_opt_state = self._tx.update(
+            grads, opt_state, trainable, **taken_by(self._tx.update, extra)
+        )
         new = optax.apply_updates(trainable, updates)
         finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((metrics["loss"], grads, new))]
         good &= jnp.stack(finite).all()  # once it is False, no later step changes anything
@@ -76,7 +82,11 @@ class TrainStep:
         def keep(new, old):
             return jnp.where(good, new, old)
 
-        kept = jax.tree.map(keep, new, trainable), jax.tree.map(keep, new_opt_state, opt_state), good
+        kept = (
+            jax.tree.map(keep, new, trainable),
+            jax.tree.map(keep, new_opt_state, opt_state),
+            good,
+        )
         return kept, {**metrics, "grad_norm": optax.tree.norm(grads), "good": good}
 
     def _loss(self, trainable, frozen, batch, key):
@@ -89,7 +99,9 @@ class TrainStep:
 
     def _gradient(self, trainable, frozen, batch, key):
         """The gradient for one batch, and its metrics with the loss among them."""
-        (value, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(trainable, frozen, batch, key)
+        (value, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(
+            trainable, frozen, batch, key
+        )
         return grads, {"loss": value, **metrics}
 
     def _mean_gradient(self, trainable, frozen, batch, key):
@@ -103,7 +115,9 @@ class TrainStep:
         parts = jax.tree_util.tree_map_with_path(lambda path, x: _split(path, x, count), batch)
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         total, metrics = jax.lax.scan(add, zeros, (parts, jax.random.split(key, count)))
-        return jax.tree.map(lambda x: x / count, total), jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
+        return jax.tree.map(lambda x: x / count, total), jax.tree.map(
+            lambda x: jnp.mean(x, 0), metrics
+        )
 
 
 def _kind(batch: Any) -> Any:
@@ -113,7 +127,9 @@ def _kind(batch: Any) -> Any:
 
 def _check_metrics(metrics: Any) -> None:
     if not isinstance(metrics, Mapping):
-        raise ValueError(f"loss_fn returns the loss, or (loss, {{name: scalar}}); the second was a {type(metrics)}")
+        raise ValueError(
+            f"loss_fn returns the loss, or (loss, {{name: scalar}}); the second was a {type(metrics)}"
+        )
     for name, value in metrics.items():
         if jnp.shape(value) != () or name in RESERVED:
             raise ValueError(
@@ -131,7 +147,9 @@ def _split(path: Any, x: jax.Array, parts: int) -> jax.Array:
         return jnp.broadcast_to(x, (parts,))
     if x.shape[0] % parts:
         where = jax.tree_util.keystr(path) or "the batch"
-        raise ValueError(f"accumulate={parts} splits batches into equal parts, but {where} has {x.shape[0]} rows")
+        raise ValueError(
+            f"accumulate={parts} splits batches into equal parts, but {where} has {x.shape[0]} rows"
+        )
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -142,7 +160,9 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
         if isinstance(x, LoHaWeight):
             return dataclasses.replace(x, kernel=cast(x.kernel))
         if isinstance(x, SavedWeight):
-            return dataclasses.replace(x, original=cast(x.original), copies=jax.tree.map(cast, x.copies))
+            return dataclasses.replace(
+                x, original=cast(x.original), copies=jax.tree.map(cast, x.copies)
+            )
         if x is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return x.astype(dtype)

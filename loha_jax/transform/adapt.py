@@ -105,7 +105,9 @@ def adapt(
     def adapted(*args, **kwargs):
         if adapter_index is None:
             return run(fn, args, kwargs, options)
-        by_row = dataclasses.replace(options, strategy="factored" if strategy == "auto" else options.strategy)
+        by_row = dataclasses.replace(
+            options, strategy="factored" if strategy == "auto" else options.strategy
+        )
 
         index = check_index(adapter_index)
         args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])
@@ -218,14 +220,20 @@ def trace_and_evaluate(
             for var, value in zip(closed.jaxpr.outvars, results, strict=True)
         ]
     dynamic, count = iter(plain), len(plain) + len(static_outputs)
-    return out_tree.unflatten([static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)])
+    return out_tree.unflatten(
+        [static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)]
+    )
 
 
 def _as_array(value: Any, aval: Any) -> jax.Array:
     """Return an output as `jax.jit` would return it: constants as arrays, arrays as they are."""
     if isinstance(value, jax.Array):
         return value
-    return jnp.asarray(np.asarray(value).item()) if aval.weak_type else jnp.asarray(np.asarray(value), aval.dtype)
+    return (
+        jnp.asarray(np.asarray(value).item())
+        if aval.weak_type
+        else jnp.asarray(np.asarray(value), aval.dtype)
+    )
 
 
 @standard_promotion()

@@ -26,12 +26,18 @@ def check_index(adapter_index: Any) -> jax.Array:
     """
     index = jnp.asarray(adapter_index)
     if index.ndim != 1 or not (jnp.issubdtype(index.dtype, jnp.integer) or not index.size):
-        raise ValueError(f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}")
+        raise ValueError(
+            f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}"
+        )
     return index.astype(jnp.int32)
 
 
 def run_per_example(
-    run: Callable[[tuple, dict[str, Any]], Any], args: tuple, kwargs: dict[str, Any], index: jax.Array, out_axes: Any
+    run: Callable[[tuple, dict[str, Any]], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    index: jax.Array,
+    out_axes: Any,
 ) -> Any:
     """Call `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one.
 
@@ -50,7 +56,9 @@ def run_per_example(
     count = max((len(leaf.active) for leaf in adapted.values()), default=0)
     if not count:
         raise ValueError("adapter_index chooses among active adapters, and the arguments hold none")
-    if not isinstance(index, jax.core.Tracer) and (bad := [i for i in index.tolist() if not -1 <= i < count]):
+    if not isinstance(index, jax.core.Tracer) and (
+        bad := [i for i in index.tolist() if not -1 <= i < count]
+    ):
         raise ValueError(
             f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to {count - 1}), and -1 "
             "stands for the base model"
@@ -82,7 +90,9 @@ def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
     if outputs.ndim == 1:
         return outputs
     if axis is None or not 1 - outputs.ndim <= axis < outputs.ndim - 1:
-        raise ValueError(f"out_axes says {axis} for a result of shape {outputs.shape[1:]} of one row")
+        raise ValueError(
+            f"out_axes says {axis} for a result of shape {outputs.shape[1:]} of one row"
+        )
     axis %= outputs.ndim - 1
     moved = jnp.moveaxis(outputs, 0, axis)  # [..., batch, own, ...] -> [..., batch·own, ...]
     batch, own, *rest = moved.shape[axis:]
@@ -93,7 +103,9 @@ def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
 def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
     """Return the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
     if isinstance(leaf, SavedWeight):
-        copies = jnp.stack([*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original])
+        copies = jnp.stack(
+            [*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original]
+        )
         return _take(copies, index)
     held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
     if not held:
@@ -102,7 +114,9 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
     if any(s != shapes[0] for s in shapes):
         names = [name for name in leaf.active if name in leaf.adapters]
         listed = "; ".join(f"{name}: {s}" for name, s in zip(names, shapes, strict=True))
-        raise ValueError(f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: {listed}")
+        raise ValueError(
+            f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: {listed}"
+        )
 
     def stacked(values: Sequence[Any]) -> jax.Array:
         present = iter(values)
@@ -114,7 +128,9 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
 
 
 def _scalings_differ(held: Sequence[Factors]) -> bool:
-    return len({(f.ranks, f.alphas, f.multiplier, f.parts) for f in held}) > 1 or bool(held[0].untrained)
+    return len({(f.ranks, f.alphas, f.multiplier, f.parts) for f in held}) > 1 or bool(
+        held[0].untrained
+    )
 
 
 def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
@@ -139,7 +155,9 @@ def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     """Return rows of a table by index: -1 is the last one, and NaN stands for one out of range."""
     size = table.shape[0]
-    rows = jnp.where(index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size))
+    rows = jnp.where(
+        index == -1, size - 1, jnp.where((index >= 0) & (index < size - 1), index, size)
+    )
     return jnp.take(table, rows, axis=0, mode="fill")
 
 
@@ -157,7 +175,13 @@ def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
         ratios = [a / n for a, n in zip(held[0].alphas, held[0].ranks, strict=True) if n]
         alphas = ranks if _scalings_differ(held) or not ratios else (ratios[0] * r,) * len(ranks)
         new = dataclasses.replace(
-            held[0], **chosen, ranks=ranks, alphas=alphas, multiplier=1.0, module_index=None, parts=()
+            held[0],
+            **chosen,
+            ranks=ranks,
+            alphas=alphas,
+            multiplier=1.0,
+            module_index=None,
+            parts=(),
         )
     else:
         new = dataclasses.replace(held[0], **chosen)

@@ -21,7 +21,9 @@ def closed_over(fn: Callable[..., Any]) -> list[str]:
 
 def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(fn, functools.partial):
-        yield from ((f"argument {n} of functools.partial", value) for n, value in enumerate(fn.args))
+        yield from (
+            (f"argument {n} of functools.partial", value) for n, value in enumerate(fn.args)
+        )
         yield from fn.keywords.items()
         yield from _outside(fn.func)
         return

@@ -15,7 +15,13 @@ from loha_jax.runtime.device_types import result_sharding
 
 
 def contract(
-    a: jax.Array, a_labels: str, b: jax.Array, b_labels: str, out: str, precision: Any = None, like: Any = None
+    a: jax.Array,
+    a_labels: str,
+    b: jax.Array,
+    b_labels: str,
+    out: str,
+    precision: Any = None,
+    like: Any = None,
 ) -> jax.Array:
     """Return a two-operand einsum, accumulated in float32 or wider.
 
@@ -38,7 +44,11 @@ def contract(
         (tuple(map(a_labels.index, batch)), tuple(map(b_labels.index, batch))),
     )
     # dot_general orders its result: batch axes, free axes of a, free axes of b.
-    labels = [*batch, *(c for c in a_labels if c not in b_labels), *(c for c in b_labels if c not in a_labels)]
+    labels = [
+        *batch,
+        *(c for c in a_labels if c not in b_labels),
+        *(c for c in b_labels if c not in a_labels),
+    ]
     sources = [(like, out)] if like is not None else [(a, a_labels), (b, b_labels)]
     result = lax.dot_general(
         a,

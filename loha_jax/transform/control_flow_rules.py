@@ -42,7 +42,9 @@ def _remat(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     @functools.partial(jax.checkpoint, policy=p["policy"], prevent_cse=p["prevent_cse"])
     def body(values: list[Any]) -> list[Any]:
         outputs = evaluate(p["jaxpr"], (), values, options)
-        return densify_all(outputs, options, "remat", "a rematerialised function returns the weight")
+        return densify_all(
+            outputs, options, "remat", "a rematerialised function returns the weight"
+        )
 
     return body(values)
 
@@ -55,7 +57,9 @@ class _Carry:
         values: the parts before the loop; those that change are plain arrays.
     """
 
-    def __init__(self, values: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], primitive: str):
+    def __init__(
+        self, values: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], primitive: str
+    ):
         self.fixed = [new is old for old, new in zip(inputs, outputs, strict=True)]
         self.values = list(values)
         self._primitive = primitive
@@ -68,7 +72,10 @@ class _Carry:
     def whole(self, changing: Sequence[Any]) -> list[Any]:
         """Return all parts, in order."""
         rest = iter(changing)
-        return [value if fixed else next(rest) for value, fixed in zip(self.values, self.fixed, strict=True)]
+        return [
+            value if fixed else next(rest)
+            for value, fixed in zip(self.values, self.fixed, strict=True)
+        ]
 
 
 @register("scan")
@@ -78,10 +85,14 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     jaxpr, body_consts = open_jaxpr(p["jaxpr"])
     consts, xs = values[:n_consts], values[n_consts + n_carry :]
     carry_inputs = jaxpr.invars[n_consts : n_consts + n_carry]
-    carry = _Carry(values[n_consts : n_consts + n_carry], carry_inputs, jaxpr.outvars[:n_carry], "scan")
+    carry = _Carry(
+        values[n_consts : n_consts + n_carry], carry_inputs, jaxpr.outvars[:n_carry], "scan"
+    )
     start = carry.changing(carry.values, options)
 
-    leading: dict[int, int | None] = {}  # by the number of a view, the atom that the scan takes away
+    leading: dict[
+        int, int | None
+    ] = {}  # by the number of a view, the atom that the scan takes away
     for n, x in enumerate(xs):
         if isinstance(x, KernelView):
             taken = _take_leading(x)
@@ -92,7 +103,11 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
             if options.observer is not None:
                 options.observer.scanned(x, leading[n])
     # Factors without an axis to scan (a broadcast kernel, a stack of one) come from outside.
-    broadcast = {n: xs[n].factors for n, atom in leading.items() if atom is None or xs[n].atoms[atom].kind != "s"}
+    broadcast = {
+        n: xs[n].factors
+        for n, atom in leading.items()
+        if atom is None or xs[n].atoms[atom].kind != "s"
+    }
     sliced = [dataclasses.replace(x, factors=()) if n in broadcast else x for n, x in enumerate(xs)]
     leaves, treedef = jax.tree.flatten(sliced)
     inner = options.repeated(p["length"])
@@ -107,7 +122,9 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
         ys = densify_all(outputs[n_carry:], inner, "scan", "a scan returns the weight")
         return carry.changing(outputs[:n_carry], inner), ys
 
-    changed, ys = lax.scan(body, start, leaves, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    changed, ys = lax.scan(
+        body, start, leaves, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
     return [*carry.whole(changed), *ys]
 
 
@@ -146,7 +163,9 @@ def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     cond_jaxpr, cond_consts = open_jaxpr(p["cond_jaxpr"])
     body_jaxpr, body_consts = open_jaxpr(p["body_jaxpr"])
     cond_args, body_args = values[:n_cond], values[n_cond : n_cond + n_body]
-    carry = _Carry(values[n_cond + n_body :], body_jaxpr.invars[n_body:], body_jaxpr.outvars, "while")
+    carry = _Carry(
+        values[n_cond + n_body :], body_jaxpr.invars[n_body:], body_jaxpr.outvars, "while"
+    )
 
     def cond(changing: list[Any]) -> Any:
         return evaluate(cond_jaxpr, cond_consts, [*cond_args, *carry.whole(changing)], options)[0]
@@ -189,7 +208,9 @@ def _custom_derivative(eqn: Any, values: list[Any], context: Context) -> list[An
     @standard_promotion()  # also where the derivative is taken later
     def factored(values: list[Any]) -> list[Any]:
         outputs = evaluate(jaxpr, consts, values, options)
-        return densify_all(outputs, options, name, "a function with its own derivative returns the weight")
+        return densify_all(
+            outputs, options, name, "a function with its own derivative returns the weight"
+        )
 
     @standard_promotion()
     def dense(values: list[Any]) -> list[Any]:
@@ -202,7 +223,9 @@ def _custom_derivative(eqn: Any, values: list[Any], context: Context) -> list[An
         fn.defjvp(lambda primals, tangents: jax.jvp(dense, primals, tangents))
     else:
         fn = jax.custom_vjp(factored)
-        fn.defvjp(lambda values: jax.vjp(dense, values), lambda pullback, cotangents: pullback(cotangents))
+        fn.defvjp(
+            lambda values: jax.vjp(dense, values), lambda pullback, cotangents: pullback(cotangents)
+        )
     return fn(values)
 
 
@@ -215,14 +238,18 @@ def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
         if isinstance(value, KernelView):
             sharded = shard(value, specs[n], p["mesh"].shape)
             if sharded is None:
-                values[n] = densify(value, options, "shard_map", "a shard is no block of the factors")
+                values[n] = densify(
+                    value, options, "shard_map", "a shard is no block of the factors"
+                )
             else:
                 specs[n], local[n] = sharded
 
     def body(*values: Any) -> list[Any]:
         shards = list(values)
         for n, view in local.items():
-            shards[n] = dataclasses.replace(view, kernel=values[n].kernel, factors=values[n].factors)
+            shards[n] = dataclasses.replace(
+                view, kernel=values[n].kernel, factors=values[n].factors
+            )
         outputs = evaluate(p["jaxpr"], (), shards, options)
         return densify_all(outputs, options, "shard_map", "a shard_map returns the weight")
 
@@ -237,7 +264,9 @@ def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     return mapped(*values)
 
 
-def shard(view: KernelView, spec: Sequence[Any], mesh_shape: Mapping[str, int]) -> tuple[KernelView, KernelView] | None:
+def shard(
+    view: KernelView, spec: Sequence[Any], mesh_shape: Mapping[str, int]
+) -> tuple[KernelView, KernelView] | None:
     """Shard a view over the devices of a `shard_map`.
 
     Args:
@@ -253,7 +282,9 @@ def shard(view: KernelView, spec: Sequence[Any], mesh_shape: Mapping[str, int]) 
     atoms = list(view.atoms)
     split: dict[int, Any] = {}  # mesh axes by atom
     for dims, axes in zip(view.dims, spec, strict=False):  # axes that the spec leaves out are whole
-        count = math.prod(mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
+        count = math.prod(
+            mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name
+        )
         if count == 1:
             continue
         if not dims or atoms[dims[0]].size % count:
@@ -273,9 +304,15 @@ def shard(view: KernelView, spec: Sequence[Any], mesh_shape: Mapping[str, int]) 
     }
 
     def specs(f: ViewFactors) -> ViewFactors:
-        held = {name: PartitionSpec(*axes) for name, axes in by_name.items() if getattr(f, name) is not None}
+        held = {
+            name: PartitionSpec(*axes)
+            for name, axes in by_name.items()
+            if getattr(f, name) is not None
+        }
         return dataclasses.replace(f, **held)
 
     dims = tuple(tuple(n for n in axis if atoms[n].size > 1) for axis in view.dims)
-    of_arrays = dataclasses.replace(view, kernel=PartitionSpec(*spec), factors=tuple(map(specs, view.factors)))
+    of_arrays = dataclasses.replace(
+        view, kernel=PartitionSpec(*spec), factors=tuple(map(specs, view.factors))
+    )
     return of_arrays, dataclasses.replace(view, atoms=tuple(atoms), dims=dims)

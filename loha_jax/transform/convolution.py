@@ -49,7 +49,9 @@ class Convolution(Operation):
     groups: int
 
     @classmethod
-    def of(cls, view: KernelView, x: Any, result_shape: Sequence[int], params: dict[str, Any]) -> Convolution | NoRule:
+    def of(
+        cls, view: KernelView, x: Any, result_shape: Sequence[int], params: dict[str, Any]
+    ) -> Convolution | NoRule:
         """Return the convolution with its axes sorted, or why it has no factored form."""
         numbers = params["dimension_numbers"]
         out, in_, *spatial = (view.dims[axis] for axis in numbers.rhs_spec)
@@ -62,14 +64,22 @@ class Convolution(Operation):
             return NoRule("a convolution with batch groups")
         if "i" in kinds(out) or "o" in kinds(in_):
             return NoRule("the kernel's out axes are contracted")
-        if kinds(out) - {"s", "o"} or kinds(in_) - {"i"} or any(kinds(atoms) - {"k"} for atoms in spatial):
+        if (
+            kinds(out) - {"s", "o"}
+            or kinds(in_) - {"i"}
+            or any(kinds(atoms) - {"k"} for atoms in spatial)
+        ):
             return NoRule("in, out, stack and spatial axes of the kernel are mixed")
         stacked, groups = size_of(view, stack), params["feature_group_count"]
         if tuple(stack) != out[: len(stack)] or groups % stacked:
             return NoRule("modules stacked in the out axis do not have groups of their own")
         batch, _, *space = numbers.out_spec
         return cls(
-            params={name: value for name, value in params.items() if name not in ("lhs_shape", "rhs_shape")},
+            params={
+                name: value
+                for name, value in params.items()
+                if name not in ("lhs_shape", "rhs_shape")
+            },
             rows=nominal(result_shape[axis] for axis in (batch, *space)),
             x_rows=nominal(x.shape[axis] for axis in (numbers.lhs_spec[0], *numbers.lhs_spec[2:])),
             stacked=stacked,
@@ -275,7 +285,9 @@ class _Steps:
         axes = len(space)
         kernel = jnp.transpose(kernel, [*range(2, 2 + axes), 1, 0])  # [*spatial, from, stacked·r²]
         numbers = lax.ConvDimensionNumbers(
-            (0, axes + 1, *range(1, axes + 1)), (axes + 1, axes, *range(axes)), (0, axes + 1, *range(1, axes + 1))
+            (0, axes + 1, *range(1, axes + 1)),
+            (axes + 1, axes, *range(axes)),
+            (0, axes + 1, *range(1, axes + 1)),
         )
         return lax.conv_general_dilated(
             x,
@@ -297,7 +309,9 @@ class _Steps:
         y = contract(h, f"ng{letters}sR", ka, "sRgo", f"n{letters}sgo", self.precision)
         return y.reshape(*y.shape[:-3], math.prod(y.shape[-3:]))
 
-    def pull_back(self, x: jax.Array, f: ViewFactors, h: jax.Array, g: jax.Array) -> tuple[jax.Array, ViewFactors]:
+    def pull_back(
+        self, x: jax.Array, f: ViewFactors, h: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, ViewFactors]:
         """Return the cotangents of x and the factors."""
         dh, df_up = jax.vjp(self.up, h, f)[1](g)
         dx, df_down = jax.vjp(self.down, x, f)[1](dh)

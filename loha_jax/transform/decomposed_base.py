@@ -56,7 +56,11 @@ def scaled_base(operation: Operation, x: jax.Array, view: KernelView) -> jax.Arr
         return operation.apply(scaled, view.kernel)
     plain = operation.apply(x, view.kernel)
     base = (plain * (1 + of_result)).astype(plain.dtype)
-    return base if of_input is None else base + operation.apply((x * of_input).astype(x.dtype), view.kernel)
+    return (
+        base
+        if of_input is None
+        else base + operation.apply((x * of_input).astype(x.dtype), view.kernel)
+    )
 
 
 def gain_along(view: KernelView, side: str) -> jax.Array | None:
@@ -82,7 +86,9 @@ def gain_along(view: KernelView, side: str) -> jax.Array | None:
     whole = {*own, *(n for axis in mixed for n in axis)}
     total = jnp.broadcast_to(total, [size[n] if n in whole else 1 for n in present])
     # [*axes of the view]
-    return total.reshape([math.prod(size[n] for n in axis) if set(axis) & set(own) else 1 for axis in view.dims])
+    return total.reshape(
+        [math.prod(size[n] for n in axis) if set(axis) & set(own) else 1 for axis in view.dims]
+    )
 
 
 def has_gain(view: KernelView) -> bool:

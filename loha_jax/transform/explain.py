@@ -74,7 +74,16 @@ class Explanation:
         return tuple(use for use in self.uses if use.strategy == "dense")
 
     def __str__(self) -> str:
-        header = ("module", "primitive", "kernel", "rows", "strategy", "FLOPs/base", "extra bytes", "note")
+        header = (
+            "module",
+            "primitive",
+            "kernel",
+            "rows",
+            "strategy",
+            "FLOPs/base",
+            "extra bytes",
+            "note",
+        )
         cells = [
             (
                 use.module,
@@ -92,7 +101,9 @@ class Explanation:
         flops = sum(use.flops for use in self.uses)
         if flops:
             extra = sum(use.extra_flops for use in self.uses)
-            lines.append(f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: {1 + extra / flops:.3f}")
+            lines.append(
+                f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: {1 + extra / flops:.3f}"
+            )
         lines += [f"never read: {name}" for name in self.unused]
         lines += [self.note] if self.note else []
         return "\n".join(lines)
@@ -111,7 +122,9 @@ class _Recorder:
     def scanned(self, view: KernelView, atom: int | None) -> None:
         pass
 
-    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
+    def computed(
+        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
+    ) -> None:
         costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
@@ -128,10 +141,16 @@ class _Recorder:
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         width = max(view.shape)
-        self.uses.append(Use(view.name, "gather", view.shape, count * times, "rows", 0.0, 0.0, 4 * count * width))
+        self.uses.append(
+            Use(view.name, "gather", view.shape, count * times, "rows", 0.0, 0.0, 4 * count * width)
+        )
 
-    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
-        self.uses.append(Use(name, primitive, shape, 0, "dense", 0.0, 0.0, 4 * math.prod(shape), reason))
+    def dense(
+        self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int
+    ) -> None:
+        self.uses.append(
+            Use(name, primitive, shape, 0, "dense", 0.0, 0.0, 4 * math.prod(shape), reason)
+        )
 
 
 def explain(
@@ -175,26 +194,42 @@ def explain(
     options = dataclasses.replace(options, observer=recorder)
 
     leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
-    dynamic = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray)]
+    dynamic = [
+        n
+        for n, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray)
+    ]
 
     def traced(arrays: list[Any]) -> list[Any]:
         filled = list(leaves)
         for n, array in zip(dynamic, arrays, strict=True):
             filled[n] = array
         args, kwargs = treedef.unflatten(filled)
-        return [o for o in jax.tree.leaves(run(fn, args, kwargs, options)) if isinstance(o, jax.Array)]
+        return [
+            o for o in jax.tree.leaves(run(fn, args, kwargs, options)) if isinstance(o, jax.Array)
+        ]
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The function that adapt was given closes over")  # the note says it
+        warnings.filterwarnings(
+            "ignore", "The function that adapt was given closes over"
+        )  # the note says it
         jax.eval_shape(traced, [leaves[n] for n in dynamic])
     seen = {use.module for use in recorder.uses}
     adapted = adapted_leaves((params, args, kwargs))
-    names = [leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters]
+    names = [
+        leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters
+    ]
     note = "" if names else _nothing_adapted(fn)
-    return Explanation(tuple(recorder.uses), tuple(name for name in names if name not in seen), note)
+    return Explanation(
+        tuple(recorder.uses), tuple(name for name in names if name not in seen), note
+    )
 
 
 def _nothing_adapted(fn: Callable[..., Any]) -> str:
     closed = closed_over(fn)
-    reason = f"; the function closes over adapted kernels ({', '.join(closed)}), which are not seen" if closed else ""
+    reason = (
+        f"; the function closes over adapted kernels ({', '.join(closed)}), which are not seen"
+        if closed
+        else ""
+    )
     return f"No argument holds a kernel with an active adapter{reason}. Pass the adapted tree as an argument."

@@ -63,15 +63,23 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
             KernelView.unknown(array, candidates[n]) if n in candidates else array
             for n, array in zip(dynamic, arrays, strict=True)
         ]
-        outputs = trace_and_evaluate(fn, leaves, treedef, dynamic, arrays, values, {}, Options(observer=roles))
+        outputs = trace_and_evaluate(
+            fn, leaves, treedef, dynamic, arrays, values, {}, Options(observer=roles)
+        )
         return [o for o in jax.tree.leaves(outputs) if isinstance(o, jax.Array)]
 
     jax.eval_shape(traced, [leaves[n] for n in dynamic])
     found = {name: layout for name in candidates.values() if (layout := roles.layout(name))}
     lookups = roles.lookups & found.keys()
-    sizes = {name: Layout(found[name]).torch_shape(leaves[n].shape) for n, name in candidates.items() if name in found}
+    sizes = {
+        name: Layout(found[name]).torch_shape(leaves[n].shape)
+        for n, name in candidates.items()
+        if name in found
+    }
     # The output head: the last product, if it has as many inputs and outputs as a table's features and rows.
-    is_head = roles.last not in lookups and sizes.get(roles.last) in [sizes[name] for name in lookups]
+    is_head = roles.last not in lookups and sizes.get(roles.last) in [
+        sizes[name] for name in lookups
+    ]
     return ModelLayouts(found, lookups=lookups, heads={roles.last} if is_head else ())
 
 
@@ -101,7 +109,9 @@ class _Roles:
     def scanned(self, view: KernelView, atom: int | None) -> None:
         stacked = self.stacked.setdefault(view.name, set())
         if atom is None:  # of size 1: the first such axis that is not taken yet
-            ones = [a.axis for a in view.atoms if a.size == 1 and a.axis >= 0 and a.axis not in stacked]
+            ones = [
+                a.axis for a in view.atoms if a.size == 1 and a.axis >= 0 and a.axis not in stacked
+            ]
             stacked.update(ones[:1])
         elif view.atoms[atom].axis >= 0:
             stacked.add(view.atoms[atom].axis)
@@ -128,18 +138,26 @@ class _Roles:
     def _unseen(self, view: KernelView, axis: int, kinds: list[str]) -> str:
         """Return the kind of an axis of size 1: the view's, or stack if it was indexed away."""
         ones = [kind for kind, atoms in zip(kinds, view.dims, strict=True) if not atoms]
-        stored_ones = [a.axis for a in view.atoms if a.size == 1 and a.axis not in self.stacked.get(view.name, ())]
+        stored_ones = [
+            a.axis
+            for a in view.atoms
+            if a.size == 1 and a.axis not in self.stacked.get(view.name, ())
+        ]
         if len(ones) == len(stored_ones):
             return ones[stored_ones.index(axis)]
         return "s"
 
-    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
+    def computed(
+        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
+    ) -> None:
         pass
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         pass
 
-    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
+    def dense(
+        self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int
+    ) -> None:
         pass
 
 

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from loha_jax.runtime._compat import Literal, bind_equation, open_jaxpr
 from loha_jax.runtime.sizes import nominal
 
-_STRUCTURAL = {"reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "neg"}
+_STRUCTURAL = {
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "neg",
+}
 # fmt: off
 _ELEMENTWISE = _STRUCTURAL | {
     "add", "sub", "mul", "div", "max", "min", "sign", "abs", "floor", "select_n", "clamp", "pow", "integer_pow",
@@ -91,7 +99,9 @@ def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
     anchors = tuple(dict.fromkeys(search.anchors))
     if any(anchor is var for anchor in anchors):
         return None
-    steps = [eqn for eqn in dict.fromkeys(reversed(search.equations)) if eqn.outvars[0] not in anchors]
+    steps = [
+        eqn for eqn in dict.fromkeys(reversed(search.equations)) if eqn.outvars[0] not in anchors
+    ]
     return Recipe(anchors, tuple(steps), var)
 
 
@@ -167,7 +177,9 @@ class _Search:
     def _is_small(self, operand: Any) -> bool:
         """Return whether an operand may be kept besides another: it is narrow, or a mask."""
         origin, _ = self._source(operand)
-        return isinstance(origin, Literal) or _size(origin) <= self.budget or not _is_floating(origin)
+        return (
+            isinstance(origin, Literal) or _size(origin) <= self.budget or not _is_floating(origin)
+        )
 
 
 def _size(var: Any) -> int:
@@ -184,7 +196,9 @@ def _activation(eqn: Any) -> Any:
         return None
     inputs = [var.aval for var in eqn.invars if not isinstance(var, Literal)]
     (result,) = (var.aval for var in eqn.outvars)
-    one_to_one = [aval.shape for aval in inputs] == [result.shape] and inputs[0].dtype.itemsize <= result.dtype.itemsize
+    one_to_one = [aval.shape for aval in inputs] == [result.shape] and inputs[
+        0
+    ].dtype.itemsize <= result.dtype.itemsize
     return eqn if one_to_one and _is_elementwise(eqn) else None
 
 

@@ -84,9 +84,13 @@ class ViewFactors:
         own, base = gains  # [*stack, out, 1, ...] or [*stack, 1, in, 1, ...]
         if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
             rows = (*base.shape[: len(stack) + 1], 1)  # [*stack, out, 1]
-            return dataclasses.replace(view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows))
+            return dataclasses.replace(
+                view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows)
+            )
         columns = (*stack, 1, base.shape[len(stack) + 1])  # [*stack, 1, in]
-        own = own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
+        own = (
+            own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
+        )
         return dataclasses.replace(view, w1_b=f.hada_w1_b * own, in_gain=base.reshape(columns))
 
     @property
@@ -149,7 +153,13 @@ class KernelView:
     def unknown(cls, kernel: Any, name: str) -> KernelView:
         """Return the view of a plain array whose layout is to be inferred."""
         atoms = tuple(Atom("?", size, axis) for axis, size in enumerate(kernel.shape))
-        return cls(kernel, (), atoms, tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms)), name)
+        return cls(
+            kernel,
+            (),
+            atoms,
+            tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms)),
+            name,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -199,7 +209,9 @@ class KernelView:
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
         return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
 
-    def broadcast_in_dim(self, shape: Sequence[int], broadcast_dimensions: Sequence[int]) -> KernelView | None:
+    def broadcast_in_dim(
+        self, shape: Sequence[int], broadcast_dimensions: Sequence[int]
+    ) -> KernelView | None:
         """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, get atoms of kind "b"."""
         if not all(map(is_known, shape)):
             return None
@@ -239,14 +251,18 @@ class KernelView:
             dims.append(tuple(group))
         return dataclasses.replace(view, kernel=lax.reshape(self.kernel, shape), dims=tuple(dims))
 
-    def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None) -> KernelView | None:
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
+    ) -> KernelView | None:
         """`lax.slice`."""
         strides = strides or (1,) * len(starts)
         view = self
         for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
             if (start, limit, stride) == (0, self.shape[axis], 1):
                 continue
-            cut = view.cut(axis, lambda x, at, a=start, b=limit, c=stride: lax.slice_in_dim(x, a, b, c, at))
+            cut = view.cut(
+                axis, lambda x, at, a=start, b=limit, c=stride: lax.slice_in_dim(x, a, b, c, at)
+            )
             if cut is None:
                 return None
             view = cut
@@ -258,7 +274,9 @@ class KernelView:
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if size == self.shape[axis]:
                 continue
-            cut = view.cut(axis, lambda x, at, a=start, n=size: lax.dynamic_slice_in_dim(x, a, n, at))
+            cut = view.cut(
+                axis, lambda x, at, a=start, n=size: lax.dynamic_slice_in_dim(x, a, n, at)
+            )
             if cut is None:
                 return None
             view = cut
@@ -266,7 +284,9 @@ class KernelView:
 
     def scaled(self, factor: Any, operation: Callable[[Any, Any], Any]) -> KernelView:
         """Return the view multiplied or divided by a scalar."""
-        factors = tuple(dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors)
+        factors = tuple(
+            dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors
+        )
         return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
 
     def rev(self, dimensions: Sequence[int]) -> KernelView:
@@ -305,7 +325,9 @@ class KernelView:
         def mapped(x: jax.Array, axis: int, side: list[int]) -> jax.Array:
             """Apply it to the atom's part of an axis that is made of the atoms of `side`."""
             inner = [self.atoms[n].size for n in side]  # the axis as one axis per atom
-            y = operation(x.reshape(*x.shape[:axis], *inner, *x.shape[axis + 1 :]), axis + side.index(atom))
+            y = operation(
+                x.reshape(*x.shape[:axis], *inner, *x.shape[axis + 1 :]), axis + side.index(atom)
+            )
             return y.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
         def change(f: ViewFactors) -> ViewFactors:
@@ -342,7 +364,9 @@ class KernelView:
         factors = self.factors
         if old.kind == "s":
             at = self.of_kind("s").index(atom)
-            factors = jax.tree.map(lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors)
+            factors = jax.tree.map(
+                lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors
+            )
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
 
 

@@ -26,7 +26,9 @@ def dense_kernel(view: KernelView, *, forward_mode: bool = False) -> jax.Array:
     present = [n for axis in view.dims for n in axis]
     # ΔW is made in the orientation of the view, to be transposed as little as possible.
     in_first = [kind[n] for n in present if kind[n] in "io"][:1] == ["i"]
-    atoms = [n for side in ("sio" if in_first else "soi") for n in view.of_side(side) if size[n] > 1]
+    atoms = [
+        n for side in ("sio" if in_first else "soi") for n in view.of_side(side) if size[n] > 1
+    ]
     total = None
     for f in view.factors:
         f = f.flat().astype(f.dtype)
@@ -83,7 +85,9 @@ def update_rows(
         rows = [gather(table) for table in tables]  # [*positions, r]
         positions = rows[0].shape[:-1]
         flat = [row.reshape(-1, row.shape[-1]) for row in rows]  # [prod(positions), r]
-        delta = hada_weight(flat[0], whole[0], flat[1], whole[1], f.scaling, forward_mode=forward_mode)
+        delta = hada_weight(
+            flat[0], whole[0], flat[1], whole[1], f.scaling, forward_mode=forward_mode
+        )
         total = delta if total is None else total + delta
     assert total is not None
     # [prod(positions), others as they flatten] -> [prod(positions), others as the view has them]

@@ -96,13 +96,19 @@ class Operation(abc.ABC):
     def costs(self, view: KernelView, training: bool) -> Costs:
         """Return the FLOPs of the frozen operation, and what each strategy adds to them."""
         elements, gradients = self.elements(view), self.gradient_costs(view)
-        base, factored, materialising = 2.0 * self.rows * elements, self.factored_flops(view), self._materialising(view)
+        base, factored, materialising = (
+            2.0 * self.rows * elements,
+            self.factored_flops(view),
+            self._materialising(view),
+        )
         count = float(len(view.factors))
         if not training:
             return Costs(base, factored, materialising, count * elements)
         # Each pass materialises ΔW, and each gradient through ΔW is two more arrays of its shape.
         times = 4 if gradients.through_weight < gradients.through_factors else 2
-        return Costs(2 * base, 3 * factored, 2 * materialising + min(gradients), times * count * elements)
+        return Costs(
+            2 * base, 3 * factored, 2 * materialising + min(gradients), times * count * elements
+        )
 
     def gradient_costs(self, view: KernelView) -> GradientCosts:
         """Return the FLOPs of the factors' gradients."""
@@ -123,7 +129,9 @@ class Operation(abc.ABC):
             return "factored"
         return cheapest(self.costs(view, training), training)
 
-    def factored(self, x: jax.Array, view: KernelView, forward_mode: bool, kept: KeptInput) -> jax.Array:
+    def factored(
+        self, x: jax.Array, view: KernelView, forward_mode: bool, kept: KeptInput
+    ) -> jax.Array:
         """Return x·W + (x·KB)·KA, added in float32 or wider.
 
         Args:
@@ -138,7 +146,9 @@ class Operation(abc.ABC):
         shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
         @standard_promotion()
-        def forward(x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...]) -> tuple[Any, ...]:
+        def forward(
+            x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...]
+        ) -> tuple[Any, ...]:
             update, h = self.update(x, dataclasses.replace(shapes, factors=factors))
             return update, (kept_arrays, factors, h)
 
@@ -147,7 +157,9 @@ class Operation(abc.ABC):
             def pull_back(
                 factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], h: Any, g: jax.Array
             ) -> tuple[Any, ...]:
-                return self.pull_back(restore(kept_arrays), dataclasses.replace(shapes, factors=factors), h, g)
+                return self.pull_back(
+                    restore(kept_arrays), dataclasses.replace(shapes, factors=factors), h, g
+                )
 
             kept_arrays, factors, h = residuals
             if recomputed:
@@ -174,21 +186,31 @@ class Operation(abc.ABC):
         shapes, restore, recomputed = view.shapes, kept.restore, 2 if kept.recomputed else 1
 
         def product(x: jax.Array, factors: tuple[ViewFactors, ...], kernel: jax.Array) -> jax.Array:
-            return self.dense(x, dataclasses.replace(shapes, kernel=kernel, factors=factors), forward_mode=True)
+            return self.dense(
+                x, dataclasses.replace(shapes, kernel=kernel, factors=factors), forward_mode=True
+            )
 
         @standard_promotion()
         def forward(
-            x: jax.Array, kept_arrays: tuple[Any, ...], factors: tuple[ViewFactors, ...], kernel: jax.Array
+            x: jax.Array,
+            kept_arrays: tuple[Any, ...],
+            factors: tuple[ViewFactors, ...],
+            kernel: jax.Array,
         ) -> jax.Array:
             def run(factors: tuple[ViewFactors, ...], x: jax.Array, kernel: jax.Array) -> jax.Array:
-                return self._in_blocks(x, dataclasses.replace(shapes, kernel=kernel, factors=factors))
+                return self._in_blocks(
+                    x, dataclasses.replace(shapes, kernel=kernel, factors=factors)
+                )
 
             return self._isolated(run, (factors, x, kernel), 1, x)
 
         @standard_promotion()
         def backward(residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
             def pull_back(
-                factors: tuple[ViewFactors, ...], kept_arrays: tuple[Any, ...], kernel: jax.Array, g: jax.Array
+                factors: tuple[ViewFactors, ...],
+                kept_arrays: tuple[Any, ...],
+                kernel: jax.Array,
+                g: jax.Array,
             ) -> tuple[Any, ...]:
                 x = restore(kept_arrays)
                 if through_weight:
@@ -199,7 +221,9 @@ class Operation(abc.ABC):
                 return dx, self.pull_back(x, whole, h, g)[1]
 
             kept_arrays, factors, kernel = residuals
-            dx, dfactors = self._isolated(pull_back, (factors, kept_arrays, kernel, g), recomputed, g)
+            dx, dfactors = self._isolated(
+                pull_back, (factors, kept_arrays, kernel, g), recomputed, g
+            )
             return dx.astype(dtype), None, dfactors, None
 
         fused = jax.custom_vjp(forward)
@@ -210,7 +234,9 @@ class Operation(abc.ABC):
         """Return the operation with W + ΔW as one array."""
         return self.apply(x, dense_kernel(view, forward_mode=forward_mode))
 
-    def _isolated(self, fn: Callable[..., Any], args: tuple[Any, ...], recomputed: int, pending: jax.Array) -> Any:
+    def _isolated(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], recomputed: int, pending: jax.Array
+    ) -> Any:
         """Return `fn(*args)`, computed after `pending` and not merged with the forward pass.
 
         Args:
@@ -229,7 +255,9 @@ class Operation(abc.ABC):
             return fn(*lax.optimization_barrier(args))
 
         # On several devices an element of a sharded array would be sent around.
-        return lax.platform_dependent(*args, cpu=tied if jax.device_count() == 1 else barrier, default=barrier)
+        return lax.platform_dependent(
+            *args, cpu=tied if jax.device_count() == 1 else barrier, default=barrier
+        )
 
     def _in_blocks(self, x: jax.Array, view: KernelView) -> jax.Array:
         """Return `dense`, on one CPU with one block of W + ΔW after the other where that is faster.
@@ -251,7 +279,9 @@ class Operation(abc.ABC):
         def in_blocks(x: jax.Array, view: KernelView) -> jax.Array:
             def add_block(n: Any, result: jax.Array) -> jax.Array:
                 at = n * sizes[axis]
-                block = view.dynamic_slice([at if a == axis else 0 for a in range(len(sizes))], sizes)
+                block = view.dynamic_slice(
+                    [at if a == axis else 0 for a in range(len(sizes))], sizes
+                )
                 assert block is not None
                 return lax.dynamic_update_slice_in_dim(result, whole(x, block), at, result_axis)
 

@@ -21,13 +21,17 @@ class Observer(Protocol):
     def scanned(self, view: KernelView, atom: int | None) -> None:
         """A scan slices the leading axis: this atom, or None for an axis of size 1."""
 
-    def computed(self, view: KernelView, operation: Operation, strategy: Strategy, times: int) -> None:
+    def computed(
+        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
+    ) -> None:
         """A product or convolution is computed `times` times (scans around it) by this strategy."""
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         """Single positions of an axis are read (an embedding lookup)."""
 
-    def dense(self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int) -> None:
+    def dense(
+        self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int
+    ) -> None:
         """The weight is materialised for an operation that has no other form."""
 
 
@@ -51,4 +55,6 @@ class Options:
 
     def repeated(self, times: int) -> Options:
         """Return the options inside a loop."""
-        return self if self.observer is None else dataclasses.replace(self, times=self.times * times)
+        return (
+            self if self.observer is None else dataclasses.replace(self, times=self.times * times)
+        )

@@ -53,7 +53,9 @@ class Product(Operation):
     rows: int
 
     @classmethod
-    def of(cls, view: KernelView, x: Any, kernel_first: bool, params: dict[str, Any]) -> Product | NoRule:
+    def of(
+        cls, view: KernelView, x: Any, kernel_first: bool, params: dict[str, Any]
+    ) -> Product | NoRule:
         """Return the product with its axes sorted, or why it has no factored form."""
         (lc, rc), (lb, rb) = params["dimension_numbers"]
         kernel_dims, x_dims = ((tuple(lc), tuple(lb)), (tuple(rc), tuple(rb)))
@@ -61,7 +63,12 @@ class Product(Operation):
             kernel_dims, x_dims = x_dims, kernel_dims
         in_contracted = [n for d in kernel_dims[0] for n in view.dims[d]]
         in_batch = [n for d in kernel_dims[1] for n in view.dims[d]]
-        in_free = [n for d, atoms in enumerate(view.dims) if d not in kernel_dims[0] + kernel_dims[1] for n in atoms]
+        in_free = [
+            n
+            for d, atoms in enumerate(view.dims)
+            if d not in kernel_dims[0] + kernel_dims[1]
+            for n in atoms
+        ]
 
         def kinds(atoms):
             return {"i" if view.atoms[n].kind == "k" else view.atoms[n].kind for n in atoms}
@@ -73,11 +80,15 @@ class Product(Operation):
         if {"i", "o"} <= kinds(in_contracted):
             return NoRule("in and out axes are contracted together")
         # Axes of size 1 have no atoms: in or out axes that the view lacks may be on either side.
-        swapped = "o" in kinds(in_contracted) or ("i" in kinds(in_free) and "o" not in kinds(in_free))
+        swapped = "o" in kinds(in_contracted) or (
+            "i" in kinds(in_free) and "o" not in kinds(in_free)
+        )
         main, rest = ("o", "i") if swapped else ("i", "o")
         if main in kinds(in_free) or rest in kinds(in_contracted):
             return NoRule("only some of the in or out axes are contracted")
-        large = {side: tuple(n for n in view.of_side(side) if view.atoms[n].size > 1) for side in "sio"}
+        large = {
+            side: tuple(n for n in view.of_side(side) if view.atoms[n].size > 1) for side in "sio"
+        }
         rows = nominal(size for d, size in enumerate(x.shape) if d not in x_dims[0] + x_dims[1])
         return cls(
             kernel_first=kernel_first,
@@ -96,7 +107,11 @@ class Product(Operation):
     def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """See `Operation.apply`."""
         operands = (kernel, x) if self.kernel_first else (x, kernel)
-        left, right = (self.kernel_dims, self.x_dims) if self.kernel_first else (self.x_dims, self.kernel_dims)
+        left, right = (
+            (self.kernel_dims, self.x_dims)
+            if self.kernel_first
+            else (self.x_dims, self.kernel_dims)
+        )
         numbers = ((left[0], right[0]), (left[1], right[1]))
         return lax.dot_general(*operands, numbers, **self.params)
 
@@ -109,8 +124,13 @@ class Product(Operation):
             ones = (1,) * (x.ndim - len(contracted) - len(batch))
             own = tuple(gain.shape[d] for d in free)
             # [*batch, *free axes of the left operand, *free axes of the right one]
-            shape = [*(gain.shape[d] for d in batch), *(own + ones if self.kernel_first else ones + own)]
-            return BaseScaling(of_result=jnp.transpose(gain, [*contracted, *batch, *free]).reshape(shape))
+            shape = [
+                *(gain.shape[d] for d in batch),
+                *(own + ones if self.kernel_first else ones + own),
+            ]
+            return BaseScaling(
+                of_result=jnp.transpose(gain, [*contracted, *batch, *free]).reshape(shape)
+            )
         if not varying & set(free):
             pairs = dict(zip(self.x_dims[0] + self.x_dims[1], contracted + batch, strict=True))
             # [*axes of x], 1 for its rows
@@ -143,9 +163,13 @@ class Product(Operation):
         factors, from_flat = jax.vjp(lambda factors: tuple(f.flat() for f in factors), view.factors)
         view = dataclasses.replace(view, factors=factors)
         steps = self._steps(x, view)
-        groups, from_groups = jax.vjp(lambda x: self._group_x(x.astype(steps.dtype), view), x.astype(steps.dtype))
+        groups, from_groups = jax.vjp(
+            lambda x: self._group_x(x.astype(steps.dtype), view), x.astype(steps.dtype)
+        )
         delta = jax.eval_shape(lambda: _run(steps, groups, factors)[0])
-        (g,) = jax.linear_transpose(lambda delta: self._ungroup(delta, x, view), delta)(g.astype(delta.dtype))
+        (g,) = jax.linear_transpose(lambda delta: self._ungroup(delta, x, view), delta)(
+            g.astype(delta.dtype)
+        )
         dx, dfactors = _pull_back(steps, groups, factors, h, g)
         return *from_groups(dx), *from_flat(dfactors)
 
@@ -209,7 +233,11 @@ class Product(Operation):
 
     def _x_rows(self, x: jax.Array, view: KernelView) -> list[tuple[str, int, int]]:
         """Return the axes of x that make up its rows."""
-        return [a for a in self._x_layout(x.shape, view) if a[0] == "row" or view.atoms[a[1]].kind == "b"]
+        return [
+            a
+            for a in self._x_layout(x.shape, view)
+            if a[0] == "row" or view.atoms[a[1]].kind == "b"
+        ]
 
     def _row_sizes(self, x: jax.Array, view: KernelView) -> list[int]:
         """Return the sizes of the axes that x's rows are kept in.
@@ -246,11 +274,19 @@ class Product(Operation):
         That has batch axes, free axes of the left and free axes of the right operand.
         """
         rows = self._x_rows(x, view)
-        have = [("atom", n) for n in self.batch + self.free] + [a[:2] for a in rows] + [("atom", n) for n in self.rest]
-        size = {a[:2]: a[2] for a in rows} | {("atom", n): atom.size for n, atom in enumerate(view.atoms)}
+        have = (
+            [("atom", n) for n in self.batch + self.free]
+            + [a[:2] for a in rows]
+            + [("atom", n) for n in self.rest]
+        )
+        size = {a[:2]: a[2] for a in rows} | {
+            ("atom", n): atom.size for n, atom in enumerate(view.atoms)
+        }
         contracted, batch = self.kernel_dims
         batch_out = [("atom", n) for d in batch for n in view.dims[d]]
-        kernel_out = [("atom", n) for d, a in enumerate(view.dims) if d not in contracted + batch for n in a]
+        kernel_out = [
+            ("atom", n) for d, a in enumerate(view.dims) if d not in contracted + batch for n in a
+        ]
         row_out = [a[:2] for a in rows if a[0] == "row"]
         want = batch_out + (kernel_out + row_out if self.kernel_first else row_out + kernel_out)
         delta = delta.reshape([size[a] for a in have])  # one axis per atom
@@ -261,7 +297,8 @@ class Product(Operation):
         kernel_shape = [n for d, n in enumerate(view.shape) if d not in contracted + batch]
         row_shape = [a[2] for a in rows if a[0] == "row"]
         return delta.reshape(
-            batch_shape + (kernel_shape + row_shape if self.kernel_first else row_shape + kernel_shape)
+            batch_shape
+            + (kernel_shape + row_shape if self.kernel_first else row_shape + kernel_shape)
         )
 
 
@@ -336,7 +373,10 @@ class _FactoredSteps:
             ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
             scaling = f.scaling.astype(self.dtype)
             pairs.append((khatri_rao_columns(b1, b2), ka * scaling.reshape(*scaling.shape, 1, 1)))
-        kb, ka = (jnp.concatenate(side, -2) if len(pairs) > 1 else side[0] for side in zip(*pairs, strict=True))
+        kb, ka = (
+            jnp.concatenate(side, -2) if len(pairs) > 1 else side[0]
+            for side in zip(*pairs, strict=True)
+        )
         if self.swapped:
             kb, ka = ka, kb
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
@@ -354,7 +394,9 @@ class _FactoredSteps:
         known = all(map(is_known, x.shape))
         return plain and known and math.prod(x.shape[:-1]) < min(f.r for f in factors)
 
-    def _run_few_rows(self, x: jax.Array, factors: tuple[ViewFactors, ...]) -> tuple[jax.Array, jax.Array]:
+    def _run_few_rows(
+        self, x: jax.Array, factors: tuple[ViewFactors, ...]
+    ) -> tuple[jax.Array, jax.Array]:
         """Return the same for fewer rows than ranks, as in decoding, without KB and KA.
 
         (x KB)[n, p, q] = Σ_i x[n, i] b1[p, i] b2[q, i], and likewise for KA: smaller, and then as
@@ -385,7 +427,9 @@ class _FactoredSteps:
         The order of the operands matters: dhᵀ@x and hᵀ@g, with R leading, run fast on XLA:CPU.
         """
         if self._has_few_rows(x, factors):  # no array of R columns here either
-            return jax.vjp(lambda x, factors: self._run_few_rows(x, factors)[0], x.astype(self.dtype), factors)[1](g)
+            return jax.vjp(
+                lambda x, factors: self._run_few_rows(x, factors)[0], x.astype(self.dtype), factors
+            )[1](g)
         (kb, ka), to_factors = jax.vjp(self.khatri_rao, factors)
         dh = contract(g, self.y, ka, self.ka, self.h, self.precision)
         dx = contract(dh, self.h, kb, self.kb, self.x, self.precision, like=x)

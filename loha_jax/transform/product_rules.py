@@ -68,7 +68,9 @@ def _computed(
     if isinstance(operation, NoRule):
         return operation
     if base_scaling(operation, x, view) is None:
-        return NoRule("a weight decomposition whose norms go with neither the operand nor the result")
+        return NoRule(
+            "a weight decomposition whose norms go with neither the operand nor the result"
+        )
     options, kept = context.options, context.keep(x_var)
     view, x, arrays = vary_alike((view, x, kept.arrays))
     kept = dataclasses.replace(kept, arrays=arrays)
@@ -133,10 +135,20 @@ def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int
     read whole: they are clipped to 0.
     """
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    axes = [axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have]
-    if len(axes) != 1 or sizes[axes[0]] != 1 or tuple(numbers.collapsed_slice_dims) not in ((), tuple(axes)):
+    axes = [
+        axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have
+    ]
+    if (
+        len(axes) != 1
+        or sizes[axes[0]] != 1
+        or tuple(numbers.collapsed_slice_dims) not in ((), tuple(axes))
+    ):
         return None
-    if numbers.operand_batching_dims or numbers.start_indices_batching_dims or axes[0] not in numbers.start_index_map:
+    if (
+        numbers.operand_batching_dims
+        or numbers.start_indices_batching_dims
+        or axes[0] not in numbers.start_index_map
+    ):
         return None
     if len(numbers.start_index_map) > 1 and params["mode"] != lax.GatherScatterMode.CLIP:
         return None

@@ -23,7 +23,9 @@ class Rows:
     axis: int
 
 
-def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_axes: Any, batch: Any) -> Any:
+def mark_rows(
+    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_axes: Any, batch: Any
+) -> Any:
     """Return the arguments with `Rows` in place of the arrays that have rows.
 
     Args:
@@ -44,7 +46,11 @@ def mark_rows(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], in_ax
     if undecided := [argument for argument in given if argument.axes is None]:
         _decide(undecided, given, batch)
     marked = [argument.marked(batch) for argument in given]
-    if not any(isinstance(leaf, Rows) for value in marked for leaf in jax.tree.leaves(value, is_leaf=_is_leaf)):
+    if not any(
+        isinstance(leaf, Rows)
+        for value in marked
+        for leaf in jax.tree.leaves(value, is_leaf=_is_leaf)
+    ):
         raise ValueError(
             f"No argument has a row for each of the {batch} entries of adapter_index: in_axes, or a first axis of "
             f"{batch} of the one array besides the adapted tree, says which do"
@@ -100,7 +106,9 @@ class _Argument:
             if axis is None or not (_is_array(leaf) or is_adapted(leaf) or is_model_part(leaf)):
                 continue
             if not _is_array(leaf):
-                raise ValueError(f"{name} is adapted: it has no rows, and its place in in_axes is None")
+                raise ValueError(
+                    f"{name} is adapted: it has no rows, and its place in in_axes is None"
+                )
             if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != batch:
                 raise ValueError(
                     f"in_axes says {axis} for {name} of shape {leaf.shape}: that axis does not hold the {batch} rows "
@@ -177,7 +185,9 @@ def spread(axes: Any, tree: Any, what: str) -> list[int | None]:
     def add(axis: Any, part: Any) -> None:
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int | np.integer)):
             raise ValueError(f"{what} holds {axis!r}, which is neither an integer nor None")
-        result.extend([None if axis is None else int(axis)] * len(jax.tree.leaves(part, is_leaf=_is_leaf)))
+        result.extend(
+            [None if axis is None else int(axis)] * len(jax.tree.leaves(part, is_leaf=_is_leaf))
+        )
 
     try:
         jax.tree.map(add, axes, tree, is_leaf=lambda axis: axis is None)
@@ -202,14 +212,20 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
     ]
     if not fitting:
         return
-    said = len(undecided) < len(given) and any(axis is not None for a in given for axis in a.axes or ())
+    said = len(undecided) < len(given) and any(
+        axis is not None for a in given for axis in a.axes or ()
+    )
     argument, _, array = fitting[0]
     if len(fitting) == 1 and not said and array.shape[0] == batch and not _may_be_key(array):
         argument.axes = [0 if leaf is array else None for leaf in argument.leaves]
         return
     listed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for _, name, array in fitting)
-    entries = f"({', '.join(argument.entry for argument in given if isinstance(argument.key, int))})"
-    if any(isinstance(argument.key, str) for argument, _, _ in fitting):  # keyword arguments have no place in a tuple
+    entries = (
+        f"({', '.join(argument.entry for argument in given if isinstance(argument.key, int))})"
+    )
+    if any(
+        isinstance(argument.key, str) for argument, _, _ in fitting
+    ):  # keyword arguments have no place in a tuple
         entries = f"{{{', '.join(f'{argument.label!r}: {argument.entry}' for argument in given)}}}"
     raise ValueError(
         f"It is open which arguments have a row for each of the {batch} entries of adapter_index: an axis of that size "
@@ -220,4 +236,6 @@ def _decide(undecided: Sequence[_Argument], given: Sequence[_Argument], batch: A
 
 def _may_be_key(array: Any) -> bool:
     """Return whether an array may be a random key for all rows, or one for each."""
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or (array.dtype == np.uint32 and array.shape[-1] in (2, 4))
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or (
+        array.dtype == np.uint32 and array.shape[-1] in (2, 4)
+    )

@@ -36,7 +36,9 @@ def _reshape(eqn: Any, values: list[Any], _: Context) -> Outputs:
     view, permutation = values[0], eqn.params.get("dimensions")
     if permutation is not None:
         view = view.transpose(permutation)
-    return _view_or(view.reshape(eqn.params["new_sizes"]), "the reshape mixes in, out or stack axes")
+    return _view_or(
+        view.reshape(eqn.params["new_sizes"]), "the reshape mixes in, out or stack axes"
+    )
 
 
 @register("squeeze")
@@ -54,7 +56,9 @@ def _broadcast_in_dim(eqn: Any, values: list[Any], _: Context) -> Outputs:
 
 @register("convert_element_type")
 def _convert_element_type(eqn: Any, values: list[Any], _: Context) -> Outputs:
-    return _view_or(values[0].convert(eqn.params["new_dtype"]), "a cast to a dtype that is not floating")
+    return _view_or(
+        values[0].convert(eqn.params["new_dtype"]), "a cast to a dtype that is not floating"
+    )
 
 
 @register("rev")
@@ -74,7 +78,9 @@ def _dynamic_slice(eqn: Any, values: list[Any], _: Context) -> Outputs:
     sizes = eqn.params["slice_sizes"]
     if not isinstance(values[0], KernelView) or len(values) != 1 + len(sizes):
         return NoRule("a slice of dynamic size")
-    return _view_or(values[0].dynamic_slice(values[1:], sizes), "a slice of an axis that joins several")
+    return _view_or(
+        values[0].dynamic_slice(values[1:], sizes), "a slice of an axis that joins several"
+    )
 
 
 @register("split")
@@ -109,10 +115,14 @@ def _all_gather(eqn: Any, values: list[Any], _: Context) -> Outputs:
     def gather(x: jax.Array, axis: int) -> jax.Array:
         groups = p["axis_index_groups"]
         name = p["axis_name"]
-        return cast(jax.Array, lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups))
+        return cast(
+            jax.Array, lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups)
+        )
 
     # The factors are sharded like the kernel: `control_flow_rules.shard`.
-    return _view_or(values[0].cut(p["all_gather_dimension"], gather), "a gather of a part of an in or out axis")
+    return _view_or(
+        values[0].cut(p["all_gather_dimension"], gather), "a gather of a part of an in or out axis"
+    )
 
 
 @register("stop_gradient")

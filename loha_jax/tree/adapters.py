@@ -40,13 +40,21 @@ def check_adapters(params: Any, names: Sequence[str]) -> None:
     known = adapter_names(params)
     for name in names:
         if name not in known:
-            raise ValueError(f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"Adapter {name} not found. The tree has: {', '.join(known) or 'none'}."
+            )
 
 
 def check_new_adapter(params: Any, name: Any) -> None:
     """Raise ValueError for a name that is invalid or taken by an adapter of the tree."""
-    if not isinstance(name, str) or not 0 < len(name) <= 200 or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name):
-        raise ValueError(f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}")
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= 200
+        or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name)
+    ):
+        raise ValueError(
+            f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}"
+        )
     if name in adapter_names(params):
         raise ValueError(f"Adapter with name {name!r} already exists.")
 
@@ -122,7 +130,9 @@ def scale(params: T, weights: Mapping[str, Any]) -> T:
 
 def _with_multiplier(factors: Factors, weight: Any) -> Factors:
     if isinstance(weight, Tracer):
-        gate = jnp.broadcast_to(jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack)
+        gate = jnp.broadcast_to(
+            jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack
+        )
         return dataclasses.replace(factors, multiplier=1.0, gate=gate)
     parts = tuple(name for name in factors.parts if name != "gate")
     return dataclasses.replace(factors, multiplier=float(weight), gate=None, parts=parts)

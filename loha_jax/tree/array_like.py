@@ -11,15 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 _BINARY = {
-    **{f"__{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
+    **{
+        f"__{name}__": getattr(operator, name)
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+    },
     **{f"__{name}__": getattr(operator, name) for name in ("matmul", "xor", "lshift", "rshift")},
     "__and__": operator.and_,
     "__or__": operator.or_,
     "__divmod__": divmod,
 }
-_COMPARISONS = {f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_COMPARISONS = {
+    f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
 _OTHERS = {
-    **{f"__{name}__": getattr(operator, name) for name in ("neg", "pos", "abs", "invert", "index", "getitem")},
+    **{
+        f"__{name}__": getattr(operator, name)
+        for name in ("neg", "pos", "abs", "invert", "index", "getitem")
+    },
     **{f"__{kind.__name__}__": kind for kind in (bool, int, float, complex, iter, round)},
     "__contains__": operator.contains,
     "__setitem__": operator.setitem,  # which says what to do instead
@@ -28,11 +36,26 @@ _BY_NAME = ("__array_namespace__", "__dlpack__", "__dlpack_device__")
 
 _OF_ARRAYS_ON_DEVICES = (
     *("clone", "delete", "devices", "format", "is_deleted", "is_ready", "block_until_ready"),
-    *("on_device_size_in_bytes", "platform", "tobytes", "tolist", "unsafe_buffer_pointer", "weak_type"),
+    *(
+        "on_device_size_in_bytes",
+        "platform",
+        "tobytes",
+        "tolist",
+        "unsafe_buffer_pointer",
+        "weak_type",
+    ),
 )
 """Public names of concrete arrays that `dir(jax.Array)` lacks (`aval` would make JAX take the node for an array)."""
 
-_OF_THE_BASE = ("sharding", "device", "devices", "committed", "format", "is_fully_addressable", "is_fully_replicated")
+_OF_THE_BASE = (
+    "sharding",
+    "device",
+    "devices",
+    "committed",
+    "format",
+    "is_fully_addressable",
+    "is_fully_replicated",
+)
 """Names that the frozen array answers: nothing is computed for them."""
 
 
@@ -45,7 +68,9 @@ class ArrayLike:
     `delete` and `copy_to_host_async` concern all arrays that the node holds.
     """
 
-    __array_priority__ = 100  # numpy arrays on the left leave the operation to this class, as they do for jax.Array
+    __array_priority__ = (
+        100  # numpy arrays on the left leave the operation to this class, as they do for jax.Array
+    )
     __hash__: Any = None  # arrays compare elementwise and have no hash
 
     if TYPE_CHECKING:  # the rest is put in below
@@ -171,7 +196,10 @@ def _attribute(name: str) -> property:
     def get(self: ArrayLike) -> Any:
         return getattr(self._frozen if name in _OF_THE_BASE else self.__jax_array__(), name)
 
-    return property(get, doc=f"As of `jax.Array`: {'the frozen' if name in _OF_THE_BASE else 'the dense'} array's.")
+    return property(
+        get,
+        doc=f"As of `jax.Array`: {'the frozen' if name in _OF_THE_BASE else 'the dense'} array's.",
+    )
 
 
 def _complete(cls: type[ArrayLike]) -> None:

@@ -62,11 +62,15 @@ def warn_of_changed_base(params: Any, adapters: Sequence[str] | None = None) -> 
             if adapters is None or name in adapters
         )
     ]
-    chosen = [f for leaf in found for n, f in leaf.adapters.items() if adapters is None or n in adapters]
+    chosen = [
+        f for leaf in found for n, f in leaf.adapters.items() if adapters is None or n in adapters
+    ]
     kept = [f.base for f in chosen if f.base is not None]
     changed += _changed_beside(params, kept)
     if changed:
-        shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
+        shown = ", ".join(changed[:10]) + (
+            f" and {len(changed) - 10} more" if len(changed) > 10 else ""
+        )
         warn_caller(
             f"The base weights have changed since the adapter was made: {shown}. Either they were "
             "trained too, and the adapter is only a part of the result, or it belongs to another base. "
@@ -79,8 +83,14 @@ def _changed_beside(params: Any, kept: Sequence[KernelSample]) -> list[str]:
     """Return the names of the leaves without an adapter that have changed since an adapter was made."""
     frozen = frozen_leaves(params)
     old = {id(sample.beside): sample.beside for sample in kept}
-    now = sample_kernels({path: leaf for path, leaf in frozen.items() if any(path in s for s in old.values())})
-    differs = (path for path, sample in now.items() if any(path in s and s[path].differs(sample) for s in old.values()))
+    now = sample_kernels(
+        {path: leaf for path, leaf in frozen.items() if any(path in s for s in old.values())}
+    )
+    differs = (
+        path
+        for path, sample in now.items()
+        if any(path in s and s[path].differs(sample) for s in old.values())
+    )
     return [".".join(path) for path in differs]
 
 

@@ -50,7 +50,9 @@ def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
     """Return the boxes of a tree's parameters by path; {} if Flax' boxes are not in use."""
     if "flax.core.meta" not in sys.modules:
         return {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_box(x) or is_adapted(x))
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_box(x) or is_adapted(x)
+    )
     return {path: box for path, leaf in flat if (box := box_of(leaf)) is not None}
 
 
@@ -82,7 +84,10 @@ def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
     if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
         return factors  # a box of some other kind says nothing of axes
     axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
-    boxes = {name: dataclasses.replace(box, value=x, names=axes[name]) for name, x in factors.arrays.items()}
+    boxes = {
+        name: dataclasses.replace(box, value=x, names=axes[name])
+        for name, x in factors.arrays.items()
+    }
     return dataclasses.replace(factors, **boxes)
 
 

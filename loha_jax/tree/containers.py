@@ -16,7 +16,14 @@ from typing import Any, Protocol, TypeVar, cast, overload
 import jax
 
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.tree.boxes import box_of, boxes_among, boxes_inside, boxes_outside, put_in_boxes, unbox
+from loha_jax.tree.boxes import (
+    box_of,
+    boxes_among,
+    boxes_inside,
+    boxes_outside,
+    put_in_boxes,
+    unbox,
+)
 from loha_jax.tree.leaves import flatten_whole, is_adapted
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
@@ -144,7 +151,9 @@ def on_trees(
 
 def adapted_leaves(tree: Any) -> list[Any]:
     """Return the adapted leaves of a tree and of the models in it."""
-    inside = [node.leaf() for container in _used_containers() for node in container.nodes_among(tree)]
+    inside = [
+        node.leaf() for container in _used_containers() for node in container.nodes_among(tree)
+    ]
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 
 
@@ -156,4 +165,6 @@ def is_model_part(x: Any) -> bool:
 def refuse_model(tree: Any, advice: str) -> None:
     """Raise TypeError where a function of trees is given a model."""
     if container_of(tree) is not None:
-        raise TypeError(f"This takes a tree of parameters, not a model ({type(tree).__name__}). {advice}")
+        raise TypeError(
+            f"This takes a tree of parameters, not a model ({type(tree).__name__}). {advice}"
+        )

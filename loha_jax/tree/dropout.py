@@ -53,7 +53,10 @@ def dropout(params: T, key: jax.Array) -> T:
     """
 
     note_dropout()
-    refuse_model(params, "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).")
+    refuse_model(
+        params,
+        "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).",
+    )
 
     check_key(key)
 
@@ -85,12 +88,18 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     if rank_dropout:
         kept = jax.random.bernoulli(rank_key, 1 - rank_dropout, mask.shape)
         count = kept.sum(-1, keepdims=True)
-        mask = kept * (out / jnp.maximum(count, 1)).astype(mask.dtype) if rescaled else kept.astype(mask.dtype)
+        mask = (
+            kept * (out / jnp.maximum(count, 1)).astype(mask.dtype)
+            if rescaled
+            else kept.astype(mask.dtype)
+        )
     if module_dropout:
         present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
         mask *= present
         if factors.dora_scale is not None:  # the whole difference from W is dropped, not only ΔW
             gate = present[..., 0].astype(float32_or_wider(w1_a.dtype))
-            factors = dataclasses.replace(factors, gate=gate if factors.gate is None else factors.gate * gate)
+            factors = dataclasses.replace(
+                factors, gate=gate if factors.gate is None else factors.gate * gate
+            )
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]
     return dataclasses.replace(factors, hada_w1_a=w1_a * mask.astype(w1_a.dtype))

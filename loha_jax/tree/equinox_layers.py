@@ -52,7 +52,9 @@ def equinox_layers(tree: Any, given: Layouts | None = None) -> ModelLayouts:
 
 def _layers(tree: Any, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the nodes of these types in a tree, with their paths."""
-    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, types))[0]:
+    for path, node in jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, types)
+    )[0]:
         if isinstance(node, types):
             yield path_parts(path), node
 

@@ -30,7 +30,10 @@ _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     frozenset: (sorted, frozenset),
     dict: (lambda value: list(value.items()), dict),
     Layout: (lambda layout: layout.word, Layout),
-    Origin: (lambda origin: [origin.config, origin.alphas], lambda parts: Origin(parts[0], alphas=parts[1])),
+    Origin: (
+        lambda origin: [origin.config, origin.alphas],
+        lambda parts: Origin(parts[0], alphas=parts[1]),
+    ),
     Counters: (list, Counters),
     LoHaConfig: (_fields, lambda fields: LoHaConfig(**fields)),
     LycorisConfig: (_fields, lambda fields: LycorisConfig(**fields)),
@@ -47,7 +50,11 @@ def _encode(value: Any) -> Any:
     parts = _WAYS[type(value)][0](value)
     if isinstance(parts, dict):
         return {type(value).__name__: {name: _encode(part) for name, part in parts.items()}}
-    return {type(value).__name__: [_encode(part) for part in parts] if isinstance(parts, list) else parts}
+    return {
+        type(value).__name__: [_encode(part) for part in parts]
+        if isinstance(parts, list)
+        else parts
+    }
 
 
 def _decode(value: Any) -> Any:

@@ -88,7 +88,9 @@ class Factors:
 
     def __post_init__(self) -> None:
         held = (*FACTOR_NAMES[:4], *self.parts)
-        parts = interned(*(name for name in _ARRAYS if name in held or getattr(self, name) is not None))
+        parts = interned(
+            *(name for name in _ARRAYS if name in held or getattr(self, name) is not None)
+        )
         key = interned(parts, self.ranks, self.alphas, self.multiplier)
         _keep(self, parts=parts, _children=tuple(getattr(self, name) for name in parts))
         _keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
@@ -211,7 +213,8 @@ class Factors:
         """
         dtype = float32_or_wider(self.hada_w1_a.dtype)
         w1_a, w1_b, w2_a, w2_b = (
-            w.astype(dtype) for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+            w.astype(dtype)
+            for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
         )
         if not self.is_cp:
             return hada_weight(w1_a, w1_b, w2_a, w2_b, self.scale, forward_mode=forward_mode)
@@ -234,7 +237,10 @@ class Factors:
         if self.dora_scale is None:
             return None
         stack = self.hada_w1_a.ndim - 2
-        f, on_out = self.flat(), is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack)
+        f, on_out = (
+            self.flat(),
+            is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack),
+        )
         factors = (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
         norms = adapted_norms(kernel, layout, *factors, self.scale, on_out=on_out)
         g = gain(norms, self.dora_scale)
@@ -269,7 +275,9 @@ def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[
         stack: sizes of the kernel's stack axes.
     """
     ratios = {a / r for a, r in zip(alphas, ranks, strict=True) if r}
-    return None if len(ratios) < 2 else jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
+    return (
+        None if len(ratios) < 2 else jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
+    )
 
 
 def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]) -> Any:
@@ -310,9 +318,15 @@ def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
     if scaling is not None and not isinstance(scaling, Tracer):
         ratios = [a / r if r else 0.0 for a, r in zip(state["alphas"], state["ranks"], strict=True)]
         if multiplier is not None:
-            found = [float(m) for m, r in zip(np.ravel(multiplier), state["ranks"], strict=True) if r]
+            found = [
+                float(m) for m, r in zip(np.ravel(multiplier), state["ranks"], strict=True) if r
+            ]
         else:
-            found = [float(s) / ratio for s, ratio in zip(np.ravel(scaling), ratios, strict=True) if ratio]
+            found = [
+                float(s) / ratio
+                for s, ratio in zip(np.ravel(scaling), ratios, strict=True)
+                if ratio
+            ]
         rounded = {round(value, 5) for value in found}
         if len(rounded) > 1:
             raise ValueError(

@@ -33,16 +33,23 @@ def children_of(node: Any) -> dict[str, Any]:
 
 def _register(serialization: ModuleType) -> None:
     def to_state(node: Any) -> dict[str, Any]:
-        return {name: serialization.to_state_dict(child) for name, child in children_of(node).items()}
+        return {
+            name: serialization.to_state_dict(child) for name, child in children_of(node).items()
+        }
 
     def from_state(node: Any, state: Any) -> Any:
         where, children = serialization.current_path(), children_of(node)
         if not isinstance(state, Mapping) or state.keys() != children.keys():
             found = list(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"{where}: a {type(node).__name__} with {list(children)} was given, the state has {found}")
+            raise ValueError(
+                f"{where}: a {type(node).__name__} with {list(children)} was given, the state has {found}"
+            )
         for name, child in children.items():
             _check(f"{where}/{name}", child, state[name])
-        new = {name: serialization.from_state_dict(child, state[name], name) for name, child in children.items()}
+        new = {
+            name: serialization.from_state_dict(child, state[name], name)
+            for name, child in children.items()
+        }
         return dataclasses.replace(node, **new)
 
     for kind in (LoHaWeight, SavedWeight, Factors):
@@ -57,13 +64,18 @@ def _check(where: str, given: Any, held: Any) -> None:
                 _check(f"{where}/{name}", child, held[name])
         return  # other differences are Flax' own to report
     ours, theirs = (
-        None if x is None else getattr(x, "shape", "a value" if not isinstance(x, Mapping) else "a dict")
+        None
+        if x is None
+        else getattr(x, "shape", "a value" if not isinstance(x, Mapping) else "a dict")
         for x in (given, held)
     )
     if isinstance(given, Factors) or not (given is None or isinstance(ours, tuple)):
         return
     if ours != theirs:
-        shown = [("nothing" if x is None else f"shape {x}" if isinstance(x, tuple) else x) for x in (ours, theirs)]
+        shown = [
+            ("nothing" if x is None else f"shape {x}" if isinstance(x, tuple) else x)
+            for x in (ours, theirs)
+        ]
         raise ValueError(
             f"{where}: {shown[0]} was given, the state has {shown[1]}. Give the tree, or the half of `partition`, that "
             "the state was made from."
@@ -111,7 +123,9 @@ class _Registering(importlib.abc.Loader):
         """Execute the module, then add the types to its table."""
         self._loader.exec_module(module)
         _register(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
+        sys.meta_path[:] = [
+            finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -98,7 +98,13 @@ def inject(
 
         def build(params):
             return inject(
-                params, config, key=key, adapter_name=adapter_name, names=names, layouts=layouts, model_type=model_type
+                params,
+                config,
+                key=key,
+                adapter_name=adapter_name,
+                names=names,
+                layouts=layouts,
+                model_type=model_type,
             )
 
         return _with_shardings(jax.eval_shape(build, params), params)
@@ -124,7 +130,11 @@ def _with_rank_to_spare(plan: Plan) -> list[str]:
     for target in plan.targets.values():
         out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
         most = min(out, in_ * math.prod(spatial))
-        found += [name for name, r in zip(target.names, target.ranks, strict=True) if r * r > 16 * most > 16]
+        found += [
+            name
+            for name, r in zip(target.names, target.ranks, strict=True)
+            if r * r > 16 * most > 16
+        ]
     return found
 
 
@@ -151,7 +161,9 @@ def apply_plan(
         tensors = make_factors(target)
         extras: dict[str, Any] = make_extras(target, plan.config, kernel)
         if "dora_scale" in extras:
-            extras["dora_scale"] = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
+            extras["dora_scale"] = norms_of_adapted(
+                extras["dora_scale"], target.ranks, target.stack
+            )
         factors = Factors(
             **tensors,
             **extras,
@@ -179,14 +191,20 @@ def with_samples(params: T) -> T:
     leaves, treedef = flatten_whole(params)
     kernels = {n: leaf.kernel for n, leaf in enumerate(leaves) if isinstance(leaf, LoHaWeight)}
     for n, base in _base_samples(kernels, frozen_leaves(params)).items():
-        adapters = {name: dataclasses.replace(f, base=base) for name, f in leaves[n].adapters.items()}
+        adapters = {
+            name: dataclasses.replace(f, base=base) for name, f in leaves[n].adapters.items()
+        }
         leaves[n] = dataclasses.replace(leaves[n], adapters=adapters)
     return treedef.unflatten(leaves)
 
 
-def _base_samples(kernels: dict[int, Any], frozen: dict[tuple[str, ...], Any]) -> dict[int, KernelSample]:
+def _base_samples(
+    kernels: dict[int, Any], frozen: dict[tuple[str, ...], Any]
+) -> dict[int, KernelSample]:
     """Return samples of kernels by position, each with those of the leaves that no adapter changes."""
-    samples = sample_kernels({**kernels, **frozen})  # by position and by path: one transfer from the devices
+    samples = sample_kernels(
+        {**kernels, **frozen}
+    )  # by position and by path: one transfer from the devices
     beside = {path: samples[path] for path in frozen if path in samples}
     return {n: dataclasses.replace(samples[n], beside=beside) for n in kernels if n in samples}
 
@@ -221,11 +239,15 @@ def _with_shardings(shapes: T, params: T) -> T:
     for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
             kernel = old.kernel if isinstance(old, LoHaWeight) else old
-            adapters = {name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()}
+            adapters = {
+                name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()
+            }
             leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
         elif isinstance(leaf, SavedWeight):
             original = old.original if isinstance(old, SavedWeight) else old
-            leaves[position] = dataclasses.replace(leaf, original=original, copies=dict.fromkeys(leaf.copies, original))
+            leaves[position] = dataclasses.replace(
+                leaf, original=original, copies=dict.fromkeys(leaf.copies, original)
+            )
         else:
             leaves[position] = old
     return treedef.unflatten(leaves)
@@ -243,7 +265,9 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
-        return init_factors(key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack)
+        return init_factors(
+            key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack
+        )
     per_module = [
         init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
         for name, r in zip(target.names, target.ranks, strict=True)
@@ -256,7 +280,9 @@ def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> di
     return config.extra_arrays(kernel, target.layout, factor_dtype(target.dtype))
 
 
-def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any) -> dict[str, jax.Array]:
+def stack_factors(
+    per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any
+) -> dict[str, jax.Array]:
     """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
@@ -267,6 +293,10 @@ def stack_factors(per_module: Sequence[Mapping[str, Any]], target: Target, dtype
         rows = []
         for tensors in per_module:
             value = jnp.asarray(tensors[name], dtype) if tensors else jnp.zeros(shape, dtype)
-            rows.append(jnp.pad(value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]))
+            rows.append(
+                jnp.pad(
+                    value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]
+                )
+            )
         stacked[name] = jnp.stack(rows).reshape(*target.stack, *shape)
     return stacked

@@ -32,7 +32,9 @@ class KernelSample:
     shape: tuple[int, ...]
     dtype: str
     values: dict[int, bytes]
-    beside: Mapping[tuple[str, ...], KernelSample] = dataclasses.field(default_factory=dict, repr=False)
+    beside: Mapping[tuple[str, ...], KernelSample] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def differs(self, other: KernelSample) -> bool:
         """Say whether two samples come from different kernels.
@@ -41,7 +43,9 @@ class KernelSample:
         """
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False  # a cast or sliced kernel: nothing can be said
-        return any(self.values[n] != other.values[n] for n in self.values.keys() & other.values.keys())
+        return any(
+            self.values[n] != other.values[n] for n in self.values.keys() & other.values.keys()
+        )
 
 
 def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
@@ -60,7 +64,11 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
     for name, kernel in kernels.items():
         if isinstance(kernel, np.ndarray):
             shards: list[tuple[Any, Any]] = [(kernel, (slice(None),) * kernel.ndim)]
-        elif isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer) and not kernel.is_deleted():
+        elif (
+            isinstance(kernel, jax.Array)
+            and not isinstance(kernel, Tracer)
+            and not kernel.is_deleted()
+        ):
             shards = [(s.data, s.index) for s in kernel.addressable_shards if s.replica_id == 0]
         else:
             continue
@@ -74,15 +82,21 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
         for (positions, _), elements in zip(found, values[n], strict=True):
             flat = np.asarray(elements).reshape(-1)
             size, raw = flat.dtype.itemsize, flat.tobytes()
-            by_position.update({p: raw[i * size : (i + 1) * size] for i, p in enumerate(positions.tolist())})
+            by_position.update(
+                {p: raw[i * size : (i + 1) * size] for i, p in enumerate(positions.tolist())}
+            )
         result[name] = KernelSample(tuple(kernel.shape), str(kernel.dtype), by_position)
     return result
 
 
-def _points(data: Any, index: Sequence[slice], shape: Sequence[int], points: list[np.ndarray]) -> Any:
+def _points(
+    data: Any, index: Sequence[slice], shape: Sequence[int], points: list[np.ndarray]
+) -> Any:
     """Return the flat positions and values of the points in one shard; None if there are none."""
     starts = [s.start or 0 for s in index]
-    own = [p[(p >= low) & (p < low + n)] for p, low, n in zip(points, starts, data.shape, strict=True)]
+    own = [
+        p[(p >= low) & (p < low + n)] for p, low, n in zip(points, starts, data.shape, strict=True)
+    ]
     if not all(map(len, own)):
         return None
     positions = np.zeros((), np.int64)

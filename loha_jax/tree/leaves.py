@@ -64,7 +64,9 @@ class LoHaWeight(ArrayLike):
     _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
-        keep_flat(self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active))
+        keep_flat(
+            self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return only the fields, for `pickle` and `copy`."""
@@ -115,7 +117,9 @@ class LoHaWeight(ArrayLike):
         return self.dense()
 
     @standard_promotion()
-    def dense(self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False) -> jax.Array:
+    def dense(
+        self, adapters: tuple[str, ...] | None = None, *, forward_mode: bool = False
+    ) -> jax.Array:
         """Compute `kernel + Σ ΔW`, in the kernel's shape and dtype.
 
         Args:
@@ -127,7 +131,11 @@ class LoHaWeight(ArrayLike):
         """
         self.require_whole()
         kernel = lax.stop_gradient(self._frozen)
-        chosen = self.active_adapters if adapters is None else tuple(self.adapters[name] for name in adapters)
+        chosen = (
+            self.active_adapters
+            if adapters is None
+            else tuple(self.adapters[name] for name in adapters)
+        )
         if not chosen:
             return kernel
         warn_of_forgotten_dropout(chosen)
@@ -151,7 +159,10 @@ class LoHaWeight(ArrayLike):
 
 jax.tree_util.register_pytree_with_keys(
     LoHaWeight,
-    lambda leaf: (((GetAttrKey("kernel"), leaf.kernel), (GetAttrKey("adapters"), leaf.adapters)), leaf._aux),
+    lambda leaf: (
+        ((GetAttrKey("kernel"), leaf.kernel), (GetAttrKey("adapters"), leaf.adapters)),
+        leaf._aux,
+    ),
     lambda aux, children: LoHaWeight(*children, *aux),
     flat_parts,
 )
@@ -247,7 +258,9 @@ def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
         >>> map_adapted(lambda leaf: leaf.kernel, {"bias": 1.0})
         {'bias': 1.0}
     """
-    return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted)
+    return jax.tree.map(
+        lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted
+    )
 
 
 def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T:

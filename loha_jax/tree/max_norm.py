@@ -65,7 +65,9 @@ def _limited(factors: Factors, max_norm: Any) -> Factors:
     norm = update_norm(factors)
     ratio = jnp.where(norm > max_norm, max_norm / jnp.maximum(norm, max_norm), 1)
     if factors.scalar is not None:
-        return dataclasses.replace(factors, scalar=factors.scalar * ratio.astype(factors.scalar.dtype))
+        return dataclasses.replace(
+            factors, scalar=factors.scalar * ratio.astype(factors.scalar.dtype)
+        )
     w1_a = factors.hada_w1_a
     return dataclasses.replace(factors, hada_w1_a=w1_a * ratio.astype(w1_a.dtype)[..., None, None])
 
@@ -75,7 +77,9 @@ def update_norm(factors: Factors) -> jax.Array:
     """Compute ‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
     f = factors.flat()
     dtype = float32_or_wider(f.hada_w1_a.dtype)
-    w1_a, w1_b, w2_a, w2_b = (w.astype(dtype) for w in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))
+    w1_a, w1_b, w2_a, w2_b = (
+        w.astype(dtype) for w in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+    )
     ka, kb = khatri_rao_rows(w1_a, w2_a), khatri_rao_columns(w1_b, w2_b)
     squares = jnp.einsum("...oR,...oS->...RS", ka, ka) * jnp.einsum("...Ri,...Si->...RS", kb, kb)
     return jnp.sqrt(jnp.maximum(squares.sum((-1, -2)), 0)) * jnp.abs(f.scale)

@@ -86,7 +86,9 @@ def merge(
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
-            others = {name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()}
+            others = {
+                name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()
+            }
             new = dataclasses.replace(leaf, kernel=weight, adapters=others)
         else:
             name = leaf.copy_of(chosen)
@@ -103,7 +105,9 @@ def merge(
         )
     if (share := max(lost.values(), default=0.0)) > _LOSS_NOTED:
         worst = max(lost, key=lost.__getitem__)
-        warn_caller(f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update.")
+        warn_caller(
+            f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
+        )
     return result
 
 
@@ -121,7 +125,9 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
     Raises:
         ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
     """
-    stored, exact, base = (np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base))
+    stored, exact, base = (
+        np.asarray(array).astype(np.float32).reshape(-1) for array in (stored, exact, base)
+    )
     lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
     if lost > LOSS_LIMIT * update and not force:
         raise ValueError(

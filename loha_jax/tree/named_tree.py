@@ -65,20 +65,32 @@ class NamedTree:
         flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
         self.paths = [path_parts(path) for path, _ in flat]
         self.leaves = [leaf for _, leaf in flat]
-        self.names = {n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)}
+        self.names = {
+            n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)
+        }
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
         self.modules = {
-            ".".join(name.split(".")[: n + 1]) for name in self.names.values() for n in range(name.count(".") + 1)
+            ".".join(name.split(".")[: n + 1])
+            for name in self.names.values()
+            for n in range(name.count(".") + 1)
         }
         self.given_names = names
         self._torch_shapes = torch_shapes or {}
         self._known: ModelLayouts = equinox_layers(params, layouts)
         self.given_layouts = _as_layouts(self._known)
         mapped = names.layouts or {} if isinstance(names, NamesWithLayouts) else {}
-        self._map_layouts = _as_layouts({name: layout for name, layout in mapped.items() if layout is not None})
+        self._map_layouts = _as_layouts(
+            {name: layout for name, layout in mapped.items() if layout is not None}
+        )
         vectors = self._known.vectors | {name for name, layout in mapped.items() if layout is None}
-        matrices = [n for n in self.names if is_kernel_leaf(self.paths[n]) and self.leaves[n].ndim >= 2]
-        self.kernels = {n for n in matrices if self.names[n] not in vectors and not self._has_bias_of_its_shape(n)}
+        matrices = [
+            n for n in self.names if is_kernel_leaf(self.paths[n]) and self.leaves[n].ndim >= 2
+        ]
+        self.kernels = {
+            n
+            for n in matrices
+            if self.names[n] not in vectors and not self._has_bias_of_its_shape(n)
+        }
         self.weights = sorted([*matrices, *self._scales({self.names[n] for n in matrices})])
         self._layouts: dict[int, Layout] = {}
 
@@ -120,7 +132,9 @@ class NamedTree:
             return _fitting(self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
         if name in self._known.own:
             return self._known.own[name]
-        return default_layout(leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name))
+        return default_layout(
+            leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name)
+        )
 
     def _torch_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape that the file shows of a kernel that is one module."""
@@ -149,13 +163,19 @@ class NamedTree:
             return leaf.names
         default = self.names[position]
         try:
-            stack = self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
+            stack = (
+                self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
+            )
         except ValueError:
             if self._may_match(position, config):
                 raise
             return (default,)
         try:
-            return all_names(default, self.given_names) if stack is None else self.module_names(position, stack)
+            return (
+                all_names(default, self.given_names)
+                if stack is None
+                else self.module_names(position, stack)
+            )
         except UnknownNameError:
             if self._may_match(position, config):
                 raise
@@ -166,7 +186,9 @@ class NamedTree:
         return stack_names(self.names[position], stack, self.given_names)
 
     def _may_match(self, position: int, config: LoHaConfig) -> bool:
-        return any(match_target(name, config) is Match.TARGETED for name in self.possible_names(position))
+        return any(
+            match_target(name, config) is Match.TARGETED for name in self.possible_names(position)
+        )
 
     def possible_names(self, position: int) -> list[str]:
         """Return the names that a leaf's modules could have if its layout is ambiguous."""
@@ -203,7 +225,9 @@ class NamedTree:
         try:
             layout = self.layout(position)
         except ValueError:
-            return (self.names[position],)  # named by all-linear, hence an error that says how to settle it
+            return (
+                self.names[position],
+            )  # named by all-linear, hence an error that says how to settle it
         if layout.axes("k"):
             return ()
         try:

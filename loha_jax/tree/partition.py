@@ -105,11 +105,16 @@ def trainable_mask(params: Any) -> Any:
             adapters = {}
             for name, factors in leaf.adapters.items():
                 marked: Factors = all_of(factors, name in leaf.active)
-                untrained = {field: all_of(value, False) for field, value in factors.untrained.items()}
+                untrained = {
+                    field: all_of(value, False) for field, value in factors.untrained.items()
+                }
                 adapters[name] = dataclasses.replace(marked, **untrained)
             return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
         if isinstance(leaf, SavedWeight):
-            copies = {n: all_of(copy, n in leaf.active and not leaf.is_buffer) for n, copy in leaf.copies.items()}
+            copies = {
+                n: all_of(copy, n in leaf.active and not leaf.is_buffer)
+                for n, copy in leaf.copies.items()
+            }
             return dataclasses.replace(leaf, original=all_of(leaf.original, False), copies=copies)
         return False
 

@@ -18,7 +18,12 @@ from loha_jax.tree.factors import Factors
 
 
 def factor_axes(
-    layout: Layout, shape: Sequence[int], axes: Iterable[Any], arrays: Mapping[str, Any], *, cp: bool
+    layout: Layout,
+    shape: Sequence[int],
+    axes: Iterable[Any],
+    arrays: Mapping[str, Any],
+    *,
+    cp: bool,
 ) -> dict[str, tuple[Any, ...]]:
     """Return what each axis of an adapter's arrays is split over, given the kernel's axes.
 
@@ -74,14 +79,17 @@ def factor_axes(
         "gate": stack,
         "dora_scale": (*stack, out, in_),  # one of the two axes has size 1
     }
-    return {name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()}
+    return {
+        name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()
+    }
 
 
 def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tuple[Any, ...]:
     """Return as many entries as there are axes, None for those of size 1 after the stack."""
     axes = (*axes, *(None,) * (len(shape) - len(axes)))[: len(shape)]
     return tuple(
-        axis if size > 1 or n < stacked else None for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
+        axis if size > 1 or n < stacked else None
+        for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
     )
 
 
@@ -99,7 +107,8 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
         return factors if sharding is None else jax.tree.map(lambda x: place(x, sharding), factors)
     axes = factor_axes(layout, kernel.shape, sharding.spec, factors.arrays, cp=factors.is_cp)
     placed = {
-        name: place(x, NamedSharding(sharding.mesh, PartitionSpec(*axes[name]))) for name, x in factors.arrays.items()
+        name: place(x, NamedSharding(sharding.mesh, PartitionSpec(*axes[name])))
+        for name, x in factors.arrays.items()
     }
     return dataclasses.replace(factors, **placed)
 
@@ -135,7 +144,9 @@ def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
         if not isinstance(sharding, NamedSharding):
             return jax.device_put(array, sharding)
         explicit = sharding.mesh.explicit_axes
-        return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(array, sharding)
+        return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(
+            array, sharding
+        )
     here = not isinstance(array, jax.Array) or array.is_fully_addressable
     if sharding.is_fully_addressable or not here:
         return jax.device_put(array, sharding, may_alias=may_alias)

@@ -107,14 +107,18 @@ def plan_injection(
     quantised = quantised_kernels(params)
     modules = sorted(tree.modules | quantised.keys())
     linear = [*quantised, *(n for p in sorted(tree.kernels) for n in tree.linear_names(p))]
-    resolved = dataclasses.replace(config, target_modules=resolve_target_modules(config, modules, linear, model_type))
+    resolved = dataclasses.replace(
+        config, target_modules=resolve_target_modules(config, modules, linear, model_type)
+    )
     _refuse_quantised(quantised, resolved)
     candidates = [_candidate(tree, position, resolved) for position in tree.weights]
     targeted = [c for c in candidates if Match.TARGETED in c.matches]
     _refuse_misfits(tree, targeted)
     excluded = [name for c in candidates for name in c.named(Match.EXCLUDED)]
     if not targeted:
-        raise ValueError(no_match_message(resolved, [name for c in candidates for name in c.names], excluded))
+        raise ValueError(
+            no_match_message(resolved, [name for c in candidates for name in c.names], excluded)
+        )
     targets = {c.position: _target(tree, c, config) for c in targeted}
     _require_distinct([(name, t.path) for t in targets.values() for name in t.names])
     used = {tree.layout_pattern(position) for position in tree.kernels}
@@ -134,7 +138,11 @@ def _candidate(tree: NamedTree, position: int, config: LoHaConfig) -> _Candidate
 
 def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
     """Raise ValueError for targets among quantised kernels, which are described by module name."""
-    refused = [description for name, description in quantised.items() if match_target(name, config) is Match.TARGETED]
+    refused = [
+        description
+        for name, description in quantised.items()
+        if match_target(name, config) is Match.TARGETED
+    ]
     if refused:
         raise ValueError(f"{'; '.join(refused)}. {QUANTISED_ADVICE}")
 
@@ -180,12 +188,18 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
     )
 
 
-def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Target]) -> dict[int, Saved]:
+def _plan_saved(
+    tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Target]
+) -> dict[int, Saved]:
     entries = config.all_modules_to_save
     saved: dict[int, Saved] = {}
     used: set[str] = set()
     for position in tree.names:
-        hits = {entry for name in tree.possible_names(position) for entry in _entries_above(name, entries)}
+        hits = {
+            entry
+            for name in tree.possible_names(position)
+            for entry in _entries_above(name, entries)
+        }
         if position in targets or not hits:
             continue
         layout = tree.layout(position) if position in tree.kernels else None
@@ -204,10 +218,16 @@ def _plan_saved(tree: NamedTree, config: LoHaConfig, targets: Mapping[int, Targe
     _require_distinct([(s.name, s.path) for s in saved.values()])
     # A sequence classifier's head is called "classifier" or "score"; PEFT's files name both.
     optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
-    unused = [entry for entry in config.modules_to_save or () if entry not in used and entry not in optional]
+    unused = [
+        entry
+        for entry in config.modules_to_save or ()
+        if entry not in used and entry not in optional
+    ]
     if unused:
         advice = near_misses(unused, sorted(tree.modules))
-        warn_caller(f"modules_to_save={unused} match no module and nothing is saved for them.{advice}")
+        warn_caller(
+            f"modules_to_save={unused} match no module and nothing is saved for them.{advice}"
+        )
     return saved
 
 
@@ -238,14 +258,22 @@ def _warn_unmatched(
     """Warn of patterns that match nothing, as PEFT does, and of unmatched entries of lists."""
     if config.target_modules is not None and not isinstance(resolved.target_modules, str):
         entries = sorted(resolved.target_modules or ())
-        unused = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))]
+        unused = [
+            e
+            for e in entries
+            if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))
+        ]
         if unused:
             warn_caller(
                 f"target_modules={unused} match no module; the other entries do."
                 + (spelling_advice(unused, modules) or near_misses(unused, modules)),
             )
     if config.exclude_modules and not excluded:
-        shown = config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules)
+        shown = (
+            config.exclude_modules
+            if isinstance(config.exclude_modules, str)
+            else sorted(config.exclude_modules)
+        )
         warn_caller(
             f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
             "was set correctly.",
@@ -253,7 +281,11 @@ def _warn_unmatched(
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         used = {match_pattern_key(name, patterns) for name in matched}
-        unused = [p for p in patterns if p not in used and not any(match_pattern_key(n, [p]) for n in matched)]
+        unused = [
+            p
+            for p in patterns
+            if p not in used and not any(match_pattern_key(n, [p]) for n in matched)
+        ]
         if unused:
             warn_caller(
                 f"The following {field} keys did not match any targeted module and were ignored: {unused}.",

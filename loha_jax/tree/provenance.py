@@ -46,7 +46,9 @@ class Origin(tuple):
     base: KernelSample | None
     alphas: tuple[float, ...]
 
-    def __new__(cls, config: LoHaConfig, base: KernelSample | None = None, alphas: tuple[float, ...] = ()) -> Origin:
+    def __new__(
+        cls, config: LoHaConfig, base: KernelSample | None = None, alphas: tuple[float, ...] = ()
+    ) -> Origin:
         """Make an origin; only `config.computing` of it is compared."""
         self = super().__new__(cls, (interned(*config.computing),))
         self.config, self.base, self.alphas = config, base, alphas

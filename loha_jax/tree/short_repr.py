@@ -47,5 +47,6 @@ def number_range(numbers: Sequence[float]) -> str:
 def adapter_list(adapters: Iterable[tuple[str, str]], active: Sequence[str]) -> str:
     """Return `name: description` of each adapter, with "(inactive)" where it does not count."""
     return ", ".join(
-        f"{name}: {description}{'' if name in active else ' (inactive)'}" for name, description in adapters
+        f"{name}: {description}{'' if name in active else ' (inactive)'}"
+        for name, description in adapters
     )

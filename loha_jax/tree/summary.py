@@ -105,7 +105,9 @@ def _rows(leaf: Any) -> list[AdapterRow]:
 
 def _adapter_row(leaf: LoHaWeight, name: str, factors: Factors) -> AdapterRow:
     ranks, stack = factors.ranks, factors.stack
-    sizes = [_true_size(t.shape, ranks, stack, n, factors.is_cp) for n, t in factors.tensors.items()]
+    sizes = [
+        _true_size(t.shape, ranks, stack, n, factors.is_cp) for n, t in factors.tensors.items()
+    ]
     extras = [math.prod(x.shape) for n, x in factors.trained.items() if n in EXTRA_NAMES]
     return AdapterRow(
         module=leaf.label,
@@ -136,9 +138,13 @@ def _kind(factors: Factors) -> str:
     return ", ".join(["loha", *factors.extra_kinds])
 
 
-def _true_size(shape: Sequence[int], ranks: Sequence[int], stack: Sequence[int], name: str, cp: bool) -> int:
+def _true_size(
+    shape: Sequence[int], ranks: Sequence[int], stack: Sequence[int], name: str, cp: bool
+) -> int:
     """Return the number of values without the zeros that pad a stack of unequal ranks."""
     one = shape[len(stack) :]  # of one module
     of_matrix = (0,) if cp or name.endswith("b") else (1,)
     rank_axes = {"hada_t1": (0, 1), "hada_t2": (0, 1)}.get(name, of_matrix)
-    return sum(math.prod(r if axis in rank_axes else n for axis, n in enumerate(one)) for r in ranks)
+    return sum(
+        math.prod(r if axis in rank_axes else n for axis, n in enumerate(one)) for r in ranks
+    )

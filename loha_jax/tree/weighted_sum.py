@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 
 @takes_model
-def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> T:
+def add_weighted_adapter(
+    params: T, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> T:
     """Add the weighted sum of several adapters as one more LoHa adapter, exactly.
 
     A sum of Hadamard products is none of low rank. But each of them is a product KA @ KB of inner
@@ -64,7 +66,9 @@ def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[f
     check_adapters(params, adapters)
     check_new_adapter(params, adapter_name)
     if not adapters or len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
-        raise ValueError(f"One weight per adapter, each adapter once: got adapters={adapters} and weights={weights}")
+        raise ValueError(
+            f"One weight per adapter, each adapter once: got adapters={adapters} and weights={weights}"
+        )
     for name, weight in zip(adapters, weights, strict=True):
         check_number(f"the weight of {name}", weight)
     by_name = dict(zip(adapters, weights, strict=True))
@@ -73,11 +77,19 @@ def add_weighted_adapter(params: T, adapters: Sequence[str], weights: Sequence[f
     def add(leaf: Any) -> Any:
         if isinstance(leaf, LoHaWeight):
             held = {name: weight for name, weight in by_name.items() if name in leaf.adapters}
-            added = {adapter_name: follow_kernel(_sum(leaf, held, config), leaf.kernel, leaf.layout)} if held else {}
-            return dataclasses.replace(leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,))
+            added = (
+                {adapter_name: follow_kernel(_sum(leaf, held, config), leaf.kernel, leaf.layout)}
+                if held
+                else {}
+            )
+            return dataclasses.replace(
+                leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,)
+            )
         source = leaf.copy_of(adapters)
         added = {} if source is None else {adapter_name: leaf.copies[source]}
-        counters = tuple((adapter_name, key, value) for name, key, value in leaf.counters if name == source)
+        counters = tuple(
+            (adapter_name, key, value) for name, key, value in leaf.counters if name == source
+        )
         return dataclasses.replace(
             leaf,
             copies={**leaf.copies, **added},
@@ -109,7 +121,9 @@ def _sum(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> 
     r = w1_a.shape[-1]
     stack = leaf.layout.sizes("s", leaf.kernel.shape)
     sources = [leaf.adapters[name] for name in weights]
-    ranks = tuple(r if any(of_one) else 0 for of_one in zip(*(f.ranks for f in sources), strict=True))
+    ranks = tuple(
+        r if any(of_one) else 0 for of_one in zip(*(f.ranks for f in sources), strict=True)
+    )
     # [*stack, 1]: ones make the second product a matrix of ones; modules of rank 0 stay zero
     targeted = jnp.array([bool(rank) for rank in ranks], w1_a.dtype).reshape(*stack, 1)
     return Factors(

@@ -24,7 +24,10 @@ def damages(size):
     yield "deleted", lambda data: None
     for n in range(8):  # a bit each, spread over the file
         at = (2 * n + 1) * size // 16
-        yield f"bit of byte {at}", lambda data, at=at, n=n: data[:at] + bytes([data[at] ^ (1 << n)]) + data[at + 1 :]
+        yield (
+            f"bit of byte {at}",
+            lambda data, at=at, n=n: data[:at] + bytes([data[at] ^ (1 << n)]) + data[at + 1 :],
+        )
 
 
 @pytest.mark.slow
@@ -39,15 +42,23 @@ def test_whatever_is_broken_gives_the_earlier_checkpoint_or_the_right_values(tmp
             shutil.copytree(tmp_path / "whole", folder)
             path = folder / "2" / name
             path.unlink() if (broken := damage(data)) is None else path.write_bytes(broken)
-            with warnings.catch_warnings(record=True) as caught, Checkpoints(folder, best="loss") as checkpoints:
+            with (
+                warnings.catch_warnings(record=True) as caught,
+                Checkpoints(folder, best="loss") as checkpoints,
+            ):
                 warnings.simplefilter("always")
                 restored = checkpoints.restore(params, opt_state)
             messages = [str(w.message) for w in caught]
             assert restored.step == (1 if messages else 2), (name, kind)
-            assert all(f"The checkpoint of step 2 ({folder / '2'}) is corrupted: " in m for m in messages), (name, kind)
+            assert all(
+                f"The checkpoint of step 2 ({folder / '2'}) is corrupted: " in m for m in messages
+            ), (name, kind)
             if messages:
                 fell_back.add(name.parts[0])
-                with Checkpoints(folder) as checkpoints, pytest.raises(FileError, match=r"step 2 .* is corrupted"):
+                with (
+                    Checkpoints(folder) as checkpoints,
+                    pytest.raises(FileError, match=r"step 2 .* is corrupted"),
+                ):
                     checkpoints.restore(params, opt_state, step=2)
             assert_same_bits((restored.params, restored.opt_state), states[restored.step])
             assert bits(restored.key) == bits(jax.random.key(restored.step))
@@ -60,10 +71,17 @@ def test_every_number_of_the_description_is_protected(tmp_path):
     saved(tmp_path, 1)
     path = tmp_path / "1" / "description" / "description.json"
     text = path.read_text()
-    for old, new in (('"batch": 1', '"batch": 2'), ('"r": 2', '"r": 3'), ('"step": 1', '"step": 7')):
+    for old, new in (
+        ('"batch": 1', '"batch": 2'),
+        ('"r": 2', '"r": 3'),
+        ('"step": 1', '"step": 7'),
+    ):
         assert old in text
         path.write_text(text.replace(old, new))
-        with pytest.raises(FileError, match="is not as it was written"), pytest.warns(UserWarning, match="is skipped"):
+        with (
+            pytest.raises(FileError, match="is not as it was written"),
+            pytest.warns(UserWarning, match="is skipped"),
+        ):
             checkpoint.restore(tmp_path, dense())
 
 
@@ -72,7 +90,9 @@ def test_values_that_changed_without_a_trace_are_found(tmp_path):
     states = saved(tmp_path, 1, 2, 3)
     shutil.rmtree(tmp_path / "3" / "state")
     shutil.copytree(tmp_path / "2" / "state", tmp_path / "3" / "state")
-    with pytest.warns(UserWarning, match=r"step 3 .* the values of .*hada_w1_a.* are not those that were saved"):
+    with pytest.warns(
+        UserWarning, match=r"step 3 .* the values of .*hada_w1_a.* are not those that were saved"
+    ):
         restored = checkpoint.restore(tmp_path, *start())
     assert restored.step == 2
     assert_same_bits(restored.params, states[2][0])
@@ -119,7 +139,9 @@ def test_a_broken_checkpoint_is_replaced_and_does_not_count(tmp_path):
         with pytest.warns(UserWarning, match="is corrupted"):
             assert checkpoints.restore(params, opt_state).step == 1
         assert checkpoints.best_step == 1
-        checkpoints.save(2, *states[2], metrics={"loss": 2.0})  # 1 is the best, 2 the latest, 3 still ahead
+        checkpoints.save(
+            2, *states[2], metrics={"loss": 2.0}
+        )  # 1 is the best, 2 the latest, 3 still ahead
         checkpoints.wait()
         assert checkpoints.all_steps == [1, 2, 3]
         checkpoints.save(4, *states[3], metrics={"loss": 3.0})

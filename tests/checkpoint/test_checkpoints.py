@@ -29,7 +29,9 @@ def everything():
     layouts = {"layers.q": "sio"}
     params = loha_jax.inject(base(), config, key=KEY, layouts=layouts, adapter_name="first")
     second = LoHaConfig(r=1, target_modules=["q", "sub"], init_weights=False)
-    params = loha_jax.inject(params, second, key=jax.random.key(1), layouts=layouts, adapter_name="second")
+    params = loha_jax.inject(
+        params, second, key=jax.random.key(1), layouts=layouts, adapter_name="second"
+    )
     return loha_jax.scale(loha_jax.set_adapter(params, ("first", "second")), {"second": 0.25})
 
 
@@ -47,17 +49,27 @@ KEYS = {
 # ---- what is saved comes back
 
 
-@pytest.mark.parametrize(("kind", "optimizer"), [*(("dense", name) for name in OPTIMIZERS), ("everything", "adamw")])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [*(("dense", name) for name in OPTIMIZERS), ("everything", "adamw")]
+)
 def test_everything_comes_back_bit_for_bit(tmp_path, kind, optimizer):
     fresh = TREES[kind]()
     tx = OPTIMIZERS[optimizer]
     params, opt_state = trained(fresh, tx)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(
-            5, params, opt_state, data={"file": "a", "at": [1, 2.5, None]}, metrics={"loss": jnp.float32(0.5)}
+            5,
+            params,
+            opt_state,
+            data={"file": "a", "at": [1, 2.5, None]},
+            metrics={"loss": jnp.float32(0.5)},
         )
         restored = checkpoints.restore(fresh, tx.init(loha_jax.partition(fresh)[0]))
-    assert (restored.step, restored.data, restored.metrics) == (5, {"file": "a", "at": [1, 2.5, None]}, {"loss": 0.5})
+    assert (restored.step, restored.data, restored.metrics) == (
+        5,
+        {"file": "a", "at": [1, 2.5, None]},
+        {"loss": 0.5},
+    )
     assert_same_bits(restored.params, params)
     assert_same_bits(restored.opt_state, opt_state)
     for leaf, given in zip(jax.tree.leaves(restored.params), jax.tree.leaves(fresh), strict=True):
@@ -68,7 +80,9 @@ def test_everything_comes_back_bit_for_bit(tmp_path, kind, optimizer):
 def base_of(params):
     return [
         leaf.kernel if isinstance(leaf, loha_jax.LoHaWeight) else getattr(leaf, "original", leaf)
-        for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, loha_jax.LoHaWeight | loha_jax.SavedWeight))
+        for leaf in jax.tree.leaves(
+            params, is_leaf=lambda x: isinstance(x, loha_jax.LoHaWeight | loha_jax.SavedWeight)
+        )
     ]
 
 
@@ -91,7 +105,11 @@ def test_arrays_of_numpy_numbers_and_empty_arrays_in_an_optimizer_state(tmp_path
         "empty": jnp.zeros((0, 3)),
         "none": None,
     }
-    state |= {"scalar": np.float64(0.1), "narrow": jnp.arange(3, dtype=jnp.int4), "key": jax.random.key(3)}
+    state |= {
+        "scalar": np.float64(0.1),
+        "narrow": jnp.arange(3, dtype=jnp.int4),
+        "key": jax.random.key(3),
+    }
     checkpoint.save(tmp_path, dense(), state)
     fresh = {**state, "numpy": np.zeros(3), "int": 0, "narrow": jnp.zeros(3, jnp.int4), "key": KEY}
     restored = checkpoint.restore(tmp_path, dense(), fresh).opt_state
@@ -104,7 +122,9 @@ def test_the_given_tree_says_the_dtype_and_may_be_shapes(tmp_path):
     params, _ = trained(dense(), OPTIMIZERS["adamw"])
     checkpoint.save(tmp_path, params)
     trainable, frozen = loha_jax.partition(dense())
-    half = loha_jax.combine(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), trainable), frozen)
+    half = loha_jax.combine(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), trainable), frozen
+    )
     restored = loha_jax.partition(checkpoint.restore(tmp_path, half).params)[0]
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loha_jax.partition(params)[0])
     assert_same_bits(jax.tree.leaves(restored), jax.tree.leaves(expected))
@@ -113,13 +133,23 @@ def test_the_given_tree_says_the_dtype_and_may_be_shapes(tmp_path):
 def test_the_base_is_never_written(tmp_path):
     width, r = 1024, 4
     draw = np.random.default_rng(0).normal
-    params = {f"layer{n}": {"kernel": draw(size=(width, width)).astype(np.float32)} for n in range(4)}
+    params = {
+        f"layer{n}": {"kernel": draw(size=(width, width)).astype(np.float32)} for n in range(4)
+    }
     params = loha_jax.inject(params, LoHaConfig(r=r, target_modules="all-linear"), key=KEY)
     trainable, frozen = loha_jax.partition(params)
-    trainable, mu, nu = (jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), trainable) for _ in range(3))
-    params, opt_state = loha_jax.combine(trainable, frozen), optax.ScaleByAdamState(jnp.int32(3), mu, nu)
+    trainable, mu, nu = (
+        jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), trainable)
+        for _ in range(3)
+    )
+    params, opt_state = (
+        loha_jax.combine(trainable, frozen),
+        optax.ScaleByAdamState(jnp.int32(3), mu, nu),
+    )
     checkpoint.save(tmp_path, params, opt_state)
     on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     factors = 4 * 4 * width * r * 4  # layers, factors, floats
-    assert 0.7 * 3 * factors < on_disk < 3 * factors + 4 * 15_000  # they and Adam's two moments, and a description
+    assert (
+        0.7 * 3 * factors < on_disk < 3 * factors + 4 * 15_000
+    )  # they and Adam's two moments, and a description
     assert sum(x.nbytes for x in base_of(params)) > 16 * factors

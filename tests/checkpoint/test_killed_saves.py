@@ -19,7 +19,9 @@ def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_pa
     kills = request.config.getoption("checkpoint_kills", 8)
     draw = random.Random(request.config.getoption("checkpoint_seed", 0))
     config = loha_jax.LoHaConfig(r=4, target_modules=["q", "v"], init_weights=False)
-    params = loha_jax.inject({n: np.ones((256, 128), np.float32) for n in "qv"}, config, key=jax.random.key(0))
+    params = loha_jax.inject(
+        {n: np.ones((256, 128), np.float32) for n in "qv"}, config, key=jax.random.key(0)
+    )
     template = jax.tree.map(np.asarray, params)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["checkpoint_writer", "orbax.checkpoint"])
@@ -50,7 +52,10 @@ def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_pa
                     half_deleted += 1
                     continue
                 assert (restored.step, restored.data) == (step, {"step": step})
-                found, saved = jax.tree.leaves((restored.params, restored.opt_state)), trees(template, step)
+                found, saved = (
+                    jax.tree.leaves((restored.params, restored.opt_state)),
+                    trees(template, step),
+                )
                 for a, b in zip(found, jax.tree.leaves(saved), strict=True):
                     np.testing.assert_array_equal(a, b)
     print(

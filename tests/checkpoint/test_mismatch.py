@@ -14,7 +14,9 @@ from loha_jax.interop import FileError
 
 def replaced(tree, path, change):
     tree = dict(tree)
-    tree[path[0]] = change(tree[path[0]]) if len(path) == 1 else replaced(tree[path[0]], path[1:], change)
+    tree[path[0]] = (
+        change(tree[path[0]]) if len(path) == 1 else replaced(tree[path[0]], path[1:], change)
+    )
     return tree
 
 
@@ -29,13 +31,22 @@ OTHERS = {
     ),
     "a leaf that is not adapted": (
         lambda: inject(replaced(base(), ["head", "bias"], lambda x: x * 2)),
-        ["params['head']['bias'] (base): given other values, the checkpoint was made on bfloat16[2]"],
+        [
+            "params['head']['bias'] (base): given other values, the checkpoint was made on bfloat16[2]"
+        ],
     ),
     "two leaves": (
         lambda: inject(
-            replaced(replaced(base(), ["head", "bias"], lambda x: x.astype(jnp.float32)), ["conv", "kernel"], jnp.sin)
+            replaced(
+                replaced(base(), ["head", "bias"], lambda x: x.astype(jnp.float32)),
+                ["conv", "kernel"],
+                jnp.sin,
+            )
         ),
-        ["params['head']['bias'] (base): given float32[2]", "params['conv']['kernel'] (base): given other values"],
+        [
+            "params['head']['bias'] (base): given float32[2]",
+            "params['conv']['kernel'] (base): given other values",
+        ],
     ),
     "a leaf more": (
         lambda: {**dense(), "new": jnp.ones(3)},
@@ -43,38 +54,63 @@ OTHERS = {
     ),
     "a leaf less": (
         lambda: without(dense(), "conv"),
-        ["params['conv']['kernel'] (base): given nothing, the checkpoint was made on float32[3,3,4,6]"],
+        [
+            "params['conv']['kernel'] (base): given nothing, the checkpoint was made on float32[3,3,4,6]"
+        ],
     ),
     "rank": (
         lambda: inject(base(), r=3),
-        ["adapter default, ranks: given [3], the checkpoint has [2]", "hada_w1_a: given float32[5,3]"],
+        [
+            "adapter default, ranks: given [3], the checkpoint has [2]",
+            "hada_w1_a: given float32[5,3]",
+        ],
     ),
     "alpha": (lambda: inject(base(), alpha=16), ["config, alpha: given 16, the checkpoint has 8"]),
-    "dropout": (lambda: inject(base(), rank_dropout=0.5), ["config, rank_dropout: given 0.5, the checkpoint has 0.0"]),
+    "dropout": (
+        lambda: inject(base(), rank_dropout=0.5),
+        ["config, rank_dropout: given 0.5, the checkpoint has 0.0"],
+    ),
     "patterns": (
         lambda: inject(base(), rank_pattern={"sub": 2}),
         ["config, rank_pattern: given {'sub': 2}, the checkpoint has {}"],
     ),
     "class": (
-        lambda: loha_jax.inject(base(), LycorisConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY),
-        ["config, class: given 'LycorisConfig', the checkpoint has 'LoHaConfig'", "config, use_scalar: given False"],
+        lambda: loha_jax.inject(
+            base(), LycorisConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY
+        ),
+        [
+            "config, class: given 'LycorisConfig', the checkpoint has 'LoHaConfig'",
+            "config, use_scalar: given False",
+        ],
     ),
     "name of the adapter": (
         lambda: loha_jax.inject(
-            base(), LoHaConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY, adapter_name="other"
+            base(),
+            LoHaConfig(r=2, target_modules=["sub"], init_weights=False),
+            key=KEY,
+            adapter_name="other",
         ),
         ["adapter other: given an adapter, the checkpoint has nothing", "active: given ['other']"],
     ),
-    "activity": (lambda: loha_jax.set_adapter(dense(), ()), ["active: given [], the checkpoint has ['default']"]),
+    "activity": (
+        lambda: loha_jax.set_adapter(dense(), ()),
+        ["active: given [], the checkpoint has ['default']"],
+    ),
     "module": (
         lambda: loha_jax.inject(
-            base(), LoHaConfig(r=2, target_modules=["x"], init_weights=False), key=KEY, names={".*sub": "x"}
+            base(),
+            LoHaConfig(r=2, target_modules=["x"], init_weights=False),
+            key=KEY,
+            names={".*sub": "x"},
         ),
         ["names: given ['x'], the checkpoint has ['linear.sub']"],
     ),
     "layout": (
         lambda: loha_jax.inject(
-            base(), LoHaConfig(r=2, target_modules=["sub"], init_weights=False), key=KEY, layouts={".*sub": "oi"}
+            base(),
+            LoHaConfig(r=2, target_modules=["sub"], init_weights=False),
+            key=KEY,
+            layouts={".*sub": "oi"},
         ),
         ["layout: given 'oi', the checkpoint has 'io'"],
     ),
@@ -97,9 +133,18 @@ def test_what_was_not_saved_with_it_is_an_error_that_names_all_that_differs(tmp_
 @pytest.mark.parametrize(
     ("optimizer", "line"),
     [
-        (optax.sgd(0.1), "opt_state: given ['EmptyState', 'EmptyState'], the checkpoint has ['ScaleByAdamState'"),
-        (optax.adabelief(0.1), "opt_state: given ['ScaleByBeliefState'"),  # of the same names and shapes as Adam's
-        (optax.adamw(lambda step: 0.1), "opt_state[2].count: given int32[], the checkpoint has nothing"),
+        (
+            optax.sgd(0.1),
+            "opt_state: given ['EmptyState', 'EmptyState'], the checkpoint has ['ScaleByAdamState'",
+        ),
+        (
+            optax.adabelief(0.1),
+            "opt_state: given ['ScaleByBeliefState'",
+        ),  # of the same names and shapes as Adam's
+        (
+            optax.adamw(lambda step: 0.1),
+            "opt_state[2].count: given int32[], the checkpoint has nothing",
+        ),
         (
             optax.adamw(0.1, mu_dtype=jnp.int32),
             ".mu['linear/~/sub']['w'].adapters['default'].hada_w1_a: given int32[5,2]",
@@ -115,7 +160,9 @@ def test_another_optimizer_is_an_error(tmp_path, optimizer, line):
     assert line in str(raised.value)
 
 
-def test_a_state_that_is_not_asked_for_is_not_needed_and_one_that_was_not_saved_is_an_error(tmp_path):
+def test_a_state_that_is_not_asked_for_is_not_needed_and_one_that_was_not_saved_is_an_error(
+    tmp_path,
+):
     params, opt_state = start()
     saved(tmp_path / "with", 1)
     assert checkpoint.restore(tmp_path / "with", params).opt_state is None
@@ -139,7 +186,10 @@ def test_what_cannot_be_saved(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             checkpoint.save(tmp_path, *given)
-    for data, message in [({1: 2}, "data should be what JSON holds"), ({"a": [b"x"]}, r"data\['a'\]\[0\] .* bytes")]:
+    for data, message in [
+        ({1: 2}, "data should be what JSON holds"),
+        ({"a": [b"x"]}, r"data\['a'\]\[0\] .* bytes"),
+    ]:
         with pytest.raises(ValueError, match=message):
             checkpoint.save(tmp_path, params, data=data)
     with pytest.raises(ValueError, match=r"metrics\['loss'\] should be a number"):
@@ -150,7 +200,9 @@ def test_what_cannot_be_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": True}, {"keep_best": -1}, {"best_mode": "least"}])
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"keep": True}, {"keep_best": -1}, {"best_mode": "least"}]
+)
 def test_what_cannot_be_kept(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Checkpoints(tmp_path / "new", **options)

@@ -17,7 +17,9 @@ from loha_jax.checkpoint import Checkpoints
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     params = {"a": {"kernel": jnp.ones((2048, 2048))}}
-    params = loha_jax.inject(params, LoHaConfig(r=16, target_modules=["a"], init_weights=False), key=KEY)
+    params = loha_jax.inject(
+        params, LoHaConfig(r=16, target_modules=["a"], init_weights=False), key=KEY
+    )
     trainable, frozen = loha_jax.partition(params)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: -x - 1, tree), donate_argnums=0)
     expected = {}

@@ -34,7 +34,11 @@ def test_the_latest_and_the_best_stay(tmp_path, options, losses, left, best, reo
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path, **options)
         checkpoints.save(step, params, metrics=None if loss is None else {"loss": loss})
-    assert (checkpoints.all_steps, checkpoints.latest_step, checkpoints.best_step) == (left, left[-1], best)
+    assert (checkpoints.all_steps, checkpoints.latest_step, checkpoints.best_step) == (
+        left,
+        left[-1],
+        best,
+    )
     checkpoints.close()
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == left
     with Checkpoints(tmp_path, **options) as checkpoints:
@@ -57,7 +61,11 @@ def test_one_that_is_not_there(tmp_path):
         checkpoint.restore(tmp_path / "none", params)
     assert not (tmp_path / "none").exists()
     with Checkpoints(tmp_path / "new") as checkpoints:
-        assert (checkpoints.restore(params), checkpoints.latest_step, checkpoints.best_step) == (None, None, None)
+        assert (checkpoints.restore(params), checkpoints.latest_step, checkpoints.best_step) == (
+            None,
+            None,
+            None,
+        )
         checkpoints.save(1, params)
         with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2; it has \[1\]"):
             checkpoints.restore(params, step=2)

@@ -31,7 +31,9 @@ class Setting:
     kind: AxisType = AxisType.Auto
 
     def make_mesh(self):
-        return jax.make_mesh(tuple(self.mesh.values()), tuple(self.mesh), axis_types=(self.kind,) * len(self.mesh))
+        return jax.make_mesh(
+            tuple(self.mesh.values()), tuple(self.mesh), axis_types=(self.kind,) * len(self.mesh)
+        )
 
 
 SETTINGS = {
@@ -40,11 +42,18 @@ SETTINGS = {
     "fsdp over out": Setting({"fsdp": 8}, P(None, "fsdp"), P(None, "fsdp"), P("fsdp")),
     "tensor": Setting({"tensor": 8}, P(None, "tensor"), P("tensor", None), P()),
     "data and tensor": Setting({"data": 4, "tensor": 2}, P(None, "tensor"), P("tensor"), P("data")),
-    "fsdp and tensor": Setting({"fsdp": 4, "tensor": 2}, P("fsdp", "tensor"), P("tensor", "fsdp"), P("fsdp")),
-    "data, fsdp and tensor": Setting(
-        {"data": 2, "fsdp": 2, "tensor": 2}, P("fsdp", "tensor"), P("tensor", "fsdp"), P(("data", "fsdp"))
+    "fsdp and tensor": Setting(
+        {"fsdp": 4, "tensor": 2}, P("fsdp", "tensor"), P("tensor", "fsdp"), P("fsdp")
     ),
-    "sequence": Setting({"data": 4, "tensor": 2}, P(None, "tensor"), P("tensor"), P("data", "tensor")),
+    "data, fsdp and tensor": Setting(
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        P("fsdp", "tensor"),
+        P("tensor", "fsdp"),
+        P(("data", "fsdp")),
+    ),
+    "sequence": Setting(
+        {"data": 4, "tensor": 2}, P(None, "tensor"), P("tensor"), P("data", "tensor")
+    ),
 }
 
 
@@ -73,7 +82,10 @@ def model(params, x):
 def place(params, setting, mesh):
     specs = {"up": setting.up, "down": setting.down}
     return {
-        layer: {n: {"kernel": jax.device_put(w["kernel"], NamedSharding(mesh, specs[n]))} for n, w in kernels.items()}
+        layer: {
+            n: {"kernel": jax.device_put(w["kernel"], NamedSharding(mesh, specs[n]))}
+            for n, w in kernels.items()
+        }
         for layer, kernels in params.items()
     }
 

@@ -13,7 +13,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import loha_jax
-from tests.devices.meshes import BATCH, HIDDEN, LENGTH, SETTINGS, WIDTH, R, adapter, collectives, init, model, place
+from tests.devices.meshes import (
+    BATCH,
+    HIDDEN,
+    LENGTH,
+    SETTINGS,
+    WIDTH,
+    R,
+    adapter,
+    collectives,
+    init,
+    model,
+    place,
+)
 
 
 @functools.cache
@@ -25,7 +37,9 @@ def steps(name, kind):
         base = place(init(jax.random.key(0)), setting, mesh)
         batch = NamedSharding(mesh, setting.batch)
         x = jax.device_put(jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH)), batch)
-        trainable, frozen = loha_jax.partition(loha_jax.inject(base, adapter(), key=jax.random.key(2)))
+        trainable, frozen = loha_jax.partition(
+            loha_jax.inject(base, adapter(), key=jax.random.key(2))
+        )
         run = loha_jax.adapt(model)
 
         def frozen_step(x, base):
@@ -39,7 +53,11 @@ def steps(name, kind):
 
         factors = jax.tree.map(lambda leaf: leaf.sharding, trainable)
         plain = jax.jit(frozen_step, out_shardings=(None, batch)).lower(x, base).compile()
-        adapted = jax.jit(adapted_step, out_shardings=(None, (factors, batch))).lower(trainable, frozen, x).compile()
+        adapted = (
+            jax.jit(adapted_step, out_shardings=(None, (factors, batch)))
+            .lower(trainable, frozen, x)
+            .compile()
+        )
     return collectives(plain), collectives(adapted)
 
 
@@ -48,7 +66,9 @@ CASES = [(name, AxisType.Auto) for name in SETTINGS] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}, {kind.name}" for name, kind in CASES])
+@pytest.mark.parametrize(
+    ("name", "kind"), CASES, ids=[f"{name}, {kind.name}" for name, kind in CASES]
+)
 def test_nothing_of_a_kernels_or_an_activations_size(name, kind):
     plain, adapted = steps(name, kind)
     assert not plain - adapted, "the frozen model's own collectives are all there"

@@ -52,7 +52,9 @@ def check(factors, plain, w_a, w_b, _=None):
     wanted = {"hada_w1_a": w_a, "hada_w2_a": w_a, "hada_w1_b": w_b, "hada_w2_b": w_b}
     for name, spec in wanted.items():
         array = getattr(factors, name)
-        assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, spec), array.ndim), (name, spec)
+        assert array.sharding.is_equivalent_to(
+            NamedSharding(array.sharding.mesh, spec), array.ndim
+        ), (name, spec)
         np.testing.assert_array_equal(array, getattr(plain, name))
 
 
@@ -62,14 +64,18 @@ def test_inject(name, kind):
     shape, word, spec, *wanted = FLAT[name]
     kernel = jax.random.normal(KEY, shape)
     config = LoHaConfig(r=2, target_modules=".*", init_weights=False)
-    inject = functools.partial(loha_jax.inject, config=config, key=jax.random.key(1), layouts={"layer": word})
+    inject = functools.partial(
+        loha_jax.inject, config=config, key=jax.random.key(1), layouts={"layer": word}
+    )
     plain = inject({"layer": {"kernel": kernel}})
     placed = {"layer": {"kernel": place(kernel, spec, kind)}}
     tree = inject(placed)
     assert tree["layer"]["kernel"].kernel is placed["layer"]["kernel"]
     check(factors_of(tree), factors_of(plain), *wanted)
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
+    )
     described = inject(shapes)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), described, tree)
 
@@ -78,14 +84,23 @@ def test_cores_and_norms():
     kernel = jax.random.normal(KEY, (3, 3, 4, 6))
     place_kernel = lambda tree: {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}  # noqa: E731
     config = LoHaConfig(r=2, target_modules=".*", use_effective_conv2d=True)
-    factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"}))
+    factors = factors_of(
+        loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"})
+    )
     assert factors.hada_w1_a.sharding.spec == P(None, "tensor")
     assert factors.hada_w1_b.sharding.spec == P(None, "fsdp")
     assert factors.hada_t1.sharding.spec == P(None, None, None, None)
 
-    for on_out, spec in ((True, P("tensor", None, None, None)), (False, P(None, "fsdp", None, None))):
-        config = LycorisConfig(r=2, target_modules=".*", weight_decompose=True, wd_on_out=on_out, use_scalar=True)
-        factors = factors_of(loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"}))
+    for on_out, spec in (
+        (True, P("tensor", None, None, None)),
+        (False, P(None, "fsdp", None, None)),
+    ):
+        config = LycorisConfig(
+            r=2, target_modules=".*", weight_decompose=True, wd_on_out=on_out, use_scalar=True
+        )
+        factors = factors_of(
+            loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"})
+        )
         assert factors.dora_scale.sharding.spec == spec
         assert factors.scalar.sharding.spec == P()
 
@@ -101,13 +116,22 @@ def test_files_and_sums(tmp_path):
     interop.save_peft(tmp_path, params)
     loaded = interop.load_peft(tmp_path, placed)
     check(
-        factors_of(loaded), factors_of(loha_jax.inject(base, config, key=KEY)), P("tensor", None), P(None, "fsdp"), P()
+        factors_of(loaded),
+        factors_of(loha_jax.inject(base, config, key=KEY)),
+        P("tensor", None),
+        P(None, "fsdp"),
+        P(),
     )
     assert loaded["head"]["kernel"].copies["default"].sharding.spec == spec
     summed = factors_of(loha_jax.add_weighted_adapter(loaded, ["default"], [0.5], "sum"), "sum")
-    assert (summed.hada_w1_a.sharding.spec, summed.hada_w2_b.sharding.spec) == (P("tensor", None), P(None, "fsdp"))
+    assert (summed.hada_w1_a.sharding.spec, summed.hada_w2_b.sharding.spec) == (
+        P("tensor", None),
+        P(None, "fsdp"),
+    )
     merged = loha_jax.merge(loaded)
-    assert merged["layer"]["kernel"].sharding.is_equivalent_to(placed["layer"]["kernel"].sharding, 2)
+    assert merged["layer"]["kernel"].sharding.is_equivalent_to(
+        placed["layer"]["kernel"].sharding, 2
+    )
 
 
 def test_other_devices():
@@ -126,7 +150,9 @@ def test_inject_inside_jit_with_explicit_axes():
     kernel = place(jnp.ones((8, 12)), P("fsdp", "tensor"), AxisType.Explicit)
     config = LoHaConfig(r=2, target_modules=["layer"], init_weights=False)
     with jax.set_mesh(mesh(AxisType.Explicit)):
-        tree = jax.jit(lambda kernel: loha_jax.inject({"layer": {"kernel": kernel}}, config, key=KEY))(kernel)
+        tree = jax.jit(
+            lambda kernel: loha_jax.inject({"layer": {"kernel": kernel}}, config, key=KEY)
+        )(kernel)
     plain = loha_jax.inject({"layer": {"kernel": jnp.ones((8, 12))}}, config, key=KEY)
     check(factors_of(tree), factors_of(plain), P("tensor", None), P(None, "fsdp"), P())
 
@@ -136,9 +162,14 @@ def test_inject_inside_jit_beside_a_base_from_outside():
     plain = loha_jax.inject({"layer": {"kernel": jnp.ones((8, 12))}}, config, key=KEY)
     for kernel, place_of_w1_a in (
         (place(jnp.ones((8, 12)), P("fsdp", "tensor")), NamedSharding(mesh(), P("tensor", None))),
-        (jax.device_put(jnp.ones((8, 12)), jax.devices()[3]), jax.sharding.SingleDeviceSharding(jax.devices()[3])),
+        (
+            jax.device_put(jnp.ones((8, 12)), jax.devices()[3]),
+            jax.sharding.SingleDeviceSharding(jax.devices()[3]),
+        ),
     ):
         base = {"layer": {"kernel": kernel}}
-        factors = jax.jit(lambda key, base=base: factors_of(loha_jax.inject(base, config, key=key)))(KEY)
+        factors = jax.jit(
+            lambda key, base=base: factors_of(loha_jax.inject(base, config, key=key))
+        )(KEY)
         assert factors.hada_w1_a.sharding.is_equivalent_to(place_of_w1_a, 2)
         np.testing.assert_array_equal(factors.hada_w1_a, factors_of(plain).hada_w1_a)

@@ -53,7 +53,9 @@ def test_linen_logical_names():
     """From abstract parameters to shardings of everything, as Flax' guide does it, and then training on the mesh."""
     model, x = Net(), jax.random.normal(jax.random.key(1), (16, 8))
     layouts = {r"rest\..*": "sio"}
-    inject = functools.partial(loha_jax.inject, config=CONFIG, key=jax.random.key(3), layouts=layouts)
+    inject = functools.partial(
+        loha_jax.inject, config=CONFIG, key=jax.random.key(3), layouts=layouts
+    )
 
     def create():
         return inject(model.init(jax.random.key(0), x)["params"])
@@ -84,7 +86,9 @@ def test_linen_logical_names():
     with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
         for run in (loha_jax.adapt(model.apply), model.apply):
             ours = nn.meta.unbox(gradients(params, run))
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, expected)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, expected
+            )
         merged = loha_jax.merge(params)
     assert merged["rest"]["up"]["kernel"].names == ("layers", "embed", "mlp")
 
@@ -95,7 +99,9 @@ def test_nnx_metadata():
             kernel_init = nnx.with_partitioning(nnx.initializers.normal(), names)
             return nnx.Linear(into, out, kernel_init=kernel_init, rngs=rngs)
 
-        return nnx.Sequential(linear(8, 16, ("fsdp", "tensor")), nnx.gelu, linear(16, 8, ("tensor", "fsdp")))
+        return nnx.Sequential(
+            linear(8, 16, ("fsdp", "tensor")), nnx.gelu, linear(16, 8, ("tensor", "fsdp"))
+        )
 
     config = LoHaConfig(r=2, target_modules=["layers.0", "layers.2"], init_weights=False)
     x = jax.random.normal(jax.random.key(1), (16, 8))
@@ -108,7 +114,9 @@ def test_nnx_metadata():
         assert factors[name].get_metadata()["out_sharding"] == names
         assert factors[name].get_value().sharding == NamedSharding(mesh(), P(*names))
     specs = nnx.get_partition_spec(nnx.state(model, loha_jax.nnx.LoHaParam))
-    assert specs["layers"][2]["kernel"]["adapters"]["default"]["hada_w2_a"].get_value() == P("fsdp", None)
+    assert specs["layers"][2]["kernel"]["adapters"]["default"]["hada_w2_a"].get_value() == P(
+        "fsdp", None
+    )
 
     single = nnx.clone(model)
     nnx.update(single, jax.device_get(nnx.state(single)))
@@ -119,4 +127,8 @@ def test_nnx_metadata():
 
     with jax.set_mesh(mesh()):
         ours = gradients(model, jax.device_put(x, NamedSharding(mesh(), P("fsdp"))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), ours, gradients(single, x))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        ours,
+        gradients(single, x),
+    )

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 import loha_jax
 from tests.devices.meshes import BATCH, LENGTH, SETTINGS, WIDTH, adapter, init, model, place
 
-pytestmark = pytest.mark.usefixtures("x64")  # Adam divides by small numbers: in float32 it shows rounding
+pytestmark = pytest.mark.usefixtures(
+    "x64"
+)  # Adam divides by small numbers: in float32 it shows rounding
 
 
 def train(params, x, run, *, accumulate=1, steps=3, tx=None):
@@ -76,7 +78,9 @@ def sharded(name, kind=AxisType.Auto, accumulate=1, **fields):
         losses, trainable, state = train(params, x, loha_jax.adapt(model), accumulate=accumulate)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, loha_jax.partition(params)[0])
     jax.tree.map(
-        lambda a, s: a.sharding.is_equivalent_to(s, a.ndim) or pytest.fail(f"{a.sharding}"), trainable, shardings
+        lambda a, s: a.sharding.is_equivalent_to(s, a.ndim) or pytest.fail(f"{a.sharding}"),
+        trainable,
+        shardings,
     )
     return losses, trainable, state
 
@@ -124,7 +128,15 @@ STACKED = {
         *(scanned, LAYERS, (BATCH, WIDTH), {"layers": 4, "tensor": 2}),
         *(P("layers", None, "tensor"), P("layers", "tensor"), P()),
     ),
-    "experts": (experts, EXPERTS, (EXPERTS, BATCH, WIDTH), {"experts": 8}, P("experts"), P("experts"), P("experts")),
+    "experts": (
+        experts,
+        EXPERTS,
+        (EXPERTS, BATCH, WIDTH),
+        {"experts": 8},
+        P("experts"),
+        P("experts"),
+        P("experts"),
+    ),
     "experts and tensor": (
         *(experts, EXPERTS, (EXPERTS, BATCH, WIDTH), {"experts": 4, "tensor": 2}),
         *(P("experts", None, "tensor"), P("experts", "tensor"), P("experts")),
@@ -143,11 +155,17 @@ def test_stacked_kernels(name):
     }
     x = jax.random.normal(keys[2], x_shape)
     layouts = {f"{group}.up": "sio", f"{group}.down": "sio"}
-    config = loha_jax.LoHaConfig(r=2, target_modules=["up", "down", r".*\.(up|down)"][:2], init_weights=False)
-    inject = functools.partial(loha_jax.inject, config=config, key=jax.random.key(5), layouts=layouts)
+    config = loha_jax.LoHaConfig(
+        r=2, target_modules=["up", "down", r".*\.(up|down)"][:2], init_weights=False
+    )
+    inject = functools.partial(
+        loha_jax.inject, config=config, key=jax.random.key(5), layouts=layouts
+    )
 
     expected = train(inject({group: kernels}), x, loha_jax.adapt(function))
-    mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape), axis_types=(AxisType.Auto,) * len(mesh_shape))
+    mesh = jax.make_mesh(
+        tuple(mesh_shape.values()), tuple(mesh_shape), axis_types=(AxisType.Auto,) * len(mesh_shape)
+    )
     specs = {"up": up, "down": down}
     placed = {n: jax.device_put(kernels[n], NamedSharding(mesh, specs[n])) for n in kernels}
     params = inject({group: placed})

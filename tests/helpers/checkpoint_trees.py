@@ -21,7 +21,10 @@ def base():
         "layers": {"q": {"kernel": jax.random.normal(k[0], (3, 8, 6))}},
         "linear/~/sub": {"w": jax.random.normal(k[1], (6, 5)), "b": jnp.zeros(5)},
         "conv": {"kernel": jax.random.normal(k[2], (3, 3, 4, 6))},
-        "head": {"kernel": jax.random.normal(k[3], (5, 2), jnp.bfloat16), "bias": jnp.ones(2, jnp.bfloat16)},
+        "head": {
+            "kernel": jax.random.normal(k[3], (5, 2), jnp.bfloat16),
+            "bias": jnp.ones(2, jnp.bfloat16),
+        },
     }
 
 
@@ -37,7 +40,9 @@ def dense():
 
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-2),
-    "hyperparameters": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),  # its numbers are weakly typed
+    "hyperparameters": optax.inject_hyperparams(optax.adam)(
+        learning_rate=0.1
+    ),  # its numbers are weakly typed
     "noise and masks": optax.chain(
         optax.add_noise(0.1, 0.5, KEY),
         optax.masked(optax.sgd(0.1, momentum=0.9), lambda t: jax.tree.map(lambda x: x.ndim > 1, t)),
@@ -53,7 +58,9 @@ def trained(params, optimizer, steps=2):
     state = optimizer.init(trainable)
     update = jax.jit(optimizer.update)
     for n in range(steps):
-        gradients = jax.tree.map(lambda x, n=n: np.cos(np.asarray(x) + n, dtype=np.float32).astype(x.dtype), trainable)
+        gradients = jax.tree.map(
+            lambda x, n=n: np.cos(np.asarray(x) + n, dtype=np.float32).astype(x.dtype), trainable
+        )
         updates, state = update(gradients, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     return loha_jax.combine(trainable, frozen), state
@@ -68,7 +75,9 @@ def bits(leaf):
 
 def assert_same_bits(tree, expected):
     assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(tree)[0], jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(tree)[0], jax.tree.leaves(expected), strict=True
+    ):
         assert bits(a) == bits(b), jax.tree_util.keystr(path)
 
 
@@ -79,7 +88,9 @@ def saved(folder, *steps, params=None, **options):
     with Checkpoints(folder, keep=None) as checkpoints:
         for step in steps:
             states[step] = trained(params, OPTIMIZERS["adamw"], step)
-            checkpoints.save(step, *states[step], key=jax.random.key(step), data={"batch": step}, **options)
+            checkpoints.save(
+                step, *states[step], key=jax.random.key(step), data={"batch": step}, **options
+            )
     return states
 
 

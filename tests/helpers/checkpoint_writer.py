@@ -15,7 +15,8 @@ def trees(template, step):
     trainable, frozen = loha_jax.partition(template)
     draw = np.random.default_rng(step)
     first, second = (
-        jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32)), trainable) for _ in range(2)
+        jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32)), trainable)
+        for _ in range(2)
     )
     return loha_jax.combine(first, frozen), {"mu": second, "count": jnp.asarray(np.int32(step))}
 
@@ -32,7 +33,9 @@ def write(folder, template, connection):
         step = 0 if restored is None else restored.step
         while True:
             step += 1
-            checkpoints.save(step, *trees(template, step), data={"step": step}, metrics={"loss": loss(step)})
+            checkpoints.save(
+                step, *trees(template, step), data={"step": step}, metrics={"loss": loss(step)}
+            )
             if step % 2:
                 checkpoints.wait()
                 connection.send(step)

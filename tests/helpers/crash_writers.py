@@ -60,7 +60,9 @@ def base(folder):
     """A checkpoint of two shards with a config."""
     folder.mkdir()
     tensors = [(name, np.dtype(np.float32), SHAPE[::-1]) for name in ("q.weight", "k.weight")]
-    with CheckpointWriter(folder, tensors, SHAPE[0] * SHAPE[1] * 4, metadata={"format": "pt"}) as writer:
+    with CheckpointWriter(
+        folder, tensors, SHAPE[0] * SHAPE[1] * 4, metadata={"format": "pt"}
+    ) as writer:
         for n, (name, dtype, shape) in enumerate(tensors):
             writer.write(name, np.full(shape, n, dtype))
         writer.commit()
@@ -68,7 +70,9 @@ def base(folder):
 
 
 def save_peft(same_alpha=False, names=("default",)):
-    return lambda sources, out, version: interop.save_peft(out, tree(version, 1 if same_alpha else None, names))
+    return lambda sources, out, version: interop.save_peft(
+        out, tree(version, 1 if same_alpha else None, names)
+    )
 
 
 def save_lora(sources, out, version):
@@ -80,7 +84,9 @@ def save_lycoris(sources, out, version):
 
 
 def save_merged(sources, out, version):
-    interop.save_merged(out, tree(version), base=sources / "base", max_shard_size=SHAPE[0] * SHAPE[1] * 4)
+    interop.save_merged(
+        out, tree(version), base=sources / "base", max_shard_size=SHAPE[0] * SHAPE[1] * 4
+    )
 
 
 def merge(sources, out, version):
@@ -88,7 +94,9 @@ def merge(sources, out, version):
 
 
 def convert(to):
-    return lambda sources, out, version: convert_adapter(sources / f"adapter{version}", out, to, force=True)
+    return lambda sources, out, version: convert_adapter(
+        sources / f"adapter{version}", out, to, force=True
+    )
 
 
 # name: (write, whether there is an old result, names of strange files beside it)
@@ -120,7 +128,11 @@ def files_of(path):
         return {"": path.read_bytes()}
     found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
     names = {str(p.relative_to(path)): p for p in found}
-    return {name: p.read_bytes() for name, p in names.items() if not any(part[0] == "." for part in Path(name).parts)}
+    return {
+        name: p.read_bytes()
+        for name, p in names.items()
+        if not any(part[0] == "." for part in Path(name).parts)
+    }
 
 
 def as_read(path):
@@ -134,7 +146,11 @@ def as_read(path):
 def units(files):
     """An adapter each, or the whole."""
     inner = {name: data for name, data in files.items() if name.startswith("b/")}
-    return [inner, {name: data for name, data in files.items() if name not in inner}] if inner else [files]
+    return (
+        [inner, {name: data for name, data in files.items() if name not in inner}]
+        if inner
+        else [files]
+    )
 
 
 def has_result(files):
@@ -157,7 +173,9 @@ def verdict(files, old, new):
 
 
 def leftovers(root):
-    return sorted(str(p.relative_to(root)) for p in (root / PLACE).rglob(".*") if p.is_file() or p.is_dir())
+    return sorted(
+        str(p.relative_to(root)) for p in (root / PLACE).rglob(".*") if p.is_file() or p.is_dir()
+    )
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -299,7 +317,9 @@ def kill(root, writer, cases, seed):
         if status == 1 and "already holds weights" in text and ended in ("none", "new"):
             result["blocked"] += ended == "none"  # shards are there, their index is not
         elif status or again != "new" or leftovers(root):
-            result["problems"].append([kind, point or delay, "next run", status, text, again, leftovers(root)])
+            result["problems"].append(
+                [kind, point or delay, "next run", status, text, again, leftovers(root)]
+            )
     return result
 
 
@@ -317,8 +337,13 @@ def full_disk(root, writer, cases):
         if status == 1 and ended == "none" and has_result(old):
             allowed = {"old"}
         result["refused"] += status == 1
-        said = any(word in text for word in ("File too large", "No space left", "GB free", "RESOURCE_EXHAUSTED"))
-        left = [name for name in leftovers(root) if not name.endswith(".merging")]  # finished shards, to go on with
+        said = any(
+            word in text
+            for word in ("File too large", "No space left", "GB free", "RESOURCE_EXHAUSTED")
+        )
+        left = [
+            name for name in leftovers(root) if not name.endswith(".merging")
+        ]  # finished shards, to go on with
         if ended not in allowed or (status and not said) or (status and left):
             result["problems"].append([what, status, text, ended, left])
 
@@ -376,8 +401,12 @@ def read_only(root, writer):
         folder.chmod(0o755)
     ended = verdict(as_read(place / OUT), old, new)
     whole = files_of(place / OUT) == old
-    fine = status == 1 and "Permission denied" in text and OUT in text and ".tmp" not in text and whole
-    return {"problems": [] if fine and not leftovers(root) else [[status, text, ended, leftovers(root)]]}
+    fine = (
+        status == 1 and "Permission denied" in text and OUT in text and ".tmp" not in text and whole
+    )
+    return {
+        "problems": [] if fine and not leftovers(root) else [[status, text, ended, leftovers(root)]]
+    }
 
 
 def _drop_capabilities():

@@ -27,7 +27,9 @@ def flat(p, scale):
 
 def with_cores(p, scale, spatial):
     one, two = (
-        jnp.einsum(f"ij{spatial},ip,jq->pq{spatial}", p[f"hada_t{n}"], p[f"hada_w{n}_a"], p[f"hada_w{n}_b"])
+        jnp.einsum(
+            f"ij{spatial},ip,jq->pq{spatial}", p[f"hada_t{n}"], p[f"hada_w{n}_a"], p[f"hada_w{n}_b"]
+        )
         for n in (1, 2)
     )
     return one * two * scale
@@ -99,7 +101,9 @@ SAME_BUT_SLOW = {"dot_general": lambda *args, **kwargs: jax.lax.dot_general(*arg
 CASES = {
     "dense": Case(LoHaDense, {"features": 5}, (2, 4), transposed),
     "dense_vector": Case(LoHaDense, {"features": 5}, (4,), transposed),
-    "dense_many_axes": Case(LoHaDense, {"features": 5, "use_bias": False}, (2, 3, 6, 4), transposed),
+    "dense_many_axes": Case(
+        LoHaDense, {"features": 5, "use_bias": False}, (2, 3, 6, 4), transposed
+    ),
     "dense_options": Case(
         LoHaDense,
         {"features": 5, "precision": "highest", "bias_init": nn.initializers.ones, **SAME_BUT_SLOW},
@@ -108,13 +112,23 @@ CASES = {
     ),
     "general_query": Case(LoHaDenseGeneral, {"features": (2, 5)}, (3, 4), transposed),
     "general_out": Case(LoHaDenseGeneral, {"features": 5, "axis": (-2, -1)}, (3, 2, 4), transposed),
-    "general_middle": Case(LoHaDenseGeneral, {"features": (2, 3), "axis": (3, 1)}, (3, 2, 4, 5), transposed),
-    "general_batch": Case(
-        LoHaDenseGeneral, {"features": (2, 3), "axis": -1, "batch_dims": (0, 1)}, (3, 2, 6, 4), transposed
+    "general_middle": Case(
+        LoHaDenseGeneral, {"features": (2, 3), "axis": (3, 1)}, (3, 2, 4, 5), transposed
     ),
-    "conv1d": Case(LoHaConv, {"features": 6, "kernel_size": 3, "padding": "CAUSAL"}, (2, 8, 4), conv1d),
+    "general_batch": Case(
+        LoHaDenseGeneral,
+        {"features": (2, 3), "axis": -1, "batch_dims": (0, 1)},
+        (3, 2, 6, 4),
+        transposed,
+    ),
+    "conv1d": Case(
+        LoHaConv, {"features": 6, "kernel_size": 3, "padding": "CAUSAL"}, (2, 8, 4), conv1d
+    ),
     "conv1d_cores": Case(
-        LoHaConv, {"features": 6, "kernel_size": (3,), "use_effective_conv2d": True}, (2, 8, 4), conv1d_cores
+        LoHaConv,
+        {"features": 6, "kernel_size": (3,), "use_effective_conv2d": True},
+        (2, 8, 4),
+        conv1d_cores,
     ),
     "conv2d": Case(
         LoHaConv,
@@ -129,39 +143,80 @@ CASES = {
         conv2d_cores,
     ),
     "conv2d_of_size_1_is_flat": Case(
-        LoHaConv, {"features": 6, "kernel_size": (1, 1), "use_effective_conv2d": True}, (2, 3, 3, 4), conv2d
+        LoHaConv,
+        {"features": 6, "kernel_size": (1, 1), "use_effective_conv2d": True},
+        (2, 3, 3, 4),
+        conv2d,
     ),
     "conv2d_circular": Case(
-        LoHaConv, {"features": 6, "kernel_size": (3, 3), "padding": "CIRCULAR"}, (2, 5, 5, 4), conv2d
+        LoHaConv,
+        {"features": 6, "kernel_size": (3, 3), "padding": "CIRCULAR"},
+        (2, 5, 5, 4),
+        conv2d,
     ),
-    "conv2d_reflect": Case(LoHaConv, {"features": 6, "kernel_size": (3, 3), "padding": "REFLECT"}, (5, 5, 4), conv2d),
+    "conv2d_reflect": Case(
+        LoHaConv, {"features": 6, "kernel_size": (3, 3), "padding": "REFLECT"}, (5, 5, 4), conv2d
+    ),
     "conv2d_groups": Case(
-        LoHaConv, {"features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, (2, 5, 5, 4), conv2d
+        LoHaConv,
+        {"features": 6, "kernel_size": (3, 3), "feature_group_count": 2},
+        (2, 5, 5, 4),
+        conv2d,
     ),
     "conv2d_groups_cores": Case(
         LoHaConv,
-        {"features": 6, "kernel_size": (3, 3), "feature_group_count": 2, "use_effective_conv2d": True},
+        {
+            "features": 6,
+            "kernel_size": (3, 3),
+            "feature_group_count": 2,
+            "use_effective_conv2d": True,
+        },
         (2, 5, 5, 4),
         conv2d_cores,
     ),
-    "conv2d_mask": Case(LoHaConv, {"features": 6, "kernel_size": (3, 3), "mask": MASK}, (2, 5, 5, 4), conv2d),
+    "conv2d_mask": Case(
+        LoHaConv, {"features": 6, "kernel_size": (3, 3), "mask": MASK}, (2, 5, 5, 4), conv2d
+    ),
     "conv2d_transposed_input": Case(
         LoHaConv,
-        {"features": 6, "kernel_size": (3, 3), "input_dilation": 2, "padding": ((1, 2), (0, 1)), "use_bias": False},
+        {
+            "features": 6,
+            "kernel_size": (3, 3),
+            "input_dilation": 2,
+            "padding": ((1, 2), (0, 1)),
+            "use_bias": False,
+        },
         (1, 2, 5, 5, 4),
         conv2d,
     ),
     "conv3d": Case(LoHaConv, {"features": 6, "kernel_size": (2, 3, 2)}, (1, 3, 4, 3, 4), conv3d),
-    "einsum_query": Case(LoHaEinsum, {"shape": (4, 2, 5), "einsum_str": "btd, dnh->btnh"}, (2, 3, 4), transposed),
-    "einsum_out": Case(LoHaEinsum, {"shape": (2, 5, 4), "einsum_str": "btnh,nhd->btd"}, (2, 3, 2, 5), transposed),
-    "einsum_out_first": Case(LoHaEinsum, {"shape": (2, 5, 4), "einsum_str": "btd,nhd->btnh"}, (2, 3, 4), as_stored),
-    "einsum_experts": Case(LoHaEinsum, {"shape": (3, 4, 5), "einsum_str": "ebi,eio->ebo"}, (3, 2, 4), transposed),
-    "einsum_ellipsis": Case(
-        LoHaEinsum, {"shape": (4, 5), "einsum_str": "...i,io->...o", "use_bias": False}, (2, 3, 4), transposed
+    "einsum_query": Case(
+        LoHaEinsum, {"shape": (4, 2, 5), "einsum_str": "btd, dnh->btnh"}, (2, 3, 4), transposed
     ),
-    "embed": Case(LoHaEmbed, {"num_embeddings": 7, "features": 4}, (2, 3), as_stored, kernel="embedding"),
-    "embed_of_one": Case(LoHaEmbed, {"num_embeddings": 1, "features": 4}, (2, 3), as_stored, kernel="embedding"),
-    "embed_attend": Case(LoHaEmbed, {"num_embeddings": 7, "features": 4}, (2, 4), as_stored, "attend", "embedding"),
+    "einsum_out": Case(
+        LoHaEinsum, {"shape": (2, 5, 4), "einsum_str": "btnh,nhd->btd"}, (2, 3, 2, 5), transposed
+    ),
+    "einsum_out_first": Case(
+        LoHaEinsum, {"shape": (2, 5, 4), "einsum_str": "btd,nhd->btnh"}, (2, 3, 4), as_stored
+    ),
+    "einsum_experts": Case(
+        LoHaEinsum, {"shape": (3, 4, 5), "einsum_str": "ebi,eio->ebo"}, (3, 2, 4), transposed
+    ),
+    "einsum_ellipsis": Case(
+        LoHaEinsum,
+        {"shape": (4, 5), "einsum_str": "...i,io->...o", "use_bias": False},
+        (2, 3, 4),
+        transposed,
+    ),
+    "embed": Case(
+        LoHaEmbed, {"num_embeddings": 7, "features": 4}, (2, 3), as_stored, kernel="embedding"
+    ),
+    "embed_of_one": Case(
+        LoHaEmbed, {"num_embeddings": 1, "features": 4}, (2, 3), as_stored, kernel="embedding"
+    ),
+    "embed_attend": Case(
+        LoHaEmbed, {"num_embeddings": 7, "features": 4}, (2, 4), as_stored, "attend", "embedding"
+    ),
 }
 
 
@@ -175,7 +230,9 @@ def randomised(shapes, seed=1):
 
 
 def shapes_of(case, layer):
-    return jax.eval_shape(lambda: layer.init(KEY, case.inputs(layer.param_dtype), method=case.method)["params"])
+    return jax.eval_shape(
+        lambda: layer.init(KEY, case.inputs(layer.param_dtype), method=case.method)["params"]
+    )
 
 
 def close(a, b):
@@ -223,7 +280,8 @@ def plain_params(params):
     rest = {k: v for k, v in params.items() if not k.startswith("hada")}
     return {
         **rest,
-        "kernel": params["kernel"] + transposed(params, params["kernel"].shape, 8 / params["hada_w1_a"].shape[-1]),
+        "kernel": params["kernel"]
+        + transposed(params, params["kernel"].shape, 8 / params["hada_w1_a"].shape[-1]),
     }
 
 

@@ -31,7 +31,9 @@ def jax_tree(state):
 def base_params(without=()):
     """The sample's base weights, less some layers."""
     state = load_file(DATA / "base_tiny.safetensors")
-    return jax_tree({key: value for key, value in state.items() if key.rpartition(".")[0] not in without})
+    return jax_tree(
+        {key: value for key, value in state.items() if key.rpartition(".")[0] not in without}
+    )
 
 
 def inputs():
@@ -73,7 +75,9 @@ def model(params, inputs):
     blocks = params["blocks"]["0"]
     image = convolution("conv1x1", inputs["img"])
     return {
-        "lin": linear(blocks["out"], jnp.tanh(linear(blocks["q_proj"], linear(params["fc1"], inputs["x"])))),
+        "lin": linear(
+            blocks["out"], jnp.tanh(linear(blocks["q_proj"], linear(params["fc1"], inputs["x"])))
+        ),
         "conv3": convolution("conv3", image, stride=2, padding=1),
         "gconv": convolution("gconv", image, groups=2),
         "c1d": convolution("c1d", inputs["seq"], padding=1),
@@ -90,7 +94,11 @@ def trained(base, config, layouts):
 
     def extras(target, config, kernel):
         out, into, *spatial = target.layout.torch_shape(target.shape)
-        norms = (out, 1, *(1 for _ in spatial)) if config.wd_on_out else (1, into, *(1 for _ in spatial))
+        norms = (
+            (out, 1, *(1 for _ in spatial))
+            if config.wd_on_out
+            else (1, into, *(1 for _ in spatial))
+        )
         scalar = {"scalar": values((), 0.6)} if config.use_scalar else {}
         return scalar | ({"dora_scale": values(norms, 1.5)} if config.weight_decompose else {})
 
@@ -98,7 +106,9 @@ def trained(base, config, layouts):
         base,
         plan_injection(base, config, layouts=layouts),
         "default",
-        lambda target: {part: values(shape) for part, shape in target.shapes(*target.ranks).items()},
+        lambda target: {
+            part: values(shape) for part, shape in target.shapes(*target.ranks).items()
+        },
         lambda saved, original: original + values(original.shape),
         extras,
     )

@@ -10,11 +10,15 @@ from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 def loaded(form, base=None):
-    return interop.load_lycoris(native(form)[0], base_params() if base is None else base, layouts=LAYOUTS)
+    return interop.load_lycoris(
+        native(form)[0], base_params() if base is None else base, layouts=LAYOUTS
+    )
 
 
 def loha_leaves(params):
-    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    return [
+        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
+    ]
 
 
 def same_tensors(ours, theirs):
@@ -25,5 +29,9 @@ def same_tensors(ours, theirs):
 
 
 def written(tmp_path, state, metadata=None, name="adapter.safetensors"):
-    save_file({key: np.asarray(value, order="C") for key, value in state.items()}, tmp_path / name, metadata)
+    save_file(
+        {key: np.asarray(value, order="C") for key, value in state.items()},
+        tmp_path / name,
+        metadata,
+    )
     return tmp_path / name

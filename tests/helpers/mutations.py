@@ -12,7 +12,22 @@ EVIL_VALUES = (
     "\0", "(a+)+$", "(.*)*(.*)*x", "[", "(" * 3000, "all-linear", [], {}, [[]], [None], ["q", 7], {"q": -1}, {"q": "x"},
     {"(.*a)*b": 2}, {"": 0}, {"q": HUGE}, [0] * 500,
 )  # fmt: skip
-DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U64", "BOOL", "F8_E8M0", "F4", "C64", "nonsense", "", 7, None)
+DTYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "F64",
+    "I8",
+    "U64",
+    "BOOL",
+    "F8_E8M0",
+    "F4",
+    "C64",
+    "nonsense",
+    "",
+    7,
+    None,
+)
 
 
 def deep(levels):
@@ -38,9 +53,9 @@ def mutate_bytes(data, random):
     elif kind == 4:
         data[at:at] = data[at:end]
     elif kind == 5:
-        data[:8] = int(random.choice([0, 1, len(data), len(data) - 8, 2**20, 2**31, 2**40, 2**63])).to_bytes(
-            8, "little"
-        )
+        data[:8] = int(
+            random.choice([0, 1, len(data), len(data) - 8, 2**20, 2**31, 2**40, 2**63])
+        ).to_bytes(8, "little")
     elif kind == 6:
         data = bytearray(random.bytes(int(random.integers(0, 200))))
     else:
@@ -62,7 +77,9 @@ def mutate_safetensors(data, random):
     if kind == 0:
         entry["dtype"] = DTYPES[random.integers(0, len(DTYPES))]
     elif kind == 1:
-        entry["shape"] = [[], [0], [HUGE], [2**32, 2**32], [-1], [1.5], "x", [1] * 300, None][random.integers(0, 9)]
+        entry["shape"] = [[], [0], [HUGE], [2**32, 2**32], [-1], [1.5], "x", [1] * 300, None][
+            random.integers(0, 9)
+        ]
     elif kind == 2:
         entry["data_offsets"] = [[0, HUGE], [-1, 4], [8, 0], [0], "x", [0, len(values) + 1], None][
             random.integers(0, 7)
@@ -72,17 +89,23 @@ def mutate_safetensors(data, random):
     elif kind == 4:
         del header[key]
     elif kind == 5:
-        header[["", "..", "a/b", "\0", key + ".x", "base_model.model." + key, key.upper()][random.integers(0, 7)]] = (
-            entry
-        )
+        header[
+            ["", "..", "a/b", "\0", key + ".x", "base_model.model." + key, key.upper()][
+                random.integers(0, 7)
+            ]
+        ] = entry
     elif kind == 6:
         header[key], header[other] = header[other], entry
     elif kind == 7:
         entry["shape"] = entry["shape"][::-1]
     elif kind == 8:
-        header["__metadata__"] = [{"a": 1}, [], "x", {"lora_adapter_metadata": "{"}, {"a": "b" * 9999}][
-            random.integers(0, 5)
-        ]
+        header["__metadata__"] = [
+            {"a": 1},
+            [],
+            "x",
+            {"lora_adapter_metadata": "{"},
+            {"a": "b" * 9999},
+        ][random.integers(0, 5)]
     elif kind == 9:
         entry.pop(str(random.choice(list(entry))))
     elif kind == 10:  # NaN, infinity, or another value, in one place
@@ -93,7 +116,12 @@ def mutate_safetensors(data, random):
             + values[start + 4 :]
         )
     elif kind == 11:
-        text = json.dumps(header)[:-1] + ', "deep": ' + deep(int(random.choice([10, 200, 100_000]))) + "}"
+        text = (
+            json.dumps(header)[:-1]
+            + ', "deep": '
+            + deep(int(random.choice([10, 200, 100_000])))
+            + "}"
+        )
         return len(text).to_bytes(8, "little") + text.encode() + values
     elif kind == 12:
         text = json.dumps(header)
@@ -151,11 +179,15 @@ def mutate_folder(source, target, random):
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
-    files = sorted(p for p in target.rglob("*") if p.suffix in (".json", ".safetensors", ".bin")) or [target]
+    files = sorted(
+        p for p in target.rglob("*") if p.suffix in (".json", ".safetensors", ".bin")
+    ) or [target]
     path = files[random.integers(0, len(files))]
     if random.random() < 0.03:
         mutate_place(path, random)
         return path
-    mutate = {".json": mutate_json, ".safetensors": mutate_safetensors}.get(path.suffix, mutate_bytes)
+    mutate = {".json": mutate_json, ".safetensors": mutate_safetensors}.get(
+        path.suffix, mutate_bytes
+    )
     path.write_bytes(mutate(path.read_bytes(), random))
     return path

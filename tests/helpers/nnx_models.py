@@ -46,7 +46,10 @@ FOLDS = {
 
 def config(folds=FOLDS, **settings):
     """Random factors, so that the update is not zero."""
-    return LoHaConfig(**{"r": R, "alpha": ALPHA, "init_weights": False, "target_modules": targets(folds)} | settings)
+    return LoHaConfig(
+        **{"r": R, "alpha": ALPHA, "init_weights": False, "target_modules": targets(folds)}
+        | settings
+    )
 
 
 def adapted(build=Model, folds=FOLDS, seed=1, **settings):

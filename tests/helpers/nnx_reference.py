@@ -15,7 +15,12 @@ def numpy_delta(node, r=R, alpha=ALPHA, adapter="default"):
     t = {n: np.asarray(v.get_value(), np.float64) for n, v in tensors if n.startswith("hada_")}
     if "hada_t1" in t:
         one, two = (
-            np.einsum("...ijkl,...jr,...ip->...prkl", t[f"hada_t{n}"], t[f"hada_w{n}_b"], t[f"hada_w{n}_a"])
+            np.einsum(
+                "...ijkl,...jr,...ip->...prkl",
+                t[f"hada_t{n}"],
+                t[f"hada_w{n}_b"],
+                t[f"hada_w{n}_a"],
+            )
             for n in (1, 2)
         )
     else:
@@ -58,7 +63,11 @@ def fused(delta, shape):
 def at(model, path):
     for part in path.split("/"):
         index = int(part) if part.isdigit() else part
-        model = model[index] if isinstance(model, dict | list) or part.isdigit() else getattr(model, part)
+        model = (
+            model[index]
+            if isinstance(model, dict | list) or part.isdigit()
+            else getattr(model, part)
+        )
     return model
 
 

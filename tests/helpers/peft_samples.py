@@ -36,7 +36,9 @@ class Sample:
     def adapter(self):
         path = self.folder / self.meta["adapter_dir"]
         if not (path / "adapter_model.safetensors").exists():
-            pytest.importorskip("torch", reason="a .bin file is a torch pickle; the main test run has torch")
+            pytest.importorskip(
+                "torch", reason="a .bin file is a torch pickle; the main test run has torch"
+            )
         return path
 
     @cached_property
@@ -50,11 +52,19 @@ class Sample:
     @cached_property
     def state(self):
         path = self.adapter / "adapter_model.safetensors"
-        return read_safetensors(path) if path.exists() else read_torch_pickle(self.adapter / "adapter_model.bin")
+        return (
+            read_safetensors(path)
+            if path.exists()
+            else read_torch_pickle(self.adapter / "adapter_model.bin")
+        )
 
     @property
     def inputs(self):
-        return {key.removeprefix("in::"): value for key, value in self.io.items() if key.startswith("in::")}
+        return {
+            key.removeprefix("in::"): value
+            for key, value in self.io.items()
+            if key.startswith("in::")
+        }
 
     def params(self):
         """The base weights as a JAX tree in Flax's names and orientation."""
@@ -66,7 +76,9 @@ class Sample:
 
     @property
     def layouts(self):
-        return {name: "kio" for name, layer in self.meta["layers"].items() if layer["type"] == "Conv1d"}
+        return {
+            name: "kio" for name, layer in self.meta["layers"].items() if layer["type"] == "Conv1d"
+        }
 
 
 def flax_leaf(path, leaf, value):

@@ -5,7 +5,15 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-D, N, K, H, F, V, E = 12, 4, 2, 5, 7, 11, 3  # embed, heads, kv heads, head, hidden, vocabulary, experts
+D, N, K, H, F, V, E = (
+    12,
+    4,
+    2,
+    5,
+    7,
+    11,
+    3,
+)  # embed, heads, kv heads, head, hidden, vocabulary, experts
 
 
 def nested(flat):

@@ -53,18 +53,29 @@ def watched():
 def sources(folder):
     """`(what, path, load)` of each real file, where load gives a tree, or None where nothing is loaded into one."""
     found = []
-    for name in ("linear", "conv2d_cp", "conv1d_cp", "modules_to_save", "llama_patterns", "linear_bin"):
+    for name in (
+        "linear",
+        "conv2d_cp",
+        "conv1d_cp",
+        "modules_to_save",
+        "llama_patterns",
+        "linear_bin",
+    ):
         sample = Sample(name)
         if name == "linear_bin" and importlib.util.find_spec("torch") is None:
             continue
         base, given = sample.params(), sample.layouts
-        found.append((name, sample.adapter, lambda p, b=base, g=given: interop.load_peft(p, b, layouts=g)))
+        found.append(
+            (name, sample.adapter, lambda p, b=base, g=given: interop.load_peft(p, b, layouts=g))
+        )
     data = Path(__file__).parents[1] / "data" / "lycoris"
     base = base_params()
     for form in ("plain", "tucker", "dora"):
         path = data / f"native_{form}.safetensors"
         found.append((form, path, lambda p: interop.load_lycoris(p, base, layouts=LAYOUTS)))
-    found += [(f"read {what}", path, lambda p: read_adapter(p) and None) for what, path, _ in list(found)]
+    found += [
+        (f"read {what}", path, lambda p: read_adapter(p) and None) for what, path, _ in list(found)
+    ]
     linear = Sample("linear")
     params = linear.params()
     interop.save_lora(folder / "lora", interop.load_peft(linear.adapter, params))
@@ -139,12 +150,17 @@ def test_the_command_line_says_what_is_wrong(tmp_path, request):
         with watched(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = CliRunner().invoke(app, command)
-        assert result.exception is None or isinstance(result.exception, SystemExit), (where, result.exception)
+        assert result.exception is None or isinstance(result.exception, SystemExit), (
+            where,
+            result.exception,
+        )
         assert "Traceback" not in result.output, where
         assert isinstance(json.loads(result.stdout), dict), where
         codes[result.exit_code] += 1
         left = [
-            p.name for p in (tmp_path / "case").iterdir() if p != target and not (p == out and not result.exit_code)
+            p.name
+            for p in (tmp_path / "case").iterdir()
+            if p != target and not (p == out and not result.exit_code)
         ]
         assert not left, (where, left)
         shutil.rmtree(tmp_path / "case")
@@ -154,10 +170,14 @@ def test_the_command_line_says_what_is_wrong(tmp_path, request):
 def check(tree, whole, where):
     """The adapted modules are among those of the whole file, with factors of their shapes' kind and finite values."""
     leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(leaf)]
-    wholes = {leaf.names: leaf for leaf in jax.tree.leaves(whole, is_leaf=is_weight) if is_weight(leaf)}
+    wholes = {
+        leaf.names: leaf for leaf in jax.tree.leaves(whole, is_leaf=is_weight) if is_weight(leaf)
+    }
     assert bool(leaves) == bool(wholes), where
     for leaf in leaves:
-        assert leaf.kernel.shape == wholes[leaf.names].kernel.shape if leaf.names in wholes else True, where
+        assert (
+            leaf.kernel.shape == wholes[leaf.names].kernel.shape if leaf.names in wholes else True
+        ), where
         merged = np.asarray(loha_jax.merge({"q": leaf})["q"])
         assert merged.shape == leaf.kernel.shape, where
         for factors in leaf.adapters.values():

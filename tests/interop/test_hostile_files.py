@@ -18,14 +18,18 @@ from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.disk.tensor_files import read_safetensors
 from loha_jax.runtime.untrusted import fullmatch, parse_json, read_text
 
-SLOW = r"([a-z.]|[a-z.][a-z.])+\d"  # Fibonacci numbers of ways to match, none of which ends in a digit
+SLOW = (
+    r"([a-z.]|[a-z.][a-z.])+\d"  # Fibonacci numbers of ways to match, none of which ends in a digit
+)
 LONG = "block" * 12
 BASE = {LONG: {"q": {"kernel": jnp.ones((4, 4))}}}
 
 
 def write_header(path, header, values=b"", claimed=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if claimed is None else claimed).to_bytes(8, "little") + text + values)
+    path.write_bytes(
+        (len(text) if claimed is None else claimed).to_bytes(8, "little") + text + values
+    )
 
 
 def entry(shape, offsets, dtype="F32"):
@@ -37,8 +41,16 @@ HEADERS = {
     "a header of gigabytes": ({}, b"", 2**32),
     "a tensor that claims a petabyte": ({"a": entry([2**48], [0, 2**50])}, b"1234", None),
     "sizes whose product overflows": ({"a": entry([2**40, 2**40], [0, 4])}, b"1234", None),
-    "overlapping offsets": ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, b"123456789012", None),
-    "a hole between tensors": ({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}, b"123456789012", None),
+    "overlapping offsets": (
+        {"a": entry([2], [0, 8]), "b": entry([2], [4, 12])},
+        b"123456789012",
+        None,
+    ),
+    "a hole between tensors": (
+        {"a": entry([1], [0, 4]), "b": entry([1], [8, 12])},
+        b"123456789012",
+        None,
+    ),
     "offsets that run backwards": ({"a": entry([1], [4, 0])}, b"1234", None),
     "bytes that no tensor has": ({"a": entry([1], [0, 4])}, b"12345678", None),
     "truncated values": ({"a": entry([2], [0, 8])}, b"1234", None),
@@ -159,7 +171,18 @@ def test_deep_and_large_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/hostname", "a/b.safetensors", "..", ".", "", "a\\b", "a\0b", "x" * 300]
+    "shard",
+    [
+        "../outside.safetensors",
+        "/etc/hostname",
+        "a/b.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "a\0b",
+        "x" * 300,
+    ],
 )
 def test_an_index_names_files_beside_itself_alone(shard, tmp_path):
     save_file({"q.weight": np.ones((2, 2), np.float32)}, tmp_path / "outside.safetensors")
@@ -191,7 +214,9 @@ def test_links_that_lead_out_of_a_checkpoint_are_not_copied(tmp_path):
     assert not (tmp_path / "out" / "config.json").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "a\\b", "..", ".", "a.b", "", "a\0", "a\n", "C:x", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b", "a\\b", "..", ".", "a.b", "", "a\0", "a\n", "C:x", "x" * 201]
+)
 def test_names_of_adapters_are_no_paths(name, tmp_path):
     config = LoHaConfig(r=2, target_modules=["q"])
     with pytest.raises(ValueError, match="An adapter's name is a string"):
@@ -204,7 +229,10 @@ def test_names_of_adapters_are_no_paths(name, tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
 def test_values_that_are_not_finite_are_refused_by_name(value, dtype, tmp_path):
     folder = save_adapter(tmp_path)
-    state = {k: v.astype(dtype) for k, v in read_safetensors(folder / "adapter_model.safetensors").items()}
+    state = {
+        k: v.astype(dtype)
+        for k, v in read_safetensors(folder / "adapter_model.safetensors").items()
+    }
     key = f"base_model.model.{LONG}.q.hada_w2_a"
     state[key][1, 0] = value
     save_file(state, folder / "adapter_model.safetensors")

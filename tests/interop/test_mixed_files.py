@@ -19,7 +19,14 @@ from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.interop.merge.files import merge_checkpoint
 from loha_jax.runtime.untrusted import FileError
 
-SHAPES = {"q": (6, 4), "k": (6, 4), "conv": (6, 4, 3, 3), "one": (6, 4, 1, 1), "c1": (6, 4, 3), "c3": (6, 4, 2, 3, 3)}
+SHAPES = {
+    "q": (6, 4),
+    "k": (6, 4),
+    "conv": (6, 4, 3, 3),
+    "one": (6, 4, 1, 1),
+    "c1": (6, 4, 3),
+    "c3": (6, 4, 2, 3, 3),
+}
 KERNELS = {"conv": "kkio", "one": "kkio", "c1": "kio", "c3": "kkkio"}
 
 
@@ -37,7 +44,11 @@ def loha(name, form="flat", r=2):
     out, *into = SHAPES[name]
     ones = (1,) * (len(into) - 1)
     a, b = ((out, r), (r, int(np.prod(into)))) if form == "flat" else ((out, r, *ones), (r, *into))
-    return {f"hada_w{n}_{s}": normal(*shape, seed=n) for n in (1, 2) for s, shape in (("a", a), ("b", b))}
+    return {
+        f"hada_w{n}_{s}": normal(*shape, seed=n)
+        for n in (1, 2)
+        for s, shape in (("a", a), ("b", b))
+    }
 
 
 def lora(name, r=2, names=("lora_up", "lora_down")):
@@ -51,7 +62,9 @@ def delta(name, tensors, scale=1.0):
     t = {part: np.asarray(value, np.float64) for part, value in tensors.items()}
     if "hada_w1_a" in t:
         sides = [t[f"hada_w{n}_a"].reshape(SHAPES[name][0], -1) for n in (1, 2)]
-        products = [side @ t[f"hada_w{n}_b"].reshape(side.shape[1], -1) for n, side in enumerate(sides, 1)]
+        products = [
+            side @ t[f"hada_w{n}_b"].reshape(side.shape[1], -1) for n, side in enumerate(sides, 1)
+        ]
         return scale * (products[0] * products[1]).reshape(SHAPES[name])
     if "diff" in t:
         return t["diff"].reshape(SHAPES[name])
@@ -66,7 +79,11 @@ def delta(name, tensors, scale=1.0):
 
 
 def write(path, modules, prefix="lora_unet_down_", extra=None, metadata=None):
-    state = {f"{prefix}{name}.{part}": np.asarray(t) for name, parts in modules.items() for part, t in parts.items()}
+    state = {
+        f"{prefix}{name}.{part}": np.asarray(t)
+        for name, parts in modules.items()
+        for part, t in parts.items()
+    }
     save_file({**state, **(extra or {})}, path, metadata)
     return path
 
@@ -74,13 +91,21 @@ def write(path, modules, prefix="lora_unet_down_", extra=None, metadata=None):
 def tree(*names):
     """The base in JAX' layouts: torch's `[out, in, *spatial]` as `[*spatial, in, out]`."""
     kernels = {name: np.moveaxis(weight(name), (0, 1), (-1, -2)) for name in names}
-    return {"down": {name: {"kernel": jnp.asarray(kernel), "bias": jnp.ones(6)} for name, kernel in kernels.items()}}
+    return {
+        "down": {
+            name: {"kernel": jnp.asarray(kernel), "bias": jnp.ones(6)}
+            for name, kernel in kernels.items()
+        }
+    }
 
 
 def loaded(path, names, **options):
     layouts = {f"down.{name}": KERNELS[name] for name in names if name in KERNELS}
     params = loha_jax.merge(interop.load_lycoris(path, tree(*names), layouts=layouts, **options))
-    return {name: np.moveaxis(np.asarray(params["down"][name]["kernel"]), (-1, -2), (0, 1)) for name in names}
+    return {
+        name: np.moveaxis(np.asarray(params["down"][name]["kernel"]), (-1, -2), (0, 1))
+        for name in names
+    }
 
 
 def base(folder, *names):
@@ -90,8 +115,12 @@ def base(folder, *names):
 
 
 def merged(tmp_path, path, names, **options):
-    merge_checkpoint(base(tmp_path / "base", *names), [(path, 1.0)], tmp_path / "out", force=True, **options)
-    return {k.split(".")[1]: v for k, v in load_file(tmp_path / "out" / "model.safetensors").items()}
+    merge_checkpoint(
+        base(tmp_path / "base", *names), [(path, 1.0)], tmp_path / "out", force=True, **options
+    )
+    return {
+        k.split(".")[1]: v for k, v in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
 
 
 def same(got, want):
@@ -106,7 +135,10 @@ def run(*arguments):
 @pytest.mark.parametrize("name", ["conv", "one", "c1", "c3"])
 def test_the_convolutions_of_onetrainer(name, tmp_path):
     tensors = loha(name, "conv") | {"alpha": np.float32(1)}
-    path, want = write(tmp_path / "a.safetensors", {name: tensors}), weight(name) + delta(name, tensors, 0.5)
+    path, want = (
+        write(tmp_path / "a.safetensors", {name: tensors}),
+        weight(name) + delta(name, tensors, 0.5),
+    )
     same(loaded(path, [name])[name], want)
     same(merged(tmp_path, path, [name])[name], want)
     (module,) = inspect_path(path)["modules"]
@@ -121,16 +153,28 @@ def test_the_convolutions_of_onetrainer(name, tmp_path):
 @pytest.mark.parametrize(
     ("part", "shape", "match"),
     [
-        ("hada_w1_a", (6, 2, 3, 3), r"factors of lora_unet_down_conv do not fit each other.*\[6, 2, 3, 3\]"),
+        (
+            "hada_w1_a",
+            (6, 2, 3, 3),
+            r"factors of lora_unet_down_conv do not fit each other.*\[6, 2, 3, 3\]",
+        ),
         ("hada_w1_a", (2, 6, 1, 1), r"factors of lora_unet_down_conv do not fit each other"),
-        ("hada_w2_b", (2, 9, 2, 2), r"do not fit each other: hada_w1_b \[2, 4, 3, 3\], hada_w2_b \[2, 9, 2, 2\]"),
+        (
+            "hada_w2_b",
+            (2, 9, 2, 2),
+            r"do not fit each other: hada_w1_b \[2, 4, 3, 3\], hada_w2_b \[2, 9, 2, 2\]",
+        ),
         ("hada_w2_b", (3, 4, 3, 3), r"factors of lora_unet_down_conv do not fit"),
         (
             "both",
             (2, 9, 2, 2),
             r"down\.conv: a kernel .* of \[9, 2, 2\] in the file, \[4, 3, 3\] in the model",
         ),
-        ("both", (2, 4, 9), r"down\.conv: a kernel \[in, \.\.\.\] of \[4, 9\] in the file, \[4, 3, 3\] in the model"),
+        (
+            "both",
+            (2, 4, 9),
+            r"down\.conv: a kernel \[in, \.\.\.\] of \[4, 9\] in the file, \[4, 3, 3\] in the model",
+        ),
     ],
 )
 def test_a_misshapen_convolution_is_refused_by_name(part, shape, match, tmp_path):
@@ -147,13 +191,21 @@ def test_a_misshapen_convolution_is_refused_by_name(part, shape, match, tmp_path
 
 @pytest.mark.parametrize(
     "names",
-    [("lora_up", "lora_down"), ("lora_B", "lora_A"), ("lora.up", "lora.down"), ("lora_B.default", "lora_A.default")],
+    [
+        ("lora_up", "lora_down"),
+        ("lora_B", "lora_A"),
+        ("lora.up", "lora.down"),
+        ("lora_B.default", "lora_A.default"),
+    ],
 )
 @pytest.mark.parametrize("name", ["k", "conv"])
 def test_a_lora_beside_a_loha(name, names, tmp_path):
     modules = {"q": loha("q"), name: lora(name, names=names) | {"alpha": np.float16([4])}}
     path = write(tmp_path / "a.safetensors", modules)
-    want = {"q": weight("q") + delta("q", modules["q"]), name: weight(name) + delta(name, lora(name), 2.0)}
+    want = {
+        "q": weight("q") + delta("q", modules["q"]),
+        name: weight(name) + delta(name, lora(name), 2.0),
+    }
     for got in (loaded(path, ["q", name]), merged(tmp_path, path, ["q", name])):
         for module, value in want.items():
             same(got[module], value)
@@ -180,7 +232,10 @@ def test_the_core_of_a_locon(tmp_path):
 
 @pytest.mark.parametrize("name", ["k", "conv"])
 def test_full_differences_are_added(name, tmp_path):
-    modules = {"q": loha("q") | {"diff_b": normal(6)}, name: {"diff": normal(*SHAPES[name]), "diff_b": normal(6)}}
+    modules = {
+        "q": loha("q") | {"diff_b": normal(6)},
+        name: {"diff": normal(*SHAPES[name]), "diff_b": normal(6)},
+    }
     path = write(tmp_path / "a.safetensors", modules)
     folder = base(tmp_path / "base", "q", name)
     biases = {f"down.{n}.bias": np.ones(6, np.float32) for n in ("q", name)}
@@ -193,7 +248,10 @@ def test_full_differences_are_added(name, tmp_path):
         change, bias = delta(module, modules[module]), modules[module]["diff_b"]
         same(got[f"down.{module}.weight"], weight(module) + 0.5 * change)
         same(got[f"down.{module}.bias"], 1 + 0.5 * bias)
-        same(np.moveaxis(np.asarray(params[module]["kernel"]), (-1, -2), (0, 1)), weight(module) + change)
+        same(
+            np.moveaxis(np.asarray(params[module]["kernel"]), (-1, -2), (0, 1)),
+            weight(module) + change,
+        )
         same(params[module]["bias"], 1 + bias)
     assert inspect_path(path)["kinds"] == {"LoHa": 1, "difference": 2}
     adapted = interop.load_lycoris(path, tree("q", name), layouts=layouts)
@@ -201,15 +259,22 @@ def test_full_differences_are_added(name, tmp_path):
         interop.save_peft(tmp_path / "peft", adapted)
     assert not (tmp_path / "peft").exists()
     if name == "conv":
-        with pytest.raises(ValueError, match=r"down\.conv is in modules_to_save, and LyCORIS' files have no place"):
+        with pytest.raises(
+            ValueError, match=r"down\.conv is in modules_to_save, and LyCORIS' files have no place"
+        ):
             interop.save_lycoris(tmp_path / "again.safetensors", adapted)
-    with pytest.raises(ValueError, match=r"down_q have factors and differences|down\.q have factors and differences"):
+    with pytest.raises(
+        ValueError,
+        match=r"down_q have factors and differences|down\.q have factors and differences",
+    ):
         convert_adapter(path, tmp_path / "peft", "peft", base=folder)
 
 
 def test_the_difference_of_a_bias_is_written_again(tmp_path):
     path = write(tmp_path / "a.safetensors", {"q": loha("q") | {"diff_b": normal(6)}})
-    interop.save_lycoris(tmp_path / "b.safetensors", interop.load_lycoris(path, tree("q")), prefix="lora_unet_")
+    interop.save_lycoris(
+        tmp_path / "b.safetensors", interop.load_lycoris(path, tree("q")), prefix="lora_unet_"
+    )
     ours, theirs = load_file(tmp_path / "b.safetensors"), load_file(path)
     assert ours.keys() - theirs.keys() == {"lora_unet_down_q.alpha"}
     for key, value in theirs.items():
@@ -230,7 +295,9 @@ OTHERS = {
 def test_what_loha_cannot_hold_is_named_and_left_out_on_request(kind, tmp_path):
     path = write(tmp_path / "a.safetensors", {"q": loha("q"), "k": OTHERS[kind]})
     said = (
-        rf"lora_unet_down_k is a {re.escape(kind)} adapter" if kind else r"not those of a LoHa \(1\): lora_unet_down_k"
+        rf"lora_unet_down_k is a {re.escape(kind)} adapter"
+        if kind
+        else r"not those of a LoHa \(1\): lora_unet_down_k"
     )
     with pytest.raises(FileError, match=rf"{said}.*`only=` 'lora_unet_down_q'"):
         loaded(path, ["q", "k"])
@@ -243,7 +310,9 @@ def test_what_loha_cannot_hold_is_named_and_left_out_on_request(kind, tmp_path):
     assert "--only 'lora_unet_down_q'" in text
     assert not out.exists()
     assert run("merge", folder, path, out, "--only", "lora_unet_down_q")[0] == 0
-    assert run("convert", path, tmp_path / "c", "--to", "kohya", "--only", "lora_unet_down_q")[0] == 0
+    assert (
+        run("convert", path, tmp_path / "c", "--to", "kohya", "--only", "lora_unet_down_q")[0] == 0
+    )
     found = inspect_path(path)
     assert found["kinds"] == {"LoHa": 1, kind or "unknown": 1}
     assert found["foreign"][0]["file_name"] == "lora_unet_down_k"
@@ -251,12 +320,17 @@ def test_what_loha_cannot_hold_is_named_and_left_out_on_request(kind, tmp_path):
 
 
 def test_another_component_may_hold_what_it_likes(tmp_path):
-    path = write(tmp_path / "a.safetensors", {"q": loha("q")}, extra={"lora_te_q.lokr_w1": normal(2, 2)})
+    path = write(
+        tmp_path / "a.safetensors", {"q": loha("q")}, extra={"lora_te_q.lokr_w1": normal(2, 2)}
+    )
     same(loaded(path, ["q"], prefix="lora_unet_")["q"], weight("q") + delta("q", loha("q")))
 
 
 def test_bundled_embeddings_are_named(tmp_path):
-    extra = {"bundle_emb.trigger.string_to_param.*": normal(2, 8), "bundle_emb.other.clip_l": normal(1, 8)}
+    extra = {
+        "bundle_emb.trigger.string_to_param.*": normal(2, 8),
+        "bundle_emb.other.clip_l": normal(1, 8),
+    }
     path = write(tmp_path / "a.safetensors", {"q": loha("q")}, extra=extra)
     with pytest.warns(UserWarning, match=r"token embeddings \(bundle_emb\..*'trigger'") as warned:
         got = loaded(path, ["q"])
@@ -278,7 +352,9 @@ def test_a_folder_with_one_file(name, tmp_path):
     folder.mkdir()
     parts = loha("q") | {"alpha": np.float32(4)}
     path = write(folder / name, {"q": parts}, prefix="lycoris_down_")
-    (folder / "lycoris_config.json").write_text(json.dumps({"algo": "loha", "linear_dim": 2, "linear_alpha": 1}))
+    (folder / "lycoris_config.json").write_text(
+        json.dumps({"algo": "loha", "linear_dim": 2, "linear_alpha": 1})
+    )
     if name.startswith("pytorch"):
         write(folder / "ema.safetensors", {"q": parts})
     want = weight("q") + delta("q", parts, 2.0)
@@ -295,7 +371,9 @@ def test_a_folder_with_one_file(name, tmp_path):
 def test_a_folder_with_several_files_is_refused_with_their_names(tmp_path):
     for name in ("a-000001.safetensors", "a.safetensors"):
         write(tmp_path / name, {"q": loha("q")})
-    with pytest.raises(FileError, match=r"several safetensors files: a-000001\.safetensors, a\.safetensors"):
+    with pytest.raises(
+        FileError, match=r"several safetensors files: a-000001\.safetensors, a\.safetensors"
+    ):
         interop.load_lycoris(tmp_path, tree("q"))
     for command in (("inspect", tmp_path), ("convert", tmp_path, tmp_path / "o", "--to", "kohya")):
         code, text = run(*command)
@@ -308,7 +386,11 @@ def test_a_folder_with_several_files_is_refused_with_their_names(tmp_path):
     [
         ({"transformer.r": 2, "transformer.lora_alpha": 2}, 2, True),
         ({"transformer.r": 2, "transformer.lora_alpha": 4}, 2, False),
-        ({"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.use_rslora": True}, 2, False),
+        (
+            {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.use_rslora": True},
+            2,
+            False,
+        ),
         ({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"q": 1}}, 2, False),
         ({"transformer.lora_alpha": [2]}, 2, False),
     ],
@@ -317,21 +399,39 @@ def test_a_scale_that_only_the_header_tells_is_not_ignored(said, rank, fine, tmp
     """diffusers writes no alpha beside lora_A and lora_B, but LoraConfig's into the header."""
     metadata = {"lora_adapter_metadata": json.dumps(said)}
     names = ("lora_B", "lora_A")
-    path = write(tmp_path / "a.safetensors", {"q": lora("q", rank, names)}, "transformer.down.", metadata=metadata)
+    path = write(
+        tmp_path / "a.safetensors",
+        {"q": lora("q", rank, names)},
+        "transformer.down.",
+        metadata=metadata,
+    )
     if fine:
         same(loaded(path, ["q"])["q"], weight("q") + delta("q", lora("q", rank)))
         return
-    with pytest.raises(FileError, match=r"transformer\.down\.q has no alpha of its own, and its header"):
+    with pytest.raises(
+        FileError, match=r"transformer\.down\.q has no alpha of its own, and its header"
+    ):
         loaded(path, ["q"])
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+)
 @pytest.mark.parametrize("kind", ["loha", "lora"])
 def test_factors_in_low_precision(kind, dtype, tmp_path):
     """The values are those that the file holds; alpha may have any floating dtype, and one axis."""
-    parts = {part: t.astype(dtype) for part, t in (loha("q") if kind == "loha" else lora("q")).items()}
+    parts = {
+        part: t.astype(dtype) for part, t in (loha("q") if kind == "loha" else lora("q")).items()
+    }
     path = tmp_path / "a.safetensors"
-    path.write_bytes(_bytes({f"lora_unet_down_q.{p}": t for p, t in (parts | {"alpha": np.array([1], dtype)}).items()}))
+    path.write_bytes(
+        _bytes(
+            {
+                f"lora_unet_down_q.{p}": t
+                for p, t in (parts | {"alpha": np.array([1], dtype)}).items()
+            }
+        )
+    )
     want = weight("q") + delta("q", parts, 0.5)
     same(loaded(path, ["q"])["q"], want)
     same(merged(tmp_path, path, ["q"])["q"], want)
@@ -354,7 +454,9 @@ def test_a_scale_beside_quantised_factors_is_refused(tmp_path):
         read_adapter(path)
 
 
-@pytest.mark.parametrize(("only", "match"), [("(", r"is not a regular"), ("x", r"matches `only=` 'x'; it")])
+@pytest.mark.parametrize(
+    ("only", "match"), [("(", r"is not a regular"), ("x", r"matches `only=` 'x'; it")]
+)
 def test_a_choice_that_chooses_nothing(only, match, tmp_path):
     path = write(tmp_path / "a.safetensors", {"q": loha("q")})
     with pytest.raises(ValueError, match=match):

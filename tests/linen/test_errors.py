@@ -61,15 +61,21 @@ def test_einsums_without_in_or_out_axes(shape, string, message):
 
 def test_an_einsum_string_of_the_call_needs_a_layout():
     x = jax.random.normal(KEY, (2, 4))
-    with pytest.raises(ValueError, match="LoHaEinsum at the root: the einsum string comes with the call"):
+    with pytest.raises(
+        ValueError, match="LoHaEinsum at the root: the einsum string comes with the call"
+    ):
         LoHaEinsum((4, 5)).init(KEY, x, "bi,io->bo")
     with pytest.raises(ValueError, match="layout='sio' is for 3 axes, the kernel has"):
         LoHaEinsum((4, 5), layout="sio").init(KEY, x, "bi,io->bo")
     layer = LoHaEinsum((4, 4), layout="io", r=2, init_weights=False, use_bias=False)
     params = layer.init(KEY, x, "bi,io->bo")
     weight = plain_params(params["params"])["kernel"]
-    np.testing.assert_allclose(layer.apply(params, x, "bi,io->bo"), x @ weight, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(layer.apply(params, x, "bo,io->bi"), x @ weight.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        layer.apply(params, x, "bi,io->bo"), x @ weight, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        layer.apply(params, x, "bo,io->bi"), x @ weight.T, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_flax_still_checks_its_parameters():
@@ -77,7 +83,9 @@ def test_flax_still_checks_its_parameters():
     with pytest.raises(ScopeParamShapeError, match="hada_w1_a"):
         LoHaDense(4, r=3).apply({"params": params}, X)
     with pytest.raises(ScopeParamNotFoundError, match='"hada_w2_b"'):
-        LoHaDense(4, r=2).apply({"params": {k: v for k, v in params.items() if k != "hada_w2_b"}}, X)
+        LoHaDense(4, r=2).apply(
+            {"params": {k: v for k, v in params.items() if k != "hada_w2_b"}}, X
+        )
     with pytest.raises(ScopeParamShapeError, match='"kernel"'):
         LoHaDense(4, r=2).apply({"params": params}, jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="integer"):
@@ -91,7 +99,11 @@ def test_a_mask_of_a_model_without_factors_is_an_error():
 
 def test_params_that_do_not_fit_the_model_are_all_named():
     params = Two().init(KEY, X)["params"]
-    broken = {"a": {**params["a"], "hada_w1_a": jnp.ones((4, 3))}, "b": dict(params["b"]), "c": params["a"]}
+    broken = {
+        "a": {**params["a"], "hada_w1_a": jnp.ones((4, 3))},
+        "b": dict(params["b"]),
+        "c": params["a"],
+    }
     del broken["b"]["hada_w2_b"]
     with pytest.raises(ValueError, match="nothing was converted") as error:
         linen.to_adapted(broken, Two().init, KEY, X)
@@ -135,12 +147,25 @@ def test_two_layers_of_one_name():
         (lambda a: linen.to_adapted(*other(alpha=2)), r"alpha=\[2\] \(the layer: \[8\]\)"),
         (
             lambda a: loha_jax.inject(
-                loha_jax.unload(a), loha_jax.LoHaConfig(target_modules=["a", "b"]), key=KEY, layouts={"a": "oi"}
+                loha_jax.unload(a),
+                loha_jax.LoHaConfig(target_modules=["a", "b"]),
+                key=KEY,
+                layouts={"a": "oi"},
             ),
             r"layout=oi \(the layer: io\)",
         ),
     ],
-    ids=["none_active", "scaled", "trainable_half", "frozen_half", "merged", "elsewhere", "rank", "alpha", "layout"],
+    ids=[
+        "none_active",
+        "scaled",
+        "trainable_half",
+        "frozen_half",
+        "merged",
+        "elsewhere",
+        "rank",
+        "alpha",
+        "layout",
+    ],
 )
 def test_trees_that_do_not_fit_the_model(change, message):
     adapted = linen.to_adapted(Two().init(KEY, X)["params"], Two().init, KEY, X)

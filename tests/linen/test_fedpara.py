@@ -16,7 +16,10 @@ from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEmbed
 @pytest.mark.usefixtures("x64")
 @each_case
 def test_fedpara_is_the_flax_layer_with_the_product_as_its_kernel(case):
-    layer, x = case.layer(fedpara=True, alpha=None, param_dtype=jnp.float64), case.inputs(jnp.float64)
+    layer, x = (
+        case.layer(fedpara=True, alpha=None, param_dtype=jnp.float64),
+        case.inputs(jnp.float64),
+    )
     params = randomised(shapes_of(case, layer))
     plain = case.plain(param_dtype=jnp.float64)
     base = shapes_of(case, plain)
@@ -70,9 +73,13 @@ def test_fedpara_starts_with_the_variance_of_lecun_and_he(layer, shape, fan_in, 
         (name,) = {"kernel", "embedding"} & set(kernel)
         return (kernel[name] ** 2).mean(), kernel[name].mean()
 
-    squares, means = (np.asarray(v) for v in jax.lax.map(mean_square, jax.random.split(jax.random.key(7), 400)))
+    squares, means = (
+        np.asarray(v) for v in jax.lax.map(mean_square, jax.random.split(jax.random.key(7), 400))
+    )
     assert abs(squares.mean() - scale / fan_in) < 5 * squares.std() / np.sqrt(len(squares))
-    assert squares.std() / np.sqrt(len(squares)) < 0.05 * scale / fan_in  # the bound above says something
+    assert (
+        squares.std() / np.sqrt(len(squares)) < 0.05 * scale / fan_in
+    )  # the bound above says something
     assert abs(means.mean()) < 5 * means.std() / np.sqrt(len(means))
     assert "kernel" not in abstract["params"]
 
@@ -114,7 +121,9 @@ def test_fedpara_learns_what_no_matrix_of_rank_2r_can():
     ids=str,
 )
 def test_fedpara_refuses_what_has_no_meaning_for_it(fields):
-    with pytest.raises(ValueError, match=f"LoHaDense at the root: with fedpara=True .*Got {next(iter(fields))}="):
+    with pytest.raises(
+        ValueError, match=f"LoHaDense at the root: with fedpara=True .*Got {next(iter(fields))}="
+    ):
         LoHaDense(4, fedpara=True, **fields).init(KEY, jnp.ones((1, 2)))
 
 
@@ -129,5 +138,8 @@ def test_forward_mode():
             tangent["params"]["kernel"] *= 0
         out = jax.jvp(f, (params,), (tangent,))[1]
         gradient = jax.grad(lambda p, f=f, out=out: (f(p) * out).sum())(params)
-        inner = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True))
+        inner = sum(
+            jnp.vdot(a, b)
+            for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
+        )
         np.testing.assert_allclose(inner, (out**2).sum(), rtol=1e-4)

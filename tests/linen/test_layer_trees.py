@@ -42,8 +42,12 @@ def test_an_adapted_tree_serves_the_plain_model_and_comes_back(whole):
     adapted = linen.to_adapted(given, Tied().init, KEY, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype))
     tree = adapted if whole else {"params": adapted}
     want = Tied().apply(variables, IDS)
-    np.testing.assert_allclose(PlainTied().apply(loha_jax.merge(tree), IDS), want, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(loha_jax.adapt(PlainTied().apply)(tree, IDS), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        PlainTied().apply(loha_jax.merge(tree), IDS), want, rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        loha_jax.adapt(PlainTied().apply)(tree, IDS), want, rtol=1e-4, atol=1e-4
+    )
     assert set(loha_jax.infer_layouts(PlainTied().apply, tree, IDS).items()) == {
         ("conv", "kio"),
         ("embed", "oi"),
@@ -61,7 +65,10 @@ def test_an_adapted_tree_serves_the_plain_model_and_comes_back(whole):
 @pytest.mark.parametrize("block", [Block, nn.jit(Block)], ids=["plain", "jit"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_stacked_layers_come_and_go_whatever_the_axis(axis, block):
-    model, x = Scanned(axis, block), jnp.ones((2, 4))  # 4 layers of width 4: shapes alone say nothing
+    model, x = (
+        Scanned(axis, block),
+        jnp.ones((2, 4)),
+    )  # 4 layers of width 4: shapes alone say nothing
     jax.jit(model.init)(KEY, x)  # its trace must not be taken for the description
     params = model.init(KEY, x)["params"]
     adapted = linen.to_adapted(params, jax.jit(model.init), KEY, x)
@@ -70,7 +77,9 @@ def test_stacked_layers_come_and_go_whatever_the_axis(axis, block):
     assert leaf.names == tuple(f"layers.{n}.q" for n in range(4))
     twin = Scanned(axis, Block, {"dense": nn.Dense, "fields": {}})
     want = model.apply({"params": params}, x)
-    np.testing.assert_allclose(twin.apply({"params": loha_jax.merge(adapted)}, x), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        twin.apply({"params": loha_jax.merge(adapted)}, x), want, rtol=1e-5, atol=1e-5
+    )
     back = linen.from_adapted(adapted, model.init, KEY, x)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -85,14 +94,20 @@ def test_transforms_inside_of_transforms_and_stacks_of_their_own():
         @nn.compact
         def __call__(self, x, _):
             several = nn.vmap(
-                self.general, variable_axes={"params": 2}, split_rngs={"params": True}, in_axes=None, axis_size=3
+                self.general,
+                variable_axes={"params": 2},
+                split_rngs={"params": True},
+                in_axes=None,
+                axis_size=3,
             )
             own = {f.name for f in dataclasses.fields(self.general)}
             y = several(**{k: v for k, v in fields.items() if k in own}, name="q")(x)
             return x + nn.tanh(y).sum((0, 3))[..., None], None
 
     def model(general):
-        return nn.scan(Body, variable_axes={"params": 1}, split_rngs={"params": True}, length=6)(general)
+        return nn.scan(Body, variable_axes={"params": 1}, split_rngs={"params": True}, length=6)(
+            general
+        )
 
     x = jax.random.normal(KEY, (2, 7, 4))
     adapting = model(LoHaDenseGeneral)
@@ -114,7 +129,9 @@ def test_a_fedpara_layer_becomes_the_plain_kernel():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return LoHaDense(3, r=2, init_weights=False, name="b")(LoHaDense(5, r=2, fedpara=True, name="a")(x))
+            return LoHaDense(3, r=2, init_weights=False, name="b")(
+                LoHaDense(5, r=2, fedpara=True, name="a")(x)
+            )
 
     x = jax.random.normal(KEY, (2, 4))
     params = Net().init(KEY, x)["params"]

@@ -4,7 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linen_reference import ALPHA, CASES, KEY, R, close, each_case, randomised, shapes_of, transposed
+from linen_reference import (
+    ALPHA,
+    CASES,
+    KEY,
+    R,
+    close,
+    each_case,
+    randomised,
+    shapes_of,
+    transposed,
+)
 from scipy import stats
 
 import loha_jax
@@ -23,9 +33,14 @@ def merged(case, params, scale=ALPHA / R):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [*((name, "auto") for name in CASES), *((n, s) for n in ("dense", "conv2d_cores") for s in ("fused", "dense"))],
+    [
+        *((name, "auto") for name in CASES),
+        *((n, s) for n in ("dense", "conv2d_cores") for s in ("fused", "dense")),
+    ],
 )
-def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_its_kernel(name, strategy):
+def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_its_kernel(
+    name, strategy
+):
     case = CASES[name]
     layer, plain = (make(param_dtype=jnp.float64) for make in (case.layer, case.plain))
     layer = layer.clone(strategy=strategy)
@@ -75,7 +90,9 @@ def test_shapes_are_those_that_inject_gives(case):
     shapes = shapes_of(case, layer)
     base = {"q": {n: s for n, s in shapes.items() if not n.startswith("hada")}}
     config = loha_jax.LoHaConfig(
-        r=R, target_modules=["q"], use_effective_conv2d=case.fields.get("use_effective_conv2d", False)
+        r=R,
+        target_modules=["q"],
+        use_effective_conv2d=case.fields.get("use_effective_conv2d", False),
     )
     adapted = linen.to_adapted(
         {"params": randomised(shapes)},
@@ -108,7 +125,9 @@ def test_factors_follow_the_law_that_init_weights_names(init_weights):
         if name == zero:
             assert not w.any()
         elif init_weights == "lycoris":
-            assert stats.kstest(w, stats.norm(scale={"a": 0.1, "b": 1.0}[name[-1]]).cdf).pvalue > 1e-3
+            assert (
+                stats.kstest(w, stats.norm(scale={"a": 0.1, "b": 1.0}[name[-1]]).cdf).pvalue > 1e-3
+            )
         else:
             bound = 1 / np.sqrt({"a": 40, "b": 200}[name[-1]])
             assert stats.kstest(w, stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
@@ -122,5 +141,7 @@ def test_lower_precision_follows_flax_and_the_factors_stay_float32():
     assert y.dtype == params["kernel"].dtype == jnp.bfloat16
     assert params["hada_w1_a"].dtype == jnp.float32
     delta = transposed(params, (3, 5), 8 / 2)
-    want = x.astype(jnp.bfloat16).astype(jnp.float32) @ (params["kernel"].astype(jnp.float32) + delta)
+    want = x.astype(jnp.bfloat16).astype(jnp.float32) @ (
+        params["kernel"].astype(jnp.float32) + delta
+    )
     np.testing.assert_allclose(y.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())

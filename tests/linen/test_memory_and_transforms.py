@@ -23,12 +23,18 @@ from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEinsum, Lo
 def made(compiled, *shape):
     """Operations of a program whose result has this shape."""
     found = re.findall(rf"= f32\[{','.join(map(str, shape))}\]\S* (\w[\w-]*)\(", compiled.as_text())
-    return [operation for operation in found if operation not in ("parameter", "get-tuple-element", "bitcast")]
+    return [
+        operation
+        for operation in found
+        if operation not in ("parameter", "get-tuple-element", "bitcast")
+    ]
 
 
 def compiled_step(layer, x, method=None):
     """Value and gradients of the factors and of a floating x; a layer without factors gives those of x alone."""
-    params = jax.eval_shape(lambda: layer.init(KEY, jnp.zeros(x.shape, x.dtype), method=method)["params"])
+    params = jax.eval_shape(
+        lambda: layer.init(KEY, jnp.zeros(x.shape, x.dtype), method=method)["params"]
+    )
     factors = {n: s for n, s in params.items() if n.startswith("hada")}
     rest = {n: s for n, s in params.items() if n not in factors}
 
@@ -49,17 +55,34 @@ IMAGE = jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32)
     ("case", "x", "shapes"),
     [
         (Case(LoHaDense, {"features": 2048}, (), None), ROWS, [(1024, 2048)]),
-        (Case(LoHaDenseGeneral, {"features": (8, 256)}, (), None), ROWS, [(1024, 2048), (1024, 8, 256)]),
+        (
+            Case(LoHaDenseGeneral, {"features": (8, 256)}, (), None),
+            ROWS,
+            [(1024, 2048), (1024, 8, 256)],
+        ),
         (
             Case(LoHaEinsum, {"shape": (1024, 8, 256), "einsum_str": "bd,dnh->bnh"}, (), None),
             ROWS,
             [(1024, 2048), (1024, 8, 256)],
         ),
-        (Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None, "attend"), ROWS, [(2048, 1024)]),
-        (Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None), TOKENS, [(2048, 1024)]),
+        (
+            Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None, "attend"),
+            ROWS,
+            [(2048, 1024)],
+        ),
+        (
+            Case(LoHaEmbed, {"num_embeddings": 2048, "features": 1024}, (), None),
+            TOKENS,
+            [(2048, 1024)],
+        ),
         *(
             (
-                Case(LoHaConv, {"features": 256, "kernel_size": (3, 3), "use_effective_conv2d": cores}, (), None),
+                Case(
+                    LoHaConv,
+                    {"features": 256, "kernel_size": (3, 3), "use_effective_conv2d": cores},
+                    (),
+                    None,
+                ),
                 IMAGE,
                 [(3, 3, 256, 256), (256, 256, 3, 3), (256, 2304)],
             )
@@ -79,7 +102,9 @@ def test_the_search_finds_an_array_of_the_kernels_shape():
     assert made(compiled_step(LoHaDense(2048, r=4, strategy="dense"), ROWS), 1024, 2048)
 
 
-@pytest.mark.parametrize("block", [Block, nn.remat(Block), nn.jit(Block)], ids=["plain", "remat", "jit"])
+@pytest.mark.parametrize(
+    "block", [Block, nn.remat(Block), nn.jit(Block)], ids=["plain", "remat", "jit"]
+)
 def test_scan_with_remat_and_jit(block):
     x, model = jax.random.normal(KEY, (3, 6)), Scanned(block=block)
     params = model.init(KEY, x)["params"]
@@ -94,16 +119,22 @@ def test_scan_with_remat_and_jit(block):
     def dense(params):
         return twin.apply({"params": plain_params(params)}, x)
 
-    np.testing.assert_allclose(model.apply({"params": params}, x), dense(params), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), dense(params), rtol=1e-5, atol=1e-5
+    )
     got = jax.jit(jax.grad(lambda p: model.apply({"params": p}, x).sum()))(params)
     want = jax.grad(lambda p: dense(p).sum())(params)
     for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "bias"):
-        np.testing.assert_allclose(got["layers"]["q"][name], want["layers"]["q"][name], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            got["layers"]["q"][name], want["layers"]["q"][name], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_vmap_over_parameters_and_over_inputs():
     x = jax.random.normal(KEY, (5, 3, 4))
-    each = nn.vmap(LoHaDense, variable_axes={"params": 0}, split_rngs={"params": True})(2, r=2, init_weights=False)
+    each = nn.vmap(LoHaDense, variable_axes={"params": 0}, split_rngs={"params": True})(
+        2, r=2, init_weights=False
+    )
     params = each.init(KEY, x)["params"]
     assert params["hada_w1_b"].shape == (5, 2, 4)
     want = jnp.einsum("nbi,nio->nbo", x, plain_params(params)["kernel"]) + params["bias"][:, None]
@@ -126,7 +157,15 @@ def test_share_scope_puts_the_parameters_beside_the_parents_which_start_as_ever(
 
     x, model = jnp.ones((2, 3)), Parent(functools.partial(LoHaDense, r=2))
     params = model.init(KEY, x)["params"]
-    assert set(params) == {"kernel", "bias", "gain", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+    assert set(params) == {
+        "kernel",
+        "bias",
+        "gain",
+        "hada_w1_a",
+        "hada_w1_b",
+        "hada_w2_a",
+        "hada_w2_b",
+    }
     for name, value in Parent(nn.Dense).init(KEY, x)["params"].items():
         np.testing.assert_array_equal(params[name], value)
     assert isinstance(linen.to_adapted(params, model.init, KEY, x)["kernel"], loha_jax.LoHaWeight)
@@ -135,7 +174,9 @@ def test_share_scope_puts_the_parameters_beside_the_parents_which_start_as_ever(
 def test_shape_evaluation_lazy_init_tabulate_and_submodule_access():
     variables = Tied().init(KEY, IDS)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables)
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(Tied().init, KEY, IDS))
+    assert shapes == jax.tree.map(
+        lambda x: (x.shape, x.dtype), jax.eval_shape(Tied().init, KEY, IDS)
+    )
     lazy = Tied().lazy_init(KEY, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype))
     jax.tree.map(np.testing.assert_array_equal, lazy, variables)
     table = Tied().tabulate(KEY, IDS, console_kwargs={"width": 200})
@@ -143,7 +184,9 @@ def test_shape_evaluation_lazy_init_tabulate_and_submodule_access():
     assert "hada_w1_a" in table
     weight = Tied().apply(variables, method=lambda m: jnp.asarray(m.embed.embedding))
     embed = variables["params"]["embed"]
-    np.testing.assert_allclose(weight, embed["embedding"] + as_stored(embed, (11, 8), 8 / 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        weight, embed["embedding"] + as_stored(embed, (11, 8), 8 / 2), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_train_state_trains_the_factors_alone():
@@ -151,14 +194,18 @@ def test_a_train_state_trains_the_factors_alone():
     mask = linen.trainable_mask(variables["params"])
     trained = {path for path, train in flatten_dict(mask).items() if train}
     assert trained == {path for path in flatten_dict(mask) if path[-1].startswith("hada")}
-    tx = optax.transforms.selective_transform(optax.adam(1e-2), freeze_mask=jax.tree.map(operator.not_, mask))
+    tx = optax.transforms.selective_transform(
+        optax.adam(1e-2), freeze_mask=jax.tree.map(operator.not_, mask)
+    )
     state = TrainState.create(apply_fn=Tied().apply, params=variables["params"], tx=tx)
 
     @jax.jit
     def step(state):
         def loss_fn(params):
             logits = state.apply_fn({"params": params}, IDS)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(IDS, 1, -1)).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, jnp.roll(IDS, 1, -1)
+            ).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         return state.apply_gradients(grads=grads), loss

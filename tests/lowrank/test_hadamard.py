@@ -45,7 +45,9 @@ def assert_same_derivatives(fn, reference, args, bound=1e-12):
     out, gradients, expected, expected_gradients = value_and_gradients(*args)
     np.testing.assert_allclose(out, expected, rtol=bound, atol=bound)
     for got, want in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(got, want, rtol=bound, atol=bound * float(jnp.abs(want).max() + 1))
+        np.testing.assert_allclose(
+            got, want, rtol=bound, atol=bound * float(jnp.abs(want).max() + 1)
+        )
 
 
 @settings(max_examples=20)
@@ -80,14 +82,20 @@ def test_stacks_equal_their_parts(x64):
     factors = [jnp.asarray(x) for x in flat_factors(3, 4, 2, (2,))]
     cores = [jnp.asarray(x) for x in cp_factors(3, 4, 2, (3, 3), (2,))]
     for n in range(2):
-        np.testing.assert_allclose(hada_weight(*factors, scale)[n], hada_weight(*(f[n] for f in factors), scale[n]))
-        np.testing.assert_allclose(hada_weight_cp(*cores, scale)[n], hada_weight_cp(*(f[n] for f in cores), scale[n]))
+        np.testing.assert_allclose(
+            hada_weight(*factors, scale)[n], hada_weight(*(f[n] for f in factors), scale[n])
+        )
+        np.testing.assert_allclose(
+            hada_weight_cp(*cores, scale)[n], hada_weight_cp(*(f[n] for f in cores), scale[n])
+        )
 
 
 def test_forward_mode_works_when_asked_for(x64):
     args = tuple(jnp.asarray(x) for x in flat_factors(3, 4, 2))
     tangent = jax.jvp(lambda *a: hada_weight(*a, forward_mode=True), args, args)[1]
-    np.testing.assert_allclose(tangent, 4 * hada_weight(*args), rtol=1e-12)  # of degree 4 in the factors
+    np.testing.assert_allclose(
+        tangent, 4 * hada_weight(*args), rtol=1e-12
+    )  # of degree 4 in the factors
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(hada_weight, args, args)
 

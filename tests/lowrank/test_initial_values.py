@@ -13,8 +13,14 @@ import loha_jax
 from loha_jax.lowrank.initial_values import factor_shapes, init_factors
 
 # Shapes and bounds from PEFT's kaiming_uniform_(a=sqrt(5)): 1/sqrt(shape[1] * prod(shape[2:])) of each factor.
-LINEAR = (factor_shapes(300, 400, (), 16, False), {"w1_a": 16, "w1_b": 400, "w2_a": 16, "w2_b": 400})
-FLAT_CONV = (factor_shapes(300, 40, (3, 3), 16, False), {"w1_a": 16, "w1_b": 360, "w2_a": 16, "w2_b": 360})
+LINEAR = (
+    factor_shapes(300, 400, (), 16, False),
+    {"w1_a": 16, "w1_b": 400, "w2_a": 16, "w2_b": 400},
+)
+FLAT_CONV = (
+    factor_shapes(300, 40, (3, 3), 16, False),
+    {"w1_a": 16, "w1_b": 360, "w2_a": 16, "w2_b": 360},
+)
 CP_CONV = (
     factor_shapes(300, 400, (3, 3), 16, True),
     {"w1_a": 300, "w1_b": 400, "w2_a": 300, "w2_b": 400, "t1": 144, "t2": 144},
@@ -75,7 +81,9 @@ def test_draws_depend_on_the_key_and_the_name_alone():
         assert (both[name][0] != both[name][1]).any()
         assert (alone[name] != other[name]).any()
     # Factors of equal shape are drawn independently.
-    assert np.abs(np.corrcoef(alone["hada_w1_a"].ravel(), alone["hada_w2_a"].ravel())[0, 1]) < 4 / math.sqrt(300 * 16)
+    assert np.abs(
+        np.corrcoef(alone["hada_w1_a"].ravel(), alone["hada_w2_a"].ravel())[0, 1]
+    ) < 4 / math.sqrt(300 * 16)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,9 @@ def test_all_shapes_share_one_compiled_draw():
     compiled, key = [], jax.random.key(0)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+        lambda event, *_, **__: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
     )
     for n in range(1, 8):
         init_factors(key, ["q"], factor_shapes(8 * n, 5 * n, (), n, False), True, jnp.float32)
@@ -129,7 +139,10 @@ def test_all_shapes_share_one_compiled_draw():
 
 
 def test_a_raw_key_that_was_read_from_a_file_is_a_key():
-    base, config = {"q": {"kernel": jnp.ones((3, 4))}}, loha_jax.LoHaConfig(r=2, target_modules=["q"])
+    base, config = (
+        {"q": {"kernel": jnp.ones((3, 4))}},
+        loha_jax.LoHaConfig(r=2, target_modules=["q"]),
+    )
     key = jax.random.PRNGKey(3)
     trees = [loha_jax.inject(base, config, key=k) for k in (key, np.asarray(key))]
     assert all(map(np.array_equal, *map(jax.tree.leaves, trees)))

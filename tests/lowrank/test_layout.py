@@ -69,7 +69,8 @@ def test_a_layout_of_another_rank_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("word", "ndim", "inner"), [("sio", 2, "io"), ("ssio", 3, "sio"), ("s1 s0 i o", 3, "s0io"), ("io", 2, "io")]
+    ("word", "ndim", "inner"),
+    [("sio", 2, "io"), ("ssio", 3, "sio"), ("s1 s0 i o", 3, "s0io"), ("io", 2, "io")],
 )
 def test_a_scan_strips_leading_stack_axes(word, ndim, inner):
     assert Layout(word).strip(ndim) == Layout(inner)
@@ -82,7 +83,9 @@ def test_only_leading_stack_axes_can_go(word, ndim):
 
 
 def attention(query, out, bias=None):
-    shapes = {("attn", n, "kernel"): query for n in ("query", "key", "value")} | {("attn", "out", "kernel"): out}
+    shapes = {("attn", n, "kernel"): query for n in ("query", "key", "value")} | {
+        ("attn", "out", "kernel"): out
+    }
     return shapes | ({("attn", "query", "bias"): bias} if bias else {})
 
 
@@ -104,7 +107,11 @@ def attention(query, out, bias=None):
         ({}, ("q", "w"), "io"),
         ({}, ("embed", "embedding"), "oi"),
         ({}, ("embed", "embeddings"), "oi"),
-        ({("Conv_0", "kernel"): (3, 3, 6, 6), ("Dense_0", "bias"): (2,)}, ("Conv_0", "kernel"), "kkio"),
+        (
+            {("Conv_0", "kernel"): (3, 3, 6, 6), ("Dense_0", "bias"): (2,)},
+            ("Conv_0", "kernel"),
+            "kkio",
+        ),
         ({("Conv_0", "kernel"): (3, 6, 6)}, ("Conv_0", "kernel"), "kio"),
         (
             {("net", "initial_conv", "w"): (3, 3, 6, 6), ("net", "batch_norm", "scale"): (6,)},
@@ -113,13 +120,21 @@ def attention(query, out, bias=None):
         ),
         ({("conv1", "weight"): (6, 6, 3, 3)}, ("conv1", "weight"), "oikk"),
         # neighbours
-        ({("Conv_0", "kernel"): (3, 3, 3, 6, 6), ("norm", "scale"): (6,)}, ("Conv_0", "kernel"), "kkkio"),
+        (
+            {("Conv_0", "kernel"): (3, 3, 3, 6, 6), ("norm", "scale"): (6,)},
+            ("Conv_0", "kernel"),
+            "kkkio",
+        ),
         (
             {("layers", "Conv_0", "kernel"): (3, 3, 6, 6), ("layers", "norm", "scale"): (6,)},
             ("layers", "Conv_0", "kernel"),
             "kkio",
         ),
-        ({("down", "0", "weight"): (8, 6, 3, 3), ("down", "1", "weight"): (8,)}, ("down", "0", "weight"), "oikk"),
+        (
+            {("down", "0", "weight"): (8, 6, 3, 3), ("down", "1", "weight"): (8,)},
+            ("down", "0", "weight"),
+            "oikk",
+        ),
         # biases
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (4, 8)}, ("x", "kernel"), "sio"),
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (8, 6)}, ("x", "kernel"), "iso"),
@@ -155,10 +170,19 @@ def test_default_layouts(shapes, path, word):
         # scanned blocks: Conv1d as well as Conv2d
         ({("ScanBlock_0", "Conv_0", "kernel"): (2, 3, 8, 8)}, ("ScanBlock_0", "Conv_0", "kernel")),
         ({("layers", "Conv_0", "kernel"): (2, 3, 8, 8)}, ("layers", "Conv_0", "kernel")),
-        ({("a", "Conv_0", "kernel"): (2, 3, 8, 8), ("a", "LayerNorm_0", "scale"): (2, 8)}, ("a", "Conv_0", "kernel")),
+        (
+            {("a", "Conv_0", "kernel"): (2, 3, 8, 8), ("a", "LayerNorm_0", "scale"): (2, 8)},
+            ("a", "Conv_0", "kernel"),
+        ),
         ({("Conv_0", "kernel"): (2, 3, 8, 8)}, ("Conv_0", "kernel")),
-        ({("a", "Conv_0", "kernel"): (2, 3, 8, 8), ("Dense_0", "bias"): (8,)}, ("a", "Conv_0", "kernel")),
-        ({("Conv_0", "kernel"): (2, 3, 3, 8, 8)}, ("Conv_0", "kernel")),  # an ensemble by vmap, or Conv3d
+        (
+            {("a", "Conv_0", "kernel"): (2, 3, 8, 8), ("Dense_0", "bias"): (8,)},
+            ("a", "Conv_0", "kernel"),
+        ),
+        (
+            {("Conv_0", "kernel"): (2, 3, 3, 8, 8)},
+            ("Conv_0", "kernel"),
+        ),  # an ensemble by vmap, or Conv3d
         ({("experts", "weight"): (2, 3, 8, 8)}, ("experts", "weight")),
         ({("experts", "weight"): (3, 8, 8)}, ("experts", "weight")),
         ({("experts", "weight"): (2, 3, 8, 8), ("norm", "weight"): (8,)}, ("experts", "weight")),
@@ -167,7 +191,10 @@ def test_default_layouts(shapes, path, word):
             {("deconv", "kernel"): (3, 3, 4, 4), ("deconv", "bias"): (4,)},
             ("deconv", "kernel"),
         ),
-        ({("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)}, ("up_transposed_conv_transpose", "weight")),
+        (
+            {("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)},
+            ("up_transposed_conv_transpose", "weight"),
+        ),
     ],
 )
 def test_ambiguous_kernels_are_errors_that_say_how_to_settle_them(shapes, path):
@@ -188,7 +215,9 @@ def test_scanned_experts_are_refused_until_the_model_says_what_they_are():
 
     for targets in (["experts"], "all-linear"):
         config = loha_jax.LoHaConfig(r=2, target_modules=targets, init_weights=False)
-        with pytest.raises(ValueError, match=r"'kkio'.*'ssio'.*'isoo'.*layouts=loha_jax\.infer_layouts"):
+        with pytest.raises(
+            ValueError, match=r"'kkio'.*'ssio'.*'isoo'.*layouts=loha_jax\.infer_layouts"
+        ):
             loha_jax.inject(tree, config, key=jax.random.key(0))
         x = jnp.ones((3, 5, 4))
         layouts = loha_jax.infer_layouts(fn, tree, x)

@@ -20,7 +20,12 @@ KEY = jax.random.key(0)
 def conv(x, w, groups=1, space="HW"):
     numbers = ("N" + space + "C", space + "IO", "N" + space + "C")
     return lax.conv_general_dilated(
-        x, jnp.asarray(w), (1,) * len(space), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        x,
+        jnp.asarray(w),
+        (1,) * len(space),
+        "SAME",
+        dimension_numbers=numbers,
+        feature_group_count=groups,
     )
 
 
@@ -35,18 +40,74 @@ USES = {
     "left operand": (lambda w, x: w @ x, (6, 4), "oi", (4, 5), False, True),
     "out side contracted": (lambda w, x: x @ w.T, (6, 4), "io", (5, 4), False, True),
     "one out feature": (lambda w, x: x @ w, (4, 1), "io", (5, 4), False, True),
-    "query": (lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (4, 2, 3), "ioo", (2, 3, 4), False, True),
-    "out projection": (lambda w, x: jnp.einsum("bthk,hkd->btd", x, w), (2, 3, 4), "iio", (2, 5, 2, 3), False, True),
-    "split of a cast": (lambda w, x: x @ (2 * w.astype(x.dtype))[:, 2:5], (4, 6), "io", (5, 4), False, True),
+    "query": (
+        lambda w, x: jnp.einsum("btd,dhk->bthk", x, w),
+        (4, 2, 3),
+        "ioo",
+        (2, 3, 4),
+        False,
+        True,
+    ),
+    "out projection": (
+        lambda w, x: jnp.einsum("bthk,hkd->btd", x, w),
+        (2, 3, 4),
+        "iio",
+        (2, 5, 2, 3),
+        False,
+        True,
+    ),
+    "split of a cast": (
+        lambda w, x: x @ (2 * w.astype(x.dtype))[:, 2:5],
+        (4, 6),
+        "io",
+        (5, 4),
+        False,
+        True,
+    ),
     "scan": (scanned, (3, 4, 4), "sio", (5, 4), False, True),
-    "experts": (lambda w, x: jnp.einsum("ebi,eio->ebo", x, w), (3, 4, 5), "sio", (3, 2, 4), False, True),
-    "each expert on all": (lambda w, x: jnp.einsum("bi,eio->ebo", x, w), (3, 4, 5), "sio", (2, 4), False, False),
+    "experts": (
+        lambda w, x: jnp.einsum("ebi,eio->ebo", x, w),
+        (3, 4, 5),
+        "sio",
+        (3, 2, 4),
+        False,
+        True,
+    ),
+    "each expert on all": (
+        lambda w, x: jnp.einsum("bi,eio->ebo", x, w),
+        (3, 4, 5),
+        "sio",
+        (2, 4),
+        False,
+        False,
+    ),
     "lookup": (lambda w, x: w[jnp.argsort(x[:, 0])], (6, 4), "oi", (3, 1), False, False),
     "conv": (conv_2d := (lambda w, x: conv(x, w)), (3, 2, 4, 6), "kkio", (2, 5, 5, 4), False, True),
     "conv with cores": (conv_2d, (3, 2, 4, 6), "kkio", (2, 5, 5, 4), True, True),
-    "conv in groups": (lambda w, x: conv(x, w, groups=2), (3, 3, 2, 6), "kkio", (2, 5, 5, 4), False, True),
-    "conv1d with cores": (lambda w, x: conv(x, w, space="W"), (3, 4, 6), "kio", (2, 5, 4), True, True),
-    "conv3d": (lambda w, x: conv(x, w, space="DHW"), (1, 2, 3, 4, 6), "kkkio", (2, 3, 4, 4, 4), False, True),
+    "conv in groups": (
+        lambda w, x: conv(x, w, groups=2),
+        (3, 3, 2, 6),
+        "kkio",
+        (2, 5, 5, 4),
+        False,
+        True,
+    ),
+    "conv1d with cores": (
+        lambda w, x: conv(x, w, space="W"),
+        (3, 4, 6),
+        "kio",
+        (2, 5, 4),
+        True,
+        True,
+    ),
+    "conv3d": (
+        lambda w, x: conv(x, w, space="DHW"),
+        (1, 2, 3, 4, 6),
+        "kkkio",
+        (2, 3, 4, 4, 4),
+        False,
+        True,
+    ),
 }
 
 
@@ -80,16 +141,23 @@ def formula(leaf, multiplier=1.0):
     if f.is_cp:
         parts = [
             jnp.einsum("...pqk,...po,...qi->...oik", t.reshape(*t.shape[: stack + 2], -1), a, b)
-            for t, a, b in ((f.hada_t1, f.hada_w1_a, f.hada_w1_b), (f.hada_t2, f.hada_w2_a, f.hada_w2_b))
+            for t, a, b in (
+                (f.hada_t1, f.hada_w1_a, f.hada_w1_b),
+                (f.hada_t2, f.hada_w2_a, f.hada_w2_b),
+            )
         ]
     else:
         parts = [f.hada_w1_a @ f.hada_w1_b, f.hada_w2_a @ f.hada_w2_b]
-    delta = (parts[0] * parts[1]).reshape(weight.shape) * scale.reshape(*scale.shape, *(1,) * (weight.ndim - stack))
+    delta = (parts[0] * parts[1]).reshape(weight.shape) * scale.reshape(
+        *scale.shape, *(1,) * (weight.ndim - stack)
+    )
     total = weight + delta
     kept = stack if f.config.wd_on_out else stack + 1
     axes = tuple(n for n in range(stack, total.ndim) if n != kept)
     norms = jnp.sqrt((total**2).sum(axes, keepdims=True))
-    return layout.fold(weight + multiplier * (f.dora_scale / norms * total - weight), leaf.kernel.shape)
+    return layout.fold(
+        weight + multiplier * (f.dora_scale / norms * total - weight), leaf.kernel.shape
+    )
 
 
 def value_and_gradient(fn, params, x):
@@ -100,7 +168,9 @@ def value_and_gradient(fn, params, x):
         return (jnp.cos(jnp.arange(y.size)).reshape(y.shape) * y).sum(), y
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(trainable, x)
-    (_, y), gradient = step.compile({"xla_backend_optimization_level": 0})(trainable, x)  # compiling is all the time
+    (_, y), gradient = step.compile({"xla_backend_optimization_level": 0})(
+        trainable, x
+    )  # compiling is all the time
     return y, gradient
 
 
@@ -109,7 +179,9 @@ def assert_close(got, want):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-9 * max(float(jnp.abs(w).max()), 1e-3))
 
 
-@pytest.mark.parametrize("on_out", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["out", "in"])
+@pytest.mark.parametrize(
+    "on_out", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["out", "in"]
+)
 @pytest.mark.parametrize("use", USES)
 def test_values_and_gradients_are_those_of_the_formula(use, on_out, x64):
     function, shape, layout, x_shape, cp, in_is_factored = USES[use]
@@ -126,11 +198,16 @@ def test_values_and_gradients_are_those_of_the_formula(use, on_out, x64):
 
 
 def test_forward_mode(x64):
-    params, x = decomposed((4, 6), "io", True), jnp.asarray(np.random.default_rng(4).standard_normal((5, 4)))
+    params, x = (
+        decomposed((4, 6), "io", True),
+        jnp.asarray(np.random.default_rng(4).standard_normal((5, 4))),
+    )
     trainable, frozen = loha_jax.partition(params)
     tangents = jax.tree.map(jnp.ones_like, trainable)
     product = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
-    run = lambda apply: jax.jvp(lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,))  # noqa: E731
+    run = lambda apply: jax.jvp(
+        lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,)
+    )  # noqa: E731
     want = run(lambda p, x: x @ formula(p["q"]["kernel"]))
     assert_close(run(loha_jax.adapt(product, strategy="factored", forward_mode=True)), want)
 
@@ -145,33 +222,43 @@ def test_a_new_adapter_is_the_base_to_rounding_and_multiplier_0_is_the_base_exac
     for multiplier in (0.0, 0.3, 1.0):
         got = loha_jax.merge(loha_jax.scale(params, {"default": multiplier}))["q"]["kernel"]
         np.testing.assert_allclose(got, formula(leaf, multiplier), rtol=1e-12)
-    np.testing.assert_array_equal(loha_jax.merge(loha_jax.scale(params, {"default": 0}))["q"]["kernel"], leaf.kernel)
+    np.testing.assert_array_equal(
+        loha_jax.merge(loha_jax.scale(params, {"default": 0}))["q"]["kernel"], leaf.kernel
+    )
 
 
 def test_two_adapters_add_their_differences_from_the_base(x64):
     """As LyCORIS' wrappers do, each with its own decomposition of the base weight."""
     first, second = decomposed((4, 6), "io", True), decomposed((4, 6), "io", False)
     leaf, other = first["q"]["kernel"], second["q"]["kernel"]
-    both = dataclasses.replace(leaf, adapters={"a": leaf.adapters["default"], "b": other.adapters["default"]})
+    both = dataclasses.replace(
+        leaf, adapters={"a": leaf.adapters["default"], "b": other.adapters["default"]}
+    )
     both = {"q": {"kernel": dataclasses.replace(both, active=("a", "b"))}}
     want = formula(leaf) + formula(other) - leaf.kernel
     np.testing.assert_allclose(loha_jax.merge(both)["q"]["kernel"], want, rtol=1e-12)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 4)))
     fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
     for strategy in ("factored", "fused"):
-        np.testing.assert_allclose(loha_jax.adapt(fn, strategy=strategy)(both, x), x @ want, rtol=1e-11)
+        np.testing.assert_allclose(
+            loha_jax.adapt(fn, strategy=strategy)(both, x), x @ want, rtol=1e-11
+        )
 
 
 def test_modules_of_a_stack_that_are_not_targeted_stay_the_base():
     base = {"layers": {"q": {"kernel": jax.random.normal(KEY, (3, 4, 4))}}}
-    config = LycorisConfig(r=2, target_modules=["layers.1.q"], weight_decompose=True, init_weights=False)
+    config = LycorisConfig(
+        r=2, target_modules=["layers.1.q"], weight_decompose=True, init_weights=False
+    )
     params = loha_jax.inject(base, config, key=KEY, layouts={"layers.q": "sio"})
     params = loha_jax.scale(params, {"default": 0.7})
     merged = loha_jax.merge(params)["layers"]["q"]["kernel"]
     for n in (0, 2):
         np.testing.assert_array_equal(merged[n], base["layers"]["q"]["kernel"][n])
     assert np.abs(merged[1] - base["layers"]["q"]["kernel"][1]).max() > 1e-3
-    gradient = jax.grad(lambda p: loha_jax.adapt(scanned)(p["layers"]["q"]["kernel"], jnp.ones((2, 4))).sum())(params)
+    gradient = jax.grad(
+        lambda p: loha_jax.adapt(scanned)(p["layers"]["q"]["kernel"], jnp.ones((2, 4))).sum()
+    )(params)
     norms = gradient["layers"]["q"]["kernel"].adapters["default"].dora_scale
     assert not norms[0].any()
     assert norms[1].any()
@@ -180,8 +267,12 @@ def test_modules_of_a_stack_that_are_not_targeted_stay_the_base():
 def test_each_row_through_its_own_adapter():
     first, second = decomposed((4, 6), "io", True), decomposed((4, 6), "io", True)
     leaf, other = first["q"]["kernel"], second["q"]["kernel"]
-    changed = dataclasses.replace(other.adapters["default"], dora_scale=other.adapters["default"].dora_scale * 2)
-    both = dataclasses.replace(leaf, adapters={"a": leaf.adapters["default"], "b": changed}, active=("a", "b"))
+    changed = dataclasses.replace(
+        other.adapters["default"], dora_scale=other.adapters["default"].dora_scale * 2
+    )
+    both = dataclasses.replace(
+        leaf, adapters={"a": leaf.adapters["default"], "b": changed}, active=("a", "b")
+    )
     x = jax.random.normal(KEY, (3, 4))
     apply = loha_jax.adapt(lambda p, x: x @ p["q"]["kernel"], adapter_index=jnp.array([1, -1, 0]))
     got = apply({"q": {"kernel": both}}, x)
@@ -207,9 +298,13 @@ def test_nothing_of_the_kernels_shape_is_made_but_its_squares(on_out):
     loss = lambda t, f, x: loha_jax.adapt(forward)(loha_jax.combine(t, f), x).sum()  # noqa: E731
     x = jax.ShapeDtypeStruct((64, width), jnp.float32)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, x).compile()
-    entry = re.split(r"\n\s*ENTRY ", compiled.as_text())[1]  # inside a fusion, an array is a value on its way
+    entry = re.split(r"\n\s*ENTRY ", compiled.as_text())[
+        1
+    ]  # inside a fusion, an array is a value on its way
     made = re.findall(rf"= f32\[{width},{width}\]\S* (\w[\w-]*)\(", entry)
-    assert {operation for operation in made if operation not in ("parameter", "get-tuple-element")} == set()
+    assert {
+        operation for operation in made if operation not in ("parameter", "get-tuple-element")
+    } == set()
 
 
 def test_bfloat16_bases_and_kernels_are_decomposed_in_float32():
@@ -223,7 +318,9 @@ def test_bfloat16_bases_and_kernels_are_decomposed_in_float32():
     np.testing.assert_allclose(merged.astype(jnp.float32), exact, rtol=0.02, atol=0.02)
     x = jnp.ones((2, 4), jnp.bfloat16)
     y = loha_jax.adapt(lambda p, x: x @ p["q"]["kernel"])(half, x)
-    np.testing.assert_allclose(y.astype(jnp.float32), x.astype(jnp.float32) @ exact, rtol=0.03, atol=0.1)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), x.astype(jnp.float32) @ exact, rtol=0.03, atol=0.1
+    )
 
 
 def test_dropped_modules_are_the_base_and_dropped_rows_the_bases_at_the_trained_norm():
@@ -240,7 +337,10 @@ def test_dropped_modules_are_the_base_and_dropped_rows_the_bases_at_the_trained_
     params = decomposed((4, 6), "io", True, rank_dropout=0.5)
     leaf = params["q"]["kernel"]
     (f,) = leaf.adapters.values()
-    kept, rows = formula(leaf), leaf.kernel / jnp.linalg.norm(leaf.kernel, axis=0) * f.dora_scale[:, 0]
+    kept, rows = (
+        formula(leaf),
+        leaf.kernel / jnp.linalg.norm(leaf.kernel, axis=0) * f.dora_scale[:, 0],
+    )
     merged = loha_jax.merge(loha_jax.dropout(params, KEY))["q"]["kernel"]
     is_kept = np.isclose(merged, kept, rtol=1e-4).all(0)
     np.testing.assert_allclose(merged, jnp.where(is_kept, kept, rows), rtol=1e-4)
@@ -255,12 +355,20 @@ def test_nnx_and_linen_models_train_the_norms():
         def __call__(self, x):
             return self.q(x)
 
-    config = LycorisConfig(r=2, target_modules=["q"], weight_decompose=True, use_scalar=True, init_weights="lycoris")
+    config = LycorisConfig(
+        r=2, target_modules=["q"], weight_decompose=True, use_scalar=True, init_weights="lycoris"
+    )
     model = loha_jax.nnx.inject(Model(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
     x = jax.random.normal(KEY, (3, 4))
     state = nnx.state(model, loha_jax.nnx.LoHaParam)
-    assert {path[-1] for path, _ in nnx.to_flat_state(state)} >= {"dora_scale", "scalar", "hada_w1_a"}
-    gradient = nnx.grad(lambda m, x: m(x).sum(), argnums=nnx.DiffState(0, loha_jax.nnx.LoHaParam))(model, x)
+    assert {path[-1] for path, _ in nnx.to_flat_state(state)} >= {
+        "dora_scale",
+        "scalar",
+        "hada_w1_a",
+    }
+    gradient = nnx.grad(lambda m, x: m(x).sum(), argnums=nnx.DiffState(0, loha_jax.nnx.LoHaParam))(
+        model, x
+    )
     flat = {path[-1]: jnp.abs(value[...]).max() for path, value in nnx.to_flat_state(gradient)}
     assert flat["dora_scale"] > 0
     assert flat["scalar"] > 0
@@ -268,5 +376,7 @@ def test_nnx_and_linen_models_train_the_norms():
     tree = {"q": module.init(KEY, x)["params"]}
     params = loha_jax.inject(tree, config, key=KEY)
     np.testing.assert_allclose(
-        loha_jax.adapt(module.apply)({"params": params["q"]}, x), module.apply({"params": tree["q"]}, x), rtol=1e-5
+        loha_jax.adapt(module.apply)({"params": params["q"]}, x),
+        module.apply({"params": tree["q"]}, x),
+        rtol=1e-5,
     )

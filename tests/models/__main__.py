@@ -28,7 +28,9 @@ parser = argparse.ArgumentParser(prog="python -m tests.models", description=__do
 parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and factors")
 parser.add_argument("--width", type=int, default=32, help="of the models")
 parser.add_argument("--layers", type=int, default=2, help="of the models")
-parser.add_argument("cases", nargs="*", metavar="case", help=f"any of: {', '.join(CASES)} (all by default)")
+parser.add_argument(
+    "cases", nargs="*", metavar="case", help=f"any of: {', '.join(CASES)} (all by default)"
+)
 
 
 def main() -> int:
@@ -52,7 +54,12 @@ def main() -> int:
                 cells.append("FAILS")
                 trace = "".join(traceback.format_exception(error))
                 failures.append(f"{name}, {check}: {trace}")
-        print("|", " | ".join([name, *cells, f"{time.perf_counter() - start:.0f}", case.quirk]), "|", flush=True)
+        print(
+            "|",
+            " | ".join([name, *cells, f"{time.perf_counter() - start:.0f}", case.quirk]),
+            "|",
+            flush=True,
+        )
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     return bool(failures)

@@ -53,14 +53,28 @@ def _convolutions(build: Callable[[Size], Twins], *targets: str, **more: Any) ->
 _hf, _sd, _other = transformers_twins, diffusers_twins, framework_twins
 _TEXT = ("k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2")
 _UNET = ("proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-_UNET_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+_UNET_CONVOLUTIONS = (
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 _STABLE_DIFFUSION = {"r": 8, "alpha": 32}
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in [
         *_linear(_hf.bert, "query", "key", "value", "dense", config={"task_type": "SEQ_CLS"}),
-        *_linear(_hf.roberta, "query", "value", "dense", "out_proj", config={"rank_pattern": {"query": 2}}),
+        *_linear(
+            _hf.roberta,
+            "query",
+            "value",
+            "dense",
+            "out_proj",
+            config={"rank_pattern": {"query": 2}},
+        ),
         *_linear(_hf.distilbert, "q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
         *_linear(
             _hf.electra,
@@ -73,7 +87,16 @@ CASES: dict[str, Case] = {
         *_linear(_hf.bloom, "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         *_linear(
             _hf.llama,
-            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
+            *(
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "lm_head",
+            ),
             quirk="FlaxLlama ignores rope_theta and leaves a tied lm_head random: 10,000 and untied",
         ),
         *_linear(
@@ -81,8 +104,16 @@ CASES: dict[str, Case] = {
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
             quirk="FlaxMistral reads sliding_window=None as a window of 0: a wide one is set",
         ),
-        *_linear(_hf.gemma, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        *_linear(_hf.t5, *"qkvo", "wi", "wo", quirk="FlaxT5 calls jnp.clip(a_max=): it is lent the old signature"),
+        *_linear(
+            _hf.gemma, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+        ),
+        *_linear(
+            _hf.t5,
+            *"qkvo",
+            "wi",
+            "wo",
+            quirk="FlaxT5 calls jnp.clip(a_max=): it is lent the old signature",
+        ),
         *_linear(_hf.t5_gated, *"qkvo", "wi_0", "wi_1", "wo", "lm_head", quirk="as t5"),
         *_linear(_hf.bart, *_TEXT),
         *_convolutions(_hf.vit, "projection", "query", "key", "value", "dense"),
@@ -104,7 +135,9 @@ CASES: dict[str, Case] = {
         ),
         *_convolutions(
             _hf.wav2vec2,
-            config={"target_modules": r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj|out_proj)"},
+            config={
+                "target_modules": r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj|out_proj)"
+            },
             quirk="pos_conv_embed is left out: its stored weights are weight_v and weight_g, no kernel",
         ),
         *_linear(_hf.clip_text, *_TEXT, config=_STABLE_DIFFUSION),
@@ -112,10 +145,21 @@ CASES: dict[str, Case] = {
         *_linear(_sd.unet_linear, *_UNET, config=_STABLE_DIFFUSION),
         *_convolutions(
             _sd.vae,
-            *("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "quant_conv", "post_quant_conv"),
+            *(
+                "conv1",
+                "conv2",
+                "conv_shortcut",
+                "conv",
+                "conv_in",
+                "conv_out",
+                "quant_conv",
+                "post_quant_conv",
+            ),
             *("to_q", "to_k", "to_v", "to_out.0"),
         ),
-        *_convolutions(_other.equinox, config={"target_modules": r"conv|attention\.\w+_proj|mlp\.layers\.\d+"}),
+        *_convolutions(
+            _other.equinox, config={"target_modules": r"conv|attention\.\w+_proj|mlp\.layers\.\d+"}
+        ),
         *_convolutions(_other.haiku, config={"r": 3, "target_modules": r"conv|layers\.\d+|head"}),
         *_linear(
             _other.keras_bert,
@@ -131,14 +175,23 @@ REAL_CASES: dict[str, Case] = {
         Case(
             real_weights.whisper_tiny_en,
             "conv_cp",
-            {"r": 8, "alpha": 16, "target_modules": ["conv1", "conv2", *_TEXT], "use_effective_conv2d": True},
+            {
+                "r": 8,
+                "alpha": 16,
+                "target_modules": ["conv1", "conv2", *_TEXT],
+                "use_effective_conv2d": True,
+            },
             quirk="as whisper",
             peft_stride=True,
         ),
         Case(
             real_weights.smollm2,
             "linear",
-            {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]},
+            {
+                "r": 8,
+                "alpha": 16,
+                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+            },
             quirk="FlaxLlama is given the config's rotary base, and its lm_head the embeddings",
         ),
     ]

@@ -30,7 +30,9 @@ class _Reader:
         dtype = np.dtype(_DTYPES[self.number("B")])
         size = self.number("I")
         self.at += size
-        return np.frombuffer(self.data, dtype, size // dtype.itemsize, self.at - size).reshape(shape)
+        return np.frombuffer(self.data, dtype, size // dtype.itemsize, self.at - size).reshape(
+            shape
+        )
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
@@ -62,16 +64,23 @@ def whisper_weights(variables: dict[str, np.ndarray], layers: int) -> dict[str, 
         for part in ("weight", "bias"):
             pieces = np.split(variables[f"{theirs}/{part}"], len(ours))
             for name, piece in zip(ours, pieces, strict=True):
-                if not (part == "bias" and name.endswith("k_proj")):  # Whisper's keys have no bias: zeros there
+                if not (
+                    part == "bias" and name.endswith("k_proj")
+                ):  # Whisper's keys have no bias: zeros there
                     put(f"{name}.{part}", piece)
 
     for side in ("encoder", "decoder"):
-        put(f"model.{side}.embed_positions.weight", variables[f"{side}/position_encodings/encodings"])
+        put(
+            f"model.{side}.embed_positions.weight",
+            variables[f"{side}/position_encodings/encodings"],
+        )
         norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
         for n in range(layers):
             theirs, ours = f"{side}/layer_{n}", f"model.{side}.layers.{n}"
             norm(f"{ours}.self_attn_layer_norm", f"{theirs}/self_attention/layer_norm")
-            linear(f"{theirs}/self_attention/linear_0", *(f"{ours}.self_attn.{p}_proj" for p in "qkv"))
+            linear(
+                f"{theirs}/self_attention/linear_0", *(f"{ours}.self_attn.{p}_proj" for p in "qkv")
+            )
             linear(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
             norm(f"{ours}.final_layer_norm", f"{theirs}/ffn/layer_norm")
             linear(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
@@ -79,7 +88,9 @@ def whisper_weights(variables: dict[str, np.ndarray], layers: int) -> dict[str, 
             if side == "decoder":
                 norm(f"{ours}.encoder_attn_layer_norm", f"{theirs}/attention/layer_norm")
                 linear(f"{theirs}/attention/linear_0", f"{ours}.encoder_attn.q_proj")
-                linear(f"{theirs}/attention/linear_1", *(f"{ours}.encoder_attn.{p}_proj" for p in "kv"))
+                linear(
+                    f"{theirs}/attention/linear_1", *(f"{ours}.encoder_attn.{p}_proj" for p in "kv")
+                )
                 linear(f"{theirs}/attention/linear_2", f"{ours}.encoder_attn.out_proj")
     for conv in ("conv1", "conv2"):
         for part in ("weight", "bias"):

@@ -8,7 +8,12 @@ from typing import Any
 
 import jax
 import torch
-from diffusers import AutoencoderKL, FlaxAutoencoderKL, FlaxUNet2DConditionModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlaxAutoencoderKL,
+    FlaxUNet2DConditionModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -17,7 +22,10 @@ from tests.models.twins import Size, Twins, seeded
 
 
 def _twins(
-    module: Any, flax_model: Any, inputs: Mapping[str, Any], call: Callable[[Any, Mapping[str, Any]], Any]
+    module: Any,
+    flax_model: Any,
+    inputs: Mapping[str, Any],
+    call: Callable[[Any, Mapping[str, Any]], Any],
 ) -> Twins:
     names = NameMap.diffusers()
     shapes = jax.eval_shape(flax_model.init_weights, jax.random.key(0))
@@ -71,7 +79,9 @@ def unet(size: Size, exact: bool = False, **more: Any) -> Twins:
         module,
         FlaxUNet2DConditionModel(**config),
         inputs,
-        lambda model, inputs: model(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"]),
+        lambda model, inputs: model(
+            inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"]
+        ),
     )
 
 
@@ -91,4 +101,6 @@ def vae(size: Size) -> Twins:
     }
     module = seeded(lambda: AutoencoderKL(**config), size)
     inputs = {"sample": size.normal(2, 3, 16, 16)}
-    return _twins(module, FlaxAutoencoderKL(**config), inputs, lambda model, inputs: model(inputs["sample"]))
+    return _twins(
+        module, FlaxAutoencoderKL(**config), inputs, lambda model, inputs: model(inputs["sample"])
+    )

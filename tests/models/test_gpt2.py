@@ -31,12 +31,16 @@ def twins(request):
 
 @pytest.fixture(scope="module")
 def adapted(twins, request):
-    params = loha_jax.inject(twins.params, LoHaConfig(**CONFIG), key=jax.random.key(0), names=twins.names)
+    params = loha_jax.inject(
+        twins.params, LoHaConfig(**CONFIG), key=jax.random.key(0), names=twins.names
+    )
     return random_factors(params, np.random.default_rng(request.config.option.models_seed))
 
 
 def weights(params):
-    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    return [
+        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
+    ]
 
 
 def test_flax_keeps_the_kernels_as_out_in(twins, adapted):
@@ -54,7 +58,10 @@ def test_the_output_is_that_of_pytorch_with_the_update_added(twins, adapted):
     state = interop.to_peft_state_dict(adapted)
     module = copy.deepcopy(twins.module)
     for leaf in weights(adapted):
-        a, b, c, d = (state[f"base_model.model.{leaf.label}.hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        a, b, c, d = (
+            state[f"base_model.model.{leaf.label}.hada_{part}"]
+            for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+        )
         delta = (a @ b) * (c @ d) * CONFIG["alpha"] / CONFIG["r"]
         module.get_submodule(leaf.label).weight.data += torch.tensor(delta.T)
     with torch.no_grad():
@@ -74,10 +81,14 @@ def test_peft_opens_no_adapter_of_it(twins, adapted, tmp_path):
     refusal = r"Conv1D.* not supported, currently only adapters for"
     with pytest.raises(TypeError, match=refusal):
         peft.get_peft_model(copy.deepcopy(twins.module), peft.LoHaConfig(**CONFIG))
-    with pytest.warns(UserWarning, match=r"GPT-2's projections.*will not open this folder.*save_merged"):
+    with pytest.warns(
+        UserWarning, match=r"GPT-2's projections.*will not open this folder.*save_merged"
+    ):
         interop.save_peft(tmp_path, adapted)
     with pytest.raises(TypeError, match=refusal):
         peft.PeftModel.from_pretrained(copy.deepcopy(twins.module), tmp_path)
-    again = interop.load_peft(tmp_path, twins.params, names=twins.names)  # it is a file for JAX alone
+    again = interop.load_peft(
+        tmp_path, twins.params, names=twins.names
+    )  # it is a file for JAX alone
     for ours, loaded in zip(*map(jax.tree.leaves, (adapted, again)), strict=True):
         np.testing.assert_array_equal(ours, loaded)

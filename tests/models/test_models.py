@@ -46,14 +46,21 @@ def test_adapters_go_both_ways(trial, check):
 
 def kernels(params):
     leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    return {name: leaf.layout.word for leaf in leaves if isinstance(leaf, LoHaWeight) for name in leaf.names}
+    return {
+        name: leaf.layout.word
+        for leaf in leaves
+        if isinstance(leaf, LoHaWeight)
+        for name in leaf.names
+    }
 
 
 def injected(twins, config, layouts):
     """By shape alone."""
     shapes = jax.eval_shape(lambda params: params, twins.params)
     key = jax.random.key(0, impl="unsafe_rbg")
-    return loha_jax.inject(shapes, LoHaConfig(**config), key=key, names=twins.names, layouts=layouts)
+    return loha_jax.inject(
+        shapes, LoHaConfig(**config), key=key, names=twins.names, layouts=layouts
+    )
 
 
 def test_inferred_layouts_are_those_that_were_used(trial):
@@ -65,7 +72,9 @@ def test_inferred_layouts_are_those_that_were_used(trial):
 def test_all_linear_is_what_peft_calls_so(trial):
     """With layouts of the model itself, and by leaf names alone."""
     twins, config = trial.twins, {"r": 2, "target_modules": "all-linear"}
-    theirs = peft.get_peft_model(copy.deepcopy(twins.module), peft.LoHaConfig(**config)).targeted_module_names
+    theirs = peft.get_peft_model(
+        copy.deepcopy(twins.module), peft.LoHaConfig(**config)
+    ).targeted_module_names
     if trial.case.build is wav2vec2:
         # PEFT leaves out what a model says is its output embedding. Wav2Vec2ForCTC says nothing of its lm_head.
         theirs.remove("lm_head")

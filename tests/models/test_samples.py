@@ -28,14 +28,20 @@ def linear_net(params, x):
 
 def flax_model(sample, params):
     """transformers' Flax twin of the sample's PyTorch model."""
-    transformers = pytest.importorskip("transformers", "4.57.6", reason="the last transformers with Flax")
+    transformers = pytest.importorskip(
+        "transformers", "4.57.6", reason="the last transformers with Flax"
+    )
     config = json.loads((sample.folder / "base_config.json").read_text())
     if config["model_type"] == "llama":
-        from transformers.models.llama.modeling_flax_llama import FlaxLlamaForCausalLMModule as Module
+        from transformers.models.llama.modeling_flax_llama import (
+            FlaxLlamaForCausalLMModule as Module,
+        )
 
         made = transformers.LlamaConfig(**config | {"rope_theta": 10000.0})
     else:
-        from transformers.models.bert.modeling_flax_bert import FlaxBertForSequenceClassificationModule as Module
+        from transformers.models.bert.modeling_flax_bert import (
+            FlaxBertForSequenceClassificationModule as Module,
+        )
 
         made = transformers.BertConfig(**config)
     module = Module(made)
@@ -89,9 +95,15 @@ def loaded(name):
     if name.startswith("llama"):  # FlaxLlama's norms keep torch's name
         base = {"model": rename_norms(base["model"]), "lm_head": base.get("lm_head")}
     if name == "llama_tied":  # the module holds a head of its own
-        base["lm_head"] = {"kernel": np.ascontiguousarray(base["model"]["embed_tokens"]["embedding"].T)}
-    params = interop.load_peft(sample.adapter, base, model_type=MODEL_TYPES.get(name), layouts=sample.layouts)
-    inputs = {k: v if v.dtype == np.float32 else v.astype(np.int32) for k, v in sample.inputs.items()}
+        base["lm_head"] = {
+            "kernel": np.ascontiguousarray(base["model"]["embed_tokens"]["embedding"].T)
+        }
+    params = interop.load_peft(
+        sample.adapter, base, model_type=MODEL_TYPES.get(name), layouts=sample.layouts
+    )
+    inputs = {
+        k: v if v.dtype == np.float32 else v.astype(np.int32) for k, v in sample.inputs.items()
+    }
     return sample, params, tuple(inputs.values()), model(sample, base)
 
 
@@ -117,7 +129,9 @@ def test_outputs_gradients_and_trajectory(name):
         ours = interop.to_peft_state_dict(loha_jax.combine(gradient, frozen))
         for key, value in ours.items():
             if (reference := sample.io.get(f"grad::{key}")) is not None:
-                np.testing.assert_allclose(value, reference, rtol=0, atol=1e-4 * np.abs(reference).max(), err_msg=key)
+                np.testing.assert_allclose(
+                    value, reference, rtol=0, atol=1e-4 * np.abs(reference).max(), err_msg=key
+                )
 
         if target is None:  # the sample holds outputs and gradients only
             assert name == "llama_lm_head_targeted"
@@ -126,7 +140,9 @@ def test_outputs_gradients_and_trajectory(name):
 
         @jax.jit
         def step(trainable, opt_state, apply=apply, tx=tx):
-            loss, gradient = jax.value_and_grad(lambda t: ((apply(t) - target) ** 2).mean())(trainable)
+            loss, gradient = jax.value_and_grad(lambda t: ((apply(t) - target) ** 2).mean())(
+                trainable
+            )
             updates, opt_state = tx.update(gradient, opt_state)
             return optax.apply_updates(trainable, updates), opt_state, loss
 
@@ -135,7 +151,13 @@ def test_outputs_gradients_and_trajectory(name):
             state, opt_state, loss = step(state, opt_state)
             np.testing.assert_allclose(loss, expected, rtol=1e-5)
         final = interop.to_peft_state_dict(loha_jax.combine(state, frozen))
-        references = {key: sample.io[f"train_final::{key}"] for key in final if f"train_final::{key}" in sample.io}
+        references = {
+            key: sample.io[f"train_final::{key}"]
+            for key in final
+            if f"train_final::{key}" in sample.io
+        }
         assert len(references) >= 4
         for key, reference in references.items():
-            np.testing.assert_allclose(final[key], reference, rtol=0, atol=1e-5 * np.abs(reference).max(), err_msg=key)
+            np.testing.assert_allclose(
+                final[key], reference, rtol=0, atol=1e-5 * np.abs(reference).max(), err_msg=key
+            )

@@ -45,7 +45,14 @@ TORCH = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TUNIX = {"num_layers": 2, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
+TUNIX = {
+    "num_layers": 2,
+    "embed_dim": 32,
+    "hidden_dim": 64,
+    "num_heads": 4,
+    "head_dim": 8,
+    "num_kv_heads": 2,
+}
 LLAMA = {**TUNIX, "vocab_size": VOCABULARY, "norm_eps": 1e-6}
 GEMMA = {**TUNIX, "num_embed": VOCABULARY}
 # tunix 0.1.7's llama3 and qwen3 compute with a rope base of 1e6 whatever their config says.
@@ -75,7 +82,9 @@ def llama3(remat):
 def qwen2(remat):
     config = transformers.Qwen2Config(**TORCH, rope_theta=1e4, tie_word_embeddings=True)
     model = tunix("qwen2.model")
-    made = model.ModelConfig(**LLAMA, rope_theta=10_000, use_tied_embedding=True, remat_config=model.RematConfig[remat])
+    made = model.ModelConfig(
+        **LLAMA, rope_theta=10_000, use_tied_embedding=True, remat_config=model.RematConfig[remat]
+    )
     return transformers.Qwen2ForCausalLM(config), model.Qwen2, made, tunix("qwen2.params"), None
 
 
@@ -83,7 +92,10 @@ def qwen3(remat):
     config = transformers.Qwen3Config(**TORCH, rope_theta=1e6, tie_word_embeddings=True)
     model = tunix("qwen3.model")
     made = model.ModelConfig(
-        **LLAMA, rope_theta=1_000_000, use_tied_embedding=True, remat_config=model.RematConfig[remat]
+        **LLAMA,
+        rope_theta=1_000_000,
+        use_tied_embedding=True,
+        remat_config=model.RematConfig[remat],
     )
     return transformers.Qwen3ForCausalLM(config), model.Qwen3, made, tunix("qwen3.params"), None
 
@@ -101,12 +113,22 @@ def gemma2(remat):
         attention_types=(model.AttentionType.LOCAL_SLIDING, model.AttentionType.GLOBAL),
         remat_config=model.RematConfig[remat],
     )
-    return transformers.Gemma2ForCausalLM(config), model.Gemma, made, params, params._make_preprocess_fn(made)
+    return (
+        transformers.Gemma2ForCausalLM(config),
+        model.Gemma,
+        made,
+        params,
+        params._make_preprocess_fn(made),
+    )
 
 
 def gemma3(remat):
     config = transformers.Gemma3TextConfig(
-        **TORCH, query_pre_attn_scalar=8, rope_theta=1e6, rope_local_base_freq=1e4, sliding_window=512
+        **TORCH,
+        query_pre_attn_scalar=8,
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        sliding_window=512,
     )
     model, params = tunix("gemma3.model"), tunix("gemma3.params_safetensors")
     made = model.ModelConfig(
@@ -116,7 +138,13 @@ def gemma3(remat):
         param_dtype=jnp.float32,
         remat_config=model.RematConfig[remat],
     )
-    return transformers.Gemma3ForCausalLM(config), model.Gemma3, made, params, params._make_preprocess_fn(made)
+    return (
+        transformers.Gemma3ForCausalLM(config),
+        model.Gemma3,
+        made,
+        params,
+        params._make_preprocess_fn(made),
+    )
 
 
 @dataclasses.dataclass
@@ -130,7 +158,13 @@ class Pair:
 
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, LENGTH))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CASES = [(llama3, "NONE"), (qwen2, "BLOCK"), (qwen3, "DECODER"), (gemma2, "DECODER"), (gemma3, "BLOCK")]
+CASES = [
+    (llama3, "NONE"),
+    (qwen2, "BLOCK"),
+    (qwen3, "DECODER"),
+    (gemma2, "DECODER"),
+    (gemma3, "BLOCK"),
+]
 
 
 def pair(make, remat, folder):
@@ -140,7 +174,9 @@ def pair(make, remat, folder):
         for parameter in twin.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # norms and biases too
     twin.eval().save_pretrained(folder)
-    names = interop.NameMap(params._get_key_and_transform_mapping(config), base=folder, preprocess=preprocess)
+    names = interop.NameMap(
+        params._get_key_and_transform_mapping(config), base=folder, preprocess=preprocess
+    )
     model = cls(config, rngs=nnx.Rngs(0))
     return Pair(twin, interop.load_base(folder, model, names=names), names)
 
@@ -161,7 +197,9 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "remat"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__)
+@pytest.mark.parametrize(
+    ("make", "remat"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__
+)
 def test_adapters_go_both_ways_and_train(make, remat, tmp_path):
     both = pair(make, remat, tmp_path / "base")
     base = torch_logits(both.torch)
@@ -169,17 +207,23 @@ def test_adapters_go_both_ways_and_train(make, remat, tmp_path):
 
     graphdef = nnx.graphdef(both.jax)
     settings = {"r": 3, "alpha": 5, "target_modules": TARGETS}
-    model = inject(both.jax, LoHaConfig(**settings, init_weights=False), rngs=nnx.Rngs(1), names=both.names)
+    model = inject(
+        both.jax, LoHaConfig(**settings, init_weights=False), rngs=nnx.Rngs(1), names=both.names
+    )
     out = logits(model)
     assert np.abs(out - base).max() > 0.01 * np.abs(base).max()
     explained = loha_jax.explain(logits, model)
     assert (explained.dense, explained.unused) == ((), ())
     interop.save_peft(tmp_path / "ours", model)
-    opened = peft.PeftModel.from_pretrained(pair(make, remat, tmp_path / "again").torch, tmp_path / "ours").eval()
+    opened = peft.PeftModel.from_pretrained(
+        pair(make, remat, tmp_path / "again").torch, tmp_path / "ours"
+    ).eval()
     assert_close(out, torch_logits(opened))
     assert nnx.graphdef(loha_jax.unload(model)) == graphdef
 
-    theirs = peft.get_peft_model(both.torch, peft.LoHaConfig(**settings, init_weights=False, task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(
+        both.torch, peft.LoHaConfig(**settings, init_weights=False, task_type="CAUSAL_LM")
+    )
     optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], 0.5)
     for _ in range(2):
         optimizer.zero_grad()

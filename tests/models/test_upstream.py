@@ -54,7 +54,10 @@ def test_flax_t5_uses_a_name_that_jax_has_dropped(size):
     arguments = {k: np.ones((1, 3), np.int32) for k in ("input_ids", "attention_mask")}
     with pytest.raises(TypeError, match="a_max"):
         model.apply(
-            {"params": twins.params}, **arguments, decoder_input_ids=np.ones((1, 3)), decoder_attention_mask=None
+            {"params": twins.params},
+            **arguments,
+            decoder_input_ids=np.ones((1, 3)),
+            decoder_attention_mask=None,
         )
 
 
@@ -62,11 +65,25 @@ def test_transformers_loads_no_basic_resnet(size, tmp_path):
     twins = resnet_basic(size)
     twins.module.save_pretrained(tmp_path)
     broken = hf.FlaxResNetForImageClassification.from_pretrained(tmp_path, from_pt=True)
-    path = ("params", "resnet", "encoder", "stages", "0", "layers", "0", "layer", "layer_0", "convolution", "kernel")
+    path = (
+        "params",
+        "resnet",
+        "encoder",
+        "stages",
+        "0",
+        "layers",
+        "0",
+        "layer",
+        "layer_0",
+        "convolution",
+        "kernel",
+    )
     theirs, ours = broken.params, twins.params
     for key in path:
         theirs, ours = theirs[key], ours[key]
-    torch_kernel = twins.module.resnet.encoder.stages[0].layers[0].layer[0].convolution.weight.detach().numpy()
+    torch_kernel = (
+        twins.module.resnet.encoder.stages[0].layers[0].layer[0].convolution.weight.detach().numpy()
+    )
     np.testing.assert_array_equal(ours, torch_kernel.transpose(2, 3, 1, 0))
     assert distance(theirs, ours) > 0.1
 
@@ -97,7 +114,9 @@ def test_pefts_conv1d_hides_the_stride_that_whisper_reads():
         trial.peft_output(opened)
     merged = opened.merge_and_unload().eval()
     with torch.no_grad():
-        require_close(trial.adapted_output, trial.peft_output(merged).numpy(), OUTPUT, "merged by PEFT")
+        require_close(
+            trial.adapted_output, trial.peft_output(merged).numpy(), OUTPUT, "merged by PEFT"
+        )
 
 
 def test_a_convolution_with_weight_norm_has_no_kernel_to_adapt(size, tmp_path):

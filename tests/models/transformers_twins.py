@@ -65,14 +65,17 @@ def _encoder_sizes(size: Size) -> dict[str, Any]:
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "intermediate_size": 2 * size.width,
-        "max_position_embeddings": 40 + size.width,  # FlaxLlama cuts the sines and cosines of a position to as many
+        "max_position_embeddings": 40
+        + size.width,  # FlaxLlama cuts the sines and cosines of a position to as many
     }
 
 
 def bert(size: Size) -> Twins:
     config = hf.BertConfig(**_encoder_sizes(size), num_labels=3)
     inputs = {"input_ids": size.ids()}
-    return from_config(hf.BertForSequenceClassification, hf.FlaxBertForSequenceClassification, config, inputs, size)
+    return from_config(
+        hf.BertForSequenceClassification, hf.FlaxBertForSequenceClassification, config, inputs, size
+    )
 
 
 def roberta(size: Size) -> Twins:
@@ -100,14 +103,22 @@ def electra(size: Size) -> Twins:
     ids = size.ids()
     config = hf.ElectraConfig(**_encoder_sizes(size), embedding_size=size.width // 2)
     classes = hf.ElectraForSequenceClassification, hf.FlaxElectraForSequenceClassification
-    return from_config(*classes, config, {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}, size)
+    return from_config(
+        *classes, config, {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}, size
+    )
 
 
 def gpt2(size: Size) -> Twins:
     config = hf.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=size.width, n_layer=size.layers, n_head=size.heads
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
     )
-    return from_config(hf.GPT2LMHeadModel, hf.FlaxGPT2LMHeadModel, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.GPT2LMHeadModel, hf.FlaxGPT2LMHeadModel, config, {"input_ids": size.ids()}, size
+    )
 
 
 def gpt_neo(size: Size) -> Twins:
@@ -120,7 +131,9 @@ def gpt_neo(size: Size) -> Twins:
         max_position_embeddings=32,
         window_size=4,
     )
-    return from_config(hf.GPTNeoForCausalLM, hf.FlaxGPTNeoForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.GPTNeoForCausalLM, hf.FlaxGPTNeoForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def gptj(size: Size) -> Twins:
@@ -133,7 +146,9 @@ def gptj(size: Size) -> Twins:
         n_positions=32,
         tie_word_embeddings=False,
     )
-    return from_config(hf.GPTJForCausalLM, hf.FlaxGPTJForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.GPTJForCausalLM, hf.FlaxGPTJForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def opt(size: Size) -> Twins:
@@ -146,12 +161,18 @@ def opt(size: Size) -> Twins:
         max_position_embeddings=32,
         word_embed_proj_dim=size.width,
     )
-    return from_config(hf.OPTForCausalLM, hf.FlaxOPTForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.OPTForCausalLM, hf.FlaxOPTForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def bloom(size: Size) -> Twins:
-    config = hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=size.width, n_layer=size.layers, n_head=size.heads)
-    return from_config(hf.BloomForCausalLM, hf.FlaxBloomForCausalLM, config, {"input_ids": size.ids()}, size)
+    config = hf.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=size.width, n_layer=size.layers, n_head=size.heads
+    )
+    return from_config(
+        hf.BloomForCausalLM, hf.FlaxBloomForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def _decoder_sizes(size: Size) -> dict[str, Any]:
@@ -166,18 +187,24 @@ def _decoder_sizes(size: Size) -> dict[str, Any]:
 def llama(size: Size) -> Twins:
     """FlaxLlama computes with a rotary base of 10,000 whatever the config says, and leaves a tied lm_head random."""
     config = hf.LlamaConfig(**_decoder_sizes(size), rope_theta=10_000.0)
-    return from_config(hf.LlamaForCausalLM, hf.FlaxLlamaForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.LlamaForCausalLM, hf.FlaxLlamaForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def mistral(size: Size) -> Twins:
     """FlaxMistral reads sliding_window=None as 0, a mask that sees nothing of the past: a wide window is set."""
     config = hf.MistralConfig(**_decoder_sizes(size), rope_theta=10_000.0, sliding_window=4096)
-    return from_config(hf.MistralForCausalLM, hf.FlaxMistralForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.MistralForCausalLM, hf.FlaxMistralForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 def gemma(size: Size) -> Twins:
     config = hf.GemmaConfig(**(_decoder_sizes(size) | {"tie_word_embeddings": True}))
-    return from_config(hf.GemmaForCausalLM, hf.FlaxGemmaForCausalLM, config, {"input_ids": size.ids()}, size)
+    return from_config(
+        hf.GemmaForCausalLM, hf.FlaxGemmaForCausalLM, config, {"input_ids": size.ids()}, size
+    )
 
 
 @contextlib.contextmanager
@@ -210,7 +237,9 @@ def t5(size: Size, **more: Any) -> Twins:
     )
     inputs = {"input_ids": size.ids(), "decoder_input_ids": size.ids()}
     with clip_with_a_max():
-        twins = from_config(hf.T5ForConditionalGeneration, hf.FlaxT5ForConditionalGeneration, config, inputs, size)
+        twins = from_config(
+            hf.T5ForConditionalGeneration, hf.FlaxT5ForConditionalGeneration, config, inputs, size
+        )
     unmodified = twins.fn
 
     def fn(params: Any, inputs: Mapping[str, Any]) -> Any:
@@ -268,7 +297,10 @@ def vit(size: Size) -> Twins:
 
 def beit(size: Size) -> Twins:
     config = hf.BeitConfig(
-        **_vision_sizes(size), intermediate_size=2 * size.width, num_labels=3, use_relative_position_bias=True
+        **_vision_sizes(size),
+        intermediate_size=2 * size.width,
+        num_labels=3,
+        use_relative_position_bias=True,
     )
     classes = hf.BeitForImageClassification, hf.FlaxBeitForImageClassification
 
@@ -283,7 +315,11 @@ def dinov2(size: Size) -> Twins:
 
 def _stages(size: Size) -> dict[str, Any]:
     width = size.width
-    return {"embedding_size": width // 2, "hidden_sizes": [width // 2, width, width, 2 * width], "num_labels": 3}
+    return {
+        "embedding_size": width // 2,
+        "hidden_sizes": [width // 2, width, width, 2 * width],
+        "num_labels": 3,
+    }
 
 
 def resnet(size: Size, layer_type: str = "bottleneck") -> Twins:
@@ -303,7 +339,9 @@ def resnet_basic(size: Size) -> Twins:
 
 def regnet(size: Size) -> Twins:
     """Its 3x3 convolutions are grouped."""
-    config = hf.RegNetConfig(**_stages(size), depths=[1, 1, 1, 1], groups_width=size.width // 4, layer_type="y")
+    config = hf.RegNetConfig(
+        **_stages(size), depths=[1, 1, 1, 1], groups_width=size.width // 4, layer_type="y"
+    )
     classes = hf.RegNetForImageClassification, hf.FlaxRegNetForImageClassification
     return from_config(*classes, config, _images(size), size)
 
@@ -313,14 +351,18 @@ def clip(size: Size) -> Twins:
     vision = _vision_sizes(size) | {"intermediate_size": 2 * size.width}
     config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.width // 2)
     inputs = {"input_ids": size.ids(), **_images(size)}
-    return from_config(hf.CLIPModel, hf.FlaxCLIPModel, config, inputs, size, output="logits_per_image")
+    return from_config(
+        hf.CLIPModel, hf.FlaxCLIPModel, config, inputs, size, output="logits_per_image"
+    )
 
 
 def clip_text(size: Size) -> Twins:
     """Stable Diffusion's text encoder."""
     config = hf.CLIPTextConfig(**_encoder_sizes(size), eos_token_id=2, bos_token_id=1)
     inputs = {"input_ids": size.ids()}
-    return from_config(hf.CLIPTextModel, hf.FlaxCLIPTextModel, config, inputs, size, output="last_hidden_state")
+    return from_config(
+        hf.CLIPTextModel, hf.FlaxCLIPTextModel, config, inputs, size, output="last_hidden_state"
+    )
 
 
 def whisper(size: Size) -> Twins:

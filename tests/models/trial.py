@@ -44,13 +44,17 @@ def distance(got: Any, want: Any) -> float:
 
 def require_close(got: Any, want: Any, bound: float, what: str) -> float:
     found = distance(got, want)
-    assert found <= bound, f"{what}: differ by {found:.1e} of the largest entry, {bound:.0e} is allowed"
+    assert found <= bound, (
+        f"{what}: differ by {found:.1e} of the largest entry, {bound:.0e} is allowed"
+    )
     return found
 
 
 def require_moved(got: Any, base: Any, what: str) -> float:
     found = distance(got, base)
-    assert found >= MOVED, f"{what} moves the base's output by {found:.1e} only: a lost adapter would not show"
+    assert found >= MOVED, (
+        f"{what} moves the base's output by {found:.1e} only: a lost adapter would not show"
+    )
     return found
 
 
@@ -59,7 +63,10 @@ def random_factors(params: Any, random: np.random.Generator) -> Any:
 
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, SavedWeight):
-            copies = {k: v + jnp.asarray(random.normal(0, 0.1, v.shape), v.dtype) for k, v in leaf.copies.items()}
+            copies = {
+                k: v + jnp.asarray(random.normal(0, 0.1, v.shape), v.dtype)
+                for k, v in leaf.copies.items()
+            }
             return dataclasses.replace(leaf, copies=copies)
         if not isinstance(leaf, LoHaWeight):
             return leaf
@@ -68,7 +75,10 @@ def random_factors(params: Any, random: np.random.Generator) -> Any:
         # The standard deviation of ΔW is alpha/r · (r·s²)·... of normal factors of standard deviation s.
         wanted = 0.5 * float(np.sqrt(np.mean(np.square(np.asarray(leaf.kernel))))) * r / alpha
         deviation = (wanted / r**2) ** (1 / 6) if factors.is_cp else (wanted / r) ** (1 / 4)
-        filled = {k: jnp.asarray(random.normal(0, deviation, v.shape), v.dtype) for k, v in factors.tensors.items()}
+        filled = {
+            k: jnp.asarray(random.normal(0, deviation, v.shape), v.dtype)
+            for k, v in factors.tensors.items()
+        }
         return dataclasses.replace(leaf, adapters={name: dataclasses.replace(factors, **filled)})
 
     return jax.tree.map(fill, params, is_leaf=is_adapted)
@@ -102,7 +112,9 @@ class Trial:
         params = loha_jax.inject(
             self.twins.params,
             LoHaConfig(**self.case.config),
-            key=jax.random.key(self.size.seed, impl="unsafe_rbg"),  # compiles fast; the values are replaced
+            key=jax.random.key(
+                self.size.seed, impl="unsafe_rbg"
+            ),  # compiles fast; the values are replaced
             names=self.twins.names,
             layouts=self.twins.layouts,
         )
@@ -117,7 +129,9 @@ class Trial:
         """The real PEFT's model with the adapter that was saved from JAX, to be trained."""
         with tempfile.TemporaryDirectory() as folder:
             interop.save_peft(folder, self.adapted)
-            model = peft.PeftModel.from_pretrained(copy.deepcopy(self.twins.module), folder, is_trainable=True)
+            model = peft.PeftModel.from_pretrained(
+                copy.deepcopy(self.twins.module), folder, is_trainable=True
+            )
         return self._ready(model)
 
     def _ready(self, model: Any) -> Any:
@@ -132,7 +146,11 @@ class Trial:
 
     @functools.cached_property
     def goal(self) -> np.ndarray:
-        return np.random.default_rng(self.size.seed).standard_normal(self.base_output.shape).astype(np.float32)
+        return (
+            np.random.default_rng(self.size.seed)
+            .standard_normal(self.base_output.shape)
+            .astype(np.float32)
+        )
 
     def peft_loss(self, model: Any) -> torch.Tensor:
         return ((self.peft_output(model) - torch.tensor(self.goal)) ** 2).mean()
@@ -185,7 +203,9 @@ class Trial:
         assert np.isfinite(losses).all(), losses
         assert losses == sorted(losses, reverse=True), f"the loss rises: {losses}"
         after = jax.tree.leaves(loha_jax.unload(loha_jax.combine(trainable, frozen)))
-        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), "the base changed"
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), (
+            "the base changed"
+        )
 
         with _true_cp_gradient():
             self.opened.zero_grad()
@@ -196,14 +216,19 @@ class Trial:
         named = dict(self.opened.named_parameters())
         theirs = {_plain_key(k): p.grad.numpy() for k, p in named.items() if p.grad is not None}
         assert theirs, "PEFT trains nothing"
-        worst = max(require_close(ours[key], want, GRADIENT, f"the gradient of {key}") for key, want in theirs.items())
+        worst = max(
+            require_close(ours[key], want, GRADIENT, f"the gradient of {key}")
+            for key, want in theirs.items()
+        )
         return f"{losses[0]:.3g} to {losses[-1]:.3g}, gradients {worst:.0e}"
 
     def check_import(self) -> str:
         """PEFT to JAX: an adapter made and trained by the real PEFT, saved, loaded here; and the same file again."""
         with torch.random.fork_rng():
             torch.manual_seed(self.size.seed)
-            model = peft.get_peft_model(copy.deepcopy(self.twins.module), peft.LoHaConfig(**self.case.config))
+            model = peft.get_peft_model(
+                copy.deepcopy(self.twins.module), peft.LoHaConfig(**self.case.config)
+            )
             model = self._ready(model)
             optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
             for _ in range(STEPS):
@@ -219,7 +244,9 @@ class Trial:
             file = load_file(f"{folder}/adapter_model.safetensors")
         again = interop.to_peft_state_dict(loaded)
         assert again.keys() == file.keys(), f"keys: {again.keys() ^ file.keys()}"
-        assert all(np.array_equal(again[key], file[key]) for key in file), "a value changed on its way"
+        assert all(np.array_equal(again[key], file[key]) for key in file), (
+            "a value changed on its way"
+        )
         # The config in the tree says who wrote it. That aside the trees are alike: one compiled function serves both.
         alike = jax.tree.unflatten(jax.tree.structure(self.adapted), jax.tree.leaves(loaded))
         ours = self.adapted_fn(alike, self.twins.inputs)

@@ -62,7 +62,10 @@ class Twins:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The inputs for PyTorch."""
-        return {k: torch.tensor(v, dtype=torch.int64 if v.dtype.kind == "i" else None) for k, v in self.inputs.items()}
+        return {
+            k: torch.tensor(v, dtype=torch.int64 if v.dtype.kind == "i" else None)
+            for k, v in self.inputs.items()
+        }
 
 
 def seeded(make: Callable[[], torch.nn.Module], size: Size) -> torch.nn.Module:

@@ -30,7 +30,9 @@ def with_deltas(weights, folds=FOLDS):
     for path, fold in folds.items():
         variable = at(plain, path)
         for name, weight in weights.items():
-            delta = numpy_delta(at(model, path), adapter=name, alpha={"default": ALPHA, "style": 5}[name])
+            delta = numpy_delta(
+                at(model, path), adapter=name, alpha={"default": ALPHA, "style": 5}[name]
+            )
             variable.set_value(variable.get_value() + weight * fold(delta, variable.shape))
     return plain
 
@@ -38,10 +40,15 @@ def with_deltas(weights, folds=FOLDS):
 ADAPTERS = {  # what is done, and the weights of the adapters after it
     "injected twice": (lambda m: m, {"style": 1.0}),
     "set_adapter": (lambda m: loha_jax.set_adapter(m, "default"), {"default": 1.0}),
-    "both": (lambda m: loha_jax.set_adapter(m, ["default", "style"]), {"default": 1.0, "style": 1.0}),
+    "both": (
+        lambda m: loha_jax.set_adapter(m, ["default", "style"]),
+        {"default": 1.0, "style": 1.0},
+    ),
     "none": (lambda m: loha_jax.set_adapter(m, ()), {}),
     "scale": (
-        lambda m: loha_jax.scale(loha_jax.set_adapter(m, ["default", "style"]), {"default": 0.5, "style": -2.0}),
+        lambda m: loha_jax.scale(
+            loha_jax.set_adapter(m, ["default", "style"]), {"default": 0.5, "style": -2.0}
+        ),
         {"default": 0.5, "style": -2.0},
     ),
     "delete_adapter": (lambda m: loha_jax.delete_adapter(m, "style"), {}),
@@ -58,7 +65,10 @@ ADAPTERS = {  # what is done, and the weights of the adapters after it
         lambda m: loha_jax.merge(m, ["default"], unload=False),
         {"default": 1.0, "style": 1.0},
     ),
-    "merge both": (lambda m: loha_jax.merge(m, ["default", "style"], safe=True), {"default": 1.0, "style": 1.0}),
+    "merge both": (
+        lambda m: loha_jax.merge(m, ["default", "style"], safe=True),
+        {"default": 1.0, "style": 1.0},
+    ),
     "unload": (loha_jax.unload, {}),
 }
 
@@ -93,7 +103,9 @@ def test_only_the_active_adapter_is_trained():
     before = jax.tree.map(np.asarray, nnx.state(model, LoHaParam))
     assert len(jax.tree.leaves(inactive)) == len(jax.tree.leaves(before)) == 4 * len(FOLDS)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=LoHaParam)
-    optimizer.update(model, nnx.grad(lambda m: m(IDS).sum(), argnums=nnx.DiffState(0, LoHaParam))(model))
+    optimizer.update(
+        model, nnx.grad(lambda m: m(IDS).sum(), argnums=nnx.DiffState(0, LoHaParam))(model)
+    )
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model, InactiveLoHaParam), inactive)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), nnx.state(model, LoHaParam), before)
     assert all(jax.tree.leaves(moved))
@@ -103,9 +115,14 @@ def test_each_row_through_its_own_adapter():
     model = loha_jax.set_adapter(two_adapters(), ["default", "style"])
     ids = jnp.concatenate([jnp.asarray(IDS)] * 2)[:3]
     chosen = jnp.array([1, -1, 0])
-    expected = [with_deltas(w)(ids[n : n + 1])[0] for n, w in enumerate([{"style": 1.0}, {}, {"default": 1.0}])]
+    expected = [
+        with_deltas(w)(ids[n : n + 1])[0]
+        for n, w in enumerate([{"style": 1.0}, {}, {"default": 1.0}])
+    ]
     for transform in (lambda f: f, nnx.jit):
-        run = transform(lambda m, x, chosen: loha_jax.adapt(lambda m, x: m(x), adapter_index=chosen)(m, x))
+        run = transform(
+            lambda m, x, chosen: loha_jax.adapt(lambda m, x: m(x), adapter_index=chosen)(m, x)
+        )
         close(run(model, ids, chosen), np.stack(expected))
 
 
@@ -123,22 +140,32 @@ def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
     with jax.enable_x64(False):
         settings = {"target_modules": ["a"], "modules_to_save": ["head", "norm"]}
         model = adapted(Normed, **settings)
-        frozen = {p: np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(Normed(nnx.Rngs(0))))}
+        frozen = {
+            p: np.asarray(v.get_value())
+            for p, v in nnx.to_flat_state(nnx.state(Normed(nnx.Rngs(0))))
+        }
         x = jax.random.normal(jax.random.key(0), (5, 4))
         optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=LoHaParam)
         plain = loha_jax.merge(nnx.clone(model))
 
         @nnx.jit
         def step(model, optimizer):
-            optimizer.update(model, nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=nnx.DiffState(0, LoHaParam))(model))
+            optimizer.update(
+                model,
+                nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=nnx.DiffState(0, LoHaParam))(model),
+            )
 
-        plain_grads = nnx.grad(lambda m: (m(x) ** 2).sum())(plain)  # updates plain's statistics as well
+        plain_grads = nnx.grad(lambda m: (m(x) ** 2).sum())(
+            plain
+        )  # updates plain's statistics as well
         expected = plain.head.kernel[...] - 0.1 * plain_grads["head"]["kernel"][...]
         step(model, optimizer)
         close(model.head.kernel.copies["default"][...], expected, 1e-6)
         close(model.norm.mean.copies["default"][...], plain.norm.mean[...], 1e-7)
         assert type(model.norm.mean.copies["default"]) is nnx.BatchStat
-        assert jnp.abs(model.norm.mean.copies["default"][...] - model.norm.mean.base[...]).max() > 1e-3
+        assert (
+            jnp.abs(model.norm.mean.copies["default"][...] - model.norm.mean.base[...]).max() > 1e-3
+        )
         assert loha_jax.explain(lambda m, x: m(x), model, x).dense == ()
         model.eval()
         out = model(x)
@@ -166,7 +193,9 @@ class Bare(nnx.Module):
 
 def test_an_ambiguous_weight_is_an_error_that_both_ways_settle():
     build, folds, x = lambda rngs: nnx.Dict(l=Bare(rngs)), {"l/w": ndh}, jnp.ones((1, 5, 4))
-    with pytest.raises(ValueError, match=r"l\.w of shape \(2, 4, 3\) could be several.*layouts=.*infer_layouts"):
+    with pytest.raises(
+        ValueError, match=r"l\.w of shape \(2, 4, 3\) could be several.*layouts=.*infer_layouts"
+    ):
         adapted(build, folds)
     inferred = loha_jax.infer_layouts(lambda m, x: m.l(x), build(nnx.Rngs(0)), x)
     assert {name: str(layout) for name, layout in inferred.items()} == {"l": "oio"}
@@ -187,12 +216,28 @@ WRONG = {
     "trainable_mask": (lambda: loha_jax.trainable_mask(adapted()), TypeError, "nnx.split"),
     "dropout": (lambda: loha_jax.dropout(adapted(), jax.random.key(0)), TypeError, "set_dropout"),
     "no such target": (lambda: adapted(target_modules=["upp"]), ValueError, r"'upp'.*'up'"),
-    "the name again": (lambda: inject(adapted(), config(), rngs=nnx.Rngs(0)), ValueError, "already exists"),
-    "no such adapter": (lambda: loha_jax.set_adapter(adapted(), "other"), ValueError, "Adapter other not found"),
-    "in a tuple": (lambda: adapted(InTuple, target_modules=["ws.0"]), ValueError, "ws.0 sits in a tuple"),
+    "the name again": (
+        lambda: inject(adapted(), config(), rngs=nnx.Rngs(0)),
+        ValueError,
+        "already exists",
+    ),
+    "no such adapter": (
+        lambda: loha_jax.set_adapter(adapted(), "other"),
+        ValueError,
+        "Adapter other not found",
+    ),
+    "in a tuple": (
+        lambda: adapted(InTuple, target_modules=["ws.0"]),
+        ValueError,
+        "ws.0 sits in a tuple",
+    ),
     "a norm": (lambda: adapted(target_modules=["norm"]), ValueError, "cannot be adapted"),
     "no rngs": (lambda: inject(Model(nnx.Rngs(0)), config()), TypeError, "rngs"),
-    "a key for rngs": (lambda: inject(Model(nnx.Rngs(0)), config(), rngs=jax.random.key(0)), TypeError, "nnx.Rngs"),
+    "a key for rngs": (
+        lambda: inject(Model(nnx.Rngs(0)), config(), rngs=jax.random.key(0)),
+        TypeError,
+        "nnx.Rngs",
+    ),
     "a tree for a model": (
         lambda: inject({"l": {"kernel": jnp.eye(3)}}, config(), rngs=nnx.Rngs(0)),
         TypeError,

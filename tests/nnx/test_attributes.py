@@ -54,7 +54,9 @@ def check(model, calls):
     for n, run in enumerate((lambda m, x: m(x), nnx.jit(lambda m, x: m(x)), lambda m, x: m(x)), 1):
         np.testing.assert_allclose(run(model, X), expected(model), rtol=0, atol=1e-5)
         assert model.count[...] == calls + n
-    assert not [x for x in jax.tree.leaves(list(vars(model).values())) if isinstance(x, jax.core.Tracer)]
+    assert not [
+        x for x in jax.tree.leaves(list(vars(model).values())) if isinstance(x, jax.core.Tracer)
+    ]
 
 
 def test_cached_properties_are_computed_with_the_weights_of_each_call():

@@ -128,7 +128,12 @@ def test_layers_stacked_by_vmap_and_scanned(scanned, remat):
     ours = nnx.grad(loss, argnums=nnx.DiffState(0, LoHaParam))(model)
     kernel = nnx.grad(loss)(plain)["layers"]["up"]["kernel"][...]
     f = {n: v.get_value() for n, v in model.layers.up.kernel.adapters["default"].items()}
-    expected = (kernel.swapaxes(1, 2) * (f["hada_w2_a"] @ f["hada_w2_b"]) * ALPHA / R) @ f["hada_w1_b"].swapaxes(1, 2)
+    expected = (kernel.swapaxes(1, 2) * (f["hada_w2_a"] @ f["hada_w2_b"]) * ALPHA / R) @ f[
+        "hada_w1_b"
+    ].swapaxes(1, 2)
     close(ours["layers"]["up"]["kernel"]["adapters"]["default"]["hada_w1_a"][...], expected)
     nnx.vmap(lambda layer: layer(x))(model.layers)
-    close(nnx.vmap(lambda layer: layer(x))(model.layers), nnx.vmap(lambda layer: layer(x))(plain.layers))
+    close(
+        nnx.vmap(lambda layer: layer(x))(model.layers),
+        nnx.vmap(lambda layer: layer(x))(plain.layers),
+    )

@@ -104,7 +104,9 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     }
     inject(model, LoHaConfig(**settings), rngs=nnx.Rngs(1))
     if saved:
-        model.head.kernel.copies["default"].set_value(model.head.kernel.copies["default"].get_value() + 0.1)
+        model.head.kernel.copies["default"].set_value(
+            model.head.kernel.copies["default"].get_value() + 0.1
+        )
         model.bn.mean.copies["default"].set_value(jnp.full(4, 0.2))
     out = model(IMAGES)
     interop.save_peft(tmp_path / "ours", model)
@@ -125,14 +127,19 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     np.testing.assert_allclose(loaded(IMAGES), torch_output(theirs.eval()), rtol=0, atol=1e-5)
     assert loha_jax.explain(lambda m, x: m(x), loaded, IMAGES).dense == ()
     interop.save_peft(tmp_path / "again", loaded)
-    written, read = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", "theirs"))
+    written, read = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", "theirs")
+    )
     assert written.keys() == read.keys()
     for key in read:
         np.testing.assert_array_equal(written[key], read[key])
 
 
 def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
-    interop.save_peft(tmp_path, inject(Net(nnx.Rngs(0)), LoHaConfig(r=2, target_modules=["lin"]), rngs=nnx.Rngs(1)))
+    interop.save_peft(
+        tmp_path,
+        inject(Net(nnx.Rngs(0)), LoHaConfig(r=2, target_modules=["lin"]), rngs=nnx.Rngs(1)),
+    )
     other = nnx.Dict(lin=nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     graphdef = nnx.graphdef(other)
     with pytest.raises(ValueError, match="misshapen"):
@@ -142,7 +149,9 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
 
 def test_base_checkpoints_go_into_a_model_and_merged_ones_out_of_it(tmp_path):
     model = inject(
-        Net(nnx.Rngs(0)), LoHaConfig(r=2, init_weights=False, target_modules=["conv", "lin"]), rngs=nnx.Rngs(1)
+        Net(nnx.Rngs(0)),
+        LoHaConfig(r=2, init_weights=False, target_modules=["conv", "lin"]),
+        rngs=nnx.Rngs(1),
     )
     interop.save_merged(tmp_path, model)
     assert isinstance(model.lin.kernel, AdaptedKernel)
@@ -151,7 +160,9 @@ def test_base_checkpoints_go_into_a_model_and_merged_ones_out_of_it(tmp_path):
     other = Net(nnx.Rngs(5))
     assert interop.load_base(tmp_path, other) is other
     np.testing.assert_allclose(other(IMAGES), model(IMAGES), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(other.conv.kernel[...], loha_jax.merge(nnx.clone(model)).conv.kernel[...])
+    np.testing.assert_array_equal(
+        other.conv.kernel[...], loha_jax.merge(nnx.clone(model)).conv.kernel[...]
+    )
     with pytest.raises(ValueError, match="load it first"):
         interop.load_base(tmp_path, model)
 
@@ -169,12 +180,18 @@ class Stacked(nnx.Module):
         self.layers = nnx.vmap(Layer)(rngs.split(3))
 
     def __call__(self, x):
-        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.layers
+        )
 
 
 def test_stacked_layers_are_modules_of_their_own_in_the_file(tmp_path):
     config = LoHaConfig(
-        r=2, alpha=3, init_weights=False, target_modules=r"layers\.[02]\.lin", rank_pattern={"2.lin": 3}
+        r=2,
+        alpha=3,
+        init_weights=False,
+        target_modules=r"layers\.[02]\.lin",
+        rank_pattern={"2.lin": 3},
     )
     model, x = inject(Stacked(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)), jnp.ones((2, 4))
     interop.save_peft(tmp_path, model)
@@ -189,7 +206,10 @@ def test_stacked_layers_are_modules_of_their_own_in_the_file(tmp_path):
     plain = Stacked(nnx.Rngs(0))
     kernel = np.array(plain.layers.lin.kernel.get_value())
     for n, r in ((0, 2), (2, 3)):
-        w1, w2 = (state[f"{prefix}.{n}.lin.hada_w{k}_a"] @ state[f"{prefix}.{n}.lin.hada_w{k}_b"] for k in (1, 2))
+        w1, w2 = (
+            state[f"{prefix}.{n}.lin.hada_w{k}_a"] @ state[f"{prefix}.{n}.lin.hada_w{k}_b"]
+            for k in (1, 2)
+        )
         kernel[n] += (w1 * w2).T * 3 / r
     plain.layers.lin.kernel.set_value(jnp.asarray(kernel))
     np.testing.assert_allclose(model(x), plain(x), rtol=0, atol=1e-6)
@@ -198,7 +218,13 @@ def test_stacked_layers_are_modules_of_their_own_in_the_file(tmp_path):
 def test_lycoris_file(tmp_path):
     model = inject(
         Net(nnx.Rngs(0)),
-        LoHaConfig(r=2, alpha=3, init_weights=False, target_modules=["conv", "lin"], use_effective_conv2d=True),
+        LoHaConfig(
+            r=2,
+            alpha=3,
+            init_weights=False,
+            target_modules=["conv", "lin"],
+            use_effective_conv2d=True,
+        ),
         rngs=nnx.Rngs(1),
     )
     interop.save_lycoris(tmp_path / "a.safetensors", model)
@@ -206,7 +232,8 @@ def test_lycoris_file(tmp_path):
     assert state["lycoris_conv.hada_t1"].shape == (2, 2, 3, 3)
     assert state["lycoris_lin.alpha"] == 3
     np.testing.assert_array_equal(
-        state["lycoris_lin.hada_w1_a"], model.lin.kernel.adapters["default"]["hada_w1_a"].get_value()
+        state["lycoris_lin.hada_w1_a"],
+        model.lin.kernel.adapters["default"]["hada_w1_a"].get_value(),
     )
 
 
@@ -227,10 +254,31 @@ def test_orbax_saves_and_restores_the_factors_alone(tmp_path):
 
 LAYERS = {  # the layer, Flax's own, the shape of its input, and how ΔW folds into the kernel
     "LoHaLinear": (LoHaLinear, nnx.Linear, (4, 6), {}, (2, 4), dense),
-    "LoHaLinearGeneral": (LoHaLinearGeneral, nnx.LinearGeneral, (4, (2, 3)), {"use_bias": False}, (2, 4), dense),
+    "LoHaLinearGeneral": (
+        LoHaLinearGeneral,
+        nnx.LinearGeneral,
+        (4, (2, 3)),
+        {"use_bias": False},
+        (2, 4),
+        dense,
+    ),
     "LoHaConv": (LoHaConv, nnx.Conv, (4, 6, (3, 3)), {}, (1, 5, 5, 4), conv),
-    "LoHaConv, cores": (LoHaConv, nnx.Conv, (4, 6, 3), {"use_effective_conv2d": True}, (1, 5, 4), conv),
-    "LoHaEinsum": (LoHaEinsum, nnx.Einsum, ("btd,ndh->btnh", (2, 4, 3)), {"bias_shape": (2, 3)}, (1, 5, 4), ndh),
+    "LoHaConv, cores": (
+        LoHaConv,
+        nnx.Conv,
+        (4, 6, 3),
+        {"use_effective_conv2d": True},
+        (1, 5, 4),
+        conv,
+    ),
+    "LoHaEinsum": (
+        LoHaEinsum,
+        nnx.Einsum,
+        ("btd,ndh->btnh", (2, 4, 3)),
+        {"bias_shape": (2, 3)},
+        (1, 5, 4),
+        ndh,
+    ),
     "LoHaEmbed": (LoHaEmbed, nnx.Embed, (11, 4), {}, None, table),
 }
 
@@ -239,7 +287,11 @@ LAYERS = {  # the layer, Flax's own, the shape of its input, and how ΔW folds i
 def test_author_layers(name, x64):
     cls, plain_cls, args, options, shape, fold = LAYERS[name]
     dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-    x = jnp.array([[3, 7]]) if shape is None else jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    x = (
+        jnp.array([[3, 7]])
+        if shape is None
+        else jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    )
     kernel = "embedding" if cls is LoHaEmbed else "kernel"
     ours = {"r": 2, "alpha": 3, "init_weights": False}
     plain_options = {k: v for k, v in options.items() if k != "use_effective_conv2d"}
@@ -256,12 +308,16 @@ def test_author_layers(name, x64):
     weight.set_value(weight.get_value() + fold(numpy_delta(node), weight.shape))
     np.testing.assert_allclose(layer(x), plain(x), rtol=0, atol=1e-10)
     if cls is LoHaEmbed:
-        np.testing.assert_allclose(layer.attend(jnp.ones((1, 4))), plain.attend(jnp.ones((1, 4))), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            layer.attend(jnp.ones((1, 4))), plain.attend(jnp.ones((1, 4))), rtol=0, atol=1e-10
+        )
     assert loha_jax.explain(lambda m, x: m(x), layer, x).dense == ()
     merged = loha_jax.merge(nnx.clone(layer))
     assert type(merged) is plain_cls
     np.testing.assert_allclose(merged(x), plain(x), rtol=0, atol=1e-10)
-    stacked = nnx.vmap(lambda rngs: cls(*args, rngs=rngs, **options, **ours, **dtypes))(nnx.Rngs(0).split(3))
+    stacked = nnx.vmap(lambda rngs: cls(*args, rngs=rngs, **options, **ours, **dtypes))(
+        nnx.Rngs(0).split(3)
+    )
     run = nnx.vmap(lambda layer: layer(x))
     out = run(stacked)
     assert out.shape == (3, *plain(x).shape)
@@ -281,7 +337,9 @@ def test_a_model_of_author_layers_is_saved_by_its_paths(tmp_path):
     model, x = Author(nnx.Rngs(0)), jnp.ones((2, 4))
     interop.save_peft(tmp_path, model)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    assert {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if k.endswith("w1_b")} == {
+    assert {
+        k.removeprefix("base_model.model."): v.shape for k, v in state.items() if k.endswith("w1_b")
+    } == {
         "up.hada_w1_b": (2, 4),
         "down.0.hada_w1_b": (3, 6),
     }
@@ -308,8 +366,16 @@ CORES = {"use_effective_conv2d": True}
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        (CORES, {}, "one use_effective_conv2d for all modules, the adapter default has True in a, False in b"),
-        ({"rank_dropout": 0.5}, {"rank_dropout": 0.25}, "one rank_dropout for all modules.* 0.5 in a, 0.25 in b"),
+        (
+            CORES,
+            {},
+            "one use_effective_conv2d for all modules, the adapter default has True in a, False in b",
+        ),
+        (
+            {"rank_dropout": 0.5},
+            {"rank_dropout": 0.25},
+            "one rank_dropout for all modules.* 0.5 in a, 0.25 in b",
+        ),
     ],
 )
 def test_what_pefts_config_cannot_say_is_an_error(tmp_path, one, other, message):
@@ -321,7 +387,9 @@ def test_what_pefts_config_cannot_say_is_an_error(tmp_path, one, other, message)
 @pytest.mark.parametrize("options", [CORES, {}], ids=["cores", "flat"])
 def test_the_config_says_whether_convolutions_have_cores(tmp_path, options):
     interop.save_peft(tmp_path, Mixed(options, options))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_effective_conv2d"] is bool(options)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[
+        "use_effective_conv2d"
+    ] is bool(options)
     loaded = interop.load_peft(tmp_path, loha_jax.unload(Mixed(options, options)))
     assert ("hada_t1" in loaded.a.kernel.adapters["default"]) is bool(options)
 

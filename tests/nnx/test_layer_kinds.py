@@ -5,7 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_reference import ALPHA, F64, R, at, conv, dense, fused, ndh, table, targets, transposed_conv, with_sums
+from nnx_reference import (
+    ALPHA,
+    F64,
+    R,
+    at,
+    conv,
+    dense,
+    fused,
+    ndh,
+    table,
+    targets,
+    transposed_conv,
+    with_sums,
+)
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -59,7 +72,11 @@ X, IMAGE = (2, 5, 4), (2, 6, 5, 4)
 
 # name: the layer, the shape of its input (or the input), what it targets, and how ΔW folds into each kernel
 LAYERS = {
-    "Linear": (lambda rngs: nnx.Sequential(nnx.Linear(4, 6, rngs=rngs, **F64)), X, {"layers/0/kernel": dense}),
+    "Linear": (
+        lambda rngs: nnx.Sequential(nnx.Linear(4, 6, rngs=rngs, **F64)),
+        X,
+        {"layers/0/kernel": dense},
+    ),
     "LinearGeneral out": (
         lambda rngs: Holder(nnx.LinearGeneral(4, (2, 3), rngs=rngs, **F64)),
         X,
@@ -86,7 +103,11 @@ LAYERS = {
         X,
         {"l/kernel": conv},
     ),
-    "Conv 2-D": (lambda rngs: Holder(nnx.Conv(4, 6, (3, 2), rngs=rngs, **F64)), IMAGE, {"l/kernel": conv}),
+    "Conv 2-D": (
+        lambda rngs: Holder(nnx.Conv(4, 6, (3, 2), rngs=rngs, **F64)),
+        IMAGE,
+        {"l/kernel": conv},
+    ),
     "Conv grouped": (
         lambda rngs: Holder(nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs, **F64)),
         IMAGE,
@@ -103,7 +124,9 @@ LAYERS = {
         {"l/kernel": conv},
     ),
     "ConvTranspose, transposed kernel": (
-        lambda rngs: Holder(nnx.ConvTranspose(4, 6, (3, 2), transpose_kernel=True, rngs=rngs, **F64)),
+        lambda rngs: Holder(
+            nnx.ConvTranspose(4, 6, (3, 2), transpose_kernel=True, rngs=rngs, **F64)
+        ),
         IMAGE,
         {"l/kernel": transposed_conv},
     ),
@@ -112,13 +135,29 @@ LAYERS = {
         X,
         {"l/kernel": ndh},
     ),
-    "Embed and attend": (TableTwice, np.arange(10).reshape(2, 5), {"embed/embedding": table, "up/kernel": dense}),
+    "Embed and attend": (
+        TableTwice,
+        np.arange(10).reshape(2, 5),
+        {"embed/embedding": table, "up/kernel": dense},
+    ),
     "own Einsum": (lambda rngs: Holder(Einsum("BTD,NDH->BTNH", (2, 4, 3), rngs)), X, {"l/w": ndh}),
-    "own fused Einsum": (lambda rngs: Holder(Einsum("BSD,CKDH->CBSKH", (2, 3, 4, 2), rngs)), X, {"l/w": fused}),
+    "own fused Einsum": (
+        lambda rngs: Holder(Einsum("BSD,CKDH->CBSKH", (2, 3, 4, 2), rngs)),
+        X,
+        {"l/w": fused},
+    ),
     "LSTM": (rnn(nnx.LSTMCell), X, {f"cell/{gate}/kernel": dense for gate in GATES}),
-    "OptimizedLSTM": (rnn(nnx.OptimizedLSTMCell), X, {"cell/dense_i/kernel": dense, "cell/dense_h/kernel": dense}),
+    "OptimizedLSTM": (
+        rnn(nnx.OptimizedLSTMCell),
+        X,
+        {"cell/dense_i/kernel": dense, "cell/dense_h/kernel": dense},
+    ),
     "GRU": (rnn(nnx.GRUCell), X, {"cell/dense_i/kernel": dense, "cell/dense_h/kernel": dense}),
-    "SimpleCell": (rnn(nnx.SimpleCell), X, {"cell/dense_i/kernel": dense, "cell/dense_h/kernel": dense}),
+    "SimpleCell": (
+        rnn(nnx.SimpleCell),
+        X,
+        {"cell/dense_i/kernel": dense, "cell/dense_h/kernel": dense},
+    ),
 }
 
 
@@ -133,16 +172,24 @@ def input_of(shape_or_array):
 
 
 RECURRENT = ("LSTM", "OptimizedLSTM", "GRU", "SimpleCell")
-CASES = [pytest.param(n, False, marks=[pytest.mark.slow] if n in RECURRENT else []) for n in LAYERS] + [
-    (name, True) for name in LAYERS if "Conv" in name
-]
+CASES = [
+    pytest.param(n, False, marks=[pytest.mark.slow] if n in RECURRENT else []) for n in LAYERS
+] + [(name, True) for name in LAYERS if "Conv" in name]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "cores"), CASES, ids=lambda v: {True: "cores", False: ""}.get(v, v))
+@pytest.mark.parametrize(
+    ("name", "cores"), CASES, ids=lambda v: {True: "cores", False: ""}.get(v, v)
+)
 def test_a_layer_computes_with_its_adapted_kernel_and_factored(name, cores):
     build, shape, folds = LAYERS[name]
-    config = LoHaConfig(r=R, alpha=ALPHA, init_weights=False, target_modules=targets(folds), use_effective_conv2d=cores)
+    config = LoHaConfig(
+        r=R,
+        alpha=ALPHA,
+        init_weights=False,
+        target_modules=targets(folds),
+        use_effective_conv2d=cores,
+    )
     model, x = made(build), input_of(shape)
     before = model(x)
     inject(model, config, rngs=nnx.Rngs(1))
@@ -152,8 +199,12 @@ def test_a_layer_computes_with_its_adapted_kernel_and_factored(name, cores):
     np.testing.assert_allclose(out, reference(x), rtol=0, atol=1e-10)
     assert jnp.abs(out - before).max() > 1e-3
     for path in folds:
-        np.testing.assert_allclose(at(model, path)[...], at(reference, path)[...], rtol=0, atol=1e-12)
-        np.testing.assert_allclose(jnp.asarray(at(model, path)), at(reference, path)[...], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            at(model, path)[...], at(reference, path)[...], rtol=0, atol=1e-12
+        )
+        np.testing.assert_allclose(
+            jnp.asarray(at(model, path)), at(reference, path)[...], rtol=0, atol=1e-12
+        )
     explained = loha_jax.explain(lambda m, x: m(x), model, x)
     assert explained.dense == ()
     assert explained.unused == ()

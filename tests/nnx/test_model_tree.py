@@ -39,7 +39,9 @@ class BareLists(nnx.Module):
     """Weights in a plain list and dict."""
 
     def __init__(self, rngs):
-        self.ws = nnx.data([nnx.Param(jax.random.normal(rngs.params(), (4, 4), jnp.float64)) for _ in range(2)])
+        self.ws = nnx.data(
+            [nnx.Param(jax.random.normal(rngs.params(), (4, 4), jnp.float64)) for _ in range(2)]
+        )
         self.d = nnx.Dict(w=nnx.Param(jax.random.normal(rngs.params(), (4, 4), jnp.float64)))
 
     def __call__(self, x):
@@ -125,7 +127,10 @@ class Buffers(nnx.Module):
 
 
 STRUCTURES = {
-    "containers": (Containers, {f"{p}/kernel": dense for p in ("a/0", "a/1", "b/x", "c/0", "c/1/y")}),
+    "containers": (
+        Containers,
+        {f"{p}/kernel": dense for p in ("a/0", "a/1", "b/x", "c/0", "c/1/y")},
+    ),
     "weights in lists": (BareLists, {"ws/0": dense, "ws/1": dense, "d/w": dense}),
     "a shared module": (SharedModule, {"a/kernel": dense}),
     "a shared kernel": (SharedKernel, {"a/kernel": dense}),
@@ -148,9 +153,9 @@ def test_models_of_any_structure(name):
     assert (explained.dense, explained.unused) == ((), ())
     ids = [id(v) for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
     assert len(ids) == len(set(ids))
-    assert len(ids) == len([v for _, v in nnx.iter_graph(build(nnx.Rngs(0))) if isinstance(v, nnx.Variable)]) + 4 * len(
-        folds
-    )
+    assert len(ids) == len(
+        [v for _, v in nnx.iter_graph(build(nnx.Rngs(0))) if isinstance(v, nnx.Variable)]
+    ) + 4 * len(folds)
 
 
 class Unusual(nnx.Module):
@@ -159,7 +164,10 @@ class Unusual(nnx.Module):
     def __init__(self, rngs):
         self.a = nnx.Linear(4, 4, rngs=rngs, **F64)
         self.norm = nnx.BatchNorm(4, rngs=rngs, **F64)
-        for statistic in (self.norm.mean, self.norm.var):  # Flax makes them float32 whatever the dtype
+        for statistic in (
+            self.norm.mean,
+            self.norm.var,
+        ):  # Flax makes them float32 whatever the dtype
             statistic.set_value(statistic.get_value().astype(jnp.float64))
         self.drop = nnx.Dropout(0.5, rngs=rngs)
         self.w = nnx.Param(jnp.eye(4))
@@ -191,11 +199,17 @@ def test_what_a_call_changes_is_changed_in_the_model():
     assert len(sown["hidden"].get_value()) == 1
     assert model.calls == plain.calls == 2
     rest = nnx.Not(nnx.Any(nnx.Param, LoHaParam, loha_jax.nnx.variables.Untrained))
-    ours, theirs = nnx.to_flat_state(nnx.state(model, rest)), nnx.to_flat_state(nnx.state(plain, rest))
+    ours, theirs = (
+        nnx.to_flat_state(nnx.state(model, rest)),
+        nnx.to_flat_state(nnx.state(plain, rest)),
+    )
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (_, one), (_, other) in zip(ours, theirs, strict=True):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            a, b = (jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (a, b))
+            a, b = (
+                jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
+                for v in (a, b)
+            )
             close(a, b)
     returned, y = model.chain(x)
     assert returned is model
@@ -268,12 +282,19 @@ def test_attention_decodes_with_its_cache():
     assert model.cache_index[...] == 5
     model.init_cache((2, 3, 4), jnp.float64)
     assert model.cached_key.shape == (2, 3, 2, 3)
-    assert loha_jax.explain(lambda m, x: m(x), nnx.view(model, decode=False), jnp.ones((2, 5, 4))).dense == ()
+    assert (
+        loha_jax.explain(
+            lambda m, x: m(x), nnx.view(model, decode=False), jnp.ones((2, 5, 4))
+        ).dense
+        == ()
+    )
 
 
 def gradients(model, x):
     graphdef, factors, rest = nnx.split(model, LoHaParam, ...)
-    return jax.jit(jax.grad(lambda factors: (nnx.merge(graphdef, factors, rest)(x) ** 2).sum()))(factors)
+    return jax.jit(jax.grad(lambda factors: (nnx.merge(graphdef, factors, rest)(x) ** 2).sum()))(
+        factors
+    )
 
 
 def test_gradients_by_split_are_the_same_in_tree_mode():

@@ -95,14 +95,24 @@ def test_the_jitted_step_makes_no_array_of_a_kernels_shape():
         def kernel_shaped(call):
             def step(state, x):
                 loss = lambda m: (call(m, x) ** 2).sum()  # noqa: E731
-                return nnx.grad(loss, argnums=nnx.DiffState(0, LoHaParam))(nnx.merge(graphdef, state))
+                return nnx.grad(loss, argnums=nnx.DiffState(0, LoHaParam))(
+                    nnx.merge(graphdef, state)
+                )
 
-            compiled = jax.jit(step).lower(state, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
+            compiled = (
+                jax.jit(step).lower(state, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
+            )
             made = re.findall(r"= f32\[512,512\]\S* (\w[\w-]*)\(", compiled.as_text())
-            return [operation for operation in made if operation not in ("parameter", "get-tuple-element")]
+            return [
+                operation
+                for operation in made
+                if operation not in ("parameter", "get-tuple-element")
+            ]
 
         assert kernel_shaped(lambda m, x: m(x)) == []
-        assert kernel_shaped(loha_jax.adapt(lambda m, x: m(x), strategy="dense"))  # the search finds them
+        assert kernel_shaped(
+            loha_jax.adapt(lambda m, x: m(x), strategy="dense")
+        )  # the search finds them
 
 
 def test_shapes_are_injected_without_values():
@@ -110,7 +120,9 @@ def test_shapes_are_injected_without_values():
     inside = nnx.eval_shape(lambda: adapted())
     inject(shapes, config(), rngs=nnx.Rngs(1))
     real = adapted()
-    described = lambda m: [(p, v.get_value().shape, v.get_value().dtype) for p, v in nnx.to_flat_state(nnx.state(m))]  # noqa: E731
+    described = lambda m: [
+        (p, v.get_value().shape, v.get_value().dtype) for p, v in nnx.to_flat_state(nnx.state(m))
+    ]  # noqa: E731
     assert described(shapes) == described(inside) == described(real)
     assert nnx.graphdef(shapes) == nnx.graphdef(inside) == nnx.graphdef(real)
     assert nnx.eval_shape(lambda m, x: m(x), shapes, jnp.asarray(IDS)).shape == (2, 5, 3)
@@ -161,7 +173,9 @@ def test_dropout_draws_anew_in_training_and_not_in_evaluation(kind, transform):
         ratio = np.asarray(run(model, x) / full)
         kept = ratio > 0.5
         # The kept rows are multiplied by out/kept, a module as a whole by nothing.
-        close(ratio, kept * (kept.size / max(kept.sum(), 1) if kind == "rank_dropout" else 1.0), 1e-9)
+        close(
+            ratio, kept * (kept.size / max(kept.sum(), 1) if kind == "rank_dropout" else 1.0), 1e-9
+        )
         factors.append(kept)
     assert len({f.tobytes() for f in factors}) > (90 if kind == "rank_dropout" else 1)
     draws = np.stack(factors)[:, :, :1] if kind == "module_dropout" else np.stack(factors)
@@ -169,13 +183,18 @@ def test_dropout_draws_anew_in_training_and_not_in_evaluation(kind, transform):
     model.eval()
     close(run(model, x), full)
     close(nnx.view(model, deterministic=True)(x), full)
-    assert jnp.abs(nnx.view(model, deterministic=False)(x) - full).max() > 0 or kind == "module_dropout"
+    assert (
+        jnp.abs(nnx.view(model, deterministic=False)(x) - full).max() > 0
+        or kind == "module_dropout"
+    )
 
 
 def test_dropout_differs_by_index_of_a_stack_and_trains():
     class Stacked(nnx.Module):
         def __init__(self, rngs):
-            self.layers = nnx.vmap(lambda rngs: nnx.Linear(4, 64, use_bias=False, rngs=rngs, **F64))(rngs.split(3))
+            self.layers = nnx.vmap(
+                lambda rngs: nnx.Linear(4, 64, use_bias=False, rngs=rngs, **F64)
+            )(rngs.split(3))
 
         def __call__(self, x):
             return nnx.vmap(lambda layer: layer(x))(self.layers)

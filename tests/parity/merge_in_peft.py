@@ -54,7 +54,9 @@ def compare_with_peft(
     checkpoint, ours = Checkpoint(base), Checkpoint(merged)
     plan, _ = plan_merge(checkpoint, adapters)
     able = [
-        key for key, updates in plan.updates.items() if key not in plan.added and _is_known(checkpoint, key, updates)
+        key
+        for key, updates in plan.updates.items()
+        if key not in plan.added and _is_known(checkpoint, key, updates)
     ]
     unable = [key for key in plan.updates if key not in able]
     results = []
@@ -72,15 +74,22 @@ def _is_known(checkpoint: Checkpoint, key: str, updates: list[TensorUpdate]) -> 
     return all(u.module.kind == "lora" and u.weight == 1 and len(updates) == 1 for u in decomposed)
 
 
-def _compare(key: str, base: np.ndarray, ours: np.ndarray, updates: list[TensorUpdate]) -> CheckedTensor:
+def _compare(
+    key: str, base: np.ndarray, ours: np.ndarray, updates: list[TensorUpdate]
+) -> CheckedTensor:
     theirs = _merge_in_peft(base, ours.dtype, updates)
-    a, b = (x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32, copy=False) for x in (ours, theirs))
+    a, b = (
+        x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32, copy=False)
+        for x in (ours, theirs)
+    )
     difference = np.abs(a - b)
     size = float(np.abs(base.astype(b.dtype)).max(initial=0))
     size += sum(abs(u.weight) * _largest_term(u.module) for u in updates)
     steps = max(_roundings(u.module) for u in updates)  # half a unit each, here and there
     allowed = np.maximum(_unit(b, ours.dtype), steps * float(np.finfo(np.float32).eps) * size)
-    return CheckedTensor(key, float(difference.max(initial=0)), float((difference / allowed).max(initial=0)))
+    return CheckedTensor(
+        key, float(difference.max(initial=0)), float((difference / allowed).max(initial=0))
+    )
 
 
 def _unit(values: np.ndarray, dtype: Any) -> np.ndarray:
@@ -93,7 +102,11 @@ def _unit(values: np.ndarray, dtype: Any) -> np.ndarray:
 def _roundings(module: AdapterModule) -> int:
     """How many roundings one value of ΔW, added to W, goes through: those of its longest sums, and of products."""
     return (
-        sum(tensor.shape[0] for part, tensor in module.tensors.items() if part.endswith(("_b", "_A")) or "_t" in part)
+        sum(
+            tensor.shape[0]
+            for part, tensor in module.tensors.items()
+            if part.endswith(("_b", "_A")) or "_t" in part
+        )
         + 3
     )
 
@@ -112,7 +125,9 @@ def _merge_in_peft(base: np.ndarray, dtype: np.dtype, updates: list[TensorUpdate
     import torch
 
     transposed = updates[0].transposed
-    weight = torch.from_numpy(np.array(base.T if transposed else base, np.float64 if base.itemsize > 4 else np.float32))
+    weight = torch.from_numpy(
+        np.array(base.T if transposed else base, np.float64 if base.itemsize > 4 else np.float32)
+    )
     # One merge in the weight's own dtype is what PEFT does; several round once, here as there.
     if len(updates) == 1 and base.dtype == dtype and base.dtype.itemsize < 4:
         weight = weight.to(getattr(torch, dtype.name))
@@ -122,7 +137,10 @@ def _merge_in_peft(base: np.ndarray, dtype: np.dtype, updates: list[TensorUpdate
         module = update.module
         model.config = {}
         wrapped = peft.get_peft_model(model, _peft_config(peft, module))
-        state = {key: torch.from_numpy(tensor.astype(np.float32)) for key, tensor in _state(module).items()}
+        state = {
+            key: torch.from_numpy(tensor.astype(np.float32))
+            for key, tensor in _state(module).items()
+        }
         unexpected = peft.set_peft_model_state_dict(wrapped, state).unexpected_keys
         assert not unexpected, unexpected
         layer: Any = wrapped.base_model.model.layer
@@ -148,9 +166,13 @@ def _peft_config(peft: Any, module: AdapterModule) -> Any:
     if module.kind == "lora":
         alpha = module.alpha
         dora = module.dora_scale is not None
-        return peft.LoraConfig(r=module.r, lora_alpha=alpha, target_modules=["layer"], use_dora=dora)
+        return peft.LoraConfig(
+            r=module.r, lora_alpha=alpha, target_modules=["layer"], use_dora=dora
+        )
     cores = "hada_t1" in module.tensors
-    return peft.LoHaConfig(r=module.r, alpha=module.alpha, target_modules=["layer"], use_effective_conv2d=cores)
+    return peft.LoHaConfig(
+        r=module.r, alpha=module.alpha, target_modules=["layer"], use_effective_conv2d=cores
+    )
 
 
 def _state(module: AdapterModule) -> dict[str, np.ndarray]:

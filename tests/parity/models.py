@@ -69,14 +69,19 @@ class Net(torch.nn.Module):
                 for c in spec.convs
             ]
             self.stem = made[0]
-            self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"conv": conv}) for conv in made[1:])
+            self.blocks = torch.nn.ModuleList(
+                torch.nn.ModuleDict({"conv": conv}) for conv in made[1:]
+            )
             self.norm = norm(spec.convs[-1].out)
             torch.nn.init.normal_(self.norm.running_mean)
             width = spec.convs[-1].out
         else:
             self.layers = torch.nn.ModuleList(
                 torch.nn.ModuleDict(
-                    {"q": torch.nn.Linear(spec.width, 6), "mlp": torch.nn.Linear(6, spec.width, bias=False)}
+                    {
+                        "q": torch.nn.Linear(spec.width, 6),
+                        "mlp": torch.nn.Linear(6, spec.width, bias=False),
+                    }
                 )
                 for _ in range(3)
             )
@@ -128,12 +133,17 @@ def jax_forward(spec: Spec):
 
     def forward(params, x):
         if spec.convs:
-            modules = [params["stem"], *(params["blocks"][str(n)]["conv"] for n in range(len(spec.convs) - 1))]
+            modules = [
+                params["stem"],
+                *(params["blocks"][str(n)]["conv"] for n in range(len(spec.convs) - 1)),
+            ]
             for module, c in zip(modules, spec.convs, strict=True):
                 x = jnp.tanh(convolve(module, x, c))
             norm = params["norm"]
             x = x.reshape(*x.shape[:2], -1)
-            mean, var, scale, bias = (jnp.asarray(norm[n])[:, None] for n in ("mean", "var", "scale", "bias"))
+            mean, var, scale, bias = (
+                jnp.asarray(norm[n])[:, None] for n in ("mean", "var", "scale", "bias")
+            )
             x = ((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias).mean(2)
         else:
             for n in range(3):
@@ -146,7 +156,11 @@ def jax_forward(spec: Spec):
 
 def layouts(spec: Spec) -> dict[str, str]:
     """A 3-D kernel could be several things; these are Conv1d's."""
-    return dict.fromkeys(spec.conv_names, "kio") if spec.convs and len(spec.convs[0].kernel) == 1 else {}
+    return (
+        dict.fromkeys(spec.conv_names, "kio")
+        if spec.convs and len(spec.convs[0].kernel) == 1
+        else {}
+    )
 
 
 @st.composite
@@ -192,12 +206,19 @@ def configs(draw, spec: Spec, second: bool = False) -> dict[str, Any]:
     targets = draw(
         st.one_of(
             st.lists(st.sampled_from(ends), min_size=1, max_size=3, unique=True),
-            st.lists(st.sampled_from([n for n in names if n != "head"]), min_size=1, max_size=3, unique=True),
+            st.lists(
+                st.sampled_from([n for n in names if n != "head"]),
+                min_size=1,
+                max_size=3,
+                unique=True,
+            ),
             st.sampled_from([r".*\.[01]\..*", r"(stem|middle|.*q)", r".*conv|middle"]),
             st.just(["middle"] if second else "all-linear"),
         )
     )
-    pattern_keys = st.sampled_from(["q", "conv", "middle", r"layers\.1\.q", "^stem", r"blocks\.0\.conv", "mlp"])
+    pattern_keys = st.sampled_from(
+        ["q", "conv", "middle", r"layers\.1\.q", "^stem", r"blocks\.0\.conv", "mlp"]
+    )
     ranks = draw(st.lists(st.tuples(pattern_keys, st.integers(1, 3)), max_size=2))
     alphas = draw(st.lists(st.tuples(pattern_keys, st.sampled_from([0.5, 2, 6])), max_size=2))
     r = draw(st.integers(1, 4))
@@ -208,10 +229,17 @@ def configs(draw, spec: Spec, second: bool = False) -> dict[str, Any]:
         "rank_pattern": dict(ranks),
         "alpha_pattern": dict(alphas),
         "use_effective_conv2d": draw(st.booleans()),
-        "exclude_modules": draw(st.sampled_from([None, None, ["middle"], r"layers\.2\..*|blocks\.1.*"])),
-        "modules_to_save": None if second else draw(st.sampled_from([None, ["head"], ["norm"], ["head", "norm"]])),
+        "exclude_modules": draw(
+            st.sampled_from([None, None, ["middle"], r"layers\.2\..*|blocks\.1.*"])
+        ),
+        "modules_to_save": None
+        if second
+        else draw(st.sampled_from([None, ["head"], ["norm"], ["head", "norm"]])),
         "init_weights": False,
     }
     if draw(st.integers(0, 3)) == 0:
-        kwargs |= {"layers_to_transform": draw(st.sampled_from([0, 1, [0, 2]])), "layers_pattern": "layers"}
+        kwargs |= {
+            "layers_to_transform": draw(st.sampled_from([0, 1, [0, 2]])),
+            "layers_pattern": "layers",
+        }
     return kwargs

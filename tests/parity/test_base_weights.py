@@ -23,12 +23,22 @@ from loha_jax.interop.disk.checkpoint_writer import parse_size
 from loha_jax.interop.names.tree_sources import find_sources_in
 
 IDS = np.random.default_rng(0).integers(3, 60, (2, 7))
-TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 
 
 def llama():
     config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, max_position_embeddings=32)
-    return transformers.LlamaForCausalLM(config), transformers.FlaxLlamaForCausalLM, {"input_ids": IDS}
+    return (
+        transformers.LlamaForCausalLM(config),
+        transformers.FlaxLlamaForCausalLM,
+        {"input_ids": IDS},
+    )
 
 
 def bert():
@@ -42,7 +52,11 @@ def bert():
 
 def gpt2():
     config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config), transformers.FlaxGPT2LMHeadModel, {"input_ids": IDS}
+    return (
+        transformers.GPT2LMHeadModel(config),
+        transformers.FlaxGPT2LMHeadModel,
+        {"input_ids": IDS},
+    )
 
 
 def resnet(layer_type="bottleneck"):
@@ -62,9 +76,19 @@ def resnet_basic():
 
 
 def whisper():
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    more = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16, "suppress_tokens": None}
+    more = {
+        "num_mel_bins": 8,
+        "max_source_positions": 20,
+        "max_target_positions": 16,
+        "suppress_tokens": None,
+    }
     config = transformers.WhisperConfig(
         vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes, **ends, **more
     )
@@ -85,16 +109,29 @@ def wav2vec2():
         do_stable_layer_norm=True, mask_time_prob=0.05,
     )  # fmt: skip
     values = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
-    return transformers.Wav2Vec2ForCTC(config), transformers.FlaxWav2Vec2ForCTC, {"input_values": values}
+    return (
+        transformers.Wav2Vec2ForCTC(config),
+        transformers.FlaxWav2Vec2ForCTC,
+        {"input_values": values},
+    )
 
 
 def clip():
     text = dict(TEXT, max_position_embeddings=32, eos_token_id=2, bos_token_id=1)
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 32, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return transformers.CLIPModel(config), transformers.FlaxCLIPModel, {"input_ids": IDS, "pixel_values": pixels}
+    return (
+        transformers.CLIPModel(config),
+        transformers.FlaxCLIPModel,
+        {"input_ids": IDS, "pixel_values": pixels},
+    )
 
 
 def vit():
@@ -139,12 +176,19 @@ def twins():
 def torch_logits(model, inputs):
     with torch.no_grad():
         output = model(**{k: torch.tensor(v) for k, v in inputs.items()})
-    return output[0].float().numpy() if not hasattr(output, "logits_per_image") else output.logits_per_image.numpy()
+    return (
+        output[0].float().numpy()
+        if not hasattr(output, "logits_per_image")
+        else output.logits_per_image.numpy()
+    )
 
 
 def flax_logits(model, params, inputs):
     output = model(**inputs, params=params)
-    return np.asarray(output.logits_per_image if hasattr(output, "logits_per_image") else output.logits, np.float32)
+    return np.asarray(
+        output.logits_per_image if hasattr(output, "logits_per_image") else output.logits,
+        np.float32,
+    )
 
 
 def assert_close(a, b):
@@ -162,7 +206,9 @@ TIED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("builder", [llama, bert, gpt2, resnet, resnet_basic, whisper, wav2vec2, clip, vit])
+@pytest.mark.parametrize(
+    "builder", [llama, bert, gpt2, resnet, resnet_basic, whisper, wav2vec2, clip, vit]
+)
 def test_transformers_checkpoints_load_into_their_flax_twins(builder, twins, tmp_path):
     model, flax, inputs = twins(builder)
     model.save_pretrained(tmp_path)
@@ -204,7 +250,9 @@ def test_a_merged_tree_is_a_folder_that_transformers_loads_in_torch(builder, twi
     assert np.abs(want - torch_logits(model, inputs)).max() > 1e-2 * np.abs(want).max()
     interop.save_merged(merged, adapted, names=names, base=base, max_shard_size=size)
     again, info = type(model).from_pretrained(merged, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert not any(
+        info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    )
     assert_close(torch_logits(again.eval(), inputs), want)
     assert sorted(p.name for p in merged.iterdir()) == sorted(p.name for p in base.iterdir())
     assert stat.S_IMODE((merged / "config.json").stat().st_mode) == stat.S_IMODE(
@@ -216,12 +264,18 @@ def test_a_merged_tree_is_a_folder_that_transformers_loads_in_torch(builder, twi
         assert len(list(merged.glob("model-*.safetensors"))) > 1
         index = json.loads((merged / "model.safetensors.index.json").read_text())
         total = sum(
-            load_file(file)[key].nbytes for key, name in index["weight_map"].items() for file in [merged / name]
+            load_file(file)[key].nbytes
+            for key, name in index["weight_map"].items()
+            for file in [merged / name]
         )
         assert index["metadata"]["total_size"] == total
     # a map out of contents gives the same files
     interop.save_merged(
-        tmp_path / "inferred", adapted, names=NameMap.infer(params, base), base=base, max_shard_size=size
+        tmp_path / "inferred",
+        adapted,
+        names=NameMap.infer(params, base),
+        base=base,
+        max_shard_size=size,
     )
     for file in merged.iterdir():
         assert (tmp_path / "inferred" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -251,7 +305,9 @@ def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
     merged = jax.tree.map(lambda x: x.astype(jnp.float32), loha_jax.merge(adapted))
     assert_close(torch_logits(again.float().eval(), inputs), flax_logits(flax, merged, inputs))
     # asked for, float32: the config says so
-    interop.save_merged(tmp_path / "wide", adapted, base=tmp_path / "base", names=names, dtype=np.float32)
+    interop.save_merged(
+        tmp_path / "wide", adapted, base=tmp_path / "base", names=names, dtype=np.float32
+    )
     assert set(Checkpoint(tmp_path / "wide").dtypes.values()) == {np.dtype(np.float32)}
     saved = json.loads((tmp_path / "wide" / "config.json").read_text())
     assert {saved.get("dtype"), saved.get("torch_dtype")} - {None} == {"float32"}
@@ -271,7 +327,9 @@ def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
     stats["var"] = stats["var"] * 2
     interop.save_merged(tmp_path / "new", params, names=names, base=tmp_path / "base")
     tensors = load_file(tmp_path / "new" / "model.safetensors")
-    np.testing.assert_array_equal(tensors["resnet.embedder.embedder.normalization.running_var"], want * 2)
+    np.testing.assert_array_equal(
+        tensors["resnet.embedder.embedder.normalization.running_var"], want * 2
+    )
     counters = [key for key in tensors if key.endswith("num_batches_tracked")]
     assert counters  # copied through: the tree has no place for them
     assert all(tensors[key].dtype == np.int64 for key in counters)
@@ -299,16 +357,22 @@ def test_a_stacked_model_loads_and_saves_one_module_at_a_time(twins, tmp_path):
     layouts = {key: layouts[key] for key in reversed(layouts)}
     again = interop.load_base(tmp_path / "base", tree, layouts=layouts)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
-    every = loha_jax.inject(tree, LoHaConfig(r=1, target_modules="all-linear"), key=jax.random.key(0), names=found)
+    every = loha_jax.inject(
+        tree, LoHaConfig(r=1, target_modules="all-linear"), key=jax.random.key(0), names=found
+    )
     scale = every["model"]["layers"]["input_layernorm"]["weight"]
     assert scale is tree["model"]["layers"]["input_layernorm"]["weight"]  # [2, 32], and no kernel
-    config = LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], init_weights=False, layers_to_transform=[1])
+    config = LoHaConfig(
+        r=2, target_modules=["q_proj", "down_proj"], init_weights=False, layers_to_transform=[1]
+    )
     adapted = loha_jax.inject(tree, config, key=jax.random.key(0), names=found)
     interop.save_merged(tmp_path / "merged", adapted, names=found, base=tmp_path / "base")
     want = loha_jax.merge(adapted)["model"]["layers"]["mlp"]["down_proj"]["kernel"]
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     for n in range(2):
-        np.testing.assert_allclose(tensors[f"model.layers.{n}.mlp.down_proj.weight"], want[n].T, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(
+            tensors[f"model.layers.{n}.mlp.down_proj.weight"], want[n].T, rtol=0, atol=1e-7
+        )
 
 
 def write(folder, tensors, name="model.safetensors"):
@@ -324,7 +388,10 @@ def small(folder):
         "a.bias": rng.standard_normal(4, np.float32),
         "b.weight": rng.standard_normal((2, 4), np.float32),
     }
-    tree = {"a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "b": {"kernel": jnp.zeros((4, 2))}}
+    tree = {
+        "a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)},
+        "b": {"kernel": jnp.zeros((4, 2))},
+    }
     return write(folder, tensors), tree, tensors
 
 
@@ -373,7 +440,10 @@ def test_a_tied_weight_is_read_and_checked_where_it_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"head.weight .* is not in the base checkpoint"):
         interop.save_merged(tmp_path / "new", loaded, base=folder)
     loaded["head"]["kernel"] += 1
-    with pytest.raises(ValueError, match=r"b.kernel and head.kernel are both b.weight in torch.*Nothing was written"):
+    with pytest.raises(
+        ValueError,
+        match=r"b.kernel and head.kernel are both b.weight in torch.*Nothing was written",
+    ):
         interop.save_merged(tmp_path / "new", loaded, base=folder, tied=tied)
     assert not any((tmp_path / "new").glob("*"))
 
@@ -410,25 +480,37 @@ def test_folders_that_are_no_checkpoint_say_so(tmp_path):
         interop.load_base(tmp_path / "none", tree)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"it has pytorch_model.bin.*safe_serialization=True"):
+    with pytest.raises(
+        FileNotFoundError, match=r"it has pytorch_model.bin.*safe_serialization=True"
+    ):
         interop.load_base(tmp_path / "bin", tree)
     write(tmp_path / "two", tensors, "x.safetensors")
     write(tmp_path / "two", tensors, "y.safetensors")
-    with pytest.raises(ValueError, match=r"several safetensors files and no index: x.safetensors, y.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"several safetensors files and no index: x.safetensors, y.safetensors"
+    ):
         interop.load_base(tmp_path / "two", tree)
     interop.load_base(tmp_path / "two" / "y.safetensors", tree)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes((tmp_path / "a" / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"broken.safetensors is not a readable safetensors file"):
         interop.load_base(broken, tree)
-    interop.save_merged(tmp_path / "shards", interop.load_base(tmp_path / "a", tree), max_shard_size=40)
+    interop.save_merged(
+        tmp_path / "shards", interop.load_base(tmp_path / "a", tree), max_shard_size=40
+    )
     index = tmp_path / "shards" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     interop.load_base(index, tree)
-    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "z.weight": content["weight_map"]["a.bias"]}}))
+    index.write_text(
+        json.dumps(
+            {"weight_map": {**content["weight_map"], "z.weight": content["weight_map"]["a.bias"]}}
+        )
+    )
     with pytest.raises(ValueError, match=r"names tensors that its shards do not hold: z.weight"):
         interop.load_base(tmp_path / "shards", tree)
-    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "z.weight": "model-9.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {**content["weight_map"], "z.weight": "model-9.safetensors"}})
+    )
     with pytest.raises(FileNotFoundError, match=r"model-9.safetensors"):
         interop.load_base(tmp_path / "shards", tree)
     index.write_text("[]")
@@ -438,10 +520,15 @@ def test_folders_that_are_no_checkpoint_say_so(tmp_path):
 
 def test_what_the_tree_does_not_hold_is_copied_through(tmp_path):
     folder, tree, tensors = small(tmp_path / "base")
-    write(folder, {**tensors, "vision.weight": np.ones((2, 2), np.float16), "steps": np.array(3, np.int64)})
+    write(
+        folder,
+        {**tensors, "vision.weight": np.ones((2, 2), np.float16), "steps": np.array(3, np.int64)},
+    )
     (folder / "config.json").write_text('{"model_type": "x"}')
     params = interop.load_base(folder, tree, strict=False)
-    adapted = loha_jax.inject(params, LoHaConfig(r=2, target_modules=["b"], init_weights=False), key=jax.random.key(0))
+    adapted = loha_jax.inject(
+        params, LoHaConfig(r=2, target_modules=["b"], init_weights=False), key=jax.random.key(0)
+    )
     interop.save_merged(tmp_path / "new", adapted, base=folder)
     again = load_file(tmp_path / "new" / "model.safetensors")
     assert {k: (v.dtype, v.shape) for k, v in again.items()} == {
@@ -456,7 +543,9 @@ def test_what_the_tree_does_not_hold_is_copied_through(tmp_path):
     # without the adapter, and with a chosen one
     for adapters, want in ([], tensors["b.weight"]), (["default"], merged.T):
         interop.save_merged(tmp_path / f"n{len(adapters)}", adapted, base=folder, adapters=adapters)
-        np.testing.assert_array_equal(load_file(tmp_path / f"n{len(adapters)}" / "model.safetensors")["b.weight"], want)
+        np.testing.assert_array_equal(
+            load_file(tmp_path / f"n{len(adapters)}" / "model.safetensors")["b.weight"], want
+        )
     with pytest.raises(ValueError, match="zzz"):
         interop.save_merged(tmp_path / "n3", adapted, base=folder, adapters=["zzz"])
 
@@ -468,12 +557,18 @@ def test_saved_modules_are_written_with_their_trained_copies(tmp_path):
     adapted = loha_jax.inject(params, config, key=jax.random.key(0))
     copies = {"default": adapted["b"]["kernel"].copies["default"] + 1}
     adapted["b"]["kernel"] = loha_jax.SavedWeight(
-        adapted["b"]["kernel"].original, copies, adapted["b"]["kernel"].layout, "b.weight", ("default",)
+        adapted["b"]["kernel"].original,
+        copies,
+        adapted["b"]["kernel"].layout,
+        "b.weight",
+        ("default",),
     )
     for base in (folder, None):
         target = tmp_path / f"new{base is None}"
         interop.save_merged(target, adapted, base=base)
-        np.testing.assert_array_equal(load_file(target / "model.safetensors")["b.weight"], copies["default"].T)
+        np.testing.assert_array_equal(
+            load_file(target / "model.safetensors")["b.weight"], copies["default"].T
+        )
 
 
 def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
@@ -486,7 +581,9 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
     assert (folder / "model.safetensors").read_bytes() == before
     message = r"cannot be saved; nothing was written. leaves that do not fit \(1\): x.weight"
     with pytest.raises(ValueError, match=message):
-        interop.save_merged(tmp_path / "new", {**tree, "x": {"kernel": jnp.ones((2, 2))}}, base=folder)
+        interop.save_merged(
+            tmp_path / "new", {**tree, "x": {"kernel": jnp.ones((2, 2))}}, base=folder
+        )
     assert not (tmp_path / "new").exists()
     nan = {"a": {"kernel": jnp.full((3, 4), jnp.nan)}}
     nan = loha_jax.inject(nan, LoHaConfig(r=1, target_modules=["a"]), key=jax.random.key(0))
@@ -507,7 +604,10 @@ def test_a_parameter_of_no_module_needs_the_checkpoint_that_names_it(tmp_path):
     tree = {"emb": {"cls_token": jnp.ones((1, 1, 4))}, "wq": jnp.ones((3, 4))}
     with pytest.raises(ValueError, match="give `base=`"):
         interop.save_merged(tmp_path / "new", tree)
-    base = write(tmp_path, {"emb.cls_token": np.ones((1, 1, 4), np.float32), "wq.weight": np.ones((4, 3), np.float32)})
+    base = write(
+        tmp_path,
+        {"emb.cls_token": np.ones((1, 1, 4), np.float32), "wq.weight": np.ones((4, 3), np.float32)},
+    )
     loaded = interop.load_base(base, tree)
     jax.tree.map(np.testing.assert_array_equal, loaded, tree)
     interop.save_merged(tmp_path / "new", loaded, base=base)

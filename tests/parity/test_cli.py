@@ -42,10 +42,14 @@ def merge_like_peft(base, adapter, out):
 
 
 def llama(sample, dtype):
-    config = transformers.LlamaConfig.from_dict(json.loads((sample.folder / "base_config.json").read_text()))
+    config = transformers.LlamaConfig.from_dict(
+        json.loads((sample.folder / "base_config.json").read_text())
+    )
     config.tie_word_embeddings = False
     model = transformers.LlamaForCausalLM(config).to(dtype)
-    model.load_state_dict({k: v.to(dtype) for k, v in load_torch(sample.folder / "base.safetensors").items()})
+    model.load_state_dict(
+        {k: v.to(dtype) for k, v in load_torch(sample.folder / "base.safetensors").items()}
+    )
     return model.eval()
 
 
@@ -55,12 +59,20 @@ def test_a_merged_llama_is_pefts(name, dtype, tmp_path):
     sample = Sample(name)
     llama(sample, dtype).save_pretrained(tmp_path / "base", max_shard_size="10KB")
     merge_like_peft(tmp_path / "base", sample.adapter, tmp_path / "out")
-    theirs = peft.PeftModel.from_pretrained(llama(sample, dtype), sample.adapter).merge_and_unload().state_dict()
+    theirs = (
+        peft.PeftModel.from_pretrained(llama(sample, dtype), sample.adapter)
+        .merge_and_unload()
+        .state_dict()
+    )
     ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).state_dict()
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
-        unit = torch.finfo(dtype).eps * 2 ** torch.floor(torch.log2(theirs[key].float().abs().max()))
-        limit = unit if dtype != torch.float32 else 4 * unit  # the last bits of float32 go by the order of sums
+        unit = torch.finfo(dtype).eps * 2 ** torch.floor(
+            torch.log2(theirs[key].float().abs().max())
+        )
+        limit = (
+            unit if dtype != torch.float32 else 4 * unit
+        )  # the last bits of float32 go by the order of sums
         assert (value.float() - theirs[key].float()).abs().max() <= limit, key
         if dtype != torch.float32:
             assert (value == theirs[key]).float().mean() > 0.99
@@ -86,9 +98,13 @@ def test_merged_tensors_are_pefts(name, weights, to, tmp_path):
 def test_a_merged_lora_and_dora_are_pefts(tmp_path):
     torch.manual_seed(0)
     base = torch.nn.ModuleDict({"q": torch.nn.Linear(12, 8), "k": torch.nn.Conv2d(3, 5, 3)})
-    save_torch({k: v.contiguous() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors")
+    save_torch(
+        {k: v.contiguous() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors"
+    )
     for use_dora in (False, True):
-        config = peft.LoraConfig(r=2, target_modules=["q", "k"], use_dora=use_dora, init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=2, target_modules=["q", "k"], use_dora=use_dora, init_lora_weights=False
+        )
         base.config = {"model_type": "custom"}
         model = peft.get_peft_model(torch.nn.ModuleDict(base).eval(), config)
         model.save_pretrained(tmp_path / f"lora{use_dora}")
@@ -105,7 +121,9 @@ def test_a_wrong_merge_is_seen(tmp_path):
     path = out / "base.safetensors"
     start, _ = Checkpoint(path).header(path).places["lin1.weight"]
     data = bytearray(path.read_bytes())
-    data[start : start + 2] = (int.from_bytes(data[start : start + 2], "little") + 2).to_bytes(2, "little")
+    data[start : start + 2] = (int.from_bytes(data[start : start + 2], "little") + 2).to_bytes(
+        2, "little"
+    )
     path.write_bytes(data)
     results, _ = compare_with_peft(out, base, [(sample.adapter, 1.0)])
     assert [result.key for result in results if not result.is_fine] == ["lin1.weight"]
@@ -133,7 +151,17 @@ def test_a_converted_lycoris_file_opens_in_peft(form, tmp_path):
 def test_a_converted_lycoris_file_opens_as_a_lora_in_peft(tmp_path):
     path, _ = lycoris_samples.native("plain")
     base = lycoris_samples.DATA / "base_tiny.safetensors"
-    run("convert", path, tmp_path / "lora", "--to", "lora", "--base", base, "--only", "(?!.*(c3d|gconv)).*")
+    run(
+        "convert",
+        path,
+        tmp_path / "lora",
+        "--to",
+        "lora",
+        "--base",
+        base,
+        "--only",
+        "(?!.*(c3d|gconv)).*",
+    )
     _compare_with_lycoris("plain", base, tmp_path / "lora", without=("conv3gconv", "c3d"))
 
 
@@ -143,7 +171,9 @@ def _compare_with_lycoris(form, base, adapter, without=("c3d",)):
             super().__init__()
             nn = torch.nn
             self.fc1 = nn.Linear(24, 16)
-            self.blocks = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(16, 16, False), "out": nn.Linear(16, 12)})])
+            self.blocks = nn.ModuleList(
+                [nn.ModuleDict({"q_proj": nn.Linear(16, 16, False), "out": nn.Linear(16, 12)})]
+            )
             self.conv1x1, self.conv3 = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 10, 3, 2, 1)
             self.gconv = nn.Conv2d(8, 8, (3, 2), groups=2)
             self.c1d, self.c3d = nn.Conv1d(6, 8, 3, padding=1), nn.Conv3d(4, 6, (2, 3, 3))
@@ -154,7 +184,10 @@ def _compare_with_lycoris(form, base, adapter, without=("c3d",)):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(network, adapter).eval()
-    inner, inputs = model.base_model.model, {k: torch.from_numpy(v) for k, v in lycoris_samples.inputs().items()}
+    inner, inputs = (
+        model.base_model.model,
+        {k: torch.from_numpy(v) for k, v in lycoris_samples.inputs().items()},
+    )
     wanted = lycoris_samples.outputs(form)
     with torch.no_grad():
         block = inner.blocks[0]
@@ -165,7 +198,9 @@ def _compare_with_lycoris(form, base, adapter, without=("c3d",)):
         }
     assert found.keys() & wanted.keys() == found.keys(), wanted.keys()
     for key, value in found.items():
-        np.testing.assert_allclose(value.numpy(), wanted[key], rtol=0, atol=2e-6 * np.abs(wanted[key]).max())
+        np.testing.assert_allclose(
+            value.numpy(), wanted[key], rtol=0, atol=2e-6 * np.abs(wanted[key]).max()
+        )
 
 
 def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
@@ -180,7 +215,10 @@ def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
 
     state, deltas = {}, {}
     for name, (out, in_) in names.items():
-        parts = [random.standard_normal(s).astype(np.float32) for s in ((out, 2), (2, in_), (out, 2), (2, in_))]
+        parts = [
+            random.standard_normal(s).astype(np.float32)
+            for s in ((out, 2), (2, in_), (out, 2), (2, in_))
+        ]
         keys = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         state |= {f"base_model.model.{name}.{k}": p for k, p in zip(keys, parts, strict=True)}
         deltas[name] = np.asarray(hada_weight(*map(jnp.asarray, parts), 4.0))
@@ -192,7 +230,13 @@ def test_a_loha_of_gpt2_merges_into_what_its_own_mathematics_says(tmp_path):
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     for name, delta in deltas.items():
         wanted = model.state_dict()[f"{name}.weight"].numpy() + delta.T
-        np.testing.assert_allclose(merged[f"{name}.weight"].numpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            merged[f"{name}.weight"].numpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+        )
     untouched = load_file(tmp_path / "base" / "model.safetensors")
     out = Checkpoint(tmp_path / "out")
-    assert all(np.array_equal(out.read(k), v) for k, v in untouched.items() if k.removesuffix(".weight") not in names)
+    assert all(
+        np.array_equal(out.read(k), v)
+        for k, v in untouched.items()
+        if k.removesuffix(".weight") not in names
+    )

@@ -33,9 +33,24 @@ def test_fields_and_defaults_are_pefts():
         {"r": 4, "alpha": 1.5, "target_modules": ["q"], "modules_to_save": ["head", "norm"]},
         {"target_modules": r".*\.(q|v)", "exclude_modules": "x.*", "task_type": "CAUSAL_LM"},
         {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": ["h", "layers"]},
-        {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h", "use_effective_conv2d": True},
-        {"rank_pattern": {"z": 3, "a": 2}, "alpha_pattern": {"^q": 7}, "init_weights": False, "rank_dropout": 0.1},
-        {"module_dropout": 0.25, "inference_mode": True, "revision": "main", "base_model_name_or_path": "org/base"},
+        {
+            "target_modules": ["q"],
+            "layers_to_transform": 1,
+            "layers_pattern": "h",
+            "use_effective_conv2d": True,
+        },
+        {
+            "rank_pattern": {"z": 3, "a": 2},
+            "alpha_pattern": {"^q": 7},
+            "init_weights": False,
+            "rank_dropout": 0.1,
+        },
+        {
+            "module_dropout": 0.25,
+            "inference_mode": True,
+            "revision": "main",
+            "base_model_name_or_path": "org/base",
+        },
     ],
 )
 def test_json_is_pefts_letter_for_letter(tmp_path, kwargs):

@@ -21,27 +21,45 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_path):
     torch.manual_seed(0)
     unet = small_unet().eval()
-    kernels = {k: v.numpy() for k, v in unet.state_dict().items() if k.endswith(".weight") and v.ndim > 1}
+    kernels = {
+        k: v.numpy() for k, v in unet.state_dict().items() if k.endswith(".weight") and v.ndim > 1
+    }
     flat = {
-        (*key.split(".")[:-1], "kernel"): jnp.asarray(flax_value(key.split(".")[:-1], "weight", value))
+        (*key.split(".")[:-1], "kernel"): jnp.asarray(
+            flax_value(key.split(".")[:-1], "weight", value)
+        )
         for key, value in kernels.items()
     }
     config = LoHaConfig(
-        r=2, alpha=20, target_modules=["to_q", "to_v", "conv1"], init_weights=False, use_effective_conv2d=cores
+        r=2,
+        alpha=20,
+        target_modules=["to_q", "to_v", "conv1"],
+        init_weights=False,
+        use_effective_conv2d=cores,
     )
-    params = loha_jax.inject(unflatten_dict(flat), config, key=jax.random.key(0), layouts={r".*\.conv1": "kkio"})
+    params = loha_jax.inject(
+        unflatten_dict(flat), config, key=jax.random.key(0), layouts={r".*\.conv1": "kkio"}
+    )
     interop.save_lora(tmp_path, params)
 
     merged = copy.deepcopy(unet)
     weights = flatten_dict(loha_jax.merge(params))
-    state = {".".join(path[:-1]) + ".weight": torch.tensor(torch_value(value)) for path, value in weights.items()}
+    state = {
+        ".".join(path[:-1]) + ".weight": torch.tensor(torch_value(value))
+        for path, value in weights.items()
+    }
     merged.load_state_dict({**unet.state_dict(), **state})
     unet_with_lora = copy.deepcopy(unet)
     unet_with_lora.load_lora_adapter(
-        tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model", local_files_only=True
+        tmp_path,
+        weight_name="adapter_model.safetensors",
+        prefix="base_model.model",
+        local_files_only=True,
     )
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     with torch.no_grad():
-        base, want, got = (model(*inputs).sample.numpy() for model in (unet, merged, unet_with_lora))
+        base, want, got = (
+            model(*inputs).sample.numpy() for model in (unet, merged, unet_with_lora)
+        )
     assert np.abs(want - base).max() > 0.01
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -29,21 +29,33 @@ def stacked(make):
 LAYERS = {
     "Linear": (lambda: eqx.nn.Linear(4, 4, key=KEY), {"m": "oi"}),
     "scalar Linear": (lambda: eqx.nn.Linear("scalar", 3, key=KEY), {"m": "oi"}),
-    "stacked Linear": (lambda: stacked(lambda key: eqx.nn.Linear(4, 4, use_bias=False, key=key)), {"m": "soi"}),
+    "stacked Linear": (
+        lambda: stacked(lambda key: eqx.nn.Linear(4, 4, use_bias=False, key=key)),
+        {"m": "soi"},
+    ),
     "Conv1d": (lambda: eqx.nn.Conv1d(4, 4, 4, use_bias=False, key=KEY), {"m": "oik"}),
     "Conv2d": (lambda: eqx.nn.Conv2d(6, 8, 3, use_bias=False, key=KEY), {"m": "oikk"}),
     "Conv3d": (lambda: eqx.nn.Conv3d(3, 3, 3, use_bias=False, key=KEY), {"m": "oikkk"}),
     "depthwise": (lambda: eqx.nn.Conv2d(6, 6, 3, groups=6, use_bias=False, key=KEY), {"m": "oikk"}),
-    "stacked Conv1d": (lambda: stacked(lambda key: eqx.nn.Conv1d(3, 3, 3, use_bias=False, key=key)), {"m": "soik"}),
+    "stacked Conv1d": (
+        lambda: stacked(lambda key: eqx.nn.Conv1d(3, 3, 3, use_bias=False, key=key)),
+        {"m": "soik"},
+    ),
     "ConvTranspose": (lambda: eqx.nn.ConvTranspose2d(4, 4, 3, key=KEY), {"m": "oikk"}),
     "Embedding": (lambda: eqx.nn.Embedding(5, 5, key=KEY), {"m": "oi"}),
     "GRUCell": (lambda: eqx.nn.GRUCell(12, 4, key=KEY), {"m.weight_ih": "oi", "m.weight_hh": "oi"}),
-    "LSTMCell": (lambda: eqx.nn.LSTMCell(3, 4, key=KEY), {"m.weight_ih": "oi", "m.weight_hh": "oi"}),
+    "LSTMCell": (
+        lambda: eqx.nn.LSTMCell(3, 4, key=KEY),
+        {"m.weight_ih": "oi", "m.weight_hh": "oi"},
+    ),
     "attention": (
         lambda: eqx.nn.MultiheadAttention(2, 4, key=KEY),
         {f"m.{name}_proj": "oi" for name in ("query", "key", "value", "output")},
     ),
-    "norm over two axes": (lambda: [eqx.nn.LayerNorm((4, 4)), eqx.nn.Linear(4, 4, key=KEY)], {"m.1": "oi"}),
+    "norm over two axes": (
+        lambda: [eqx.nn.LayerNorm((4, 4)), eqx.nn.Linear(4, 4, key=KEY)],
+        {"m.1": "oi"},
+    ),
 }
 
 
@@ -65,7 +77,9 @@ def test_all_linear_takes_linear_layers_alone():
         "mlp": eqx.nn.MLP(4, 4, 4, 1, key=KEY),
         "lm_head": eqx.nn.Linear(4, 6, key=KEY),
     }
-    adapted = adapted_leaves(loha_jax.inject(tree, LoHaConfig(r=2, target_modules="all-linear"), key=KEY))
+    adapted = adapted_leaves(
+        loha_jax.inject(tree, LoHaConfig(r=2, target_modules="all-linear"), key=KEY)
+    )
     found = {name for leaf in adapted for name in leaf.names}
     assert found == {*(f"{n}.experts" for n in range(3)), "mlp.layers.0", "mlp.layers.1"}
 
@@ -108,7 +122,9 @@ X = np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)
 
 def test_torchs_weights_go_in_and_out(twins, tmp_path):
     module, net, weights = twins
-    np.testing.assert_allclose(jax.vmap(net)(X), module(torch.tensor(X)).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(net)(X), module(torch.tensor(X)).detach().numpy(), atol=1e-5
+    )
     interop.save_merged(tmp_path / "out", net)
     written = load_file(tmp_path / "out/model.safetensors")
     assert written.keys() == weights.keys()
@@ -131,7 +147,9 @@ def test_peft_opens_the_adapter_of_square_layers(twins, tmp_path):
 
 def test_a_transposed_convolution_is_adapted_and_not_exchanged(tmp_path):
     layer = {"up": eqx.nn.ConvTranspose2d(4, 4, 3, key=KEY)}
-    adapted = loha_jax.inject(layer, LoHaConfig(r=2, target_modules=["up"], init_weights=False), key=KEY)
+    adapted = loha_jax.inject(
+        layer, LoHaConfig(r=2, target_modules=["up"], init_weights=False), key=KEY
+    )
     ours = loha_jax.adapt(lambda tree, x: tree["up"](x))(adapted, X[0])
     np.testing.assert_allclose(ours, loha_jax.merge(adapted)["up"](X[0]), atol=1e-4)
     for layouts in (None, {"up": "oikk"}):
@@ -148,8 +166,13 @@ def test_a_transposed_convolution_is_adapted_and_not_exchanged(tmp_path):
 def test_a_recurrent_cells_weights_are_torchs(tmp_path):
     torch.manual_seed(0)
     cell = torch.nn.GRUCell(12, 4, bias=False)
-    save_file({f"gru.{name}": t.numpy() for name, t in cell.state_dict().items()}, tmp_path / "m.safetensors")
-    tree = interop.load_base(tmp_path / "m.safetensors", {"gru": eqx.nn.GRUCell(12, 4, use_bias=False, key=KEY)})
+    save_file(
+        {f"gru.{name}": t.numpy() for name, t in cell.state_dict().items()},
+        tmp_path / "m.safetensors",
+    )
+    tree = interop.load_base(
+        tmp_path / "m.safetensors", {"gru": eqx.nn.GRUCell(12, 4, use_bias=False, key=KEY)}
+    )
     x, h = np.ones(12, np.float32), np.ones(4, np.float32)
     theirs = cell(torch.tensor(x)[None], torch.tensor(h)[None])[0].detach().numpy()
     np.testing.assert_allclose(tree["gru"](jnp.asarray(x), jnp.asarray(h)), theirs, atol=1e-5)

@@ -24,7 +24,9 @@ class Net(torch.nn.Module):
         super().__init__()
         self.q = torch.nn.Linear(WIDTH, WIDTH)
         self.overhead = torch.nn.Linear(WIDTH, WIDTH)
-        self.head = torch.nn.Sequential(torch.nn.Linear(WIDTH, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        )
 
     def forward(self, x):
         return self.head(torch.tanh(self.overhead(torch.tanh(self.q(x)))))
@@ -35,8 +37,12 @@ def forward(params, x):
         return x @ jnp.asarray(p["kernel"]) + p["bias"]
 
     norm = params["head"]["1"]
-    x = dense(params["head"]["0"], jnp.tanh(dense(params["overhead"], jnp.tanh(dense(params["q"], x)))))
-    x = (x - norm["mean"]) / jnp.sqrt(jnp.asarray(norm["var"]) + 1e-5) * norm["scale"] + norm["bias"]
+    x = dense(
+        params["head"]["0"], jnp.tanh(dense(params["overhead"], jnp.tanh(dense(params["q"], x))))
+    )
+    x = (x - norm["mean"]) / jnp.sqrt(jnp.asarray(norm["var"]) + 1e-5) * norm["scale"] + norm[
+        "bias"
+    ]
     return dense(params["head"]["2"], x)
 
 
@@ -65,7 +71,9 @@ X = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
 
 
 @pytest.mark.parametrize("safe_serialization", [True, False], ids=["safetensors", "bin"])
-def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(safe_serialization, tmp_path):
+def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
+    safe_serialization, tmp_path
+):
     model, base = wrapped(modules_to_save=["head"])
     model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
     loaded = interop.load_peft(tmp_path, base)
@@ -98,9 +106,13 @@ def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(tas
     base = jax_params(Model())
     model = peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q"], task_type=task_type))
     model.save_pretrained(tmp_path / "peft")
-    ours = loha_jax.inject(base, LoHaConfig(target_modules=["q"], task_type=task_type), key=jax.random.key(0))
+    ours = loha_jax.inject(
+        base, LoHaConfig(target_modules=["q"], task_type=task_type), key=jax.random.key(0)
+    )
     interop.save_peft(tmp_path / "ours", ours)
-    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "ours")]
+    configs = [
+        json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("peft", "ours")
+    ]
     assert configs[0] == configs[1]
     again = interop.load_peft(tmp_path / "ours", base)  # PEFT's list grows with every load and save
     interop.save_peft(tmp_path / "again", again)
@@ -111,7 +123,9 @@ def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(tas
 
 def test_the_hubs_own_reader_opens_our_model_card_and_peft_adds_to_it(tmp_path):
     base = {"q": {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}}
-    config = LoHaConfig(r=2, target_modules=["q"], base_model_name_or_path="org/base: a name", task_type="CAUSAL_LM")
+    config = LoHaConfig(
+        r=2, target_modules=["q"], base_model_name_or_path="org/base: a name", task_type="CAUSAL_LM"
+    )
     interop.save_peft(tmp_path, loha_jax.inject(base, config, key=jax.random.key(0)))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
@@ -123,14 +137,20 @@ def test_the_hubs_own_reader_opens_our_model_card_and_peft_adds_to_it(tmp_path):
     assert "loha-jax" in ModelCard.load(tmp_path / "README.md").text
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+)
 def test_factor_dtypes_are_pefts(dtype):
     module = torch.nn.ModuleDict({"q": torch.nn.Linear(WIDTH, WIDTH, bias=False)}).to(dtype)
     model = peft.get_peft_model(module, peft.LoHaConfig(target_modules=["q"]))
-    theirs = {str(p.dtype).removeprefix("torch.") for n, p in model.named_parameters() if "hada_" in n}
+    theirs = {
+        str(p.dtype).removeprefix("torch.") for n, p in model.named_parameters() if "hada_" in n
+    }
     with jax.enable_x64(True):
         kernel = jnp.ones((WIDTH, WIDTH), str(dtype).removeprefix("torch."))
-        leaf = loha_jax.inject({"q": {"kernel": kernel}}, LoHaConfig(target_modules=["q"]), key=jax.random.key(0))
+        leaf = loha_jax.inject(
+            {"q": {"kernel": kernel}}, LoHaConfig(target_modules=["q"]), key=jax.random.key(0)
+        )
         ours = {str(t.dtype) for t in leaf["q"]["kernel"].adapters["default"].tensors.values()}
     assert ours == theirs
 
@@ -139,8 +159,12 @@ def test_factor_dtypes_are_pefts(dtype):
 def test_merged_weights_in_low_precision_are_pefts_bit_for_bit(dtype, tmp_path):
     torch.manual_seed(0)
     module = torch.nn.ModuleDict({"q": torch.nn.Linear(WIDTH, WIDTH, bias=False)}).to(dtype)
-    kernel = jnp.asarray(module["q"].weight.detach().float().numpy().T).astype(str(dtype).removeprefix("torch."))
-    model = peft.get_peft_model(module, peft.LoHaConfig(r=2, alpha=2, target_modules=["q"], init_weights=False))
+    kernel = jnp.asarray(module["q"].weight.detach().float().numpy().T).astype(
+        str(dtype).removeprefix("torch.")
+    )
+    model = peft.get_peft_model(
+        module, peft.LoHaConfig(r=2, alpha=2, target_modules=["q"], init_weights=False)
+    )
     model.save_pretrained(tmp_path)
     merged = loha_jax.merge(interop.load_peft(tmp_path, {"q": {"kernel": kernel}}))["q"]["kernel"]
     theirs = model.merge_and_unload()["q"].weight.detach().float().numpy().T
@@ -149,7 +173,9 @@ def test_merged_weights_in_low_precision_are_pefts_bit_for_bit(dtype, tmp_path):
 
 def test_an_adapter_of_another_name_is_in_its_own_folder_as_pefts(tmp_path):
     model, base = wrapped()
-    model.add_adapter("style", peft.LoHaConfig(r=1, target_modules=["overhead"], init_weights=False))
+    model.add_adapter(
+        "style", peft.LoHaConfig(r=1, target_modules=["overhead"], init_weights=False)
+    )
     model.save_pretrained(tmp_path / "peft")
     both = interop.load_peft(tmp_path / "peft", base)
     both = interop.load_peft(tmp_path / "peft" / "style", both, adapter_name="style")

@@ -31,7 +31,11 @@ def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     theirs = HadaWeightCP.apply(*tensors, scale)
     t1, a1, b1, t2, a2, b2 = tensors
-    formula = torch.einsum("ijkl,jr,ip->prkl", t1, b1, a1) * torch.einsum("ijkl,jr,ip->prkl", t2, b2, a2) * scale
+    formula = (
+        torch.einsum("ijkl,jr,ip->prkl", t1, b1, a1)
+        * torch.einsum("ijkl,jr,ip->prkl", t2, b2, a2)
+        * scale
+    )
     cotangent = normal(5, *formula.shape)
     true = torch.autograd.grad(formula, tensors, torch.tensor(cotangent))
     pefts = torch.autograd.grad(theirs, tensors, torch.tensor(cotangent))
@@ -40,4 +44,8 @@ def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
     for got, want in zip(pullback(jnp.asarray(cotangent)), true, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10)
     # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the documentation must say so.
-    assert [bool(torch.allclose(p, t)) for p, t in zip(pefts, true, strict=True)] == [True, False, True] * 2
+    assert [bool(torch.allclose(p, t)) for p, t in zip(pefts, true, strict=True)] == [
+        True,
+        False,
+        True,
+    ] * 2

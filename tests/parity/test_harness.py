@@ -34,7 +34,9 @@ STEPS = 20
 OUTPUT, GRADIENT, TRAJECTORY = 1e-6, 1e-5, 1e-4
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+    ),
     pytest.mark.filterwarnings("ignore:You have passed exclude_modules:UserWarning"),
     pytest.mark.filterwarnings("ignore:(target_modules|modules_to_save)=:UserWarning"),
 ]
@@ -55,7 +57,9 @@ class Case:
         return LoHaConfig(**self.kwargs)
 
     def inject(self, base: Any, config: LoHaConfig, **kwargs: Any) -> Any:
-        key = jax.random.key(self.seed, impl="unsafe_rbg")  # compiles faster than threefry; the values are replaced
+        key = jax.random.key(
+            self.seed, impl="unsafe_rbg"
+        )  # compiles faster than threefry; the values are replaced
         return loha_jax.inject(base, config, key=key, layouts=layouts(self.spec), **kwargs)
 
     def load(self, folder: Any, base: Any, **kwargs: Any) -> Any:
@@ -80,9 +84,13 @@ def randomize(model: Any, case_seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "hada_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+                )
             elif "modules_to_save" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
+                )
 
 
 def output(model: Any, x: np.ndarray) -> np.ndarray:
@@ -93,11 +101,16 @@ def output(model: Any, x: np.ndarray) -> np.ndarray:
 def close(got: Any, want: Any, bound: float, what: str = "") -> None:
     """Equal up to `bound` of the largest entry."""
     want = np.asarray(want)
-    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=bound * max(np.abs(want).max(), 1), err_msg=what)
+    np.testing.assert_allclose(
+        np.asarray(got), want, rtol=0, atol=bound * max(np.abs(want).max(), 1), err_msg=what
+    )
 
 
 def state_of(model: Any, adapter: str = "default") -> dict[str, np.ndarray]:
-    return {k: v.numpy().copy() for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    return {
+        k: v.numpy().copy()
+        for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()
+    }
 
 
 def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
@@ -106,7 +119,9 @@ def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
     return one * torch.einsum("ijkl,jr,ip->prkl", t2, w2b, w2a) * scale
 
 
-def torch_training(model: Any, x: np.ndarray, y: np.ndarray) -> tuple[dict[str, Any], dict[str, list[float]], dict]:
+def torch_training(
+    model: Any, x: np.ndarray, y: np.ndarray
+) -> tuple[dict[str, Any], dict[str, list[float]], dict]:
     """First gradients, losses of both optimizers, and the factors that AdamW ends with."""
     start = {k: v.clone() for k, v in model.state_dict().items()}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +152,9 @@ def plain_key(name: str) -> str:
     return name.replace(".default", "").replace("modules_to_save.", "")
 
 
-def jax_training(spec: Spec, params: Any, x: Any, y: Any, strategy: str) -> tuple[Any, dict[str, Any], Any]:
+def jax_training(
+    spec: Spec, params: Any, x: Any, y: Any, strategy: str
+) -> tuple[Any, dict[str, Any], Any]:
     """The same in JAX, compiled as one function."""
     trainable, frozen = loha_jax.partition(params)
     apply = loha_jax.adapt(jax_forward(spec), strategy=strategy)
@@ -157,7 +174,9 @@ def jax_training(spec: Spec, params: Any, x: Any, y: Any, strategy: str) -> tupl
                 updates, state = tx.update(gradient, state, trainable)
                 return (optax.apply_updates(trainable, updates), state), loss
 
-            (ends[name], _), losses[name] = jax.lax.scan(step, (trainable, tx.init(trainable)), length=STEPS)
+            (ends[name], _), losses[name] = jax.lax.scan(
+                step, (trainable, tx.init(trainable)), length=STEPS
+            )
         return jax.grad(loss_fn)(trainable, *rest), losses, ends["adamw"]
 
     gradient, losses, end = jax.jit(train)(trainable, frozen, x, y)
@@ -166,7 +185,9 @@ def jax_training(spec: Spec, params: Any, x: Any, y: Any, strategy: str) -> tupl
 
 def random_factors(params: Any, case_seed: int) -> Any:
     mask, random = loha_jax.trainable_mask(params), np.random.default_rng(case_seed)
-    return jax.tree.map(lambda v, m: jnp.asarray(random.normal(0, 0.5, v.shape), v.dtype) if m else v, params, mask)
+    return jax.tree.map(
+        lambda v, m: jnp.asarray(random.normal(0, 0.5, v.shape), v.dtype) if m else v, params, mask
+    )
 
 
 def torch_weights(tree: Any) -> dict[str, np.ndarray]:
@@ -194,7 +215,11 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
     wanted = {key: value.shape for key, value in state_of(model).items()}
     assert {key: value.shape for key, value in interop.to_peft_state_dict(fresh).items()} == wanted
     buffers = sum(buffer.numel() for buffer in spec.torch_model(0).buffers())
-    saved = [leaf for leaf in jax.tree.leaves(fresh, is_leaf=is_adapted) if isinstance(leaf, loha_jax.SavedWeight)]
+    saved = [
+        leaf
+        for leaf in jax.tree.leaves(fresh, is_leaf=is_adapted)
+        if isinstance(leaf, loha_jax.SavedWeight)
+    ]
     copied = sum(leaf.size for leaf in saved if leaf.is_buffer)
     summary = loha_jax.summary(fresh)
     counts = (summary.trainable_params, summary.all_params - buffers - copied)
@@ -207,7 +232,9 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
     close(adapted(loaded, x), theirs, OUTPUT)
     merged = loha_jax.merge(loaded, safe=True)
     close(forward(merged, x), theirs, OUTPUT)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (loha_jax.unload(loaded), base)), strict=True))
+    assert all(
+        a is b for a, b in zip(*map(jax.tree.leaves, (loha_jax.unload(loaded), base)), strict=True)
+    )
 
     # The same gradients and trajectories.
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +265,9 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
         with pytest.raises(ValueError):  # noqa: PT011
             case.inject(ours, LoHaConfig(**second), adapter_name="second")
     else:
-        both = random_factors(case.inject(ours, LoHaConfig(**second), adapter_name="second"), case.seed + 1)
+        both = random_factors(
+            case.inject(ours, LoHaConfig(**second), adapter_name="second"), case.seed + 1
+        )
         interop.save_peft(folder / "both", both)
         opened.load_adapter(folder / "both" / "second", "second")
         opened.base_model.set_adapter(["default", "second"])
@@ -264,7 +293,9 @@ CHUNKS = 4
 """The cases run in so many tests, side by side where pytest has several workers; the first is one of every day."""
 
 
-@pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, CHUNKS))])
+@pytest.mark.parametrize(
+    "chunk", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, CHUNKS))]
+)
 def test_peft_and_loha_jax_do_the_same(chunk, request, tmp_path_factory):
     """The number of cases and the seed are options of pytest; hypothesis prints a failing case."""
     options = request.config.option
@@ -274,7 +305,10 @@ def test_peft_and_loha_jax_do_the_same(chunk, request, tmp_path_factory):
         max_examples=-(-options.parity_cases // CHUNKS),
         derandomize=False,
         database=None,
-        phases=[Phase.explicit, Phase.generate],  # each case compiles: shrinking a failing one would take an hour
+        phases=[
+            Phase.explicit,
+            Phase.generate,
+        ],  # each case compiles: shrinking a failing one would take an hour
     )
     @given(st.data(), specs, st.integers(0, 2**16), st.sampled_from(["factored", "fused", "auto"]))
     def run(data, spec, case_seed, strategy):

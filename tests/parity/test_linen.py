@@ -46,7 +46,9 @@ def twin_of(params):
     state = {}
     for name, p in params.items():
         kernel = np.asarray(p["kernel"])
-        state[f"{name}.weight"] = torch.tensor(kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T)
+        state[f"{name}.weight"] = torch.tensor(
+            kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+        )
         state[f"{name}.bias"] = torch.tensor(np.asarray(p["bias"]))
     twin.load_state_dict(state)
     return twin.eval()

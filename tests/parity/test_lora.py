@@ -25,14 +25,21 @@ BOUND = 1e-5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
 ]
 
 
 def chain(*convs):
     """Convolutions of `(into, out, kernel, groups)` with a stride and padding."""
-    return Spec(0, tuple(Conv(i, o, k, (1,) * len(k), (1,) * len(k), (1,) * len(k), g) for i, o, k, g in convs))
+    return Spec(
+        0,
+        tuple(
+            Conv(i, o, k, (1,) * len(k), (1,) * len(k), (1,) * len(k), g) for i, o, k, g in convs
+        ),
+    )
 
 
 LINEAR = Spec(5, ())
@@ -53,7 +60,8 @@ def random_adapter(base, config, **kwargs):
 
     def factors(target):
         modules = [
-            {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {} for r in target.ranks
+            {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {}
+            for r in target.ranks
         ]
         return stack_factors(modules, target, jnp.float32)
 
@@ -65,7 +73,9 @@ def random_adapter(base, config, **kwargs):
         return {"dora_scale": jnp.asarray(own * random.uniform(0.7, 1.6, own.shape), jnp.float32)}
 
     plan = plan_injection(base, config, **kwargs)
-    return apply_plan(base, plan, "default", factors, lambda saved, kernel: jnp.array(kernel), norms)
+    return apply_plan(
+        base, plan, "default", factors, lambda saved, kernel: jnp.array(kernel), norms
+    )
 
 
 @dataclasses.dataclass
@@ -93,7 +103,10 @@ class Model:
     def opened(self, folder):
         """PEFT's model of a folder; that every tensor of the file is in it is checked."""
         model = peft.PeftModel.from_pretrained(copy.deepcopy(self.module), folder).eval()
-        theirs, ours = peft.get_peft_model_state_dict(model), load_file(folder / "adapter_model.safetensors")
+        theirs, ours = (
+            peft.get_peft_model_state_dict(model),
+            load_file(folder / "adapter_model.safetensors"),
+        )
         assert theirs.keys() == ours.keys()
         for key, tensor in ours.items():
             np.testing.assert_array_equal(theirs[key].numpy(), tensor, err_msg=key)
@@ -109,7 +122,9 @@ def torch_output(model, x):
 
 
 def close(got, want, what=""):
-    np.testing.assert_allclose(got, want, rtol=0, atol=BOUND * max(np.abs(want).max(), 1), err_msg=what)
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=BOUND * max(np.abs(want).max(), 1), err_msg=what
+    )
 
 
 def require_moved(model, output):
@@ -119,16 +134,29 @@ def require_moved(model, output):
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("linear", {"rank_pattern": {"layers.1.q": 1}, "alpha_pattern": {"mlp": 5}, "modules_to_save": ["head"]}),
+        (
+            "linear",
+            {
+                "rank_pattern": {"layers.1.q": 1},
+                "alpha_pattern": {"mlp": 5},
+                "modules_to_save": ["head"],
+            },
+        ),
         ("conv1d", {}),
         ("conv1d", {"use_effective_conv2d": True}),
         ("conv2d", {"modules_to_save": ["norm"]}),
         ("conv2d", {"use_effective_conv2d": True}),
         ("grouped", {"rank_pattern": {"stem": 1}}),
         ("grouped", {"use_effective_conv2d": True}),
-        ("linear", {"config_class": LycorisConfig, "weight_decompose": True, "rank_pattern": {"q": 1}}),
+        (
+            "linear",
+            {"config_class": LycorisConfig, "weight_decompose": True, "rank_pattern": {"q": 1}},
+        ),
         ("conv1d", {"config_class": LycorisConfig, "weight_decompose": True}),
-        ("conv2d", {"config_class": LycorisConfig, "weight_decompose": True, "use_effective_conv2d": True}),
+        (
+            "conv2d",
+            {"config_class": LycorisConfig, "weight_decompose": True, "use_effective_conv2d": True},
+        ),
         ("linear", {"config_class": LycorisConfig, "rs_lora": True}),
     ],
 )
@@ -158,8 +186,12 @@ def test_errors_are_those_between_the_updates_of_pefts_two_models(name, limit, t
     assert len(set(lora.errors.values())) > 1
     for module, error in lora.errors.items():
         layer = opened.base_model.model.get_submodule(module)
-        want = loha.base_model.model.get_submodule(module).get_delta_weight("default").detach().numpy()
-        if getattr(layer.base_layer, "groups", 1) > 1:  # PEFT computes no such delta: the one of its own forward pass
+        want = (
+            loha.base_model.model.get_submodule(module).get_delta_weight("default").detach().numpy()
+        )
+        if (
+            getattr(layer.base_layer, "groups", 1) > 1
+        ):  # PEFT computes no such delta: the one of its own forward pass
             got = response(layer)
         else:
             got = layer.get_delta_weight("default").detach().numpy().reshape(want.shape)
@@ -177,7 +209,9 @@ def response(layer):
         pulses[(channel, channel, *(size - 1 for size in space))] = 1
     lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
     with torch.no_grad():
-        found = lora_b(torch.nn.functional.conv2d(pulses, lora_a.weight)).numpy()  # [channel, out, *space], reversed
+        found = lora_b(
+            torch.nn.functional.conv2d(pulses, lora_a.weight)
+        ).numpy()  # [channel, out, *space], reversed
     kernel = np.flip(found, (2, 3)).swapaxes(0, 1)
     result = np.zeros(tuple(base.weight.shape))
     for row in range(out):
@@ -220,14 +254,18 @@ def test_a_stacked_kernel_is_a_lora_per_layer(tmp_path):
     assert lora.config["target_modules"] == ["q"]
     for tree in (params, interop.load_lora(tmp_path, stacked, **where)):
         merged = loha_jax.merge(tree)
-        unstacked = {str(n): jax.tree.map(lambda leaf, n=n: leaf[n], merged["layers"]) for n in range(3)}
+        unstacked = {
+            str(n): jax.tree.map(lambda leaf, n=n: leaf[n], merged["layers"]) for n in range(3)
+        }
         want = np.asarray(jax_forward(LINEAR)({**merged, "layers": unstacked}, model.x))
         require_moved(model, want)
         close(torch_output(model.opened(tmp_path), model.x), want)
 
 
 def test_conv3d(tmp_path):
-    module = torch.nn.ModuleDict({"conv": torch.nn.Conv3d(2, 4, (3, 2, 1), stride=2, padding=1)}).float()
+    module = torch.nn.ModuleDict(
+        {"conv": torch.nn.Conv3d(2, 4, (3, 2, 1), stride=2, padding=1)}
+    ).float()
     base = jax_params(module)
     for n, cp in enumerate((False, True)):
         config = LoHaConfig(r=2, target_modules=["conv"], use_effective_conv2d=cp)
@@ -272,25 +310,39 @@ def test_pefts_convert_to_lora_has_no_smaller_error_at_any_rank(tmp_path):
     torch.manual_seed(0)
     module = torch.nn.ModuleDict({"q": torch.nn.Linear(40, 60), "k": torch.nn.Linear(30, 20)})
     base = jax_params(module)
-    loha = peft.get_peft_model(module, peft.LoHaConfig(r=4, alpha=6, target_modules=["q", "k"], init_weights=False))
+    loha = peft.get_peft_model(
+        module, peft.LoHaConfig(r=4, alpha=6, target_modules=["q", "k"], init_weights=False)
+    )
     loha.save_pretrained(tmp_path)
     params = interop.load_peft(tmp_path, base)
     want = {
-        name: loha.base_model.model[name].get_delta_weight("default").detach().numpy().astype(np.float64)
+        name: loha.base_model.model[name]
+        .get_delta_weight("default")
+        .detach()
+        .numpy()
+        .astype(np.float64)
         for name in ("q", "k")
     }
 
     def errors(state):
         found = {}
         for name in ("q", "k"):
-            a, b = (np.asarray(state[f"base_model.model.{name}.lora_{p}.weight"], np.float64) for p in "AB")
-            found[name] = a.shape[0], np.linalg.norm(b @ a - want[name]) / np.linalg.norm(want[name])
+            a, b = (
+                np.asarray(state[f"base_model.model.{name}.lora_{p}.weight"], np.float64)
+                for p in "AB"
+            )
+            found[name] = (
+                a.shape[0],
+                np.linalg.norm(b @ a - want[name]) / np.linalg.norm(want[name]),
+            )
         return found
 
     for limit in (1, 3, 8, 0.5, 0.9):
         _, state = peft.convert_to_lora(loha, rank=limit)
         theirs = errors({key: tensor.numpy() for key, tensor in state.items()})
-        lora = interop.to_lora(params, **({"rank": limit} if isinstance(limit, int) else {"energy": limit}))
+        lora = interop.to_lora(
+            params, **({"rank": limit} if isinstance(limit, int) else {"energy": limit})
+        )
         ours = errors(lora.tensors)
         for name in ("q", "k"):
             assert ours[name][0] == theirs[name][0]
@@ -304,7 +356,8 @@ def random_lora(model, **kwargs):
     names = {name.rsplit(".", 1)[-1] for name in (*model.spec.linears, *model.spec.conv_names)}
     targets = [name for name in TARGETS if name in names]
     wrapped = peft.get_peft_model(
-        copy.deepcopy(model.module), peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": targets} | kwargs)
+        copy.deepcopy(model.module),
+        peft.LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": targets} | kwargs),
     )
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -318,11 +371,28 @@ def random_lora(model, **kwargs):
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("linear", {"rank_pattern": {"layers.1.q": 1}, "alpha_pattern": {"mlp": 9}, "modules_to_save": ["head"]}),
+        (
+            "linear",
+            {
+                "rank_pattern": {"layers.1.q": 1},
+                "alpha_pattern": {"mlp": 9},
+                "modules_to_save": ["head"],
+            },
+        ),
         ("linear", {"use_rslora": True, "rank_pattern": {"q": 5}, "lora_dropout": 0.1}),
         ("linear", {"use_dora": True}),
-        ("linear", {"target_modules": "all-linear", "init_lora_weights": "gaussian", "exclude_modules": ["head"]}),
-        ("linear", {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+        (
+            "linear",
+            {
+                "target_modules": "all-linear",
+                "init_lora_weights": "gaussian",
+                "exclude_modules": ["head"],
+            },
+        ),
+        (
+            "linear",
+            {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        ),
         ("conv1d", {"use_rslora": True}),
         ("conv2d", {"modules_to_save": ["norm"]}),
         ("conv2d", {"use_dora": True, "rank_pattern": {"stem": 1}}),
@@ -353,7 +423,9 @@ def test_a_lora_over_groups_of_peft_is_refused_unless_each_reads_its_own_channel
     model = Model(GROUPED)
     wrapped = random_lora(model, r=6)
     wrapped.save_pretrained(tmp_path / "any")
-    with pytest.raises(ValueError, match="conv is a convolution in 6 groups, and lora_A of group 0 reads channels"):
+    with pytest.raises(
+        ValueError, match="conv is a convolution in 6 groups, and lora_A of group 0 reads channels"
+    ):
         model.load(tmp_path / "any")
     with torch.no_grad():
         for name, module in wrapped.base_model.model.named_modules():

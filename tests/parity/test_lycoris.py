@@ -88,14 +88,18 @@ def base_of(module):
 def same_outputs(ours, theirs, base):
     for name, want in theirs.items():
         assert np.abs(want - base[name]).max() > 1e-3, f"the adapter does nothing to {name}"
-        np.testing.assert_allclose(ours[name], want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=name)
+        np.testing.assert_allclose(
+            ours[name], want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=name
+        )
 
 
 def same_tensors(ours, theirs):
     """Bit for bit but for alpha, which LyCORIS rounds to the dtype of the file."""
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[key].astype(np.float64), tensor.astype(np.float64), err_msg=key)
+        np.testing.assert_array_equal(
+            ours[key].astype(np.float64), tensor.astype(np.float64), err_msg=key
+        )
 
 
 @pytest.fixture
@@ -107,7 +111,13 @@ def network(monkeypatch):
 
     def make(module, **options):
         made = lycoris.LycorisNetwork(
-            module, network_module="loha", lora_dim=4, alpha=3, conv_lora_dim=3, conv_alpha=1, **options
+            module,
+            network_module="loha",
+            lora_dim=4,
+            alpha=3,
+            conv_lora_dim=3,
+            conv_alpha=1,
+            **options,
         )
         with torch.no_grad():
             for lora in made.loras:
@@ -161,7 +171,9 @@ def test_what_lycoris_writes_gives_its_outputs(options, network, tmp_path):
 def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
     module, path = net(), tmp_path / "adapter.safetensors"
     base, unadapted = base_of(module), torch_outputs(module)
-    config = LycorisConfig(r=4, alpha=3, target_modules=TARGETS, rank_pattern={"conv3": 5, "c1d": 2}, **options)
+    config = LycorisConfig(
+        r=4, alpha=3, target_modules=TARGETS, rank_pattern={"conv3": 5, "c1d": 2}, **options
+    )
     params = trained(base, config, LAYOUTS)
     interop.save_lycoris(path, params, dtype=dtype)
     network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), module)
@@ -200,7 +212,9 @@ def kohya_state():
 
 
 def kohya_base(component):
-    return {k.partition(".")[2]: v for k, v in kohya_state().items() if k.startswith(f"{component}.")}
+    return {
+        k.partition(".")[2]: v for k, v in kohya_state().items() if k.startswith(f"{component}.")
+    }
 
 
 def as_torch(state):
@@ -244,7 +258,9 @@ def torch_state(params):
     state = {}
     for (*path, leaf), value in flatten_dict(jax.jit(loha_jax.merge)(params)).items():
         name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)
-        state[".".join([*path, name])] = torch_value(value) if leaf == "kernel" else np.asarray(value)
+        state[".".join([*path, name])] = (
+            torch_value(value) if leaf == "kernel" else np.asarray(value)
+        )
     return state
 
 
@@ -255,14 +271,19 @@ def close(got, want, base):
 
 @pytest.mark.parametrize("form", ["tucker", "dora_attn"])
 def test_a_kohya_text_encoder(form):
-    path, ref = DATA / f"kohya_{form}.safetensors", load_file(DATA / f"kohya_{form}_ref.safetensors")
+    path, ref = (
+        DATA / f"kohya_{form}.safetensors",
+        load_file(DATA / f"kohya_{form}_ref.safetensors"),
+    )
     params = interop.load_lycoris(path, jax_tree(kohya_base("te")), prefix="lora_te_")
     close(te_output(text_encoder(torch_state(params)), ref), ref["te_out"], ref["te_base"])
 
 
 @pytest.fixture
 def kohya_unet():
-    return interop.load_lycoris(DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("unet")), prefix="lora_unet_")
+    return interop.load_lycoris(
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("unet")), prefix="lora_unet_"
+    )
 
 
 def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
@@ -281,7 +302,9 @@ def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
 
 def test_kohya_opens_two_components_of_ours(kohya_unet, tmp_path, monkeypatch):
     path, ref = tmp_path / "adapter.safetensors", load_file(DATA / "kohya_tucker_ref.safetensors")
-    te = interop.load_lycoris(DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("te")), prefix="lora_te_")
+    te = interop.load_lycoris(
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("te")), prefix="lora_te_"
+    )
     interop.save_lycoris(path, kohya_unet, prefix="lora_unet_", others={"lora_te_": te})
     encoder, model = text_encoder(), unet()
     # LyCORIS 4.1.3 counts diffusers' time embedding twice, by its class and by its name, and refuses the UNet.
@@ -301,7 +324,10 @@ def test_rank_stabilisation_is_in_the_alphas_of_a_file(tmp_path):
         for parameter in module.parameters():
             parameter.normal_(0, 0.3)
     base = base_of(torch.nn.ModuleDict({"q": linear}))
-    state = {f"lora_unet_q.{part}": tensor.detach().numpy() for part, tensor in module.custom_state_dict().items()}
+    state = {
+        f"lora_unet_q.{part}": tensor.detach().numpy()
+        for part, tensor in module.custom_state_dict().items()
+    }
     save_file(state, tmp_path / "adapter.safetensors")
     params = interop.load_lycoris(tmp_path / "adapter.safetensors", base)
     assert params["q"]["kernel"].adapters["default"].alphas == (4,)  # 2·√4

@@ -53,7 +53,9 @@ def apply(layer, x, kernel):
     [
         pytest.param(layer, cores, option, id=f"{layer}, {'cores' if cores else 'flat'}, {option}")
         for layer, cores, option in itertools.product(LAYERS, (False, True), OPTIONS)
-        if option == "all" or (layer in ("linear", "conv2d") and not cores) or (cores, option) == (True, "plain")
+        if option == "all"
+        or (layer in ("linear", "conv2d") and not cores)
+        or (cores, option) == (True, "plain")
         if not (cores and layer == "linear")
     ],
 )
@@ -62,7 +64,9 @@ def test_values_and_gradients_are_those_of_lycoris(layer, cores, option, x64):
     options = OPTIONS[option]
     torch.manual_seed(0)
     module = make().double()
-    theirs = LohaModule("q", module, lora_dim=3, alpha=2, use_tucker=cores, bypass_mode=False, **options).double()
+    theirs = LohaModule(
+        "q", module, lora_dim=3, alpha=2, use_tucker=cores, bypass_mode=False, **options
+    ).double()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name != "dora_scale":
@@ -71,14 +75,22 @@ def test_values_and_gradients_are_those_of_lycoris(layer, cores, option, x64):
                 parameter.mul_(1.3)
     weight = module.weight.detach().numpy()
     kernel = jnp.asarray(np.moveaxis(weight, (0, 1), (-1, -2)))
-    config = LycorisConfig(r=3, alpha=2, target_modules=["q"], use_effective_conv2d=cores, **options)
-    params = loha_jax.inject({"q": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"q": layout})
+    config = LycorisConfig(
+        r=3, alpha=2, target_modules=["q"], use_effective_conv2d=cores, **options
+    )
+    params = loha_jax.inject(
+        {"q": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"q": layout}
+    )
     (factors,) = params["q"]["kernel"].adapters.values()
     given = {name: value.detach().numpy() for name, value in theirs.named_parameters()}
     assert given.keys() == factors.trained.keys()
     if options.get("weight_decompose"):  # both start at the norms of W
-        np.testing.assert_allclose(given["dora_scale"], 1.3 * factors.dora_scale, rtol=1e-6)  # theirs was float32
-    arrays = {name: jnp.asarray(given[name]).reshape(own.shape) for name, own in factors.trained.items()}
+        np.testing.assert_allclose(
+            given["dora_scale"], 1.3 * factors.dora_scale, rtol=1e-6
+        )  # theirs was float32
+    arrays = {
+        name: jnp.asarray(given[name]).reshape(own.shape) for name, own in factors.trained.items()
+    }
     leaf = params["q"]["kernel"]
     leaf = dataclasses.replace(leaf, adapters={"default": dataclasses.replace(factors, **arrays)})
 
@@ -95,11 +107,15 @@ def test_values_and_gradients_are_those_of_lycoris(layer, cores, option, x64):
     run = loha_jax.adapt(forward, strategy="factored")
     step = jax.jit(lambda leaf, x, g: (run(leaf, x), jax.vjp(run, leaf, x)[1](g)))
     arguments = (leaf, jnp.asarray(x.detach().numpy()), jnp.asarray(cotangent.numpy()))
-    got, (d_leaf, dx) = step.lower(*arguments).compile({"xla_backend_optimization_level": 0})(*arguments)
+    got, (d_leaf, dx) = step.lower(*arguments).compile({"xla_backend_optimization_level": 0})(
+        *arguments
+    )
     assert_close(got, want.detach())
     assert_close(dx, x.grad)
     for name, parameter in theirs.named_parameters():
-        assert_close(d_leaf.adapters["default"].trained[name].reshape(parameter.shape), parameter.grad)
+        assert_close(
+            d_leaf.adapters["default"].trained[name].reshape(parameter.shape), parameter.grad
+        )
 
 
 def assert_close(got, want):
@@ -119,7 +135,9 @@ def test_max_norm_is_that_of_lycoris(limit):
     params = loha_jax.inject({"q": {"kernel": jnp.zeros((5, 7))}}, config, key=jax.random.key(0))
     leaf = params["q"]["kernel"]
     (factors,) = leaf.adapters.values()
-    arrays = {name: jnp.asarray(value.detach().numpy()) for name, value in theirs.named_parameters()}
+    arrays = {
+        name: jnp.asarray(value.detach().numpy()) for name, value in theirs.named_parameters()
+    }
     leaf = dataclasses.replace(leaf, adapters={"default": dataclasses.replace(factors, **arrays)})
     theirs.apply_max_norm(limit)
     (limited,) = loha_jax.apply_max_norm({"q": leaf}, limit)["q"].adapters.values()

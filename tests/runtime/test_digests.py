@@ -19,7 +19,9 @@ def of(array, **options):
 
 
 def draw(shape, dtype, seed=0):
-    values = np.random.default_rng(seed).integers(-7 if np.dtype(dtype).kind != "u" else 0, 7, shape)
+    values = np.random.default_rng(seed).integers(
+        -7 if np.dtype(dtype).kind != "u" else 0, 7, shape
+    )
     return values.astype(jnp.dtype(dtype))
 
 
@@ -33,7 +35,9 @@ def by_hand(array):
     """The definition, element by element in Python's integers, for elements of 4 bytes."""
     sums = [0, 0]
     for index, value in np.ndenumerate(array.view(np.uint32)):
-        place = sum(mixed((n + 0x9E3779B9 * (axis + 1)) % 2**32) for axis, n in enumerate((*index, 0)))
+        place = sum(
+            mixed((n + 0x9E3779B9 * (axis + 1)) % 2**32) for axis, n in enumerate((*index, 0))
+        )
         for lane, (m, n) in enumerate([(0x85EBCA6B, 1), (0x27D4EB2F, 0x165667B1)]):
             sums[lane] += mixed((int(value) * m + place * n) % 2**32)
     return "".join(f"{total % 2**32:08x}" for total in sums)
@@ -70,7 +74,9 @@ def test_the_words_of_traced_arrays_are_those_of_numpy():
 
     for dtype in DTYPES:
         array = draw((3, 2), dtype)
-        np.testing.assert_array_equal(_device_words(jnp.asarray(array)), _host_words(array), err_msg=dtype)
+        np.testing.assert_array_equal(
+            _device_words(jnp.asarray(array)), _host_words(array), err_msg=dtype
+        )
 
 
 @given(st.data())
@@ -91,7 +97,9 @@ def test_what_is_swapped_or_flipped_is_found(data):
     assert (of(other) == of(array)) == (array[a] == array[b])
 
 
-@pytest.mark.parametrize("shape", [(8, 4096, 300), (3,), (), (128256, 64), (0, 5), (90, 90, 90, 90)])
+@pytest.mark.parametrize(
+    "shape", [(8, 4096, 300), (3,), (), (128256, 64), (0, 5), (90, 90, 90, 90)]
+)
 def test_a_sample_is_bounded_and_spread(shape):
     indices = grid(shape, 1 << 12)
     assert np.prod([len(i) for i in indices]) <= 1 << 12
@@ -117,7 +125,10 @@ def test_a_sample_sees_what_it_reads():
 
 def test_empty_arrays_and_none():
     assert digests({}) == {}
-    assert digests({"a": np.zeros((0, 3)), "b": jnp.zeros((2, 0))}) == {"a": "0" * 16, "b": "0" * 16}
+    assert digests({"a": np.zeros((0, 3)), "b": jnp.zeros((2, 0))}) == {
+        "a": "0" * 16,
+        "b": "0" * 16,
+    }
 
 
 def test_the_names_keep_their_order():

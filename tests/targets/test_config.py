@@ -20,12 +20,18 @@ def test_config_files_of_peft_survive_a_round_trip(name):
     assert list(ours) == list(theirs)
     assert len(ours) == 20
     for key, value in theirs.items():
-        assert sorted(ours[key]) == sorted(value) if key == "target_modules" and isinstance(value, list) else True
+        assert (
+            sorted(ours[key]) == sorted(value)
+            if key == "target_modules" and isinstance(value, list)
+            else True
+        )
         assert ours[key] == value or key == "target_modules"
 
 
 def test_lists_become_sets_and_survive_hash_copy_and_pickle():
-    config = LoHaConfig(target_modules=["q", "v", "q"], exclude_modules=("x",), rank_pattern={"q": 2})
+    config = LoHaConfig(
+        target_modules=["q", "v", "q"], exclude_modules=("x",), rank_pattern={"q": 2}
+    )
     assert config.target_modules == {"q", "v"}
     assert config.exclude_modules == {"x"}
     again = LoHaConfig(target_modules=["v", "q"], exclude_modules=["x"], rank_pattern={"q": 2})
@@ -53,9 +59,15 @@ def test_lists_become_sets_and_survive_hash_copy_and_pickle():
         ({"target_modules": "q("}, "not a regular expression"),
         ({"target_modules": [1]}, "list of strings"),
         ({"modules_to_save": "head"}, r"write \['head'\]"),
-        ({"layers_pattern": "h"}, "When `layers_pattern` is specified, `layers_to_transform` must also be specified."),
+        (
+            {"layers_pattern": "h"},
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+        ),
         ({"layers_to_transform": ["0"]}, "should hold integers"),
-        ({"task_type": "FOO"}, "Invalid task type: 'FOO'. Must be one of the following task types: SEQ_CLS,"),
+        (
+            {"task_type": "FOO"},
+            "Invalid task type: 'FOO'. Must be one of the following task types: SEQ_CLS,",
+        ),
         ({"init_weights": "gaussian"}, "`init_weights` should be True, False or one of"),
     ],
 )
@@ -104,8 +116,12 @@ def test_a_folder_without_a_config_or_with_a_broken_one_says_so(tmp_path):
             "r": st.integers(1, 64),
             "alpha": st.one_of(st.integers(-8, 64), st.floats(0.01, 99)),
             "task_type": st.sampled_from(TASK_TYPES),
-            "rank_pattern": st.dictionaries(st.text("abq.", min_size=1, max_size=5), st.integers(1, 9), max_size=3),
-            "target_modules": st.lists(st.text("abq.", min_size=1, max_size=5), min_size=1, max_size=3),
+            "rank_pattern": st.dictionaries(
+                st.text("abq.", min_size=1, max_size=5), st.integers(1, 9), max_size=3
+            ),
+            "target_modules": st.lists(
+                st.text("abq.", min_size=1, max_size=5), min_size=1, max_size=3
+            ),
             "init_weights": st.sampled_from([True, False, "lycoris"]),
         },
     )
@@ -116,7 +132,8 @@ def test_any_config_survives_json(kwargs):
 
 
 @pytest.mark.parametrize(
-    ("task_type", "heads"), [("SEQ_CLS", ("classifier", "score")), ("QUESTION_ANS", ("qa_outputs",)), ("CAUSAL_LM", ())]
+    ("task_type", "heads"),
+    [("SEQ_CLS", ("classifier", "score")), ("QUESTION_ANS", ("qa_outputs",)), ("CAUSAL_LM", ())],
 )
 def test_task_types_add_their_heads_once(task_type, heads):
     config = LoHaConfig(task_type=task_type, modules_to_save=[*heads[:1], "norm"])

@@ -12,21 +12,30 @@ import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
 
 KEY = jax.random.key(0)
-BASE = {"q": {"kernel": jax.random.normal(KEY, (5, 6))}, "v": {"kernel": jax.random.normal(KEY, (5, 6))}}
+BASE = {
+    "q": {"kernel": jax.random.normal(KEY, (5, 6))},
+    "v": {"kernel": jax.random.normal(KEY, (5, 6))},
+}
 
 
 def inject(base=BASE, **options):
-    config = LycorisConfig(target_modules=["q", "v"], **{"r": 4, "alpha": 3, "init_weights": False} | options)
+    config = LycorisConfig(
+        target_modules=["q", "v"], **{"r": 4, "alpha": 3, "init_weights": False} | options
+    )
     return loha_jax.inject(base, config, key=KEY)
 
 
 def delta(params, name="q"):
-    return np.asarray(loha_jax.merge(params)[name]["kernel"]) - np.asarray(loha_jax.unload(params)[name]["kernel"])
+    return np.asarray(loha_jax.merge(params)[name]["kernel"]) - np.asarray(
+        loha_jax.unload(params)[name]["kernel"]
+    )
 
 
 def test_rank_stabilisation_scales_by_alpha_over_the_root_of_r():
     plain, stable = inject(), inject(rs_lora=True, rank_pattern={"v": 8}, alpha_pattern={"v": 2})
-    np.testing.assert_allclose(delta(stable), delta(plain) * 2, rtol=1e-4, atol=1e-6)  # 3/√4 instead of 3/4
+    np.testing.assert_allclose(
+        delta(stable), delta(plain) * 2, rtol=1e-4, atol=1e-6
+    )  # 3/√4 instead of 3/4
     (factors,) = stable["v"]["kernel"].adapters.values()
     np.testing.assert_allclose(factors.scaling, 2 / math.sqrt(8), rtol=1e-6)
     # files hold it folded into alpha, so that alpha/r is the scaling for every reader
@@ -57,7 +66,9 @@ def test_the_scalar_starts_the_adapter_as_a_no_op_that_trains(scheme):
 
     def loss(trainable):
         p = loha_jax.combine(trainable, frozen)
-        return loha_jax.adapt(lambda p, x: (jnp.tanh(x @ p["q"]["kernel"]) @ p["v"]["kernel"].T).sum())(p, x)
+        return loha_jax.adapt(
+            lambda p, x: (jnp.tanh(x @ p["q"]["kernel"]) @ p["v"]["kernel"].T).sum()
+        )(p, x)
 
     (gradient,) = jax.grad(loss)(trainable)["q"]["kernel"].adapters.values()
     assert float(jnp.abs(gradient.scalar)) > 0
@@ -69,7 +80,9 @@ def test_the_scalar_multiplies_the_update_and_is_folded_on_saving(tmp_path):
 
     def with_scalar(leaf):
         (f,) = leaf.adapters.values()
-        return dataclasses.replace(leaf, adapters={"default": dataclasses.replace(f, scalar=jnp.float32(0.6))})
+        return dataclasses.replace(
+            leaf, adapters={"default": dataclasses.replace(f, scalar=jnp.float32(0.6))}
+        )
 
     trained = {name: {"kernel": with_scalar(params[name]["kernel"])} for name in params}
     np.testing.assert_allclose(delta(trained), 0.6 * delta(inject()), rtol=1e-4, atol=1e-6)
@@ -93,7 +106,9 @@ def test_rank_dropout_rescales_where_rank_dropout_scale_says_so():
             factor = delta(loha_jax.dropout(params, jax.random.key(seed))) / delta(plain)
             kept = factor[0] != 0
             want = 6 / kept.sum() if rescaled else 1
-            np.testing.assert_allclose(factor, np.broadcast_to(np.where(kept, want, 0), factor.shape), rtol=1e-5)
+            np.testing.assert_allclose(
+                factor, np.broadcast_to(np.where(kept, want, 0), factor.shape), rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +138,9 @@ def test_the_summary_says_what_an_adapter_has_and_counts_it():
     plain, rich = inject(), inject(use_scalar=True, weight_decompose=True)
     assert {row.kind for row in loha_jax.summary(plain).rows} == {"loha"}
     assert {row.kind for row in loha_jax.summary(rich).rows} == {"loha, scalar, norms"}
-    assert loha_jax.summary(rich).trainable_params - loha_jax.summary(plain).trainable_params == 2 * (1 + 6)
+    assert loha_jax.summary(rich).trainable_params - loha_jax.summary(
+        plain
+    ).trainable_params == 2 * (1 + 6)
 
 
 def test_linen_layers_refuse_what_they_have_no_parameter_for():
@@ -132,7 +149,10 @@ def test_linen_layers_refuse_what_they_have_no_parameter_for():
     tree = loha_jax.linen.to_adapted(layer.init(KEY, x), layer.init, KEY, x)
     config = LycorisConfig(r=4, alpha=3, target_modules=".*", weight_decompose=True)
     decomposed = loha_jax.inject(loha_jax.unload(tree), config, key=KEY)
-    with pytest.raises(ValueError, match=r"has dora_scale .a LycorisConfig's., which the layer has no parameter for"):
+    with pytest.raises(
+        ValueError,
+        match=r"has dora_scale .a LycorisConfig's., which the layer has no parameter for",
+    ):
         loha_jax.linen.from_adapted(decomposed, layer.init, KEY, x)
 
 

@@ -14,7 +14,13 @@ from loha_jax.targets.matching import (
     resolve_target_modules,
 )
 
-FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+)
 MATCHES = {True: Match.TARGETED, False: Match.UNTARGETED, "excluded": Match.EXCLUDED}
 
 
@@ -39,7 +45,9 @@ def test_every_case_of_pefts_target_matching():
 def test_every_case_of_pefts_rank_and_alpha_patterns():
     for case in cases()["pattern_key"]:
         for key in cases()["keys"]:
-            assert (match_pattern_key(key, case["patterns"]) or key) == case["result"].get(key, key), (case, key)
+            assert (match_pattern_key(key, case["patterns"]) or key) == case["result"].get(
+                key, key
+            ), (case, key)
 
 
 def test_every_case_of_pefts_minimal_target_modules():
@@ -53,7 +61,10 @@ MODULES = [f"model.layers.{n}.{part}" for n in range(12) for part in ("q", "k", 
 def test_all_linear_leaves_out_the_output_head_and_condenses():
     config = LoHaConfig(target_modules="All-Linear")
     assert resolve_target_modules(config, MODULES, [*MODULES, "lm_head"], None) == {"q", "k", "up"}
-    assert resolve_target_modules(config, ["a", "b", "lm_head"], ["a", "b", "lm_head"], None) == {"a", "b"}
+    assert resolve_target_modules(config, ["a", "b", "lm_head"], ["a", "b", "lm_head"], None) == {
+        "a",
+        "b",
+    }
     classify = LoHaConfig(target_modules="all-linear", task_type="SEQ_CLS")
     assert resolve_target_modules(classify, ["a", "score"], ["a", "score"], None) == {"a"}
 
@@ -80,11 +91,22 @@ def test_missing_targets_are_errors(targets, model_type, message):
 def test_no_match_is_explained_in_pefts_words_with_near_misses():
     names = ["encoder.query", "encoder.value"]
     message = no_match_message(LoHaConfig(target_modules=["quary"]), names, [])
-    assert message.startswith("Target modules {'quary'} not found in the base model. Please check the target modules")
+    assert message.startswith(
+        "Target modules {'quary'} not found in the base model. Please check the target modules"
+    )
     assert "'query'" in message
     message = no_match_message(
-        LoHaConfig(target_modules=["zzz"], layers_to_transform=[1], layers_pattern=["foo"]), names, []
+        LoHaConfig(target_modules=["zzz"], layers_to_transform=[1], layers_pattern=["foo"]),
+        names,
+        [],
     )
-    assert "Note: You specified 'layers_to_transform': [1]. You also specified 'layers_pattern': ('foo',)." in message
-    assert no_match_message(LoHaConfig(target_modules=["q"]), names, names).startswith("All modules were excluded.")
-    assert no_match_message(LoHaConfig(target_modules=["q"]), names, names[:1]).startswith("No modules were targeted")
+    assert (
+        "Note: You specified 'layers_to_transform': [1]. You also specified 'layers_pattern': ('foo',)."
+        in message
+    )
+    assert no_match_message(LoHaConfig(target_modules=["q"]), names, names).startswith(
+        "All modules were excluded."
+    )
+    assert no_match_message(LoHaConfig(target_modules=["q"]), names, names[:1]).startswith(
+        "No modules were targeted"
+    )

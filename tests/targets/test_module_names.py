@@ -34,9 +34,14 @@ def test_boxes_and_variables_do_not_show_in_paths():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, ("a", "b")))(x)
+            return nn.Dense(2, kernel_init=nn.with_partitioning(nn.initializers.ones, ("a", "b")))(
+                x
+            )
 
-    assert paths(Net().init(jax.random.key(0), jnp.ones((1, 3)))) == {"params.Dense_0.kernel", "params.Dense_0.bias"}
+    assert paths(Net().init(jax.random.key(0), jnp.ones((1, 3)))) == {
+        "params.Dense_0.kernel",
+        "params.Dense_0.bias",
+    }
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     assert paths(state) == {"kernel", "bias"}
     assert paths({"value": jnp.ones(2)}) == {"value"}
@@ -46,13 +51,23 @@ def test_boxes_and_variables_do_not_show_in_paths():
     ("name", "stack", "names", "expected"),
     [
         ("a.q", (), None, ("a.q",)),
-        ("decoder.layers.attn.q", (2,), None, ("decoder.layers.0.attn.q", "decoder.layers.1.attn.q")),
+        (
+            "decoder.layers.attn.q",
+            (2,),
+            None,
+            ("decoder.layers.0.attn.q", "decoder.layers.1.attn.q"),
+        ),
         ("ScanBlock_0.q", (2,), None, ("ScanBlock_0.0.q", "ScanBlock_0.1.q")),
         ("enc.q", (2,), None, ("enc.0.q", "enc.1.q")),
         ("q", (2,), None, ("0.q", "1.q")),
         ("a.q", (), {"b.*": "x"}, ("a.q",)),
         ("a.q", (), {r"(.*)\.q": r"\1.query"}, ("a.query",)),
-        ("layers.q", (2,), {r"layers\.(.*)": r"model.layers.{}.\1"}, ("model.layers.0.q", "model.layers.1.q")),
+        (
+            "layers.q",
+            (2,),
+            {r"layers\.(.*)": r"model.layers.{}.\1"},
+            ("model.layers.0.q", "model.layers.1.q"),
+        ),
         ("h.kv", (2,), {r"(.*)\.kv": [r"\1.k", r"\1.v"]}, ("h.k", "h.v")),
         ("x.w", (2, 2), {r"x\.w": "x.{1}.{0}"}, ("x.0.0", "x.1.0", "x.0.1", "x.1.1")),
         ("a.q", (), lambda name: f"model.{name}", ("model.a.q",)),

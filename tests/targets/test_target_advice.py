@@ -11,7 +11,9 @@ TREE = {"a": {"q_proj": {"kernel": jnp.ones((3, 3))}}}
 
 
 def inject(tree, targets, **kwargs):
-    return loha_jax.inject(tree, LoHaConfig(r=2, target_modules=targets), key=jax.random.key(0), **kwargs)
+    return loha_jax.inject(
+        tree, LoHaConfig(r=2, target_modules=targets), key=jax.random.key(0), **kwargs
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,9 @@ def test_one_entry_among_good_ones_is_a_warning_with_the_rule():
         inject(TREE, ["q_proj", "a.*"])
 
 
-@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # qwix asks Flax for it
+@pytest.mark.filterwarnings(
+    "ignore:'VariableState' was removed:DeprecationWarning"
+)  # qwix asks Flax for it
 @pytest.mark.parametrize("targets", [["layers_0"], ".*", "all-linear"])
 def test_a_qwix_kernel_is_named(targets):
     import flax.linen as nn
@@ -49,13 +53,16 @@ def test_a_qwix_kernel_is_named(targets):
     quantised = qwix.quantize_model(model, qwix.PtqProvider(rules))
     like = jax.eval_shape(quantised.init, jax.random.key(0), x)["params"]
     with pytest.raises(
-        ValueError, match=r"layers_0\.kernel is a qwix QArray \(int8\).*inject into the float parameters"
+        ValueError,
+        match=r"layers_0\.kernel is a qwix QArray \(int8\).*inject into the float parameters",
     ):
         inject(qwix.quantize_params(params, like), targets)
 
 
 def test_an_integer_kernel_is_named():
-    with pytest.raises(ValueError, match=r"q\.kernel int8\[3, 3\].*quantised kernel cannot be adapted"):
+    with pytest.raises(
+        ValueError, match=r"q\.kernel int8\[3, 3\].*quantised kernel cannot be adapted"
+    ):
         inject({"q": {"kernel": jnp.ones((3, 3), jnp.int8), "kernel_scale": jnp.ones(3)}}, ["q"])
 
 
@@ -86,7 +93,8 @@ def test_a_keras_and_a_penzai_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "own"), [("lora_alpha", "`alpha`"), ("lora_dropout", "`rank_dropout` or"), ("rank", "`r`")]
+    ("field", "own"),
+    [("lora_alpha", "`alpha`"), ("lora_dropout", "`rank_dropout` or"), ("rank", "`r`")],
 )
 @pytest.mark.parametrize("config", [LoHaConfig, loha_jax.LycorisConfig])
 def test_loras_fields(config, field, own):
@@ -96,7 +104,9 @@ def test_loras_fields(config, field, own):
 
 def test_a_rank_far_above_what_a_kernel_holds_warns_once():
     tree = {f"q{n}": {"kernel": jnp.ones((3, 8))} for n in range(2)}
-    with pytest.warns(UserWarning, match=r"r = 8 allows updates of rank 64.*q0 can have; 2 module") as found:
+    with pytest.warns(
+        UserWarning, match=r"r = 8 allows updates of rank 64.*q0 can have; 2 module"
+    ) as found:
         loha_jax.inject(tree, LoHaConfig(r=8, target_modules=".*"), key=jax.random.key(0))
     assert [warning.filename for warning in found] == [__file__]
     loha_jax.inject(tree, LoHaConfig(r=4, target_modules=".*"), key=jax.random.key(0))
@@ -104,7 +114,11 @@ def test_a_rank_far_above_what_a_kernel_holds_warns_once():
 
 def test_all_linear_leaves_out_the_head_that_the_model_shows():
     """Not by its name: the last product has the table's rows as outputs."""
-    tree = {"table": {"w": jnp.ones((7, 4))}, "up": {"w": jnp.ones((4, 4))}, "out": {"w": jnp.ones((4, 7))}}
+    tree = {
+        "table": {"w": jnp.ones((7, 4))},
+        "up": {"w": jnp.ones((4, 4))},
+        "out": {"w": jnp.ones((4, 7))},
+    }
 
     def fn(tree, ids):
         return jnp.tanh(tree["table"]["w"][ids] @ tree["up"]["w"]) @ tree["out"]["w"]
@@ -119,7 +133,9 @@ def test_all_linear_leaves_out_the_head_that_the_model_shows():
 @pytest.mark.parametrize("scale", ["weight_scale_inv", "scale", "kernel_scale", "scale_weight"])
 def test_a_float8_kernel_beside_its_scale_is_named(scale):
     tree = {"q": {"kernel": jnp.ones((4, 4), jnp.float8_e4m3fn), scale: jnp.ones((1, 1))}}
-    with pytest.raises(ValueError, match=rf"q.kernel is float8_e4m3fn, and q.{scale} looks like its scale"):
+    with pytest.raises(
+        ValueError, match=rf"q.kernel is float8_e4m3fn, and q.{scale} looks like its scale"
+    ):
         inject(tree, ["q"])
     assert inject({"q": {"kernel": tree["q"]["kernel"]}}, ["q"])
 
@@ -132,7 +148,11 @@ class PeftConfig:
 
 @pytest.mark.parametrize(
     ("config", "how"),
-    [({"r": 2}, r"from_dict\(config\)"), (PeftConfig(), r"from_dict\(config\.to_dict\(\)\)"), (8, r"LoHaConfig\(r=8")],
+    [
+        ({"r": 2}, r"from_dict\(config\)"),
+        (PeftConfig(), r"from_dict\(config\.to_dict\(\)\)"),
+        (8, r"LoHaConfig\(r=8"),
+    ],
 )
 def test_what_is_no_config(config, how):
     with pytest.raises(TypeError, match=rf"config should be a loha_jax\.LoHaConfig, got .*{how}"):

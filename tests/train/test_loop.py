@@ -31,29 +31,47 @@ def adapted(dtype=jnp.float32, layers=0, **options):
         "shift": {"bias": jnp.zeros(CLASSES, dtype)},
     }
     if layers:
-        base["layers"] = {"up": {"kernel": jax.random.normal(keys[1], (layers, WIDTH, WIDTH), dtype)}}
+        base["layers"] = {
+            "up": {"kernel": jax.random.normal(keys[1], (layers, WIDTH, WIDTH), dtype)}
+        }
     targets = ["up"] if layers else ["out"]
-    config = LoHaConfig(r=2, alpha=4, target_modules=targets, modules_to_save=["shift"], init_weights=False, **options)
-    return loha_jax.inject(base, config, key=keys[2], layouts={r"layers\.up": "sio"} if layers else None)
+    config = LoHaConfig(
+        r=2,
+        alpha=4,
+        target_modules=targets,
+        modules_to_save=["shift"],
+        init_weights=False,
+        **options,
+    )
+    return loha_jax.inject(
+        base, config, key=keys[2], layouts={r"layers\.up": "sio"} if layers else None
+    )
 
 
 @loha_jax.adapt
 def logits(params, x):
     if "layers" in params:
-        x, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer["up"]["kernel"]), None), x, params["layers"])
+        x, _ = jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ layer["up"]["kernel"]), None), x, params["layers"]
+        )
     return x @ params["out"]["kernel"] + params["shift"]["bias"]
 
 
 def loss_fn(params, batch, key):
     scores = logits(params, batch["x"]).astype(jnp.promote_types(jnp.float32, batch["x"].dtype))
     accuracy = (scores.argmax(-1) == batch["y"]).mean()
-    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean(), {"accuracy": accuracy}
+    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean(), {
+        "accuracy": accuracy
+    }
 
 
 def data(count, dtype=np.float32, rows=8, seed=0):
     random = np.random.default_rng(seed)
     return [
-        {"x": random.normal(size=(rows, WIDTH)).astype(dtype), "y": random.integers(0, CLASSES, rows)}
+        {
+            "x": random.normal(size=(rows, WIDTH)).astype(dtype),
+            "y": random.integers(0, CLASSES, rows),
+        }
         for _ in range(count)
     ]
 
@@ -93,7 +111,9 @@ def test_it_is_the_loop_of_the_readme(x64):
     trainable, frozen = loha_jax.partition(params)
     opt_state, expected = tx.init(trainable), []
     gradient = jax.jit(
-        jax.value_and_grad(lambda t, batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY), has_aux=True)
+        jax.value_and_grad(
+            lambda t, batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY), has_aux=True
+        )
     )
     for batch in data(10, np.float64):
         (loss, _), grads = gradient(trainable, batch)
@@ -116,7 +136,9 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(parts, x64):
     tx, results = optax.adam(1e-2), []
     for accumulate in (1, parts):
         batches = data(10, np.float64)
-        results.append(fit(loss_fn, adapted(jnp.float64), tx, batches, key=KEY, accumulate=accumulate))
+        results.append(
+            fit(loss_fn, adapted(jnp.float64), tx, batches, key=KEY, accumulate=accumulate)
+        )
     whole, cut = results
     for row, expected in zip(cut.history, whole.history, strict=True):
         assert row == pytest.approx(expected, rel=1e-12)
@@ -144,7 +166,14 @@ def test_dropout_is_that_of_the_config_and_new_in_each_step():
         rows = jnp.abs(factors.delta()).sum(1)  # one number per output
         return 0 * rows.sum(), {f"row{n}": row == 0 for n, row in enumerate(rows)}
 
-    result = fit(whole_update, adapted(rank_dropout=0.5), optax.sgd(0.0), data(200, rows=2), key=KEY, accumulate=2)
+    result = fit(
+        whole_update,
+        adapted(rank_dropout=0.5),
+        optax.sgd(0.0),
+        data(200, rows=2),
+        key=KEY,
+        accumulate=2,
+    )
     dropped = np.array([[row[f"row{n}"] for n in range(CLASSES)] for row in result.history])
     assert set(dropped.ravel()) == {0, 0.5, 1}  # means of two parts, each with a draw of its own
     assert abs(dropped.mean() - 0.5) < 0.05
@@ -158,9 +187,17 @@ def batches_from(position):
 @pytest.mark.parametrize(
     ("batches", "tx", "options"),
     [
-        (data(100), optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(1e-2, 12)), {}),
+        (
+            data(100),
+            optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(1e-2, 12)),
+            {},
+        ),
         (batches_from, optax.sgd(1e-2, 0.9), {"accumulate": 2, "dtype": jnp.bfloat16}),
-        (batches_from, optax.chain(optax.add_noise(0.1, 0.5, 3), optax.MultiSteps(optax.sgd(1e-2), 2)), {}),
+        (
+            batches_from,
+            optax.chain(optax.add_noise(0.1, 0.5, 3), optax.MultiSteps(optax.sgd(1e-2), 2)),
+            {},
+        ),
     ],
     ids=["schedule", "accumulated in bfloat16", "noise"],
 )
@@ -172,7 +209,9 @@ def test_interrupted_by_sigterm_and_resumed_is_not_interrupted(tmp_path, batches
             os.kill(os.getpid(), signal.SIGTERM)
 
     def run(key=7, **more):
-        return fit(loss_fn, params, tx, batches, key=jax.random.key(key), steps=12, **options, **more)
+        return fit(
+            loss_fn, params, tx, batches, key=jax.random.key(key), steps=12, **options, **more
+        )
 
     expected, before = run(), signal.getsignal(signal.SIGTERM)
     first = run(checkpoints=tmp_path, on_metrics=interrupt)
@@ -193,7 +232,9 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     arguments = {"key": KEY}
     with Checkpoints(tmp_path) as checkpoints:
         for steps in (4, 9):
-            result = fit(loss_fn, adapted(), TX, data(20), steps=steps, checkpoints=checkpoints, **arguments)
+            result = fit(
+                loss_fn, adapted(), TX, data(20), steps=steps, checkpoints=checkpoints, **arguments
+            )
     assert_same(result.params, fit(loss_fn, adapted(), TX, data(20), steps=9, **arguments).params)
 
 
@@ -233,7 +274,9 @@ def test_a_sigterm_after_the_last_step_is_not_lost():
 
 def test_it_runs_outside_the_main_thread():
     results = []
-    thread = threading.Thread(target=lambda: results.append(fit(loss_fn, adapted(), TX, data(3), key=KEY)))
+    thread = threading.Thread(
+        target=lambda: results.append(fit(loss_fn, adapted(), TX, data(3), key=KEY))
+    )
     thread.start()
     thread.join()
     assert results[0].step == 3
@@ -247,10 +290,17 @@ def loss_with_a_broken_gradient(params, batch, key):
 
 @pytest.mark.parametrize(
     ("where", "accumulate", "shown"),
-    [("nan", 1, "nan"), ("inf", 2, "nan"), ("gradient", 2, r"\d.*gradient nan"), ("update", 1, r"\d.*gradient \d")],
+    [
+        ("nan", 1, "nan"),
+        ("inf", 2, "nan"),
+        ("gradient", 2, r"\d.*gradient nan"),
+        ("update", 1, r"\d.*gradient \d"),
+    ],
     ids=["nan", "inf", "gradient", "update"],
 )
-def test_what_is_not_finite_stops_and_leaves_the_state_as_it_was(tmp_path, where, accumulate, shown):
+def test_what_is_not_finite_stops_and_leaves_the_state_as_it_was(
+    tmp_path, where, accumulate, shown
+):
     loss, tx, batches = loss_fn, optax.adam(1e-2), data(12)
     if where == "gradient":
         loss = loss_with_a_broken_gradient
@@ -276,7 +326,9 @@ def test_in_bfloat16_the_model_computes_in_it_and_what_is_trained_stays_float32(
     seen = {}
 
     def inspect(params, batch, key):
-        seen["params"] = {jax.tree_util.keystr(p): x.dtype.name for p, x in jax.tree.leaves_with_path(params)}
+        seen["params"] = {
+            jax.tree_util.keystr(p): x.dtype.name for p, x in jax.tree.leaves_with_path(params)
+        }
         seen["batch"], seen["scores"] = batch["x"].dtype, logits(params, batch["x"]).dtype
         return loss_fn(params, batch, key)
 
@@ -285,7 +337,9 @@ def test_in_bfloat16_the_model_computes_in_it_and_what_is_trained_stays_float32(
     for path, dtype in seen["params"].items():
         assert dtype == ("float32" if "hada" in path or "scaling" in path else "bfloat16"), path
     assert seen["batch"] == seen["scores"] == jnp.bfloat16
-    assert {x.dtype.name for x in jax.tree.leaves((result.params, result.opt_state[0].trace))} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves((result.params, result.opt_state[0].trace))} == {
+        "float32"
+    }
     frozen = [loha_jax.partition(p)[1] for p in (params, result.params)]
     assert_same(*frozen)
     full = fit(loss_fn, params, tx, data(20), key=KEY)
@@ -301,10 +355,22 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, compilations):
     def count(step, metrics):
         counts[step] = compilations.count
 
-    options = {"evaluate": lambda params: {"quality": quality(params)}, "on_metrics": count, "checkpoints": tmp_path}
-    options |= {"key": KEY, "eval_every": 5, "checkpoint_every": 5, "accumulate": 2, "dtype": jnp.bfloat16}
+    options = {
+        "evaluate": lambda params: {"quality": quality(params)},
+        "on_metrics": count,
+        "checkpoints": tmp_path,
+    }
+    options |= {
+        "key": KEY,
+        "eval_every": 5,
+        "checkpoint_every": 5,
+        "accumulate": 2,
+        "dtype": jnp.bfloat16,
+    }
     fit(loss_fn, adapted(rank_dropout=0.5), TX, batches, steps=20, **options)
-    assert counts[20] == counts[6]  # the first evaluation and the first checkpoint came after step 5
+    assert (
+        counts[20] == counts[6]
+    )  # the first evaluation and the first checkpoint came after step 5
     fit(loss_fn, adapted(rank_dropout=0.5), TX, batches, steps=40, **options)
     assert counts[40] == counts[21]
 
@@ -313,7 +379,14 @@ def test_each_shape_of_a_batch_is_compiled_once(compilations):
     counts = []
     shapes = [8, 8, 8, 4, 4, 4, 8, 4, 8, 4, 8, 4]
     batches = [data(1, rows=rows)[0] for rows in shapes]
-    fit(loss_fn, adapted(), TX, batches, key=KEY, on_metrics=lambda *_: counts.append(compilations.count))
+    fit(
+        loss_fn,
+        adapted(),
+        TX,
+        batches,
+        key=KEY,
+        on_metrics=lambda *_: counts.append(compilations.count),
+    )
     assert counts[-1] - counts[0] == 1
 
 
@@ -325,7 +398,14 @@ def test_metrics_are_read_steps_after_they_were_started():
             order.append(f"start {n}")
             yield batch
 
-    fit(loss_fn, adapted(), TX, batches, key=KEY, on_metrics=lambda step, _: order.append(f"read {step}"))
+    fit(
+        loss_fn,
+        adapted(),
+        TX,
+        batches,
+        key=KEY,
+        on_metrics=lambda step, _: order.append(f"read {step}"),
+    )
     assert order.index("read 1") > order.index("start 3")
     assert [x for x in order if x.startswith("read")] == [f"read {n}" for n in range(1, 7)]
 
@@ -350,7 +430,9 @@ def test_evaluation_is_recorded_and_may_keep_what_it_gets(tmp_path):
 
 def test_the_best_checkpoint_is_kept(tmp_path):
     accuracies = iter([0.5, 0.9, 0.7, 0.6])
-    with Checkpoints(tmp_path, keep=1, best="eval_accuracy", best_mode="max", keep_best=1) as checkpoints:
+    with Checkpoints(
+        tmp_path, keep=1, best="eval_accuracy", best_mode="max", keep_best=1
+    ) as checkpoints:
         result = fit(
             loss_fn,
             adapted(),
@@ -409,7 +491,9 @@ assert factors.hada_w1_b.sharding.spec == P(None, None, "data"), factors.hada_w1
 def test_on_a_mesh_it_is_the_same_run_and_every_array_stays_where_it_was():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent)}
-    ran = subprocess.run([sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
 
 
@@ -441,7 +525,10 @@ def test_there_is_a_bar_in_a_terminal(capsys, monkeypatch):
     [
         ({"steps": -1}, "steps is a number"),
         ({"accumulate": 0}, "accumulate is 1 or more, got 0"),
-        ({"accumulate": 3}, r"accumulate=3 splits batches into equal parts, but \['x'\] has 8 rows"),
+        (
+            {"accumulate": 3},
+            r"accumulate=3 splits batches into equal parts, but \['x'\] has 8 rows",
+        ),
         ({"log_every": 0}, "log_every is 1 or more"),
         ({"eval_every": 2}, "needs evaluate="),
         ({"checkpoint_every": 2}, "needs checkpoints="),
@@ -455,7 +542,9 @@ def test_arguments_that_make_no_sense_are_refused(options, message):
         fit(loss_fn, adapted(), TX, data(5), key=KEY, **options)
 
 
-@pytest.mark.parametrize("metrics", [{"loss": 1.0}, {"rows": jnp.ones(3)}, [1.0]], ids=["name", "shape", "type"])
+@pytest.mark.parametrize(
+    "metrics", [{"loss": 1.0}, {"rows": jnp.ones(3)}, [1.0]], ids=["name", "shape", "type"]
+)
 def test_metrics_are_scalars_with_names_of_their_own(metrics):
     with pytest.raises(ValueError, match=r"should be a scalar|returns the loss"):
         fit(lambda *a: (loss_fn(*a)[0], metrics), adapted(), TX, data(5), key=KEY)
@@ -482,7 +571,9 @@ def test_optimizers_that_ask_for_the_loss_get_it(name):
         value, grad = jax.value_and_grad(value_fn)(trained)
         updates, state = tx.update(grad, state, trained, value=value, grad=grad, value_fn=value_fn)
         trained = optax.apply_updates(trained, updates)
-    for got, want in zip(*map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True):
+    for got, want in zip(
+        *map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
 
 
@@ -494,8 +585,12 @@ def test_an_optimizer_that_says_it_takes_more_than_it_does():
     trained, frozen = loha_jax.partition(params)
     state = tx.init(trained)
     for batch in batches:
-        grad = jax.grad(lambda t, batch=batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0])(trained)
+        grad = jax.grad(lambda t, batch=batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0])(
+            trained
+        )
         updates, state = tx.update(grad, state, trained)
         trained = optax.apply_updates(trained, updates)
-    for got, want in zip(*map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True):
+    for got, want in zip(
+        *map(jax.tree.leaves, (loha_jax.partition(result.params)[0], trained)), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())

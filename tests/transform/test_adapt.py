@@ -36,7 +36,9 @@ def adapted(base, layouts=None, targets="all-linear", r=3, **kwargs):
 def assert_close(got, want, bound):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         w = np.asarray(w, np.float64)
-        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=0, atol=bound * max(np.abs(w).max(), 1e-6))
+        np.testing.assert_allclose(
+            np.asarray(g, np.float64), w, rtol=0, atol=bound * max(np.abs(w).max(), 1e-6)
+        )
 
 
 def check(fn, params, *args, strategies=("factored", "fused"), dense=(), plain=True):
@@ -46,19 +48,27 @@ def check(fn, params, *args, strategies=("factored", "fused"), dense=(), plain=T
     def value_and_gradient(apply):
         def loss(trainable):
             out = apply(loha_jax.combine(trainable, frozen), *args)
-            return sum((jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum() for o in jax.tree.leaves(out)), out
+            return sum(
+                (jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum()
+                for o in jax.tree.leaves(out)
+            ), out
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(trainable)
-        (_, out), gradient = step.compile({"xla_backend_optimization_level": 0})(trainable)  # compiling takes longest
+        (_, out), gradient = step.compile({"xla_backend_optimization_level": 0})(
+            trainable
+        )  # compiling takes longest
         return out, gradient
 
     expected, expected_gradient = value_and_gradient(lambda p, *a: fn(loha_jax.merge(p), *a))
     frozen_output = jax.jit(lambda p: fn(loha_jax.unload(p), *args))(params)
     moved = [
-        np.abs(np.asarray(a) - b).max() for a, b in zip(*map(jax.tree.leaves, (expected, frozen_output)), strict=True)
+        np.abs(np.asarray(a) - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (expected, frozen_output)), strict=True)
     ]
     assert max(moved) > 1e-3
-    applied = {strategy: loha_jax.adapt(fn, strategy=strategy) for strategy in strategies} | ({"": fn} if plain else {})
+    applied = {strategy: loha_jax.adapt(fn, strategy=strategy) for strategy in strategies} | (
+        {"": fn} if plain else {}
+    )
     for apply in applied.values():
         out, gradient = value_and_gradient(apply)
         assert_close(out, expected, 2e-5)
@@ -80,19 +90,67 @@ USES = {
     "transposed": (lambda w, x: x @ w.T, (6, 4), "oi", (5, 4), ()),
     "out side contracted": (lambda w, x: x @ w.T, (6, 4), "io", (5, 4), ()),
     "query": (lambda w, x: einsum("btd,dhk->bthk", x, w), (4, 2, 3), "ioo", (2, 3, 4), ()),
-    "attention output": (lambda w, x: einsum("bthk,hkd->btd", x, w), (2, 3, 4), "iio", (2, 5, 2, 3), ()),
-    "attention output, heads first": (lambda w, x: einsum("bhtk,hkd->btd", x, w), (2, 3, 4), "iio", (2, 2, 5, 3), ()),
-    "in axes in another order": (lambda w, x: einsum("bxy,yxo->bo", x, w), (3, 2, 4), "i1 i0 o", (5, 2, 3), ()),
+    "attention output": (
+        lambda w, x: einsum("bthk,hkd->btd", x, w),
+        (2, 3, 4),
+        "iio",
+        (2, 5, 2, 3),
+        (),
+    ),
+    "attention output, heads first": (
+        lambda w, x: einsum("bhtk,hkd->btd", x, w),
+        (2, 3, 4),
+        "iio",
+        (2, 2, 5, 3),
+        (),
+    ),
+    "in axes in another order": (
+        lambda w, x: einsum("bxy,yxo->bo", x, w),
+        (3, 2, 4),
+        "i1 i0 o",
+        (5, 2, 3),
+        (),
+    ),
     "gemma query": (lambda w, x: einsum("btd,ndh->btnh", x, w), (2, 4, 3), "oio", (2, 3, 4), ()),
-    "gemma fused kv": (lambda w, x: einsum("bsd,ckdh->cbskh", x, w), (2, 2, 4, 3), "soio", (2, 3, 4), ()),
+    "gemma fused kv": (
+        lambda w, x: einsum("bsd,ckdh->cbskh", x, w),
+        (2, 2, 4, 3),
+        "soio",
+        (2, 3, 4),
+        (),
+    ),
     "experts": (lambda w, x: einsum("eti,eio->eto", x, w), (3, 4, 6), "sio", (3, 5, 4), ()),
     "experts, one input": (lambda w, x: einsum("ti,eio->teo", x, w), (3, 4, 6), "sio", (5, 4), ()),
     "experts, summed": (lambda w, x: einsum("eti,eio->to", x, w), (3, 4, 6), "sio", (3, 5, 4), ()),
-    "experts, all ways": (lambda w, x: einsum("abti,abcio->atoc", x, w), (2, 3, 2, 4, 6), "sssio", (2, 3, 5, 4), ()),
-    "two stack axes": (lambda w, x: einsum("abti,baio->abto", x, w), (3, 2, 4, 6), "ssio", (2, 3, 5, 4), ()),
+    "experts, all ways": (
+        lambda w, x: einsum("abti,abcio->atoc", x, w),
+        (2, 3, 2, 4, 6),
+        "sssio",
+        (2, 3, 5, 4),
+        (),
+    ),
+    "two stack axes": (
+        lambda w, x: einsum("abti,baio->abto", x, w),
+        (3, 2, 4, 6),
+        "ssio",
+        (2, 3, 5, 4),
+        (),
+    ),
     "reshape joins out": (lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), "ioo", (5, 4), ()),
-    "reshape splits out": (lambda w, x: einsum("td,dhk->thk", x, w.reshape(4, 2, 3)), (4, 6), "io", (5, 4), ()),
-    "reshape splits in": (lambda w, x: einsum("thk,hkd->td", x, w.reshape(2, 2, 6)), (4, 6), "io", (5, 2, 2), ()),
+    "reshape splits out": (
+        lambda w, x: einsum("td,dhk->thk", x, w.reshape(4, 2, 3)),
+        (4, 6),
+        "io",
+        (5, 4),
+        (),
+    ),
+    "reshape splits in": (
+        lambda w, x: einsum("thk,hkd->td", x, w.reshape(2, 2, 6)),
+        (4, 6),
+        "io",
+        (5, 2, 2),
+        (),
+    ),
     "reshape joins stack": (
         lambda w, x: einsum("eti,eio->eto", x, w.reshape(6, 4, 3)),
         (2, 3, 4, 3),
@@ -110,11 +168,35 @@ USES = {
     "reshape mixes": (lambda w, x: x @ w.reshape(6, 4), (4, 6), "io", (5, 6), ("reshape",)),
     "slice of out": (lambda w, x: x @ w[:, 1:5:2], (4, 6), "io", (5, 4), ()),
     "slice of in": (lambda w, x: x @ w[2:], (6, 4), "io", (5, 4), ()),
-    "slice of one out axis": (lambda w, x: einsum("td,dhk->thk", x, w[:, :, 1:]), (4, 2, 3), "ioo", (5, 4), ()),
-    "split in three": (lambda w, x: sum(x @ p for p in jnp.split(w, 3, axis=1)), (4, 6), "io", (5, 4), ()),
+    "slice of one out axis": (
+        lambda w, x: einsum("td,dhk->thk", x, w[:, :, 1:]),
+        (4, 2, 3),
+        "ioo",
+        (5, 4),
+        (),
+    ),
+    "split in three": (
+        lambda w, x: sum(x @ p for p in jnp.split(w, 3, axis=1)),
+        (4, 6),
+        "io",
+        (5, 4),
+        (),
+    ),
     "one of a stack": (lambda w, x: x @ w[1], (3, 4, 6), "sio", (5, 4), ()),
-    "one of a stack, dynamic": (lambda w, x: x @ w[jnp.argmax(jnp.zeros(2)) + 1], (3, 4, 6), "sio", (5, 4), ()),
-    "dynamic slice": (lambda w, x: x @ jax.lax.dynamic_slice(w, (0, x.ndim), (4, 3)), (4, 6), "io", (5, 4), ()),
+    "one of a stack, dynamic": (
+        lambda w, x: x @ w[jnp.argmax(jnp.zeros(2)) + 1],
+        (3, 4, 6),
+        "sio",
+        (5, 4),
+        (),
+    ),
+    "dynamic slice": (
+        lambda w, x: x @ jax.lax.dynamic_slice(w, (0, x.ndim), (4, 3)),
+        (4, 6),
+        "io",
+        (5, 4),
+        (),
+    ),
     "new axes": (lambda w, x: (x[None] @ w[None])[0], (4, 6), "io", (5, 4), ()),
     "broadcast over a batch": (
         lambda w, x: einsum("bti,bio->bto", x, jnp.broadcast_to(w, (2, 4, 6))),
@@ -134,11 +216,29 @@ USES = {
     "used twice": (lambda w, x: (x @ w) @ w.T, (4, 6), "io", (5, 4), ()),
     "product of two": (lambda w, x: x @ (w @ w.T), (4, 6), "io", (5, 4), ("dot_general",)),
     "embedding": (lambda w, x: w[jnp.arange(5) % 3], (7, 4), "oi", (1,), ()),
-    "embedding of 2-D ids": (lambda w, x: jnp.take(w, jnp.arange(6).reshape(2, 3), axis=0), (7, 4), "oi", (1,), ()),
-    "columns of an embedding": (lambda w, x: jnp.take(w, jnp.arange(3), axis=1), (4, 7), "io", (1,), ()),
+    "embedding of 2-D ids": (
+        lambda w, x: jnp.take(w, jnp.arange(6).reshape(2, 3), axis=0),
+        (7, 4),
+        "oi",
+        (1,),
+        (),
+    ),
+    "columns of an embedding": (
+        lambda w, x: jnp.take(w, jnp.arange(3), axis=1),
+        (4, 7),
+        "io",
+        (1,),
+        (),
+    ),
     "tied embedding": (lambda w, x: jnp.tanh(w[jnp.arange(5) % 3]) @ w.T, (7, 4), "oi", (1,), ()),
     "sum of squares": (lambda w, x: (w**2).sum() + x @ w, (4, 6), "io", (5, 4), ("integer_pow",)),
-    "stop_gradient elsewhere": (lambda w, x: x @ w + jax.lax.stop_gradient(x @ w), (4, 6), "io", (5, 4), ()),
+    "stop_gradient elsewhere": (
+        lambda w, x: x @ w + jax.lax.stop_gradient(x @ w),
+        (4, 6),
+        "io",
+        (5, 4),
+        (),
+    ),
     "one row in": (lambda w, x: x @ w, (1, 6), "io", (5, 1), ()),
     "one column out": (lambda w, x: x @ w, (4, 1), "io", (5, 4), ()),
     "one head": (lambda w, x: einsum("bthk,hkd->btd", x, w), (1, 3, 4), "iio", (2, 5, 1, 3), ()),
@@ -149,8 +249,15 @@ USES = {
 @pytest.mark.parametrize("name", USES)
 def test_use(name):
     fn, shape, layout, x_shape, dense = USES[name]
-    params = adapted({"m": {"kernel": normal(*shape)}}, {"m": layout}, ["m"] if "s" not in layout else r".*\bm")
-    check(lambda p, x: fn(jnp.asarray(p["m"]["kernel"]), x), params, normal(*x_shape, seed=1), dense=dense)
+    params = adapted(
+        {"m": {"kernel": normal(*shape)}}, {"m": layout}, ["m"] if "s" not in layout else r".*\bm"
+    )
+    check(
+        lambda p, x: fn(jnp.asarray(p["m"]["kernel"]), x),
+        params,
+        normal(*x_shape, seed=1),
+        dense=dense,
+    )
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -158,7 +265,9 @@ def test_use(name):
 def test_scan_takes_one_layer_of_a_stack_per_step(remat, length):
     def fn(p, x):
         body = lambda c, w: (jnp.tanh(c @ w), c.sum())  # noqa: E731
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, jnp.asarray(p["layers"]["kernel"]))
+        return jax.lax.scan(
+            jax.checkpoint(body) if remat else body, x, jnp.asarray(p["layers"]["kernel"])
+        )
 
     params = adapted({"layers": {"kernel": normal(length, 4, 4)}}, {"layers": "sio"}, r".*layers")
     check(fn, params, normal(5, 4, seed=1))
@@ -167,7 +276,9 @@ def test_scan_takes_one_layer_of_a_stack_per_step(remat, length):
 CONTROL = {
     "jit": lambda w, x: jax.jit(lambda w, x: x @ w)(w, x),
     "jit returns the weight": lambda w, x: x @ jax.jit(lambda w: w.T)(w).T,
-    "scan with a constant": lambda w, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), c.sum()), x, None, length=3),
+    "scan with a constant": lambda w, x: jax.lax.scan(
+        lambda c, _: (jnp.tanh(c @ w), c.sum()), x, None, length=3
+    ),
     "scan carries the weight along": lambda w, x: jax.lax.scan(
         lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, w), None, length=3
     )[0][0],
@@ -185,7 +296,9 @@ CONTROL = {
         lambda w, x: jnp.tanh(x @ w), policy=jax.checkpoint_policies.dots_saveable
     )(w, x),
     "vmap": lambda w, x: jax.vmap(lambda row: row @ w)(x),
-    "vmap over the weight's columns": lambda w, x: jax.vmap(lambda c: x @ c, in_axes=1, out_axes=1)(w),
+    "vmap over the weight's columns": lambda w, x: jax.vmap(lambda c: x @ c, in_axes=1, out_axes=1)(
+        w
+    ),
     "grad inside": lambda w, x: jax.grad(lambda x: jnp.tanh(x @ w).sum())(x),
     "jvp inside": lambda w, x: jax.jvp(lambda x: jnp.tanh(x @ w), (x,), (x,))[1],
     "hessian-vector product inside": lambda w, x: jax.grad(
@@ -199,14 +312,21 @@ def test_control_flow_and_transformations_inside(name):
     params = adapted({"m": {"kernel": normal(4, 4)}}, None, ["m"])
     dense = {"vmap over the weight's columns": ()}.get(name, ())
     # Reverse mode cannot go through a while loop of unknown length; fori_loop's is known, so it is a scan.
-    check(lambda p, x: CONTROL[name](jnp.asarray(p["m"]["kernel"]), x), params, normal(5, 4, seed=1), dense=dense)
+    check(
+        lambda p, x: CONTROL[name](jnp.asarray(p["m"]["kernel"]), x),
+        params,
+        normal(5, 4, seed=1),
+        dense=dense,
+    )
 
 
 def test_while_loop_forward():
     def fn(p, x):
         w = jnp.asarray(p["m"]["kernel"])
         return jax.lax.while_loop(
-            lambda c: (c[0] < 3) & (jnp.abs(c[1] @ w).max() < 1e6), lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)
+            lambda c: (c[0] < 3) & (jnp.abs(c[1] @ w).max() < 1e6),
+            lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)),
+            (0, x),
         )[1]
 
     params = adapted({"m": {"kernel": normal(4, 4)}}, None, ["m"])
@@ -248,10 +368,12 @@ def _straight_through_jvp(primals, tangents):
 def test_custom_derivatives_of_the_user_are_kept(fn):
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
     check(lambda p, x: fn(jnp.asarray(p["m"]["kernel"]), x), params, normal(5, 4, seed=1))
-    plain = jax.grad(lambda x: fn(jnp.asarray(loha_jax.merge(params)["m"]["kernel"]), x).sum())(normal(5, 4, seed=1))
-    ours = jax.grad(lambda x: loha_jax.adapt(lambda p, x: fn(p["m"]["kernel"], x))(params, x).sum())(
+    plain = jax.grad(lambda x: fn(jnp.asarray(loha_jax.merge(params)["m"]["kernel"]), x).sum())(
         normal(5, 4, seed=1)
     )
+    ours = jax.grad(
+        lambda x: loha_jax.adapt(lambda p, x: fn(p["m"]["kernel"], x))(params, x).sum()
+    )(normal(5, 4, seed=1))
     assert_close(ours, plain, 2e-5)
 
 
@@ -262,7 +384,9 @@ def test_a_direct_lax_call_works_under_adapt():
 
 def test_two_adapters_share_one_product():
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
-    more = loha_jax.inject(params, LoHaConfig(r=2, target_modules=["m"], init_weights=False), key=KEY, adapter_name="b")
+    more = loha_jax.inject(
+        params, LoHaConfig(r=2, target_modules=["m"], init_weights=False), key=KEY, adapter_name="b"
+    )
     both = loha_jax.set_adapter(more, ["default", "b"])
     check(lambda p, x: x @ p["m"]["kernel"], both, normal(5, 4, seed=1))
 
@@ -276,7 +400,9 @@ def test_unequal_ranks_in_a_scanned_stack():
     )
     assert params["layers"]["kernel"].adapters["default"].ranks == (3, 0, 5)
     check(
-        lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), x, jnp.asarray(p["layers"]["kernel"]))[0],
+        lambda p, x: jax.lax.scan(
+            lambda c, w: (c @ w, None), x, jnp.asarray(p["layers"]["kernel"])
+        )[0],
         params,
         normal(5, 4),
     )
@@ -289,7 +415,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(nn.LayerNorm()(x))
-        return x + nn.Dense(8, name="down")(nn.silu(nn.Dense(16, name="up")(nn.LayerNorm()(x)))), None
+        return x + nn.Dense(8, name="down")(
+            nn.silu(nn.Dense(16, name="up")(nn.LayerNorm()(x)))
+        ), None
 
 
 class Transformer(nn.Module):
@@ -298,7 +426,9 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x):
         if self.scan:
-            scanned = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            scanned = nn.scan(
+                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
             x, _ = scanned(name="layers")(x, None)
         else:
             for n in range(3):
@@ -320,14 +450,16 @@ def test_scanned_transformer_equals_the_unrolled_one_with_the_same_factors():
     x = normal(2, 6, 8, seed=3)
     scanned, unrolled = Transformer(True), Transformer(False)
     stacked = scanned.init(KEY, x)["params"]
-    apart = {f"layers_{n}": jax.tree.map(lambda v, n=n: v[n], stacked["layers"]) for n in range(3)} | {
-        "head": stacked["head"]
-    }
+    apart = {
+        f"layers_{n}": jax.tree.map(lambda v, n=n: v[n], stacked["layers"]) for n in range(3)
+    } | {"head": stacked["head"]}
     config = LoHaConfig(r=2, target_modules=["query", "up"], init_weights=False)
     one = loha_jax.inject(stacked, config, key=KEY, layouts={"layers.up": "sio"})
     two = loha_jax.inject(apart, config, key=KEY, names={r"layers_(\d)\.(.*)": r"layers.\1.\2"})
     np.testing.assert_allclose(
-        loha_jax.adapt(scanned.apply)({"params": one}, x), loha_jax.adapt(unrolled.apply)({"params": two}, x), atol=1e-5
+        loha_jax.adapt(scanned.apply)({"params": one}, x),
+        loha_jax.adapt(unrolled.apply)({"params": two}, x),
+        atol=1e-5,
     )
 
 
@@ -384,12 +516,17 @@ def test_bfloat16_follows_pefts_dtype_rule():
     # PEFT: (base(x)[bf16] + F.linear(x.float(), dW fp32)).to(bf16)
     f = params["m"]["kernel"].adapters["default"]
     delta = (
-        (np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b)) * (np.asarray(f.hada_w2_a) @ np.asarray(f.hada_w2_b)) * 2
+        (np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b))
+        * (np.asarray(f.hada_w2_a) @ np.asarray(f.hada_w2_b))
+        * 2
     )
     base = np.asarray(x, np.float64) @ np.asarray(params["m"]["kernel"].kernel, np.float64)
     expected = base + np.asarray(x, np.float64) @ delta.T
     # Two roundings to bfloat16, of the base's product (XLA may skip that one) and of the sum: half of 2**-7 each.
-    assert (np.abs(np.asarray(y, np.float64) - expected) <= 2**-8 * (np.abs(base) + np.abs(expected)) + 1e-4).all()
+    assert (
+        np.abs(np.asarray(y, np.float64) - expected)
+        <= 2**-8 * (np.abs(base) + np.abs(expected)) + 1e-4
+    ).all()
 
 
 def test_forward_mode():
@@ -399,16 +536,23 @@ def test_forward_mode():
     trainable, frozen = loha_jax.partition(params)
     for strategy in ("factored", "fused", "dense"):
         run = loha_jax.adapt(fn, strategy=strategy, forward_mode=True)
-        tangent = jax.jvp(lambda t, run=run: run(loha_jax.combine(t, frozen), x), (trainable,), (trainable,))[1]
+        tangent = jax.jvp(
+            lambda t, run=run: run(loha_jax.combine(t, frozen), x), (trainable,), (trainable,)
+        )[1]
         delta = fn(loha_jax.merge(params), x) - fn(loha_jax.unload(params), x)
         assert_close(tangent, 4 * delta, 2e-5)  # the update is of degree 4 in the factors
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda t: loha_jax.adapt(fn)(loha_jax.combine(t, frozen), x), (trainable,), (trainable,))
+        jax.jvp(
+            lambda t: loha_jax.adapt(fn)(loha_jax.combine(t, frozen), x), (trainable,), (trainable,)
+        )
 
 
 def test_vmap_over_adapters_outside():
     base = {"m": {"kernel": normal(4, 6)}}
-    several = [adapted(base, None, ["m"], r=2), jax.tree.map(lambda x: x * 1.1, adapted(base, None, ["m"], r=2))]
+    several = [
+        adapted(base, None, ["m"], r=2),
+        jax.tree.map(lambda x: x * 1.1, adapted(base, None, ["m"], r=2)),
+    ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
     x = normal(5, 4, seed=1)
     run = loha_jax.adapt(lambda p, x: x @ p["m"]["kernel"])
@@ -449,7 +593,11 @@ def test_values_closed_over_from_an_outer_trace():
 def test_saved_modules_are_used_and_trained():
     base = {"q": {"kernel": normal(4, 4)}, "head": {"kernel": normal(4, 2), "bias": normal(2)}}
     params = adapted(base, None, ["q"], modules_to_save=["head"])
-    check(lambda p, x: (x @ p["q"]["kernel"]) @ p["head"]["kernel"] + p["head"]["bias"], params, normal(5, 4))
+    check(
+        lambda p, x: (x @ p["q"]["kernel"]) @ p["head"]["kernel"] + p["head"]["bias"],
+        params,
+        normal(5, 4),
+    )
 
 
 def test_inactive_adapters_cost_nothing():
@@ -462,7 +610,10 @@ def test_inactive_adapters_cost_nothing():
 
 def test_the_frozen_base_gets_no_gradient_and_costs_none():
     params = adapted({"m": {"kernel": normal(64, 64)}}, None, ["m"])
-    for run in (loha_jax.adapt(lambda p, x: x @ p["m"]["kernel"]), lambda p, x: x @ p["m"]["kernel"]):
+    for run in (
+        loha_jax.adapt(lambda p, x: x @ p["m"]["kernel"]),
+        lambda p, x: x @ p["m"]["kernel"],
+    ):
         gradient = jax.grad(lambda p, run=run: run(p, normal(5, 64)).sum())(params)
         assert not gradient["m"]["kernel"].kernel.any()
         assert gradient["m"]["kernel"].adapters["default"].hada_w1_a.any()
@@ -478,7 +629,9 @@ def test_sharding_constraints_and_named_scopes_pass_through():
 
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
     check(fn, params, normal(5, 4))
-    assert "mine" in jax.jit(loha_jax.adapt(fn)).lower(params, normal(5, 4)).as_text(debug_info=True)
+    assert "mine" in jax.jit(loha_jax.adapt(fn)).lower(params, normal(5, 4)).as_text(
+        debug_info=True
+    )
 
 
 def test_strategies_by_module_name_and_unknown_ones():
@@ -488,7 +641,9 @@ def test_strategies_by_module_name_and_unknown_ones():
     uses = loha_jax.explain(fn, params, normal(5, 4), strategy={"a": "fused", "b": "factored"}).uses
     assert {use.module: use.strategy for use in uses} == {"a": "fused", "b": "factored"}
     check(partial(fn), params, normal(5, 4))
-    with pytest.raises(ValueError, match="strategy is one of auto, factored, fused, dense, got 'quick'"):
+    with pytest.raises(
+        ValueError, match="strategy is one of auto, factored, fused, dense, got 'quick'"
+    ):
         loha_jax.adapt(fn, strategy="quick")
 
 
@@ -507,7 +662,9 @@ def einsums(draw):
     """A product of x with a kernel of any layout, and the einsum that says so."""
     n_in, n_out, n_stack = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 2))
     kinds = draw(st.permutations("i" * n_in + "o" * n_out + "s" * n_stack))
-    size = dict(zip(LETTERS, draw(st.lists(st.integers(1, 3), min_size=8, max_size=8)), strict=True))
+    size = dict(
+        zip(LETTERS, draw(st.lists(st.integers(1, 3), min_size=8, max_size=8)), strict=True)
+    )
     kernel = LETTERS[: len(kinds)]
     shared, free = [], []
     swap = draw(st.booleans())
@@ -532,14 +689,20 @@ def einsums(draw):
 
 @pytest.mark.slow
 @settings(max_examples=60)
-@given(einsums(), st.sampled_from(list(BOUNDS)), st.sampled_from(["factored", "fused", "fused in blocks"]))
+@given(
+    einsums(),
+    st.sampled_from(list(BOUNDS)),
+    st.sampled_from(["factored", "fused", "fused in blocks"]),
+)
 def test_any_einsum_with_any_layout(case, dtype, strategy):
     layout, kernel_shape, x_shape, equation = case
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         if strategy == "fused in blocks":  # one after the other, of three elements each
             patch.setattr(loha_jax.transform.operation, "_BLOCK_ELEMENTS", 3)
             strategy = "fused"
-        params = adapted({"m": {"kernel": normal(*kernel_shape, dtype=dtype)}}, {"m": layout}, r".*\bm", r=2)
+        params = adapted(
+            {"m": {"kernel": normal(*kernel_shape, dtype=dtype)}}, {"m": layout}, r".*\bm", r=2
+        )
         x = normal(*x_shape, seed=1, dtype=dtype)
 
         def fn(p, x):
@@ -549,8 +712,12 @@ def test_any_einsum_with_any_layout(case, dtype, strategy):
 
 
 def test_a_report_names_what_is_dense_and_why():
-    params = adapted({"m": {"kernel": normal(4, 6)}, "idle": {"kernel": normal(4, 4)}}, None, ["m", "idle"])
-    explanation = loha_jax.explain(lambda p, x: jnp.sort(jnp.asarray(p["m"]["kernel"])), params, normal(5, 4))
+    params = adapted(
+        {"m": {"kernel": normal(4, 6)}, "idle": {"kernel": normal(4, 4)}}, None, ["m", "idle"]
+    )
+    explanation = loha_jax.explain(
+        lambda p, x: jnp.sort(jnp.asarray(p["m"]["kernel"])), params, normal(5, 4)
+    )
     assert explanation.unused == ("idle",)
     (use,) = explanation.dense
     assert (use.module, use.primitive, use.note) == ("m", "sort", "no rule for this primitive")
@@ -574,8 +741,12 @@ LOOKUPS = {
     "vmap": lambda t: jax.vmap(lambda i: t[i])(IDS),
     "vmap of vmap": lambda t: jax.vmap(jax.vmap(lambda i: t[i]))(IDS[None, :4]),
     "vmap, columns": lambda t: jax.vmap(lambda i: t[:, i])(IDS % 6),
-    "vmap, take with fill": lambda t: jax.vmap(lambda i: jnp.take(t, i, axis=0, mode="fill", fill_value=7.0))(IDS),
-    "vmap, dynamic index": lambda t: jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(t, i, keepdims=False))(IDS),
+    "vmap, take with fill": lambda t: jax.vmap(
+        lambda i: jnp.take(t, i, axis=0, mode="fill", fill_value=7.0)
+    )(IDS),
+    "vmap, dynamic index": lambda t: jax.vmap(
+        lambda i: jax.lax.dynamic_index_in_dim(t, i, keepdims=False)
+    )(IDS),
     "vmap, a window": lambda t: jax.vmap(lambda i: jax.lax.dynamic_slice(t, (i, 0), (2, 6)))(IDS),
     "take_along_axis": lambda t: jnp.take_along_axis(t, IDS[:2, None], axis=0),
     "equinox": lambda t: jax.vmap(eqx.nn.Embedding(weight=t))(IDS[:2]),
@@ -603,7 +774,9 @@ def test_constants_come_back_as_jax_returns_them():
     got = loha_jax.adapt(fn)(params, x)
     assert got[9] == "s"
     del got[9]
-    want = jax.jit(lambda p, x: [o for o in fn(p, x) if not isinstance(o, str)])(loha_jax.merge(params), x)
+    want = jax.jit(lambda p, x: [o for o in fn(p, x) if not isinstance(o, str)])(
+        loha_jax.merge(params), x
+    )
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert isinstance(g, jax.Array)
         assert (g.dtype, g.weak_type) == (w.dtype, w.weak_type)
@@ -614,13 +787,19 @@ def test_a_function_that_closes_over_its_weights_is_told_so():
     params, x = adapted({"q": {"kernel": normal(4, 4)}}), normal(2, 4)
     closed = lambda x: x @ params["q"]["kernel"]  # noqa: E731
     for fn, args in ((closed, (x,)), (partial(lambda p, x: x @ p["q"]["kernel"], params), (x,))):
-        with pytest.warns(UserWarning, match=r"closes over adapted kernels .*Pass the adapted tree") as caught:
+        with pytest.warns(
+            UserWarning, match=r"closes over adapted kernels .*Pass the adapted tree"
+        ) as caught:
             got = loha_jax.adapt(fn)(*args)
         assert caught[0].filename == __file__
-        np.testing.assert_allclose(got, x @ loha_jax.merge(params)["q"]["kernel"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            got, x @ loha_jax.merge(params)["q"]["kernel"], rtol=0, atol=1e-5
+        )
         explanation = loha_jax.explain(fn, x)
         assert not explanation.uses
-        assert "No argument holds a kernel with an active adapter; the function closes over" in str(explanation)
+        assert "No argument holds a kernel with an active adapter; the function closes over" in str(
+            explanation
+        )
     plain = loha_jax.explain(lambda p, x: x @ p["q"]["kernel"], loha_jax.unload(params), x)
     assert str(plain).endswith(
         "No argument holds a kernel with an active adapter. Pass the adapted tree as an argument."

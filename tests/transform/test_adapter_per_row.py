@@ -58,9 +58,16 @@ def tree(names=NAMES, r=2, **kwargs):
 def one_by_one(params, index, *args):
     rows = []
     for row, n in enumerate(index):
-        plain = loha_jax.unload(params) if n == -1 else loha_jax.merge(loha_jax.set_adapter(params, NAMES[n]))
+        plain = (
+            loha_jax.unload(params)
+            if n == -1
+            else loha_jax.merge(loha_jax.set_adapter(params, NAMES[n]))
+        )
         rows.append(apply(plain, *(a[row : row + 1] for a in args)))
-    return {"logits": jnp.concatenate([r["logits"] for r in rows]), "loss": jnp.stack([r["loss"] for r in rows])}
+    return {
+        "logits": jnp.concatenate([r["logits"] for r in rows]),
+        "loss": jnp.stack([r["loss"] for r in rows]),
+    }
 
 
 @pytest.mark.parametrize("cp", [False, True])
@@ -130,7 +137,9 @@ def test_no_weight_is_built():
     width, batch = 64, 8
     params = {"q": {"kernel": jax.ShapeDtypeStruct((width, width + 1), jnp.float32)}}
     for name in NAMES:
-        params = loha_jax.inject(params, LoHaConfig(r=2, target_modules=["q"]), key=KEY, adapter_name=name)
+        params = loha_jax.inject(
+            params, LoHaConfig(r=2, target_modules=["q"]), key=KEY, adapter_name=name
+        )
     params = loha_jax.set_adapter(params, NAMES)
     fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
     x = jax.ShapeDtypeStruct((batch, 3, width), jnp.float32)
@@ -138,7 +147,10 @@ def test_no_weight_is_built():
     def made(strategy):
         rows = jax.jit(lambda p, i, x: loha_jax.adapt(fn, strategy=strategy, adapter_index=i)(p, x))
         text = rows.lower(params, jax.ShapeDtypeStruct((batch,), jnp.int32), x).compile().as_text()
-        return re.findall(rf"= f32\[(?:\d+,)?(?:{width},{width + 1}|{width + 1},{width})\]\S* (?!parameter)\w", text)
+        return re.findall(
+            rf"= f32\[(?:\d+,)?(?:{width},{width + 1}|{width + 1},{width})\]\S* (?!parameter)\w",
+            text,
+        )
 
     assert not made("auto")
     assert made("dense")  # the search finds them where they are
@@ -146,12 +158,15 @@ def test_no_weight_is_built():
 
 def test_an_index_out_of_range_is_an_error_or_nan():
     params, args = tree(), inputs(2)
-    with pytest.raises(ValueError, match=r"adapter_index 3 is out of range: the tree has 3 active adapters \(0 to 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"adapter_index 3 is out of range: the tree has 3 active adapters \(0 to 2\)",
+    ):
         loha_jax.adapt(apply, adapter_index=jnp.array([0, 3]), in_axes=AXES)(params, *args)
     for bad in (3, -2):
-        got = jax.jit(lambda i: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(params, *args))(
-            jnp.array([0, bad])
-        )
+        got = jax.jit(
+            lambda i: loha_jax.adapt(apply, adapter_index=i, in_axes=AXES)(params, *args)
+        )(jnp.array([0, bad]))
         assert np.isfinite(got["logits"][0]).all()
         assert np.isnan(got["logits"][1]).all()
 
@@ -165,11 +180,15 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="explain adapt\\(fn\\) without adapter_index"):
         loha_jax.explain(loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int)), params, *args)
     with pytest.raises(ValueError, match="the arguments hold none"):
-        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(loha_jax.unload(params), *args)
+        loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(
+            loha_jax.unload(params), *args
+        )
     config = LoHaConfig(r=3, target_modules=["query"])
     params = loha_jax.inject(params, config, key=KEY, adapter_name="wide")
     params = loha_jax.set_adapter(params, ["french", "wide"])
-    with pytest.raises(ValueError, match=r"adapters of attention.query differ in shape.*french.*wide"):
+    with pytest.raises(
+        ValueError, match=r"adapters of attention.query differ in shape.*french.*wide"
+    ):
         loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(params, *args)
 
 
@@ -189,7 +208,10 @@ def by_row(fn, index, in_axes, params, *args):
     results = []
     for row, n in enumerate(index):
         merged = loha_jax.merge(loha_jax.set_adapter(params, NAMES[n]))
-        own = [a if ax is None else jnp.take(a, jnp.array([row]), ax) for a, ax in zip(args, in_axes, strict=True)]
+        own = [
+            a if ax is None else jnp.take(a, jnp.array([row]), ax)
+            for a, ax in zip(args, in_axes, strict=True)
+        ]
         results.append(fn(merged, *own))
     return results
 
@@ -233,7 +255,10 @@ def test_other_axes_trees_and_keyword_arguments():
     x = jax.random.normal(jax.random.key(7), (5, 3, 4))  # time first
 
     def fn(p, inputs, *, scale, flag=True):
-        return {"y": inputs["x"] @ p["q"]["kernel"] * scale[None, :, None] + inputs["shift"], "n": scale.sum()}
+        return {
+            "y": inputs["x"] @ p["q"]["kernel"] * scale[None, :, None] + inputs["shift"],
+            "n": scale.sum(),
+        }
 
     scale, shift = jnp.array([1.0, 2.0, 3.0]), jnp.arange(4.0)
     rows = loha_jax.adapt(
@@ -243,8 +268,17 @@ def test_other_axes_trees_and_keyword_arguments():
         out_axes={"y": -2, "n": 0},
     )
     got = rows(params, {"x": x, "shift": shift}, scale=scale, flag=True)
-    want = by_row(lambda p, x, scale: fn(p, {"x": x, "shift": shift}, scale=scale), index, (1, 0), params, x, scale)
-    np.testing.assert_allclose(got["y"], jnp.concatenate([w["y"] for w in want], 1), rtol=0, atol=1e-4)
+    want = by_row(
+        lambda p, x, scale: fn(p, {"x": x, "shift": shift}, scale=scale),
+        index,
+        (1, 0),
+        params,
+        x,
+        scale,
+    )
+    np.testing.assert_allclose(
+        got["y"], jnp.concatenate([w["y"] for w in want], 1), rtol=0, atol=1e-4
+    )
     np.testing.assert_allclose(got["n"], scale)
 
 
@@ -252,16 +286,24 @@ def test_one_array_with_the_batchs_size_needs_no_in_axes():
     params, index, x = small(), jnp.array([1, 0, 2]), B3[0]
     got = loha_jax.adapt(positions, adapter_index=index)(params, x[:, None], jnp.ones(1))
     assert got.shape == (3, 1, 4)
-    assert loha_jax.adapt(positions, adapter_index=index[:0])(params, x[:0, None], jnp.ones(1)).shape == (0, 1, 4)
+    assert loha_jax.adapt(positions, adapter_index=index[:0])(
+        params, x[:0, None], jnp.ones(1)
+    ).shape == (0, 1, 4)
 
 
 def test_in_axes_that_do_not_fit():
     params, index = small(), jnp.array([1, 0, 2])
-    run = lambda in_axes, *args, **kw: loha_jax.adapt(positions, adapter_index=index, in_axes=in_axes, **kw)(*args)  # noqa: E731
+    run = lambda in_axes, *args, **kw: loha_jax.adapt(
+        positions, adapter_index=index, in_axes=in_axes, **kw
+    )(*args)  # noqa: E731
     x, at = B3, jnp.arange(3.0)
     for in_axes, message in {
         (0, 0, None): r"p\['q'\]\['kernel'\] is adapted: it has no rows",
-        (None, 2, None): r"in_axes says 2 for x of shape \(3, 3, 4\): that axis does not hold the 3 rows",
+        (
+            None,
+            2,
+            None,
+        ): r"in_axes says 2 for x of shape \(3, 3, 4\): that axis does not hold the 3 rows",
         (None, 0): "one entry for each of the 3 positional arguments",
         (None, "x", None): "in_axes for x holds 'x'",
         (None, (0, 0), None): "in_axes for x: .* is no prefix of its tree",
@@ -288,7 +330,9 @@ def test_a_stack_of_modules_with_decomposed_weights_of_several_ranks():
 
     x = jax.random.normal(KEY, (3, 6))
     got = loha_jax.adapt(fn, adapter_index=[0, -1, 0], in_axes=(None, 0))(params, x)
-    want = np.stack([fn(p, x)[n] for n, p in enumerate((loha_jax.merge(params), base, loha_jax.merge(params)))])
+    want = np.stack(
+        [fn(p, x)[n] for n, p in enumerate((loha_jax.merge(params), base, loha_jax.merge(params)))]
+    )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -314,7 +358,11 @@ def test_a_cache_beside_the_adapted_tree_is_no_weight(given):
 
 
 def test_keyword_arguments_are_proposed_by_name():
-    params = loha_jax.inject({"q": {"kernel": jnp.ones((2, 3))}}, LoHaConfig(r=2, target_modules=["q"]), key=KEY)
-    fn = loha_jax.adapt(lambda p, x, y=0: x @ p["q"]["kernel"] + y, adapter_index=[0, -1], in_axes=(None, 0))
+    params = loha_jax.inject(
+        {"q": {"kernel": jnp.ones((2, 3))}}, LoHaConfig(r=2, target_modules=["q"]), key=KEY
+    )
+    fn = loha_jax.adapt(
+        lambda p, x, y=0: x @ p["q"]["kernel"] + y, adapter_index=[0, -1], in_axes=(None, 0)
+    )
     with pytest.raises(ValueError, match=r"in_axes=\{'p': None, 'x': 0, 'y': 0\}"):
         fn(params, jnp.ones((2, 2)), y=jnp.ones((2, 3)))

@@ -31,7 +31,9 @@ def adapted(base, layout, cp, r=3, names=("conv",)):
     params = loha_jax.inject(base, config, key=jax.random.key(0), layouts=layouts)
     mask, random = loha_jax.trainable_mask(params), np.random.default_rng(3)
     return jax.tree.map(
-        lambda x, m: jnp.asarray(random.standard_normal(x.shape) * 0.7, x.dtype) if m else x, params, mask
+        lambda x, m: jnp.asarray(random.standard_normal(x.shape) * 0.7, x.dtype) if m else x,
+        params,
+        mask,
     )
 
 
@@ -57,18 +59,32 @@ LINEN = {
     "2d same": ({"features": 6, "kernel_size": (3, 3)}, (2, 6, 5, 4)),
     "2d valid": ({"features": 6, "kernel_size": (3, 2), "padding": "VALID"}, (2, 6, 5, 4)),
     "2d strided": ({"features": 6, "kernel_size": (3, 3), "strides": (2, 1)}, (2, 6, 5, 4)),
-    "2d explicit padding": ({"features": 6, "kernel_size": (3, 3), "padding": ((0, 2), (1, 0))}, (2, 6, 5, 4)),
+    "2d explicit padding": (
+        {"features": 6, "kernel_size": (3, 3), "padding": ((0, 2), (1, 0))},
+        (2, 6, 5, 4),
+    ),
     "2d circular": ({"features": 6, "kernel_size": (3, 3), "padding": "CIRCULAR"}, (2, 6, 5, 4)),
     "2d reflected": ({"features": 6, "kernel_size": (3, 3), "padding": "REFLECT"}, (2, 6, 5, 4)),
-    "2d kernel dilation": ({"features": 6, "kernel_size": (3, 3), "kernel_dilation": 2}, (2, 7, 7, 4)),
+    "2d kernel dilation": (
+        {"features": 6, "kernel_size": (3, 3), "kernel_dilation": 2},
+        (2, 7, 7, 4),
+    ),
     "2d input dilation": (
-        {"features": 6, "kernel_size": (3, 3), "input_dilation": (2, 1), "padding": ((1, 2), (0, 1))},
+        {
+            "features": 6,
+            "kernel_size": (3, 3),
+            "input_dilation": (2, 1),
+            "padding": ((1, 2), (0, 1)),
+        },
         (2, 4, 5, 4),
     ),
     "2d kernel of 1": ({"features": 6, "kernel_size": (1, 1)}, (2, 4, 5, 4)),
     "2d kernel of (3, 1)": ({"features": 6, "kernel_size": (3, 1)}, (2, 4, 5, 4)),
     "2d grouped": ({"features": 6, "kernel_size": (3, 3), "feature_group_count": 2}, (2, 5, 5, 4)),
-    "2d depthwise": ({"features": 8, "kernel_size": (3, 3), "feature_group_count": 4}, (2, 5, 5, 4)),
+    "2d depthwise": (
+        {"features": 8, "kernel_size": (3, 3), "feature_group_count": 4},
+        (2, 5, 5, 4),
+    ),
     "2d one channel": ({"features": 1, "kernel_size": (3, 3)}, (2, 5, 5, 1)),
     "2d, several batch axes": ({"features": 6, "kernel_size": (3, 3)}, (2, 2, 5, 5, 4)),
     "3d": ({"features": 6, "kernel_size": (2, 3, 2)}, (2, 4, 4, 3, 4)),
@@ -88,7 +104,9 @@ def test_linen_conv(case, cp):
     layout = "k" * len(arguments["kernel_size"]) + "io"
     params = adapted(base, layout, cp)
     ones = set(arguments["kernel_size"]) == {1}
-    assert params["conv"]["kernel"].adapters["default"].is_cp == (cp and not ones)  # PEFT: 1-kernels are always flat
+    assert params["conv"]["kernel"].adapters["default"].is_cp == (
+        cp and not ones
+    )  # PEFT: 1-kernels are always flat
     assert_equals_merged(lambda p, x: module.apply({"params": p["conv"]}, x), params, x)
 
 
@@ -115,9 +133,13 @@ def convolutions(draw):
     groups = draw(st.integers(1, 3))
     in_, out = draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     kernel_size = draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes))
-    orders = [draw(st.permutations(range(axes + 2))) for _ in range(3)]  # (batch, feature, *space) or (out, in, *space)
+    orders = [
+        draw(st.permutations(range(axes + 2))) for _ in range(3)
+    ]  # (batch, feature, *space) or (out, in, *space)
     sizes = lambda order, values: [values[order.index(axis)] for axis in range(axes + 2)]  # noqa: E731
-    per_axis = lambda low, high: draw(st.lists(st.integers(low, high), min_size=axes, max_size=axes))  # noqa: E731
+    per_axis = lambda low, high: draw(
+        st.lists(st.integers(low, high), min_size=axes, max_size=axes)
+    )  # noqa: E731
     space = [k * 2 + n for k, n in zip(kernel_size, per_axis(0, 2), strict=True)]
     window = {
         "window_strides": per_axis(1, 2),
@@ -128,12 +150,22 @@ def convolutions(draw):
     }
     numbers = lax.ConvDimensionNumbers(*map(tuple, orders))
     # A kernel's in and out letters by axis; the spatial ones stand in the order in which torch has them.
-    letters = {orders[1][0]: "o", orders[1][1]: "i"} | {axis: f"k{n}" for n, axis in enumerate(orders[1][2:])}
+    letters = {orders[1][0]: "o", orders[1][1]: "i"} | {
+        axis: f"k{n}" for n, axis in enumerate(orders[1][2:])
+    }
     word = " ".join(letters[axis] if axes > 1 else letters[axis][0] for axis in range(axes + 2))
     word = word.replace("o", "o0").replace("i", "i0") if axes > 1 else word
     kernel_shape = sizes(orders[1], [out, in_, *kernel_size])
     x_shape = sizes(orders[0], [2, groups * in_, *space])
-    return word, kernel_shape, x_shape, numbers, window, draw(st.booleans()), draw(st.integers(1, 3))
+    return (
+        word,
+        kernel_shape,
+        x_shape,
+        numbers,
+        window,
+        draw(st.booleans()),
+        draw(st.integers(1, 3)),
+    )
 
 
 @pytest.mark.slow
@@ -146,7 +178,9 @@ def test_any_convolution_with_any_layout(case, dtype, strategy):
         x = normal(*x_shape, seed=1, dtype=dtype)
 
         def fn(p, x):
-            return lax.conv_general_dilated(x, jnp.asarray(p["conv"]["kernel"]), **window, dimension_numbers=numbers)
+            return lax.conv_general_dilated(
+                x, jnp.asarray(p["conv"]["kernel"]), **window, dimension_numbers=numbers
+            )
 
         assert_equals_merged_in_float64(fn, params, x, dtype, strategy)
 
@@ -189,27 +223,46 @@ def test_what_has_no_factored_form_is_dense():
 
     def swapped(p, x):  # the kernel's out axis is contracted
         return lax.conv_general_dilated(
-            x, jnp.asarray(p["conv"]["kernel"]), (1, 1), "SAME", dimension_numbers=("NHWC", "HWOI", "NHWC")
+            x,
+            jnp.asarray(p["conv"]["kernel"]),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWOI", "NHWC"),
         )
 
     def batch_groups(p, x):
         return lax.conv_general_dilated(
-            x, jnp.asarray(p["conv"]["kernel"]), (1, 1), "SAME", dimension_numbers=numbers, batch_group_count=2
+            x,
+            jnp.asarray(p["conv"]["kernel"]),
+            (1, 1),
+            "SAME",
+            dimension_numbers=numbers,
+            batch_group_count=2,
         )
 
     def slid_over(p, x):
         return lax.conv_general_dilated(
-            jnp.asarray(p["conv"]["kernel"]), x, (1, 1), "SAME", dimension_numbers=("HWNC", "HWIO", "NHWC")
+            jnp.asarray(p["conv"]["kernel"]),
+            x,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("HWNC", "HWIO", "NHWC"),
         )
 
     x = normal(2, 5, 5, 4, seed=1)
     for fn in (swapped, batch_groups):
         assert_equals_merged(
-            fn, adapted({"conv": {"kernel": kernel}}, "kkio", False), x, dense=("conv_general_dilated",)
+            fn,
+            adapted({"conv": {"kernel": kernel}}, "kkio", False),
+            x,
+            dense=("conv_general_dilated",),
         )
     x = normal(2, 2, 4, 3, seed=1)
     assert_equals_merged(
-        slid_over, adapted({"conv": {"kernel": kernel}}, "kkio", True), x, dense=("conv_general_dilated",)
+        slid_over,
+        adapted({"conv": {"kernel": kernel}}, "kkio", True),
+        x,
+        dense=("conv_general_dilated",),
     )
 
 
@@ -225,7 +278,9 @@ def test_a_patch_embedding_as_a_product():
 
 def test_two_adapters_of_both_forms():
     params = adapted({"conv": {"kernel": normal(3, 3, 4, 6)}}, "kkio", False)
-    config = LoHaConfig(r=2, alpha=8, target_modules=["conv"], use_effective_conv2d=True, init_weights=False)
+    config = LoHaConfig(
+        r=2, alpha=8, target_modules=["conv"], use_effective_conv2d=True, init_weights=False
+    )
     params = loha_jax.inject(params, config, key=jax.random.key(4), adapter_name="cp")
     params = loha_jax.set_adapter(params, ["default", "cp"])
     fn = lambda p, x: nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["conv"]}, x)  # noqa: E731
@@ -238,11 +293,15 @@ def test_bfloat16_accumulates_in_float32():
     fn = lambda p, x: conv.apply({"params": p["conv"]}, x)  # noqa: E731
     x = normal(2, 6, 6, 16, seed=1, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, params)
-    want = nn.Conv(16, (3, 3), use_bias=False).apply({"params": loha_jax.merge(wide)["conv"]}, x.astype(jnp.float32))
+    want = nn.Conv(16, (3, 3), use_bias=False).apply(
+        {"params": loha_jax.merge(wide)["conv"]}, x.astype(jnp.float32)
+    )
     got = loha_jax.adapt(fn, strategy="factored")(params, x)
     assert got.dtype == jnp.bfloat16
     # Rounding the base product and the sum: two halves of a unit in the last place (2^-8 of the largest value each).
-    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0, atol=2**-7 * float(np.abs(want).max()))
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want, rtol=0, atol=2**-7 * float(np.abs(want).max())
+    )
 
 
 def flops(fn, *args):
@@ -262,7 +321,9 @@ def flops(fn, *args):
 def test_auto_is_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expected):
     kernel = jax.ShapeDtypeStruct((3, 3, in_ // groups, out), jnp.float32)
     config = LoHaConfig(r=r, target_modules=["conv"], use_effective_conv2d=cp)
-    params = loha_jax.inject({"conv": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"conv": "kkio"})
+    params = loha_jax.inject(
+        {"conv": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"conv": "kkio"}
+    )
     trainable, frozen = loha_jax.partition(params)
     x = jax.ShapeDtypeStruct((2, size, size, in_), jnp.float32)
     conv = nn.Conv(out, (3, 3), use_bias=False, feature_group_count=groups)
@@ -285,4 +346,9 @@ def test_an_empty_batch():
     params = adapted({"conv": {"kernel": normal(3, 3, 4, 6)}}, "kkio", True)
     conv = nn.Conv(6, (3, 3), use_bias=False)
     fn = lambda p, x: conv.apply({"params": p["conv"]}, x)  # noqa: E731
-    assert loha_jax.adapt(fn, strategy="factored")(params, jnp.zeros((0, 5, 5, 4))).shape == (0, 5, 5, 6)
+    assert loha_jax.adapt(fn, strategy="factored")(params, jnp.zeros((0, 5, 5, 4))).shape == (
+        0,
+        5,
+        5,
+        6,
+    )

@@ -18,7 +18,9 @@ def forward(params, x):
 
 
 def base_shapes():
-    return {str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(LAYERS)}
+    return {
+        str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(LAYERS)
+    }
 
 
 def compiled_step(tokens, strategy=None, base=None):
@@ -33,9 +35,9 @@ def compiled_step(tokens, strategy=None, base=None):
     apply = loha_jax.adapt(forward, strategy=strategy)
 
     def step(trainable, frozen, x):
-        return jax.value_and_grad(lambda t, x: apply(loha_jax.combine(t, frozen), x).sum(), argnums=(0, 1))(
-            trainable, x
-        )
+        return jax.value_and_grad(
+            lambda t, x: apply(loha_jax.combine(t, frozen), x).sum(), argnums=(0, 1)
+        )(trainable, x)
 
     return jax.jit(step).lower(trainable, frozen, x).compile()
 
@@ -50,18 +52,24 @@ def kernel_shaped_arrays(compiled):
 def test_flops_of_four_dense_layers_stay_within_12_percent_of_the_frozen_base(strategy):
     frozen, adapted = compiled_step(2048), compiled_step(2048, strategy)
     assert adapted.cost_analysis()["flops"] <= 1.12 * frozen.cost_analysis()["flops"]
-    extra = adapted.memory_analysis().temp_size_in_bytes - frozen.memory_analysis().temp_size_in_bytes
+    extra = (
+        adapted.memory_analysis().temp_size_in_bytes - frozen.memory_analysis().temp_size_in_bytes
+    )
     assert extra < 4 * WIDTH * WIDTH  # less than one ΔW; PEFT keeps one per layer
 
 
 def test_the_factored_step_makes_no_array_of_a_kernels_shape():
     assert not kernel_shaped_arrays(compiled_step(1024, "auto"))
-    assert kernel_shaped_arrays(compiled_step(1024, "dense"))  # the search finds them where they are
+    assert kernel_shaped_arrays(
+        compiled_step(1024, "dense")
+    )  # the search finds them where they are
 
 
 def extra_kernels(strategy, layers):
     """Temporary memory over the frozen step's, in kernels, for a few tokens."""
-    shapes = {str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(layers)}
+    shapes = {
+        str(n): {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)} for n in range(layers)
+    }
     adapted = compiled_step(64, strategy, shapes).memory_analysis().temp_size_in_bytes
     frozen = compiled_step(64, None, shapes).memory_analysis().temp_size_in_bytes
     return (adapted - frozen) / (4 * WIDTH * WIDTH)
@@ -71,7 +79,9 @@ def test_the_fused_step_forms_one_update_at_a_time():
     """Up to four arrays of a kernel's shape live at once (Hadamard factors, sum, gradient), in one layer."""
     assert extra_kernels("fused", 2) <= 4
     assert extra_kernels("fused", 6) - extra_kernels("fused", 2) < 0.5
-    assert extra_kernels("dense", 6) - extra_kernels("dense", 2) >= 4  # W + ΔW is kept in each layer
+    assert (
+        extra_kernels("dense", 6) - extra_kernels("dense", 2) >= 4
+    )  # W + ΔW is kept in each layer
     # Khatri-Rao factors and their gradients, [r², 2048] each: no array of a kernel's shape.
     assert extra_kernels("factored", 6) <= 6 * 8 * RANK**2 / WIDTH
 
@@ -84,25 +94,38 @@ def test_fused_inference_makes_no_array_of_a_kernels_shape():
     x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
     made = {}
     for strategy in ("fused", "dense"):
-        compiled = jax.jit(loha_jax.adapt(forward, strategy=strategy, training=False)).lower(params, x).compile()
+        compiled = (
+            jax.jit(loha_jax.adapt(forward, strategy=strategy, training=False))
+            .lower(params, x)
+            .compile()
+        )
         made[strategy] = kernel_shaped_arrays(compiled)
     assert not made["fused"]
     assert made["dense"]
 
 
 def conv_step(strategy, layers, cp, width=512):
-    kernels = {str(n): {"kernel": jax.ShapeDtypeStruct((3, 3, width, width), jnp.float32)} for n in range(layers)}
+    kernels = {
+        str(n): {"kernel": jax.ShapeDtypeStruct((3, 3, width, width), jnp.float32)}
+        for n in range(layers)
+    }
     x = jax.ShapeDtypeStruct((1, 4, 4, width), jnp.float32)
 
     def forward(params, x):
         for n in range(layers):
             kernel = jnp.asarray(params[str(n)]["kernel"])
             numbers = ("NHWC", "HWIO", "NHWC")
-            x = jnp.tanh(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+            x = jnp.tanh(
+                jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+            )
         return x
 
     if strategy is None:
-        return jax.jit(jax.value_and_grad(lambda x, p: forward(p, x).sum())).lower(x, kernels).compile()
+        return (
+            jax.jit(jax.value_and_grad(lambda x, p: forward(p, x).sum()))
+            .lower(x, kernels)
+            .compile()
+        )
     config = loha_jax.LoHaConfig(r=2, target_modules=list(kernels), use_effective_conv2d=cp)
     trainable, frozen = loha_jax.partition(
         loha_jax.inject(kernels, config, key=jax.random.key(0), layouts={r"\d": "kkio"})
@@ -117,14 +140,18 @@ def test_convolutions_hold_no_more_than_products(cp):
     kernel_bytes = 4 * 9 * 512 * 512
 
     def extra(strategy, layers):
-        sizes = [conv_step(s, layers, cp).memory_analysis().temp_size_in_bytes for s in (strategy, None)]
+        sizes = [
+            conv_step(s, layers, cp).memory_analysis().temp_size_in_bytes for s in (strategy, None)
+        ]
         return (sizes[0] - sizes[1]) / kernel_bytes
 
     assert extra("factored", 4) < 0.5
     assert extra("fused", 4) - extra("fused", 2) < 0.5
     assert extra("dense", 4) - extra("dense", 2) > 1.5  # a ΔW per layer
     kernel_shaped = r"= f32\[(?:3,3,512,512|512,512,3,3|512,4608|4608,512)\]\S* (\w[\w-]*)\("
-    made, frozen = (sorted(re.findall(kernel_shaped, conv_step(s, 2, cp).as_text())) for s in ("factored", None))
+    made, frozen = (
+        sorted(re.findall(kernel_shaped, conv_step(s, 2, cp).as_text())) for s in ("factored", None)
+    )
     assert made == frozen
 
 
@@ -133,7 +160,9 @@ def test_decoding_costs_at_most_10_percent_more(tokens):
     """PEFT builds ΔW again at every call: as many bytes as the kernel, several times."""
     kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     params = loha_jax.inject(
-        {"q": {"kernel": kernel}}, loha_jax.LoHaConfig(r=8, target_modules=["q"]), key=jax.random.key(0)
+        {"q": {"kernel": kernel}},
+        loha_jax.LoHaConfig(r=8, target_modules=["q"]),
+        key=jax.random.key(0),
     )
     x = jax.ShapeDtypeStruct((tokens, 4096), jnp.float32)
     fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
@@ -154,7 +183,9 @@ def test_auto_is_the_cheaper_of_factored_and_fused_by_xlas_count():
         apply = loha_jax.adapt(lambda p, x: x @ p["0"]["kernel"], strategy=strategy)
 
         def step(t, f, x):
-            return jax.value_and_grad(lambda t, x: apply(loha_jax.combine(t, f), x).sum(), argnums=(0, 1))(t, x)
+            return jax.value_and_grad(
+                lambda t, x: apply(loha_jax.combine(t, f), x).sum(), argnums=(0, 1)
+            )(t, x)
 
         return jax.jit(step).lower(trainable, frozen, x).compile().cost_analysis()["flops"]
 

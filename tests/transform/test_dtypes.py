@@ -16,12 +16,16 @@ def adapted(dtype):
     kernel = jax.random.normal(jax.random.key(1), (16, 8), jnp.float32).astype(dtype)
     params = loha_jax.inject({"q": {"kernel": kernel}}, CONFIG, key=jax.random.key(0))
     mask, random = loha_jax.trainable_mask(params), np.random.default_rng(0)
-    return jax.tree.map(lambda x, m: jnp.asarray(random.normal(0, 0.5, x.shape), x.dtype) if m else x, params, mask)
+    return jax.tree.map(
+        lambda x, m: jnp.asarray(random.normal(0, 0.5, x.shape), x.dtype) if m else x, params, mask
+    )
 
 
 def update(leaf):
     f = leaf.adapters["default"]
-    a1, b1, a2, b2 = (np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))
+    a1, b1, a2, b2 = (
+        np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+    )
     return ((a1 @ b1) * (a2 @ b2)).T * 2
 
 
@@ -44,7 +48,10 @@ def test_factors_are_float32_or_better_and_the_merged_weight_is_rounded_once(dty
 def size(leaf):
     """|W + ΔW| without cancellation."""
     f = leaf.adapters["default"]
-    a1, b1, a2, b2 = (np.abs(np.asarray(x, np.float64)) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))
+    a1, b1, a2, b2 = (
+        np.abs(np.asarray(x, np.float64))
+        for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+    )
     return np.abs(np.asarray(leaf.kernel, np.float64)) + ((a1 @ b1) * (a2 @ b2)).T * 2
 
 
@@ -52,7 +59,9 @@ def size(leaf):
 @pytest.mark.parametrize("dtype", BASES)
 def test_outputs_have_the_dtype_of_the_models_own_product(dtype, strategy, x64):
     params = adapted(dtype)
-    compute = jnp.dtype(dtype) if "float8" not in dtype else jnp.dtype("bfloat16")  # a float8 kernel is cast for use
+    compute = (
+        jnp.dtype(dtype) if "float8" not in dtype else jnp.dtype("bfloat16")
+    )  # a float8 kernel is cast for use
     x = jax.random.normal(jax.random.key(2), (5, 16), jnp.float32).astype(compute)
 
     def fn(params, x):
@@ -71,4 +80,6 @@ def test_outputs_have_the_dtype_of_the_models_own_product(dtype, strategy, x64):
 
 def test_integer_kernels_are_refused_by_name():
     with pytest.raises(ValueError, match=r"q\.kernel int8"):
-        loha_jax.inject({"q": {"kernel": jnp.ones((3, 4), jnp.int8)}}, CONFIG, key=jax.random.key(0))
+        loha_jax.inject(
+            {"q": {"kernel": jnp.ones((3, 4), jnp.int8)}}, CONFIG, key=jax.random.key(0)
+        )

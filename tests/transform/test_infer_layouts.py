@@ -14,30 +14,52 @@ USES = {
     "output": (lambda w, x: jnp.einsum("bthk,hkd->btd", x, w), (2, 3, 4), (2, 5, 2, 3), "iio"),
     "gemma query": (lambda w, x: jnp.einsum("btd,ndh->btnh", x, w), (2, 4, 3), (2, 3, 4), "oio"),
     "experts": (lambda w, x: jnp.einsum("eti,eio->eto", x, w), (3, 4, 6), (3, 5, 4), "sio"),
-    "scan": (lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0], (3, 4, 4), (5, 4), "sio"),
-    "scan of one": (lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0], (1, 4, 4), (5, 4), "sio"),
+    "scan": (
+        lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0],
+        (3, 4, 4),
+        (5, 4),
+        "sio",
+    ),
+    "scan of one": (
+        lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0],
+        (1, 4, 4),
+        (5, 4),
+        "sio",
+    ),
     "scanned query": (
-        lambda w, x: jax.lax.scan(lambda c, v: (jnp.einsum("td,dhk->thk", c, v).sum(2) @ jnp.ones((2, 4)), None), x, w)[
-            0
-        ],
+        lambda w, x: jax.lax.scan(
+            lambda c, v: (jnp.einsum("td,dhk->thk", c, v).sum(2) @ jnp.ones((2, 4)), None), x, w
+        )[0],
         (3, 4, 2, 3),
         (5, 4),
         "sioo",
     ),
     "indexed": (lambda w, x: x @ w[0] + x @ w[1], (2, 4, 6), (5, 4), "sio"),
     "reshaped": (lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), (5, 4), "ioo"),
-    "remat and jit": (lambda w, x: jax.checkpoint(jax.jit(lambda w, x: x @ w))(w, x), (4, 6), (5, 4), "io"),
+    "remat and jit": (
+        lambda w, x: jax.checkpoint(jax.jit(lambda w, x: x @ w))(w, x),
+        (4, 6),
+        (5, 4),
+        "io",
+    ),
     "embedding": (lambda w, x: w[jnp.arange(3)], (7, 4), (1,), "oi"),
     "tied": (lambda w, x: w[jnp.arange(3)] @ w.T, (7, 4), (1,), "oi"),
     "one wide": (lambda w, x: x @ w, (4, 1), (5, 4), "io"),
     "one head": (lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (4, 1, 3), (2, 3, 4), "ioo"),
     "conv": (
-        lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        lambda w, x: jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
         (3, 3, 4, 6),
         (2, 5, 5, 4),
         "kkio",
     ),
-    "torch conv": (lambda w, x: jax.lax.conv(x, w, (1, 1), "SAME"), (6, 4, 3, 3), (2, 4, 5, 5), "oikk"),
+    "torch conv": (
+        lambda w, x: jax.lax.conv(x, w, (1, 1), "SAME"),
+        (6, 4, 3, 3),
+        (2, 4, 5, 5),
+        "oikk",
+    ),
 }
 
 
@@ -45,13 +67,17 @@ USES = {
 def test_use(name):
     fn, shape, x_shape, layout = USES[name]
     params = {"m": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
-    assert infer_layouts(lambda p, x: fn(p["m"]["kernel"], x), params, jax.ShapeDtypeStruct(x_shape, jnp.float32)) == {
-        "m": layout
-    }
+    assert infer_layouts(
+        lambda p, x: fn(p["m"]["kernel"], x), params, jax.ShapeDtypeStruct(x_shape, jnp.float32)
+    ) == {"m": layout}
 
 
 def test_arrays_that_no_product_reads_are_left_out():
-    params = {"m": {"kernel": jnp.ones((4, 6))}, "pos": jnp.ones((5, 4)), "mixed": {"kernel": jnp.ones((4, 6))}}
+    params = {
+        "m": {"kernel": jnp.ones((4, 6))},
+        "pos": jnp.ones((5, 4)),
+        "mixed": {"kernel": jnp.ones((4, 6))},
+    }
 
     def fn(p, x):
         return (x + p["pos"]) @ p["m"]["kernel"] @ p["mixed"]["kernel"].reshape(6, 4)
@@ -95,7 +121,11 @@ def test_all_linear_leaves_out_what_is_looked_up():
     """A table of biases has two axes as well; PEFT's all-linear takes nn.Linear alone."""
 
     def fn(params, ids, x):
-        return x @ params["head"]["w"] + params["bias_table"][ids] + params["tied"]["embedding"][ids] @ jnp.ones((5, 4))
+        return (
+            x @ params["head"]["w"]
+            + params["bias_table"][ids]
+            + params["tied"]["embedding"][ids] @ jnp.ones((5, 4))
+        )
 
     params = {
         "head": {"w": jnp.ones((3, 4))},

@@ -46,8 +46,15 @@ def base():
     def normal(seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape) / shape[0] ** 0.5
 
-    shapes = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "square": (WIDTH, WIDTH)}
-    kernels = {name: {"kernel": normal(n, *shape)} for n, (name, shape) in enumerate(shapes.items())}
+    shapes = {
+        "gate": (WIDTH, HIDDEN),
+        "up": (WIDTH, HIDDEN),
+        "down": (HIDDEN, WIDTH),
+        "square": (WIDTH, WIDTH),
+    }
+    kernels = {
+        name: {"kernel": normal(n, *shape)} for n, (name, shape) in enumerate(shapes.items())
+    }
     return kernels | {"scale": 1 + 0.1 * normal(8, WIDTH), "bias": 0.1 * normal(9, HIDDEN)}
 
 
@@ -58,9 +65,13 @@ def held_bytes(fn, *args):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
 
 
-@pytest.mark.parametrize("fn", [gated, gelu, rms_norm, layer_norm, dropout, residual], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "fn", [gated, gelu, rms_norm, layer_norm, dropout, residual], ids=lambda fn: fn.__name__
+)
 def test_gradients_are_those_of_the_dense_weight(fn):
-    config = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["gate", "up", "down", "square"], init_weights=False)
+    config = loha_jax.LoHaConfig(
+        r=2, alpha=4, target_modules=["gate", "up", "down", "square"], init_weights=False
+    )
     params = loha_jax.inject(base(), config, key=jax.random.key(0))
     trainable, frozen = loha_jax.partition(params)
     x = jax.random.normal(jax.random.key(1), (ROWS, WIDTH))
@@ -77,7 +88,9 @@ def test_gradients_are_those_of_the_dense_weight(fn):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
 
 
-@pytest.mark.parametrize(("fn", "wide"), [(gated, 0), (rms_norm, 0), (layer_norm, 0), (dropout, 0), (residual, 1)])
+@pytest.mark.parametrize(
+    ("fn", "wide"), [(gated, 0), (rms_norm, 0), (layer_norm, 0), (dropout, 0), (residual, 1)]
+)
 def test_an_input_that_can_be_built_again_is_not_held(fn, wide):
     """`wide`: how many arrays of the last product's input are held beyond the frozen step's."""
     last = "down" if fn in (gated, dropout) else "up"
@@ -90,5 +103,7 @@ def test_an_input_that_can_be_built_again_is_not_held(fn, wide):
     after = held_bytes(lambda t, x: apply(loha_jax.combine(t, frozen), x), trainable, x)
     h = 4 * ROWS  # x KB, r² = 1 wide
     size = 4 * ROWS * (HIDDEN if last == "down" else WIDTH)
-    assert after - before <= h + wide * size + size // 4  # a mask of one byte per element, or a norm per row
+    assert (
+        after - before <= h + wide * size + size // 4
+    )  # a mask of one byte per element, or a norm per row
     assert after - before >= h + wide * size

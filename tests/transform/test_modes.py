@@ -18,7 +18,9 @@ STRATEGIES = ("auto", "factored", "fused", "dense")
 
 
 def conv(p, x):
-    return jax.lax.conv_general_dilated(x, p["q"]["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, p["q"]["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def scan(p, x):
@@ -27,8 +29,22 @@ def scan(p, x):
 
 # function, kernel's shape and layout, config, x's shape, x's shape with unknown sizes
 CASES = {
-    "product": (lambda p, x: jax.nn.gelu(x) @ p["q"]["w"], (8, 6), "io", LoHaConfig(**OWN), (2, 3, 8), "b, t, 8"),
-    "one row": (lambda p, x: x @ p["q"]["w"], (8, 6), "io", LoHaConfig(**OWN), (1, 1, 8), "b, 1, 8"),
+    "product": (
+        lambda p, x: jax.nn.gelu(x) @ p["q"]["w"],
+        (8, 6),
+        "io",
+        LoHaConfig(**OWN),
+        (2, 3, 8),
+        "b, t, 8",
+    ),
+    "one row": (
+        lambda p, x: x @ p["q"]["w"],
+        (8, 6),
+        "io",
+        LoHaConfig(**OWN),
+        (1, 1, 8),
+        "b, 1, 8",
+    ),
     "experts": (
         lambda p, x: jnp.einsum("eti,eio->eto", x, p["q"]["w"]),
         (3, 8, 6),
@@ -40,9 +56,30 @@ CASES = {
     "scan": (scan, (2, 8, 8), "sio", LoHaConfig(**OWN), (4, 8), "b, 8"),
     "norms": (lambda p, x: x @ p["q"]["w"], (8, 6), "io", DORA, (2, 3, 8), "b, t, 8"),
     "convolution": (conv, (3, 3, 4, 5), "kkio", LoHaConfig(**OWN), (2, 5, 6, 4), "b, h, 6, 4"),
-    "cores": (conv, (3, 3, 4, 5), "kkio", LoHaConfig(**OWN, use_effective_conv2d=True), (2, 5, 6, 4), "b, h, 6, 4"),
-    "lookup": (lambda p, x: jnp.take(p["q"]["w"], x, axis=0), (10, 6), "oi", LoHaConfig(**OWN), (2, 3), "b, t"),
-    "lookup, vmap": (lambda p, x: jax.vmap(lambda i: p["q"]["w"][i])(x), (10, 6), "oi", LoHaConfig(**OWN), (4,), "b"),
+    "cores": (
+        conv,
+        (3, 3, 4, 5),
+        "kkio",
+        LoHaConfig(**OWN, use_effective_conv2d=True),
+        (2, 5, 6, 4),
+        "b, h, 6, 4",
+    ),
+    "lookup": (
+        lambda p, x: jnp.take(p["q"]["w"], x, axis=0),
+        (10, 6),
+        "oi",
+        LoHaConfig(**OWN),
+        (2, 3),
+        "b, t",
+    ),
+    "lookup, vmap": (
+        lambda p, x: jax.vmap(lambda i: p["q"]["w"][i])(x),
+        (10, 6),
+        "oi",
+        LoHaConfig(**OWN),
+        (4,),
+        "b",
+    ),
 }
 
 
@@ -67,7 +104,9 @@ def weight(params):
     """W + ΔW in float64 from the formula (of a weight decomposition: rescaled), for kernels that are one module."""
     leaf = params["q"]["w"]
     f, w = leaf.adapters["default"], np.asarray(leaf.kernel, np.float64)
-    a1, b1, a2, b2 = (np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))
+    a1, b1, a2, b2 = (
+        np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+    )
     if f.is_cp:
         t1, t2 = np.asarray(f.hada_t1, np.float64), np.asarray(f.hada_t2, np.float64)
         pair = lambda t, a, b: np.einsum("pqhw,po,qi->oihw", t, a, b)  # noqa: E731
@@ -89,7 +128,9 @@ def expected(fn, params, x):
 
 def loss(apply, params, x):
     trainable, frozen = loha_jax.partition(params)
-    return jax.grad(lambda t: apply(loha_jax.combine(t, frozen), x).astype(jnp.float32).sum())(trainable)
+    return jax.grad(lambda t: apply(loha_jax.combine(t, frozen), x).astype(jnp.float32).sum())(
+        trainable
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -101,7 +142,9 @@ def test_every_strategy_in_strict_modes(case, dtype):
         outputs.append(fn(loha_jax.merge(params), x))
     want, bound = expected(fn, params, x), 2e-5 if dtype == jnp.float32 else 0.06
     for got in outputs:
-        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=bound * np.abs(want).max())
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), want, rtol=0, atol=bound * np.abs(want).max()
+        )
 
 
 @pytest.mark.parametrize("case", ["product", "norms", "convolution"])
@@ -109,7 +152,9 @@ def test_gradients_in_strict_modes(case):
     fn, params, x = made(case)
     want = loss(lambda p, x: fn(loha_jax.merge(p), x), params, x)
     with strict():
-        late = jax.jit(loha_jax.adapt(fn, strategy="factored"))  # derivatives of what is traced already
+        late = jax.jit(
+            loha_jax.adapt(fn, strategy="factored")
+        )  # derivatives of what is traced already
         found = [loss(late, params, x), loss(loha_jax.adapt(fn, strategy="fused"), params, x)]
     for got in found:
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -121,17 +166,28 @@ def test_functions_of_trees_in_strict_modes():
         config = LoHaConfig(**OWN, rank_dropout=0.3, module_dropout=0.2)
         params = loha_jax.inject({"q": {"w": jnp.ones((8, 6), jnp.bfloat16)}}, config, key=KEY)
         dropped = loha_jax.dropout(params, jax.random.key(1))
-        loha_jax.merge(loha_jax.apply_max_norm(loha_jax.scale(dropped, {"default": np.float32(0.5)}), 0.1))
+        loha_jax.merge(
+            loha_jax.apply_max_norm(loha_jax.scale(dropped, {"default": np.float32(0.5)}), 0.1)
+        )
         two = loha_jax.inject(params, config, key=jax.random.key(2), adapter_name="two")
-        mixed = loha_jax.add_weighted_adapter(two, ["default", "two"], np.array([0.5, 0.5], np.float32), "mix")
+        mixed = loha_jax.add_weighted_adapter(
+            two, ["default", "two"], np.array([0.5, 0.5], np.float32), "mix"
+        )
         both = loha_jax.set_adapter(two, ["default", "two"])
         x = jnp.ones((3, 8), jnp.bfloat16)
         fn = lambda p, x: x @ p["q"]["w"]  # noqa: E731
         rows = loha_jax.adapt(fn, adapter_index=jnp.array([1, -1, 0]))(both, x)
         loha_jax.explain(fn, both, x)
         assert loha_jax.adapt(fn)(mixed, x).shape == rows.shape == (3, 6)
-    want = np.stack([np.asarray(fn(loha_jax.merge(loha_jax.set_adapter(two, n)), x[0])) for n in ("two", "default")])
-    np.testing.assert_allclose(np.asarray(rows, np.float32)[[0, 2]], np.asarray(want, np.float32), rtol=0.03)
+    want = np.stack(
+        [
+            np.asarray(fn(loha_jax.merge(loha_jax.set_adapter(two, n)), x[0]))
+            for n in ("two", "default")
+        ]
+    )
+    np.testing.assert_allclose(
+        np.asarray(rows, np.float32)[[0, 2]], np.asarray(want, np.float32), rtol=0.03
+    )
     np.testing.assert_array_equal(np.asarray(rows[1], np.float32), 8)
 
 
@@ -156,16 +212,29 @@ def test_exported_with_unknown_sizes(case):
     want = expected(fn, params, x)
     for strategy in STRATEGIES[1:]:
         exported = export.export(jax.jit(loha_jax.adapt(fn, strategy=strategy)))(params, unknown)
-        np.testing.assert_allclose(exported.call(params, x), want, rtol=0, atol=2e-5 * np.abs(want).max())
+        np.testing.assert_allclose(
+            exported.call(params, x), want, rtol=0, atol=2e-5 * np.abs(want).max()
+        )
     str(loha_jax.explain(fn, params, unknown))
 
 
 def test_exported_functions_are_written_and_read_with_the_tree_as_argument():
     pytest.importorskip("flatbuffers")  # jax.export writes with it
-    base = {name: {"w": jax.random.normal(jax.random.key(n), (8, 8))} for n, name in enumerate(("q", "k", "head"))}
-    config = LoHaConfig(r=2, target_modules=["q"], modules_to_save=["head"], rank_pattern={"q": 3}, init_weights=False)
+    base = {
+        name: {"w": jax.random.normal(jax.random.key(n), (8, 8))}
+        for n, name in enumerate(("q", "k", "head"))
+    }
+    config = LoHaConfig(
+        r=2,
+        target_modules=["q"],
+        modules_to_save=["head"],
+        rank_pattern={"q": 3},
+        init_weights=False,
+    )
     params = loha_jax.inject(base, config, key=KEY)
-    other = LycorisConfig(r=2, target_modules=["k"], metadata={"ss_note": "x"}, weight_decompose=True)
+    other = LycorisConfig(
+        r=2, target_modules=["k"], metadata={"ss_note": "x"}, weight_decompose=True
+    )
     params = loha_jax.inject(params, other, key=KEY, adapter_name="two")
     params = loha_jax.set_adapter(params, ["default", "two"])
     fn = lambda p, x: (x @ p["q"]["w"] + x @ p["k"]["w"]) @ p["head"]["w"]  # noqa: E731
@@ -194,11 +263,16 @@ def test_numpys_numbers_are_numbers():
     for half in (0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
         scaled = loha_jax.scale(params, {"default": half})["q"]["w"].dense()
         kernel = params["q"]["w"].kernel
-        np.testing.assert_allclose(scaled, kernel + (params["q"]["w"].dense() - kernel) / 2, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            scaled, kernel + (params["q"]["w"].dense() - kernel) / 2, rtol=0, atol=1e-6
+        )
 
 
 def test_an_integer_is_no_key():
-    base, config = {"q": {"w": jnp.ones((4, 4))}}, LoHaConfig(r=2, target_modules=["q"], rank_dropout=0.5)
+    base, config = (
+        {"q": {"w": jnp.ones((4, 4))}},
+        LoHaConfig(r=2, target_modules=["q"], rank_dropout=0.5),
+    )
     params = loha_jax.inject(base, config, key=jax.random.PRNGKey(0))
     for key, advice in (
         (0, r"got 0: use jax.random.key\(0\)"),

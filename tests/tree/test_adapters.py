@@ -34,21 +34,29 @@ CONFIGS = {
 def tree():
     params = base()
     for n, (name, config) in enumerate(CONFIGS.items()):
-        params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name, layouts=LAYOUTS)
+        params = loha_jax.inject(
+            params, config, key=jax.random.key(n), adapter_name=name, layouts=LAYOUTS
+        )
     random = np.random.default_rng(0)
     params = loha_jax.set_adapter(params, list(CONFIGS))
     mask = loha_jax.trainable_mask(params)
     # Products with what stands there: the padding of unequal ranks stays zero.
-    return jax.tree.map(lambda x, m: x * random.normal(4, 1, x.shape).astype(np.float32) if m else x, params, mask)
+    return jax.tree.map(
+        lambda x, m: x * random.normal(4, 1, x.shape).astype(np.float32) if m else x, params, mask
+    )
 
 
 def update(leaf, name):
     """ΔW of one adapter in the kernel's axes, by the formula."""
     f = leaf.adapters[name]
-    a1, b1, a2, b2 = (np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b))
+    a1, b1, a2, b2 = (
+        np.asarray(x, np.float64) for x in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
+    )
     if f.is_cp:
         t1, t2 = np.asarray(f.hada_t1, np.float64), np.asarray(f.hada_t2, np.float64)
-        one, two = (np.einsum("ijkl,jr,ip->klrp", t, b, a) for t, b, a in ((t1, b1, a1), (t2, b2, a2)))
+        one, two = (
+            np.einsum("ijkl,jr,ip->klrp", t, b, a) for t, b, a in ((t1, b1, a1), (t2, b2, a2))
+        )
         return one * two * f.alphas[0] / f.ranks[0]
     delta = (a1 @ b1) * (a2 @ b2)
     ratio = np.array([a / r if r else 0 for a, r in zip(f.alphas, f.ranks, strict=True)])
@@ -59,7 +67,11 @@ def update(leaf, name):
 
 
 def leaves(params):
-    return {"q": params["q"]["kernel"], "conv": params["conv"]["kernel"], "v": params["layers"]["v"]["kernel"]}
+    return {
+        "q": params["q"]["kernel"],
+        "conv": params["conv"]["kernel"],
+        "v": params["layers"]["v"]["kernel"],
+    }
 
 
 def assert_weights(params, weights, bound=1e-5):
@@ -88,7 +100,11 @@ def test_weights_scale_from_alpha_over_r_each_time():
 
 def test_weights_may_be_traced():
     x = jnp.ones((2, 3))
-    run = jax.jit(lambda p, s: loha_jax.adapt(lambda p, x: x @ p["q"]["kernel"])(loha_jax.scale(p, {"a": s}), x))
+    run = jax.jit(
+        lambda p, s: loha_jax.adapt(lambda p, x: x @ p["q"]["kernel"])(
+            loha_jax.scale(p, {"a": s}), x
+        )
+    )
     want = x @ loha_jax.merge(loha_jax.scale(tree(), {"a": 0.25}))["q"]["kernel"]
     np.testing.assert_allclose(run(tree(), 0.25), want, rtol=1e-4, atol=1e-4)
 
@@ -121,7 +137,12 @@ def test_a_deleted_adapter_leaves_the_others_and_plain_arrays():
     assert_weights(without, {"b": 1, "c": 1})
     plain = loha_jax.delete_adapter(loha_jax.delete_adapter(without, "b"), "c")
     assert jax.tree.structure(plain) == jax.tree.structure(base())
-    assert all(x is y for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(loha_jax.unload(params)), strict=True))
+    assert all(
+        x is y
+        for x, y in zip(
+            jax.tree.leaves(plain), jax.tree.leaves(loha_jax.unload(params)), strict=True
+        )
+    )
     with pytest.raises(ValueError, match="Adapter a not found"):
         loha_jax.delete_adapter(without, "a")
 
@@ -133,7 +154,9 @@ def test_deleting_the_only_active_adapter_leaves_the_base_active():
         loha_jax.partition(without)
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"c": -2.0, "a": 0.5}, {"c": 1.0, "a": 2.0, "b": 3.0}])
+@pytest.mark.parametrize(
+    "weights", [{"a": 1.0, "b": 1.0}, {"c": -2.0, "a": 0.5}, {"c": 1.0, "a": 2.0, "b": 3.0}]
+)
 def test_a_weighted_sum_is_one_exact_adapter(weights, tmp_path):
     mixed = loha_jax.add_weighted_adapter(tree(), list(weights), list(weights.values()), "mix")
     assert_weights(mixed, weights)
@@ -192,7 +215,10 @@ def test_merging_some_keeps_the_others_if_asked():
     params = tree()
     merged = loha_jax.merge(params, ["a"], unload=False)
     assert loha_jax.adapter_names(merged) == ("b", "c")
-    assert merged["q"]["kernel"].active == ("b", "c")  # PEFT's layers would drop the active ones here
+    assert merged["q"]["kernel"].active == (
+        "b",
+        "c",
+    )  # PEFT's layers would drop the active ones here
     assert_weights(merged, {"a": 1, "b": 1, "c": 1})
     assert_weights(loha_jax.set_adapter(merged, "b"), {"a": 1, "b": 1})
     np.testing.assert_array_equal(merged["head"]["kernel"], params["head"]["kernel"].copies["a"])

@@ -16,7 +16,10 @@ OTHER = np.random.default_rng(1).uniform(0.5, 2, (3, 3)).astype(np.float32)
 
 
 def tree():
-    base = {name: {"kernel": jax.random.normal(jax.random.key(n), (3, 3))} for n, name in enumerate(("q", "head"))}
+    base = {
+        name: {"kernel": jax.random.normal(jax.random.key(n), (3, 3))}
+        for n, name in enumerate(("q", "head"))
+    }
     params = loha_jax.inject(base, CONFIG, key=jax.random.key(2))
     return jax.tree.map(lambda x, m: x + 0.5 if m else x, params, loha_jax.trainable_mask(params))
 
@@ -37,7 +40,11 @@ def dense(leaf):
     if isinstance(leaf, loha_jax.SavedWeight):
         return jnp.asarray(np.asarray(leaf.copies["default"]))
     f = leaf.adapters["default"]
-    delta = (np.asarray(f.hada_w1_a) @ f.hada_w1_b) * (np.asarray(f.hada_w2_a) @ f.hada_w2_b) * f.scaling
+    delta = (
+        (np.asarray(f.hada_w1_a) @ f.hada_w1_b)
+        * (np.asarray(f.hada_w2_a) @ f.hada_w2_b)
+        * f.scaling
+    )
     exact = np.asarray(leaf.kernel, np.float64) + np.asarray(delta, np.float64).T
     np.testing.assert_allclose(leaf, exact, rtol=0, atol=1e-5)
     return jnp.asarray(np.asarray(leaf))
@@ -66,10 +73,26 @@ ARGUMENTS = {  # of the methods that need some; those without are properties or 
     "to_device": (jax.devices()[0],),
     "view": (jnp.int32,),
 }
-CONCRETE = ("block_until_ready", "clone", "devices", "format", "is_deleted", "is_ready", "platform", "tobytes")
+CONCRETE = (
+    "block_until_ready",
+    "clone",
+    "devices",
+    "format",
+    "is_deleted",
+    "is_ready",
+    "platform",
+    "tobytes",
+)
 NAMES = [n for n in dir(jax.Array) if not n.startswith("_")] + [*CONCRETE, "tolist", "weak_type"]
 # where they lie in memory differs, or is of all arrays of the leaf
-ELSEWHERE = ("addressable_shards", "global_shards", "flat", "at", "copy_to_host_async", "block_until_ready")
+ELSEWHERE = (
+    "addressable_shards",
+    "global_shards",
+    "flat",
+    "at",
+    "copy_to_host_async",
+    "block_until_ready",
+)
 
 
 def outcome(function):
@@ -83,7 +106,9 @@ def same(got, want, what):
     if isinstance(want, jax.Array | np.ndarray | np.generic):
         assert isinstance(got, type(want)), what
         assert got.dtype == want.dtype, what
-        assert np.array_equal(np.asarray(got), np.asarray(want), equal_nan=got.dtype.kind == "f"), what
+        assert np.array_equal(np.asarray(got), np.asarray(want), equal_nan=got.dtype.kind == "f"), (
+            what
+        )
     elif isinstance(want, tuple | list):
         assert (type(got), len(got)) == (type(want), len(want)), what
         for g, w in zip(got, want, strict=True):
@@ -102,19 +127,40 @@ def pair(request):
 def test_every_public_name_of_an_array(pair):
     def of(x, name):
         value = getattr(x, name)
-        return value(*ARGUMENTS.get(name, ())) if callable(value) and name not in ("at", "sharding") else value
+        return (
+            value(*ARGUMENTS.get(name, ()))
+            if callable(value) and name not in ("at", "sharding")
+            else value
+        )
 
     leaf, array = pair
     for name in NAMES:
         if name not in ELSEWHERE:
-            same(outcome(lambda name=name: of(leaf, name)), outcome(lambda name=name: of(array, name)), name)
+            same(
+                outcome(lambda name=name: of(leaf, name)),
+                outcome(lambda name=name: of(array, name)),
+                name,
+            )
     same(leaf.at[0].set(0), array.at[0].set(0), "at")
     assert leaf.block_until_ready() is leaf
     assert leaf.copy_to_host_async() is None
     same(leaf.addressable_shards[0].data, array, "addressable_shards")
 
 
-OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift"]
+OPERATORS = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+]
 OPERATORS += ["rshift", "eq", "ne", "lt", "le", "gt", "ge", "iadd", "imatmul"]
 
 
@@ -125,7 +171,19 @@ def test_every_operator(pair):
             same(outcome(lambda: f(leaf, other)), outcome(lambda: f(array, other)), (f, other))  # noqa: B023
             same(outcome(lambda: f(other, leaf)), outcome(lambda: f(other, array)), (f, other))  # noqa: B023
         same(outcome(lambda: f(leaf, leaf)), outcome(lambda: f(array, array)), f)  # noqa: B023
-    for f in (operator.neg, operator.pos, abs, operator.invert, round, len, bool, float, int, complex, operator.index):
+    for f in (
+        operator.neg,
+        operator.pos,
+        abs,
+        operator.invert,
+        round,
+        len,
+        bool,
+        float,
+        int,
+        complex,
+        operator.index,
+    ):
         same(outcome(lambda: f(leaf)), outcome(lambda: f(array)), f)  # noqa: B023
     same(list(leaf), list(array), "iteration")
     first, *_ = leaf
@@ -141,12 +199,16 @@ def test_every_operator(pair):
 def test_scalars_and_integers():
     """A trained copy may be a number, or hold integers."""
     saved = tree()["head"]["kernel"]
-    number = loha_jax.SavedWeight(jnp.float32(0), {"default": jnp.float32(1.5)}, None, "scale", ("default",))
+    number = loha_jax.SavedWeight(
+        jnp.float32(0), {"default": jnp.float32(1.5)}, None, "scale", ("default",)
+    )
     for f in (bool, float, int, complex, lambda x: f"{x:.2f}", lambda x: x.item()):
         same(f(number), f(jnp.float32(1.5)), f)
     with pytest.raises(TypeError, match="len"):
         len(number)
-    ones = loha_jax.SavedWeight(jnp.zeros(3, int), {"default": jnp.array([1, 2, 4])}, None, "ids", ("default",))
+    ones = loha_jax.SavedWeight(
+        jnp.zeros(3, int), {"default": jnp.array([1, 2, 4])}, None, "ids", ("default",)
+    )
     for f in (operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift):
         same(f(ones, 2), f(jnp.array([1, 2, 4]), 2), f)
         same(f(2, ones), f(2, jnp.array([1, 2, 4])), f)
@@ -174,9 +236,13 @@ def test_jax_still_takes_it_for_a_tree():
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), leaf)
     got = jax.vmap(lambda w: loha_jax.adapt(lambda w: x @ w)(w))(stacked)
     np.testing.assert_allclose(got[1], want, rtol=1e-5, atol=1e-5)
-    (moved,) = jax.tree.leaves(jax.device_put({"w": leaf}, jax.devices()[0]), is_leaf=loha_jax.tree.leaves.is_adapted)
+    (moved,) = jax.tree.leaves(
+        jax.device_put({"w": leaf}, jax.devices()[0]), is_leaf=loha_jax.tree.leaves.is_adapted
+    )
     assert isinstance(moved, loha_jax.LoHaWeight)
     assert isinstance(jax.eval_shape(lambda w: w, leaf), loha_jax.LoHaWeight)
-    out = loha_jax.adapt(lambda w: (w.sum(), [row.mean() for row in w], w == 0, w**2, -abs(w)))(leaf)
+    out = loha_jax.adapt(lambda w: (w.sum(), [row.mean() for row in w], w == 0, w**2, -abs(w)))(
+        leaf
+    )
     want = (array.sum(), [row.mean() for row in array], array == 0, array**2, -abs(array))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), out, want)

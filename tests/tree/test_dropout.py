@@ -24,7 +24,9 @@ def delta(params, name="q"):
 def test_without_dropout_the_tree_is_unchanged():
     params = params_with()
     dropped = loha_jax.dropout(params, KEY)
-    assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(dropped), strict=True))
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(dropped), strict=True)
+    )
 
 
 def test_rank_dropout_drops_outputs_and_scales_the_rest_by_out_over_kept():
@@ -82,8 +84,12 @@ def test_masks_are_reproducible_whatever_the_order_of_the_tree():
 
 @pytest.mark.parametrize("cp", [False, True])
 def test_convolutions_drop_output_channels_in_both_forms(cp):
-    config = LoHaConfig(r=2, target_modules=["c"], init_weights=False, rank_dropout=0.5, use_effective_conv2d=cp)
-    params = loha_jax.inject({"c": {"kernel": jnp.zeros((3, 3, 4, 6))}}, config, key=KEY, layouts={"c": "kkio"})
+    config = LoHaConfig(
+        r=2, target_modules=["c"], init_weights=False, rank_dropout=0.5, use_effective_conv2d=cp
+    )
+    params = loha_jax.inject(
+        {"c": {"kernel": jnp.zeros((3, 3, 4, 6))}}, config, key=KEY, layouts={"c": "kkio"}
+    )
     factor = delta(loha_jax.dropout(params, KEY), "c") / delta(params, "c")
     np.testing.assert_allclose(factor, np.broadcast_to(factor[0, 0, 0], factor.shape), rtol=1e-4)
     assert 0 < (factor[0, 0, 0] != 0).sum() < 6

@@ -14,7 +14,9 @@ RANDOM = np.random.default_rng(0)
 NESTED = {
     "params": {
         "decoder": {
-            "layers_0": {"q_proj": {"kernel": jnp.asarray(RANDOM.normal(size=(4, 4)), jnp.float32)}},
+            "layers_0": {
+                "q_proj": {"kernel": jnp.asarray(RANDOM.normal(size=(4, 4)), jnp.float32)}
+            },
             "conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.zeros(4)},
             "norm": {"scale": jnp.ones(4)},
         }
@@ -39,7 +41,9 @@ def test_a_flat_tree_is_the_nested_one(form, targets, tmp_path):
     nested = loha_jax.inject(NESTED, config, key=jax.random.key(0))
     flat = loha_jax.inject(FLAT[form](NESTED), config, key=jax.random.key(0))
     expected, found = adapted_leaves(nested), adapted_leaves(flat)
-    assert {n: leaf.layout for n, leaf in found.items()} == {n: leaf.layout for n, leaf in expected.items()}
+    assert {n: leaf.layout for n, leaf in found.items()} == {
+        n: leaf.layout for n, leaf in expected.items()
+    }
     assert interop.to_peft_state_dict(flat).keys() == interop.to_peft_state_dict(nested).keys()
     interop.save_peft(tmp_path / "adapter", flat)
     loaded = loha_jax.merge(interop.load_peft(tmp_path / "adapter", FLAT[form](NESTED)))
@@ -53,9 +57,16 @@ def test_a_flat_tree_is_the_nested_one(form, targets, tmp_path):
 
 
 def test_all_linear_leaves_torchs_embeddings_and_head_out():
-    shapes = {"model.embed_tokens": (8, 4), "model.layers.0.q_proj": (4, 4), "lm_head": (8, 4), "model.norm": (4,)}
+    shapes = {
+        "model.embed_tokens": (8, 4),
+        "model.layers.0.q_proj": (4, 4),
+        "lm_head": (8, 4),
+        "model.norm": (4,),
+    }
     flat = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
-    adapted = loha_jax.inject(flat, LoHaConfig(r=2, target_modules="all-linear"), key=jax.random.key(0))
+    adapted = loha_jax.inject(
+        flat, LoHaConfig(r=2, target_modules="all-linear"), key=jax.random.key(0)
+    )
     assert adapted_leaves(adapted).keys() == {"model.layers.0.q_proj"}
 
 

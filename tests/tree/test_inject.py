@@ -89,14 +89,20 @@ def test_ranks_and_alphas_follow_the_first_pattern():
 
 def test_modules_to_save_become_saved_weights_with_copies():
     base = tree()
-    params = loha_jax.inject(base, LoHaConfig(target_modules=["query"], modules_to_save=["classifier"]), key=KEY)
+    params = loha_jax.inject(
+        base, LoHaConfig(target_modules=["query"], modules_to_save=["classifier"]), key=KEY
+    )
     saved = params["classifier"]["kernel"]
     assert isinstance(saved, SavedWeight)
     assert saved.name == "classifier.weight"
     assert saved.original is base["classifier"]["kernel"]
-    assert saved.copies["default"] is not saved.original  # donating the copy must not free the original
+    assert (
+        saved.copies["default"] is not saved.original
+    )  # donating the copy must not free the original
     assert params["classifier"]["bias"].name == "classifier.bias"
-    headed = loha_jax.inject(base, LoHaConfig(target_modules=["query"], task_type="SEQ_CLS"), key=KEY)
+    headed = loha_jax.inject(
+        base, LoHaConfig(target_modules=["query"], task_type="SEQ_CLS"), key=KEY
+    )
     assert isinstance(headed["classifier"]["bias"], SavedWeight)
 
 
@@ -123,8 +129,14 @@ def test_unusable_adapter_names(name):
     [
         (LoHaConfig(target_modules=["quary"]), r"Target modules \{'quary'\} not found.*'query'"),
         (LoHaConfig(target_modules=["query"], exclude_modules=".*"), "All modules were excluded"),
-        (LoHaConfig(target_modules=["query"], exclude_modules=["query"]), "No modules were targeted"),
-        (LoHaConfig(target_modules=["norm"]), r"cannot be adapted.*encoder\.layer\.0\.norm\.scale float32\[4\]"),
+        (
+            LoHaConfig(target_modules=["query"], exclude_modules=["query"]),
+            "No modules were targeted",
+        ),
+        (
+            LoHaConfig(target_modules=["norm"]),
+            r"cannot be adapted.*encoder\.layer\.0\.norm\.scale float32\[4\]",
+        ),
         (LoHaConfig(), "Please specify `target_modules`"),
     ],
 )
@@ -136,15 +148,31 @@ def test_configs_that_fit_nothing_are_errors(config, message):
 @pytest.mark.parametrize(
     ("config", "category", "message"),
     [
-        (LoHaConfig(target_modules=["query", "valeu"]), UserWarning, r"target_modules=\['valeu'\].*'value'"),
-        (LoHaConfig(target_modules=["query"], exclude_modules=["nothere"]), UserWarning, "no modules were excluded"),
-        (LoHaConfig(target_modules=["query"], modules_to_save=["hed"]), UserWarning, r"modules_to_save=\['hed'\]"),
+        (
+            LoHaConfig(target_modules=["query", "valeu"]),
+            UserWarning,
+            r"target_modules=\['valeu'\].*'value'",
+        ),
+        (
+            LoHaConfig(target_modules=["query"], exclude_modules=["nothere"]),
+            UserWarning,
+            "no modules were excluded",
+        ),
+        (
+            LoHaConfig(target_modules=["query"], modules_to_save=["hed"]),
+            UserWarning,
+            r"modules_to_save=\['hed'\]",
+        ),
         (
             LoHaConfig(target_modules=["query"], rank_pattern={"zzz": 2}),
             RuntimeWarning,
             r"rank_pattern keys.*\['zzz'\]",
         ),
-        (LoHaConfig(target_modules=["query"], alpha_pattern={"zzz": 2}), RuntimeWarning, "alpha_pattern keys"),
+        (
+            LoHaConfig(target_modules=["query"], alpha_pattern={"zzz": 2}),
+            RuntimeWarning,
+            "alpha_pattern keys",
+        ),
     ],
 )
 def test_entries_that_match_nothing_are_warnings_at_the_callers_line(config, category, message):
@@ -159,15 +187,23 @@ def test_default_targets_by_model_type():
 
 
 def test_dtypes_are_pefts():
-    for base, factor in ((jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float32, jnp.float32)):
-        params = loha_jax.inject({"q": {"kernel": jnp.ones((4, 4), base)}}, LoHaConfig(target_modules=["q"]), key=KEY)
+    for base, factor in (
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float32, jnp.float32),
+    ):
+        params = loha_jax.inject(
+            {"q": {"kernel": jnp.ones((4, 4), base)}}, LoHaConfig(target_modules=["q"]), key=KEY
+        )
         assert params["q"]["kernel"].dtype == base
         assert params["q"]["kernel"].adapters["default"].hada_w1_a.dtype == factor
         assert loha_jax.merge(params)["q"]["kernel"].dtype == base
 
 
 def test_float64_kernels_get_float64_factors(x64):
-    params = loha_jax.inject({"q": {"kernel": jnp.ones((4, 4))}}, LoHaConfig(target_modules=["q"]), key=KEY)
+    params = loha_jax.inject(
+        {"q": {"kernel": jnp.ones((4, 4))}}, LoHaConfig(target_modules=["q"]), key=KEY
+    )
     assert params["q"]["kernel"].adapters["default"].hada_w1_a.dtype == jnp.float64
 
 
@@ -186,7 +222,9 @@ def test_a_stack_has_the_factors_of_its_layers():
     layers = {"layers": {str(n): {"q": {"kernel": jnp.ones((3, 4))}} for n in range(3)}}
     stacked = {"layers": {"q": {"kernel": jnp.ones((3, 3, 4))}}}
     apart = loha_jax.inject(layers, config, key=KEY)["layers"]
-    together = loha_jax.inject(stacked, config, key=KEY, layouts={"layers.q": "sio"})["layers"]["q"]["kernel"]
+    together = loha_jax.inject(stacked, config, key=KEY, layouts={"layers.q": "sio"})["layers"][
+        "q"
+    ]["kernel"]
     assert together.names == ("layers.0.q", "layers.1.q", "layers.2.q")
     for n in range(3):
         for name, tensor in apart[str(n)]["q"]["kernel"].adapters["default"].tensors.items():
@@ -213,7 +251,9 @@ def test_a_stack_may_have_unequal_ranks_and_untargeted_layers():
     trainable, frozen = loha_jax.partition(params)
 
     def loss(trainable):
-        return (loha_jax.merge(loha_jax.combine(trainable, frozen))["layers"]["q"]["kernel"] ** 2).sum()
+        return (
+            loha_jax.merge(loha_jax.combine(trainable, frozen))["layers"]["q"]["kernel"] ** 2
+        ).sum()
 
     gradient = jax.grad(loss)(trainable)["layers"]["q"]["kernel"].adapters["default"]
     for name in gradient.tensors:
@@ -236,15 +276,22 @@ def test_all_linear_takes_dense_kernels_and_leaves_out_embeddings_and_the_head()
 
 def test_ambiguous_kernels_matter_only_when_targeted():
     base = {"q": {"kernel": jnp.ones((4, 4))}, "odd": {"kernel": jnp.ones((2, 3, 4))}}
-    assert adapted_names(loha_jax.inject(base, LoHaConfig(target_modules=["q"]), key=KEY)) == [("q",)]
-    with pytest.raises(ValueError, match=r"odd\.kernel of shape \(2, 3, 4\) could be several things"):
+    assert adapted_names(loha_jax.inject(base, LoHaConfig(target_modules=["q"]), key=KEY)) == [
+        ("q",)
+    ]
+    with pytest.raises(
+        ValueError, match=r"odd\.kernel of shape \(2, 3, 4\) could be several things"
+    ):
         loha_jax.inject(base, LoHaConfig(target_modules=["odd"]), key=KEY)
     with pytest.raises(ValueError, match="describes 2 axes"):
         loha_jax.inject(base, LoHaConfig(target_modules=["odd"]), key=KEY, layouts={"odd": "io"})
 
 
 def test_layouts_are_found_by_name_or_regular_expression_and_reported_when_they_match_nothing():
-    base = {"a": {"q": {"kernel": jnp.ones((2, 3, 4))}}, "b": {"q": {"kernel": jnp.ones((2, 3, 4))}}}
+    base = {
+        "a": {"q": {"kernel": jnp.ones((2, 3, 4))}},
+        "b": {"q": {"kernel": jnp.ones((2, 3, 4))}},
+    }
     config = LoHaConfig(r=1, target_modules=["q"])
     params = loha_jax.inject(base, config, key=KEY, layouts={r"\w\.q": "ioo", "a.q": "iio"})
     assert params["a"]["q"]["kernel"].layout.word == "iio"
@@ -257,12 +304,16 @@ def test_layouts_are_found_by_name_or_regular_expression_and_reported_when_they_
 def test_two_kernels_of_one_name_are_an_error():
     base = {"a": {"kernel": jnp.ones((3, 3))}, "b": {"kernel": jnp.ones((3, 3))}}
     with pytest.raises(ValueError, match="Two kernels have the module name 'same'"):
-        loha_jax.inject(base, LoHaConfig(target_modules=["same"]), key=KEY, names=lambda name: "same")
+        loha_jax.inject(
+            base, LoHaConfig(target_modules=["same"]), key=KEY, names=lambda name: "same"
+        )
 
 
 def test_integer_kernels_are_refused():
     with pytest.raises(ValueError, match="cannot be adapted"):
-        loha_jax.inject({"q": {"kernel": jnp.ones((3, 3), jnp.int8)}}, LoHaConfig(target_modules=["q"]), key=KEY)
+        loha_jax.inject(
+            {"q": {"kernel": jnp.ones((3, 3), jnp.int8)}}, LoHaConfig(target_modules=["q"]), key=KEY
+        )
 
 
 def llama_shapes(layers=80, d=8192, kv=1024, mlp=28672):
@@ -280,7 +331,11 @@ def llama_shapes(layers=80, d=8192, kv=1024, mlp=28672):
                         "v_proj": kernel(d, kv),
                         "o_proj": kernel(d, d),
                     },
-                    "mlp": {"gate_proj": kernel(d, mlp), "up_proj": kernel(d, mlp), "down_proj": kernel(mlp, d)},
+                    "mlp": {
+                        "gate_proj": kernel(d, mlp),
+                        "up_proj": kernel(d, mlp),
+                        "down_proj": kernel(mlp, d),
+                    },
                     "input_layernorm": {"weight": jax.ShapeDtypeStruct((d,), jnp.bfloat16)},
                 }
                 for n in range(layers)
@@ -296,7 +351,9 @@ def test_a_70b_llama_is_injected_by_shape_alone():
     start = time.perf_counter()
     params = loha_jax.inject(shapes, config, key=KEY)
     seconds = time.perf_counter() - start
-    assert loha_jax.summary(params).trainable_params == 80 * 2 * 8 * (4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    assert loha_jax.summary(params).trainable_params == 80 * 2 * 8 * (
+        4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+    )
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     traced = jax.eval_shape(lambda p: loha_jax.inject(p, config, key=KEY), shapes)
     assert jax.tree.structure(traced) == jax.tree.structure(params)
@@ -325,7 +382,9 @@ def test_partitioned_boxes_keep_their_metadata():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b")))(x)
+            return nn.Dense(
+                4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b"))
+            )(x)
 
     variables = Net().init(KEY, jnp.ones((1, 3)))
     config = LoHaConfig(r=2, target_modules=["Dense_0"], init_weights=False, rank_dropout=0.5)
@@ -345,7 +404,9 @@ def test_partitioned_boxes_keep_their_metadata():
     np.testing.assert_allclose(loha_jax.adapt(Net().apply)(params, x), expected, rtol=1e-6)
     dropped = loha_jax.dropout(params, key)
     assert jax.tree.structure(dropped) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, nn.meta.unbox(dropped), loha_jax.dropout(plain, key))
+    jax.tree.map(
+        np.testing.assert_array_equal, nn.meta.unbox(dropped), loha_jax.dropout(plain, key)
+    )
     halves = loha_jax.partition(params)
     assert jax.tree.structure(loha_jax.combine(*halves)) == jax.tree.structure(params)
     returned = loha_jax.adapt(lambda tree: tree)(params)

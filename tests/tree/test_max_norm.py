@@ -20,14 +20,23 @@ KERNELS = {
 def adapted(kind, **options):
     shape, layout, cores = KERNELS[kind]
     config = LycorisConfig(
-        r=3, alpha=2, target_modules=["q"], init_weights=False, use_effective_conv2d=cores, **options
+        r=3,
+        alpha=2,
+        target_modules=["q"],
+        init_weights=False,
+        use_effective_conv2d=cores,
+        **options,
     )
-    params = loha_jax.inject({"q": {"kernel": jnp.zeros(shape)}}, config, key=KEY, layouts={"q": layout})
+    params = loha_jax.inject(
+        {"q": {"kernel": jnp.zeros(shape)}}, config, key=KEY, layouts={"q": layout}
+    )
     if options.get("use_scalar"):
         leaf = params["q"]["kernel"]
         (f,) = leaf.adapters.values()
         scalar = jnp.linspace(-1.0, 2.0, f.scalar.size).reshape(f.scalar.shape) - 0.1
-        params["q"]["kernel"] = dataclasses.replace(leaf, adapters={"default": dataclasses.replace(f, scalar=scalar)})
+        params["q"]["kernel"] = dataclasses.replace(
+            leaf, adapters={"default": dataclasses.replace(f, scalar=scalar)}
+        )
     return params
 
 
@@ -47,7 +56,9 @@ def test_larger_updates_shrink_to_the_limit_and_smaller_ones_stay_as_they_are(ki
     limited = jax.jit(loha_jax.apply_max_norm)(params, limit)
     np.testing.assert_allclose(norms(limited, kind), np.minimum(before, limit), rtol=1e-5)
     update, shrunk = (np.asarray(loha_jax.merge(p)["q"]["kernel"]) for p in (params, limited))
-    ratio = (np.minimum(before, limit) / before).reshape(*before.shape, *(1,) * (update.ndim - before.ndim))
+    ratio = (np.minimum(before, limit) / before).reshape(
+        *before.shape, *(1,) * (update.ndim - before.ndim)
+    )
     np.testing.assert_allclose(shrunk, update * ratio, rtol=1e-4, atol=1e-7)
     loose = loha_jax.apply_max_norm(params, 2 * float(before.max()))
     for a, b in zip(jax.tree.leaves(loose), jax.tree.leaves(params), strict=True):
@@ -56,14 +67,18 @@ def test_larger_updates_shrink_to_the_limit_and_smaller_ones_stay_as_they_are(ki
 
 def test_the_adapters_that_are_named_are_limited():
     config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-    params = loha_jax.inject({"q": {"kernel": jnp.zeros((4, 4))}}, config, key=KEY, adapter_name="a")
+    params = loha_jax.inject(
+        {"q": {"kernel": jnp.zeros((4, 4))}}, config, key=KEY, adapter_name="a"
+    )
     params = loha_jax.inject(params, config, key=KEY, adapter_name="b")
     of = lambda p, name: float(jnp.linalg.norm(loha_jax.merge(p, [name])["q"]["kernel"]))  # noqa: E731
     limit = of(params, "a") / 4
     for given, limited in ((None, ["b"]), (["a"], ["a"]), (["a", "b"], ["a", "b"])):
         result = loha_jax.apply_max_norm(params, limit, given)
         for name in ("a", "b"):
-            assert of(result, name) == pytest.approx(limit if name in limited else of(params, name), rel=1e-5)
+            assert of(result, name) == pytest.approx(
+                limit if name in limited else of(params, name), rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf")])

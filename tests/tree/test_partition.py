@@ -12,13 +12,22 @@ CONFIG = LoHaConfig(r=2, target_modules=["q"], modules_to_save=["head"], init_we
 
 
 def tree():
-    return {"q": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, "head": {"kernel": jnp.ones((4, 2))}}
+    return {
+        "q": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)},
+        "head": {"kernel": jnp.ones((4, 2))},
+    }
 
 
 def test_partition_gives_factors_and_copies_and_combine_inverts_it():
     params = loha_jax.inject(tree(), CONFIG, key=KEY)
     trainable, frozen = loha_jax.partition(params)
-    assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [(4, 2), (4, 2), (2, 3), (4, 2), (2, 3)]
+    assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [
+        (4, 2),
+        (4, 2),
+        (2, 3),
+        (4, 2),
+        (2, 3),
+    ]
     again = loha_jax.combine(trainable, frozen)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True))
@@ -26,8 +35,15 @@ def test_partition_gives_factors_and_copies_and_combine_inverts_it():
 
 def test_only_active_adapters_are_trained():
     params = loha_jax.inject(tree(), CONFIG, key=KEY)
-    params = loha_jax.inject(params, LoHaConfig(r=1, target_modules=["q"]), key=KEY, adapter_name="other")
-    assert [x.shape for x in jax.tree.leaves(loha_jax.partition(params)[0])] == [(4, 1), (1, 3), (4, 1), (1, 3)]
+    params = loha_jax.inject(
+        params, LoHaConfig(r=1, target_modules=["q"]), key=KEY, adapter_name="other"
+    )
+    assert [x.shape for x in jax.tree.leaves(loha_jax.partition(params)[0])] == [
+        (4, 1),
+        (1, 3),
+        (4, 1),
+        (1, 3),
+    ]
     both = loha_jax.set_adapter(params, ["default", "other"])
     assert len(jax.tree.leaves(loha_jax.partition(both)[0])) == 9
     with pytest.raises(ValueError, match="Nothing in this tree is trained"):
@@ -67,16 +83,25 @@ def test_the_mask_freezes_everything_else_under_optax():
     params = loha_jax.inject(tree(), CONFIG, key=KEY)
     mask = loha_jax.trainable_mask(params)
     frozen = jax.tree.map(lambda m: not m, mask)
-    tx = optax.chain(optax.masked(optax.adamw(1e-2), mask), optax.masked(optax.set_to_zero(), frozen))
-    gradient = jax.grad(lambda p: (jnp.ones((2, 3)) @ p["q"]["kernel"] @ p["head"]["kernel"]).sum())(params)
+    tx = optax.chain(
+        optax.masked(optax.adamw(1e-2), mask), optax.masked(optax.set_to_zero(), frozen)
+    )
+    gradient = jax.grad(
+        lambda p: (jnp.ones((2, 3)) @ p["q"]["kernel"] @ p["head"]["kernel"]).sum()
+    )(params)
     updates, _ = tx.update(gradient, tx.init(params), params)
     moved = jax.tree.map(lambda u, m: bool(np.abs(u).max() > 0) == m, updates, mask)
     assert all(jax.tree.leaves(moved))
 
 
 def test_batch_norm_statistics_are_saved_but_not_trained():
-    base = {"q": {"kernel": jnp.ones((3, 3))}, "bn": {"scale": jnp.ones(3), "mean": jnp.zeros(3), "var": jnp.ones(3)}}
-    params = loha_jax.inject(base, LoHaConfig(r=2, target_modules=["q"], modules_to_save=["bn"]), key=KEY)
+    base = {
+        "q": {"kernel": jnp.ones((3, 3))},
+        "bn": {"scale": jnp.ones(3), "mean": jnp.zeros(3), "var": jnp.ones(3)},
+    }
+    params = loha_jax.inject(
+        base, LoHaConfig(r=2, target_modules=["q"], modules_to_save=["bn"]), key=KEY
+    )
     mask = loha_jax.trainable_mask(params)
     assert mask["bn"]["scale"].copies == {"default": True}
     assert mask["bn"]["mean"].copies == {"default": False}

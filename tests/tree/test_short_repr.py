@@ -12,7 +12,10 @@ CONFIG = LoHaConfig(r=2, alpha=8, target_modules=["q"], modules_to_save=["head"]
 
 
 def tree():
-    base = {"q": {"kernel": jnp.ones((4, 8))}, "head": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}}
+    base = {
+        "q": {"kernel": jnp.ones((4, 8))},
+        "head": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)},
+    }
     return loha_jax.inject(base, CONFIG, key=jax.random.key(0))
 
 
@@ -31,7 +34,9 @@ def test_factors_with_their_arrays():
 
 
 def test_inactive_and_scaled_adapters():
-    config = LycorisConfig(r=4, alpha=0.5, target_modules=["q"], use_scalar=True, weight_decompose=True)
+    config = LycorisConfig(
+        r=4, alpha=0.5, target_modules=["q"], use_scalar=True, weight_decompose=True
+    )
     params = loha_jax.inject(tree(), config, key=jax.random.key(1), adapter_name="style")
     leaf = loha_jax.scale(params, {"style": 0.25})["q"]["kernel"]
     assert repr(leaf) == (
@@ -40,10 +45,15 @@ def test_inactive_and_scaled_adapters():
 
 
 def test_ranks_that_differ_in_a_stack():
-    config = LoHaConfig(r=2, target_modules=["q"], rank_pattern={"1.q": 5}, alpha_pattern={"1.q": 2})
+    config = LoHaConfig(
+        r=2, target_modules=["q"], rank_pattern={"1.q": 5}, alpha_pattern={"1.q": 2}
+    )
     params = {"layers": {"q": {"kernel": jnp.ones((3, 4, 8), jnp.bfloat16)}}}
     params = loha_jax.inject(params, config, key=jax.random.key(0), layouts={".*": "sio"})
-    assert repr(params["layers"]["q"]["kernel"]) == "LoHaWeight(bf16[3,4,8] sio, default: r=2-5 alpha=2-8)"
+    assert (
+        repr(params["layers"]["q"]["kernel"])
+        == "LoHaWeight(bf16[3,4,8] sio, default: r=2-5 alpha=2-8)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["shapes", "tracers"])
@@ -64,5 +74,9 @@ def test_halves_of_a_partition_masks_and_boxes():
     mask = loha_jax.trainable_mask(tree())
     assert repr(mask["head"]["bias"]) == "SavedWeight(False, default: True)"
     box = nn.Partitioned(jnp.ones((4, 8)), ("in", "out"))
-    boxed = loha_jax.inject({"q": {"kernel": box}}, LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
-    assert repr(boxed["q"]["kernel"]) == "LoHaWeight(Partitioned(f32[4,8]) io, default: r=2 alpha=8)"
+    boxed = loha_jax.inject(
+        {"q": {"kernel": box}}, LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0)
+    )
+    assert (
+        repr(boxed["q"]["kernel"]) == "LoHaWeight(Partitioned(f32[4,8]) io, default: r=2 alpha=8)"
+    )

@@ -27,7 +27,9 @@ X = jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32)
 
 
 def adapted(key=0, base=BASE, **fields):
-    config = loha_jax.LoHaConfig(**{"r": 2, "alpha": 4, "target_modules": ["q"], "init_weights": False, **fields})
+    config = loha_jax.LoHaConfig(
+        **{"r": 2, "alpha": 4, "target_modules": ["q"], "init_weights": False, **fields}
+    )
     return loha_jax.inject(base, config, key=jax.random.key(key))
 
 
@@ -37,14 +39,18 @@ def forward(params, x):
 
 def reference(kernel, tensors, scaling):
     """W + ΔW in float64, torch's orientation of the factors and an `io` kernel."""
-    a1, b1, a2, b2 = (np.asarray(tensors[f"hada_w{n}_{s}"], np.float64) for n in (1, 2) for s in "ab")
+    a1, b1, a2, b2 = (
+        np.asarray(tensors[f"hada_w{n}_{s}"], np.float64) for n in (1, 2) for s in "ab"
+    )
     return np.asarray(kernel, np.float64) + scaling * ((a1 @ b1) * (a2 @ b2)).T
 
 
 # --- alpha/r is out of an optimizer's reach ---------------------------------------------------------------------------
 
 
-def test_an_optimizer_over_the_whole_tree_leaves_alpha_over_r_alone_and_saving_names_the_changed_base(tmp_path):
+def test_an_optimizer_over_the_whole_tree_leaves_alpha_over_r_alone_and_saving_names_the_changed_base(
+    tmp_path,
+):
     params = adapted()
     tx = optax.adamw(1e-2, weight_decay=0.5)
     state = tx.init(params)
@@ -62,19 +68,34 @@ def test_an_optimizer_over_the_whole_tree_leaves_alpha_over_r_alone_and_saving_n
         lambda: interop.save_lycoris(tmp_path / "lycoris.safetensors", params),
         lambda: interop.save_lora(tmp_path / "lora", params),
     ):
-        with pytest.warns(UserWarning, match=r"have changed .*: q, q\.bias\. .*partition\(params\)\[0\]") as caught:
+        with pytest.warns(
+            UserWarning, match=r"have changed .*: q, q\.bias\. .*partition\(params\)\[0\]"
+        ) as caught:
             save()
         assert caught[0].filename == __file__
-    with Checkpoints(tmp_path / "run") as checkpoints, pytest.warns(UserWarning, match="have changed"):
+    with (
+        Checkpoints(tmp_path / "run") as checkpoints,
+        pytest.warns(UserWarning, match="have changed"),
+    ):
         checkpoints.save(1, params)
 
 
 def test_leaves_beside_an_adapter_that_were_trained_are_named(tmp_path):
     """Adam moves a kernel under an adapter by nothing, its bias and other modules by a lot."""
-    base = {**BASE, "o": {"kernel": jnp.ones((4, 4))}, "bn": {"scale": jnp.ones(4), "mean": jnp.zeros(4)}}
+    base = {
+        **BASE,
+        "o": {"kernel": jnp.ones((4, 4))},
+        "bn": {"scale": jnp.ones(4), "mean": jnp.zeros(4)},
+    }
     params = adapted(base=base, modules_to_save=["o"])
-    moved = {**params, "q": {**params["q"], "bias": jnp.ones(4)}, "bn": {"scale": 2 * jnp.ones(4), "mean": jnp.ones(4)}}
-    with pytest.warns(UserWarning, match=r"have changed since the adapter was made: bn\.scale, q\.bias\. "):
+    moved = {
+        **params,
+        "q": {**params["q"], "bias": jnp.ones(4)},
+        "bn": {"scale": 2 * jnp.ones(4), "mean": jnp.ones(4)},
+    }
+    with pytest.warns(
+        UserWarning, match=r"have changed since the adapter was made: bn\.scale, q\.bias\. "
+    ):
         interop.save_peft(tmp_path, moved)
     interop.save_peft(tmp_path, params)
     back = interop.load_peft(tmp_path, base)
@@ -92,7 +113,10 @@ def test_the_right_way_to_train_saves_without_a_warning(tmp_path):
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapted())  # says nothing of other values
     interop.save_peft(tmp_path / "b", cast)
     merged = loha_jax.inject(
-        adapted(), loha_jax.LoHaConfig(target_modules=["q"]), key=jax.random.key(1), adapter_name="b"
+        adapted(),
+        loha_jax.LoHaConfig(target_modules=["q"]),
+        key=jax.random.key(1),
+        adapter_name="b",
     )
     interop.save_peft(tmp_path / "c", loha_jax.merge(merged, ["default"], unload=False))
 
@@ -139,7 +163,9 @@ def test_slices_of_a_stack_keep_their_own_alpha_over_r(transform, alphas):
         init_weights=False,
         alpha_pattern=alphas,
     )
-    params = loha_jax.inject(STACK, config, key=jax.random.key(0), layouts={"q": "sio"}, names={"q": "q.{}"})
+    params = loha_jax.inject(
+        STACK, config, key=jax.random.key(0), layouts={"q": "sio"}, names={"q": "q.{}"}
+    )
     leaf = params["q"]["kernel"]
     given = tuple(alphas.get(str(n), 4.0) for n in range(3))
     factors = leaf.adapters["default"]
@@ -148,12 +174,16 @@ def test_slices_of_a_stack_keep_their_own_alpha_over_r(transform, alphas):
     apply = {
         "vmap": lambda: jax.vmap(lambda w: X @ w)(leaf),
         "scan": lambda: jax.lax.scan(lambda c, w: (c, X @ w), 0, leaf)[1],
-        "adapt scan": lambda: loha_jax.adapt(lambda leaf: jax.lax.scan(lambda c, w: (c, X @ w), 0, leaf)[1])(leaf),
+        "adapt scan": lambda: loha_jax.adapt(
+            lambda leaf: jax.lax.scan(lambda c, w: (c, X @ w), 0, leaf)[1]
+        )(leaf),
         "dense": lambda: X @ jnp.asarray(leaf),
     }[transform]
     tensors = factors.tensors
     for n, got in enumerate(apply()):
-        want = reference(STACK["q"]["kernel"][n], {name: t[n] for name, t in tensors.items()}, given[n] / 2)
+        want = reference(
+            STACK["q"]["kernel"][n], {name: t[n] for name, t in tensors.items()}, given[n] / 2
+        )
         np.testing.assert_allclose(got, np.asarray(X, np.float64) @ want, rtol=2e-5, atol=2e-5)
 
 
@@ -167,11 +197,20 @@ def test_a_number_that_scale_is_given_inside_jit_compiles_once():
 
     leaf = params["q"]["kernel"]
     for s in (0.0, 0.5, -2.0):
-        want = np.asarray(X, np.float64) @ reference(leaf.kernel, leaf.adapters["default"].tensors, 2 * s)
+        want = np.asarray(X, np.float64) @ reference(
+            leaf.kernel, leaf.adapters["default"].tensors, 2 * s
+        )
         np.testing.assert_allclose(run(params, X, s), want, rtol=2e-5, atol=2e-5)
-        np.testing.assert_allclose(loha_jax.adapt(forward)(loha_jax.scale(params, {"default": s}), X), want, atol=2e-5)
+        np.testing.assert_allclose(
+            loha_jax.adapt(forward)(loha_jax.scale(params, {"default": s}), X), want, atol=2e-5
+        )
     assert len(traces) == 1
-    assert loha_jax.scale(params, {"default": np.float32(0.5)})["q"]["kernel"].adapters["default"].scaling == 1.0
+    assert (
+        loha_jax.scale(params, {"default": np.float32(0.5)})["q"]["kernel"]
+        .adapters["default"]
+        .scaling
+        == 1.0
+    )
 
 
 # --- provenance is not structure --------------------------------------------------------------------------------------
@@ -197,7 +236,9 @@ def test_trees_that_differ_in_provenance_alone_have_one_structure():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rank_dropout": 0.5}, {"module_dropout": 0.5}, {"r": 3}, {"alpha": 5}], ids=lambda f: next(iter(f))
+    "fields",
+    [{"rank_dropout": 0.5}, {"module_dropout": 0.5}, {"r": 3}, {"alpha": 5}],
+    ids=lambda f: next(iter(f)),
 )
 def test_what_computing_needs_is_structure(fields):
     assert jax.tree.structure(adapted()) != jax.tree.structure(adapted(**fields))
@@ -222,7 +263,9 @@ def test_two_adapters_through_one_jitted_step_keep_their_own_provenance(tmp_path
     @jax.jit
     def step(trainable, opt_state, frozen):
         traces.append(1)
-        grads = jax.grad(lambda t: (loha_jax.adapt(forward)(loha_jax.combine(t, frozen), X) ** 2).sum())(trainable)
+        grads = jax.grad(
+            lambda t: (loha_jax.adapt(forward)(loha_jax.combine(t, frozen), X) ** 2).sum()
+        )(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
 
@@ -230,7 +273,9 @@ def test_two_adapters_through_one_jitted_step_keep_their_own_provenance(tmp_path
         trainable, frozen = loha_jax.partition(adapted(n, base_model_name_or_path=name))
         trainable, _ = step(trainable, tx.init(trainable), frozen)
         interop.save_peft(tmp_path / str(n), loha_jax.combine(trainable, frozen))
-        assert loha_jax.LoHaConfig.from_pretrained(tmp_path / str(n)).base_model_name_or_path == name
+        assert (
+            loha_jax.LoHaConfig.from_pretrained(tmp_path / str(n)).base_model_name_or_path == name
+        )
     assert len(traces) == 1
 
 
@@ -253,24 +298,36 @@ def test_a_checkpoint_is_restored_after_provenance_has_changed(tmp_path):
     params = adapted(peft_version="0.20.0", base_model_name_or_path="/old")
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, params)
-        restored = checkpoints.restore(adapted(5, peft_version="0.22.0", base_model_name_or_path="/new"))
+        restored = checkpoints.restore(
+            adapted(5, peft_version="0.22.0", base_model_name_or_path="/new")
+        )
         with pytest.raises(ValueError, match=r"rank_dropout: given 0\.5"):
             checkpoints.restore(adapted(rank_dropout=0.5))
     assert config_of(restored.params).base_model_name_or_path == "/new"
     for name, tensor in restored.params["q"]["kernel"].adapters["default"].tensors.items():
-        np.testing.assert_array_equal(tensor, params["q"]["kernel"].adapters["default"].tensors[name])
+        np.testing.assert_array_equal(
+            tensor, params["q"]["kernel"].adapters["default"].tensors[name]
+        )
 
 
 # --- configs: equality, hash, pickle ----------------------------------------------------------------------------------
 
 
 def test_configs_are_compared_in_full_and_by_the_order_of_their_patterns():
-    one = loha_jax.LoHaConfig(rank_pattern={"a": 2, "b": 3}, target_modules=["x", "y"], auto_mapping={"a": [1]})
+    one = loha_jax.LoHaConfig(
+        rank_pattern={"a": 2, "b": 3}, target_modules=["x", "y"], auto_mapping={"a": [1]}
+    )
     assert one == dataclasses.replace(one)
     assert hash(one) == hash(dataclasses.replace(one))
-    for fields in ({"rank_pattern": {"b": 3, "a": 2}}, {"peft_version": "0"}, {"auto_mapping": {"a": [2]}}):
+    for fields in (
+        {"rank_pattern": {"b": 3, "a": 2}},
+        {"peft_version": "0"},
+        {"auto_mapping": {"a": [2]}},
+    ):
         assert one != dataclasses.replace(one, **fields)
-    assert one != loha_jax.LycorisConfig(**{f.name: getattr(one, f.name) for f in dataclasses.fields(one)})
+    assert one != loha_jax.LycorisConfig(
+        **{f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+    )
 
 
 def test_a_pickled_config_has_the_hash_of_the_process_that_reads_it(tmp_path):
@@ -294,14 +351,18 @@ def test_pickle_and_copy_give_the_same_structure():
     params = adapted()
     for other in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), copy.copy(params)):
         assert jax.tree.structure(other) == jax.tree.structure(params)
-        np.testing.assert_array_equal(loha_jax.merge(other)["q"]["kernel"], loha_jax.merge(params)["q"]["kernel"])
+        np.testing.assert_array_equal(
+            loha_jax.merge(other)["q"]["kernel"], loha_jax.merge(params)["q"]["kernel"]
+        )
 
 
 # --- flax.serialization -----------------------------------------------------------------------------------------------
 
 
 def saved_too():
-    return adapted(base={"q": BASE["q"], "head": {"kernel": jnp.ones((4, 2))}}, modules_to_save=["head"])
+    return adapted(
+        base={"q": BASE["q"], "head": {"kernel": jnp.ones((4, 2))}}, modules_to_save=["head"]
+    )
 
 
 TREES = {
@@ -323,13 +384,17 @@ def test_flax_serialization_round_trip(name):
         serialization.from_bytes(tree, serialization.to_bytes(noisy)),
         serialization.from_state_dict(tree, serialization.to_state_dict(noisy)),
     ):
-        assert jax.tree.structure(back) == jax.tree.structure(tree if name != "train state" else back)
+        assert jax.tree.structure(back) == jax.tree.structure(
+            tree if name != "train state" else back
+        )
         for one, other in zip(jax.tree.leaves(noisy), jax.tree.leaves(back), strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("other", [{"r": 3}, {"target_modules": ["head"]}, {"init_weights": True}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"r": 3}, {"target_modules": ["head"]}, {"init_weights": True}], ids=str
+)
 def test_flax_serialization_refuses_another_structure(other):
     base = {"q": BASE["q"], "head": {"kernel": jnp.ones((4, 2))}}
     held = adapted(base=base, **other)  # without `modules_to_save`

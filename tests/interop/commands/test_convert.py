@@ -23,7 +23,12 @@ def content(path):
     """Everything of an adapter by module, as bytes."""
     adapter = read_adapter(path)
     return {
-        m.name: (m.kind, m.r, m.alpha, {part: (t.dtype, t.shape, t.tobytes()) for part, t in m.tensors.items()})
+        m.name: (
+            m.kind,
+            m.r,
+            m.alpha,
+            {part: (t.dtype, t.shape, t.tobytes()) for part, t in m.tensors.items()},
+        )
         for m in adapter.modules.values()
     }
 
@@ -33,7 +38,9 @@ def bits(path):
 
 
 @pytest.mark.parametrize("by_way_of", ["lycoris", "kohya", "peft"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("bert_seqcls", "modules_to_save")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("bert_seqcls", "modules_to_save")]
+)
 def test_peft_there_and_back(name, by_way_of, tmp_path):
     sample = Sample(name)
     base = sample.folder / "base.safetensors"
@@ -47,9 +54,14 @@ def test_saved_modules_come_along(name, tmp_path):
     sample = Sample(name)
     convert_adapter(sample.adapter, tmp_path / "there", "peft")
     convert_adapter(tmp_path / "there", tmp_path / "back", "peft")
-    old, new = (load_file(path / "adapter_model.safetensors") for path in (sample.adapter, tmp_path / "back"))
+    old, new = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (sample.adapter, tmp_path / "back")
+    )
     assert old.keys() == new.keys()
-    assert all(old[key].tobytes() == new[key].tobytes() and old[key].dtype == new[key].dtype for key in old)
+    assert all(
+        old[key].tobytes() == new[key].tobytes() and old[key].dtype == new[key].dtype for key in old
+    )
     configs = [LoHaConfig.from_pretrained(path) for path in (sample.adapter, tmp_path / "back")]
     assert configs[0] == configs[1]
 
@@ -75,7 +87,10 @@ def test_lycoris_becomes_what_another_converter_made_of_it(form, tmp_path):
 
 
 def test_kohya_keeps_its_components_and_takes_one_to_peft(tmp_path):
-    path, base = lycoris_samples.DATA / "kohya_tucker.safetensors", lycoris_samples.DATA / "kohya_base.safetensors"
+    path, base = (
+        lycoris_samples.DATA / "kohya_tucker.safetensors",
+        lycoris_samples.DATA / "kohya_base.safetensors",
+    )
     parts = {"unet": {}, "te": {}}
     for key, value in load_file(base).items():
         part, _, name = key.partition(".")
@@ -86,7 +101,13 @@ def test_kohya_keeps_its_components_and_takes_one_to_peft(tmp_path):
         convert_adapter(path, tmp_path / "peft", "peft")
     for part in parts:
         only = f"lora_{part}_.*"
-        convert_adapter(path, tmp_path / f"{part}_peft", "peft", base=tmp_path / f"{part}.safetensors", only=only)
+        convert_adapter(
+            path,
+            tmp_path / f"{part}_peft",
+            "peft",
+            base=tmp_path / f"{part}.safetensors",
+            only=only,
+        )
         convert_adapter(
             *(tmp_path / f"{part}_peft", tmp_path / f"{part}_back", "kohya"),
             **{"base": tmp_path / f"{part}.safetensors", "prefix": f"lora_{part}_"},
@@ -123,7 +144,9 @@ def test_another_dtype(to, tmp_path):
     sample = Sample("linear")
     convert_adapter(sample.adapter, tmp_path / "out", to, dtype=np.dtype(ml_dtypes.bfloat16))
     adapter = read_adapter(tmp_path / "out")
-    assert {str(t.dtype) for m in adapter.modules.values() for t in m.tensors.values()} == {"bfloat16"}
+    assert {str(t.dtype) for m in adapter.modules.values() for t in m.tensors.values()} == {
+        "bfloat16"
+    }
     found = compare_paths(sample.adapter, tmp_path / "out", tolerance=2**-6)
     assert not found["different"]
 
@@ -132,14 +155,19 @@ def norm_file(path, base):
     """A LyCORIS file with a normalisation layer."""
     state = {f"lycoris_q.hada_w{n}_{x}": np.ones((3, 3), np.float32) for n in "12" for x in "ab"}
     save_file({**state, "lycoris_a_norm.w_norm": np.full(3, 0.5, np.float32)}, path)
-    save_file({"q.weight": np.ones((3, 3)), "a.norm.weight": np.ones(3), "a.norm.bias": np.full(3, 2.0)}, base)
+    save_file(
+        {"q.weight": np.ones((3, 3)), "a.norm.weight": np.ones(3), "a.norm.bias": np.full(3, 2.0)},
+        base,
+    )
 
 
 def test_norm_layers_become_saved_modules(tmp_path):
     norm_file(tmp_path / "a.safetensors", tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match=r"lycoris_a_norm.*`base=`"):
         convert_adapter(tmp_path / "a.safetensors", tmp_path / "no", "peft")
-    convert_adapter(tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=tmp_path / "base.safetensors")
+    convert_adapter(
+        tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=tmp_path / "base.safetensors"
+    )
     state = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     np.testing.assert_array_equal(state["base_model.model.a.norm.weight"], np.full(3, 1.5))
     np.testing.assert_array_equal(state["base_model.model.a.norm.bias"], np.full(3, 2.0))
@@ -154,8 +182,13 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
         state[f"lycoris_{name}.alpha"] = np.array(alpha, np.float32)
     save_file(state, tmp_path / "a.safetensors")
     names = ["a.q", "b.a.q", "q", "c.q", "d.q"]
-    save_file({f"{name}.weight": np.ones((4, 4), np.float32) for name in names}, tmp_path / "base.safetensors")
-    convert_adapter(tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=tmp_path / "base.safetensors")
+    save_file(
+        {f"{name}.weight": np.ones((4, 4), np.float32) for name in names},
+        tmp_path / "base.safetensors",
+    )
+    convert_adapter(
+        tmp_path / "a.safetensors", tmp_path / "peft", "peft", base=tmp_path / "base.safetensors"
+    )
     modules = read_adapter(tmp_path / "peft").modules
     assert {n: (m.r, m.alpha) for n, m in modules.items()} == {
         **{"a.q": (2, 1.0), "b.a.q": (3, 1.0)},
@@ -170,10 +203,30 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
     [
         ("native_plain", "peft", {}, r"lycoris_blocks_0_out.*`base=`"),
         ("native_plain", "peft", {"base": BASE}, r"a Conv3d in c3d"),
-        ("native_dora", "peft", {"base": BASE, "only": WITHOUT_C3D}, r"weight decomposition \(DoRA\) in .*fc1"),
-        ("native_tucker", "kohya", {}, r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*`base=`"),
-        ("native_plain", "peft", {"base": "other"}, r"has no weight for lycoris_blocks_0_out, .*lycoris_fc1"),
-        ("native_plain", "lycoris", {"only": "nothing"}, r"no module whose whole name in the file matches"),
+        (
+            "native_dora",
+            "peft",
+            {"base": BASE, "only": WITHOUT_C3D},
+            r"weight decomposition \(DoRA\) in .*fc1",
+        ),
+        (
+            "native_tucker",
+            "kohya",
+            {},
+            r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*`base=`",
+        ),
+        (
+            "native_plain",
+            "peft",
+            {"base": "other"},
+            r"has no weight for lycoris_blocks_0_out, .*lycoris_fc1",
+        ),
+        (
+            "native_plain",
+            "lycoris",
+            {"only": "nothing"},
+            r"no module whose whole name in the file matches",
+        ),
         ("native_plain", "lycoris", {"rank": 2}, r'`rank=` and `energy=` are for `to="lora"`'),
         ("native_plain", "peft", {"prefix": "x_"}, r'`prefix=` is for `to="lycoris"`'),
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),
@@ -198,8 +251,13 @@ def test_what_cannot_be_is_refused_and_nothing_written(source, to, options, matc
 
 
 def test_cores_beside_flat_convolutions_are_refused(tmp_path):
-    tucker, plain = load_file(lycoris_samples.native("tucker")[0]), load_file(lycoris_samples.native("plain")[0])
-    mixed = {k: v for k, v in tucker.items() if "conv3" in k} | {k: v for k, v in plain.items() if "gconv" in k}
+    tucker, plain = (
+        load_file(lycoris_samples.native("tucker")[0]),
+        load_file(lycoris_samples.native("plain")[0]),
+    )
+    mixed = {k: v for k, v in tucker.items() if "conv3" in k} | {
+        k: v for k, v in plain.items() if "gconv" in k
+    }
     save_file(mixed, tmp_path / "mixed.safetensors")
     with pytest.raises(ValueError, match=r"cores \(conv3\) and without \(gconv\)"):
         convert_adapter(tmp_path / "mixed.safetensors", tmp_path / "out", "peft", base=BASE)
@@ -227,7 +285,9 @@ def test_what_is_there_stays_without_force(tmp_path):
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     from loha_jax.interop.commands import convert
 
-    monkeypatch.setattr(convert, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        convert, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         convert_adapter(Sample("linear").adapter, tmp_path / "out", "peft")
     assert not list(tmp_path.iterdir())

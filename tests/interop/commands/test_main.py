@@ -27,7 +27,9 @@ ONE = np.ones((3, 3), np.float32)
 
 def run(*arguments, code=0):
     """Standard output and standard error of a run in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    result = CliRunner().invoke(
+        app, [str(a) for a in arguments], env={"COLUMNS": "100", "NO_COLOR": "1"}
+    )
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result.stdout, result.stderr
@@ -49,7 +51,10 @@ def peft_folder(folder, tensors, **config):
 
 
 def factors(name="q", **changed):
-    return {f"{name}.{part}": changed.get(part, ONE) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
+    return {
+        f"{name}.{part}": changed.get(part, ONE)
+        for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    }
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["convert"], ["merge"], ["diff"]])
@@ -81,8 +86,12 @@ def test_inspect_adapters(name):
         np.testing.assert_allclose(module["norm"], wanted, rtol=1e-5)
         layer = sample.meta["layers"][module["name"]]
         assert (module["r"], module["alpha"]) == (layer["r"], layer["alpha"])
-    assert {m["name"] for m in found["modules"]} == {k.split("::")[1] for k in sample.io if k.startswith("delta::")}
-    assert found["parameters"] == sum(value.size for key, value in sample.state.items() if ".hada_" in key)
+    assert {m["name"] for m in found["modules"]} == {
+        k.split("::")[1] for k in sample.io if k.startswith("delta::")
+    }
+    assert found["parameters"] == sum(
+        value.size for key, value in sample.state.items() if ".hada_" in key
+    )
 
 
 def test_inspect_a_lycoris_file_and_a_checkpoint():
@@ -95,7 +104,9 @@ def test_inspect_a_lycoris_file_and_a_checkpoint():
     assert found["metadata"] == {"note": "lycoris 4.1.3 native plain"}
     checkpoint = run_json("inspect", BASE)
     assert checkpoint["kind"] == "checkpoint"
-    assert {t["name"]: t["shape"] for t in checkpoint["tensors"]} == {k: list(v.shape) for k, v in LINEAR.base.items()}
+    assert {t["name"]: t["shape"] for t in checkpoint["tensors"]} == {
+        k: list(v.shape) for k, v in LINEAR.base.items()
+    }
 
 
 def test_inspect_tables_name_every_module(tmp_path):
@@ -112,11 +123,20 @@ def test_inspect_tables_name_every_module(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        (factors(hada_w1_a=np.full((3, 3), np.nan, np.float32)), r"q\.hada_w1_a has 9 NaN and 0 infinite"),
-        (factors(hada_w2_b=np.full((3, 3), -np.inf, np.float32)), r"q\.hada_w2_b has 0 NaN and 9 infinite"),
+        (
+            factors(hada_w1_a=np.full((3, 3), np.nan, np.float32)),
+            r"q\.hada_w1_a has 9 NaN and 0 infinite",
+        ),
+        (
+            factors(hada_w2_b=np.full((3, 3), -np.inf, np.float32)),
+            r"q\.hada_w2_b has 0 NaN and 9 infinite",
+        ),
         ({k: v for k, v in factors().items() if "w2_a" not in k}, r"q lacks hada_w2_a"),
         (factors(hada_w2_b=np.ones((2, 3), np.float32)), r"the factors of q do not fit"),
-        (factors() | {k: v for k, v in factors("p").items() if "w1_b" not in k}, r"p lacks hada_w1_b"),
+        (
+            factors() | {k: v for k, v in factors("p").items() if "w1_b" not in k},
+            r"p lacks hada_w1_b",
+        ),
     ],
 )
 def test_inspect_says_what_is_broken(tensors, match, tmp_path):
@@ -138,29 +158,46 @@ def test_a_lora_of_a_grouped_convolution_is_named(tmp_path):
     """Its factors have in channels of all groups, and multiply to no change of the weight."""
     folder = tmp_path / "a"
     folder.mkdir()
-    tensors = {"lora_A": np.ones((4, 8, 3, 3), np.float32), "lora_B": np.ones((8, 2, 1, 1), np.float32)}
+    tensors = {
+        "lora_A": np.ones((4, 8, 3, 3), np.float32),
+        "lora_B": np.ones((8, 2, 1, 1), np.float32),
+    }
     state = {f"base_model.model.q.{part}.weight": tensor for part, tensor in tensors.items()}
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(state, {}))
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     found = run_json("inspect", folder)
-    assert found["remarks"] == ["no norm: q is the LoRA of a convolution in groups, which is not supported here"]
+    assert found["remarks"] == [
+        "no norm: q is the LoRA of a convolution in groups, which is not supported here"
+    ]
     save_file({"q.weight": np.ones((8, 4, 3, 3), np.float32)}, tmp_path / "base.safetensors")
     assert (
-        "q is the LoRA of" in run_json("merge", tmp_path / "base.safetensors", folder, tmp_path / "o", code=2)["error"]
+        "q is the LoRA of"
+        in run_json("merge", tmp_path / "base.safetensors", folder, tmp_path / "o", code=2)["error"]
     )
     assert not (tmp_path / "o").exists()
 
 
 def test_merge_writes_and_reports(tmp_path):
     found = run_json(
-        "merge", BASE, LINEAR.adapter, tmp_path / "out", "--weight", 0.5, "--with", f"{LINEAR.adapter}=-0.25"
+        "merge",
+        BASE,
+        LINEAR.adapter,
+        tmp_path / "out",
+        "--weight",
+        0.5,
+        "--with",
+        f"{LINEAR.adapter}=-0.25",
     )
     assert found["merged"] == 2
     assert found["files"] == ["base.safetensors"]
     merged = load_file(tmp_path / "out" / "base.safetensors")
     for key, value in LINEAR.base.items():
-        change = LINEAR.io.get(f"delta::{key.removesuffix('.weight')}", 0) if key.endswith(".weight") else 0
+        change = (
+            LINEAR.io.get(f"delta::{key.removesuffix('.weight')}", 0)
+            if key.endswith(".weight")
+            else 0
+        )
         np.testing.assert_allclose(merged[key], value + 0.25 * change, rtol=1e-5, atol=1e-5)
     out, _ = run("merge", BASE, LINEAR.adapter, tmp_path / "again")
     assert "2 merged, 0 replaced, 1 as they were" in out
@@ -182,10 +219,15 @@ def test_diff_of_adapters(tmp_path):
     assert "7 of 7 common modules are equal, 7 of them bit for bit" in out
     assert run_json("diff", NATIVE, NATIVE)["different"] is False
     tucker = run_json("diff", NATIVE, lycoris_samples.DATA / "native_tucker.safetensors", code=1)
-    deltas = [load_file(lycoris_samples.DATA / f"native_{form}_delta.safetensors") for form in ("plain", "tucker")]
+    deltas = [
+        load_file(lycoris_samples.DATA / f"native_{form}_delta.safetensors")
+        for form in ("plain", "tucker")
+    ]
     for module in tucker["modules"]:
         a, b = (d[f"lycoris_{module['name']}.delta"].astype(np.float64) for d in deltas)
-        np.testing.assert_allclose(module["difference"], np.linalg.norm(a - b), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            module["difference"], np.linalg.norm(a - b), rtol=1e-4, atol=1e-6
+        )
         np.testing.assert_allclose(module["norm"], np.linalg.norm(a), rtol=1e-5)
 
 
@@ -206,20 +248,31 @@ def test_diff_of_checkpoints(tmp_path):
     run("merge", BASE, LINEAR.adapter, tmp_path / "out")
     found = run_json("diff", BASE, tmp_path / "out", code=1)
     for row in found["tensors"]:
-        change = LINEAR.io.get(f"delta::{row['name'].removesuffix('.weight')}") if "weight" in row["name"] else None
+        change = (
+            LINEAR.io.get(f"delta::{row['name'].removesuffix('.weight')}")
+            if "weight" in row["name"]
+            else None
+        )
         wanted = 0 if change is None else np.abs(change).max()
         np.testing.assert_allclose(row["max_difference"], wanted, rtol=1e-5)
     run("diff", BASE, tmp_path / "out", "--tolerance", 1e4)
     assert "2 of 3" not in run("diff", BASE, BASE)[0]
     save_file({"a": np.array([np.nan, 1], np.float32)}, tmp_path / "nan.safetensors")
     save_file({"a": np.array([0, 1], np.float32)}, tmp_path / "zero.safetensors")
-    assert run_json("diff", tmp_path / "nan.safetensors", tmp_path / "nan.safetensors")["different"] is False
-    row = run_json("diff", tmp_path / "nan.safetensors", tmp_path / "zero.safetensors", code=1)["tensors"][0]
+    assert (
+        run_json("diff", tmp_path / "nan.safetensors", tmp_path / "nan.safetensors")["different"]
+        is False
+    )
+    row = run_json("diff", tmp_path / "nan.safetensors", tmp_path / "zero.safetensors", code=1)[
+        "tensors"
+    ][0]
     assert (row["max_difference"], row["different"]) == (None, True)
 
 
 def test_convert_reports_ranks_and_errors(tmp_path):
-    found = run_json("convert", NATIVE, tmp_path / "lora", "--to", "lora", "--rank", 2, "--base", NATIVE_BASE)
+    found = run_json(
+        "convert", NATIVE, tmp_path / "lora", "--to", "lora", "--rank", 2, "--base", NATIVE_BASE
+    )
     assert {m["r"] for m in found["modules"]} == {2}
     assert all(0 < m["error"] < 1 for m in found["modules"])
     out, _ = run("convert", NATIVE, tmp_path / "exact", "--to", "lora", "--base", NATIVE_BASE)
@@ -340,8 +393,16 @@ def test_errors_name_options_and_not_arguments(said, shown, monkeypatch):
 def test_output_that_the_terminal_cannot_encode_is_escaped():
     """As on Windows, where standard output may not know ΔW."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "cp1252"}
-    command = [sys.executable, "-m", "loha_jax.interop.commands.main", "inspect", str(LINEAR.adapter)]
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "loha_jax.interop.commands.main",
+        "inspect",
+        str(LINEAR.adapter),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False
+    )
     assert done.returncode == 0, done.stderr
     assert rb"\u2016" in done.stdout
 
@@ -371,10 +432,14 @@ def test_as_a_program(tmp_path):
     command = [sys.executable, "-m", "loha_jax.interop.commands.main"]
     root = Path(__file__).parents[3]
     script = [*command, "merge", str(BASE), str(LINEAR.adapter), str(tmp_path / "out"), "--json"]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=root, env=environment, check=True)
+    done = subprocess.run(
+        script, capture_output=True, text=True, cwd=root, env=environment, check=True
+    )
     assert json.loads(done.stdout)["merged"] == 2
     assert done.stderr == ""
-    again = subprocess.run(script, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    again = subprocess.run(
+        script, capture_output=True, text=True, cwd=root, env=environment, check=False
+    )
     assert again.returncode == 2
     assert "--force" in again.stderr
 

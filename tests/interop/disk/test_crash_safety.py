@@ -82,7 +82,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.bin.abcd1234.tmp", "a.bin"]
 
 
-def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_write(tmp_path, monkeypatch):
+def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_write(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     out = tmp_path / "out"
     with atomic.temporary_folder(out) as work:
@@ -99,7 +101,10 @@ def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_wri
             atomic.move_into_place(work / "new", out, force=True)
         assert out.read_text() == "new"
     monkeypatch.setattr(atomic.os, "rename", os.rename)
-    for place in (abandoned(tmp_path, "out"), tmp_path / ".out.merging"):  # what a kill between the renames leaves
+    for place in (
+        abandoned(tmp_path, "out"),
+        tmp_path / ".out.merging",
+    ):  # what a kill between the renames leaves
         place.mkdir()
         out.rename(place / "replaced")
         if place.name.endswith(".merging"):
@@ -125,7 +130,9 @@ def fail_at(count, call):
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(tmp_path, monkeypatch, exchanges):
+def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(
+    tmp_path, monkeypatch, exchanges
+):
     folder, exchange = tmp_path / "a", atomic.exchange
     interop.save_peft(folder, script().tree(1))
 

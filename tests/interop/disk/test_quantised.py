@@ -42,9 +42,19 @@ FORMS = {
     "tensor": ("weight_scale", (), None, {}),
     "one": ("weight_scale", (1,), None, {"quant_method": "modelopt"}),
     "comfy": ("scale_weight", (1,), None, None),
-    "row": ("weight_scale", (20, 1), None, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
+    "row": (
+        "weight_scale",
+        (20, 1),
+        None,
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    ),
     "rows": ("weight_scale", (20,), None, {"quant_method": "fbgemm_fp8"}),
-    "blocks": ("weight_scale_inv", (3, 2), (8, 16), {"quant_method": "fp8", "weight_block_size": [8, 16]}),
+    "blocks": (
+        "weight_scale_inv",
+        (3, 2),
+        (8, 16),
+        {"quant_method": "fp8", "weight_block_size": [8, 16]},
+    ),
     "powers": (
         *("weight_scale_inv", (3, 2), (8, 16)),
         {"quant_method": "fp8", "weight_block_size": [8, 16], "scale_fmt": "ue8m0"},
@@ -121,13 +131,19 @@ def test_a_merge_into_scaled_float8(form, dtype, tmp_path, monkeypatch):
     full = spread(out[name], SHAPE, size)
     stored, exact = out["q.weight"].astype(np.float64) * full, weight + 0.5 * delta
     info = ml_dtypes.finfo(dtype)
-    half = np.maximum(np.abs(exact) * float(info.eps) / 2, float(info.smallest_subnormal) / 2 * full)
+    half = np.maximum(
+        np.abs(exact) * float(info.eps) / 2, float(info.smallest_subnormal) / 2 * full
+    )
     assert np.all(np.abs(stored - exact) <= half * 1.01)
     if form == "powers":
         np.testing.assert_array_equal(np.log2(out[name]) % 1, 0)
     loss = report.losses["q.weight"]
-    np.testing.assert_allclose(loss.relative, np.linalg.norm(stored - exact) / np.linalg.norm(exact), rtol=1e-3)
-    np.testing.assert_allclose(loss.share, np.linalg.norm(stored - exact) / np.linalg.norm(0.5 * delta), rtol=1e-3)
+    np.testing.assert_allclose(
+        loss.relative, np.linalg.norm(stored - exact) / np.linalg.norm(exact), rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        loss.share, np.linalg.norm(stored - exact) / np.linalg.norm(0.5 * delta), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -136,7 +152,9 @@ def test_no_update_keeps_the_bits(form, tmp_path):
     base = write(tmp_path / "base", tensors, config)
     path, _ = adapter(tmp_path / "adapter")
     merge_checkpoint(base, [(path, 0.0)], tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        base / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("scale_dtype", [np.float16, ml_dtypes.bfloat16])
@@ -167,7 +185,9 @@ def test_a_scale_in_another_shard(tmp_path):
     out = read(tmp_path / "out")
     stored = out["q.weight"].astype(np.float64) * spread(out["q.weight_scale_inv"], SHAPE, size)
     assert np.linalg.norm(stored - weight - delta) < 0.04 * np.linalg.norm(weight + delta)
-    with pytest.raises(ValueError, match=r"scaled by q.weight_scale_inv, which is in another shard"):
+    with pytest.raises(
+        ValueError, match=r"scaled by q.weight_scale_inv, which is in another shard"
+    ):
         merge_checkpoint(base / "b.safetensors", [(path, 1.0)], tmp_path / "out2")
 
 
@@ -265,10 +285,14 @@ def test_float8_without_scales_says_what_it_loses(tmp_path):
     large, delta = adapter(tmp_path / "large", shape=(64, 64), scale=0.1)
     report = merge_checkpoint(base, [(large, 1.0)], tmp_path / "out")
     exact = weight.astype(np.float64) + delta
-    lost = np.linalg.norm(exact.astype(np.float32).astype(E4M3).astype(np.float64) - exact) / np.linalg.norm(delta)
+    lost = np.linalg.norm(
+        exact.astype(np.float32).astype(E4M3).astype(np.float64) - exact
+    ) / np.linalg.norm(delta)
     np.testing.assert_allclose(report.losses["q.weight"].share, lost, rtol=1e-3)
     small, _ = adapter(tmp_path / "small", shape=(64, 64), scale=5e-4)
-    with pytest.raises(ValueError, match=r"float8_e4m3fn, which has no scales here, loses \d+% of the update"):
+    with pytest.raises(
+        ValueError, match=r"float8_e4m3fn, which has no scales here, loses \d+% of the update"
+    ):
         merge_checkpoint(base, [(small, 1.0)], tmp_path / "lost")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "large", "out", "small"]
     report = merge_checkpoint(base, [(small, 1.0)], tmp_path / "lost", force=True)
@@ -279,10 +303,16 @@ def test_float8_without_scales_says_what_it_loses(tmp_path):
         if not refused:
             loha_jax.merge(params)
             continue
-        for call in (lambda p=params: loha_jax.merge(p), lambda p=params: save_merged(tmp_path / "no", p)):
+        for call in (
+            lambda p=params: loha_jax.merge(p),
+            lambda p=params: save_merged(tmp_path / "no", p),
+        ):
             with pytest.raises(ValueError, match=r"to float8 loses .* pass force=True"):
                 call()
-        for call in (loha_jax.merge, lambda p, force: save_merged(tmp_path / "forced", p, force=force)):
+        for call in (
+            loha_jax.merge,
+            lambda p, force: save_merged(tmp_path / "forced", p, force=force),
+        ):
             with pytest.warns(UserWarning, match="loses .* of the update"):
                 call(params, force=True)
 
@@ -303,7 +333,10 @@ def kohya(folder, prefixes, shape=(8, 8)):
     state = {}
     for prefix in prefixes:
         for n in "12":
-            state |= {f"{prefix}q.hada_w{n}_a": normal(shape[0], 2), f"{prefix}q.hada_w{n}_b": normal(2, shape[1])}
+            state |= {
+                f"{prefix}q.hada_w{n}_a": normal(shape[0], 2),
+                f"{prefix}q.hada_w{n}_b": normal(2, shape[1]),
+            }
         state[f"{prefix}q.alpha"] = np.float32(2)
     folder.write_bytes(safetensors_bytes(state, {}))
     return folder
@@ -333,22 +366,32 @@ def test_modules_that_were_renamed(tmp_path):
     """transformers 4.52 moved a vision-language model's parts into `model`."""
     weight = normal(*SHAPE)
     new = "model.language_model.layers.0.q_proj"
-    base = write(tmp_path / "base", {f"{new}.weight": weight, "model.visual.blocks.0.q_proj.weight": normal(*SHAPE)})
+    base = write(
+        tmp_path / "base",
+        {f"{new}.weight": weight, "model.visual.blocks.0.q_proj.weight": normal(*SHAPE)},
+    )
     old = ("language_model.model.layers.0.q_proj", "visual.blocks.0.q_proj")
     path, delta = adapter(tmp_path / "adapter", names=old)
     advice = {r"language_model\.model\.(.*)": r"model.language_model.\1"}
     with pytest.raises(ValueError, match=re.escape(f"`names={advice}` renames modules")):
         merge_checkpoint(base, [(path, 1.0)], tmp_path / "out")
-    names = {r"language_model\.model\.(.*)": r"model.language_model.\1", r"visual\.(.*)": r"model.visual.\1"}
+    names = {
+        r"language_model\.model\.(.*)": r"model.language_model.\1",
+        r"visual\.(.*)": r"model.visual.\1",
+    }
     assert merge_checkpoint(base, [(path, 1.0)], tmp_path / "out", names=names).merged == 2
-    np.testing.assert_allclose(read(tmp_path / "out")[f"{new}.weight"], weight + delta, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        read(tmp_path / "out")[f"{new}.weight"], weight + delta, rtol=1e-5, atol=1e-5
+    )
     for base_path in (None, base):
         target = tmp_path / f"converted{base_path is None}"
         done = convert_adapter(path, target, "peft", names=names, base=base_path)
         assert list(done.modules) == [new, "model.visual.blocks.0.q_proj"]
         merge_checkpoint(base, [(target, 1.0)], tmp_path / f"out{base_path is None}")
         again = read(tmp_path / f"out{base_path is None}")
-        np.testing.assert_array_equal(again[f"{new}.weight"], read(tmp_path / "out")[f"{new}.weight"])
+        np.testing.assert_array_equal(
+            again[f"{new}.weight"], read(tmp_path / "out")[f"{new}.weight"]
+        )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt"])
@@ -371,7 +414,9 @@ def test_saved_adapters_of_a_loaded_scaled_base(tmp_path):
     tensors, _, _, config = quantised("row")
     base = write(tmp_path / "base", tensors, config)
     tree = load_base(base, {"q": {"kernel": jax.ShapeDtypeStruct(SHAPE[::-1], jnp.float32)}})
-    params = loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["q"], init_weights=False), key=jax.random.key(0))
+    params = loha_jax.inject(
+        tree, LoHaConfig(r=2, target_modules=["q"], init_weights=False), key=jax.random.key(0)
+    )
     save_peft(tmp_path / "adapter", params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a small update

@@ -159,8 +159,14 @@ def test_checkpoints_are_merged_and_replaced(platform, dtype, tmp_path):
     assert names_in(tmp_path) == ["out"]
     merged, base = Checkpoint(tmp_path / "out"), Checkpoint(BASE)
     for key in base.shapes:
-        change = LINEAR.io.get(f"delta::{key.removesuffix('.weight')}", 0) if key.endswith(".weight") else 0
-        np.testing.assert_allclose(merged.read(key).astype(np.float32), base.read(key) + change, rtol=2e-3, atol=2e-3)
+        change = (
+            LINEAR.io.get(f"delta::{key.removesuffix('.weight')}", 0)
+            if key.endswith(".weight")
+            else 0
+        )
+        np.testing.assert_allclose(
+            merged.read(key).astype(np.float32), base.read(key) + change, rtol=2e-3, atol=2e-3
+        )
 
 
 def test_an_interrupted_merge_is_resumed(platform, tmp_path):
@@ -186,7 +192,10 @@ def test_adapters_are_converted_and_replaced(platform, tmp_path):
 
 def test_positioned_reads_and_writes(platform, tmp_path):
     values = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
-    with open(tmp_path / "a", "w+b", buffering=0) as first, open(tmp_path / "b", "w+b", buffering=0) as second:
+    with (
+        open(tmp_path / "a", "w+b", buffering=0) as first,
+        open(tmp_path / "b", "w+b", buffering=0) as second,
+    ):
         system.write_at(first.fileno(), 7, values[7:])
         system.write_at(first.fileno(), 0, values[:7])
         system.copy_range(first.fileno(), 100, second.fileno(), 3, 9_000)
@@ -243,4 +252,8 @@ def test_no_text_is_read_in_the_encoding_of_the_system():
     """Windows' is not UTF-8."""
     root = Path(interop.__file__).parent
     calls = re.compile(r"\.(?:read_text|write_text)\((?![^)]*encoding)[^)]*\)")
-    assert not [(p.name, m[0]) for p in root.rglob("*.py") for m in calls.finditer(p.read_text(encoding="utf-8"))]
+    assert not [
+        (p.name, m[0])
+        for p in root.rglob("*.py")
+        for m in calls.finditer(p.read_text(encoding="utf-8"))
+    ]

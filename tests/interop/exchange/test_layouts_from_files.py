@@ -30,10 +30,22 @@ def write(folder, kind, tensors):
     folder.mkdir(exist_ok=True)
     if kind == "lycoris":
         path = folder / "adapter.safetensors"
-        save_file({f"lycoris_mix.{key}": t for key, t in (tensors | {"alpha": np.ones((), np.float32)}).items()}, path)
+        save_file(
+            {
+                f"lycoris_mix.{key}": t
+                for key, t in (tensors | {"alpha": np.ones((), np.float32)}).items()
+            },
+            path,
+        )
         return interop.load_lycoris, path
-    names = {"peft_type": "LOHA", "alpha": 1} if kind == "peft" else {"peft_type": "LORA", "lora_alpha": 1}
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "target_modules": ["mix"], **names}))
+    names = (
+        {"peft_type": "LOHA", "alpha": 1}
+        if kind == "peft"
+        else {"peft_type": "LORA", "lora_alpha": 1}
+    )
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": 2, "target_modules": ["mix"], **names})
+    )
     ends = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     save_file(
         {f"base_model.model.mix.{ends.get(key, key)}": t for key, t in tensors.items()},
@@ -76,7 +88,12 @@ def test_stacked_kernels_are_no_convolution(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"r": 2, "alpha": 1, "target_modules": ["mix"], "peft_type": "LOHA"})
     )
-    state = {f"base_model.model.{i}.{j}.mix.{key}": t for key, t in tensors.items() for i in "01" for j in "01"}
+    state = {
+        f"base_model.model.{i}.{j}.mix.{key}": t
+        for key, t in tensors.items()
+        for i in "01"
+        for j in "01"
+    }
     save_file(state, tmp_path / "adapter_model.safetensors")
     base = {"mix": {"kernel": jnp.ones((2, 2, 4, 6))}}
     with pytest.raises(ValueError, match="could be several things"):

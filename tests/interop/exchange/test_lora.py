@@ -22,7 +22,9 @@ from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 def adapted(sample):
-    return interop.load_peft(sample.adapter, sample.params(), layouts=sample.layouts, model_type="llama")
+    return interop.load_peft(
+        sample.adapter, sample.params(), layouts=sample.layouts, model_type="llama"
+    )
 
 
 def deltas(params, adapter_name=None):
@@ -47,14 +49,20 @@ def lora_deltas(lora):
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             b = lora.tensors[f"{PREFIX}{name}.lora_B.weight"].astype(np.float64)
-            r = lora.config["rank_pattern"].get(f"^{name.replace('.', chr(92) + '.')}", lora.config["r"])
-            alpha = lora.config["alpha_pattern"].get(f"^{name.replace('.', chr(92) + '.')}", lora.config["lora_alpha"])
+            r = lora.config["rank_pattern"].get(
+                f"^{name.replace('.', chr(92) + '.')}", lora.config["r"]
+            )
+            alpha = lora.config["alpha_pattern"].get(
+                f"^{name.replace('.', chr(92) + '.')}", lora.config["lora_alpha"]
+            )
             assert a.shape[0] == r == alpha
             result[name] = b.reshape(b.shape[0], -1) @ a.reshape(r, -1).astype(np.float64)
     return result
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "bin" not in name and "grouped" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "bin" not in name and "grouped" not in name]
+)
 def test_the_samples_of_peft(name):
     sample = Sample(name)
     params = adapted(sample)
@@ -62,11 +70,15 @@ def test_the_samples_of_peft(name):
     got = lora_deltas(lora)
     assert got.keys() == want.keys() == lora.errors.keys()
     for module in want:
-        np.testing.assert_allclose(got[module], want[module], rtol=0, atol=1e-6 * np.abs(want[module]).max())
+        np.testing.assert_allclose(
+            got[module], want[module], rtol=0, atol=1e-6 * np.abs(want[module]).max()
+        )
     others = {k for k in interop.to_peft_state_dict(params) if "hada_" not in k}
     assert others == {k for k in lora.tensors if ".lora_" not in k}
     targets = LoHaConfig(target_modules=lora.config["target_modules"])
-    assert {m for m in sample.meta["layers"] if match_target(m, targets) is Match.TARGETED} == set(want)
+    assert {m for m in sample.meta["layers"] if match_target(m, targets) is Match.TARGETED} == set(
+        want
+    )
 
 
 SCANNED = {
@@ -88,7 +100,9 @@ def scanned(key=0, **kwargs):
 
 
 def test_a_stack_gives_one_lora_per_layer_with_its_own_rank(tmp_path):
-    params = scanned(rank_pattern={"layers.1.q": 1}, layers_to_transform=[1, 2], layers_pattern="layers")
+    params = scanned(
+        rank_pattern={"layers.1.q": 1}, layers_to_transform=[1, 2], layers_pattern="layers"
+    )
     lora = interop.save_lora(tmp_path, params)
     assert list(lora.errors) == ["layers.1.q", "layers.2.q"]
     assert lora.config["target_modules"] == ["1.q", "2.q"]
@@ -205,18 +219,32 @@ def test_what_a_tree_holds_that_no_lora_can_is_refused(tmp_path):
     base = {"q": {"kernel": jnp.ones((5, 4))}, "e": {"embedding": jnp.ones((5, 4))}}
 
     def inject(target, cls=LoHaConfig, **kwargs):
-        return loha_jax.inject(base, cls(r=1, target_modules=[target], **kwargs), key=jax.random.key(0))
+        return loha_jax.inject(
+            base, cls(r=1, target_modules=[target], **kwargs), key=jax.random.key(0)
+        )
 
     decomposed = inject("q", LycorisConfig, weight_decompose=True)
     cases = [
         (inject("e"), {}, "e is an embedding table"),
         (inject("q"), {"groups": {"q": 2}}, r"groups\['q'\] names q, which is no convolution"),
-        (inject("q"), {"groups": {"conv": 2}}, r"groups=\['conv'\] match no adapted module; these are q"),
+        (
+            inject("q"),
+            {"groups": {"conv": 2}},
+            r"groups=\['conv'\] match no adapted module; these are q",
+        ),
         (inject("q"), {"adapter_name": "other"}, "Adapter other not found"),
         (inject("q"), {"rank": -1}, "`rank` should be a positive integer"),
         (inject("q"), {"dtype": "int8"}, "`dtype` should be one of floating-point numbers"),
-        (inject("q", LycorisConfig, weight_decompose=True, wd_on_out=False), {}, "q has norms per input feature"),
-        (loha_jax.scale(decomposed, {"default": 0.5}), {}, "q has a weight decomposition scaled by 0.5"),
+        (
+            inject("q", LycorisConfig, weight_decompose=True, wd_on_out=False),
+            {},
+            "q has norms per input feature",
+        ),
+        (
+            loha_jax.scale(decomposed, {"default": 0.5}),
+            {},
+            "q has a weight decomposition scaled by 0.5",
+        ),
     ]
     for params, kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -231,7 +259,10 @@ def test_what_a_tree_holds_that_no_lora_can_is_refused(tmp_path):
 def test_another_dtype(dtype, tmp_path):
     params = scanned(modules_to_save=["head"])
     interop.save_lora(tmp_path, params, dtype=dtype)
-    state, exact = load_file(tmp_path / "adapter_model.safetensors"), interop.to_lora(params).tensors
+    state, exact = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        interop.to_lora(params).tensors,
+    )
     assert {str(t.dtype) for k, t in state.items() if ".lora_" in k} == {dtype}
     assert {str(t.dtype) for k, t in state.items() if "head" in k} == {"float32"}
     for key, tensor in exact.items():
@@ -240,6 +271,8 @@ def test_another_dtype(dtype, tmp_path):
 
 def test_values_too_large_for_the_dtype_are_an_error_and_nothing_is_written(tmp_path):
     params = jax.tree.map(lambda x: x * 1e4, scanned())
-    with pytest.raises(ValueError, match=r"layers\.0\.q\.lora_.\.weight has values up to .*, too large for float16"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.q\.lora_.\.weight has values up to .*, too large for float16"
+    ):
         interop.save_lora(tmp_path / "folder", params, dtype="float16")
     assert not (tmp_path / "folder").exists()

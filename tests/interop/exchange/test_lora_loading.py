@@ -33,13 +33,22 @@ def write_lora(folder, config=None, **tensors):
         "conv.lora_A.weight": (3, 2, 3, 3),
         "conv.lora_B.weight": (3, 3, 1, 1),
     }
-    state = {PREFIX + name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    state = {
+        PREFIX + name: random.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
     for name, tensor in tensors.items():
         if tensor is None:
             del state[PREFIX + name]
         else:
             state[PREFIX + name] = tensor
-    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "conv"], "bias": "none"}
+    values = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q", "conv"],
+        "bias": "none",
+    }
     values |= {"rank_pattern": {"conv": 3}, "alpha_pattern": {"q": 5}} | (config or {})
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors")
@@ -55,7 +64,9 @@ def test_patterns_and_rank_stabilisation(key, rslora, tmp_path):
     merged = loha_jax.merge(params)
     for name, r, alpha in (("q", 2, 5), ("conv", 3, 4)):
         a, b = (state[f"{name}.lora_{part}.weight"].astype(np.float64) for part in "AB")
-        delta = (b.reshape(b.shape[0], r) @ a.reshape(r, -1)) * alpha / (math.sqrt(r) if rslora else r)
+        delta = (
+            (b.reshape(b.shape[0], r) @ a.reshape(r, -1)) * alpha / (math.sqrt(r) if rslora else r)
+        )
         want = np.moveaxis(delta.reshape(b.shape[0], *a.shape[1:]), (0, 1), (-1, -2))
         np.testing.assert_allclose(merged[name]["kernel"] - BASE[name]["kernel"], want, atol=1e-5)
         factors = params[name]["kernel"].adapters["default"]
@@ -67,7 +78,9 @@ def test_patterns_and_rank_stabilisation(key, rslora, tmp_path):
     for name in ("q", "conv"):
         np.testing.assert_allclose(again[name]["kernel"], merged[name]["kernel"], atol=1e-6)
     lora = interop.to_lora(params)
-    assert {name: lora.tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in ("q", "conv")} == {
+    assert {
+        name: lora.tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in ("q", "conv")
+    } == {
         "q": 2,
         "conv": 3,
     }
@@ -81,7 +94,9 @@ def test_with_a_key_the_second_pair_gets_gradients_and_without_it_the_first_colu
         target = jnp.linspace(0, 1, 20).reshape(5, 4)
 
         def loss(trainable):
-            return jnp.sum((jnp.asarray(loha_jax.combine(trainable, frozen)["q"]["kernel"]) - target) ** 2)
+            return jnp.sum(
+                (jnp.asarray(loha_jax.combine(trainable, frozen)["q"]["kernel"]) - target) ** 2
+            )
 
         return jax.grad(loss)(trainable)["q"]["kernel"].adapters["default"]
 
@@ -105,15 +120,25 @@ def test_an_adapted_tree_gets_one_more_adapter(tmp_path):
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
-    write_lora(tmp_path, {"modules_to_save": ["head"]}, **{"other.weight": np.ones(3), "head.weight": np.ones((2, 5))})
-    base = {**BASE, "q": {"kernel": jnp.ones((6, 4))}, "a": {"conv": {"kernel": jnp.ones((3, 3, 2, 3))}}}
+    write_lora(
+        tmp_path,
+        {"modules_to_save": ["head"]},
+        **{"other.weight": np.ones(3), "head.weight": np.ones((2, 5))},
+    )
+    base = {
+        **BASE,
+        "q": {"kernel": jnp.ones((6, 4))},
+        "a": {"conv": {"kernel": jnp.ones((3, 3, 2, 3))}},
+    }
     layouts = {r"(a\.)?conv": "kkio"}
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         interop.load_lora(tmp_path, base, layouts=layouts)
     message = str(error.value)
     assert str(tmp_path) in message
     assert f"unexpected keys (1): {PREFIX}other.weight" in message
-    assert f"missing keys (2): {PREFIX}a.conv.lora_A.weight, {PREFIX}a.conv.lora_B.weight" in message
+    assert (
+        f"missing keys (2): {PREFIX}a.conv.lora_A.weight, {PREFIX}a.conv.lora_B.weight" in message
+    )
     assert f"{PREFIX}q.lora_A.weight: [2, 5] in the file, [2, 6] in the model" in message
     assert f"{PREFIX}head.weight: [2, 5] in the file, [2, 4] in the model" in message
 
@@ -160,7 +185,9 @@ def test_what_is_no_plain_lora_is_refused_by_name(config, tensors, message, tmp_
         interop.load_lora(tmp_path, BASE)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"peft_type": "LORA", "target_modules": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"peft_type": "LORA", "target_modules": 3}']
+)
 def test_broken_configs_are_named(text, tmp_path):
     write_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
@@ -181,20 +208,31 @@ def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp
     state = load_file(path)
     state[f"{PREFIX}conv.lora_A.weight"][0, 5] = 1
     save_file(state, path)
-    with pytest.raises(ValueError, match="conv is a convolution in 3 groups, and lora_A of group 0 reads channels"):
+    with pytest.raises(
+        ValueError, match="conv is a convolution in 3 groups, and lora_A of group 0 reads channels"
+    ):
         interop.load_lora(tmp_path, base)
 
 
 def test_read_adapter_reads_lora_folders_and_the_keys_of_a_models_state_dict(tmp_path):
-    state = write_lora(tmp_path, {"use_rslora": True, "modules_to_save": ["head"]}, **{"head.weight": np.ones((2, 4))})
+    state = write_lora(
+        tmp_path,
+        {"use_rslora": True, "modules_to_save": ["head"]},
+        **{"head.weight": np.ones((2, 4))},
+    )
     file = read_adapter(tmp_path)
-    assert (file.form, set(file.modules), set(file.others)) == ("lora", {"q", "conv"}, {"head.weight"})
+    assert (file.form, set(file.modules), set(file.others)) == (
+        "lora",
+        {"q", "conv"},
+        {"head.weight"},
+    )
     assert file.modules["conv"].r == 3
     assert file.modules["conv"].alpha == pytest.approx(4 * math.sqrt(3))
     np.testing.assert_array_equal(file.modules["q"].tensors["lora_A"], state["q.lora_A.weight"])
     path = tmp_path / "adapter_model.safetensors"
     named = {
-        k.replace("lora_A.", "lora_A.style.").replace("lora_B.", "lora_B.style."): v for k, v in load_file(path).items()
+        k.replace("lora_A.", "lora_A.style.").replace("lora_B.", "lora_B.style."): v
+        for k, v in load_file(path).items()
     }
     save_file(named, path)
     for name, module in read_adapter(tmp_path).modules.items():

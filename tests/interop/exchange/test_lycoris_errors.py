@@ -15,17 +15,26 @@ from loha_jax.tree.leaves import is_adapted
     ("base", "config", "message"),
     [
         (
-            {"a": {"b_c": {"kernel": jnp.ones((2, 2))}}, "a_b": {"c": {"kernel": jnp.ones((2, 2))}}},
+            {
+                "a": {"b_c": {"kernel": jnp.ones((2, 2))}},
+                "a_b": {"c": {"kernel": jnp.ones((2, 2))}},
+            },
             {"target_modules": ["b_c", "c"]},
             r"a\.b_c and a_b\.c would both be 'lycoris_a_b_c'",
         ),
         (
-            {"q": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+            {
+                "q": {"kernel": jnp.ones((2, 2))},
+                "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+            },
             {"target_modules": ["q"], "modules_to_save": ["head"]},
             r"head is in modules_to_save.*save_peft",
         ),
         (
-            {"q": {"kernel": jnp.ones((2, 2))}, "bn": {"scale": jnp.ones(2), "bias": jnp.ones(2), "mean": jnp.ones(2)}},
+            {
+                "q": {"kernel": jnp.ones((2, 2))},
+                "bn": {"scale": jnp.ones(2), "bias": jnp.ones(2), "mean": jnp.ones(2)},
+            },
             {"target_modules": ["q"], "modules_to_save": ["bn"]},
             r"bn is in modules_to_save.*save_peft",
         ),
@@ -53,7 +62,9 @@ def test_what_the_format_cannot_hold_is_refused_by_name(base, config, message, t
 )
 def test_wrong_arguments_write_nothing(arguments, message, tmp_path):
     params = loha_jax.inject(
-        {"q": {"kernel": jnp.ones((2, 2))}}, LoHaConfig(r=1, target_modules=["q"]), key=jax.random.key(0)
+        {"q": {"kernel": jnp.ones((2, 2))}},
+        LoHaConfig(r=1, target_modules=["q"]),
+        key=jax.random.key(0),
     )
     params = jax.tree.map(lambda t: t * 1e6, params)
     with pytest.raises(ValueError, match=message):
@@ -66,17 +77,29 @@ def test_wrong_arguments_write_nothing(arguments, message, tmp_path):
     [
         ({"lycoris_fc1.hada_w2_b": None}, r"lycoris_fc1 lacks hada_w2_b"),
         ({"lycoris_conv3.hada_t2": None}, r"lycoris_conv3 lacks hada_t2"),
-        ({"lycoris_fc1.hada_w2_b": np.ones((5, 24), np.float32)}, r"factors of lycoris_fc1 do not fit each other"),
+        (
+            {"lycoris_fc1.hada_w2_b": np.ones((5, 24), np.float32)},
+            r"factors of lycoris_fc1 do not fit each other",
+        ),
         ({"lycoris_fc1.hada_w2_b": np.ones((4, 24), np.int32)}, r"lycoris_fc1\.hada_w2_b is int32"),
         (
             {"lycoris_fc1.alpha": np.array([1.0, 2.0])},
             r"lycoris_fc1\.alpha should be one finite number.*\[1\.0, 2\.0\]",
         ),
-        ({"lycoris_fc1.alpha": np.array(np.nan)}, r"lycoris_fc1\.alpha should be one finite number.*nan"),
+        (
+            {"lycoris_fc1.alpha": np.array(np.nan)},
+            r"lycoris_fc1\.alpha should be one finite number.*nan",
+        ),
         ({"lycoris_fc1.weight": np.ones(3)}, r"not those of a LoHa \(1\): lycoris_fc1\.weight"),
         ({"loose": np.ones(3)}, r"not those of a LoHa \(1\): loose"),
-        ({"lycoris_x.lora_up.weight": np.ones((2, 2))}, r"lycoris_x lacks lora_A \(lora_down\); it has lora_B"),
-        ({"lycoris_fc1.lora_up.weight": np.ones((2, 2))}, r"lycoris_fc1 has the factors of a LoRA and hada_w1_a of a"),
+        (
+            {"lycoris_x.lora_up.weight": np.ones((2, 2))},
+            r"lycoris_x lacks lora_A \(lora_down\); it has lora_B",
+        ),
+        (
+            {"lycoris_fc1.lora_up.weight": np.ones((2, 2))},
+            r"lycoris_fc1 has the factors of a LoRA and hada_w1_a of a",
+        ),
         ({"lycoris_x.lora_magnitude_vector": np.ones(2)}, r"lycoris_x is a variant of LoRA"),
         ({"lora_unet_x.lokr_w1": np.ones((2, 2))}, r"a LoKr adapter"),
         ({"lycoris_x.on_input": np.ones(())}, r"a \(IA\)³ adapter"),
@@ -119,7 +142,9 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path):
 def test_cores_need_a_kernel_with_an_extent(tmp_path):
     base = base_params()
     base["conv3"]["kernel"] = jnp.ones((1, 1, 8, 10))
-    with pytest.raises(ValueError, match=r"conv3\.hada_t1: \[3, 3, 3, 3\] in the file, none in the model"):
+    with pytest.raises(
+        ValueError, match=r"conv3\.hada_t1: \[3, 3, 3, 3\] in the file, none in the model"
+    ):
         interop.load_lycoris(native("tucker")[0], base, layouts=LAYOUTS)
 
 
@@ -149,7 +174,9 @@ def test_paths(tmp_path):
 
 
 def test_the_convolutions_of_the_sample_have_no_layout_of_their_own():
-    assert {name: leaf.layout.word for leaf in loha_leaves(loaded("plain")) for name in leaf.names} == {
+    assert {
+        name: leaf.layout.word for leaf in loha_leaves(loaded("plain")) for name in leaf.names
+    } == {
         **dict.fromkeys(("fc1", "blocks.0.q_proj", "blocks.0.out"), "io"),
         "conv1x1": "kkio",
         **CONVOLUTIONS,

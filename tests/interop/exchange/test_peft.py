@@ -22,7 +22,11 @@ MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_se
 def load(sample, **kwargs):
     assert sample.state  # skips where torch is missing for the one pickle
     return interop.load_peft(
-        sample.adapter, sample.params(), layouts=sample.layouts, model_type=MODEL_TYPES.get(sample.name), **kwargs
+        sample.adapter,
+        sample.params(),
+        layouts=sample.layouts,
+        model_type=MODEL_TYPES.get(sample.name),
+        **kwargs,
     )
 
 
@@ -75,7 +79,10 @@ def test_state_dicts_keep_pefts_keys_and_values(name):
 
 
 def simple(tmp_path, **kwargs):
-    base = {"lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, "lin1": {"kernel": jnp.ones((4, 2))}}
+    base = {
+        "lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)},
+        "lin1": {"kernel": jnp.ones((4, 2))},
+    }
     config = LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False, **kwargs)
     params = loha_jax.inject(base, config, key=jax.random.key(0))
     interop.save_peft(tmp_path, params)
@@ -85,10 +92,15 @@ def simple(tmp_path, **kwargs):
 def test_named_adapters_have_folders_of_their_own(tmp_path):
     base, params = simple(tmp_path)
     params = loha_jax.inject(
-        params, LoHaConfig(r=1, target_modules=["lin1"]), key=jax.random.key(1), adapter_name="style"
+        params,
+        LoHaConfig(r=1, target_modules=["lin1"]),
+        key=jax.random.key(1),
+        adapter_name="style",
     )
     interop.save_peft(tmp_path / "both", params)
-    files = sorted(str(p.relative_to(tmp_path / "both")) for p in (tmp_path / "both").rglob("*") if p.is_file())
+    files = sorted(
+        str(p.relative_to(tmp_path / "both")) for p in (tmp_path / "both").rglob("*") if p.is_file()
+    )
     assert files == [
         "README.md",
         "adapter_config.json",
@@ -97,7 +109,9 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
         "style/adapter_model.safetensors",
     ]
     again = interop.load_peft(
-        tmp_path / "both" / "style", interop.load_peft(tmp_path / "both", base), adapter_name="style"
+        tmp_path / "both" / "style",
+        interop.load_peft(tmp_path / "both", base),
+        adapter_name="style",
     )
     assert loha_jax.adapter_names(again) == ("default", "style")
     for name in ("default", "style"):
@@ -127,7 +141,10 @@ def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
     assert str(path) in message
     assert "unexpected keys (1): base_model.model.other.hada_w1_a" in message
     assert "missing keys (1): base_model.model.lin0.hada_w1_a" in message
-    assert "misshapen (1): base_model.model.lin1.hada_w2_b: [2, 5] in the file, [2, 4] in the model" in message
+    assert (
+        "misshapen (1): base_model.model.lin1.hada_w2_b: [2, 5] in the file, [2, 4] in the model"
+        in message
+    )
 
 
 def test_a_rank_that_the_config_does_not_say_is_an_error(tmp_path):
@@ -148,7 +165,9 @@ def test_a_rank_that_the_config_does_not_say_is_an_error(tmp_path):
 def test_keys_without_the_prefix_or_with_an_adapters_name_load(tmp_path, rename):
     base, params = simple(tmp_path)
     state = {rename(key): value for key, value in interop.to_peft_state_dict(params).items()}
-    loaded = interop.from_peft_state_dict(state, LoHaConfig(r=2, target_modules=["lin0", "lin1"]), base)
+    loaded = interop.from_peft_state_dict(
+        state, LoHaConfig(r=2, target_modules=["lin0", "lin1"]), base
+    )
     jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
 
 
@@ -165,7 +184,9 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Can't find 'adapter_config\.json' at"):
         interop.load_peft(tmp_path / "nowhere", base)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"'adapter_model\.safetensors' or 'adapter_model\.bin'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'adapter_model\.safetensors' or 'adapter_model\.bin'"
+    ):
         interop.load_peft(tmp_path, base)
 
 
@@ -183,14 +204,22 @@ def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
 def test_a_targeted_head_brings_its_bias_as_in_peft(tmp_path):
     """PEFT writes all of such a head; tests/models compares the file of a GPT-J, whose head has a bias, bit for bit."""
     base = {"lm_head": {"kernel": jnp.ones((3, 4)), "bias": jnp.arange(4.0)}}
-    params = loha_jax.inject(base, LoHaConfig(r=2, target_modules=["lm_head"]), key=jax.random.key(0))
+    params = loha_jax.inject(
+        base, LoHaConfig(r=2, target_modules=["lm_head"]), key=jax.random.key(0)
+    )
     head = "base_model.model.lm_head.base_layer"
-    assert {"weight", "bias"} == {k.removeprefix(f"{head}.") for k in interop.to_peft_state_dict(params) if head in k}
+    assert {"weight", "bias"} == {
+        k.removeprefix(f"{head}.") for k in interop.to_peft_state_dict(params) if head in k
+    }
     interop.save_peft(tmp_path, params)
     assert interop.load_peft(tmp_path, base)["lm_head"]["bias"] is base["lm_head"]["bias"]
     other = {"lm_head": {"kernel": base["lm_head"]["kernel"], "bias": jnp.zeros(4)}}
-    np.testing.assert_array_equal(interop.load_peft(tmp_path, other)["lm_head"]["bias"], base["lm_head"]["bias"])
-    with pytest.raises(ValueError, match=r"unexpected keys \(1\): base_model\.model\.lm_head\.base_layer\.bias"):
+    np.testing.assert_array_equal(
+        interop.load_peft(tmp_path, other)["lm_head"]["bias"], base["lm_head"]["bias"]
+    )
+    with pytest.raises(
+        ValueError, match=r"unexpected keys \(1\): base_model\.model\.lm_head\.base_layer\.bias"
+    ):
         interop.load_peft(tmp_path, {"lm_head": {"kernel": base["lm_head"]["kernel"]}})
 
 
@@ -222,7 +251,9 @@ def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, mo
     monkeypatch.undo()
     interop.save_peft(tmp_path, more)
     assert {p.name for p in tmp_path.iterdir()} == set(before)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before[
+        "adapter_model.safetensors"
+    ]
     assert stat.S_IMODE((tmp_path / "adapter_model.safetensors").stat().st_mode) & 0o444
     del base
 
@@ -239,7 +270,9 @@ def test_nothing_is_written_where_nothing_can_be(tmp_path):
 def test_a_conv3d_is_refused_by_name():
     config = LoHaConfig(r=1, target_modules=["c"])
     kernel = jnp.ones((3, 3, 3, 2, 4))
-    params = loha_jax.inject({"c": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"c": "kkkio"})
+    params = loha_jax.inject(
+        {"c": {"kernel": kernel}}, config, key=jax.random.key(0), layouts={"c": "kkkio"}
+    )
     with pytest.raises(ValueError, match="c is a convolution over 3 axes"):
         interop.to_peft_state_dict(params)
 
@@ -248,7 +281,11 @@ def test_patterns_whose_order_matters_are_written_so_that_sorting_does_no_harm(t
     base = {"layers": {str(n): {"q": {"kernel": jnp.ones((3, 4))}} for n in range(2)}}
     # Sorted, "layers.0.q" comes before "q" and would win.
     config = LoHaConfig(
-        r=2, alpha=1, target_modules=["q"], alpha_pattern={"q": 2, "layers.0.q": 40}, init_weights=False
+        r=2,
+        alpha=1,
+        target_modules=["q"],
+        alpha_pattern={"q": 2, "layers.0.q": 40},
+        init_weights=False,
     )
     params = loha_jax.inject(base, config, key=jax.random.key(0))
     interop.save_peft(tmp_path, params)
@@ -268,7 +305,11 @@ def test_stacks_are_written_as_the_modules_they_hold(tmp_path):
     )
     params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"layers.q": "sio"})
     state = interop.to_peft_state_dict(params)
-    shapes = {key.removeprefix("base_model.model."): value.shape for key, value in state.items() if "w1_" in key}
+    shapes = {
+        key.removeprefix("base_model.model."): value.shape
+        for key, value in state.items()
+        if "w1_" in key
+    }
     assert shapes == {
         "layers.0.q.hada_w1_a": (5, 2),
         "layers.0.q.hada_w1_b": (2, 4),
@@ -278,11 +319,14 @@ def test_stacks_are_written_as_the_modules_they_hold(tmp_path):
     interop.save_peft(tmp_path, params)
     loaded = interop.load_peft(tmp_path, base, layouts={"layers.q": "sio"})
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    unrolled = {"layers": {str(n): {"q": {"kernel": base["layers"]["q"]["kernel"][n]}} for n in range(3)}}
+    unrolled = {
+        "layers": {str(n): {"q": {"kernel": base["layers"]["q"]["kernel"][n]}} for n in range(3)}
+    }
     apart = loha_jax.merge(interop.load_peft(tmp_path, unrolled))
     for n in range(3):
         np.testing.assert_array_equal(
-            apart["layers"][str(n)]["q"]["kernel"], loha_jax.merge(params)["layers"]["q"]["kernel"][n]
+            apart["layers"][str(n)]["q"]["kernel"],
+            loha_jax.merge(params)["layers"]["q"]["kernel"][n],
         )
 
 
@@ -295,7 +339,8 @@ def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
     leaf = interop.load_peft(tmp_path, base)["lin0"]["kernel"]
     assert leaf.adapters["default"].hada_w1_a.dtype == jnp.float32
     np.testing.assert_array_equal(
-        leaf.adapters["default"].hada_w1_a, low["base_model.model.lin0.hada_w1_a"].astype(np.float32)
+        leaf.adapters["default"].hada_w1_a,
+        low["base_model.model.lin0.hada_w1_a"].astype(np.float32),
     )
 
 
@@ -321,7 +366,9 @@ def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
 def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
     _, params = simple(tmp_path / "new", base_model_name_or_path="org/base", task_type="CAUSAL_LM")
     card = (tmp_path / "new" / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\n')
+    assert card.startswith(
+        '---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\n'
+    )
     assert card.endswith("### Framework versions\n\n- PEFT 0.21.2\n")
     (tmp_path / "new" / "README.md").write_text("mine")
     interop.save_peft(tmp_path / "new", params)
@@ -330,7 +377,9 @@ def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
 
 def test_modules_that_peft_saves_by_the_end_of_their_name_are_read(tmp_path):
     """PEFT wraps every module whose name ends with "head", without a dot before it."""
-    base = {n: {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)} for n in ("lin0", "overhead", "head")}
+    base = {
+        n: {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)} for n in ("lin0", "overhead", "head")
+    }
     config = LoHaConfig(r=2, target_modules=["lin0"], modules_to_save=["head"])
     params = loha_jax.inject(base, config, key=jax.random.key(0))
     assert isinstance(params["overhead"]["kernel"], jax.Array)  # here an entry is a whole name
@@ -339,17 +388,25 @@ def test_modules_that_peft_saves_by_the_end_of_their_name_are_read(tmp_path):
     state["base_model.model.overhead.bias"] = np.full(4, 8, np.float32)
     loaded = interop.from_peft_state_dict(state, config, base)
     np.testing.assert_array_equal(loha_jax.merge(loaded)["overhead"]["kernel"], np.full((3, 4), 7))
-    assert loaded["lin0"]["kernel"].adapters["default"].config.modules_to_save == ("head", "overhead")
+    assert loaded["lin0"]["kernel"].adapters["default"].config.modules_to_save == (
+        "head",
+        "overhead",
+    )
     assert interop.to_peft_state_dict(loaded).keys() == state.keys()
     with pytest.raises(ValueError, match=r"unexpected keys \(1\): base_model.model.footer.weight"):
-        interop.from_peft_state_dict({**state, "base_model.model.footer.weight": np.ones(3)}, config, base)
+        interop.from_peft_state_dict(
+            {**state, "base_model.model.footer.weight": np.ones(3)}, config, base
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 def test_diffusers_and_transformers_variants_load(tmp_path, prefix):
     """diffusers' `save_lora_adapter`: one file, keys without a prefix, the config in the header."""
     base, params = simple(tmp_path / "peft")
-    state = {prefix + k.removeprefix("base_model.model."): v for k, v in interop.to_peft_state_dict(params).items()}
+    state = {
+        prefix + k.removeprefix("base_model.model."): v
+        for k, v in interop.to_peft_state_dict(params).items()
+    }
     # transformers leaves the base's name empty and the adapter trainable
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     config |= {"inference_mode": False, "base_model_name_or_path": ""}
@@ -379,7 +436,12 @@ def test_nested_saved_modules_and_their_statistics_round_trip(tmp_path):
         "q": {"kernel": jnp.ones((3, 4))},
         "head": {
             "0": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
-            "norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4), "mean": jnp.full(4, 3.0), "var": jnp.full(4, 2.0)},
+            "norm": {
+                "scale": jnp.ones(4),
+                "bias": jnp.zeros(4),
+                "mean": jnp.full(4, 3.0),
+                "var": jnp.full(4, 2.0),
+            },
             "num_batches_tracked": jnp.int32(7),
         },
     }
@@ -390,7 +452,14 @@ def test_nested_saved_modules_and_their_statistics_round_trip(tmp_path):
     state = load_file(tmp_path / "adapter_model.safetensors")
     saved = {k.removeprefix("base_model.model.head."): v for k, v in state.items() if ".head." in k}
     assert saved.keys() == {
-        *("0.weight", "0.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"),
+        *(
+            "0.weight",
+            "0.bias",
+            "norm.weight",
+            "norm.bias",
+            "norm.running_mean",
+            "norm.running_var",
+        ),
         "num_batches_tracked",
         "norm.num_batches_tracked",  # PEFT wants it; the tree has none
     }

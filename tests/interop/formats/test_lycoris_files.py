@@ -28,7 +28,9 @@ KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}
 
 def kohya_base(component):
     state = load_file(DATA / "kohya_base.safetensors")
-    return jax_tree({k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")})
+    return jax_tree(
+        {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")}
+    )
 
 
 def names_of(params):
@@ -38,12 +40,23 @@ def names_of(params):
 
 def factors(out=3, into=3, r=1):
     random = np.random.default_rng(out + into)
-    shapes = {"hada_w1_a": (out, r), "hada_w1_b": (r, into), "hada_w2_a": (out, r), "hada_w2_b": (r, into)}
-    return {part: random.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()}
+    shapes = {
+        "hada_w1_a": (out, r),
+        "hada_w1_b": (r, into),
+        "hada_w2_a": (out, r),
+        "hada_w2_b": (r, into),
+    }
+    return {
+        part: random.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()
+    }
 
 
 def written(tmp_path, modules, metadata=None):
-    state = {f"{name}.{part}": tensor for name, tensors in modules.items() for part, tensor in tensors.items()}
+    state = {
+        f"{name}.{part}": tensor
+        for name, tensors in modules.items()
+        for part, tensor in tensors.items()
+    }
     save_file(state, tmp_path / "adapter.safetensors", metadata)
     return tmp_path / "adapter.safetensors"
 
@@ -135,20 +148,25 @@ def test_a_stacked_kernel_is_found_by_the_names_of_its_modules(tmp_path):
     ],
 )
 def test_names_in_the_file_and_in_the_tree(in_file, in_tree, tmp_path):
-    params = interop.load_lycoris(written(tmp_path, {in_file: factors()}), tree(in_tree, "other.fc"))
+    params = interop.load_lycoris(
+        written(tmp_path, {in_file: factors()}), tree(in_tree, "other.fc")
+    )
     assert names_of(params) == {in_tree}
 
 
 def test_two_modules_of_the_file_cannot_be_one_of_the_tree(tmp_path):
     path = written(tmp_path, {"lora_te_text_model_fc": factors(), "lora_te_fc": factors()})
-    with pytest.raises(ValueError, match=r"lora_te_(text_model_)?fc and lora_te_(text_model_)?fc are both fc"):
+    with pytest.raises(
+        ValueError, match=r"lora_te_(text_model_)?fc and lora_te_(text_model_)?fc are both fc"
+    ):
         interop.load_lycoris(path, tree("fc"))
 
 
 def test_the_component_is_chosen_by_its_prefix(tmp_path):
     path = DATA / "kohya_tucker.safetensors"
     with pytest.raises(
-        ValueError, match=r"several components: 'lora_te_' \(\d+ modules\), 'lora_unet_' \(\d+ modules\)"
+        ValueError,
+        match=r"several components: 'lora_te_' \(\d+ modules\), 'lora_unet_' \(\d+ modules\)",
     ):
         interop.load_lycoris(path, kohya_base("unet"))
     with pytest.raises(ValueError, match=r"begins with prefix='lycoris_'; the file has 'lora_te_'"):
@@ -162,11 +180,15 @@ def test_a_kohya_file_both_ways(tmp_path):
     """Half precision, cores and flat factors, two components, and sd-scripts' metadata with a hash that is right."""
     path, again = DATA / "kohya_tucker.safetensors", tmp_path / "again.safetensors"
     theirs, metadata = load_file(path), read_metadata(path)
-    loaded = {p: interop.load_lycoris(path, kohya_base(part), prefix=p) for p, part in KOHYA.items()}
+    loaded = {
+        p: interop.load_lycoris(path, kohya_base(part), prefix=p) for p, part in KOHYA.items()
+    }
     prefixed = [name.replace(".", "_") for params in loaded.values() for name in names_of(params)]
     assert len(prefixed) == len({key.rpartition(".")[0] for key in theirs})
     others = {"lora_te_": loaded["lora_te_"]}
-    interop.save_lycoris(again, loaded["lora_unet_"], prefix="lora_unet_", others=others, dtype="float16")
+    interop.save_lycoris(
+        again, loaded["lora_unet_"], prefix="lora_unet_", others=others, dtype="float16"
+    )
     ours = load_file(again)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
@@ -183,7 +205,9 @@ def test_the_weights_are_those_of_the_file(form):
     path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", kohya_base("te")
     file = read_adapter(path)
     params = interop.load_lycoris(path, base, prefix=prefix)
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)]
+    leaves = [
+        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
+    ]
     dense = jax.jit(LoHaWeight.dense)  # compiled once for each shape
     merged = [dense(dataclasses.replace(leaf, names=("one",))) for leaf in leaves]
     assert len(leaves) == sum(own.startswith(prefix) for own in file.modules)
@@ -194,8 +218,12 @@ def test_the_weights_are_those_of_the_file(form):
         kernel = np.asarray(leaf.layout.unfold(leaf.kernel), np.float64)
         want = kernel + module.alpha / module.r * sides[0] * sides[1]
         if module.dora_scale is not None:
-            want *= module.dora_scale.astype(np.float64) / np.linalg.norm(want, axis=1, keepdims=True)
-        np.testing.assert_allclose(leaf.layout.unfold(got), want, rtol=0, atol=1e-5 * np.abs(want).max())
+            want *= module.dora_scale.astype(np.float64) / np.linalg.norm(
+                want, axis=1, keepdims=True
+            )
+        np.testing.assert_allclose(
+            leaf.layout.unfold(got), want, rtol=0, atol=1e-5 * np.abs(want).max()
+        )
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te1_"])
@@ -203,7 +231,9 @@ def test_the_weights_are_those_of_the_file(form):
 def test_kohya_keys_come_with_what_user_interfaces_read(form, prefix, tmp_path):
     params = interop.load_lycoris(native(form)[0], base_params(), layouts=LAYOUTS)
     path = tmp_path / "adapter.safetensors"
-    interop.save_lycoris(path, params, prefix=prefix, metadata={"note": "mine", "ss_network_dim": "64"})
+    interop.save_lycoris(
+        path, params, prefix=prefix, metadata={"note": "mine", "ss_network_dim": "64"}
+    )
     metadata = read_metadata(path)
     assert json.loads(metadata.pop("ss_network_args")) == {
         "algo": "loha",
@@ -226,7 +256,9 @@ def test_a_hash_of_another_file_is_never_kept(tmp_path):
     params = interop.load_lycoris(written(tmp_path, {"lora_unet_q": factors()}, stale), tree("q"))
     interop.save_lycoris(tmp_path / "native.safetensors", params)
     assert read_metadata(tmp_path / "native.safetensors") == {"ss_v2": "False"}
-    interop.save_lycoris(tmp_path / "kohya.safetensors", params, prefix="lora_unet_", metadata=stale)
+    interop.save_lycoris(
+        tmp_path / "kohya.safetensors", params, prefix="lora_unet_", metadata=stale
+    )
     metadata = read_metadata(tmp_path / "kohya.safetensors")
     assert metadata["sshs_model_hash"] == content_hash(tmp_path / "kohya.safetensors")
     assert "sshs_legacy_hash" not in metadata
@@ -251,10 +283,14 @@ def test_every_prefix_can_be_read_again(prefix, key, tmp_path):
 
 
 def test_components_must_differ_in_their_keys(tmp_path):
-    params = loha_jax.inject(tree("a.b"), LoHaConfig(r=1, target_modules=["b"]), key=jax.random.key(0))
+    params = loha_jax.inject(
+        tree("a.b"), LoHaConfig(r=1, target_modules=["b"]), key=jax.random.key(0)
+    )
     other = loha_jax.inject(tree("b"), LoHaConfig(r=1, target_modules=["b"]), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"Two components would both write 'lora_te_a_b"):
-        interop.save_lycoris(tmp_path / "x.safetensors", params, prefix="lora_te_", others={"lora_te_a_": other})
+        interop.save_lycoris(
+            tmp_path / "x.safetensors", params, prefix="lora_te_", others={"lora_te_a_": other}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -276,18 +312,25 @@ def test_a_file_is_read_without_a_model(form):
         assert (module.dora_scale is None) == (not form.startswith("dora"))
         for part, tensor in module.tensors.items():
             theirs = state[f"{own}.{part}"]
-            assert tensor.shape == theirs.shape + (1,) * (own.endswith("c1d") and part.startswith("hada_t"))
+            assert tensor.shape == theirs.shape + (1,) * (
+                own.endswith("c1d") and part.startswith("hada_t")
+            )
             np.testing.assert_array_equal(tensor.reshape(theirs.shape), theirs)
 
 
 def test_a_kohya_file_and_its_components_without_a_model():
-    file = read_adapter(DATA / "kohya_tucker.safetensors", modules=["conv_in", "up_blocks.1.resnets.1.conv2"])
+    file = read_adapter(
+        DATA / "kohya_tucker.safetensors", modules=["conv_in", "up_blocks.1.resnets.1.conv2"]
+    )
     assert file.form == "kohya"
     assert {m.prefix for m in file.modules.values()} == {"lora_unet_", "lora_te_"}
     module = file.modules["lora_unet_up_blocks_1_resnets_1_conv2"]
     assert (module.name, module.r, module.alpha) == ("up_blocks.1.resnets.1.conv2", 2, 1)
     assert all(tensor.dtype == np.float16 for tensor in module.tensors.values())
-    assert file.modules["lora_te_text_model_encoder_layers_0_mlp_fc1"].name == "text_model_encoder_layers_0_mlp_fc1"
+    assert (
+        file.modules["lora_te_text_model_encoder_layers_0_mlp_fc1"].name
+        == "text_model_encoder_layers_0_mlp_fc1"
+    )
 
 
 def test_normalisation_layers_without_a_model(tmp_path):
@@ -307,7 +350,9 @@ def test_a_peft_folder_is_read_without_a_model(name):
     assert (file.form, file.path) == ("peft", sample.adapter)
     config = LoHaConfig.from_pretrained(sample.adapter)
     assert file.config == config.to_dict()
-    tensors = {f"{m}.{part}": t for m, module in file.modules.items() for part, t in module.tensors.items()}
+    tensors = {
+        f"{m}.{part}": t for m, module in file.modules.items() for part, t in module.tensors.items()
+    }
     tensors |= file.others
     assert {f"base_model.model.{key}" for key in tensors} == sample.state.keys()
     for key, tensor in tensors.items():
@@ -317,7 +362,9 @@ def test_a_peft_folder_is_read_without_a_model(name):
         if isinstance(leaf, LoHaWeight):
             adapter = leaf.adapters["default"]
             found = [file.modules[n] for n in leaf.names]
-            assert [(m.r, m.alpha) for m in found] == list(zip(adapter.ranks, adapter.alphas, strict=True))
+            assert [(m.r, m.alpha) for m in found] == list(
+                zip(adapter.ranks, adapter.alphas, strict=True)
+            )
 
 
 def test_a_folder_whose_config_and_tensors_disagree(tmp_path):
@@ -325,14 +372,21 @@ def test_a_folder_whose_config_and_tensors_disagree(tmp_path):
         (tmp_path / name).write_bytes((DATA / "peft_plain" / name).read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
-    with pytest.raises(FileError, match=r"adapter_model\.safetensors: the factors of .* have rank 4, .* says 5"):
+    with pytest.raises(
+        FileError, match=r"adapter_model\.safetensors: the factors of .* have rank 4, .* says 5"
+    ):
         read_adapter(tmp_path)
 
 
 def test_a_torch_pickle_is_read_too(tmp_path):
-    torch = pytest.importorskip("torch", reason="a .pt file is a torch pickle; the main test run has torch")
+    torch = pytest.importorskip(
+        "torch", reason="a .pt file is a torch pickle; the main test run has torch"
+    )
     state = native("tucker")[1]
-    torch.save({key: torch.from_numpy(value.copy()) for key, value in state.items()}, tmp_path / "adapter.pt")
+    torch.save(
+        {key: torch.from_numpy(value.copy()) for key, value in state.items()},
+        tmp_path / "adapter.pt",
+    )
     params = interop.load_lycoris(tmp_path / "adapter.pt", base_params(), layouts=LAYOUTS)
     for key, tensor in interop.to_lycoris_state_dict(params).items():
         np.testing.assert_array_equal(tensor, state[key])
@@ -355,8 +409,13 @@ def test_nnx_models(tmp_path):
         def __call__(self, x):
             return self.norm(self.q(x))
 
-    norm = {"w_norm": np.array([1, 2, 3], np.float32), "b_norm": np.array([0.5, 0.25, 0], np.float32)}
-    path = written(tmp_path, {"lora_unet_q": factors(), "lora_unet_norm": norm, "lora_te_q": factors(3, 3, 2)})
+    norm = {
+        "w_norm": np.array([1, 2, 3], np.float32),
+        "b_norm": np.array([0.5, 0.25, 0], np.float32),
+    }
+    path = written(
+        tmp_path, {"lora_unet_q": factors(), "lora_unet_norm": norm, "lora_te_q": factors(3, 3, 2)}
+    )
     unet, encoder, x = Block(nnx.Rngs(0)), Block(nnx.Rngs(1)), jnp.arange(6.0).reshape(2, 3)
     before = unet(x)
     assert interop.load_lycoris(path, unet, prefix="lora_unet_") is unet
@@ -369,7 +428,9 @@ def test_nnx_models(tmp_path):
     fresh.norm.bias[...] += norm["b_norm"]
     assert jnp.abs(unet(x) - before).max() > 0.1
     np.testing.assert_allclose(unet(x), fresh(x), rtol=1e-5, atol=1e-5)
-    interop.save_lycoris(tmp_path / "again.safetensors", unet, prefix="lora_unet_", others={"lora_te_": encoder})
+    interop.save_lycoris(
+        tmp_path / "again.safetensors", unet, prefix="lora_unet_", others={"lora_te_": encoder}
+    )
     ours, theirs = load_file(tmp_path / "again.safetensors"), load_file(path)
     assert {k for k in ours if not k.endswith(".alpha")} == theirs.keys()
     for key, tensor in theirs.items():

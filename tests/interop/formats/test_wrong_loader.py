@@ -76,13 +76,28 @@ KINDS = {
     "loha folder": (make_loha, "a", "load_peft", "a PEFT folder of a LoHa; `load_peft` opens it"),
     "lora folder": (make_lora, "a", "load_lora", "a PEFT folder of a LoRA; `load_lora` opens it"),
     "other folder of PEFT": (make_other_peft, "a", "", "an adapter of PEFT's 'LOKR'"),
-    "diffusers": (make_diffusers, "a", "load_peft", "a PEFT folder of a LoHa; `load_peft` opens it"),
+    "diffusers": (
+        make_diffusers,
+        "a",
+        "load_peft",
+        "a PEFT folder of a LoHa; `load_peft` opens it",
+    ),
     "lycoris": (make_lycoris, "a.safetensors", "load_lycoris", "`load_lycoris` opens it"),
     "simpletuner": (make_simpletuner, "a", "load_lycoris", "`load_lycoris` opens it"),
     "kohya's lora": (make_kohya_lora, "a.safetensors", "load_lycoris", "`load_lycoris` opens it"),
     "lokr": (make_lokr, "a.safetensors", "", "LoKr|`load_lycoris` opens it"),
-    "checkpoint": (make_checkpoint, "a.safetensors", "", "the checkpoint of a model and not an adapter"),
-    "checkpoint folder": (make_checkpoint_folder, "a", "", "the checkpoint of a model and not an adapter"),
+    "checkpoint": (
+        make_checkpoint,
+        "a.safetensors",
+        "",
+        "the checkpoint of a model and not an adapter",
+    ),
+    "checkpoint folder": (
+        make_checkpoint_folder,
+        "a",
+        "",
+        "the checkpoint of a model and not an adapter",
+    ),
     "file of PEFT": (
         make_loha,
         "a/adapter_model.safetensors",
@@ -133,7 +148,9 @@ def test_each_command_opens_every_adapter_and_says_what_is_none(kind, tmp_path):
         elif name in ("merge", "convert"):
             assert result.exit_code == 2
             assert re.search(KINDS[kind][3], result.output), (name, result.output)
-            assert not re.search(r"`load_(base|lora)`", result.output.replace("of a LoRA, `load_lora`", ""))
+            assert not re.search(
+                r"`load_(base|lora)`", result.output.replace("of a LoRA, `load_lora`", "")
+            )
     assert (tmp_path / "out").exists() == is_adapter
 
 

@@ -6,7 +6,17 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
-from merge_inputs import BF16, delta, files_in, loha, normal, read_all, sharded_base, write_adapter, write_base
+from merge_inputs import (
+    BF16,
+    delta,
+    files_in,
+    loha,
+    normal,
+    read_all,
+    sharded_base,
+    write_adapter,
+    write_base,
+)
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
@@ -29,9 +39,16 @@ def test_peft_samples(name, tmp_path):
     for module in changed:
         theirs = sample.io[f"merged_weight::{module}"]
         np.testing.assert_allclose(
-            merged[f"{module}.weight"].astype(np.float32), theirs, rtol=0, atol=1e-6 * np.abs(theirs).max()
+            merged[f"{module}.weight"].astype(np.float32),
+            theirs,
+            rtol=0,
+            atol=1e-6 * np.abs(theirs).max(),
         )
-    saved = {key: value for key, value in read_adapter(sample.adapter).others.items() if ".base_layer." not in key}
+    saved = {
+        key: value
+        for key, value in read_adapter(sample.adapter).others.items()
+        if ".base_layer." not in key
+    }
     for key, value in saved.items():
         np.testing.assert_array_equal(merged[key], value.astype(base[key].dtype))
     for key in base.keys() - {f"{module}.weight" for module in changed} - saved.keys():
@@ -57,18 +74,28 @@ def test_lycoris_samples(form, weight, tmp_path):
         np.testing.assert_allclose(merged[key], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16, np.float64, np.dtype(ml_dtypes.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, BF16, np.float64, np.dtype(ml_dtypes.float8_e4m3fn)]
+)
 @pytest.mark.parametrize("to", [None, np.float32, BF16])
 def test_dtypes_are_rounded_once(dtype, to, tmp_path):
     dtype = np.dtype(dtype)
-    base = {"q.weight": normal(40, 30, dtype=dtype), "bias": normal(40, dtype=dtype), "n": np.arange(3)}
+    base = {
+        "q.weight": normal(40, 30, dtype=dtype),
+        "bias": normal(40, dtype=dtype),
+        "n": np.arange(3),
+    }
     path = write_base(tmp_path / "base", base)
     factors = loha(40, 30)
     adapter = write_adapter(tmp_path / "adapter", {"q": factors}, alpha=0.3)
     merge_checkpoint(path, [(adapter, 0.7)], tmp_path / "out", dtype=to)
     merged = read_all(tmp_path / "out")
     target = dtype if to is None else np.dtype(to)
-    assert {key: value.dtype for key, value in merged.items()} == {"q.weight": target, "bias": target, "n": np.int64}
+    assert {key: value.dtype for key, value in merged.items()} == {
+        "q.weight": target,
+        "bias": target,
+        "n": np.int64,
+    }
     exact = base["q.weight"].astype(np.float64) + 0.7 * delta(factors, 0.1)
     rounded = exact.astype(np.float32 if target.itemsize < 8 else np.float64).astype(target)
     unit = np.abs(
@@ -79,7 +106,8 @@ def test_dtypes_are_rounded_once(dtype, to, tmp_path):
     slack = 4 if target.itemsize >= 4 else 1
     precision = 1e-6 if target != np.float64 else 1e-12
     assert np.all(
-        np.abs(merged["q.weight"].astype(np.float64) - rounded.astype(np.float64)) <= slack * unit + precision
+        np.abs(merged["q.weight"].astype(np.float64) - rounded.astype(np.float64))
+        <= slack * unit + precision
     )
     if target.itemsize < 4:
         assert np.mean(merged["q.weight"].view(np.uint8) == rounded.view(np.uint8)) > 0.99
@@ -117,7 +145,9 @@ def test_dora_of_peft_and_two_decompositions(tmp_path):
     for n, weight in enumerate((1.0, 0.25)):
         v = w + delta(factors[n], 2)
         wanted += weight * (norms[n][:, None] / np.linalg.norm(v, axis=1, keepdims=True) * v - w)
-    np.testing.assert_allclose(read_all(tmp_path / "out")["q.weight"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        read_all(tmp_path / "out")["q.weight"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.parametrize("square_is_turned", [True, False])
@@ -125,7 +155,10 @@ def test_gpt2_weights_are_in_out(square_is_turned, tmp_path):
     """A square weight goes by the others of its name, or by the config."""
     shapes = {"h.0.attn.c_attn": (12, 36), "h.0.attn.c_proj": (12, 12), "h.0.mlp.c_fc": (12, 48)}
     modules = {name: loha(shape[1], shape[0]) for name, shape in shapes.items()}
-    base = {f"{name}.weight": normal(*(shape if square_is_turned else shape[::-1])) for name, shape in shapes.items()}
+    base = {
+        f"{name}.weight": normal(*(shape if square_is_turned else shape[::-1]))
+        for name, shape in shapes.items()
+    }
     path = write_base(tmp_path / "base", base)
     merge_checkpoint(path, [(write_adapter(tmp_path / "adapter", modules), 1.0)], tmp_path / "out")
     for key, value in read_all(tmp_path / "out").items():
@@ -147,7 +180,9 @@ def test_a_square_gpt2_weight_alone_goes_by_the_config(tmp_path):
 def test_shards_index_order_and_side_files_are_the_bases(tmp_path):
     base, path = sharded_base(tmp_path)
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in (0, 3)}
-    report = merge_checkpoint(path, [(write_adapter(tmp_path / "adapter", modules), 1.0)], tmp_path / "out")
+    report = merge_checkpoint(
+        path, [(write_adapter(tmp_path / "adapter", modules), 1.0)], tmp_path / "out"
+    )
     out = tmp_path / "out"
     assert files_in(out) == sorted(set(files_in(path)) - {"weights.bin"})
     assert len(report.files) > 3
@@ -155,7 +190,9 @@ def test_shards_index_order_and_side_files_are_the_bases(tmp_path):
     assert (out / index).read_text() == (path / index).read_text()
     for name in (*report.files, "config.json", "tokenizer.json"):
         assert (out / name).stat().st_size == (path / name).stat().st_size
-        header = int.from_bytes((path / name).read_bytes()[:8], "little") if name in report.files else 0
+        header = (
+            int.from_bytes((path / name).read_bytes()[:8], "little") if name in report.files else 0
+        )
         assert (out / name).read_bytes()[: 8 + header] == (path / name).read_bytes()[: 8 + header]
     assert report.merged == 2
     assert report.copied == len(base) - 2
@@ -165,14 +202,21 @@ def test_shards_index_order_and_side_files_are_the_bases(tmp_path):
 def test_a_new_dtype_changes_headers_index_and_config(tmp_path):
     base, path = sharded_base(tmp_path)
     modules = {"model.layers.1.q": loha(64, 48)}
-    merge_checkpoint(path, [(write_adapter(tmp_path / "a", modules), 1.0)], tmp_path / "out", dtype=np.float32)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float32", "vocab_size": 7}
+    merge_checkpoint(
+        path, [(write_adapter(tmp_path / "a", modules), 1.0)], tmp_path / "out", dtype=np.float32
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "torch_dtype": "float32",
+        "vocab_size": 7,
+    }
     merged = read_all(tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in merged.values())
     for key in base.keys() - {"model.layers.1.q.weight"}:
         np.testing.assert_array_equal(merged[key], base[key].astype(merged[key].dtype))
-    assert Checkpoint(tmp_path / "out").header(tmp_path / "out" / "model-00001-of-00004.safetensors").metadata == {
+    assert Checkpoint(tmp_path / "out").header(
+        tmp_path / "out" / "model-00001-of-00004.safetensors"
+    ).metadata == {
         "format": "pt",
         "note": "kept",
     }

@@ -127,7 +127,10 @@ def test_a_run_that_was_killed_is_continued(tmp_path):
         assert now >= finished
         finished = now
     assert finished >= 2
-    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.merging" / "files").glob("*.safetensors")}
+    stamps = {
+        p.name: p.stat().st_mtime_ns
+        for p in (tmp_path / ".out.merging" / "files").glob("*.safetensors")
+    }
     report = merge_checkpoint(path, [(adapter, 1.0)], out)
     assert len(report.kept) == finished
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())

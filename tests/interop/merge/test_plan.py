@@ -1,6 +1,15 @@
 import numpy as np
 import pytest
-from merge_inputs import delta, files_in, loha, merge_some_modules, normal, read_all, write_adapter, write_base
+from merge_inputs import (
+    delta,
+    files_in,
+    loha,
+    merge_some_modules,
+    normal,
+    read_all,
+    write_adapter,
+    write_base,
+)
 from safetensors.numpy import save_file
 
 from loha_jax.interop.formats.adapter_file import AdapterModule
@@ -32,7 +41,9 @@ def test_two_prefixes_that_would_do_are_an_error():
 
 
 def test_an_underscored_name_finds_a_prefixed_module():
-    lookup = ModuleLookup(["model.a.q_proj"], [AdapterModule("a_q_proj", "loha", 1, 1.0, {}, prefix="lycoris_")])
+    lookup = ModuleLookup(
+        ["model.a.q_proj"], [AdapterModule("a_q_proj", "loha", 1, 1.0, {}, prefix="lycoris_")]
+    )
     assert lookup.find("a_q_proj", "lycoris_") == "model.a.q_proj"
 
 
@@ -45,7 +56,11 @@ def refused(tmp_path, base, modules, match, config=None, error=ValueError, other
 
 
 def test_all_missing_and_misshapen_tensors_are_named_before_anything_is_written(tmp_path):
-    base = {"a.weight": normal(6, 4), "b.weight": normal(6, 5), "c.weight": np.ones((6, 4), np.int8)}
+    base = {
+        "a.weight": normal(6, 4),
+        "b.weight": normal(6, 5),
+        "c.weight": np.ones((6, 4), np.int8),
+    }
     modules = {name: loha(6, 4) for name in ("a", "b", "c", "x.y", "z")}
     refused(
         tmp_path,
@@ -57,13 +72,24 @@ def test_all_missing_and_misshapen_tensors_are_named_before_anything_is_written(
 
 def test_a_tied_head_is_said_so(tmp_path):
     base = {"model.embed_tokens.weight": normal(9, 4)}
-    refused(tmp_path, base, {"lm_head": loha(9, 4)}, r"tied: the base has model\.embed_tokens\.weight for both")
+    refused(
+        tmp_path,
+        base,
+        {"lm_head": loha(9, 4)},
+        r"tied: the base has model\.embed_tokens\.weight for both",
+    )
 
 
 def test_a_head_that_loading_would_tie_is_refused(tmp_path):
     base = {"model.embed_tokens.weight": normal(9, 4), "lm_head.weight": normal(9, 4)}
     config = {"tie_word_embeddings": True}
-    refused(tmp_path, base, {"lm_head": loha(9, 4)}, r"tied to the embeddings \(tie_word_embeddings", config=config)
+    refused(
+        tmp_path,
+        base,
+        {"lm_head": loha(9, 4)},
+        r"tied to the embeddings \(tie_word_embeddings",
+        config=config,
+    )
 
 
 def test_a_broken_adapter_is_refused(tmp_path):
@@ -89,7 +115,11 @@ def test_two_adapters_that_replace_one_tensor_differently(tmp_path):
 
 
 def test_norm_layers_of_lycoris_are_added(tmp_path):
-    base = {"blocks.0.norm.weight": normal(6), "blocks.0.norm.bias": normal(6), "blocks.0.q.weight": normal(6, 4)}
+    base = {
+        "blocks.0.norm.weight": normal(6),
+        "blocks.0.norm.bias": normal(6),
+        "blocks.0.q.weight": normal(6, 4),
+    }
     w_norm, b_norm = normal(6), normal(6)
     factors = loha(6, 4, r=2)
     state = {f"lycoris_blocks_0_q.{key}": value for key, value in factors.items()}
@@ -99,10 +129,16 @@ def test_norm_layers_of_lycoris_are_added(tmp_path):
     path = write_base(tmp_path / "base", base)
     merge_checkpoint(path, [(tmp_path / "adapter.safetensors", 0.5)], tmp_path / "out")
     merged = read_all(tmp_path / "out")
-    np.testing.assert_allclose(merged["blocks.0.norm.weight"], base["blocks.0.norm.weight"] + 0.5 * w_norm, rtol=1e-6)
-    np.testing.assert_allclose(merged["blocks.0.norm.bias"], base["blocks.0.norm.bias"] + 0.5 * b_norm, rtol=1e-6)
+    np.testing.assert_allclose(
+        merged["blocks.0.norm.weight"], base["blocks.0.norm.weight"] + 0.5 * w_norm, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        merged["blocks.0.norm.bias"], base["blocks.0.norm.bias"] + 0.5 * b_norm, rtol=1e-6
+    )
     wanted = base["blocks.0.q.weight"] + 0.5 * delta(factors, 0.5)
-    np.testing.assert_allclose(merged["blocks.0.q.weight"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        merged["blocks.0.q.weight"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 def test_only_some_modules(tmp_path):

@@ -92,15 +92,24 @@ def check_sources(names, leaves, tensors, leaf_dtype, file_dtype):
             np.testing.assert_array_equal(source.tensor(leaf, n).reshape(want.shape), want)
         if source.layout is not None:
             want = rounded(np.stack([tensors[key] for key in source.keys]), leaf_dtype, file_dtype)
-            np.testing.assert_array_equal(np.asarray(source.layout.unfold(leaf)).reshape(want.shape), want)
+            np.testing.assert_array_equal(
+                np.asarray(source.layout.unfold(leaf)).reshape(want.shape), want
+            )
 
 
 @pytest.mark.slow
-@given(st.lists(modules(), min_size=1, max_size=4), st.sampled_from([*DTYPES]), st.sampled_from([*DTYPES]), st.data())
+@given(
+    st.lists(modules(), min_size=1, max_size=4),
+    st.sampled_from([*DTYPES]),
+    st.sampled_from([*DTYPES]),
+    st.data(),
+)
 def test_contents_tell_names_and_layouts(tmp_path_factory, found, file_kind, leaf_kind, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     file_dtype, leaf_dtype = DTYPES[file_kind], DTYPES[leaf_kind]
-    tensors, leaves, truth = build(found, lambda s: rng.standard_normal(s, np.float32), file_dtype, leaf_dtype)
+    tensors, leaves, truth = build(
+        found, lambda s: rng.standard_normal(s, np.float32), file_dtype, leaf_dtype
+    )
     folder = tmp_path_factory.mktemp("infer")
     tensors = dict(sorted(tensors.items(), key=lambda item: hash(item[0])))
     save_file(tensors, folder / "model.safetensors")
@@ -117,7 +126,9 @@ def test_contents_tell_names_and_layouts(tmp_path_factory, found, file_kind, lea
 def test_contents_that_repeat_are_listed_and_never_guessed(tmp_path_factory, found, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     top = data.draw(st.sampled_from([1, 2, 3]))
-    tensors, leaves, truth = build(found, lambda s: rng.integers(0, top, s).astype(np.float32), np.float32, np.float32)
+    tensors, leaves, truth = build(
+        found, lambda s: rng.integers(0, top, s).astype(np.float32), np.float32, np.float32
+    )
     folder = tmp_path_factory.mktemp("repeat")
     save_file(tensors, folder / "model.safetensors")
     names = NameMap.infer(nested(leaves), folder)
@@ -135,7 +146,10 @@ def test_contents_that_repeat_are_listed_and_never_guessed(tmp_path_factory, fou
 
 
 def saved(folder, **tensors):
-    save_file({k.replace("__", "."): np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {k.replace("__", "."): np.ascontiguousarray(v) for k, v in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def random(*shape, seed=0):
@@ -147,7 +161,13 @@ def test_what_contents_do_not_settle_is_an_error_once_it_is_asked_for(tmp_path):
     symmetric = symmetric + symmetric.T
     saved(tmp_path, q__weight=zeros, k__weight=zeros, s__weight=symmetric, v__weight=good)
     tree = nested(
-        {"q.kernel": zeros, "k.kernel": zeros, "s.kernel": symmetric, "v.kernel": good.T, "x.kernel": good + 1}
+        {
+            "q.kernel": zeros,
+            "k.kernel": zeros,
+            "s.kernel": symmetric,
+            "v.kernel": good.T,
+            "x.kernel": good + 1,
+        }
     )
     tree = jax.tree.map(jnp.asarray, tree)
     names = NameMap.infer(tree, tmp_path)
@@ -160,7 +180,12 @@ def test_what_contents_do_not_settle_is_an_error_once_it_is_asked_for(tmp_path):
     key = jax.random.key(0)
     adapted = loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["v"]), key=key, names=names)
     assert adapted["v"]["kernel"].names == ("v",)
-    for target, message in {"k": "could be", "s": "could be", "x": "no torch name", "all-linear": "could be"}.items():
+    for target, message in {
+        "k": "could be",
+        "s": "could be",
+        "x": "no torch name",
+        "all-linear": "could be",
+    }.items():
         target = target if target == "all-linear" else [target]
         with pytest.raises(UnknownNameError, match=message):
             loha_jax.inject(tree, LoHaConfig(r=2, target_modules=target), key=key, names=names)
@@ -168,7 +193,9 @@ def test_what_contents_do_not_settle_is_an_error_once_it_is_asked_for(tmp_path):
         interop.load_base(tmp_path, tree, names=names)
     choices = {"q": ("q", "io"), "k": ("k", "oi"), "s.kernel": ("s.weight", "io"), "x": ("x", "oi")}
     settled = names.settle(choices)
-    adapted = loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["k", "s", "x"]), key=key, names=settled)
+    adapted = loha_jax.inject(
+        tree, LoHaConfig(r=2, target_modules=["k", "s", "x"]), key=key, names=settled
+    )
     assert {n: adapted[n]["kernel"].layout.word for n in "ksx"} == {"k": "oi", "s": "io", "x": "oi"}
     assert set(names.sources) == {"v.kernel"}  # the first map is as it was
     for choice, message in [(("v", "io"), "is none of"), ("q", "the layout is one of")]:
@@ -185,7 +212,9 @@ def test_given_layouts_come_before_those_of_a_map(tmp_path):
     names = NameMap.infer(tree, tmp_path)
     config = LoHaConfig(r=2, target_modules=["q"])
     for layouts, word in ((None, "io"), ({"q": "oi"}, "oi")):
-        leaf = loha_jax.inject(tree, config, key=jax.random.key(0), names=names, layouts=layouts)["q"]["kernel"]
+        leaf = loha_jax.inject(tree, config, key=jax.random.key(0), names=names, layouts=layouts)[
+            "q"
+        ]["kernel"]
         assert leaf.layout.word == word
 
 
@@ -203,7 +232,9 @@ def test_tied_copies(tmp_path):
     # two leaves, one name
     assert names("a") == names("b") == "other"
     assert {n: names.layouts[n].word for n in "ab"} == {"a": "io", "b": "oi"}
-    jax.tree.map(np.testing.assert_array_equal, interop.load_base(tmp_path, tree, names=names), tree)
+    jax.tree.map(
+        np.testing.assert_array_equal, interop.load_base(tmp_path, tree, names=names), tree
+    )
     interop.save_merged(tmp_path / "again", tree, names=names, base=tmp_path)
     assert set(interop.load_base(tmp_path / "again", tree, names=names)) == {"embed", "a", "b"}
 
@@ -222,7 +253,10 @@ def test_an_incomplete_stack_says_which_index_is_missing(tmp_path):
 
 
 def test_infer_reads_adapted_trees_and_shards(tmp_path):
-    tree = {"q": {"kernel": jnp.asarray(random(6, 8))}, "k": {"kernel": jnp.asarray(random(6, 8, seed=1))}}
+    tree = {
+        "q": {"kernel": jnp.asarray(random(6, 8))},
+        "k": {"kernel": jnp.asarray(random(6, 8, seed=1))},
+    }
     interop.save_merged(tmp_path, tree, max_shard_size=200)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     adapted = loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
@@ -238,7 +272,9 @@ def test_fused_kernels_are_unmatched(tmp_path):
     q, k, v, fused = random(4, 6), random(2, 6, seed=1), random(2, 6, seed=2), random(9, 6, seed=3)
     saved(tmp_path, q__weight=q, k__weight=k, v__weight=v, qkv__weight=fused)
     tree = {
-        "qkv": {"kernel": jnp.asarray(np.concatenate([q, k, v]).T)},  # JAX holds three torch tensors in one
+        "qkv": {
+            "kernel": jnp.asarray(np.concatenate([q, k, v]).T)
+        },  # JAX holds three torch tensors in one
         "split": {"kernel": jnp.asarray(fused[3:6].T)},  # torch holds three JAX kernels in one
     }
     names = NameMap.infer(tree, tmp_path)
@@ -252,7 +288,9 @@ def test_fused_kernels_are_unmatched(tmp_path):
 @pytest.mark.parametrize("known", ["contents", "mapping"])
 def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
     """The real PEFT adapts a torch model; a JAX tree of tunix' form gets the adapter, and merges to torch's weights."""
-    torch, peft = (pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft"))
+    torch, peft = (
+        pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft")
+    )
     tensors = torch_tensors(np.random.default_rng(0))
     save_file(tensors, tmp_path / "model.safetensors")
     tree = nested(run_loader(llama3(), tensors))
@@ -271,10 +309,14 @@ def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
         node.add_module(above[-1], linear)
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "o_proj", "down_proj"]
-    adapted = peft.PeftModel(model, peft.LoHaConfig(r=3, alpha=6, target_modules=targets, init_weights=False))
+    adapted = peft.PeftModel(
+        model, peft.LoHaConfig(r=3, alpha=6, target_modules=targets, init_weights=False)
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     want = {k: v.numpy() for k, v in adapted.merge_and_unload().state_dict().items()}
-    names = NameMap.infer(tree, tmp_path) if known == "contents" else NameMap(llama3(), base=tmp_path)
+    names = (
+        NameMap.infer(tree, tmp_path) if known == "contents" else NameMap(llama3(), base=tmp_path)
+    )
     merged = loha_jax.merge(interop.load_peft(tmp_path / "adapter", tree, names=names))
     changed = 0
     for path, leaf in run_loader(llama3(), want).items():

@@ -43,7 +43,9 @@ def stack_experts(tensors):
             groups.setdefault(found[1] + found[3], {})[int(found[2])] = value
         else:
             out[key] = value
-    return out | {key: jnp.stack([parts[n] for n in sorted(parts)], 0) for key, parts in groups.items()}
+    return out | {
+        key: jnp.stack([parts[n] for n in sorted(parts)], 0) for key, parts in groups.items()
+    }
 
 
 def gemma(prefix=""):
@@ -53,8 +55,14 @@ def gemma(prefix=""):
         layer + r"self_attn\.q_proj\.weight": (r"tmp.layers.\1.attn.q", ((1, 0), (D, N, H))),
         layer + r"self_attn\.k_proj\.weight": (r"tmp.layers.\1.attn.k", ((1, 0), (D, K, H))),
         layer + r"self_attn\.v_proj\.weight": (r"tmp.layers.\1.attn.v", ((1, 0), (D, K, H))),
-        layer + r"self_attn\.o_proj\.weight": (r"layers.\1.attn.attn_vec_einsum.w", ((1, 0), (N, H, D))),
-        layer + r"(post_feedforward_layernorm|post_ffw_layernorm)\.weight": (r"layers.\1.post_ffw_norm.scale", None),
+        layer + r"self_attn\.o_proj\.weight": (
+            r"layers.\1.attn.attn_vec_einsum.w",
+            ((1, 0), (N, H, D)),
+        ),
+        layer + r"(post_feedforward_layernorm|post_ffw_layernorm)\.weight": (
+            r"layers.\1.post_ffw_norm.scale",
+            None,
+        ),
         r"lm_head\.weight": ("unused.lm_head.weight", None),
         r"lm_head\.bias": ("unused.lm_head.bias", None),
         r".*\.bias": (r"unused.bias", None),
@@ -136,8 +144,14 @@ def test_the_mappings_of_tunix_models_give_names_and_layouts(name, tmp_path):
     config = LoHaConfig(r=2, target_modules=r".*\.(q_proj|k_proj|o_proj)")
     adapted = loha_jax.inject(tree, config, key=jax.random.key(0), names=names)
     state = interop.to_peft_state_dict(adapted)
-    assert state[f"base_model.model.{prefix}model.layers.1.self_attn.k_proj.hada_w1_a"].shape == (K * H, 2)
-    assert state[f"base_model.model.{prefix}model.layers.1.self_attn.o_proj.hada_w1_b"].shape == (2, N * H)
+    assert state[f"base_model.model.{prefix}model.layers.1.self_attn.k_proj.hada_w1_a"].shape == (
+        K * H,
+        2,
+    )
+    assert state[f"base_model.model.{prefix}model.layers.1.self_attn.o_proj.hada_w1_b"].shape == (
+        2,
+        N * H,
+    )
 
 
 def test_a_mapping_needs_the_names_of_a_checkpoint():
@@ -149,13 +163,22 @@ def test_a_mapping_needs_the_names_of_a_checkpoint():
     with pytest.raises(UnknownNameError, match=r"layers.0.attn.zzz has no torch name"):
         names("layers.0.attn.zzz")
     tree = {
-        "layers": {"0": {"mlp": {"down_proj": {"kernel": jnp.ones((F, D))}, "other": {"kernel": jnp.ones((D, D))}}}}
+        "layers": {
+            "0": {
+                "mlp": {
+                    "down_proj": {"kernel": jnp.ones((F, D))},
+                    "other": {"kernel": jnp.ones((D, D))},
+                }
+            }
+        }
     }
     config = LoHaConfig(r=2, target_modules=["down_proj"])
     adapted = loha_jax.inject(tree, config, key=jax.random.key(0), names=names)
     assert adapted["layers"]["0"]["mlp"]["down_proj"]["kernel"].names == (down,)
     with pytest.raises(UnknownNameError, match=r"layers.0.mlp.other has no torch name"):
-        loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["other"]), key=jax.random.key(0), names=names)
+        loha_jax.inject(
+            tree, LoHaConfig(r=2, target_modules=["other"]), key=jax.random.key(0), names=names
+        )
 
 
 class Bonsai(enum.Enum):
@@ -215,13 +238,20 @@ def test_forms_that_are_none_are_errors():
         NameMap({r"a": ("b", (1, 0, 2, 3))}, base={})
     with pytest.raises(ValueError, match="belong to a mapping"):
         NameMap({"a": "b"}, base={})
-    many = NameMap({r"a\.(\d)\.weight": ("a.w", None)}, base={"a.0.weight": (2, 2), "a.1.weight": (2, 2)})
-    with pytest.raises(UnknownNameError, match=r"the mapping gives it several tensors: a.0.weight, a.1.weight"):
+    many = NameMap(
+        {r"a\.(\d)\.weight": ("a.w", None)}, base={"a.0.weight": (2, 2), "a.1.weight": (2, 2)}
+    )
+    with pytest.raises(
+        UnknownNameError, match=r"the mapping gives it several tensors: a.0.weight, a.1.weight"
+    ):
         many("a")
     summed = NameMap(
         {r"a\.(\d)\.weight": (r"a.\1", None)},
         base={"a.0.weight": (2, 3), "a.1.weight": (2, 3)},
-        preprocess=lambda t: {"a.w": t["a.0"] + t["a.1"], "b.w": jnp.concatenate([t["a.0"], t["a.1"]])},
+        preprocess=lambda t: {
+            "a.w": t["a.0"] + t["a.1"],
+            "b.w": jnp.concatenate([t["a.0"], t["a.1"]]),
+        },
     )
     assert set(summed.unmatched) == {"a.w", "b.w"}
     assert "does more with a.0.weight, a.1.weight than permute and stack" in summed.unmatched["a.w"]
@@ -233,11 +263,15 @@ def test_functions_and_tables_are_name_maps_too():
     config = LoHaConfig(r=2, target_modules=["query"])
     leaf = loha_jax.inject(tree, config, key=jax.random.key(0), names=table)["a"]["q"]["kernel"]
     assert (leaf.names, leaf.layout.word) == (("a.query",), "oi")
-    leaf = loha_jax.inject(tree, config, key=jax.random.key(0), names=table, layouts={"a.q": "io"})["a"]["q"]["kernel"]
+    leaf = loha_jax.inject(tree, config, key=jax.random.key(0), names=table, layouts={"a.q": "io"})[
+        "a"
+    ]["q"]["kernel"]
     assert leaf.layout.word == "io"
     assert NameMap(str.upper).then(lambda name: f"model.{name}")("a.q") == "model.A.Q"
     with pytest.raises(ValueError, match=r"names.layouts\['a.q'\] = 'ioo' describes 3 axes"):
-        loha_jax.inject(tree, config, key=jax.random.key(0), names=NameMap(table._names, layouts={"a.q": "ioo"}))
+        loha_jax.inject(
+            tree, config, key=jax.random.key(0), names=NameMap(table._names, layouts={"a.q": "ioo"})
+        )
 
 
 def diffusers_rename(key):
@@ -266,5 +300,13 @@ def test_diffusers_names(name):
 
 def test_diffusers_autoencoders_call_their_attention_otherwise():
     names = NameMap.diffusers()
-    for flax, name in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
-        assert names(f"encoder.mid_block.attentions_0.{flax}") == f"encoder.mid_block.attentions.0.{name}"
+    for flax, name in {
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "proj_attn": "to_out.0",
+    }.items():
+        assert (
+            names(f"encoder.mid_block.attentions_0.{flax}")
+            == f"encoder.mid_block.attentions.0.{name}"
+        )

@@ -22,17 +22,32 @@ def base(folder, config=None, **more):
     folder.mkdir()
     state = {"q_proj.weight": normal(6, WIDTH), "embed_tokens.weight": normal(OLD, WIDTH), **more}
     save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"vocab_size": OLD} if config is None else config))
+    (folder / "config.json").write_text(
+        json.dumps({"vocab_size": OLD} if config is None else config)
+    )
     return folder
 
 
 def adapter(folder, **saved):
     folder.mkdir()
-    factors = {f"hada_w{n}_{s}": normal(*shape) for n in (1, 2) for s, shape in (("a", (6, 2)), ("b", (2, WIDTH)))}
+    factors = {
+        f"hada_w{n}_{s}": normal(*shape)
+        for n in (1, 2)
+        for s, shape in (("a", (6, 2)), ("b", (2, WIDTH)))
+    }
     state = {f"q_proj.{part}": t for part, t in factors.items()} | saved
-    save_file({f"base_model.model.{key}": t for key, t in state.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{key}": t for key, t in state.items()},
+        folder / "adapter_model.safetensors",
+    )
     modules = sorted({key.rpartition(".")[0] for key in saved})
-    config = {"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": ["q_proj"], "modules_to_save": modules}
+    config = {
+        "peft_type": "LOHA",
+        "r": 2,
+        "alpha": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": modules,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -71,9 +86,24 @@ def test_the_new_rows_and_the_new_size_are_written(dtype, tmp_path):
             {"lm_head.weight": (NEW, WIDTH), "embed_tokens.weight": (NEW + 1, WIDTH)},
             r"different sizes",
         ),
-        ({"vocab_size": 99}, {}, {"embed_tokens.weight": (NEW, WIDTH)}, r"'vocab_size': 99.*not the base's 10"),
-        (None, {}, {"embed_tokens.weight": (NEW, WIDTH + 1)}, r"embed_tokens\.weight is \[10, 4\].* is \[12, 5\]"),
-        (None, {"score.weight": (2, WIDTH)}, {"score.weight": (3, WIDTH)}, r"score\.weight is \[2, 4\].* is \[3, 4\]"),
+        (
+            {"vocab_size": 99},
+            {},
+            {"embed_tokens.weight": (NEW, WIDTH)},
+            r"'vocab_size': 99.*not the base's 10",
+        ),
+        (
+            None,
+            {},
+            {"embed_tokens.weight": (NEW, WIDTH + 1)},
+            r"embed_tokens\.weight is \[10, 4\].* is \[12, 5\]",
+        ),
+        (
+            None,
+            {"score.weight": (2, WIDTH)},
+            {"score.weight": (3, WIDTH)},
+            r"score\.weight is \[2, 4\].* is \[3, 4\]",
+        ),
     ],
 )
 def test_what_makes_no_model_is_refused(config, more, saved, match, tmp_path):
@@ -85,51 +115,84 @@ def test_what_makes_no_model_is_refused(config, more, saved, match, tmp_path):
 
 
 def test_a_scaled_vocabulary_is_not_resized(tmp_path):
-    given, folder = adapter(tmp_path / "a", **{"embed_tokens.weight": normal(NEW, WIDTH)}), base(tmp_path / "b")
+    given, folder = (
+        adapter(tmp_path / "a", **{"embed_tokens.weight": normal(NEW, WIDTH)}),
+        base(tmp_path / "b"),
+    )
     scaled = {"embed_tokens.weight": normal(OLD, WIDTH).astype(ml_dtypes.float8_e4m3fn)}
     scaled["embed_tokens.weight_scale"] = np.ones(1, np.float32)
     save_file({"q_proj.weight": normal(6, WIDTH), **scaled}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"has 12 rows, embed_tokens\.weight 10 and a scale.*float base"):
+    with pytest.raises(
+        ValueError, match=r"has 12 rows, embed_tokens\.weight 10 and a scale.*float base"
+    ):
         merge_checkpoint(folder, [(given, 1.0)], tmp_path / "o")
 
 
 def test_two_adapters_must_agree(tmp_path):
-    given = [adapter(tmp_path / f"a{n}", **{"embed_tokens.weight": normal(NEW + n, WIDTH)}) for n in range(2)]
+    given = [
+        adapter(tmp_path / f"a{n}", **{"embed_tokens.weight": normal(NEW + n, WIDTH)})
+        for n in range(2)
+    ]
     with pytest.raises(ValueError, match=r"has 12 rows.*13"):
         merge_checkpoint(base(tmp_path / "b"), [(path, 1.0) for path in given], tmp_path / "o")
 
 
 def test_the_size_in_a_nested_config():
-    config = {"text_config": {"vocab_size": OLD, "x": 1}, "vision_config": {"vocab_size": OLD}, "vocab_size": 7}
-    want = {"text_config": {"vocab_size": NEW, "x": 1}, "vision_config": {"vocab_size": OLD}, "vocab_size": 7}
+    config = {
+        "text_config": {"vocab_size": OLD, "x": 1},
+        "vision_config": {"vocab_size": OLD},
+        "vocab_size": 7,
+    }
+    want = {
+        "text_config": {"vocab_size": NEW, "x": 1},
+        "vision_config": {"vocab_size": OLD},
+        "vocab_size": 7,
+    }
     assert with_vocabulary_size(config, OLD, NEW) == want
 
 
 def test_a_base_of_the_old_size_is_refused_with_what_to_do(tmp_path):
     given = adapter(tmp_path / "a", **{"embed_tokens.weight": normal(NEW, WIDTH)})
-    tree = {"q_proj": {"kernel": normal(WIDTH, 6)}, "embed_tokens": {"embedding": normal(OLD, WIDTH)}}
+    tree = {
+        "q_proj": {"kernel": normal(WIDTH, 6)},
+        "embed_tokens": {"embedding": normal(OLD, WIDTH)},
+    }
     with pytest.raises(
-        ValueError, match=r"vocabulary of 12, the model has 10.*resize_token_embeddings\(12\).*append 2 rows"
+        ValueError,
+        match=r"vocabulary of 12, the model has 10.*resize_token_embeddings\(12\).*append 2 rows",
     ):
         interop.load_peft(given, tree)
     tree["embed_tokens"]["embedding"] = np.pad(tree["embed_tokens"]["embedding"], ((0, 2), (0, 0)))
     params = interop.load_peft(given, tree)
-    np.testing.assert_array_equal(params["embed_tokens"]["embedding"].copies["default"], normal(NEW, WIDTH))
+    np.testing.assert_array_equal(
+        params["embed_tokens"]["embedding"].copies["default"], normal(NEW, WIDTH)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_merged_model_is_that_of_peft(tied, tmp_path):
-    torch = pytest.importorskip("torch", reason="the model is transformers'; the main test run has torch")
+    torch = pytest.importorskip(
+        "torch", reason="the model is transformers'; the main test run has torch"
+    )
     peft = pytest.importorskip("peft", reason="the adapter is PEFT's; the main test run has it")
-    transformers = pytest.importorskip("transformers", reason="the model is transformers'; the main test run has it")
+    transformers = pytest.importorskip(
+        "transformers", reason="the model is transformers'; the main test run has it"
+    )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlamaConfig(vocab_size=OLD, tie_word_embeddings=tied, **sizes)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(NEW)
     saved = None if tied else ["embed_tokens", "lm_head"]
-    given = peft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj"], modules_to_save=saved, init_weights=False)
+    given = peft.LoHaConfig(
+        r=2, alpha=3, target_modules=["q_proj"], modules_to_save=saved, init_weights=False
+    )
     adapted = peft.get_peft_model(model, given)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -51,7 +51,8 @@ def test_an_adapter_with_wrapped_names_is_that_without(form, adapter, tmp_path):
     folder, tensors = adapter
     plain = "base_model.model.layers.0.q"
     save_file(
-        {key.replace(plain, FORMS[form]): t for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors"
+        {key.replace(plain, FORMS[form]): t for key, t in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
     )
     text = (folder / "adapter_config.json").read_text()
     if "inside" in form:
@@ -63,16 +64,23 @@ def test_an_adapter_with_wrapped_names_is_that_without(form, adapter, tmp_path):
     assert all(np.array_equal(again[key], tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."]
+)
 def test_a_base_checkpoint_with_wrapped_names_is_read_and_stays_a_base(prefix, tmp_path):
     weight = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     bias = np.arange(4, dtype=np.float32)
-    save_file({f"{prefix}layers.0.q.weight": weight, f"{prefix}layers.0.q.bias": bias}, tmp_path / "model.safetensors")
+    save_file(
+        {f"{prefix}layers.0.q.weight": weight, f"{prefix}layers.0.q.bias": bias},
+        tmp_path / "model.safetensors",
+    )
     loaded = interop.load_base(tmp_path / "model.safetensors", BASE)
     np.testing.assert_array_equal(loaded["layers"]["0"]["q"]["kernel"], weight.T)
     np.testing.assert_array_equal(loaded["layers"]["0"]["q"]["bias"], bias)
     interop.save_merged(tmp_path / "out", loaded, base=tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["layers.0.q.weight"], weight)
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "out/model.safetensors")["layers.0.q.weight"], weight
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -82,11 +90,18 @@ def test_a_merge_keeps_the_names_of_its_base(dtype, adapter, tmp_path):
     save_file({"_orig_mod.layers.0.q.weight": weight}, tmp_path / "model.safetensors")
     merge_checkpoint(tmp_path / "model.safetensors", [(folder, 1.0)], tmp_path / "out", dtype=dtype)
     factors = {key.rpartition(".")[2]: t.astype(np.float64) for key, t in tensors.items()}
-    delta = factors["hada_w1_a"] @ factors["hada_w1_b"] * (factors["hada_w2_a"] @ factors["hada_w2_b"]) * 2
+    delta = (
+        factors["hada_w1_a"]
+        @ factors["hada_w1_b"]
+        * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+        * 2
+    )
     (file,) = (tmp_path / "out").glob("*.safetensors")
     (found,) = load_file(file).items()
     assert found[0] == "_orig_mod.layers.0.q.weight"
-    np.testing.assert_allclose(found[1], weight + delta, rtol=2e-3 if dtype else 1e-6, atol=1e-3 if dtype else 1e-6)
+    np.testing.assert_allclose(
+        found[1], weight + delta, rtol=2e-3 if dtype else 1e-6, atol=1e-3 if dtype else 1e-6
+    )
 
 
 def test_a_tree_with_a_module_called_module_keeps_it(tmp_path):

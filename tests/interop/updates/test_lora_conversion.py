@@ -20,11 +20,20 @@ def loha(shape, r, cp=False, seed=0, alpha=3.0, dtype=np.float32):
     out, in_, *spatial = shape
     if cp:
         core = (r, r, *spatial, *((1,) if len(spatial) == 1 else ()))
-        shapes = {"w1_a": (r, out), "w1_b": (r, in_), "w2_a": (r, out), "w2_b": (r, in_), "t1": core, "t2": core}
+        shapes = {
+            "w1_a": (r, out),
+            "w1_b": (r, in_),
+            "w2_a": (r, out),
+            "w2_b": (r, in_),
+            "t1": core,
+            "t2": core,
+        }
     else:
         a, b = (out, r), (r, in_ * math.prod(spatial))
         shapes = {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
-    tensors = {f"hada_{part}": random.standard_normal(s).astype(dtype) for part, s in shapes.items()}
+    tensors = {
+        f"hada_{part}": random.standard_normal(s).astype(dtype) for part, s in shapes.items()
+    }
     return AdapterModule("m", "loha", r, alpha, tensors)
 
 
@@ -54,7 +63,13 @@ LINEAR, WIDE, CONV1D, CONV2D, CONV3D = (9, 7), (4, 30), (6, 4, 3), (6, 4, 3, 2),
 
 
 CASES = [
-    pytest.param(shape, r, cp, groups, id=f"{'x'.join(map(str, shape))}-r{r}{'-cp' * cp}{f'-g{groups}' * (groups > 1)}")
+    pytest.param(
+        shape,
+        r,
+        cp,
+        groups,
+        id=f"{'x'.join(map(str, shape))}-r{r}{'-cp' * cp}{f'-g{groups}' * (groups > 1)}",
+    )
     for shape, r, cp, groups in [
         (LINEAR, 1, False, 1),
         (LINEAR, 2, False, 1),
@@ -179,10 +194,22 @@ def test_a_lora_can_be_lowered_in_rank_too():
         ({}, {"energy": 1.5}, r"`energy` should be a share in \(0, 1\]"),
         ({}, {"energy": float("nan")}, r"`energy` should be a share in \(0, 1\]"),
         ({}, {"shape": (4, 5)}, r"m has 4 rows and 6 columns; the weight's shape \[4, 5\]"),
-        ({}, {"shape": (4, 2, 3), "groups": 3}, "m has 4 out channels, which 3 groups do not divide"),
-        ({}, {"shape": (4, 2, 3), "groups": 0}, "The groups of m should be a positive integer value but are 0"),
+        (
+            {},
+            {"shape": (4, 2, 3), "groups": 3},
+            "m has 4 out channels, which 3 groups do not divide",
+        ),
+        (
+            {},
+            {"shape": (4, 2, 3), "groups": 0},
+            "The groups of m should be a positive integer value but are 0",
+        ),
         ({"dora_scale": np.ones((1, 6))}, {}, r"m has norms per input feature \[1, 6\]"),
-        ({"dora_scale": np.ones((4, 1, 1))}, {"shape": (4, 2, 3), "groups": 2}, "m is a convolution in 2 groups with"),
+        (
+            {"dora_scale": np.ones((4, 1, 1))},
+            {"shape": (4, 2, 3), "groups": 2},
+            "m is a convolution in 2 groups with",
+        ),
     ],
 )
 def test_what_lora_of_refuses(change, kwargs, message):
@@ -199,7 +226,9 @@ def test_factors_that_are_not_finite_are_named(value):
         lora_of(module, 1)
 
 
-@pytest.mark.parametrize(("shape", "groups"), [((5, 4), 1), ((6, 4, 3), 1), ((6, 2, 3, 3), 2), ((6, 1, 2), 6)])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((5, 4), 1), ((6, 4, 3), 1), ((6, 2, 3, 3), 2), ((6, 1, 2), 6)]
+)
 @pytest.mark.parametrize("random", [False, True])
 def test_a_lora_is_exactly_a_loha_and_back(shape, groups, random):
     lora, _ = lora_of(loha(shape, 2), shape=shape, groups=groups)

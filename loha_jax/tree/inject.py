@@ -110,7 +110,7 @@ def inject(
         return _with_shardings(jax.eval_shape(build, params), params)
 
     def make_factors(target: Target) -> dict[str, jax.Array]:
-        return _initial_factors(target, key, config)
+        return initial_factors(target, key, config)
 
     def make_copy(saved: Saved, kernel: jax.Array) -> jax.Array:
         return jnp.array(kernel, copy=True)
@@ -262,7 +262,8 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 
 
 @standard_promotion()
-def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+    """Draw the factors of a new adapter of one kernel, by the law that its config names."""
     scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
         return init_factors(

@@ -12,11 +12,9 @@ model too. Those that change a tree change a model in place, and return it.
 
 from loha_jax.nnx.inject import inject, set_dropout
 from loha_jax.nnx.layers import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral
-from loha_jax.nnx.variables import AdaptedCopy, AdaptedKernel, InactiveLoHaParam, LoHaParam
+from loha_jax.nnx.siblings import InactiveLoHaParam, LoHaParam
 
 __all__ = [
-    "AdaptedCopy",
-    "AdaptedKernel",
     "InactiveLoHaParam",
     "LoHaConv",
     "LoHaEinsum",

@@ -12,15 +12,17 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from loha_jax.nnx.clones import Changes, Clones, Originals, Returned
-from loha_jax.nnx.variables import AdaptedVariable, is_node
+from loha_jax.nnx.graph import is_node
+from loha_jax.nnx.siblings import AdaptedVariable, called_among
 
 
-def nodes_among(args: Any) -> Iterator[AdaptedVariable]:
+def nodes_among(args: PyTree) -> Iterator[AdaptedVariable]:
     """Yield the adapted variables of all models among the leaves of `args`."""
     nodes = [leaf for leaf in jax.tree.leaves(args, is_leaf=is_node) if is_node(leaf)]
-    return (node for _, node in nnx.iter_graph(nodes) if isinstance(node, AdaptedVariable))
+    return iter(called_among(nnx.iter_graph(nodes)).values())
 
 
 def call(

@@ -17,7 +17,8 @@ from loha_jax.nnx.attributes import (
     new_data_attributes,
     set_attribute,
 )
-from loha_jax.nnx.variables import AdaptedCopy, Path, adapted_among, below, is_node, replace_nodes
+from loha_jax.nnx.graph import Path, is_node
+from loha_jax.nnx.siblings import called_among, called_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Originals:
 
     Attributes:
         graph: the parts of the models by path. A path begins with the model's number.
-        adapted: the adapted variables among them.
+        adapted: the adapted variables among them, by the paths of their bases.
         weights: the adapted leaves, with dropout's masks.
         values: the values of the other variables.
         others: the leaves of the arguments that are no models.
@@ -69,15 +70,20 @@ class Originals:
             leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if not node
         ]
         self.graph: dict[Path, Any] = dict(nnx.iter_graph(self._nodes))
-        self.adapted = adapted_among(self.graph.items())
-        self.weights = [node.leaf_for_call() for node in self.adapted.values()]
+        self.adapted = called_among(self.graph.items())
+        self.weights = [adapted.leaf_for_call() for adapted in self.adapted.values()]
         self.graphdef, state = nnx.split(self._nodes)
         self.variables = dict(nnx.to_flat_state(state))
+        siblings = {
+            id(variable) for adapted in self.adapted.values() for variable in adapted.variables
+        }
         # numpy arrays stay what they are: a model may compute shapes with them.
         self.value_paths = [
             path
             for path, variable in self.variables.items()
-            if not isinstance(variable, np.ndarray) and not below(path, self.adapted)
+            if not isinstance(variable, np.ndarray)
+            and path not in self.adapted
+            and id(self.graph[path]) not in siblings
         ]
         self.values = [_value(self.variables[path]) for path in self.value_paths]
 
@@ -95,9 +101,9 @@ class Originals:
             setattr(self.graph[path[:-1]], path[-1], nnx.data(filled))
         updates: dict[Path, Any] = {}
         for (path, variable), value in zip(made.variables.items(), values, strict=True):
-            if isinstance(node := self.adapted.get(path), AdaptedCopy):
-                node.current.set_value(value)
-            elif not below((*path, None), made.added):
+            if path in self.adapted:  # statistics of a BatchNorm in modules_to_save
+                self.adapted[path].current_copy().set_value(value)
+            elif not any(path[: n + 1] in made.added for n in range(len(path))):
                 updates[path] = _with_value(variable, value)
         if updates:
             nnx.update(self._nodes, nnx.from_flat_state(updates))
@@ -126,21 +132,17 @@ class Clones:
             for path, variable in originals.variables.items()
         }
         self.nodes: list[Any] = nnx.merge(originals.graphdef, nnx.from_flat_state(inside))
-        graph = dict(nnx.iter_graph(self.nodes))
-        variables: dict[Path, Any] = {path: graph[path].base for path in originals.adapted}
-        for (path, variable), array in zip(variables.items(), weights, strict=True):
-            variable.set_raw_value(array)
-            self._before[path] = array
-        replace_nodes(
-            graph.items(), {id(graph[path]): variable for path, variable in variables.items()}
-        )
-        self._paths: dict[int, Path] = {id(variable): path for path, variable in variables.items()}
-        for path, node in graph.items():
-            if is_node(node) and path not in variables and not below(path, variables):
-                self._paths[id(node)] = path
-                if isinstance(node, nnx.Pytree):
-                    set_class(node, base_class(node))
-                    detach_attributes(node)
+        for _, node in nnx.iter_graph(self.nodes):
+            for adapted in called_in(node):
+                adapted.remove()
+            if isinstance(node, nnx.Pytree):
+                set_class(node, base_class(node))
+                detach_attributes(node)
+        graph = {path: node for path, node in nnx.iter_graph(self.nodes) if is_node(node)}
+        for path, weight in zip(originals.adapted, weights, strict=True):
+            graph[path].set_raw_value(weight)
+            self._before[path] = weight
+        self._paths: dict[int, Path] = {id(node): path for path, node in graph.items()}
 
     def changes(self) -> Changes:
         """Return the changes made to the copies since."""

@@ -10,12 +10,12 @@ from flax import nnx
 from loha_jax.nnx.adapted_classes import adapted_class
 from loha_jax.nnx.inject import set_dropout
 from loha_jax.nnx.model_tree import layer_layout
-from loha_jax.nnx.variables import AdaptedKernel
+from loha_jax.nnx.siblings import Siblings
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.inject import inject
 
 
-class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
+class LoHaLinear(adapted_class(nnx.Linear, True)):
     """`nnx.Linear` with a LoHa adapter on its kernel.
 
     Args:
@@ -25,7 +25,7 @@ class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
         rank_dropout, module_dropout, init_weights: as in `LoHaConfig`.
         rngs: streams for the parameters and for dropout.
 
-    The kernel is `self.kernel.base`, frozen; the factors are `LoHaParam`s. In a model, the layer's
+    The kernel is `self.kernel`, frozen; the factors are `nnx.LoRAParam`s beside it. In a model, the layer's
     name for `interop.save_peft(folder, model)` is its path. `loha_jax.merge(model)` makes it an
     `nnx.Linear`.
 
@@ -54,7 +54,7 @@ class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, owner=True)):
+class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, True)):
     """`nnx.LinearGeneral` with a LoHa adapter on its kernel; batch axes hold one adapter per index.
 
     Args:
@@ -84,7 +84,7 @@ class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, owner=True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaConv(adapted_class(nnx.Conv, owner=True)):
+class LoHaConv(adapted_class(nnx.Conv, True)):
     """`nnx.Conv` with a LoHa adapter on its kernel.
 
     Args:
@@ -117,7 +117,7 @@ class LoHaConv(adapted_class(nnx.Conv, owner=True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaEinsum(adapted_class(nnx.Einsum, owner=True)):
+class LoHaEinsum(adapted_class(nnx.Einsum, True)):
     """`nnx.Einsum` with a LoHa adapter on its kernel; the equation determines the kernel's layout.
 
     Args:
@@ -150,7 +150,7 @@ class LoHaEinsum(adapted_class(nnx.Einsum, owner=True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaEmbed(adapted_class(nnx.Embed, owner=True)):
+class LoHaEmbed(adapted_class(nnx.Embed, True)):
     """`nnx.Embed` with a LoHa adapter on its table.
 
     Lookups materialise only the rows of ΔW that they read; `attend` is factored. The adapter has
@@ -205,5 +205,5 @@ def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -
     leaf = inject({kernel: array}, everything, key=rngs.params(), layouts={".*": word})[kernel]
     factors = {n: dataclasses.replace(f, config=config) for n, f in leaf.adapters.items()}
     leaf = dataclasses.replace(leaf, adapters=factors, names=("",) * len(leaf.names))
-    setattr(layer, kernel, AdaptedKernel(variable, leaf))
+    Siblings.of(leaf, variable).put(layer, (kernel,))
     set_dropout(layer, rngs)

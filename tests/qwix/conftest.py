@@ -1,0 +1,12 @@
+"""qwix 0.1.8 uses names of Flax that are deprecated."""
+
+import warnings
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _deprecated_in_qwix():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"qwix\.")
+        yield

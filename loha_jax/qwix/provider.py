@@ -22,6 +22,7 @@ from jax import lax
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import einsum_layout
 from loha_jax.qwix._qwix_internals import WithAux, current_module, current_path, is_quantised
+from loha_jax.qwix.frozen_product import with_gradient
 from loha_jax.qwix.operands import holds, product_word, stored_word
 from loha_jax.qwix.rules import LoHaRule, checked_config, is_target, target_of
 from loha_jax.qwix.storage import LinenStorage, NnxStorage, parameters
@@ -48,14 +49,12 @@ class _Use:
         path: of the kernel from the root of the model.
         config: of the adapter.
         quantised: whether qwix computes with integers or float8 in the kernel's place.
-        stored: the kernel's value, in its own shape.
     """
 
     module: nn.Module | nnx.Module
     path: tuple[str, ...]
     config: LoHaConfig
     quantised: bool
-    stored: Operand
 
     @property
     def name(self) -> str:
@@ -284,31 +283,41 @@ class LoHaProvider(qwix.PtqProvider):
             base: returns the operation without an update, as qwix computes it.
         """
         use = self._use(op, operands)
+        if use is None or use.quantised:
+            result = self._frozen(operands, product, base)
         if use is None:
-            return base()
+            return result
         x, operand = operands
-        if is_quantised(x):
-            raise self._refusal(use, "both operands of a product are quantised parameters")
-        plain = None if use.quantised else operand
-        result = base() if use.quantised else None
         leaf = self._leaf(use, word, operand)
-        if leaf is None:
-            return base() if result is None else result
-        label = use.name
-        leaf = dataclasses.replace(leaf, names=(label,) * len(leaf.names))
+        if leaf is None:  # the adapter has been merged or unloaded
+            return result if use.quantised else base()
+        leaf = dataclasses.replace(leaf, names=(use.name,) * len(leaf.names))
         stored, shape = leaf.kernel.shape, operand.shape
 
         def seen(fn: Product) -> Product:
             """Return the operation as a function of the kernel in its own shape."""
             return fn if shape == stored else lambda x, kernel: fn(x, kernel.reshape(shape))
 
-        if plain is not None:
-            leaf = dataclasses.replace(leaf, kernel=plain.reshape(stored))
+        if not use.quantised:
+            leaf = dataclasses.replace(leaf, kernel=operand.reshape(stored))
             return run(seen(product(dtype)), (x, leaf), {}, self._options)
-        assert result is not None
         wide = float32_or_wider(result.dtype)
         delta = update_alone(seen(product(wide)), x, leaf, self._options)
         return (result.astype(wide) + split_as(delta, result)).astype(result.dtype)
+
+    def _frozen(
+        self,
+        operands: Sequence[Operand],
+        product: Callable[[object], Product],
+        base: Callable[[], jax.Array],
+    ) -> jax.Array:
+        """Return an operation as qwix computes it, with the gradient of the float one."""
+        result = base()
+        plain = len(operands) != 2 or not is_quantised(operands[1]) or is_quantised(operands[0])
+        if plain or self._options.forward_mode:
+            return result
+        x, kernel = operands
+        return with_gradient(product(result.dtype), x, kernel.array, result)
 
     def _use(self, op: str, operands: Sequence[Operand]) -> _Use | None:
         """Return the second operand as a kernel to adapt; None if no adapter is asked for."""
@@ -332,11 +341,10 @@ class LoHaProvider(qwix.PtqProvider):
                 f"The kernel of {name} is one of {len(operands)} operands of an einsum, which no "
                 "adapter fits. Split the einsum, or exclude the module."
             )
-        stored = dict(known)[found]
         quantised = is_quantised(operands[1]) or (
             rule is not None and rule.weight_qtype is not None
         )
-        return _Use(module, place, config, quantised, stored)
+        return _Use(module, place, config, quantised)
 
     def _note_lost(
         self,
@@ -377,8 +385,8 @@ class LoHaProvider(qwix.PtqProvider):
 
     def _target(self, use: _Use, word: Callable[[], str], operand: Operand) -> Target:
         """Return the plan of a new adapter."""
-        shape = tuple(use.stored.shape)
-        seen = word()
+        kernel = _parameter(use.module, use.path[-1])
+        shape, seen = tuple(kernel.shape), word()
         if not {"i", "o"} <= set(seen):
             raise self._refusal(
                 use, f"its axes {list(operand.shape)} are not input and output axes of one product"
@@ -390,7 +398,7 @@ class LoHaProvider(qwix.PtqProvider):
             )
         sizes = [size for size, kind in zip(shape, stored, strict=True) if kind == "s"]
         names = stack_names(use.name, sizes, None)
-        target = target_of(use.config, use.path, names, stored, use.stored)
+        target = target_of(use.config, use.path, names, stored, kernel)
         self.targets[use.path] = (target, use.config)
         return target
 

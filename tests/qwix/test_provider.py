@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax import nnx
 from qwix_models import BASES, Attention, Images, adapted, arrays, images, quantised, tokens
 
 import loha_jax
 from loha_jax.lowrank.layout import Layout
+from loha_jax.nnx.graph import is_variable
 
 LAYERS = {
     "linear": (lambda rngs: nnx.Linear(16, 24, rngs=rngs), "io", (3, 5, 16)),
@@ -83,6 +85,14 @@ def with_kernel(make, kernel):
     return layer
 
 
+def float_twin(make, layer):
+    """The float layer with the kernel that a quantised one has."""
+    twin = make(nnx.Rngs(0))
+    kernel = jax.tree.map(lambda x: x.get_value(), layer.kernel.array, is_leaf=is_variable)
+    twin.kernel.set_value(qwix.dequantize(kernel))
+    return twin
+
+
 @pytest.mark.parametrize("strategy", ["auto", "factored", "fused"])
 @pytest.mark.parametrize(("layer", "base"), CASES)
 def test_value_and_gradients_are_the_formula_s(layer, base, strategy):
@@ -91,6 +101,7 @@ def test_value_and_gradients_are_the_formula_s(layer, base, strategy):
     x = jax.random.normal(jax.random.key(0), shape)
     new = adapted(make(nnx.Rngs(0)), x, strategy=strategy, **BASES[base])
     plain = quantised(make(nnx.Rngs(0)), x, **BASES[base])
+    dequantised = plain if base == "float" else float_twin(make, plain)
     graph, lora, rest = nnx.split(new, nnx.LoRAParam, ...)
 
     def loss(lora, x):
@@ -98,7 +109,9 @@ def test_value_and_gradients_are_the_formula_s(layer, base, strategy):
 
     def expected(lora, x):
         update = with_kernel(make, delta(nnx.merge(graph, lora, rest), word))
-        return jnp.sin(plain(x) + update(x)).mean()
+        float_product = dequantised(x)  # has the gradient, the quantised product the value
+        rounded = jax.lax.stop_gradient(plain(x) - float_product)
+        return jnp.sin(float_product + rounded + update(x)).mean()
 
     got = jax.jit(jax.value_and_grad(loss, (0, 1)))(lora, x)
     want = jax.jit(jax.value_and_grad(expected, (0, 1)))(lora, x)

@@ -1,0 +1,48 @@
+"""The gradient of a product with a quantised kernel.
+
+qwix' own derivative of such a product keeps a float copy of the kernel until the backward pass. If
+the activations are quantised too, it is not that of the product: rounding has the derivative zero.
+The derivative here is that of the float product with the dequantised kernel, which is dequantised
+again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import qwix
+
+from loha_jax.runtime.promotion import standard_promotion
+
+
+def with_gradient(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    kernel: qwix.QArray,
+    result: jax.Array,
+) -> jax.Array:
+    """Return `result`, with the derivative of `product(x, dequantised kernel)` by x.
+
+    Args:
+        product: linear in x, with results of the shape and dtype of `result`.
+        x: the plain operand.
+        kernel: the quantised one, which gets no gradient.
+        result: the product as qwix computes it.
+    """
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def forward(
+        x: jax.Array, kernel: qwix.QArray, result: jax.Array
+    ) -> tuple[jax.Array, qwix.QArray]:
+        return result, kernel
+
+    @standard_promotion()
+    def backward(kernel: qwix.QArray, g: jax.Array) -> tuple[jax.Array, None, None]:
+        dense = qwix.dequantize(kernel).astype(shape.dtype)
+        (dx,) = jax.linear_transpose(lambda x: product(x, dense), shape)(g)
+        return dx, None, None
+
+    computed = jax.custom_vjp(lambda x, kernel, result: result)
+    computed.defvjp(forward, backward)
+    return computed(x, kernel, result)

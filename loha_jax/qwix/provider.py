@@ -31,7 +31,7 @@ from loha_jax.runtime.device_types import split_as
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.matching import near_misses
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.transform.adapt import make_options, run
+from loha_jax.transform.adapt import make_options
 from loha_jax.transform.update_alone import update_alone
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.plan import Target
@@ -48,13 +48,11 @@ class _Use:
         module: the running module.
         path: of the kernel from the root of the model.
         config: of the adapter.
-        quantised: whether qwix computes with integers or float8 in the kernel's place.
     """
 
     module: nn.Module | nnx.Module
     path: tuple[str, ...]
     config: LoHaConfig
-    quantised: bool
 
     @property
     def name(self) -> str:
@@ -282,42 +280,23 @@ class LoHaProvider(qwix.PtqProvider):
             dtype: of the result; None for the operands'.
             base: returns the operation without an update, as qwix computes it.
         """
-        use = self._use(op, operands)
-        if use is None or use.quantised:
-            result = self._frozen(operands, product, base)
-        if use is None:
+        use, result = self._use(op, operands), base()
+        plain = len(operands) != 2 or is_quantised(operands[0])
+        if not plain and not self._options.forward_mode and (use or is_quantised(operands[1])):
+            kernel = operands[1].array if is_quantised(operands[1]) else operands[1]
+            result = with_gradient(product(result.dtype), operands[0], kernel, result)
+        leaf = None if use is None else self._leaf(use, word, operands[1])
+        if use is None or leaf is None:  # None if the adapter has been merged or unloaded
             return result
-        x, operand = operands
-        leaf = self._leaf(use, word, operand)
-        if leaf is None:  # the adapter has been merged or unloaded
-            return result if use.quantised else base()
         leaf = dataclasses.replace(leaf, names=(use.name,) * len(leaf.names))
-        stored, shape = leaf.kernel.shape, operand.shape
-
-        def seen(fn: Product) -> Product:
-            """Return the operation as a function of the kernel in its own shape."""
-            return fn if shape == stored else lambda x, kernel: fn(x, kernel.reshape(shape))
-
-        if not use.quantised:
-            leaf = dataclasses.replace(leaf, kernel=operand.reshape(stored))
-            return run(seen(product(dtype)), (x, leaf), {}, self._options)
         wide = float32_or_wider(result.dtype)
-        delta = update_alone(seen(product(wide)), x, leaf, self._options)
-        return (result.astype(wide) + split_as(delta, result)).astype(result.dtype)
+        update, stored, shape = product(wide), leaf.kernel.shape, operands[1].shape
 
-    def _frozen(
-        self,
-        operands: Sequence[Operand],
-        product: Callable[[object], Product],
-        base: Callable[[], jax.Array],
-    ) -> jax.Array:
-        """Return an operation as qwix computes it, with the gradient of the float one."""
-        result = base()
-        plain = len(operands) != 2 or not is_quantised(operands[1]) or is_quantised(operands[0])
-        if plain or self._options.forward_mode:
-            return result
-        x, kernel = operands
-        return with_gradient(product(result.dtype), x, kernel.array, result)
+        def reshaped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return update(x, kernel if shape == stored else kernel.reshape(shape))
+
+        delta = update_alone(reshaped, operands[0], leaf, self._options)
+        return (result.astype(wide) + split_as(delta, result)).astype(result.dtype)
 
     def _use(self, op: str, operands: Sequence[Operand]) -> _Use | None:
         """Return the second operand as a kernel to adapt; None if no adapter is asked for."""
@@ -341,10 +320,7 @@ class LoHaProvider(qwix.PtqProvider):
                 f"The kernel of {name} is one of {len(operands)} operands of an einsum, which no "
                 "adapter fits. Split the einsum, or exclude the module."
             )
-        quantised = is_quantised(operands[1]) or (
-            rule is not None and rule.weight_qtype is not None
-        )
-        return _Use(module, place, config, quantised)
+        return _Use(module, place, config)
 
     def _note_lost(
         self,

@@ -80,9 +80,7 @@ class LinenStorage:
     module: nn.Module
     name: str
 
-    def leaf(
-        self, target: Target, config: LoHaConfig, kernel: jax.Array | WithAux
-    ) -> LoHaWeight:
+    def leaf(self, target: Target, config: LoHaConfig, kernel: jax.Array | WithAux) -> LoHaWeight:
         """Return the adapted kernel, whose factors are created if the model is initialised."""
         scope = self.module.scope
         assert scope is not None

@@ -16,7 +16,11 @@ from loha_jax.nnx.graph import is_variable
 LAYERS = {
     "linear": (lambda rngs: nnx.Linear(16, 24, rngs=rngs), "io", (3, 5, 16)),
     "general": (lambda rngs: nnx.LinearGeneral(16, (2, 8), rngs=rngs), "ioo", (3, 5, 16)),
-    "einsum": (lambda rngs: nnx.Einsum("btnh,nhd->btd", (2, 8, 16), rngs=rngs), "iio", (3, 5, 2, 8)),
+    "einsum": (
+        lambda rngs: nnx.Einsum("btnh,nhd->btd", (2, 8, 16), rngs=rngs),
+        "iio",
+        (3, 5, 2, 8),
+    ),
     "experts": (lambda rngs: nnx.Einsum("teh,ehd->ted", (3, 8, 16), rngs=rngs), "sio", (5, 3, 8)),
     "conv": (lambda rngs: nnx.Conv(8, 12, (3, 3), strides=2, rngs=rngs), "kkio", (2, 9, 8, 8)),
     "groups": (

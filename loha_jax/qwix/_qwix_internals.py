@@ -39,8 +39,8 @@ def _module(name: str) -> ModuleType:
 def _changed(name: str) -> ImportError:
     version = importlib.metadata.version("qwix")
     return ImportError(
-        f"loha_jax.qwix reads {name} of qwix, which qwix {version} does not have. It is tested with "
-        f"qwix {TESTED_VERSION}: `pip install qwix=={TESTED_VERSION}`."
+        f"loha_jax.qwix reads {name} of qwix, which qwix {version} does not have. It is "
+        f"tested with qwix {TESTED_VERSION}: `pip install qwix=={TESTED_VERSION}`."
     )
 
 

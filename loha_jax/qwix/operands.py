@@ -1,4 +1,4 @@
-"""Operands of a product that are parameters of the running module, and the layouts of their axes."""
+"""Operands of a product that are parameters of the running module, and their layouts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def product_word(
 
 
 def stored_word(word: str, shape: Sequence[int], stored: Sequence[int]) -> str | None:
-    """Return the layout of a parameter that was reshaped to `shape`, where it has the layout `word`.
+    """Return the layout of a parameter that has the layout `word` once reshaped to `shape`.
 
     Returns:
         None if an axis of the parameter is made of axes of several kinds.

@@ -301,17 +301,21 @@ class LoHaProvider(qwix.PtqProvider):
     def _use(self, op: str, operands: Sequence[Operand]) -> _Use | None:
         """Return the second operand as a kernel to adapt; None if no adapter is asked for."""
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
-        if self.config is None and not isinstance(rule, LoHaRule):
+        wanted = self.config is not None or isinstance(rule, LoHaRule)
+        if not wanted and self._checked:
             return None
         module, path = current_module(), current_path()
         known = list(parameters(module))
         found = next((n for x in operands[1:2] for n, p in known if holds(x, p)), None)
         if found is None:
-            self._note_lost(path, operands, known)
+            if wanted:
+                self._note_lost(path, operands, known)
             return None
         place = (*path, found)
         name = module_name(place)
         self._seen.add(name)
+        if not wanted:
+            return None
         config = self.config if self.config is not None else rule.config
         if self.config is not None and not is_target(self.config, name):
             return None
@@ -407,9 +411,10 @@ class LoHaProvider(qwix.PtqProvider):
                 if self.config is not None
                 else [rule.module_path for rule in self._rules if isinstance(rule, LoHaRule)]
             )
+            known = sorted(self._seen)
             raise ValueError(
                 f"No kernel was adapted: {wanted} match no module whose product qwix intercepts "
-                f"(dot_general, dot, einsum, conv_general_dilated).{near_misses(wanted, sorted(self._seen))}"
+                f"(dot_general, dot, einsum, conv_general_dilated).{near_misses(wanted, known)}"
             )
         unused = [
             rule.module_path

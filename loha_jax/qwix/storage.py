@@ -1,4 +1,4 @@
-"""Where the arrays of an adapter are: beside the kernel, in an NNX module or in Linen's parameters."""
+"""Where an adapter's arrays are: beside the kernel, in an NNX module or in Linen's parameters."""
 
 from __future__ import annotations
 

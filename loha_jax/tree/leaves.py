@@ -130,6 +130,11 @@ class LoHaWeight(ArrayLike):
             ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
         """
         self.require_whole()
+        if not jax.tree_util.all_leaves([self._frozen]):
+            raise ValueError(
+                f"The kernel of {self.label} is quantised: it has no sum with ΔW. Use "
+                "loha_jax.qwix.merge(model), or call the model as qwix runs it."
+            )
         kernel = lax.stop_gradient(self._frozen)
         chosen = (
             self.active_adapters

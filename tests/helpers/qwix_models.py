@@ -21,7 +21,7 @@ BASES = {
 
 
 class Attention(nnx.Module):
-    """A dot_general with several output axes, an einsum with several input axes, and a plain one."""
+    """Products with several output axes, with several input axes, and a plain one."""
 
     def __init__(self, rngs):
         self.query = nnx.LinearGeneral(16, (2, 8), rngs=rngs)

@@ -259,6 +259,66 @@ class LoHaProvider(qwix.PtqProvider):
             "conv_general_dilated", (lhs, rhs), word, product, preferred_element_type, base
         )
 
+    def ragged_dot(self, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, **kwargs: object):
+        """`jax.lax.ragged_dot`, with the update of adapted experts; see `ragged_dot_general`."""
+        numbers = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+        dtype = kwargs.pop("preferred_element_type", None)
+
+        def product(dtype: object) -> Product:
+            return lambda x, kernel: lax.ragged_dot(
+                x, kernel, group_sizes, preferred_element_type=dtype, **kwargs
+            )
+
+        return self._ragged("ragged_dot", lhs, rhs, numbers, product, dtype)
+
+    def ragged_dot_general(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        group_sizes: jax.Array,
+        ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
+        **kwargs: object,
+    ) -> jax.Array:
+        """`jax.lax.ragged_dot_general`, with the update of adapted experts.
+
+        Each expert is a module of its own. qwix quantises no such kernels. ΔW is materialised.
+        """
+        numbers = ragged_dot_dimension_numbers
+        dtype = kwargs.pop("preferred_element_type", None)
+
+        def product(dtype: object) -> Product:
+            return lambda x, kernel: lax.ragged_dot_general(
+                x, kernel, group_sizes, numbers, preferred_element_type=dtype, **kwargs
+            )
+
+        return self._ragged("ragged_dot_general", lhs, rhs, numbers, product, dtype)
+
+    def _ragged(
+        self,
+        op: str,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        numbers: lax.RaggedDotDimensionNumbers,
+        product: Callable[[object], Product],
+        dtype: object,
+    ) -> jax.Array:
+        def word() -> str:
+            (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+            return product_word(rhs.ndim, contracted, (*batch, *numbers.rhs_group_dimensions))
+
+        def base() -> jax.Array:
+            return product(dtype)(lhs, rhs)
+
+        return self._computed(op, (lhs, rhs), word, product, dtype, base)
+
+    def get_intercept_map(self) -> dict[str, Callable[..., object]]:
+        """Return what qwix intercepts, and ragged products."""
+        ragged = {
+            "jax.lax.ragged_dot": self.ragged_dot,
+            "jax.lax.ragged_dot_general": self.ragged_dot_general,
+        }
+        return super().get_intercept_map() | ragged
+
     # --- the same for all of them ---
 
     def _computed(
@@ -413,8 +473,8 @@ class LoHaProvider(qwix.PtqProvider):
             )
             known = sorted(self._seen)
             raise ValueError(
-                f"No kernel was adapted: {wanted} match no module whose product qwix intercepts "
-                f"(dot_general, dot, einsum, conv_general_dilated).{near_misses(wanted, known)}"
+                f"No kernel was adapted: {wanted} match no module whose product is intercepted "
+                f"(dot_general, dot, einsum, conv_general_dilated, ragged_dot).{near_misses(wanted, known)}"
             )
         unused = [
             rule.module_path

@@ -141,6 +141,29 @@ def test_config():
     assert provider.targets["mlp", "kernel"][0].alphas == (6,)
 
 
+class Experts(nnx.Module):
+    """Rows sorted by expert, each multiplied with its expert's kernel."""
+
+    def __init__(self):
+        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (3, 16, 8)))
+
+    def __call__(self, x):
+        return jax.lax.ragged_dot(x, self.w.get_value(), jnp.array([2, 3, 1]))
+
+
+def test_ragged_products():
+    """Each expert has an adapter of its own."""
+    x = jax.random.normal(jax.random.key(1), (6, 16))
+    model = adapted(Experts(), x)
+    w = [getattr(model, f"w_lora_hada_{n}").get_value() for n in ("w1_a", "w1_b", "w2_a", "w2_b")]
+    kernel = model.w.get_value() + 2.0 * jnp.swapaxes((w[0] @ w[1]) * (w[2] @ w[3]), 1, 2)
+    expert = jnp.array([0, 0, 1, 1, 1, 2])
+    np.testing.assert_allclose(model(x), jnp.einsum("ti,tio->to", x, kernel[expert]), atol=1e-4)
+    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    gradients = jax.grad(lambda lora: nnx.merge(graph, lora, rest)(x).sum())(lora)
+    assert all(jnp.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(gradients))
+
+
 class Transposed(nnx.Module):
     """Multiplies with the transposed kernel, or with the kernel on the left."""
 
@@ -162,8 +185,9 @@ def test_operands_that_no_adapter_fits_are_refused(left, jit):
         provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0)
         return qwix.apply_lora_to_model(Transposed(left), provider, x, rngs=nnx.Rngs(0))(x)
 
+    run = jax.jit(apply) if jit else apply
     with pytest.raises(ValueError, match=r"w (stands first|is transposed)"):
-        (jax.jit(apply) if jit else apply)(jnp.ones((4, 4)))
+        run(jnp.ones((4, 4)))
 
 
 def test_errors():
@@ -181,9 +205,10 @@ def test_errors():
         LoHaProvider(rank=2, alpha=4.0, dropout=0.1)
     with pytest.raises(ValueError, match="regular expression"):
         LoHaProvider(config=loha_jax.LoHaConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="qwix.QuantizationRule"):
-        rule = LoHaRule(rank=2, alpha=4.0)
-        LoHaProvider([rule], config=loha_jax.LoHaConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"qwix\.QuantizationRule"):
+        LoHaProvider(
+            [LoHaRule(rank=2, alpha=4.0)], config=loha_jax.LoHaConfig(target_modules=["query"])
+        )
 
 
 def test_file_opens_in_peft(tmp_path):

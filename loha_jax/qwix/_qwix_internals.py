@@ -9,24 +9,19 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import jax
 import qwix
 from flax import linen as nn
 from flax import nnx
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from qwix._src.providers.ptq import WithAux
 
 TESTED_VERSION = "0.1.8"
 """The release of qwix that the tests run with."""
-
-
-class WithAux(Protocol):
-    """A quantised parameter: the array, and how it is made from a float one."""
-
-    array: qwix.QArray
-    how: object
-    shape: tuple[int, ...]
-    ndim: int
 
 
 def _module(name: str) -> ModuleType:
@@ -59,7 +54,7 @@ for _owner, _name in (
         raise _changed(f"{_owner.__name__}.{_name}")
 
 
-def is_quantised(x: object) -> bool:
+def is_quantised(x: object) -> TypeIs[WithAux[qwix.QArray]]:
     """Return whether x is a quantised parameter."""
     return isinstance(x, _ptq.WithAux)
 

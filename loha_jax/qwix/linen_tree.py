@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import qwix
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -35,7 +36,9 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
     Raises:
         ValueError: the parameters have factors that the provider did not make.
     """
-    flat = flatten_dict(unfreeze(unboxed(params)), is_leaf=lambda _, x: not isinstance(x, dict))
+    flat: dict[tuple[str, ...], Any] = flatten_dict(
+        unfreeze(cast(dict[str, Any], unboxed(params))), is_leaf=lambda _, x: not isinstance(x, dict)
+    )
     tree = {}
     for path, value in flat.items():
         if is_quantised(value):
@@ -58,17 +61,17 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
 
 
 def _leaf(
-    provider: LoHaProvider, path: tuple[str, ...], kernel: object, factors: dict[str, object]
+    provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
 ) -> LoHaWeight:
     """Return an adapted kernel; axes that a scan has added in front are stack axes."""
     target, config = provider.targets[path]
-    shape: tuple[int, ...] = kernel.shape  # type: ignore[attr-defined]
+    shape: tuple[int, ...] = kernel.shape
     added = len(shape) - target.layout.ndim
     layout = Layout("s" * added + target.layout.word) if added else target.layout
     copies, stack = math.prod(shape[:added]), layout.sizes("s", shape)
     ranks, alphas = target.ranks * copies, target.alphas * copies
     adapter = Factors(
-        **factors,  # type: ignore[arg-type]
+        **cast(dict[str, Any], factors),
         ranks=ranks,
         alphas=alphas,
         module_index=module_index(ranks, alphas, stack),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import qwix
@@ -11,8 +11,11 @@ from flax import nnx
 
 import loha_jax.tree.merge as tree_merge
 from loha_jax.nnx.siblings import adapted_in, values_of, variables_of
-from loha_jax.qwix._qwix_internals import WithAux, is_quantised, requantised
+from loha_jax.qwix._qwix_internals import is_quantised, requantised
 from loha_jax.targets.module_names import module_name
+
+if TYPE_CHECKING:
+    from loha_jax.qwix._qwix_internals import WithAux
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from loha_jax.qwix._qwix_internals import WithAux, is_quantised
+from loha_jax.qwix._qwix_internals import is_quantised
+
+if TYPE_CHECKING:
+    from loha_jax.qwix._qwix_internals import WithAux
 
 _SAME_AXES = {
     "convert_element_type",
@@ -31,7 +36,9 @@ def holds(operand: jax.Array | WithAux, parameter: jax.Array | WithAux) -> bool:
     values of a concrete one are compared.
     """
     if is_quantised(operand) or is_quantised(parameter):
-        return _identity(operand) == _identity(parameter)
+        if not (is_quantised(operand) and is_quantised(parameter)):
+            return False
+        return operand.array.qvalue is parameter.array.qvalue
     if operand is parameter:
         return True
     if operand.size != parameter.size:
@@ -39,7 +46,7 @@ def holds(operand: jax.Array | WithAux, parameter: jax.Array | WithAux) -> bool:
     value, known = _untransformed(operand), _untransformed(parameter)
     if value is None or known is None:
         return operand.shape == parameter.shape
-    while isinstance(value, jax.core.Tracer):
+    while isinstance(value, Tracer):
         if value is known:
             return True
         equation = getattr(value, "parent", None)
@@ -52,21 +59,18 @@ def holds(operand: jax.Array | WithAux, parameter: jax.Array | WithAux) -> bool:
     return _equal(value, known)
 
 
-def _identity(x: jax.Array | WithAux) -> int:
-    return id(x.array.qvalue if is_quantised(x) else x)
-
-
 def _untransformed(x: jax.Array) -> jax.Array | None:
     """Return what a derivative's tracer or a batched one stands for; None if that is not known."""
-    while isinstance(x, jax.core.Tracer) and not hasattr(x, "parent"):
-        x = getattr(x, "primal", getattr(x, "val", None))
-    return x
+    value: jax.Array | None = x
+    while isinstance(value, Tracer) and not hasattr(value, "parent"):
+        value = getattr(value, "primal", getattr(value, "val", None))
+    return value
 
 
 def _equal(value: jax.Array, parameter: jax.Array) -> bool:
     if value is parameter:
         return True
-    if isinstance(parameter, jax.core.Tracer) or value.size != parameter.size:
+    if isinstance(parameter, Tracer) or value.size != parameter.size:
         return False
     cast = parameter.astype(value.dtype).reshape(value.shape)
     with jax.ensure_compile_time_eval():

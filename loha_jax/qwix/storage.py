@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from flax import linen as nn
@@ -12,7 +13,7 @@ from flax import nnx
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.nnx.siblings import AdaptedVariable, Settings, Siblings, prefix
-from loha_jax.qwix._qwix_internals import WithAux, is_quantised, unboxed
+from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import Factors, module_index
@@ -20,6 +21,9 @@ from loha_jax.tree.inject import initial_factors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.placement import factor_axes, follow_kernel
 from loha_jax.tree.plan import Target
+
+if TYPE_CHECKING:
+    from loha_jax.qwix._qwix_internals import WithAux
 
 ADAPTER = "default"
 """The name of the adapter that a provider makes."""
@@ -41,7 +45,7 @@ def parameters(module: nn.Module | nnx.Module) -> Iterator[tuple[str, jax.Array 
     for name, x in found.items():
         value = unboxed(x)
         if not (adapters and name.startswith(adapters)) and hasattr(value, "ndim"):
-            yield name, value
+            yield name, cast("jax.Array | WithAux", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class NnxStorage:
 
     def create(self, target: Target, config: LoHaConfig, kernel: jax.Array | WithAux) -> None:
         """Put a new adapter beside the kernel."""
-        arrays = initial_factors(target, self.module.qwix_rngs.params(), config)
+        arrays = initial_factors(target, cast(Any, self.module).qwix_rngs.params(), config)
         leaf = _leaf(target, config, arrays, kernel)
         base = vars(self.module)[self.name]
         Siblings.of(leaf, base, intercepted=True).put(self.module, (self.name,))
@@ -95,7 +99,9 @@ class LinenStorage:
             return draw
 
         names = FACTOR_NAMES if target.cp else FACTOR_NAMES[:4]
-        arrays = {n: scope.param(f"{self.name}_lora_{n}", initial(n)) for n in names}
+        arrays = {
+            n: cast(jax.Array, scope.param(f"{self.name}_lora_{n}", initial(n))) for n in names
+        }
         leaf = _leaf(target, config, arrays, kernel, placed=True)
         drops = config.rank_dropout or config.module_dropout
         if drops and self.module.has_rng("dropout"):
@@ -140,7 +146,7 @@ def _leaf(
     """
     stack = target.stack
     factors = Factors(
-        **arrays,
+        **cast(dict[str, Any], arrays),
         ranks=target.ranks,
         alphas=target.alphas,
         module_index=module_index(target.ranks, target.alphas, stack),

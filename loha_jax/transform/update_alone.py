@@ -16,12 +16,14 @@ from loha_jax.transform.adapt import run
 from loha_jax.transform.options import Options
 from loha_jax.tree.leaves import LoHaWeight
 
+_DEFAULT = Options()
+
 
 def update_alone(
     fn: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
     leaf: LoHaWeight,
-    options: Options = Options(),
+    options: Options = _DEFAULT,
 ) -> jax.Array:
     """Return fn(x, ΔW), computed from the factors by the strategy that costs least.
 

@@ -80,7 +80,7 @@ def test_scanned_stack_is_one_module_per_layer():
 
 @pytest.mark.parametrize("base", ["float", "int8", "nf4"])
 def test_linen(base):
-    """A Linen model: parameters beside the kernel, the base's function at first, and the formula."""
+    """Parameters beside the kernel, the base's function at first, and then the formula's."""
     model, x = LinenModel(), tokens()
     provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0, **BASES[base])
     new = qwix.apply_lora_to_model(model, provider)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -111,3 +112,11 @@ def forget_compiled_programs():
     """Compiled programs are gigabytes by the end of a run: each module leaves none behind."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _deprecated_in_qwix():
+    """qwix 0.1.8 uses names of Flax that are deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"qwix\.")
+        yield

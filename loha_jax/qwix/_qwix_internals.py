@@ -6,9 +6,7 @@ quantised parameter looks like. These names are those of qwix 0.1.8.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,13 +22,6 @@ TESTED_VERSION = "0.1.8"
 """The release of qwix that the tests run with."""
 
 
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"qwix._src.{name}")
-    except ImportError as error:
-        raise _changed(name) from error
-
-
 def _changed(name: str) -> ImportError:
     version = importlib.metadata.version("qwix")
     return ImportError(
@@ -39,10 +30,12 @@ def _changed(name: str) -> ImportError:
     )
 
 
-_flax = _module("utils.flax_util")
-_ptq = _module("providers.ptq")
+try:
+    from qwix._src.providers import ptq as _ptq
+    from qwix._src.utils import flax_util as _flax
+except ImportError as error:
+    raise _changed(str(error)) from error
 for _owner, _name in (
-    (_flax, "find_param"),
     (_flax, "get_current_module"),
     (_flax, "get_current_module_path"),
     (_flax, "unbox"),
@@ -67,14 +60,6 @@ def current_module() -> nn.Module | nnx.Module:
 def current_path() -> tuple[str, ...]:
     """Return the path of the module that is running, from the root of the model."""
     return tuple(map(str, _flax.get_current_module_path()))
-
-
-def find_parameter(operand: jax.Array | WithAux) -> str | None:
-    """Return the name of the running module's parameter that an operand seems to be, or None.
-
-    qwix goes by identity, by what a traced array was made of, and at last by the shape alone.
-    """
-    return _flax.find_param(operand, _ptq.WithAux)
 
 
 def unboxed(x: object) -> object:

@@ -36,8 +36,9 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
     Raises:
         ValueError: the parameters have factors that the provider did not make.
     """
+    plain = unfreeze(cast(dict[str, Any], unboxed(params)))
     flat: dict[tuple[str, ...], Any] = flatten_dict(
-        unfreeze(cast(dict[str, Any], unboxed(params))), is_leaf=lambda _, x: not isinstance(x, dict)
+        plain, is_leaf=lambda _, x: not isinstance(x, dict)
     )
     tree = {}
     for path, value in flat.items():

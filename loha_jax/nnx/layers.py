@@ -15,19 +15,19 @@ from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.inject import inject
 
 
-class LoHaLinear(adapted_class(nnx.Linear, True)):
+class LoHaLinear(adapted_class(nnx.Linear)):
     """`nnx.Linear` with a LoHa adapter on its kernel.
 
     Args:
-        in_features, out_features: as for `nnx.Linear`, as are further keyword arguments. The initial
-            values are those of `nnx.Linear` too.
+        in_features, out_features: as for `nnx.Linear`, as are further keyword arguments. The
+            initial values are those of `nnx.Linear` too.
         r, alpha: the rank of the factors; the update is scaled by alpha/r.
         rank_dropout, module_dropout, init_weights: as in `LoHaConfig`.
         rngs: streams for the parameters and for dropout.
 
-    The kernel is `self.kernel`, frozen; the factors are `nnx.LoRAParam`s beside it. In a model, the layer's
-    name for `interop.save_peft(folder, model)` is its path. `loha_jax.merge(model)` makes it an
-    `nnx.Linear`.
+    The kernel is `self.kernel`, frozen; the factors are `nnx.LoRAParam`s beside it. In a model, the
+    layer's name for `interop.save_peft(folder, model)` is its path. `loha_jax.merge(model)` makes
+    it an `nnx.Linear`.
 
     Example:
         >>> from flax import nnx
@@ -54,7 +54,7 @@ class LoHaLinear(adapted_class(nnx.Linear, True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, True)):
+class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral)):
     """`nnx.LinearGeneral` with a LoHa adapter on its kernel; batch axes hold one adapter per index.
 
     Args:
@@ -84,7 +84,7 @@ class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaConv(adapted_class(nnx.Conv, True)):
+class LoHaConv(adapted_class(nnx.Conv)):
     """`nnx.Conv` with a LoHa adapter on its kernel.
 
     Args:
@@ -117,7 +117,7 @@ class LoHaConv(adapted_class(nnx.Conv, True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaEinsum(adapted_class(nnx.Einsum, True)):
+class LoHaEinsum(adapted_class(nnx.Einsum)):
     """`nnx.Einsum` with a LoHa adapter on its kernel; the equation determines the kernel's layout.
 
     Args:
@@ -150,11 +150,12 @@ class LoHaEinsum(adapted_class(nnx.Einsum, True)):
         _adapt(self, "kernel", config, rngs)
 
 
-class LoHaEmbed(adapted_class(nnx.Embed, True)):
+class LoHaEmbed(adapted_class(nnx.Embed)):
     """`nnx.Embed` with a LoHa adapter on its table.
 
     Lookups materialise only the rows of ΔW that they read; `attend` is factored. The adapter has
-    `num_embeddings` output and `features` input features, as that of an output head tied to the table.
+    `num_embeddings` output and `features` input features, as that of an output head tied to the
+    table.
 
     Args:
         num_embeddings, features: as for `nnx.Embed`, as are further keyword arguments.
@@ -198,8 +199,9 @@ def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -
     word = layer_layout(layer, kernel, array.shape) or ("oi" if kernel == "embedding" else None)
     if word is None:
         raise ValueError(
-            f"The kernel of shape {array.shape} has no letter that {getattr(layer, 'einsum_str', layer)!r} contracts, "
-            "or none that only the kernel and the result have: there is nothing to factor."
+            f"The kernel of shape {array.shape} has no letter that "
+            f"{getattr(layer, 'einsum_str', layer)!r} contracts, or none that only the kernel and "
+            "the result have: there is nothing to factor."
         )
     everything = dataclasses.replace(config, target_modules=".*")
     leaf = inject({kernel: array}, everything, key=rngs.params(), layouts={".*": word})[kernel]

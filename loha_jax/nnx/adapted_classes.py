@@ -39,7 +39,7 @@ def adapted_class(cls: type[M], kernels: frozenset[str] | None = None, /) -> typ
         for base in reversed(cls.__mro__)
         if base not in nnx.Module.__mro__
         for name, value in vars(base).items()
-        if inspect.isfunction(value)
+        if callable(value) and not isinstance(value, type | staticmethod | classmethod)
     }
     chosen = set(methods) if kernels is None else _readers(methods, kernels)
     names = {n for n in chosen if not n.startswith("_") and n not in _NOT_CALLS}
@@ -60,7 +60,8 @@ def _rebuild(cls: type[nnx.Module], kernels: frozenset[str] | None) -> nnx.Modul
 
 def _readers(methods: dict[str, Callable[..., object]], kernels: frozenset[str]) -> set[str]:
     """Return the methods whose code names one of the attributes, or another such method."""
-    named = {name: _names_in(inspect.unwrap(method).__code__) for name, method in methods.items()}
+    codes = {n: getattr(inspect.unwrap(m), "__code__", None) for n, m in methods.items()}
+    named = {n: set(kernels) if code is None else _names_in(code) for n, code in codes.items()}
     found: set[str] = set()
     while more := {n for n, names in named.items() if n not in found and names & (kernels | found)}:
         found |= more

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from loha_jax.nnx.adapted_classes import adapted_class
+from loha_jax.nnx.adapted_classes import adapted_class, base_class
 from loha_jax.nnx.inject import set_dropout
 from loha_jax.nnx.model_tree import layer_layout
 from loha_jax.nnx.siblings import Siblings
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.inject import inject
+
+
+def _constructor(kernel: str = "kernel", *more_options: str) -> Callable[..., None]:
+    """Return the constructor of a layer: that of the Flax layer, with the adapter's options."""
+    names = ("rank_dropout", "module_dropout", "init_weights", *more_options)
+
+    def __init__(
+        self: nnx.Module,
+        *args: object,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: object,
+    ) -> None:
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        flax_layer: Any = base_class(self)
+        flax_layer.__init__(self, *args, rngs=rngs, **kwargs)
+        _adapt(self, kernel, LoHaConfig(r=r, alpha=alpha, **options), rngs)
+
+    return __init__
 
 
 class LoHaLinear(adapted_class(nnx.Linear)):
@@ -37,21 +58,8 @@ class LoHaLinear(adapted_class(nnx.Linear)):
         ((3, 8), 4)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
 
 class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral)):
@@ -67,21 +75,8 @@ class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral)):
         (5, 2, 3)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
 
 class LoHaConv(adapted_class(nnx.Conv)):
@@ -99,22 +94,8 @@ class LoHaConv(adapted_class(nnx.Conv)):
         (1, 5, 5, 8)
     """
 
+    __init__ = _constructor("kernel", "use_effective_conv2d")
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        kernel_size,
-        *args,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs, "use_effective_conv2d")
-        super().__init__(in_features, out_features, kernel_size, *args, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
 
 class LoHaEinsum(adapted_class(nnx.Einsum)):
@@ -133,21 +114,8 @@ class LoHaEinsum(adapted_class(nnx.Einsum)):
         (1, 5, 2, 3)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        einsum_str,
-        kernel_shape,
-        *args,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(einsum_str, kernel_shape, *args, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
 
 class LoHaEmbed(adapted_class(nnx.Embed)):
@@ -167,29 +135,8 @@ class LoHaEmbed(adapted_class(nnx.Embed)):
         (2, 4)
     """
 
+    __init__ = _constructor("embedding")
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        num_embeddings,
-        features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(num_embeddings, features, rngs=rngs, **kwargs)
-        _adapt(self, "embedding", config, rngs)
-
-
-def _config(r: int, alpha: float, kwargs: dict[str, Any], *more: str) -> LoHaConfig:
-    """Return the adapter's config, taking its options out of a layer's keyword arguments."""
-    names = ("rank_dropout", "module_dropout", "init_weights", *more)
-    return LoHaConfig(
-        r=r, alpha=alpha, **{name: kwargs.pop(name) for name in names if name in kwargs}
-    )
 
 
 def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -> None:

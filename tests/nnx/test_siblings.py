@@ -55,6 +55,10 @@ class Tied(nnx.Module):
     def back(self, x):
         return x @ self._kernel().T
 
+    @nnx.jit
+    def jitted(self, x):
+        return self.back(x)
+
     def sizes(self):
         return "4x4"
 
@@ -156,6 +160,7 @@ def test_reads_outside_of_the_layer():
     plain = with_sums(Tied(nnx.Rngs(0)), model, {"a/kernel": dense})
     close(model(x), plain(x), 1e-5)
     close(model.back(x), plain.back(x), 1e-5)
+    close(model.jitted(x), plain.back(x), 1e-5)
     assert model.sizes() == "4x4"
     for name in ("a", "b"):  # each of the layers by itself
         close(getattr(model, name)(x), plain.a(x), 1e-5)

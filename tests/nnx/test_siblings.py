@@ -33,7 +33,7 @@ def assert_same_base(model, plain, rest=BASE):
         np.testing.assert_array_equal(ours[path][...], variable[...])
 
 
-# ---------------------------------------------------------------------- the form
+# ---------------------------------------------------------------------------------------- the form
 
 
 class Stacked(nnx.Module):
@@ -151,7 +151,7 @@ def test_the_axis_that_a_stack_adds_is_in_the_metadata():
     assert factor.get_metadata()["out_sharding"] == ("layers", "model", None)
 
 
-# ---------------------------------------------------------------------- reads of a kernel
+# ------------------------------------------------------------------------------- reads of a kernel
 
 
 def test_reads_outside_of_the_layer():
@@ -172,7 +172,7 @@ def test_reads_outside_of_the_layer():
     close(loha_jax.adapt(read)(model), plain.a.kernel[...], 1e-5)
 
 
-# ---------------------------------------------------------------------- trainers
+# ---------------------------------------------------------------------------------------- trainers
 
 
 class Net(nnx.Module):
@@ -254,7 +254,7 @@ def test_copies_of_a_model_exchange_their_weights_by_filter():
     np.testing.assert_array_equal(nnx.merge(graphdef, trained, rest)(X), actor(X))
 
 
-# ---------------------------------------------------------------------- kernels that are trees
+# -------------------------------------------------------------------------- kernels that are trees
 
 
 @jax.tree_util.register_dataclass

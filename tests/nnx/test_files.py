@@ -124,9 +124,8 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     np.testing.assert_allclose(loaded(IMAGES), torch_output(theirs.eval()), rtol=0, atol=1e-5)
     assert loha_jax.explain(lambda m, x: m(x), loaded, IMAGES).dense == ()
     interop.save_peft(tmp_path / "again", loaded)
-    written, read = (
-        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", "theirs")
-    )
+    file = "adapter_model.safetensors"
+    written, read = (load_file(tmp_path / n / file) for n in ("again", "theirs"))
     assert written.keys() == read.keys()
     for key in read:
         np.testing.assert_array_equal(written[key], read[key])

@@ -8,7 +8,6 @@ notes the changes that the function makes to them. These are then made to the ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from flax import nnx
@@ -26,13 +25,13 @@ def nodes_among(args: PyTree) -> Iterator[AdaptedVariable]:
 
 
 def call(
-    run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
-    fn: Callable[..., Any],
+    run: Callable[[Callable[..., PyTree], tuple, dict], PyTree],
+    fn: Callable[..., PyTree],
     args: tuple,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, PyTree],
     *,
     changes: bool = True,
-) -> Any:
+) -> PyTree:
     """Call `fn` with the models among its arguments in their original form.
 
     Args:
@@ -49,7 +48,7 @@ def call(
     originals = Originals(args, kwargs)
     made = Changes()
 
-    def pure(arrays: tuple[list[Any], list[Any]], others: list[Any]) -> Any:
+    def pure(arrays: tuple[list[PyTree], list[PyTree]], others: list[PyTree]) -> PyTree:
         nonlocal made
         clones = Clones(originals, *arrays)
         inner_args, inner_kwargs = originals.arguments(clones.nodes, others)

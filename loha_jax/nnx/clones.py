@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from loha_jax.nnx.adapted_classes import base_class, set_class
 from loha_jax.nnx.attributes import (
@@ -32,12 +33,12 @@ class Changes:
         removed: the paths of variables that are gone.
     """
 
-    variables: dict[Path, Any] = dataclasses.field(default_factory=dict)
-    attributes: list[tuple[Any, str, Any]] = dataclasses.field(default_factory=list)
-    added: dict[Path, Any] = dataclasses.field(default_factory=dict)
+    variables: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
+    attributes: list[tuple[nnx.Pytree, str, object]] = dataclasses.field(default_factory=list)
+    added: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
     removed: set[Path] = dataclasses.field(default_factory=set)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[PyTree]:
         """The new values, in order."""
         return [_value(variable) for variable in self.variables.values()]
 
@@ -60,7 +61,7 @@ class Originals:
         others: the leaves of the arguments that are no models.
     """
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, args: tuple, kwargs: dict[str, PyTree]):
         self._leaves, self._treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
         self._are_nodes = [is_node(leaf) for leaf in self._leaves]
         self._nodes = [
@@ -87,18 +88,20 @@ class Originals:
         ]
         self.values = [_value(self.variables[path]) for path in self.value_paths]
 
-    def arguments(self, nodes: Sequence[Any], others: Sequence[Any]) -> Any:
+    def arguments(
+        self, nodes: Sequence[nnx.Pytree | nnx.Variable], others: Sequence[PyTree]
+    ) -> tuple[tuple, dict[str, PyTree]]:
         """Return the arguments of the call with other models, and other leaves."""
         models, rest = iter(nodes), iter(others)
         return self._treedef.unflatten([next(models if node else rest) for node in self._are_nodes])
 
-    def change(self, made: Changes, values: Sequence[Any]) -> None:
+    def change(self, made: Changes, values: Sequence[PyTree]) -> None:
         """Make the changes of a call, with these values of its variables."""
         traced, computed = jax.tree.leaves(made.values()), jax.tree.leaves(list(values))
         results = {id(old): array for old, array in zip(traced, computed, strict=True)}
         for path, container in made.added.items():
             filled = jax.tree.map(lambda leaf: results.get(id(leaf), leaf), container)
-            setattr(self.graph[path[:-1]], path[-1], nnx.data(filled))
+            setattr(self.graph[path[:-1]], str(path[-1]), nnx.data(filled))
         updates: dict[Path, Any] = {}
         for (path, variable), value in zip(made.variables.items(), values, strict=True):
             if path in self.adapted:  # statistics of a BatchNorm in modules_to_save
@@ -124,7 +127,7 @@ class Clones:
         nodes: the copies.
     """
 
-    def __init__(self, originals: Originals, weights: Sequence[Any], values: Sequence[Any]):
+    def __init__(self, originals: Originals, weights: Sequence[PyTree], values: Sequence[PyTree]):
         self._originals = originals
         self._before: dict[Path, Any] = dict(zip(originals.value_paths, values, strict=True))
         inside = {
@@ -138,7 +141,7 @@ class Clones:
             if isinstance(node, nnx.Pytree):
                 set_class(node, base_class(node))
                 detach_attributes(node)
-        graph = {path: node for path, node in nnx.iter_graph(self.nodes) if is_node(node)}
+        graph: dict[Path, Any] = {p: x for p, x in nnx.iter_graph(self.nodes) if is_node(x)}
         for path, weight in zip(originals.adapted, weights, strict=True):
             graph[path].set_raw_value(weight)
             self._before[path] = weight
@@ -173,30 +176,30 @@ class Clones:
                 changed[path] = variable
         return changed
 
-    def mark(self, result: Any) -> Any:
+    def mark(self, result: PyTree) -> PyTree:
         """Return the result of the call with `Returned` in place of parts of the copies."""
         return jax.tree.map(
             lambda x: self._returned(x) if is_node(x) else x, result, is_leaf=is_node
         )
 
-    def _returned(self, node: Any) -> Returned:
+    def _returned(self, node: object) -> Returned:
         if id(node) not in self._paths:
             raise ValueError(
-                "A method of an adapted module returns a module or variable that it made or copied. Return arrays, or "
-                "the module's own parts."
+                "A method of an adapted module returns a module or variable that it made or "
+                "copied. Return arrays, or the module's own parts."
             )
         return Returned(self._paths[id(node)])
 
 
-def _value(variable: Any) -> Any:
+def _value(variable: PyTree) -> PyTree:
     """Return the value of a leaf of an NNX state, which is a variable or an array."""
     return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
 
 
-def _with_value(variable: Any, value: Any) -> Any:
+def _with_value(variable: PyTree, value: PyTree) -> PyTree:
     return variable.replace(value) if isinstance(variable, nnx.Variable) else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: PyTree, b: PyTree) -> bool:
     one, other = jax.tree.leaves(a), jax.tree.leaves(b)
     return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))

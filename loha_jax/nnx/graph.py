@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import jax
 from flax import nnx
 from flax.typing import Key
 from flax.typing import PathParts as Path
-from typing_extensions import TypeIs
 
 
-def is_node(x: object) -> TypeIs[nnx.Pytree | nnx.Variable]:
+def is_node(x: object) -> TypeGuard[nnx.Pytree | nnx.Variable]:
     """Return whether x is a part of an NNX graph."""
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
-def is_variable(x: object) -> TypeIs[nnx.Variable]:
+def is_variable(x: object) -> TypeGuard[nnx.Variable]:
     """Return whether x is a variable (for `is_leaf=`)."""
     return isinstance(x, nnx.Variable)
 
@@ -38,13 +38,13 @@ def _key(entry: object) -> Key:
     return next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
 
 
-def is_owner(node: object) -> TypeIs[nnx.Pytree]:
+def is_owner(node: object) -> TypeGuard[nnx.Pytree]:
     """Return whether a node has attributes: a module, or any `nnx.Pytree` but a list."""
     return isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List)
 
 
 def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, nnx.Variable]]:
-    """Yield the variables that a module holds, itself or in lists and dicts, and the way to each."""
+    """Yield the variables of a module, itself or in lists and dicts, with the way to each."""
 
     def inside(path: Path, node: object) -> Iterator[tuple[Path, nnx.Variable]]:
         for key, value in slots(node):

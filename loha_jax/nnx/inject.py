@@ -52,7 +52,8 @@ def inject(
 
     Raises:
         ValueError: as `loha_jax.inject`, or there is no place beside a kernel: its module has an
-            attribute of that name, or it is in a list that no module holds. Nothing is changed then.
+            attribute of that name, or it is in a list that no module holds. Nothing is changed
+            then.
         TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
 
     Example:
@@ -83,8 +84,8 @@ def inject(
 def set_dropout(model: M, rngs: nnx.Rngs) -> M:
     """Give each adapted kernel with a dropout a random stream, and put it into training mode.
 
-    `inject` calls this. A model whose adapter was read by `interop.load_peft` has no stream until it
-    is called.
+    `inject` calls this. A model whose adapter was read by `interop.load_peft` has no stream until
+    it is called.
 
     Args:
         model: an adapted model; changed in place.
@@ -100,7 +101,7 @@ def set_dropout(model: M, rngs: nnx.Rngs) -> M:
         >>> from flax import nnx
         >>> from loha_jax.nnx import LoHaLinear
         >>> model = LoHaLinear(4, 4, rngs=nnx.Rngs(0))
-        >>> hasattr(set_dropout(model, nnx.Rngs(1)), "kernel_lora_rngs")  # its config has no dropout
+        >>> hasattr(set_dropout(model, nnx.Rngs(1)), "kernel_lora_rngs")  # there is no dropout
         False
     """
     _check("set_dropout", model, rngs)
@@ -125,8 +126,8 @@ def _new_stream(leaf: LoHaWeight | SavedWeight, rngs: nnx.Rngs) -> DropoutStream
 def _check(function: str, model: object, rngs: object) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree of parameters there "
-            f"is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
+            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree "
+            f"of parameters there is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
         )
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs should be an nnx.Rngs, e.g. nnx.Rngs(0), got {type(rngs).__name__}")

@@ -137,8 +137,8 @@ def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Si
     name = ".".join(map(str, path))
     if not weight.holders:
         raise ValueError(
-            f"The variable {name} sits in a list that no module holds: there is no place beside it. "
-            "Keep it in an attribute of a module."
+            f"The variable {name} sits in a list that no module holds: there is no place beside it."
+            " Keep it in an attribute of a module."
         )
     if weight.adapted:
         old = weight.adapted[0]
@@ -147,8 +147,8 @@ def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Si
     for owner, way in weight.holders:
         if taken := [n for n in siblings.attributes(way) if n in vars(owner)]:
             raise ValueError(
-                f"Beside the variable {name} the module has the attribute {taken[0]} already: there "
-                "is no place for an adapter. Rename it."
+                f"Beside the variable {name} the module has the attribute {taken[0]} already: "
+                "there is no place for an adapter. Rename it."
             )
     return siblings
 

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -68,7 +68,8 @@ class DropoutStream(nnx.RngStream, DropoutMode):
     def next_key(self) -> jax.Array:
         """Return a new key.
 
-        A stream of a stack holds one key per index. The first is used, and the masks differ by index.
+        A stream of a stack holds one key per index. The first is used, and the masks differ by
+        index.
         """
         keys, counts = self.key.get_value(), self.count.get_value()
         self.count.set_value(counts + 1)
@@ -91,7 +92,7 @@ class Settings:
     intercepted: bool = False
 
     @functools.cached_property
-    def flat(self) -> tuple[list[str], jax.tree_util.PyTreeDef]:
+    def flat(self) -> tuple[list[str], Any]:
         """The names in the template, and its structure."""
         return jax.tree.flatten(self.template)
 
@@ -114,8 +115,9 @@ class Settings:
     @property
     def drops(self) -> bool:
         """True if an active adapter has a dropout."""
-        is_kernel = isinstance(self.template, LoHaWeight)
-        return is_kernel and any(map(_drops, self.template.active_adapters))
+        if isinstance(self.template, SavedWeight):
+            return False
+        return any(map(_drops, self.template.active_adapters))
 
 
 @dataclasses.dataclass(frozen=True)

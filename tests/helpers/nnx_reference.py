@@ -1,4 +1,4 @@
-"""LoHa in numpy for the tests of Flax NNX: ΔW by PEFT's formulas, folded by hand, added to a plain model's kernels."""
+"""LoHa in numpy for the tests of Flax NNX: ΔW by PEFT's formulas, added to a plain model."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_
 
 
 def place(model, path):
-    """The module with the attribute in which a path ends or passes, and the names of its siblings."""
+    """The module that holds what a path leads to, and how the names of its siblings begin."""
     *_, (owner, rest) = [
         (node, path[n:])
         for path in (path.split("/"),)

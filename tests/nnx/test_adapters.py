@@ -16,7 +16,7 @@ def float64(x64):
     """Every test computes in float64."""
 
 
-# ---------------------------------------------------------------------------------------------- several adapters
+# -------------------------------------------------------------------------------- several adapters
 
 
 def two_adapters(**settings):
@@ -175,7 +175,7 @@ def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
             np.testing.assert_array_equal(frozen[path], variable.get_value())
 
 
-# ---------------------------------------------------------------------------------------------- layouts and errors
+# ------------------------------------------------------------------------------ layouts and errors
 
 
 class Bare(nnx.Module):

@@ -1,4 +1,4 @@
-"""Files of adapted Flax NNX models (PEFT's beside the real PEFT, LyCORIS', Orbax's), and the author layers."""
+"""Files of adapted Flax NNX models (PEFT's, LyCORIS', Orbax's), and the author layers."""
 
 import json
 
@@ -124,9 +124,8 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     np.testing.assert_allclose(loaded(IMAGES), torch_output(theirs.eval()), rtol=0, atol=1e-5)
     assert loha_jax.explain(lambda m, x: m(x), loaded, IMAGES).dense == ()
     interop.save_peft(tmp_path / "again", loaded)
-    written, read = (
-        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", "theirs")
-    )
+    file = "adapter_model.safetensors"
+    written, read = (load_file(tmp_path / n / file) for n in ("again", "theirs"))
     assert written.keys() == read.keys()
     for key in read:
         np.testing.assert_array_equal(written[key], read[key])
@@ -247,7 +246,7 @@ def test_orbax_saves_and_restores_the_factors_alone(tmp_path):
     np.testing.assert_array_equal(other(IMAGES), model(IMAGES))
 
 
-# ---------------------------------------------------------------------------------------------- author layers
+# ----------------------------------------------------------------------------------- author layers
 
 LAYERS = {  # the layer, Flax's own, the shape of its input, and how ΔW folds into the kernel
     "LoHaLinear": (LoHaLinear, nnx.Linear, (4, 6), {}, (2, 4), dense),
@@ -295,9 +294,7 @@ def test_author_layers(name, x64):
     plain = plain_cls(*args, rngs=nnx.Rngs(0), **plain_options, **dtypes)
     layer = cls(*args, rngs=nnx.Rngs(0), **options, **ours, **dtypes)
     assert type(cls(*args, rngs=nnx.Rngs(0), **options)) is cls
-    np.testing.assert_array_equal(
-        getattr(layer, kernel).get_value(), getattr(plain, kernel).get_value()
-    )
+    np.testing.assert_array_equal(getattr(layer, kernel)[...], getattr(plain, kernel)[...])
     if getattr(plain, "bias", None) is not None:
         np.testing.assert_array_equal(layer.bias.get_value(), plain.bias.get_value())
     start = cls(*args, rngs=nnx.Rngs(0), **options, **dtypes)  # PEFT's first factors: no update
@@ -367,7 +364,8 @@ CORES = {"use_effective_conv2d": True}
         (
             CORES,
             {},
-            "one use_effective_conv2d for all modules, the adapter default has True in a, False in b",
+            "one use_effective_conv2d for all modules, the adapter default has True in a, "
+            "False in b",
         ),
         (
             {"rank_dropout": 0.5},

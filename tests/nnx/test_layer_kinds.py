@@ -1,4 +1,4 @@
-"""Flax NNX layers under `loha_jax.nnx.inject` and the author layers, beside the same layers with W + ΔW by numpy."""
+"""Flax NNX layers under `loha_jax.nnx.inject`, beside the same layers with W + ΔW by numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ ATTENTION = {f"attn/{n}/kernel": dense for n in ("query", "key", "value", "out")
 GATES = ["ii", "if_", "ig", "io", "hi", "hf", "hg", "ho"]
 X, IMAGE = (2, 5, 4), (2, 6, 5, 4)
 
-# name: the layer, the shape of its input (or the input), what it targets, and how ΔW folds into each kernel
+# name: the layer, its input or the shape of it, what it targets, and how ΔW folds into each kernel
 LAYERS = {
     "Linear": (
         lambda rngs: nnx.Sequential(nnx.Linear(4, 6, rngs=rngs, **F64)),

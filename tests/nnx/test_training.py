@@ -19,11 +19,11 @@ def float64(x64):
     """Every test computes in float64."""
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def functional(model, **settings):
-    """The model as a function of a tree, the tree adapted with the factors that `adapted` draws, and the function."""
+    """The tree of a model, with the factors that `adapted` draws, and the model as its function."""
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     tree = loha_jax.inject(params, config(**settings), key=nnx.Rngs(1).params())
@@ -122,9 +122,11 @@ def test_shapes_are_injected_without_values():
     inside = nnx.eval_shape(lambda: adapted())
     inject(shapes, config(), rngs=nnx.Rngs(1))
     real = adapted()
-    described = lambda m: [
-        (p, v.get_value().shape, v.get_value().dtype) for p, v in nnx.to_flat_state(nnx.state(m))
-    ]  # noqa: E731
+
+    def described(model):
+        flat = nnx.to_flat_state(nnx.state(model))
+        return [(path, v.get_value().shape, v.get_value().dtype) for path, v in flat]
+
     assert described(shapes) == described(inside) == described(real)
     assert nnx.graphdef(shapes) == nnx.graphdef(inside) == nnx.graphdef(real)
     assert nnx.eval_shape(lambda m, x: m(x), shapes, jnp.asarray(IDS)).shape == (2, 5, 3)
@@ -150,7 +152,7 @@ def test_sharding_metadata_of_the_base_stays():
         assert merged.get_metadata() == expected.get_metadata()
 
 
-# ---------------------------------------------------------------------------------------------- dropout
+# ----------------------------------------------------------------------------------------- dropout
 
 
 def drops(seed=1, **settings):

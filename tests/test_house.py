@@ -318,12 +318,6 @@ EXCEPTIONS = {
     "examples/several_processes.py::demonstrate": "A script, read from the top down.",
     "examples/stable_diffusion_parts.py::run": "A script, read from the top down.",
     "examples/torch_checkpoint.py::run": "A script, read from the top down.",
-    "tests/helpers/crash_writers.py": "Not split yet.",
-    "tests/interop/exchange/test_peft.py": "Not split yet.",
-    "tests/parity/test_base_weights.py": "Not split yet.",
-    "tests/parity/test_lora.py": "Not split yet.",
-    "tests/train/test_loop.py": "Not split yet.",
-    "tests/transform/test_adapt.py": "Not split yet.",
 }
 
 

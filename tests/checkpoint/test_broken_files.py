@@ -9,8 +9,6 @@ from loha_jax import checkpoint
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.interop import FileError
 
-# ---- broken files
-
 
 def files_of_a_checkpoint(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

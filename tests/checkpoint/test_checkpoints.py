@@ -46,9 +46,6 @@ KEYS = {
 }
 
 
-# ---- what is saved comes back
-
-
 @pytest.mark.parametrize(
     ("kind", "optimizer"), [*(("dense", name) for name in OPTIMIZERS), ("everything", "adamw")]
 )

@@ -9,8 +9,6 @@ from loha_jax import LoHaConfig, LycorisConfig, checkpoint
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.interop import FileError
 
-# ---- what does not belong together is an error
-
 
 def replaced(tree, path, change):
     tree = dict(tree)

@@ -12,7 +12,7 @@ import loha_jax
 from loha_jax import LoHaConfig
 from loha_jax.checkpoint import Checkpoints
 
-# ---- while the next step runs
+# --- while the next step runs ---
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -35,7 +35,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
                     np.testing.assert_array_equal(a, b)
 
 
-# ---- in new processes
+# --- in new processes ---
 
 
 def run(code, *arguments, devices=1):

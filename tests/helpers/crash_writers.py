@@ -10,22 +10,21 @@ import json
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import sys
-import time
 from ctypes import CDLL, c_uint32
 from pathlib import Path
 
 import numpy as np
+from crash_child import in_child
+from crash_results import OUT, PLACE, as_read, files_of, has_result, leftovers, verdict
 from jax._src import xla_bridge
 
 import loha_jax
 from loha_jax import interop
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
-from loha_jax.interop.disk.paired_files import PENDING
 from loha_jax.interop.merge.files import merge_checkpoint
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
@@ -34,11 +33,6 @@ from loha_jax.tree.leaves import LoHaWeight
 
 OLD, NEW = 1, 2
 SHAPE, RANK = (48, 40), 4
-PLACE = "place"  # the folder that is watched
-OUT = "out"
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def tree(version, alpha=None, names=("default",)):
@@ -117,134 +111,6 @@ WRITERS = {
     "convert to kohya": (convert("kohya"), True, ()),
     "convert to lora": (convert("lora"), True, ()),
 }
-
-
-# --- what is there afterwards -----------------------------------------------------------------------------------------
-
-
-def files_of(path):
-    """The content of a file or folder, without what begins with a dot."""
-    if path.is_file():
-        return {"": path.read_bytes()}
-    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
-    names = {str(p.relative_to(path)): p for p in found}
-    return {
-        name: p.read_bytes()
-        for name, p in names.items()
-        if not any(part[0] == "." for part in Path(name).parts)
-    }
-
-
-def as_read(path):
-    """The same with pending files in their places, as `load_peft` reads them."""
-    files = files_of(path)
-    for pending in path.rglob(f"{PENDING}/*") if path.is_dir() else ():
-        files[str((pending.parent.parent / pending.name).relative_to(path))] = pending.read_bytes()
-    return files
-
-
-def units(files):
-    """An adapter each, or the whole."""
-    inner = {name: data for name, data in files.items() if name.startswith("b/")}
-    return (
-        [inner, {name: data for name, data in files.items() if name not in inner}]
-        if inner
-        else [files]
-    )
-
-
-def has_result(files):
-    """Whether a reader finds anything: a checkpoint by its weights or their index, an adapter by its config."""
-    names = {Path(name).name for name in files}
-    marks = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json", ""}
-    return bool(names & marks)
-
-
-def verdict(files, old, new):
-    """Old, new or neither; of several adapters in one folder, of each."""
-    found = []
-    for n, unit in enumerate(units(files)):
-        wanted = {"old": units(old), "new": units(new)}
-        matching = [k for k, v in wanted.items() if n < len(v) and v[n] == unit]
-        if not matching and not has_result(unit):
-            matching = ["none"]
-        found += matching[:1] or ["MIX of " + ", ".join(sorted(unit))]
-    return " and ".join(sorted(set(found)))
-
-
-def leftovers(root):
-    return sorted(
-        str(p.relative_to(root)) for p in (root / PLACE).rglob(".*") if p.is_file() or p.is_dir()
-    )
-
-
-# --- cases ------------------------------------------------------------------------------------------------------------
-
-
-def in_child(run, *, point=None, kill_after=None):
-    """Runs in a fork; returns its exit status (a negative signal), what it said, and how many operations and seconds.
-
-    Args:
-        run: what is run.
-        point: it ends itself by SIGKILL before its so-and-so-many-th operation on files below the watched place.
-        kill_after: seconds after the first such operation when it is killed from here.
-    """
-    reader, writer = os.pipe()
-    said, say = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            watch(writer, point)
-            text = run() or ""
-            os.write(say, str(text).encode()[:60000])
-            os._exit(0)
-        except BaseException as error:
-            os.write(say, f"{type(error).__name__}: {error}".encode()[:60000])
-            os._exit(1)
-    os.close(writer)
-    os.close(say)
-    first = os.read(reader, 1)  # or the end
-    start = time.perf_counter()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    text = b""
-    while chunk := os.read(said, 65536):
-        text += chunk
-    _, status = os.waitpid(pid, 0)
-    seconds = time.perf_counter() - start
-    counted = first
-    while select.select([reader], [], [], 0)[0] and (chunk := os.read(reader, 65536)):
-        counted += chunk
-    os.close(reader)
-    os.close(said)
-    return os.waitstatus_to_exitcode(status), text.decode(), (len(counted), seconds)
-
-
-def watch(writer, point):
-    """Counts operations on files below the place, a byte each into a pipe, and ends the process at one of them."""
-    count = 0
-
-    def hook(event, arguments):
-        nonlocal count
-        known = event in ("open", "crash.call") or event.startswith(("os.", "shutil.", "tempfile."))
-        if not known or not (event == "crash.call" or any(PLACE in str(a) for a in arguments[:2])):
-            return
-        os.write(writer, b".")
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def audited(call):
-        def run(*arguments):
-            sys.audit("crash.call")
-            return call(*arguments)
-
-        return run
-
-    for name in ("pwrite", "fsync"):  # of which Python itself tells nothing
-        setattr(os, name, audited(getattr(os, name)))
-    sys.addaudithook(hook)
 
 
 def prepare(root):

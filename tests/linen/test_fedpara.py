@@ -10,8 +10,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEmbed
 
-# --- FedPara ----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.usefixtures("x64")
 @each_case

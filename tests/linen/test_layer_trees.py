@@ -19,8 +19,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaDense, LoHaDenseGeneral
 
-# --- loha_jax's trees, and PEFT ---------------------------------------------------------------------------------------
-
 
 class PlainTied(nn.Module):
     """The same model of Flax's own layers."""

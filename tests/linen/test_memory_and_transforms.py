@@ -17,8 +17,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEinsum, LoHaEmbed
 
-# --- no array of the kernel's shape -----------------------------------------------------------------------------------
-
 
 def made(compiled, *shape):
     """Operations of a program whose result has this shape."""

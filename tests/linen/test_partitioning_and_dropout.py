@@ -11,7 +11,7 @@ from scipy import stats
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEmbed
 
-# --- partitioning -----------------------------------------------------------------------------------------------------
+# --- partitioning ---
 
 
 @pytest.mark.parametrize("wrap", [nn.with_partitioning, nn.with_logical_partitioning])
@@ -108,7 +108,7 @@ def test_logical_rules_map_the_names():
     assert mesh_specs["params"]["hada_w1_a"] == jax.sharding.PartitionSpec("model", None)
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 def update_of(layer, params, **kwargs):

@@ -192,9 +192,6 @@ def test_bad_arguments():
         loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(params, *args)
 
 
-# --- which arguments have rows ---
-
-
 def small(r=2):
     params = {"q": {"kernel": jax.random.normal(KEY, (4, 4))}}
     for n, name in enumerate(NAMES):

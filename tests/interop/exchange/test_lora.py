@@ -18,8 +18,6 @@ from loha_jax.interop.formats.lora_config import exact_targets
 from loha_jax.targets.matching import Match, match_target
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
-# --- trees and folders ------------------------------------------------------------------------------------------------
-
 
 def adapted(sample):
     return interop.load_peft(

@@ -15,8 +15,6 @@ from loha_jax.interop.formats.lora_files import read_lora
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.runtime.untrusted import FileError
 
-# --- the way in -------------------------------------------------------------------------------------------------------
-
 BASE = {
     "q": {"kernel": jnp.linspace(-1, 1, 20).reshape(5, 4), "bias": jnp.zeros(4)},
     "conv": {"kernel": jnp.linspace(-1, 1, 54).reshape(3, 3, 2, 3)},

@@ -82,7 +82,10 @@ def test_inject(name, kind):
 
 def test_cores_and_norms():
     kernel = jax.random.normal(KEY, (3, 3, 4, 6))
-    place_kernel = lambda tree: {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}  # noqa: E731
+
+    def place_kernel(tree):
+        return {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}
+
     config = LoHaConfig(r=2, target_modules=".*", use_effective_conv2d=True)
     factors = factors_of(
         loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"})

@@ -50,7 +50,10 @@ def adapted(base, layouts=None, targets="all-linear", r=3, **kwargs):
     config = LoHaConfig(r=r, alpha=2 * r, target_modules=targets, init_weights=True, **kwargs)
     params = loha_jax.inject(base, config, key=KEY, layouts=layouts)
     mask, random = loha_jax.trainable_mask(params), np.random.default_rng(8)
-    draw = lambda x, m: jnp.asarray(0.6 * random.standard_normal(x.shape), x.dtype) if m else x  # noqa: E731
+
+    def draw(x, m):
+        return jnp.asarray(0.6 * random.standard_normal(x.shape), x.dtype) if m else x
+
     return jax.tree.map(draw, params, mask)
 
 

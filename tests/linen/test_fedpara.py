@@ -130,7 +130,10 @@ def test_forward_mode():
     for fields in ({"init_weights": False}, {"fedpara": True}):
         layer = LoHaDense(4, r=2, forward_mode=True, **fields)
         params = layer.init(KEY, x)
-        f = lambda p, layer=layer: layer.apply(p, x)  # noqa: E731
+
+        def f(p, layer=layer):
+            return layer.apply(p, x)
+
         tangent = randomised(params)
         if "kernel" in tangent["params"]:
             tangent["params"]["kernel"] *= 0

@@ -127,7 +127,10 @@ def decomposed(shape, layout, on_out, cp=False, **kwargs):
     layouts = {"q": layout}
     params = loha_jax.inject(base, config, key=KEY, layouts=layouts)
     mask = loha_jax.trainable_mask(params)
-    draw = lambda x, m: jnp.asarray(0.5 + random.random(x.shape)) if m else x  # noqa: E731
+
+    def draw(x, m):
+        return jnp.asarray(0.5 + random.random(x.shape)) if m else x
+
     return jax.tree.map(draw, params, mask)
 
 
@@ -187,7 +190,10 @@ def test_values_and_gradients_are_those_of_the_formula(use, on_out, x64):
     function, shape, layout, x_shape, cp, in_is_factored = USES[use]
     params = decomposed(shape, layout, on_out, cp, use_scalar=use in ("dense", "scan", "conv"))
     x = jnp.asarray(np.random.default_rng(4).standard_normal(x_shape))
-    fn = lambda p, x: function(p["q"]["kernel"], x)  # noqa: E731
+
+    def fn(p, x):
+        return function(p["q"]["kernel"], x)
+
     want = value_and_gradient(lambda p, x: function(formula(p["q"]["kernel"]), x), params, x)
     base = fn(loha_jax.unload(params), x)
     assert np.abs(want[0] - base).max() > 0.1
@@ -204,10 +210,13 @@ def test_forward_mode(x64):
     )
     trainable, frozen = loha_jax.partition(params)
     tangents = jax.tree.map(jnp.ones_like, trainable)
-    product = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
-    run = lambda apply: jax.jvp(
-        lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,)
-    )  # noqa: E731
+
+    def product(p, x):
+        return x @ p["q"]["kernel"]
+
+    def run(apply):
+        return jax.jvp(lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,))
+
     want = run(lambda p, x: x @ formula(p["q"]["kernel"]))
     assert_close(run(loha_jax.adapt(product, strategy="factored", forward_mode=True)), want)
 
@@ -238,7 +247,10 @@ def test_two_adapters_add_their_differences_from_the_base(x64):
     want = formula(leaf) + formula(other) - leaf.kernel
     np.testing.assert_allclose(loha_jax.merge(both)["q"]["kernel"], want, rtol=1e-12)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 4)))
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["q"]["kernel"]
+
     for strategy in ("factored", "fused"):
         np.testing.assert_allclose(
             loha_jax.adapt(fn, strategy=strategy)(both, x), x @ want, rtol=1e-11
@@ -295,7 +307,10 @@ def test_nothing_of_the_kernels_shape_is_made_but_its_squares(on_out):
 
     params = loha_jax.inject(base, config, key=KEY)
     trainable, frozen = loha_jax.partition(params)
-    loss = lambda t, f, x: loha_jax.adapt(forward)(loha_jax.combine(t, f), x).sum()  # noqa: E731
+
+    def loss(t, f, x):
+        return loha_jax.adapt(forward)(loha_jax.combine(t, f), x).sum()
+
     x = jax.ShapeDtypeStruct((64, width), jnp.float32)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, x).compile()
     entry = re.split(r"\n\s*ENTRY ", compiled.as_text())[

@@ -156,7 +156,10 @@ def test_optimizers_that_ask_for_the_loss_get_it(name):
     trained, frozen = loha_jax.partition(params)
     state = tx.init(trained)
     for batch in batches:
-        value_fn = lambda t, batch=batch: loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0]  # noqa: E731
+
+        def value_fn(t, batch=batch):
+            return loss_fn(loha_jax.combine(t, frozen), batch, KEY)[0]
+
         value, grad = jax.value_and_grad(value_fn)(trained)
         updates, state = tx.update(grad, state, trained, value=value, grad=grad, value_fn=value_fn)
         trained = optax.apply_updates(trained, updates)

@@ -56,7 +56,10 @@ def test_bfloat16_follows_pefts_dtype_rule():
 def test_forward_mode():
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
     x = normal(5, 4, seed=1)
-    fn = lambda p, x: x @ p["m"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["m"]["kernel"]
+
     trainable, frozen = loha_jax.partition(params)
     for strategy in ("factored", "fused", "dense"):
         run = loha_jax.adapt(fn, strategy=strategy, forward_mode=True)
@@ -109,7 +112,10 @@ def test_parameters_that_are_returned_are_returned_adapted():
 
 def test_values_closed_over_from_an_outer_trace():
     params = adapted({"m": {"kernel": normal(4, 6)}}, None, ["m"])
-    outer = lambda x: loha_jax.adapt(lambda p: (x @ p["m"]["kernel"]).sum())(params)  # noqa: E731
+
+    def outer(x):
+        return loha_jax.adapt(lambda p: (x @ p["m"]["kernel"]).sum())(params)
+
     gradient = jax.jit(jax.grad(outer))(normal(5, 4))
     assert_close(gradient, jnp.ones((5, 6)) @ loha_jax.merge(params)["m"]["kernel"].T, 2e-5)
 
@@ -180,7 +186,10 @@ def test_constants_come_back_as_jax_returns_them():
 
 def test_a_function_that_closes_over_its_weights_is_told_so():
     params, x = adapted({"q": {"kernel": normal(4, 4)}}), normal(2, 4)
-    closed = lambda x: x @ params["q"]["kernel"]  # noqa: E731
+
+    def closed(x):
+        return x @ params["q"]["kernel"]
+
     for fn, args in ((closed, (x,)), (partial(lambda p, x: x @ p["q"]["kernel"], params), (x,))):
         with pytest.warns(
             UserWarning, match=r"closes over adapted kernels .*Pass the adapted tree"

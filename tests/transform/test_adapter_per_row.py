@@ -50,7 +50,10 @@ def tree(names=NAMES, r=2, **kwargs):
         )
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
     noise = np.random.default_rng(0)
-    add = lambda x, m: x + jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if m else x  # noqa: E731
+
+    def add(x, m):
+        return x + jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if m else x
+
     params = loha_jax.set_adapter(params, names)
     return jax.tree.map(add, params, loha_jax.trainable_mask(params))
 
@@ -93,7 +96,10 @@ def test_one_row_decoding():
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
     params = loha_jax.set_adapter(params, NAMES)
     x = jax.random.normal(jax.random.key(1), (3, 24))
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["q"]["kernel"]
+
     got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 1, 0]))(params, x)
     for row, name in enumerate(("german", "german", "french")):
         want = x[row] @ loha_jax.merge(loha_jax.set_adapter(params, name))["q"]["kernel"]
@@ -124,7 +130,10 @@ def test_an_adapter_that_lacks_a_module_leaves_it_alone():
         config = LoHaConfig(r=2, target_modules=targets, init_weights=False)
         params = loha_jax.inject(params, config, key=KEY, adapter_name=name)
     params = loha_jax.set_adapter(params, ["both", "one"])
-    fn = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"]
+
     x = jax.random.normal(KEY, (2, 6))
     got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 0]))(params, x)
     for row, name in enumerate(("one", "both")):
@@ -141,7 +150,10 @@ def test_no_weight_is_built():
             params, LoHaConfig(r=2, target_modules=["q"]), key=KEY, adapter_name=name
         )
     params = loha_jax.set_adapter(params, NAMES)
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["q"]["kernel"]
+
     x = jax.ShapeDtypeStruct((batch, 3, width), jnp.float32)
 
     def made(strategy):
@@ -290,9 +302,10 @@ def test_one_array_with_the_batchs_size_needs_no_in_axes():
 
 def test_in_axes_that_do_not_fit():
     params, index = small(), jnp.array([1, 0, 2])
-    run = lambda in_axes, *args, **kw: loha_jax.adapt(
-        positions, adapter_index=index, in_axes=in_axes, **kw
-    )(*args)  # noqa: E731
+
+    def run(in_axes, *args, **kw):
+        return loha_jax.adapt(positions, adapter_index=index, in_axes=in_axes, **kw)(*args)
+
     x, at = B3, jnp.arange(3.0)
     for in_axes, message in {
         (0, 0, None): r"p\['q'\]\['kernel'\] is adapted: it has no rows",

@@ -12,7 +12,9 @@ import loha_jax
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_takes_one_layer_of_a_stack_per_step(remat, length):
     def fn(p, x):
-        body = lambda c, w: (jnp.tanh(c @ w), c.sum())  # noqa: E731
+        def body(c, w):
+            return (jnp.tanh(c @ w), c.sum())
+
         return jax.lax.scan(
             jax.checkpoint(body) if remat else body, x, jnp.asarray(p["layers"]["kernel"])
         )

@@ -28,7 +28,10 @@ def compiled_step(tokens, strategy=None, base=None):
     base = base or base_shapes()
     x = jax.ShapeDtypeStruct((tokens, WIDTH), jnp.float32)
     if strategy is None:
-        step = lambda params, x: jax.value_and_grad(lambda x: forward(params, x).sum())(x)  # noqa: E731
+
+        def step(params, x):
+            return jax.value_and_grad(lambda x: forward(params, x).sum())(x)
+
         return jax.jit(step).lower(base, x).compile()
     config = loha_jax.LoHaConfig(r=RANK, target_modules=list(base))
     trainable, frozen = loha_jax.partition(loha_jax.inject(base, config, key=jax.random.key(0)))
@@ -131,7 +134,10 @@ def conv_step(strategy, layers, cp, width=512):
         loha_jax.inject(kernels, config, key=jax.random.key(0), layouts={r"\d": "kkio"})
     )
     apply = loha_jax.adapt(forward, strategy=strategy)
-    loss = lambda t, x, f: apply(loha_jax.combine(t, f), x).sum()  # noqa: E731
+
+    def loss(t, x, f):
+        return apply(loha_jax.combine(t, f), x).sum()
+
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(trainable, x, frozen).compile()
 
 
@@ -165,7 +171,10 @@ def test_decoding_costs_at_most_10_percent_more(tokens):
         key=jax.random.key(0),
     )
     x = jax.ShapeDtypeStruct((tokens, 4096), jnp.float32)
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["q"]["kernel"]
+
     frozen = jax.jit(fn).lower({"q": {"kernel": kernel}}, x).compile().cost_analysis()
     adapted = jax.jit(loha_jax.adapt(fn, training=False)).lower(params, x).compile().cost_analysis()
     assert adapted["flops"] <= 1.1 * frozen["flops"]

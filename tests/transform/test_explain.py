@@ -18,7 +18,10 @@ import loha_jax
 def test_strategies_by_module_name_and_unknown_ones():
     base = {"a": {"kernel": normal(4, 6)}, "b": {"kernel": normal(6, 4)}}
     params = adapted(base, None, ["a", "b"])
-    fn = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"]
+
     uses = loha_jax.explain(fn, params, normal(5, 4), strategy={"a": "fused", "b": "factored"}).uses
     assert {use.module: use.strategy for use in uses} == {"a": "fused", "b": "factored"}
     check(partial(fn), params, normal(5, 4))

@@ -38,7 +38,10 @@ LOOKUPS = {
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_lookups_out_of_range_give_what_the_plain_table_gives(name):
     params = adapted({"q": {"embedding": normal(10, 6)}}, {"q": "oi"})
-    fn = lambda p: LOOKUPS[name](p["q"]["embedding"])  # noqa: E731
+
+    def fn(p):
+        return LOOKUPS[name](p["q"]["embedding"])
+
     got, want = loha_jax.adapt(fn)(params), fn(loha_jax.merge(params))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
     uses = {use.strategy for use in loha_jax.explain(fn, params).uses}

@@ -100,7 +100,10 @@ class NNXNet(nnx.Module):
 
 def test_nnx_state():
     graph, state = nnx.split(NNXNet(nnx.Rngs(0)))
-    fn = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+
+    def fn(state, x):
+        return nnx.merge(graph, state)(x)
+
     x = normal(2, 5, 8, seed=1)
     layouts = loha_jax.infer_layouts(fn, state, x)
     assert layouts["attn.out"] == "iio"

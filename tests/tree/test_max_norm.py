@@ -71,7 +71,10 @@ def test_the_adapters_that_are_named_are_limited():
         {"q": {"kernel": jnp.zeros((4, 4))}}, config, key=KEY, adapter_name="a"
     )
     params = loha_jax.inject(params, config, key=KEY, adapter_name="b")
-    of = lambda p, name: float(jnp.linalg.norm(loha_jax.merge(p, [name])["q"]["kernel"]))  # noqa: E731
+
+    def of(p, name):
+        return float(jnp.linalg.norm(loha_jax.merge(p, [name])["q"]["kernel"]))
+
     limit = of(params, "a") / 4
     for given, limited in ((None, ["b"]), (["a"], ["a"]), (["a", "b"], ["a", "b"])):
         result = loha_jax.apply_max_norm(params, limit, given)

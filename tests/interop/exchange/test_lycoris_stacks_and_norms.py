@@ -110,7 +110,10 @@ class TestNorms:
     def base(dtype=jnp.float32):
         random = np.random.default_rng(3)
         values = iter(jnp.asarray(random.standard_normal(4), dtype) for _ in range(9))
-        norm = lambda: {"scale": next(values), "bias": next(values)}  # noqa: E731
+
+        def norm():
+            return {"scale": next(values), "bias": next(values)}
+
         return {
             "q": {"kernel": jnp.ones((4, 4), dtype)},
             "norm": norm(),

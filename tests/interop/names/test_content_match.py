@@ -79,7 +79,9 @@ def build(found, values, file_dtype, leaf_dtype):
 
 
 def rounded(array, *dtypes):
-    digits = lambda d: ml_dtypes.finfo(d).nmant  # noqa: E731
+    def digits(d):
+        return ml_dtypes.finfo(d).nmant
+
     return np.asarray(array).astype(min((np.dtype(d) for d in dtypes), key=digits))
 
 

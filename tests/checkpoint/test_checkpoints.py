@@ -15,7 +15,10 @@ from loha_jax.checkpoint import Checkpoints
 
 @functools.cache
 def everything():
-    """Stacks of unequal rank, cores, a weight decomposition, a scalar, copies, two adapters of which one is scaled."""
+    """Stacks of unequal rank, cores, a weight decomposition, a scalar, copies, two adapters.
+
+    One of the adapters is scaled.
+    """
     config = LycorisConfig(
         r=2,
         alpha=3,

@@ -30,7 +30,8 @@ OTHERS = {
     "a leaf that is not adapted": (
         lambda: inject(replaced(base(), ["head", "bias"], lambda x: x * 2)),
         [
-            "params['head']['bias'] (base): given other values, the checkpoint was made on bfloat16[2]"
+            "params['head']['bias'] (base): given other values, the checkpoint was made on "
+            "bfloat16[2]"
         ],
     ),
     "two leaves": (
@@ -53,7 +54,8 @@ OTHERS = {
     "a leaf less": (
         lambda: without(dense(), "conv"),
         [
-            "params['conv']['kernel'] (base): given nothing, the checkpoint was made on float32[3,3,4,6]"
+            "params['conv']['kernel'] (base): given nothing, the checkpoint was made on "
+            "float32[3,3,4,6]"
         ],
     ),
     "rank": (

@@ -10,11 +10,14 @@ from crash_results import PLACE
 
 
 def in_child(run, *, point=None, kill_after=None):
-    """Runs in a fork; returns its exit status (a negative signal), what it said, and how many operations and seconds.
+    """Runs in a fork.
+
+    Returns its exit status (a negative signal), what it said, and how many operations and seconds.
 
     Args:
         run: what is run.
-        point: it ends itself by SIGKILL before its so-and-so-many-th operation on files below the watched place.
+        point: it ends itself by SIGKILL before its so-and-so-many-th operation on files below the
+            watched place.
         kill_after: seconds after the first such operation when it is killed from here.
     """
     reader, writer = os.pipe()
@@ -50,7 +53,10 @@ def in_child(run, *, point=None, kill_after=None):
 
 
 def watch(writer, point):
-    """Counts operations on files below the place, a byte each into a pipe, and ends the process at one of them."""
+    """Count operations on files below the place, and end the process at one of them.
+
+    Each operation writes a byte into a pipe.
+    """
     count = 0
 
     def hook(event, arguments):

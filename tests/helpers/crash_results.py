@@ -40,7 +40,7 @@ def units(files):
 
 
 def has_result(files):
-    """Whether a reader finds anything: a checkpoint by its weights or their index, an adapter by its config."""
+    """Tell if a reader finds a checkpoint (weights or their index) or an adapter (a config)."""
     names = {Path(name).name for name in files}
     marks = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json", ""}
     return bool(names & marks)

@@ -1,9 +1,12 @@
-"""The writers of `loha_jax.interop`, ended at chosen moments: run by test_crash_safety.py in a process of its own.
+"""The writers of `loha_jax.interop`, ended at chosen moments.
+
+Run by test_crash_safety.py in a process of its own.
 
     python crash_writers.py FOLDER CASES SEED [WRITER ...]
 
-Every case forks this process, which has imported everything and started nothing, so that a case takes little time. The
-result is JSON on the last line: `{check: {writer: {...}}}`. CASES is the number of kills of each writer.
+Every case forks this process, which has imported everything and started nothing, so that a case
+takes little time. The result is JSON on the last line: `{check: {writer: {...}}}`. CASES is the
+number of kills of each writer.
 """
 
 import json
@@ -36,7 +39,10 @@ SHAPE, RANK = (48, 40), 4
 
 
 def tree(version, alpha=None, names=("default",)):
-    """An adapted tree of numpy arrays. Its shapes are the same in all versions: a mix of two would load."""
+    """An adapted tree of numpy arrays.
+
+    Its shapes are the same in all versions: a mix of two would load.
+    """
     values = np.random.default_rng(version)
     alpha = float(version if alpha is None else alpha)
     adapters = {}
@@ -120,7 +126,10 @@ def prepare(root):
 
 
 def setup(root, writer):
-    """The place as it is before; the content of the old and the new result, and what making it takes."""
+    """Make the place as it is before a write.
+
+    Returns the write, the contents of the old and the new result, and what the write takes.
+    """
     make, has_old, strange = WRITERS[writer]
     sources = root.parent / "sources"
     shutil.rmtree(root, ignore_errors=True)
@@ -190,7 +199,7 @@ def kill(root, writer, cases, seed):
 
 
 def full_disk(root, writer, cases):
-    """Files may not grow past a size, as where a disk is full; then on a small disk, if one can be had."""
+    """Limit the size of files, as on a full disk; then use a small disk, if one can be had."""
     write, old, new, _, _ = setup(root, writer)
     sizes = [p.stat().st_size for p in (root / PLACE).rglob("*") if p.is_file()]
     largest, needed = max(sizes), sum(-(-size // 4096) + 1 for size in sizes)

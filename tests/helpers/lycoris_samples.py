@@ -1,4 +1,7 @@
-"""Adapters that LyCORIS 4.1.3 wrote (tests/data/lycoris/README.md), their base weights and network in JAX."""
+"""Adapters that LyCORIS 4.1.3 wrote, their base weights and network in JAX.
+
+tests/data/lycoris/README.md says how they were made.
+"""
 
 from pathlib import Path
 
@@ -86,7 +89,10 @@ def model(params, inputs):
 
 
 def trained(base, config, layouts):
-    """An adapter as `inject` makes it, with values as after training (and without compiling its initialisation)."""
+    """An adapter as `inject` makes it, with values as after training.
+
+    Its initialisation is not compiled.
+    """
     random = np.random.default_rng(0)
 
     def values(shape, mean=0.0):

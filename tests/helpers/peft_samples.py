@@ -1,4 +1,7 @@
-"""Adapters that PEFT 0.21.2 wrote, with its own numbers (tests/data/peft/README.md), as JAX trees."""
+"""Adapters that PEFT 0.21.2 wrote, with its own numbers, as JAX trees.
+
+tests/data/peft/README.md says how they were made.
+"""
 
 import json
 from dataclasses import dataclass

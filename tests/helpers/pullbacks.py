@@ -1,4 +1,4 @@
-"""An adapted function beside the merged one in float64: its result, and cotangents of the factors and x."""
+"""An adapted function beside the merged one: its values, and gradients of the factors and x."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,10 @@ def assert_close(got, want, bound):
 
 
 def check(fn, params, *args, strategies=("factored", "fused"), dense=(), plain=True):
-    """Values to 2e-5 and gradients to 1e-3 of their largest entry; `dense` lists the primitives that form a weight."""
+    """Compare values to 2e-5 and gradients to 1e-3 of their largest entry.
+
+    `dense` lists the primitives that form a weight.
+    """
     trainable, frozen = loha_jax.partition(params)
 
     def value_and_gradient(apply):

@@ -14,7 +14,10 @@ WIDTH, CLASSES = 8, 4
 
 
 def adapted(dtype=jnp.float32, layers=0, **options):
-    """A linear classifier whose biases are trained whole, after a stack of layers that a scan runs."""
+    """A linear classifier whose biases are trained in full.
+
+    A scan over a stack of layers comes first, if there are `layers`.
+    """
     keys = jax.random.split(KEY, 3)
     base = {
         "out": {"kernel": jax.random.normal(keys[0], (WIDTH, CLASSES), dtype)},

@@ -1,4 +1,7 @@
-"""Files of LyCORIS, kohya, OneTrainer and SimpleTuner with more than plain factors, by formulas in float64."""
+"""Files of LyCORIS, kohya, OneTrainer and SimpleTuner with more than plain factors.
+
+The reference is formulas in float64.
+"""
 
 import json
 import re
@@ -80,12 +83,13 @@ def test_the_convolutions_of_onetrainer(name, tmp_path):
         (
             "both",
             (2, 4, 9),
-            r"down\.conv: a kernel \[in, \.\.\.\] of \[4, 9\] in the file, \[4, 3, 3\] in the model",
+            r"down\.conv: a kernel \[in, \.\.\.\] of \[4, 9\] in the file, \[4, 3, 3\] in the "
+            r"model",
         ),
     ],
 )
 def test_a_misshapen_convolution_is_refused_by_name(part, shape, match, tmp_path):
-    """As many values as fit is not enough: `[r, 9, 2, 2]` and `[r, 4, 3, 3]` are different kernels."""
+    """Factors with the right number of values in another shape are refused."""
     tensors = loha("conv", "conv")
     for key in ("hada_w1_b", "hada_w2_b") if part == "both" else (part,):
         tensors[key] = normal(*shape)

@@ -83,7 +83,10 @@ def test_stacked_layers_come_and_go_whatever_the_axis(axis, block):
 
 
 def test_transforms_inside_of_transforms_and_stacks_of_their_own():
-    """A stack axis of the layer (2), one of a vmap (3) between in (4) and out (5) axes, one of a scan (6) before."""
+    """A stack axis of the layer (2), one of a vmap (3) and one of a scan (6).
+
+    The vmap's is between in (4) and out (5) axes, the scan's is the first.
+    """
     fields = {"features": 5, "batch_dims": (0,), "r": 2, "init_weights": False}
 
     class Body(nn.Module):

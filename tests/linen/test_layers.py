@@ -72,7 +72,8 @@ def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_it
 @each_case
 def test_kernel_and_bias_start_as_flax_starts_them_and_the_output_too(case):
     layer, plain, x = case.layer(), case.plain(), case.inputs()
-    # As users compile: unoptimised (tests/conftest.py), the same operations round differently in different programs.
+    # As users compile: unoptimised (tests/conftest.py), the same operations round differently in
+    # different programs.
     jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     y, variables = jit(lambda: layer.init_with_output(KEY, x, method=case.method))()
     y_want, want = jit(lambda: plain.init_with_output(KEY, x, method=case.method))()

@@ -29,7 +29,10 @@ def made(compiled, *shape):
 
 
 def compiled_step(layer, x, method=None):
-    """Value and gradients of the factors and of a floating x; a layer without factors gives those of x alone."""
+    """Value and gradients of the factors and of a floating x.
+
+    A layer without factors gives those of x alone.
+    """
     params = jax.eval_shape(
         lambda: layer.init(KEY, jnp.zeros(x.shape, x.dtype), method=method)["params"]
     )

@@ -1,4 +1,7 @@
-"""Weight decomposition against its formula on the dense weight, W + m (d/‖W + ΔW‖ (W + ΔW) - W), in float64."""
+"""Weight decomposition against its formula on the dense weight, in float64.
+
+W + m (d/‖W + ΔW‖ (W + ΔW) - W)
+"""
 
 import dataclasses
 import re
@@ -33,7 +36,8 @@ def scanned(w, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
 
-# name: (function of (w, x), kernel shape, layout, x shape, cores, whether norms per in feature have a factored form)
+# name: (function of (w, x), kernel shape, layout, x shape, cores, whether norms per in feature have
+# a factored form)
 USES = {
     "dense": (lambda w, x: x @ w, (4, 6), "io", (5, 4), False, True),
     "transposed": (lambda w, x: x @ w.T, (6, 4), "oi", (5, 4), False, True),
@@ -112,7 +116,10 @@ USES = {
 
 
 def decomposed(shape, layout, on_out, cp=False, **kwargs):
-    """A tree of one kernel with every trained array drawn at random; an update about as large as the weight."""
+    """A tree of one kernel with every trained array drawn at random.
+
+    An update about as large as the weight.
+    """
     random = np.random.default_rng(3)
     base = {"q": {"kernel": jnp.asarray(random.standard_normal(shape))}}
     config = LycorisConfig(
@@ -295,7 +302,10 @@ def test_each_row_through_its_own_adapter():
 
 @pytest.mark.parametrize("on_out", [True, False], ids=["out", "in"])
 def test_nothing_of_the_kernels_shape_is_made_but_its_squares(on_out):
-    """ΔW is not built for the norms either: the compiled step squares W and multiplies with r² columns."""
+    """ΔW is not built for the norms either.
+
+    The compiled step squares W and multiplies with r² columns.
+    """
     width = 512
     base = {str(n): {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)} for n in range(2)}
     config = LycorisConfig(r=3, target_modules=["0", "1"], weight_decompose=True, wd_on_out=on_out)

@@ -97,7 +97,9 @@ CASES: dict[str, Case] = {
                 "down_proj",
                 "lm_head",
             ),
-            quirk="FlaxLlama ignores rope_theta and leaves a tied lm_head random: 10,000 and untied",
+            quirk=(
+                "FlaxLlama ignores rope_theta and leaves a tied lm_head random: 10,000 and untied"
+            ),
         ),
         *_linear(
             _hf.mistral,
@@ -123,22 +125,33 @@ CASES: dict[str, Case] = {
         *_convolutions(
             _hf.resnet_basic,
             "convolution",
-            quirk="transformers cannot load it (layer_0 is torch's layer.0); load_base and NameMap do",
+            quirk=(
+                "transformers cannot load it (layer_0 is torch's layer.0); load_base and NameMap do"
+            ),
         ),
         *_convolutions(_hf.regnet, "convolution"),
         *_convolutions(_hf.clip, "patch_embedding", *_TEXT, "text_projection", "visual_projection"),
         *_convolutions(
             _hf.whisper,
             *("conv1", "conv2", *_TEXT),
-            quirk="PEFT's Conv1d has no .stride, which WhisperEncoder reads: it is lent that of the layer inside",
+            quirk=(
+                "PEFT's Conv1d has no .stride, which WhisperEncoder reads: it is lent that of "
+                "the layer inside"
+            ),
             peft_stride=True,
         ),
         *_convolutions(
             _hf.wav2vec2,
             config={
-                "target_modules": r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj|out_proj)"
+                "target_modules": (
+                    r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj"
+                    r"|out_proj)"
+                )
             },
-            quirk="pos_conv_embed is left out: its stored weights are weight_v and weight_g, no kernel",
+            quirk=(
+                "pos_conv_embed is left out: its stored weights are weight_v and weight_g, no "
+                "kernel"
+            ),
         ),
         *_linear(_hf.clip_text, *_TEXT, config=_STABLE_DIFFUSION),
         *_convolutions(_sd.unet, *_UNET, *_UNET_CONVOLUTIONS, config=_STABLE_DIFFUSION),
@@ -164,7 +177,10 @@ CASES: dict[str, Case] = {
         *_linear(
             _other.keras_bert,
             *("query", "key", "value", "dense"),
-            quirk="keras-hub's gelu is that by tanh, whatever the checkpoint says: PyTorch's is set to it",
+            quirk=(
+                "keras-hub's gelu is that by tanh, whatever the checkpoint says: PyTorch's is "
+                "set to it"
+            ),
         ),
     ]
 }
@@ -196,4 +212,7 @@ REAL_CASES: dict[str, Case] = {
         ),
     ]
 }
-"""Real weights, of packages that may not be installed; the size of a `Trial` counts for the seed alone."""
+"""Real weights, of packages that may not be installed.
+
+The size of a `Trial` counts only for the seed.
+"""

@@ -44,7 +44,10 @@ def weights(params):
 
 
 def test_flax_keeps_the_kernels_as_out_in(twins, adapted):
-    """FlaxConv1D's kernels are [out, in], unlike those of every Dense; the name map says so, and so does the model."""
+    """FlaxConv1D's kernels are [out, in], unlike those of every Dense.
+
+    The name map says so, and so does the model.
+    """
     assert {leaf.layout.word for leaf in weights(adapted)} == {"oi"}
     inferred = loha_jax.infer_layouts(twins.fn, twins.params, twins.inputs)
     assert {inferred[leaf.label] for leaf in weights(adapted)} == {"oi"}

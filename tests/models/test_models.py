@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.slow,
     # The last releases of transformers and diffusers with Flax say on import that they are.
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
-    # PEFT asks the Hugging Face hub, which cannot be reached, whether the base model's vocabulary was enlarged.
+    # PEFT asks the Hugging Face hub, which cannot be reached, whether the base model's vocabulary
+    # was enlarged.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
@@ -76,7 +77,8 @@ def test_all_linear_is_what_peft_calls_so(trial):
         copy.deepcopy(twins.module), peft.LoHaConfig(**config)
     ).targeted_module_names
     if trial.case.build is wav2vec2:
-        # PEFT leaves out what a model says is its output embedding. Wav2Vec2ForCTC says nothing of its lm_head.
+        # PEFT leaves out what a model says is its output embedding. Wav2Vec2ForCTC says nothing of
+        # its lm_head.
         theirs.remove("lm_head")
     inferred = loha_jax.infer_layouts(twins.fn, twins.params, twins.inputs)
     for layouts in (inferred, twins.layouts):

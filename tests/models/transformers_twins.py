@@ -1,4 +1,7 @@
-"""Hugging Face transformers' PyTorch models and their Flax twins (4.57 is the last release that has these)."""
+"""Hugging Face transformers' PyTorch models and their Flax twins.
+
+4.57 is the last release that has these.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def of_module(
     output: str = "logits",
     tied: Mapping[str, str] | None = None,
 ) -> Twins:
-    """A PyTorch model and its Flax twin, which reads the same checkpoint; `tied` as for `load_base`."""
+    """A PyTorch model and its Flax twin, which reads the same checkpoint.
+
+    `tied` as for `load_base`.
+    """
     flax_model = flax_class(module.config, _do_init=False)
     names = NameMap.transformers(module.config.model_type)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +105,10 @@ def distilbert(size: Size) -> Twins:
 
 
 def electra(size: Size) -> Twins:
-    """FlaxElectra takes all tokens for a second sentence's by default, PyTorch for the first one's: both are told."""
+    """FlaxElectra takes all tokens for a second sentence's by default, PyTorch for the first one's.
+
+    Both are told.
+    """
     ids = size.ids()
     config = hf.ElectraConfig(**_encoder_sizes(size), embedding_size=size.width // 2)
     classes = hf.ElectraForSequenceClassification, hf.FlaxElectraForSequenceClassification
@@ -185,7 +194,10 @@ def _decoder_sizes(size: Size) -> dict[str, Any]:
 
 
 def llama(size: Size) -> Twins:
-    """FlaxLlama computes with a rotary base of 10,000 whatever the config says, and leaves a tied lm_head random."""
+    """FlaxLlama computes with a rotary base of 10,000 whatever the config says.
+
+    It leaves a tied lm_head random.
+    """
     config = hf.LlamaConfig(**_decoder_sizes(size), rope_theta=10_000.0)
     return from_config(
         hf.LlamaForCausalLM, hf.FlaxLlamaForCausalLM, config, {"input_ids": size.ids()}, size
@@ -193,7 +205,10 @@ def llama(size: Size) -> Twins:
 
 
 def mistral(size: Size) -> Twins:
-    """FlaxMistral reads sliding_window=None as 0, a mask that sees nothing of the past: a wide window is set."""
+    """FlaxMistral reads sliding_window=None as 0, a mask that sees nothing of the past.
+
+    A wide window is set.
+    """
     config = hf.MistralConfig(**_decoder_sizes(size), rope_theta=10_000.0, sliding_window=4096)
     return from_config(
         hf.MistralForCausalLM, hf.FlaxMistralForCausalLM, config, {"input_ids": size.ids()}, size
@@ -209,7 +224,10 @@ def gemma(size: Size) -> Twins:
 
 @contextlib.contextmanager
 def clip_with_a_max() -> Any:
-    """`jnp.clip` as it was before JAX 0.10, which dropped the argument names `a_min` and `a_max`: FlaxT5 uses them."""
+    """`jnp.clip` as it was before JAX 0.10, which dropped the argument names `a_min` and `a_max`.
+
+    FlaxT5 uses them.
+    """
     clip = jnp.clip
     if "a_max" in inspect.signature(clip).parameters:
         yield
@@ -223,7 +241,10 @@ def clip_with_a_max() -> Any:
 
 
 def t5(size: Size, **more: Any) -> Twins:
-    """FlaxT5 calls `jnp.clip(a_max=...)`, which newer JAX refuses: it is lent the old name while it runs."""
+    """FlaxT5 calls `jnp.clip(a_max=...)`, which newer JAX refuses.
+
+    It is lent the old name while it runs.
+    """
     config = hf.T5Config(
         vocab_size=VOCABULARY,
         d_model=size.width,
@@ -323,16 +344,20 @@ def _stages(size: Size) -> dict[str, Any]:
 
 
 def resnet(size: Size, layer_type: str = "bottleneck") -> Twins:
-    """BatchNorm's statistics are a collection of their own: the tree is {"params": ..., "batch_stats": ...}."""
+    """BatchNorm's statistics are a collection of their own.
+
+    The tree is {"params": ..., "batch_stats": ...}.
+    """
     config = hf.ResNetConfig(**_stages(size), depths=[1, 1, 2, 1], layer_type=layer_type)
     classes = hf.ResNetForImageClassification, hf.FlaxResNetForImageClassification
     return from_config(*classes, config, _images(size), size)
 
 
 def resnet_basic(size: Size) -> Twins:
-    """FlaxResNet calls a basic layer's convolutions layer_0 and layer_1, PyTorch layer.0 and layer.1.
+    """FlaxResNet calls a basic layer's convolutions layer_0 and layer_1.
 
-    transformers' own `from_pretrained` therefore leaves them random, with a warning; `load_base` knows the names.
+    In PyTorch they are layer.0 and layer.1. transformers' own `from_pretrained` therefore leaves
+    them random, with a warning; `load_base` knows the names.
     """
     return resnet(size, layer_type="basic")
 
@@ -384,7 +409,10 @@ def whisper(size: Size) -> Twins:
 
 
 def wav2vec2(size: Size) -> Twins:
-    """The positional convolution keeps torch's weight norm: weight_v and weight_g, and no kernel that is stored."""
+    """The positional convolution keeps torch's weight norm.
+
+    weight_v and weight_g are stored, and no kernel.
+    """
     config = hf.Wav2Vec2Config(
         **(_encoder_sizes(size) | {"vocab_size": 20}),
         conv_dim=(size.width // 2, size.width // 2),

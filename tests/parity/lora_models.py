@@ -40,9 +40,10 @@ GROUPS = {"stem": 2, r"blocks\.0\.conv": 6}
 
 
 def random_adapter(base, config, **kwargs):
-    """What `inject` makes, with random factors that move the output, and norms that are not W's own.
+    """An adapter as `inject` makes it, with random factors and norms.
 
-    `inject` itself draws in a program that is compiled for every set of shapes.
+    The factors move the output, and the norms are not W's own. `inject` itself draws in a program
+    that is compiled for every set of shapes.
     """
     random = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Base checkpoints: from torch's `save_pretrained` into a Flax twin, and merged back into torch's `from_pretrained`."""
+"""Base checkpoints of torch in Flax twins, and merged ones back in torch."""
 
 import json
 import stat
@@ -131,9 +131,14 @@ def clip():
 
 def vit():
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
         num_labels=3,
-    )  # fmt: skip
+    )
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     return (
         transformers.ViTForImageClassification(config),
@@ -332,7 +337,10 @@ def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
 
 @pytest.mark.slow
 def test_a_stacked_model_loads_and_saves_one_module_at_a_time(twins, tmp_path):
-    """The Llama's layers in one leaf per kind, `[L, in, out]`, as `nn.scan` keeps them; heads in axes of their own."""
+    """The Llama's layers are one leaf per kind, `[L, in, out]`, as `nn.scan` keeps them.
+
+    Heads have axes of their own.
+    """
     model, flax, _ = twins(llama)
     model.save_pretrained(tmp_path / "base")
     names = NameMap.transformers()

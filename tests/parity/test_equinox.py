@@ -1,4 +1,7 @@
-"""Equinox models as they are: layouts of every layer, files that the real PEFT opens, torch's weights both ways."""
+"""Equinox models as they are.
+
+Layouts of every layer, files that the real PEFT opens, torch's weights both ways.
+"""
 
 import copy
 

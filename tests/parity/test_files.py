@@ -47,7 +47,10 @@ def forward(params, x):
 
 
 def wrapped(dtype=torch.float32, **kwargs):
-    """PEFT's model after a step in training mode (the statistics move), and the base parameters in JAX."""
+    """PEFT's model after a step in training mode, and the base parameters in JAX.
+
+    The step moves the statistics.
+    """
     torch.manual_seed(0)
     module = Net().to(dtype)
     base = jax_params(module) if dtype != torch.bfloat16 else None

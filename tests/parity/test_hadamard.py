@@ -43,7 +43,8 @@ def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
     np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-12)
     for got, want in zip(pullback(jnp.asarray(cotangent)), true, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10)
-    # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the documentation must say so.
+    # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the
+    # documentation must say so.
     assert [bool(torch.allclose(p, t)) for p, t in zip(pefts, true, strict=True)] == [
         True,
         False,

@@ -2,8 +2,9 @@
 
     python -m pytest tests/parity/test_harness.py --parity-seed 1 --parity-cases 1000
 
-Each case: same targets and counts, or both refuse; the same outputs from the same factors, both ways through files;
-merged, unloaded, several adapters; and the same gradients and trajectories of SGD and AdamW over 20 steps.
+Each case: same targets and counts, or both refuse; the same outputs from the same factors, both
+ways through files; merged, unloaded, several adapters; and the same gradients and trajectories of
+SGD and AdamW over 20 steps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tests.parity.models import Spec, configs, jax_forward, jax_params, layouts,
 
 STEPS = 20
 
-# PEFT's alpha/r is a float32: relative error 6e-8 of the update, which training doubles a few times.
+# PEFT's alpha/r is a float32: relative error 6e-8 of the update, which training doubles a few
+# times.
 OUTPUT, GRADIENT, TRAJECTORY = 1e-6, 1e-5, 1e-4
 
 pytestmark = [
@@ -114,7 +116,10 @@ def state_of(model: Any, adapter: str = "default") -> dict[str, np.ndarray]:
 
 
 def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
-    """PEFT's CP weight for torch's own autograd: the gradient of PEFT 0.21.2 is wrong there (test_hadamard.py)."""
+    """PEFT's CP weight for torch's own autograd.
+
+    The gradient of PEFT 0.21.2 is wrong there (test_hadamard.py).
+    """
     one = torch.einsum("ijkl,jr,ip->prkl", t1, w1b, w1a)
     return one * torch.einsum("ijkl,jr,ip->prkl", t2, w2b, w2a) * scale
 
@@ -210,7 +215,8 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
     forward = jax.jit(jax_forward(spec))
     theirs = output(model, x)
 
-    # The same targets, shapes and counts. PEFT counts parameters alone, ours is the size of the tree.
+    # The same targets, shapes and counts. PEFT counts parameters alone, ours is the size of the
+    # tree.
     fresh = case.inject(base, case.config)
     wanted = {key: value.shape for key, value in state_of(model).items()}
     assert {key: value.shape for key, value in interop.to_peft_state_dict(fresh).items()} == wanted
@@ -290,7 +296,10 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
 
 
 CHUNKS = 4
-"""The cases run in so many tests, side by side where pytest has several workers; the first is one of every day."""
+"""The number of tests that the cases run in, side by side if pytest has several workers.
+
+The first one runs every day.
+"""
 
 
 @pytest.mark.parametrize(

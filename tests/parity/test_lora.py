@@ -108,7 +108,10 @@ def test_errors_are_those_between_the_updates_of_pefts_two_models(name, limit, t
 
 
 def response(layer):
-    """The kernel of a convolution's LoRA, measured on unit impulses; what reads other groups' channels is zero."""
+    """The kernel of a convolution's LoRA, measured on unit impulses.
+
+    What reads other groups' channels is zero.
+    """
     base = layer.base_layer
     out, into, *space = base.weight.shape
     pulses = torch.zeros(into * base.groups, into * base.groups, *(2 * size - 1 for size in space))
@@ -192,8 +195,10 @@ def test_conv3d(tmp_path):
 def test_pefts_config_of_the_folder_is_a_plain_lora(tmp_path):
     model = Model(LINEAR)
     params = model.inject(
-        base_model_name_or_path="org/base", task_type="FEATURE_EXTRACTION", rank_pattern={"layers.0.q": 1}
-    )  # fmt: skip
+        base_model_name_or_path="org/base",
+        task_type="FEATURE_EXTRACTION",
+        rank_pattern={"layers.0.q": 1},
+    )
     interop.save_lora(tmp_path, params)
     read = peft.LoraConfig.from_pretrained(tmp_path)
     smaller = {r"^layers\.0\.q": 1}

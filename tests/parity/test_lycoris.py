@@ -1,4 +1,6 @@
-"""The real lycoris-lora opens what we write, and we open what it writes; outputs are those of its forward pass.
+"""The real lycoris-lora opens what we write, and we open what it writes.
+
+Outputs are those of its forward pass.
 
 Never of its merge: that of LyCORIS 4.1.3 multiplies by alpha/r twice.
 """
@@ -29,7 +31,10 @@ TARGETS = ["fc1", "blocks.0.q_proj", "blocks.0.out", "conv1x1", *LAYOUTS]
 
 
 class Net(torch.nn.Module):
-    """The samples' network and a normalisation layer: every kind of layer that LyCORIS adapts with LoHa."""
+    """The samples' network and a normalisation layer.
+
+    Every kind of layer that LyCORIS adapts with LoHa.
+    """
 
     def __init__(self):
         super().__init__()
@@ -104,7 +109,10 @@ def same_tensors(ours, theirs):
 
 @pytest.fixture
 def network(monkeypatch):
-    """Makes LyCORIS' wrapper; its list of layers is a class attribute, which `create_lycoris` changes for good."""
+    """Makes LyCORIS' wrapper.
+
+    Its list of layers is a class attribute, which `create_lycoris` changes for good.
+    """
     kinds = ["Linear", "Conv1d", "Conv2d", "Conv3d", "LayerNorm"]
     monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", kinds)
     monkeypatch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", "lycoris")
@@ -186,7 +194,10 @@ def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
 
 
 def test_peft_opens_what_is_folded(tmp_path):
-    """Rank stabilisation in alpha, the scalar in `hada_w1_a`, normalisation layers as `modules_to_save`."""
+    """Rank stabilisation goes into alpha, the scalar into `hada_w1_a`.
+
+    Normalisation layers become `modules_to_save`.
+    """
     module = net()
     base, unadapted = base_of(module), torch_outputs(module)
     config = LycorisConfig(
@@ -307,7 +318,8 @@ def test_kohya_opens_two_components_of_ours(kohya_unet, tmp_path, monkeypatch):
     )
     interop.save_lycoris(path, kohya_unet, prefix="lora_unet_", others={"lora_te_": te})
     encoder, model = text_encoder(), unet()
-    # LyCORIS 4.1.3 counts diffusers' time embedding twice, by its class and by its name, and refuses the UNet.
+    # LyCORIS 4.1.3 counts diffusers' time embedding twice, by its class and by its name, and
+    # refuses the UNet.
     monkeypatch.setattr(lycoris.kohya.LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", [])
     network, _ = lycoris.kohya.create_network_from_weights(1.0, str(path), None, encoder, model)
     network.apply_to(encoder, model, True, True)

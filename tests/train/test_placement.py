@@ -20,15 +20,30 @@ alone = fit(loss_fn, params, optax.adam(1e-2), data(8, rows=32), key=KEY, accumu
 
 def on(mesh, kernel, batches, **options):
     counts = []
-    kernel = jax.device_put(params["layers"]["up"]["kernel"].kernel, kernel and NamedSharding(mesh, kernel))
+    kernel = jax.device_put(
+        params["layers"]["up"]["kernel"].kernel, kernel and NamedSharding(mesh, kernel)
+    )
     config = params["layers"]["up"]["kernel"].adapters["default"].config
-    base = {"layers": {"up": {"kernel": kernel}}, "out": params["out"], "shift": {"bias": np.zeros(4, np.float32)}}
-    tree = loha_jax.inject(base, config, key=jax.random.split(KEY, 3)[2], layouts={r"layers\\.up": "sio"})
-    options |= {"key": KEY, "accumulate": 2, "on_metrics": lambda *_: counts.append(compilations.count)}
+    base = {
+        "layers": {"up": {"kernel": kernel}},
+        "out": params["out"],
+        "shift": {"bias": np.zeros(4, np.float32)},
+    }
+    tree = loha_jax.inject(
+        base, config, key=jax.random.split(KEY, 3)[2], layouts={r"layers\\.up": "sio"}
+    )
+    options |= {
+        "key": KEY,
+        "accumulate": 2,
+        "on_metrics": lambda *_: counts.append(compilations.count),
+    }
     result = fit(loss_fn, tree, optax.adam(1e-2), batches, **options)
     np.testing.assert_allclose(losses(result), losses(alone), rtol=1e-5)
     assert counts[0] == counts[-1], counts
-    f, mu = (tree["layers"]["up"]["kernel"].adapters["default"] for tree in (result.params, result.opt_state[0].mu))
+    f, mu = (
+        tree["layers"]["up"]["kernel"].adapters["default"]
+        for tree in (result.params, result.opt_state[0].mu)
+    )
     assert mu.hada_w1_b.sharding == f.hada_w1_b.sharding
     return f
 
@@ -39,7 +54,9 @@ for types in AxisType.Auto, AxisType.Explicit:
     assert on(mesh, None, data(8, rows=32), sharding=rows).hada_w1_a.sharding.spec == P()
     on(mesh, None, jax.device_put(data(8, rows=32), rows))
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-factors = on(mesh, P(None, "data", "model"), data(8, rows=32), sharding=NamedSharding(mesh, P("data")))
+factors = on(
+    mesh, P(None, "data", "model"), data(8, rows=32), sharding=NamedSharding(mesh, P("data"))
+)
 assert factors.hada_w1_a.sharding.spec == P(None, "model", None), factors.hada_w1_a.sharding
 assert factors.hada_w1_b.sharding.spec == P(None, None, "data"), factors.hada_w1_b.sharding
 """

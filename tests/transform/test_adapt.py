@@ -1,4 +1,4 @@
-"""`adapt(fn)` against `fn(merge(params))`, whose weights are plain arrays, in value and gradient."""
+"""`adapt(fn)` against `fn(merge(params))` on plain arrays, in value and gradient."""
 
 from functools import partial
 
@@ -46,7 +46,8 @@ def test_bfloat16_follows_pefts_dtype_rule():
     )
     base = np.asarray(x, np.float64) @ np.asarray(params["m"]["kernel"].kernel, np.float64)
     expected = base + np.asarray(x, np.float64) @ delta.T
-    # Two roundings to bfloat16, of the base's product (XLA may skip that one) and of the sum: half of 2**-7 each.
+    # Two roundings to bfloat16, of the base's product (XLA may skip that one) and of the sum: half
+    # of 2**-7 each.
     assert (
         np.abs(np.asarray(y, np.float64) - expected)
         <= 2**-8 * (np.abs(base) + np.abs(expected)) + 1e-4

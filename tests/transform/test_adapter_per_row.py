@@ -1,4 +1,4 @@
-"""`adapt(fn, adapter_index=ids)` against running the rows one by one, each with its adapter merged."""
+"""`adapt(fn, adapter_index=ids)` against the rows one by one, each with its adapter merged."""
 
 import re
 
@@ -329,9 +329,14 @@ def test_in_axes_that_do_not_fit():
 
 def test_a_stack_of_modules_with_decomposed_weights_of_several_ranks():
     config = loha_jax.LycorisConfig(
-        r=2, alpha=4, rank_pattern={"l.1": 4}, alpha_pattern={"l.1": 8}, target_modules=["0", "1"], init_weights=False,
+        r=2,
+        alpha=4,
+        rank_pattern={"l.1": 4},
+        alpha_pattern={"l.1": 8},
+        target_modules=["0", "1"],
+        init_weights=False,
         weight_decompose=True,
-    )  # fmt: skip
+    )
     base = {"l": {"kernel": jax.random.normal(KEY, (2, 6, 6))}}
     params = loha_jax.inject(base, config, key=KEY, layouts={"l": "sio"}, names=lambda name: "l.{}")
 

@@ -61,7 +61,8 @@ CONTROL = {
 def test_control_flow_and_transformations_inside(name):
     params = adapted({"m": {"kernel": normal(4, 4)}}, None, ["m"])
     dense = {"vmap over the weight's columns": ()}.get(name, ())
-    # Reverse mode cannot go through a while loop of unknown length; fori_loop's is known, so it is a scan.
+    # Reverse mode cannot go through a while loop of unknown length; fori_loop's is known, so it is
+    # a scan.
     check(
         lambda p, x: CONTROL[name](jnp.asarray(p["m"]["kernel"]), x),
         params,

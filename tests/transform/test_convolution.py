@@ -16,8 +16,9 @@ from loha_jax import LoHaConfig
 
 STRATEGIES = ("factored", "fused", "auto")
 
-# The bound on values and gradients against float64, relative to the largest entry; in bfloat16, where the base product,
-# the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest entry of the same sums without cancellation.
+# The bound on values and gradients against float64, relative to the largest entry; in bfloat16,
+# where the base product, the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest
+# entry of the same sums without cancellation.
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -128,7 +129,10 @@ def test_nnx_conv(cp):
 
 @st.composite
 def convolutions(draw):
-    """A `conv_general_dilated` with any dimension numbers, window and groups, and the layout of its kernel."""
+    """A `conv_general_dilated` and the layout of its kernel.
+
+    Its dimension numbers, window and groups are any.
+    """
     axes = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     in_, out = draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
@@ -152,7 +156,8 @@ def convolutions(draw):
         "feature_group_count": groups,
     }
     numbers = lax.ConvDimensionNumbers(*map(tuple, orders))
-    # A kernel's in and out letters by axis; the spatial ones stand in the order in which torch has them.
+    # A kernel's in and out letters by axis; the spatial ones stand in the order in which torch has
+    # them.
     letters = {orders[1][0]: "o", orders[1][1]: "i"} | {
         axis: f"k{n}" for n, axis in enumerate(orders[1][2:])
     }
@@ -307,7 +312,8 @@ def test_bfloat16_accumulates_in_float32():
     )
     got = loha_jax.adapt(fn, strategy="factored")(params, x)
     assert got.dtype == jnp.bfloat16
-    # Rounding the base product and the sum: two halves of a unit in the last place (2^-8 of the largest value each).
+    # Rounding the base product and the sum: two halves of a unit in the last place (2^-8 of the
+    # largest value each).
     np.testing.assert_allclose(
         got.astype(jnp.float32), want, rtol=0, atol=2**-7 * float(np.abs(want).max())
     )

@@ -24,7 +24,10 @@ def base_shapes():
 
 
 def compiled_step(tokens, strategy=None, base=None):
-    """Value and gradient of the trained arrays and the input; of the input alone for the frozen base."""
+    """Value and gradient of the trained arrays and the input.
+
+    Of the input alone for the frozen base.
+    """
     base = base or base_shapes()
     x = jax.ShapeDtypeStruct((tokens, WIDTH), jnp.float32)
     if strategy is None:
@@ -79,7 +82,10 @@ def extra_kernels(strategy, layers):
 
 
 def test_the_fused_step_forms_one_update_at_a_time():
-    """Up to four arrays of a kernel's shape live at once (Hadamard factors, sum, gradient), in one layer."""
+    """Up to four arrays of a kernel's shape live at once, in one layer.
+
+    They are the two Hadamard factors, their sum and the gradient.
+    """
     assert extra_kernels("fused", 2) <= 4
     assert extra_kernels("fused", 6) - extra_kernels("fused", 2) < 0.5
     assert (

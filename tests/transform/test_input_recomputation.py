@@ -1,4 +1,7 @@
-"""What factored products hold until the backward pass: the arrays inside the pullback, and the gradients they give."""
+"""What factored products hold until the backward pass.
+
+The arrays inside the pullback, and the gradients they give.
+"""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,7 @@
-"""JAX's stricter modes, empty batches and unknown sizes: the core of the library works under all of them."""
+"""JAX's stricter modes, empty batches and unknown sizes.
+
+The core of the library works under all of them.
+"""
 
 import contextlib
 
@@ -104,7 +107,10 @@ def made(case, dtype=jnp.float32):
 
 
 def weight(params):
-    """W + ΔW in float64 from the formula (of a weight decomposition: rescaled), for kernels that are one module."""
+    """W + ΔW in float64 from the formula (of a weight decomposition.
+
+    Rescaled), for kernels that are one module.
+    """
     leaf = params["q"]["w"]
     f, w = leaf.adapters["default"], np.asarray(leaf.kernel, np.float64)
     a1, b1, a2, b2 = (

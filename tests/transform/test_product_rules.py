@@ -218,8 +218,9 @@ def einsums(draw):
     return "".join(kinds), [size[c] for c in kernel], [size[c] for c in x], equation
 
 
-# The bound on values and gradients against float64, relative to the largest entry; in bfloat16, where the base product,
-# the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest entry of the same sums without cancellation.
+# The bound on values and gradients against float64, relative to the largest entry; in bfloat16,
+# where the base product, the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest
+# entry of the same sums without cancellation.
 
 
 @pytest.mark.slow

@@ -47,7 +47,10 @@ def test_linen_transformer(scan):
 
 
 def test_scanned_transformer_equals_the_unrolled_one_with_the_same_factors():
-    """One config and key give both the same factors, because the stacked modules' names are the unrolled ones'."""
+    """One config and key give both the same factors.
+
+    The names of the stacked modules are those of the unrolled ones.
+    """
     x = normal(2, 6, 8, seed=3)
     scanned, unrolled = Transformer(True), Transformer(False)
     stacked = scanned.init(KEY, x)["params"]

@@ -22,13 +22,21 @@ def base():
 
 LAYOUTS = {"layers.v": "sio"}
 CONFIGS = {
-    "a": LoHaConfig(r=2, alpha=3, target_modules=["q", "conv"], modules_to_save=["head"], init_weights=False),
-    "b": LoHaConfig(r=3, alpha=6, target_modules=["conv", "v"], use_effective_conv2d=True, init_weights=False),
+    "a": LoHaConfig(
+        r=2, alpha=3, target_modules=["q", "conv"], modules_to_save=["head"], init_weights=False
+    ),
+    "b": LoHaConfig(
+        r=3, alpha=6, target_modules=["conv", "v"], use_effective_conv2d=True, init_weights=False
+    ),
     "c": LoHaConfig(
-        r=1, alpha=2, target_modules=["q", "v"], rank_pattern={"layers.1.v": 2}, exclude_modules=["layers.0.v"],
+        r=1,
+        alpha=2,
+        target_modules=["q", "v"],
+        rank_pattern={"layers.1.v": 2},
+        exclude_modules=["layers.0.v"],
         init_weights=False,
     ),
-}  # fmt: skip
+}
 
 
 def tree():

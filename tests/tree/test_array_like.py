@@ -1,4 +1,7 @@
-"""Adapted leaves have all operators, methods and properties of `jax.Array`, with the dense array's results."""
+"""Adapted leaves have all operators, methods and properties of `jax.Array`.
+
+The results are those of the dense array.
+"""
 
 import operator
 

@@ -14,9 +14,8 @@ from loha_jax import interop
 from loha_jax.checkpoint import Checkpoints
 
 
-def test_an_optimizer_over_the_whole_tree_leaves_alpha_over_r_alone_and_saving_names_the_changed_base(
-    tmp_path,
-):
+def test_an_optimizer_over_the_whole_tree(tmp_path):
+    """It leaves alpha/r unchanged, and every save names the base weights that it has changed."""
     params = adapted()
     tx = optax.adamw(1e-2, weight_decay=0.5)
     state = tx.init(params)
@@ -116,7 +115,10 @@ def test_one_half_of_partition_is_refused(use, half, tmp_path):
 
 
 def test_base_weights_that_a_file_brings_are_no_change(tmp_path):
-    """A targeted output head is written with its weight and bias; loading puts them under the adapter."""
+    """A targeted output head is written with its weight and bias.
+
+    Loading puts them under the adapter.
+    """
     base = {**BASE, "lm_head": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
     interop.save_peft(tmp_path / "one", adapted(base=base, target_modules=["q", "lm_head"]))
     other = {**BASE, "lm_head": {"kernel": 2 * jnp.ones((4, 6)), "bias": jnp.ones(6)}}

@@ -1,4 +1,7 @@
-"""Flat dictionaries (`safetensors.flax.load_file`, `flatten_dict`): names, layouts and files as of the nested tree."""
+"""Flat dictionaries (`safetensors.flax.load_file`, `flatten_dict`).
+
+Names, layouts and files as of the nested tree.
+"""
 
 import flax.traverse_util
 import jax

@@ -129,7 +129,8 @@ def test_a_pickled_config_has_the_hash_of_the_process_that_reads_it(tmp_path):
         "fresh = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=['q'], init_weights=False,\n"
         "    base_model_name_or_path='org/base')\n"
         "held = params['q']['kernel'].adapters['default'].config\n"
-        "assert config == fresh == held and len({config, fresh, held}) == 1, (hash(config), hash(fresh))\n"
+        "assert config == fresh == held and len({config, fresh, held}) == 1, (hash(config), "
+        "hash(fresh))\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "pickle"], check=True, env=environment)

@@ -235,7 +235,8 @@ def test_help_imports_nothing_large():
     """`loha_jax.interop` itself takes 0.2 s beside the second of jax."""
     code = (
         "import sys, loha_jax.interop.commands.main\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('flax', 'orbax', 'torch', 'transformers')])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('flax', 'orbax', 'torch', "
+        "'transformers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,7 +1,9 @@
-"""Writers that are killed, meet a full disk, or may not write: the old result or the new one is whole.
+"""Writers that are killed, meet a full disk, or may not write.
 
-Each writer is killed KILL_CASES times (an environment variable; 3 by default), half of them before an operation on a
-file that is drawn from all, half at random moments.
+The old result or the new one is whole.
+
+Each writer is killed KILL_CASES times (an environment variable; 3 by default), half of them before
+an operation on a file that is drawn from all, half at random moments.
 """
 
 import json

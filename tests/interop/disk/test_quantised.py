@@ -1,4 +1,7 @@
-"""Base checkpoints that hold no plain values: scaled float8 is merged, everything else is refused by name."""
+"""Base checkpoints that hold no plain values.
+
+Scaled float8 is merged, everything else is refused by name.
+"""
 
 import warnings
 
@@ -29,24 +32,57 @@ REFUSED = {
         {},
         "bitsandbytes 4-bit",
     ),
-    "GPTQ": ({"q.qweight": INT, "q.qzeros": INT, "q.scales": ONE, "q.g_idx": INT[0]}, {}, r"q\.qweight.*GPTQ or AWQ"),
+    "GPTQ": (
+        {"q.qweight": INT, "q.qzeros": INT, "q.scales": ONE, "q.g_idx": INT[0]},
+        {},
+        r"q\.qweight.*GPTQ or AWQ",
+    ),
     "compressed-tensors": ({"q.weight_packed": INT, "q.weight_scale": ONE}, {}, "weight_packed"),
     "torchao": ({"q._weight_qdata": INT, "q._weight_scale": ONE}, {}, "torchao"),
     "quanto": ({"q.weight._data": INT, "q.weight._scale": ONE}, {}, r"q\.weight\._data"),
-    "MXFP8": ({"q.weight": F8, "q.weight_scale": np.ones((8, 1), np.uint8)}, {}, "q.weight_scale, which holds uint8"),
+    "MXFP8": (
+        {"q.weight": F8, "q.weight_scale": np.ones((8, 1), np.uint8)},
+        {},
+        "q.weight_scale, which holds uint8",
+    ),
     "another spelling": ({"q.weight": F8, "q.scale": ONE}, {}, r"unknown form \(q\.scale\)"),
-    "two scales": ({"q.weight": F8, "q.weight_scale": ONE, "q.weight_scale_2": ONE}, {}, "unknown form"),
-    "no scale": ({"q.weight": F8}, {"quant_method": "fp8"}, "has no scale, though quantization_config"),
-    "a marker": ({"q.weight": F8, "scaled_fp8": np.ones(2, E4M3)}, {}, "has no scale, though scaled_fp8"),
-    "blocks of unknown size": ({"q.weight": F8, "q.weight_scale_inv": np.ones((2, 2), np.float32)}, {}, "does not fit"),
+    "two scales": (
+        {"q.weight": F8, "q.weight_scale": ONE, "q.weight_scale_2": ONE},
+        {},
+        "unknown form",
+    ),
+    "no scale": (
+        {"q.weight": F8},
+        {"quant_method": "fp8"},
+        "has no scale, though quantization_config",
+    ),
+    "a marker": (
+        {"q.weight": F8, "scaled_fp8": np.ones(2, E4M3)},
+        {},
+        "has no scale, though scaled_fp8",
+    ),
+    "blocks of unknown size": (
+        {"q.weight": F8, "q.weight_scale_inv": np.ones((2, 2), np.float32)},
+        {},
+        "does not fit",
+    ),
     "blocks that do not fit": (
         {"q.weight": F8, "q.weight_scale_inv": np.ones((2, 2), np.float32)},
         {"quant_method": "fp8", "weight_block_size": [3, 3]},
-        r"does not fit its scale q\.weight_scale_inv \[2, 2\]; weight_block_size in config.json is \[3, 3\]",
+        r"does not fit its scale q\.weight_scale_inv \[2, 2\]; weight_block_size in config.json "
+        r"is \[3, 3\]",
     ),
-    "a scaled bfloat16": ({"q.weight": np.ones((8, 8), ml_dtypes.bfloat16), "q.weight_scale": ONE}, {}, "float8 only"),
-    "a scale of NaN": ({"q.weight": F8, "q.weight_scale": ONE * np.nan}, {}, "negative or not finite"),
-}  # fmt: skip
+    "a scaled bfloat16": (
+        {"q.weight": np.ones((8, 8), ml_dtypes.bfloat16), "q.weight_scale": ONE},
+        {},
+        "float8 only",
+    ),
+    "a scale of NaN": (
+        {"q.weight": F8, "q.weight_scale": ONE * np.nan},
+        {},
+        "negative or not finite",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -1,4 +1,4 @@
-"""Files on systems that lack calls of Linux: macOS and Windows, imitated by hiding what they do not have."""
+"""Files on macOS and Windows, imitated by hiding the calls that they lack."""
 
 import errno
 import os
@@ -61,7 +61,10 @@ def open_files():
 
 
 def imitate_windows(monkeypatch):
-    """No descriptors of folders; no renaming or removing of open files, nor of folders onto others."""
+    """Descriptors of folders are missing, and open files stay in place.
+
+    They are not renamed or removed, and folders are not renamed onto others.
+    """
     real = {name: getattr(os, name) for name in ("open", "rename", "replace", "unlink")}
 
     def refuse_open(path):
@@ -235,7 +238,8 @@ def test_imports_need_nothing_of_posix():
     """`resource`, `pwd` and `fcntl` are missing on Windows."""
     code = (
         "import sys, os, jax, loha_jax\n"
-        "hidden = [m for m in ('fcntl', 'resource', 'pwd', 'grp', 'termios') if m not in sys.modules or m == 'fcntl']\n"
+        "hidden = [m for m in ('fcntl', 'resource', 'pwd', 'grp', 'termios') if m not in "
+        "sys.modules or m == 'fcntl']\n"
         "sys.modules.update(dict.fromkeys(hidden))\n"
         f"for name in {HIDDEN['windows']}: vars(os).pop(name, None)\n"
         "import loha_jax.interop, loha_jax.interop.commands.main, loha_jax.interop.merge.files\n"

@@ -148,7 +148,11 @@ ONE = np.ones((2, 2), np.float32)
     ("config", "tensors", "message"),
     [
         ({"bias": "all"}, {}, "bias='all': trained biases have no place"),
-        ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights='pissa_niter_4' changes the base weights"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            {},
+            "init_lora_weights='pissa_niter_4' changes the base weights",
+        ),
         ({"init_lora_weights": "loftq"}, {}, "path_initial_model_for_weight_conversion"),
         ({"use_qalora": True}, {}, "use_qalora=True: loha_jax knows no LoHa"),
         ({"alora_invocation_tokens": [1]}, {}, r"alora_invocation_tokens=\[1\]"),
@@ -161,19 +165,39 @@ ONE = np.ones((2, 2), np.float32)
         ({"lora_alpha": "x"}, {}, "`alpha` should be a finite number"),
         ({"use_dora": 1}, {}, "`use_dora` should be true or false"),
         ({}, {"q.lora_A.weight": None}, "q lacks lora_A; it has lora_B"),
-        ({}, {"e.lora_embedding_A": ONE}, r"e\.lora_embedding_A \(lora_embedding_A\) belongs to a variant"),
+        (
+            {},
+            {"e.lora_embedding_A": ONE},
+            r"e\.lora_embedding_A \(lora_embedding_A\) belongs to a variant",
+        ),
         ({}, {"q.lora_B.bias": ONE}, r"q\.lora_B\.bias \(lora_B\) belongs to a variant"),
-        ({}, {"q.lora_A.weight": np.ones((3, 5))}, r"q do not fit each other: lora_A \[3, 5\], lora_B \[4, 2\]"),
-        ({}, {"q.lora_A.weight": np.ones((4, 5))}, "q do not fit each other"),  # two groups of a Linear
+        (
+            {},
+            {"q.lora_A.weight": np.ones((3, 5))},
+            r"q do not fit each other: lora_A \[3, 5\], lora_B \[4, 2\]",
+        ),
+        (
+            {},
+            {"q.lora_A.weight": np.ones((4, 5))},
+            "q do not fit each other",
+        ),  # two groups of a Linear
         ({}, {"q.lora_A.weight": np.ones((0, 5))}, "q do not fit each other"),
         ({}, {"q.lora_A.weight": np.ones((2, 5), np.int32)}, "q.lora_A is int32"),
-        ({}, {"conv.lora_A.weight": np.ones((6, 2, 3, 3))}, "conv do not fit each other"),  # 2 groups, 3 outs
+        (
+            {},
+            {"conv.lora_A.weight": np.ones((6, 2, 3, 3))},
+            "conv do not fit each other",
+        ),  # 2 groups, 3 outs
         ({"rank_pattern": {}}, {}, r"conv have rank 3 .*adapter_config\.json says 2"),
         ({}, {"q.lora_magnitude_vector": np.ones(4)}, "does not say use_dora"),
         ({"use_dora": True}, {}, "(q|conv) lacks lora_magnitude_vector"),
-        ({"use_dora": True}, {f"{n}.lora_magnitude_vector": np.ones(7) for n in ("q", "conv")}, "does not fit its"),
+        (
+            {"use_dora": True},
+            {f"{n}.lora_magnitude_vector": np.ones(7) for n in ("q", "conv")},
+            "does not fit its",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plain_lora_is_refused_by_name(config, tensors, message, tmp_path):
     write_lora(tmp_path, config, **tensors)
     with pytest.raises(FileError, match=message) as error:

@@ -95,7 +95,10 @@ def test_half_precision_is_read_exactly_and_written_bit_for_bit(form, dtype, tmp
 
 @pytest.mark.parametrize("form", ["plain", "tucker", "scalar"])
 def test_through_peft_and_back_bit_for_bit(form, tmp_path):
-    """The folder is that of another converter, tensor by tensor; its c3d was left out, as PEFT has no Conv3d."""
+    """The folder is that of another converter, tensor by tensor.
+
+    Its c3d was left out, as PEFT has no Conv3d.
+    """
     theirs = {
         key: value for key, value in native(form)[1].items() if not key.startswith("lycoris_c3d.")
     }
@@ -122,7 +125,10 @@ def test_through_peft_and_back_bit_for_bit(form, tmp_path):
     ("given", "want"), [(None, 4), (0, 4), (3, 3), (np.float16(0.3), float(np.float16(0.3)))]
 )
 def test_alpha(given, want, tmp_path):
-    """Without alpha the scale is 1, as in kohya's scripts and ComfyUI; LyCORIS' constructor takes 0 for that too."""
+    """Without alpha the scale is 1, as in kohya's scripts and ComfyUI.
+
+    LyCORIS' constructor takes 0 for that too.
+    """
     state = native("plain")[1]
     if given is None:
         del state["lycoris_fc1.alpha"]

@@ -151,7 +151,10 @@ def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
 
 
 def test_a_targeted_head_brings_its_bias_as_in_peft(tmp_path):
-    """PEFT writes all of such a head; tests/models compares the file of a GPT-J, whose head has a bias, bit for bit."""
+    """PEFT writes all of such a head.
+
+    tests/models compares the file of a GPT-J, whose head has a bias, bit for bit.
+    """
     base = {"lm_head": {"kernel": jnp.ones((3, 4)), "bias": jnp.arange(4.0)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=2, target_modules=["lm_head"]), key=jax.random.key(0)

@@ -1,4 +1,4 @@
-"""Keys, prefixes, components and metadata of LyCORIS' and kohya's files, with and without a model."""
+"""Keys, prefixes, components and metadata of LyCORIS' and kohya's files."""
 
 import dataclasses
 import hashlib
@@ -153,7 +153,10 @@ def test_the_component_is_chosen_by_its_prefix(tmp_path):
 
 
 def test_a_kohya_file_both_ways(tmp_path):
-    """Half precision, cores and flat factors, two components, and sd-scripts' metadata with a hash that is right."""
+    """Half precision, cores and flat factors, two components, and sd-scripts' metadata.
+
+    The hash in the metadata is right.
+    """
     path, again = DATA / "kohya_tucker.safetensors", tmp_path / "again.safetensors"
     theirs, metadata = load_file(path), read_metadata(path)
     loaded = {

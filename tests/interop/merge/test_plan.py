@@ -66,7 +66,8 @@ def test_all_missing_and_misshapen_tensors_are_named_before_anything_is_written(
         tmp_path,
         base,
         modules,
-        r"(?s)does not have \(2\): x\.y\.weight; z\.weight.*b\.weight is \[6, 5\].*c\.weight holds int8",
+        r"(?s)does not have \(2\): x\.y\.weight; z\.weight.*b\.weight is \[6, 5\].*c\.weight "
+        r"holds int8",
     )
 
 

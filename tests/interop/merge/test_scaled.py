@@ -28,7 +28,10 @@ from loha_jax.interop.merge.files import merge_checkpoint
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_merge_into_scaled_float8(form, dtype, tmp_path, monkeypatch):
-    """Every stored value is within half a unit of float8 of W + ΔW, and the report's error is the true one."""
+    """Every stored value is within half a unit of float8 of W + ΔW.
+
+    The report's error is the true one.
+    """
     monkeypatch.setattr("loha_jax.interop.merge.shard._BLOCK", 500)  # several blocks of rows
     tensors, weight, size, config = quantised(form, dtype)
     extra = {"q.input_scale": np.array([0.3], np.float32), "other.weight": normal(3, 3)}

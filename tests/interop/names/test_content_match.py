@@ -13,7 +13,8 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.interop import NameMap
 from loha_jax.targets.module_names import UnknownNameError
 
-# Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy alone.
+# Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy
+# alone.
 
 LINEAR_FORMS = {
     "io": lambda w, a, b: w.T,
@@ -37,7 +38,10 @@ DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 @st.composite
 def modules(draw):
-    """A leaf and its torch tensors: a kernel of some form, alone or stacked along one or two axes, or a vector."""
+    """A leaf and its torch tensors.
+
+    A kernel of some form, alone or stacked along one or two axes, or a vector.
+    """
     form = draw(st.sampled_from([*LINEAR_FORMS, *CONV_FORMS, "vector", "heads"]))
     a, b, other = draw(st.integers(1, 4)), draw(st.integers(2, 5)), draw(st.integers(2, 6))
     if form in ("vector", "heads"):
@@ -86,7 +90,10 @@ def rounded(array, *dtypes):
 
 
 def check_sources(names, leaves, tensors, leaf_dtype, file_dtype):
-    """Every source says where its leaf's values are, by its own words and by those of its layout."""
+    """Check where every source says that its leaf's values are.
+
+    Its own words and those of its layout have to agree.
+    """
     for path, source in names.sources.items():
         leaf = rounded(leaves[path], leaf_dtype, file_dtype)
         for n, key in enumerate(source.keys):
@@ -289,7 +296,10 @@ def test_fused_kernels_are_unmatched(tmp_path):
 
 @pytest.mark.parametrize("known", ["contents", "mapping"])
 def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
-    """The real PEFT adapts a torch model; a JAX tree of tunix' form gets the adapter, and merges to torch's weights."""
+    """The real PEFT adapts a torch model.
+
+    A JAX tree of tunix' form gets the adapter, and merges to torch's weights.
+    """
     torch, peft = (
         pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft")
     )

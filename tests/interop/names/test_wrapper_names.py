@@ -1,4 +1,7 @@
-"""Names that torch.compile, FSDP, checkpointed activations and DataParallel put into files are read as if not there."""
+"""Names that wrappers put into files are read without them.
+
+The wrappers are torch.compile, FSDP, checkpointed activations and DataParallel.
+"""
 
 import copy
 
@@ -40,7 +43,9 @@ FORMS = {
     "compiled inside": "base_model.model._orig_mod.layers.0.q",
     "compiled outside": "_orig_mod.base_model.model.layers.0.q",
     "compiled layer": "base_model.model.layers.0._orig_mod.q",
-    "checkpointed and sharded": "base_model.model.layers._fsdp_wrapped_module.0._checkpoint_wrapped_module.q",
+    "checkpointed and sharded": (
+        "base_model.model.layers._fsdp_wrapped_module.0._checkpoint_wrapped_module.q"
+    ),
     "DataParallel outside": "module.base_model.model.layers.0.q",
     "DataParallel inside": "base_model.model.module.layers.0.q",
 }

@@ -38,7 +38,7 @@ def loha(shape, r, cp=False, seed=0, alpha=3.0, dtype=np.float32):
 
 
 def over_all_channels(weight, groups):
-    """A grouped convolution's weight as the one of a convolution without groups, `[out, in, *spatial]`."""
+    """A grouped convolution's weight as that of one without groups, `[out, in, *spatial]`."""
     out, in_ = weight.shape[:2]
     whole = np.zeros((out, groups * in_, *weight.shape[2:]))
     for row in range(out):

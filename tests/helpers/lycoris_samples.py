@@ -3,6 +3,7 @@
 tests/data/lycoris/README.md says how they were made.
 """
 
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -37,6 +38,13 @@ def base_params(without=()):
     return jax_tree(
         {key: value for key, value in state.items() if key.rpartition(".")[0] not in without}
     )
+
+
+@functools.cache
+def kohya_state(component):
+    """The base weights of one component of the kohya files, "unet" or "te", in torch's names."""
+    state = load_file(DATA / "kohya_base.safetensors")
+    return {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")}
 
 
 def inputs():

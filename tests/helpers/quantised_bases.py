@@ -5,17 +5,12 @@ import math
 
 import ml_dtypes
 import numpy as np
+from merge_inputs import normal
 
 from loha_jax import LoHaConfig
-from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
-RANDOM = np.random.default_rng(5)
-
-
-def normal(*shape, scale=1.0):
-    return (scale * RANDOM.standard_normal(shape)).astype(np.float32)
 
 
 def spread(scale, shape, block):
@@ -93,8 +88,3 @@ def adapter(folder, names=("q",), shape=SHAPE, scale=1.0):
     first = f"base_model.model.{names[0]}.hada_w"
     a = state[f"{first}1_a"].astype(np.float64) @ state[f"{first}1_b"]
     return folder, a * (state[f"{first}2_a"].astype(np.float64) @ state[f"{first}2_b"])
-
-
-def read(path):
-    checkpoint = Checkpoint(path)
-    return {key: checkpoint.read(key) for key in checkpoint.shapes}

@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_arrays import normal
 
 from loha_jax import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
 
 sizes = st.sampled_from([1, 2, 5])
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def flat_factors(o, i, r, stack=()):

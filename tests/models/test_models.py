@@ -8,10 +8,10 @@ import copy
 import jax
 import peft
 import pytest
+from leaves import loha_leaves
 
 import loha_jax
 from loha_jax import LoHaConfig
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from tests.models.catalogue import CASES
 from tests.models.transformers_twins import wav2vec2
 from tests.models.trial import CHECKS, Trial
@@ -46,13 +46,7 @@ def test_adapters_go_both_ways(trial, check):
 
 
 def kernels(params):
-    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    return {
-        name: leaf.layout.word
-        for leaf in leaves
-        if isinstance(leaf, LoHaWeight)
-        for name in leaf.names
-    }
+    return {name: leaf.layout.word for leaf in loha_leaves(params) for name in leaf.names}
 
 
 def injected(twins, config, layouts):

@@ -29,7 +29,7 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from tests.models.catalogue import Case
 from tests.models.twins import Size, Twins
-from tests.parity.test_harness import plain_cp
+from tests.parity.models import plain_cp, plain_key
 
 OUTPUT = 1e-4  # of the largest output: how far twins may be from each other, adapted or not
 MOVED = 1e-2  # of the largest output: how far at least an adapter moves the base's
@@ -233,7 +233,7 @@ class Trial:
         require_close(losses[0], loss.item(), OUTPUT, "the loss")
         ours = interop.to_peft_state_dict(loha_jax.combine(first, frozen))
         named = dict(self.opened.named_parameters())
-        theirs = {_plain_key(k): p.grad.numpy() for k, p in named.items() if p.grad is not None}
+        theirs = {plain_key(k): p.grad.numpy() for k, p in named.items() if p.grad is not None}
         assert theirs, "PEFT trains nothing"
         worst = max(
             require_close(ours[key], want, GRADIENT, f"the gradient of {key}")
@@ -285,11 +285,6 @@ CHECKS = {
     "training": Trial.check_training,
     "import": Trial.check_import,
 }
-
-
-def _plain_key(name: str) -> str:
-    """A parameter's key in PEFT's files."""
-    return name.replace(".default", "").replace("modules_to_save.", "")
 
 
 @contextlib.contextmanager

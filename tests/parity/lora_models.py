@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
-import torch
 from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
 from loha_jax.tree.inject import apply_plan, stack_factors
 from loha_jax.tree.plan import plan_injection
-from tests.parity.models import Conv, Spec, jax_forward, jax_params, layouts
+from tests.parity.models import Conv, Spec, jax_forward, jax_params, layouts, torch_output
 
 BOUND = 1e-5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry
@@ -103,11 +102,6 @@ class Model:
 
     def load(self, folder, **kwargs):
         return interop.load_lora(folder, self.base, layouts=layouts(self.spec), **kwargs)
-
-
-def torch_output(model, x):
-    with torch.no_grad():
-        return model(torch.tensor(x)).numpy()
 
 
 def close(got, want, what=""):

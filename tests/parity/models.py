@@ -249,3 +249,22 @@ def configs(draw, spec: Spec, second: bool = False) -> dict[str, Any]:
             "layers_pattern": "layers",
         }
     return kwargs
+
+
+def torch_output(model: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(x)).numpy()
+
+
+def plain_key(name: str) -> str:
+    """A parameter's key in PEFT's files."""
+    return name.replace(".default", "").replace("modules_to_save.", "")
+
+
+def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
+    """PEFT's weight with cores, for torch's own autograd.
+
+    The gradient of PEFT 0.21.2 is wrong there (test_hadamard.py).
+    """
+    one = torch.einsum("ijkl,jr,ip->prkl", t1, w1b, w1a)
+    return one * torch.einsum("ijkl,jr,ip->prkl", t2, w2b, w2a) * scale

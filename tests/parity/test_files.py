@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from tests.parity.models import jax_params
+from tests.parity.models import jax_params, torch_output
 
 WIDTH = 6
 
@@ -65,11 +65,6 @@ def wrapped(dtype=torch.float32, **kwargs):
     return model.eval(), base
 
 
-def output(model, x):
-    with torch.no_grad():
-        return model(torch.tensor(x)).numpy()
-
-
 X = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
 
 
@@ -81,7 +76,7 @@ def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
     model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
     loaded = interop.load_peft(tmp_path, base)
     assert isinstance(loaded["overhead"]["kernel"], loha_jax.SavedWeight)
-    want = output(model, X)
+    want = torch_output(model, X)
     for params in (loaded, loha_jax.merge(loaded)):
         np.testing.assert_allclose(forward(params, X), want, rtol=0, atol=1e-5 * np.abs(want).max())
     interop.save_peft(tmp_path / "again", loaded)

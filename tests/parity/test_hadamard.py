@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from peft.tuners.loha.layer import HadaWeight, HadaWeightCP
+from random_arrays import normal
 
 from loha_jax import hada_weight, hada_weight_cp
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
+from tests.parity.models import plain_cp
 
 
 def test_hada_weight_equals_pefts_function(x64):
@@ -31,11 +29,7 @@ def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     theirs = HadaWeightCP.apply(*tensors, scale)
     t1, a1, b1, t2, a2, b2 = tensors
-    formula = (
-        torch.einsum("ijkl,jr,ip->prkl", t1, b1, a1)
-        * torch.einsum("ijkl,jr,ip->prkl", t2, b2, a2)
-        * scale
-    )
+    formula = plain_cp(t1, a1, b1, t2, a2, b2, scale)
     cotangent = normal(5, *formula.shape)
     true = torch.autograd.grad(formula, tensors, torch.tensor(cotangent))
     pefts = torch.autograd.grad(theirs, tensors, torch.tensor(cotangent))

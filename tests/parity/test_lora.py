@@ -26,9 +26,8 @@ from tests.parity.lora_models import (
     close,
     random_adapter,
     require_moved,
-    torch_output,
 )
-from tests.parity.models import jax_forward, jax_params
+from tests.parity.models import jax_forward, jax_params, torch_output
 
 pytestmark = [
     pytest.mark.filterwarnings(

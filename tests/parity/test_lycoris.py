@@ -5,8 +5,6 @@ Outputs are those of its forward pass.
 Never of its merge: that of LyCORIS 4.1.3 multiplies by alpha/r twice.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import lycoris
@@ -17,7 +15,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from lycoris_samples import DATA, jax_tree, trained
+from lycoris_samples import CONVOLUTIONS, DATA, LAYERS, inputs, jax_tree, kohya_state, trained
 from lycoris_samples import model as sample_forward
 from peft_samples import torch_value
 from safetensors.numpy import load_file, save_file
@@ -25,9 +23,6 @@ from safetensors.numpy import load_file, save_file
 import loha_jax
 from loha_jax import LycorisConfig, interop
 from tests.parity.unet import small_unet
-
-LAYOUTS = {"conv3": "kkio", "gconv": "kkio", "c1d": "kio", "c3d": "kkkio"}
-TARGETS = ["fc1", "blocks.0.q_proj", "blocks.0.out", "conv1x1", *LAYOUTS]
 
 
 class Net(torch.nn.Module):
@@ -69,10 +64,6 @@ def jax_forward(params, x):
     y = out["lin"] - out["lin"].mean(-1, keepdims=True)
     normed = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
     return out | {"lin": normed * params["norm"]["scale"] + params["norm"]["bias"]}
-
-
-def inputs():
-    return load_file(DATA / "inputs_tiny.safetensors")
 
 
 def net():
@@ -155,7 +146,7 @@ def test_what_lycoris_writes_gives_its_outputs(options, network, tmp_path):
     made = network(module, **options)
     made.apply_to()
     made.save_weights(str(path), torch.float32, {"steps": "3"})
-    params = interop.load_lycoris(path, base, layouts=LAYOUTS)
+    params = interop.load_lycoris(path, base, layouts=CONVOLUTIONS)
     same_outputs(jax_forward(params, inputs()), torch_outputs(module), unadapted)
     interop.save_lycoris(tmp_path / "again.safetensors", params)
     ours, theirs = load_file(tmp_path / "again.safetensors"), load_file(path)
@@ -180,15 +171,15 @@ def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
     module, path = net(), tmp_path / "adapter.safetensors"
     base, unadapted = base_of(module), torch_outputs(module)
     config = LycorisConfig(
-        r=4, alpha=3, target_modules=TARGETS, rank_pattern={"conv3": 5, "c1d": 2}, **options
+        r=4, alpha=3, target_modules=LAYERS, rank_pattern={"conv3": 5, "c1d": 2}, **options
     )
-    params = trained(base, config, LAYOUTS)
+    params = trained(base, config, CONVOLUTIONS)
     interop.save_lycoris(path, params, dtype=dtype)
     network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), module)
-    assert len(network.loras) == len(TARGETS) + ("modules_to_save" in options)
+    assert len(network.loras) == len(LAYERS) + ("modules_to_save" in options)
     network.apply_to()
     if dtype != "float32":  # compare with the rounded factors, as LyCORIS does
-        params = interop.load_lycoris(path, base, layouts=LAYOUTS)
+        params = interop.load_lycoris(path, base, layouts=CONVOLUTIONS)
         network.float()
     same_outputs(jax_forward(params, inputs()), torch_outputs(module), unadapted)
 
@@ -203,29 +194,18 @@ def test_peft_opens_what_is_folded(tmp_path):
     config = LycorisConfig(
         r=4,
         alpha=3,
-        target_modules=[name for name in TARGETS if name != "c3d"],
+        target_modules=[name for name in LAYERS if name != "c3d"],
         rank_pattern={"conv3": 5, "c1d": 2},
         modules_to_save=["norm"],
         use_effective_conv2d=True,
         rs_lora=True,
         use_scalar=True,
     )
-    params = trained(base, config, LAYOUTS)
+    params = trained(base, config, CONVOLUTIONS)
     interop.save_peft(tmp_path / "peft", params)
     theirs = torch_outputs(peft.PeftModel.from_pretrained(module, tmp_path / "peft").eval())
     theirs.pop("c3d")
     same_outputs(jax_forward(params, inputs()), theirs, unadapted)
-
-
-@functools.cache
-def kohya_state():
-    return load_file(DATA / "kohya_base.safetensors")
-
-
-def kohya_base(component):
-    return {
-        k.partition(".")[2]: v for k, v in kohya_state().items() if k.startswith(f"{component}.")
-    }
 
 
 def as_torch(state):
@@ -234,7 +214,7 @@ def as_torch(state):
 
 def unet():
     model = small_unet()
-    model.load_state_dict(as_torch(kohya_base("unet")))
+    model.load_state_dict(as_torch(kohya_state("unet")))
     return model.eval()
 
 
@@ -248,7 +228,7 @@ def text_encoder(state=None):
         max_position_embeddings=12,
     )
     model = transformers.CLIPTextModel(config)
-    model.load_state_dict(as_torch(state or kohya_base("te")))
+    model.load_state_dict(as_torch(state or kohya_state("te")))
     return model.eval()
 
 
@@ -286,14 +266,14 @@ def test_a_kohya_text_encoder(form):
         DATA / f"kohya_{form}.safetensors",
         load_file(DATA / f"kohya_{form}_ref.safetensors"),
     )
-    params = interop.load_lycoris(path, jax_tree(kohya_base("te")), prefix="lora_te_")
+    params = interop.load_lycoris(path, jax_tree(kohya_state("te")), prefix="lora_te_")
     close(te_output(text_encoder(torch_state(params)), ref), ref["te_out"], ref["te_base"])
 
 
 @pytest.fixture
 def kohya_unet():
     return interop.load_lycoris(
-        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("unet")), prefix="lora_unet_"
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_state("unet")), prefix="lora_unet_"
     )
 
 
@@ -303,7 +283,7 @@ def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
     interop.save_peft(tmp_path / "peft", kohya_unet)
     model = peft.PeftModel.from_pretrained(unet(), tmp_path / "peft").eval()
     close(unet_output(model, ref), ref["unet_out"], ref["unet_base"])
-    again = interop.load_peft(tmp_path / "peft", jax_tree(kohya_base("unet")))
+    again = interop.load_peft(tmp_path / "peft", jax_tree(kohya_state("unet")))
     theirs = load_file(DATA / "kohya_tucker.safetensors")
     same_tensors(
         interop.to_lycoris_state_dict(again, prefix="lora_unet_"),
@@ -314,7 +294,7 @@ def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
 def test_kohya_opens_two_components_of_ours(kohya_unet, tmp_path, monkeypatch):
     path, ref = tmp_path / "adapter.safetensors", load_file(DATA / "kohya_tucker_ref.safetensors")
     te = interop.load_lycoris(
-        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("te")), prefix="lora_te_"
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_state("te")), prefix="lora_te_"
     )
     interop.save_lycoris(path, kohya_unet, prefix="lora_unet_", others={"lora_te_": te})
     encoder, model = text_encoder(), unet()

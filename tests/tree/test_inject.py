@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from leaves import adapted_names, loha_leaves
 
 import loha_jax
-from loha_jax import LoHaConfig, LoHaWeight, SavedWeight
+from loha_jax import LoHaConfig, SavedWeight
 
 KEY = jax.random.key(0)
 
@@ -30,11 +31,6 @@ def tree():
     }
 
 
-def adapted_names(params):
-    leaves = jax.tree.leaves(params, is_leaf=loha_jax.tree.leaves.is_adapted)
-    return [leaf.names for leaf in leaves if isinstance(leaf, LoHaWeight)]
-
-
 def test_targets_become_loha_weights_around_the_very_same_arrays():
     base = tree()
     params = loha_jax.inject(base, LoHaConfig(r=2, alpha=3, target_modules=["query"]), key=KEY)
@@ -50,7 +46,7 @@ def test_targets_become_loha_weights_around_the_very_same_arrays():
     }
     assert factors.scaling == 1.5
     assert params["encoder"]["layer"]["1"]["value"] == base["encoder"]["layer"]["1"]["value"]
-    assert adapted_names(params) == [("encoder.layer.0.query",), ("encoder.layer.1.query",)]
+    assert adapted_names(params) == ["encoder.layer.0.query", "encoder.layer.1.query"]
 
 
 def test_an_adapted_tree_starts_as_a_no_op_and_init_weights_false_does_not():
@@ -73,8 +69,7 @@ def test_ranks_and_alphas_follow_the_first_pattern():
     params = loha_jax.inject(tree(), config, key=KEY)
     found = {
         leaf.names[0]: (f.ranks[0], f.alphas[0], float(f.scaling), f.hada_w1_a.shape[1])
-        for leaf in jax.tree.leaves(params, is_leaf=loha_jax.tree.leaves.is_adapted)
-        if isinstance(leaf, LoHaWeight)
+        for leaf in loha_leaves(params)
         for f in leaf.adapters.values()
     }
     assert found == {
@@ -269,14 +264,12 @@ def test_all_linear_takes_dense_kernels_and_leaves_out_embeddings_and_the_head()
         "lm_head": {"kernel": jnp.ones((4, 9))},
     }
     params = loha_jax.inject(base, LoHaConfig(target_modules="all-linear"), key=KEY)
-    assert adapted_names(params) == [("dense",)]
+    assert adapted_names(params) == ["dense"]
 
 
 def test_ambiguous_kernels_matter_only_when_targeted():
     base = {"q": {"kernel": jnp.ones((4, 4))}, "odd": {"kernel": jnp.ones((2, 3, 4))}}
-    assert adapted_names(loha_jax.inject(base, LoHaConfig(target_modules=["q"]), key=KEY)) == [
-        ("q",)
-    ]
+    assert adapted_names(loha_jax.inject(base, LoHaConfig(target_modules=["q"]), key=KEY)) == ["q"]
     with pytest.raises(
         ValueError, match=r"odd\.kernel of shape \(2, 3, 4\) could be several things"
     ):

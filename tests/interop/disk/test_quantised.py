@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from quantised_bases import E4M3, FORMS, SHAPE, adapter, quantised, read, spread, write
+from merge_inputs import read_all
+from quantised_bases import E4M3, FORMS, SHAPE, adapter, quantised, spread, write
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -128,10 +129,10 @@ def test_save_merged_quantises_again(form, tmp_path):
     path, delta = adapter(tmp_path / "adapter")
     tree = {"q": {"kernel": jnp.asarray(weight.T)}}
     save_merged(tmp_path / "same", tree, base=base)
-    same = read(tmp_path / "same")
+    same = read_all(tmp_path / "same")
     assert all(same[key].tobytes() == tensors[key].tobytes() for key in tensors)
     save_merged(tmp_path / "out", loha_jax.interop.load_peft(path, tree), base=base)
-    out = read(tmp_path / "out")
+    out = read_all(tmp_path / "out")
     name = next(key for key in tensors if key != "q.weight")
     stored = out["q.weight"].astype(np.float64) * spread(out[name], SHAPE, size)
     assert np.linalg.norm(stored - weight - delta) < 0.03 * np.linalg.norm(weight + delta)
@@ -168,6 +169,6 @@ def test_saved_adapters_of_a_loaded_scaled_base(tmp_path):
         warnings.simplefilter("ignore")  # of a small update
         save_merged(tmp_path / "a", params, base=base)
         merge_checkpoint(base, [(tmp_path / "adapter", 1.0)], tmp_path / "b")
-    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
     np.testing.assert_allclose(a["q.weight_scale"], b["q.weight_scale"], rtol=1e-5)
     assert np.mean(a["q.weight"].view(np.uint8) == b["q.weight"].view(np.uint8)) > 0.99

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from leaves import loha_leaves
 from lora_folders import PREFIX, dense
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
@@ -16,7 +17,6 @@ from loha_jax import LoHaConfig, LycorisConfig, interop
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.lora_config import exact_targets
 from loha_jax.targets.matching import Match, match_target
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 def adapted(sample):
@@ -29,14 +29,13 @@ def deltas(params, adapter_name=None):
     """ΔW of each module from PEFT's own tensors, by name and in float64: `[out, columns]`."""
     state = interop.to_peft_state_dict(params, adapter_name)
     result = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            (factors,) = leaf.adapters.values()
-            for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
-                own = {k: state[f"{PREFIX}{name}.{k}"] for k in factors.tensors}
-                module = AdapterModule(name, "loha", r, alpha, own)
-                rows = own["hada_w1_a"].shape[1 if "hada_t1" in own else 0]
-                result[name] = dense(module, (rows, -1))
+    for leaf in loha_leaves(params):
+        (factors,) = leaf.adapters.values()
+        for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
+            own = {k: state[f"{PREFIX}{name}.{k}"] for k in factors.tensors}
+            module = AdapterModule(name, "loha", r, alpha, own)
+            rows = own["hada_w1_a"].shape[1 if "hada_t1" in own else 0]
+            result[name] = dense(module, (rows, -1))
     return result
 
 

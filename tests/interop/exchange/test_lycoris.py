@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from leaves import loha_leaves
 from lycoris_samples import (
     DATA,
     FORMS,
@@ -19,7 +20,7 @@ from lycoris_samples import (
     outputs,
     trained,
 )
-from lycoris_trees import loaded, loha_leaves, same_tensors, written
+from lycoris_trees import loaded, same_tensors, written
 from safetensors.numpy import load_file
 
 import loha_jax

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from leaves import loha_leaves
 from lycoris_samples import CONVOLUTIONS, DATA, LAYOUTS, base_params, native
-from lycoris_trees import loaded, loha_leaves, same_tensors, written
+from lycoris_trees import loaded, same_tensors, written
 
 import loha_jax
 from loha_jax import LoHaConfig, interop

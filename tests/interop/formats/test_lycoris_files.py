@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from leaves import adapted_names, loha_leaves
 from lycoris_modules import factors, written
-from lycoris_samples import DATA, LAYOUTS, base_params, jax_tree, native
+from lycoris_samples import DATA, LAYOUTS, base_params, jax_tree, kohya_state, native
 from safetensors.numpy import load_file
 
 import loha_jax
@@ -20,21 +21,9 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk.tensor_files import read_metadata
 from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
 from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight
 
 KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}
-
-
-def kohya_base(component):
-    state = load_file(DATA / "kohya_base.safetensors")
-    return jax_tree(
-        {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")}
-    )
-
-
-def names_of(params):
-    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    return {name for leaf in leaves if isinstance(leaf, LoHaWeight) for name in leaf.names}
 
 
 def tree(*names):
@@ -93,7 +82,9 @@ def test_modules_with_one_name_are_an_error_where_the_file_uses_it(own, tmp_path
     with pytest.raises(ValueError, match=rf"{own} could be a\.b_c or a_b\.c"):
         interop.load_lycoris(written(tmp_path, {own: factors()}), base)
     other = own.replace("a_b_c", "a_d")
-    assert names_of(interop.load_lycoris(written(tmp_path, {other: factors()}), base)) == {"a.d"}
+    assert set(
+        adapted_names(interop.load_lycoris(written(tmp_path, {other: factors()}), base))
+    ) == {"a.d"}
 
 
 def test_a_stacked_kernel_is_found_by_the_names_of_its_modules(tmp_path):
@@ -127,7 +118,7 @@ def test_names_in_the_file_and_in_the_tree(in_file, in_tree, tmp_path):
     params = interop.load_lycoris(
         written(tmp_path, {in_file: factors()}), tree(in_tree, "other.fc")
     )
-    assert names_of(params) == {in_tree}
+    assert set(adapted_names(params)) == {in_tree}
 
 
 def test_two_modules_of_the_file_cannot_be_one_of_the_tree(tmp_path):
@@ -144,12 +135,12 @@ def test_the_component_is_chosen_by_its_prefix(tmp_path):
         ValueError,
         match=r"several components: 'lora_te_' \(\d+ modules\), 'lora_unet_' \(\d+ modules\)",
     ):
-        interop.load_lycoris(path, kohya_base("unet"))
+        interop.load_lycoris(path, jax_tree(kohya_state("unet")))
     with pytest.raises(ValueError, match=r"begins with prefix='lycoris_'; the file has 'lora_te_'"):
-        interop.load_lycoris(path, kohya_base("unet"), prefix="lycoris_")
+        interop.load_lycoris(path, jax_tree(kohya_state("unet")), prefix="lycoris_")
     plain = written(tmp_path, {"transformer.h.0.fc": factors(), "lm_head": factors()})
     both = interop.load_lycoris(plain, tree("transformer.h.0.fc", "lm_head"), prefix="")
-    assert names_of(both) == {"transformer.h.0.fc", "lm_head"}
+    assert set(adapted_names(both)) == {"transformer.h.0.fc", "lm_head"}
 
 
 def test_a_kohya_file_both_ways(tmp_path):
@@ -160,9 +151,12 @@ def test_a_kohya_file_both_ways(tmp_path):
     path, again = DATA / "kohya_tucker.safetensors", tmp_path / "again.safetensors"
     theirs, metadata = load_file(path), read_metadata(path)
     loaded = {
-        p: interop.load_lycoris(path, kohya_base(part), prefix=p) for p, part in KOHYA.items()
+        p: interop.load_lycoris(path, jax_tree(kohya_state(part)), prefix=p)
+        for p, part in KOHYA.items()
     }
-    prefixed = [name.replace(".", "_") for params in loaded.values() for name in names_of(params)]
+    prefixed = [
+        name.replace(".", "_") for params in loaded.values() for name in adapted_names(params)
+    ]
     assert len(prefixed) == len({key.rpartition(".")[0] for key in theirs})
     others = {"lora_te_": loaded["lora_te_"]}
     interop.save_lycoris(
@@ -181,12 +175,10 @@ def test_a_kohya_file_both_ways(tmp_path):
 @pytest.mark.parametrize("form", ["tucker", "dora_attn"])
 def test_the_weights_are_those_of_the_file(form):
     """Every module of the text encoder in float64, by LyCORIS' formula."""
-    path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", kohya_base("te")
+    path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", jax_tree(kohya_state("te"))
     file = read_adapter(path)
     params = interop.load_lycoris(path, base, prefix=prefix)
-    leaves = [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
-    ]
+    leaves = loha_leaves(params)
     dense = jax.jit(LoHaWeight.dense)  # compiled once for each shape
     merged = [dense(dataclasses.replace(leaf, names=("one",))) for leaf in leaves]
     assert len(leaves) == sum(own.startswith(prefix) for own in file.modules)

@@ -2,9 +2,9 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from leaves import loha_leaves
 from lycoris_modules import factors, written
 from lycoris_samples import DATA, FORMS, LAYERS, LAYOUTS, base_params, native
 from peft_samples import NAMES, Sample
@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 from loha_jax import LoHaConfig, interop
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.runtime.untrusted import FileError
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -80,13 +79,12 @@ def test_a_peft_folder_is_read_without_a_model(name):
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, sample.state[f"base_model.model.{key}"])
     params = interop.load_peft(sample.adapter, sample.params(), layouts=sample.layouts)
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            adapter = leaf.adapters["default"]
-            found = [file.modules[n] for n in leaf.names]
-            assert [(m.r, m.alpha) for m in found] == list(
-                zip(adapter.ranks, adapter.alphas, strict=True)
-            )
+    for leaf in loha_leaves(params):
+        adapter = leaf.adapters["default"]
+        found = [file.modules[n] for n in leaf.names]
+        assert [(m.r, m.alpha) for m in found] == list(
+            zip(adapter.ranks, adapter.alphas, strict=True)
+        )
 
 
 def test_a_folder_whose_config_and_tensors_disagree(tmp_path):

@@ -16,6 +16,7 @@ from merge_inputs import (
     normal,
     read_all,
     sharded_base,
+    stop_at_the_end,
     write_adapter,
     write_base,
 )
@@ -144,12 +145,8 @@ def test_shards_of_another_merge_are_not_kept(change, tmp_path):
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = write_adapter(tmp_path / "adapter", modules)
 
-    def stop(done, total):
-        if done == total:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", progress=stop)
+        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", progress=stop_at_the_end)
     assert list((tmp_path / ".out.merging" / "files").glob("*.safetensors"))
     weight, dtype = 1.0, None
     if change == "weight":

@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from quantised_bases import SHAPE, adapter, normal, read, write
+from merge_inputs import normal, read_all
+from quantised_bases import SHAPE, adapter, write
 
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
@@ -63,14 +64,14 @@ def test_modules_that_were_renamed(tmp_path):
     }
     assert merge_checkpoint(base, [(path, 1.0)], tmp_path / "out", names=names).merged == 2
     np.testing.assert_allclose(
-        read(tmp_path / "out")[f"{new}.weight"], weight + delta, rtol=1e-5, atol=1e-5
+        read_all(tmp_path / "out")[f"{new}.weight"], weight + delta, rtol=1e-5, atol=1e-5
     )
     for base_path in (None, base):
         target = tmp_path / f"converted{base_path is None}"
         done = convert_adapter(path, target, "peft", names=names, base=base_path)
         assert list(done.modules) == [new, "model.visual.blocks.0.q_proj"]
         merge_checkpoint(base, [(target, 1.0)], tmp_path / f"out{base_path is None}")
-        again = read(tmp_path / f"out{base_path is None}")
+        again = read_all(tmp_path / f"out{base_path is None}")
         np.testing.assert_array_equal(
-            again[f"{new}.weight"], read(tmp_path / "out")[f"{new}.weight"]
+            again[f"{new}.weight"], read_all(tmp_path / "out")[f"{new}.weight"]
         )

@@ -6,15 +6,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from merge_inputs import normal, read_all
 from quantised_bases import (
     E4M3,
     E5M2,
     FORMS,
     SHAPE,
     adapter,
-    normal,
     quantised,
-    read,
     spread,
     write,
 )
@@ -38,7 +37,7 @@ def test_a_merge_into_scaled_float8(form, dtype, tmp_path, monkeypatch):
     base = write(tmp_path / "base", {**tensors, **extra}, config)
     path, delta = adapter(tmp_path / "adapter", scale=0.1)
     report = merge_checkpoint(base, [(path, 0.5)], tmp_path / "out")
-    out = read(tmp_path / "out")
+    out = read_all(tmp_path / "out")
     name = next(key for key in tensors if key != "q.weight")
     assert out.keys() == {*tensors, *extra}
     assert {k: (v.dtype, v.shape) for k, v in out.items()} == {
@@ -81,7 +80,7 @@ def test_scales_keep_their_dtype(scale_dtype, tmp_path):
     base = write(tmp_path / "base", tensors, config)
     path, delta = adapter(tmp_path / "adapter")
     merge_checkpoint(base, [(path, 1.0)], tmp_path / "out")
-    out = read(tmp_path / "out")
+    out = read_all(tmp_path / "out")
     assert out["q.weight_scale"].dtype == scale_dtype
     stored = out["q.weight"].astype(np.float64) * spread(out["q.weight_scale"], SHAPE, size)
     exact = weight + delta
@@ -100,7 +99,7 @@ def test_a_scale_in_another_shard(tmp_path):
     (base / "config.json").write_text(json.dumps({"quantization_config": config}))
     path, delta = adapter(tmp_path / "adapter")
     merge_checkpoint(base, [(path, 1.0)], tmp_path / "out")
-    out = read(tmp_path / "out")
+    out = read_all(tmp_path / "out")
     stored = out["q.weight"].astype(np.float64) * spread(out["q.weight_scale_inv"], SHAPE, size)
     assert np.linalg.norm(stored - weight - delta) < 0.04 * np.linalg.norm(weight + delta)
     with pytest.raises(
@@ -153,7 +152,7 @@ def test_the_bfloat16_loss_is_reported_and_noted_where_it_is_large(tmp_path):
     for name, scale, noted in (("large", 0.1, False), ("small", 1e-4, True)):
         path, delta = adapter(tmp_path / name, shape=(64, 64), scale=scale)
         report = merge_checkpoint(base, [(path, 1.0)], tmp_path / f"{name}_out")
-        stored = read(tmp_path / f"{name}_out")["q.weight"].astype(np.float64)
+        stored = read_all(tmp_path / f"{name}_out")["q.weight"].astype(np.float64)
         lost = np.linalg.norm(stored - weight.astype(np.float64) - delta) / np.linalg.norm(delta)
         np.testing.assert_allclose(report.losses["q.weight"].share, lost, rtol=2e-2)
         assert bool(report.notes) == noted == (lost > 0.5)

@@ -109,7 +109,7 @@ def torch_value(kernel):
     return np.moveaxis(np.asarray(kernel), (-1, -2), (0, 1))
 
 
-def simple(tmp_path, **kwargs):
+def two_kernels(tmp_path, **kwargs):
     base = {
         "lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)},
         "lin1": {"kernel": jnp.ones((4, 2))},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_samples import LINEAR, NAMES, Sample, simple, torch_value
+from peft_samples import LINEAR, NAMES, Sample, torch_value, two_kernels
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
@@ -75,7 +75,7 @@ def test_state_dicts_keep_pefts_keys_and_values(name):
 
 
 def test_named_adapters_have_folders_of_their_own(tmp_path):
-    base, params = simple(tmp_path)
+    base, params = two_kernels(tmp_path)
     params = loha_jax.inject(
         params,
         LoHaConfig(r=1, target_modules=["lin1"]),
@@ -114,7 +114,7 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
 
 
 def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     state = load_file(path)
     state["base_model.model.other.hada_w1_a"] = state.pop("base_model.model.lin0.hada_w1_a")
@@ -133,7 +133,7 @@ def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
 
 
 def test_a_rank_that_the_config_does_not_say_is_an_error(tmp_path):
-    base, params = simple(tmp_path)
+    base, params = two_kernels(tmp_path)
     state = interop.to_peft_state_dict(params)
     with pytest.raises(ValueError, match=r"misshapen \(8\)"):
         interop.from_peft_state_dict(state, LoHaConfig(r=3, target_modules=["lin0", "lin1"]), base)

@@ -1,6 +1,7 @@
 """PEFT's folders: names of files and keys, dtypes, configs and model cards."""
 
 import json
+import os
 import shutil
 import stat
 
@@ -8,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_samples import simple
+from peft_samples import two_kernels
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
-from loha_jax import LoHaConfig, LoHaWeight, interop
+from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
-from loha_jax.tree.leaves import is_adapted
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from loha_jax.tree.leaves import is_adapted
     ],
 )
 def test_keys_without_the_prefix_or_with_an_adapters_name_load(tmp_path, rename):
-    base, params = simple(tmp_path)
+    base, params = two_kernels(tmp_path)
     state = {rename(key): value for key, value in interop.to_peft_state_dict(params).items()}
     loaded = interop.from_peft_state_dict(
         state, LoHaConfig(r=2, target_modules=["lin0", "lin1"]), base
@@ -36,14 +36,14 @@ def test_keys_without_the_prefix_or_with_an_adapters_name_load(tmp_path, rename)
 
 @pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\0\0\0\0\0\0\0{}"])
 def test_broken_files_are_named(tmp_path, content):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         interop.load_peft(tmp_path, base)
 
 
 def test_missing_files_are_named(tmp_path):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"Can't find 'adapter_config\.json' at"):
         interop.load_peft(tmp_path / "nowhere", base)
     (tmp_path / "adapter_model.safetensors").unlink()
@@ -54,7 +54,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, monkeypatch):
-    base, params = simple(tmp_path)
+    _, params = two_kernels(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full(*_):
@@ -72,12 +72,13 @@ def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, mo
     assert (tmp_path / "adapter_model.safetensors").read_bytes() != before[
         "adapter_model.safetensors"
     ]
-    assert stat.S_IMODE((tmp_path / "adapter_model.safetensors").stat().st_mode) & 0o444
-    del base
+    os.umask(umask := os.umask(0))
+    mode = (tmp_path / "adapter_model.safetensors").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o666 & ~umask  # not that of a temporary file
 
 
 def test_nothing_is_written_where_nothing_can_be(tmp_path):
-    _, params = simple(tmp_path)
+    _, params = two_kernels(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         interop.save_peft(tmp_path / "adapter_config.json", params)
     with pytest.raises(ValueError, match="no adapter to save"):
@@ -87,7 +88,7 @@ def test_nothing_is_written_where_nothing_can_be(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
 def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     low = {k: np.asarray(jnp.asarray(v, dtype)) for k, v in load_file(path).items()}
     save_file(low, path)
@@ -100,17 +101,13 @@ def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
 
 
 def test_transposed_arrays_are_written_in_c_order(tmp_path):
-    _, params = simple(tmp_path)
-    leaf = params["lin0"]["kernel"]
     turned = safetensors_bytes({"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))}, {})
     (tmp_path / "x").write_bytes(turned)
     np.testing.assert_array_equal(load_file(tmp_path / "x")["x"], np.arange(6.0).reshape(2, 3))
-    assert isinstance(leaf, LoHaWeight)
-    assert is_adapted(leaf)
 
 
 def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'LORA' adapter"):
@@ -119,7 +116,9 @@ def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
 
 
 def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
-    _, params = simple(tmp_path / "new", base_model_name_or_path="org/base", task_type="CAUSAL_LM")
+    _, params = two_kernels(
+        tmp_path / "new", base_model_name_or_path="org/base", task_type="CAUSAL_LM"
+    )
     card = (tmp_path / "new" / "README.md").read_text()
     assert card.startswith(
         '---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\n'
@@ -133,7 +132,7 @@ def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 def test_diffusers_and_transformers_variants_load(tmp_path, prefix):
     """diffusers' `save_lora_adapter`: one file, keys without a prefix, the config in the header."""
-    base, params = simple(tmp_path / "peft")
+    base, params = two_kernels(tmp_path / "peft")
     state = {
         prefix + k.removeprefix("base_model.model."): v
         for k, v in interop.to_peft_state_dict(params).items()
@@ -155,7 +154,7 @@ def test_diffusers_and_transformers_variants_load(tmp_path, prefix):
 
 
 def test_unknown_keys_of_a_newer_config_are_reported(tmp_path):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_khatri_rao": True}))
     with pytest.warns(UserWarning, match=r"Unexpected keys \['use_khatri_rao'\]"):

@@ -96,7 +96,8 @@ def test_keys_give_the_same_draws(tmp_path, kind):
         assert bits(restored) == bits(KEYS[kind])
 
 
-def test_arrays_of_numpy_numbers_and_empty_arrays_in_an_optimizer_state(tmp_path):
+def test_odd_arrays_in_an_optimizer_state(tmp_path):
+    """Arrays of numpy numbers and empty arrays in an optimizer state."""
     state = {
         "numpy": np.arange(3.0),
         "int": 3,

@@ -14,7 +14,7 @@ from loha_jax.interop import FileError
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* is unfinished")
-def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path, request):
+def test_killed_processes_leave_whole_checkpoints(tmp_path, request):
     """A process is killed at any moment, and the latest checkpoint is whole.
 
     It is at least the last that was reported finished, and holds what was saved for it.

@@ -137,7 +137,8 @@ print(json.dumps([errors, steps]))
 """
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(tmp_path):
+def test_a_full_disk(tmp_path):
+    """A full disk is an error and the checkpoints before it stay."""
     errors, steps = run(FULL_DISK, tmp_path)
     assert len(errors) == 3
     assert all("too large" in error for error in errors), errors

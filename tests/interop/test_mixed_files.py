@@ -203,7 +203,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_loha_cannot_hold_is_named_and_left_out_on_request(kind, tmp_path):
+def test_what_loha_cannot_hold(kind, tmp_path):
+    """What LoHa cannot hold is named and left out on request."""
     path = write(tmp_path / "a.safetensors", {"q": loha("q"), "k": OTHERS[kind]})
     said = (
         rf"lora_unet_down_k is a {re.escape(kind)} adapter"

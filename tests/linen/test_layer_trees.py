@@ -147,7 +147,8 @@ def test_a_fedpara_layer_becomes_the_plain_kernel():
         linen.from_adapted(adapted, Net().init, KEY, x)
 
 
-def test_pretrained_parameters_of_the_plain_model_go_under_the_factors():
+def test_pretrained_parameters_go_under_the_factors():
+    """Pretrained parameters of the plain model go under the factors."""
     pretrained = PlainTied().init(jax.random.key(8), IDS)
     params = unflatten_dict({**flatten_dict(Tied().init(KEY, IDS)), **flatten_dict(pretrained)})
     adapted = linen.to_adapted(params, Tied().init, KEY, IDS)

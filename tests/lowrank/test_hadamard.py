@@ -49,7 +49,8 @@ def assert_same_derivatives(fn, reference, args, bound=1e-12):
 
 @settings(max_examples=20)
 @given(sizes, sizes, sizes)
-def test_hada_weight_and_its_gradients_equal_autodiff_in_float64(o, i, r):
+def test_hada_weight_equals_autodiff(o, i, r):
+    """`hada_weight` and its gradients equal autodiff in float64."""
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (*flat_factors(o, i, r), np.array(1.7))]
         assert_same_derivatives(hada_weight, plain, args)
@@ -57,7 +58,8 @@ def test_hada_weight_and_its_gradients_equal_autodiff_in_float64(o, i, r):
 
 @settings(max_examples=30)
 @given(sizes, sizes, sizes, st.sampled_from([(3, 3), (3, 1), (1, 3), (4, 1), (5,), (2, 2, 2)]))
-def test_hada_weight_cp_and_its_gradients_equal_autodiff_in_float64(o, i, r, spatial):
+def test_hada_weight_cp_equals_autodiff(o, i, r, spatial):
+    """`hada_weight_cp` and its gradients equal autodiff in float64."""
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (*cp_factors(o, i, r, spatial), np.array(0.6))]
         assert_same_derivatives(hada_weight_cp, plain_cp, args)

@@ -228,7 +228,8 @@ def test_forward_mode(x64):
     assert_close(run(loha_jax.adapt(product, strategy="factored", forward_mode=True)), want)
 
 
-def test_a_new_adapter_is_the_base_to_rounding_and_multiplier_0_is_the_base_exactly(x64):
+def test_a_new_decomposition_is_the_base(x64):
+    """A new adapter is the base to rounding and multiplier 0 is the base exactly."""
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)))
     config = LycorisConfig(r=2, target_modules=["q"], weight_decompose=True)
     params = loha_jax.inject({"q": {"kernel": kernel}}, config, key=KEY)
@@ -348,7 +349,8 @@ def test_bfloat16_bases_and_kernels_are_decomposed_in_float32():
     )
 
 
-def test_dropped_modules_are_the_base_and_dropped_rows_the_bases_at_the_trained_norm():
+def test_dropout_of_decomposed_weights():
+    """Dropped modules are the base and dropped rows the base's at the trained norm."""
     params = decomposed((4, 6), "io", True, module_dropout=0.5)
     leaf = params["q"]["kernel"]
     seen = set()

@@ -209,7 +209,8 @@ TIED = {
 @pytest.mark.parametrize(
     "builder", [llama, bert, gpt2, resnet, resnet_basic, whisper, wav2vec2, clip, vit]
 )
-def test_transformers_checkpoints_load_into_their_flax_twins(builder, twins, tmp_path):
+def test_a_checkpoint_in_its_flax_twin(builder, twins, tmp_path):
+    """Transformers checkpoints load into their Flax twins."""
     model, flax, inputs = twins(builder)
     model.save_pretrained(tmp_path)
     names = NameMap.transformers(model.config.model_type)
@@ -236,7 +237,8 @@ MERGED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("builder", MERGED)
-def test_a_merged_tree_is_a_folder_that_transformers_loads_in_torch(builder, twins, tmp_path):
+def test_a_merged_tree_in_torch(builder, twins, tmp_path):
+    """A merged tree is a folder that transformers loads in torch."""
     targets, size = MERGED[builder]
     model, flax, inputs = twins(builder)
     base, merged = tmp_path / "base", tmp_path / "merged"
@@ -336,7 +338,7 @@ def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stacked_model_loads_and_saves_one_module_at_a_time(twins, tmp_path):
+def test_a_stacked_model(twins, tmp_path):
     """The Llama's layers are one leaf per kind, `[L, in, out]`, as `nn.scan` keeps them.
 
     Heads have axes of their own.

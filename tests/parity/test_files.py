@@ -69,9 +69,8 @@ X = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
 
 
 @pytest.mark.parametrize("safe_serialization", [True, False], ids=["safetensors", "bin"])
-def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
-    safe_serialization, tmp_path
-):
+def test_nested_saved_modules_of_peft(safe_serialization, tmp_path):
+    """Nested saved modules of PEFT load with those found by their ending."""
     model, base = wrapped(modules_to_save=["head"])
     model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
     loaded = interop.load_peft(tmp_path, base)
@@ -89,7 +88,8 @@ def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
-def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(task_type, tmp_path):
+def test_heads_of_a_task(task_type, tmp_path):
+    """The heads of a task are written as PEFT writes them and never twice."""
     head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
 
     class Model(torch.nn.Module):
@@ -119,7 +119,8 @@ def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(tas
     assert LoHaConfig.from_dict(grown).modules_to_save == tuple(configs[1]["modules_to_save"])
 
 
-def test_the_hubs_own_reader_opens_our_model_card_and_peft_adds_to_it(tmp_path):
+def test_the_hubs_reader_opens_our_model_card(tmp_path):
+    """The hub's own reader opens our model card and PEFT adds to it."""
     base = {"q": {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}}
     config = LoHaConfig(
         r=2, target_modules=["q"], base_model_name_or_path="org/base: a name", task_type="CAUSAL_LM"

@@ -23,7 +23,8 @@ def test_hada_weight_equals_pefts_function(x64):
         np.testing.assert_allclose(got, want.grad, rtol=1e-10)
 
 
-def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
+def test_hada_weight_cp_equals_pefts_value(x64):
+    """`hada_weight_cp` equals PEFT's value and torch autograd's gradient."""
     arrays = [normal(n, *shape) for n, shape in enumerate([(3, 3, 3, 2), (3, 4), (3, 5)] * 2)]
     scale = torch.tensor(1.5, dtype=torch.float64)
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]

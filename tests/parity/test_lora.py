@@ -82,7 +82,8 @@ def test_peft_opens_the_exact_lora_and_computes_what_jax_does(name, kwargs, tmp_
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "grouped"])
 @pytest.mark.parametrize("limit", [{"rank": 2}, {"energy": 0.8}], ids=["rank", "energy"])
-def test_errors_are_those_between_the_updates_of_pefts_two_models(name, limit, tmp_path):
+def test_errors_are_those_between_pefts_models(name, limit, tmp_path):
+    """Errors are those between the updates of PEFT's two models."""
     model = Model(SPECS[name])
     params = model.inject()
     lora = interop.save_lora(tmp_path / "lora", params, groups=model.groups, **limit)
@@ -217,7 +218,8 @@ def test_pefts_config_of_the_folder_is_a_plain_lora(tmp_path):
     assert raw.keys() <= want.to_dict().keys()
 
 
-def test_pefts_convert_to_lora_has_no_smaller_error_at_any_rank(tmp_path):
+def test_convert_to_lora_has_no_smaller_error(tmp_path):
+    """PEFT's `convert_to_lora` has no smaller error at any rank."""
     torch.manual_seed(0)
     module = torch.nn.ModuleDict({"q": torch.nn.Linear(40, 60), "k": torch.nn.Linear(30, 20)})
     base = jax_params(module)
@@ -310,7 +312,8 @@ def random_lora(model, **kwargs):
     ],
 )
 @pytest.mark.parametrize("key", [None, KEY], ids=["dead", "random"])
-def test_a_lora_of_peft_is_a_loha_and_goes_out_as_both(name, kwargs, key, tmp_path):
+def test_a_lora_of_peft_is_a_loha(name, kwargs, key, tmp_path):
+    """A LoRA of PEFT is a LoHa and goes out as both."""
     model = Model(SPECS[name])
     wrapped = random_lora(model, **kwargs)
     want = torch_output(wrapped, model.x)
@@ -330,7 +333,8 @@ def test_a_lora_of_peft_is_a_loha_and_goes_out_as_both(name, kwargs, key, tmp_pa
         close(torch_output(model.opened(tmp_path / "loha"), model.x), want)
 
 
-def test_a_lora_over_groups_of_peft_is_refused_unless_each_reads_its_own_channels(tmp_path):
+def test_a_lora_over_groups(tmp_path):
+    """A LoRA over groups of PEFT is refused unless each reads its own channels."""
     model = Model(GROUPED)
     wrapped = random_lora(model, r=6)
     wrapped.save_pretrained(tmp_path / "any")

@@ -36,7 +36,8 @@ def test_log_every_gives_means():
         assert row["loss"] == pytest.approx(part.mean())
 
 
-def test_it_ends_where_the_batches_end_and_shows_nothing_without_a_terminal(capsys):
+def test_it_ends_with_the_batches(capsys):
+    """It ends where the batches end and shows nothing without a terminal."""
     result = fit(loss_fn, adapted(), TX, data(5), key=KEY, steps=100)
     assert (result.step, result.stopped, capsys.readouterr()) == (5, "finished", ("", ""))
 

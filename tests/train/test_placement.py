@@ -63,7 +63,8 @@ assert factors.hada_w1_b.sharding.spec == P(None, None, "data"), factors.hada_w1
 
 
 @pytest.mark.slow
-def test_on_a_mesh_it_is_the_same_run_and_every_array_stays_where_it_was():
+def test_on_a_mesh():
+    """On a mesh it is the same run and every array stays where it was."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {
         **os.environ,

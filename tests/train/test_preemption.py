@@ -42,7 +42,8 @@ def batches_from(position):
     ],
     ids=["schedule", "accumulated in bfloat16", "noise"],
 )
-def test_interrupted_by_sigterm_and_resumed_is_not_interrupted(tmp_path, batches, tx, options):
+def test_interrupted_and_resumed(tmp_path, batches, tx, options):
+    """Interrupted by SIGTERM and resumed is not interrupted."""
     params = adapted(rank_dropout=0.3, module_dropout=0.1)
 
     def interrupt(step, metrics):

@@ -78,7 +78,8 @@ def test_dropout_is_that_of_the_config_and_new_in_each_step():
     assert len({tuple(row) for row in dropped}) > 30
 
 
-def test_in_bfloat16_the_model_computes_in_it_and_what_is_trained_stays_float32():
+def test_bfloat16():
+    """In bfloat16 the model computes in it and what is trained stays float32."""
     seen = {}
 
     def inspect(params, batch, key):

@@ -247,7 +247,8 @@ COINCIDENCES = {  # one of the arguments is as long as the batch by chance
 
 
 @pytest.mark.parametrize("case", COINCIDENCES)
-def test_what_is_as_long_as_the_batch_by_chance_is_refused_or_said(case):
+def test_what_is_as_long_as_the_batch_by_chance(case):
+    """What is as long as the batch by chance is refused or said."""
     fn, x, other = COINCIDENCES[case]
     params, index = small(), [2, 0, 1, 2][: len(x)]
     with pytest.raises(ValueError, match=r"It is open which arguments.*in_axes=\(None, 0, 0\)"):
@@ -327,7 +328,8 @@ def test_in_axes_that_do_not_fit():
         run((None, 0, None), params, x, at, out_axes=3)
 
 
-def test_a_stack_of_modules_with_decomposed_weights_of_several_ranks():
+def test_a_decomposed_stack_of_several_ranks():
+    """A stack of modules with decomposed weights of several ranks."""
     config = loha_jax.LycorisConfig(
         r=2,
         alpha=4,

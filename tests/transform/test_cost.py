@@ -55,7 +55,8 @@ def kernel_shaped_arrays(compiled):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "factored"])
-def test_flops_of_four_dense_layers_stay_within_12_percent_of_the_frozen_base(strategy):
+def test_flops_of_dense_layers(strategy):
+    """Flops of four dense layers stay within 12 percent of the frozen base."""
     frozen, adapted = compiled_step(2048), compiled_step(2048, strategy)
     assert adapted.cost_analysis()["flops"] <= 1.12 * frozen.cost_analysis()["flops"]
     extra = (
@@ -187,7 +188,8 @@ def test_decoding_costs_at_most_10_percent_more(tokens):
     assert adapted["bytes accessed"] <= 1.1 * frozen["bytes accessed"]
 
 
-def test_auto_is_the_cheaper_of_factored_and_fused_by_xlas_count():
+def test_auto_is_the_cheaper():
+    """Auto is the cheaper of factored and fused by XLA's count."""
     config = loha_jax.LoHaConfig(r=32, target_modules=["0"])
     kernel = jax.ShapeDtypeStruct((768, 768), jnp.float32)
     params = loha_jax.inject({"0": {"kernel": kernel}}, config, key=jax.random.key(0))

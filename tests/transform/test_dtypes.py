@@ -34,7 +34,8 @@ def update(leaf):
 
 @pytest.mark.filterwarnings("ignore:Rounding the merged weight of q to float8")
 @pytest.mark.parametrize("dtype", BASES)
-def test_factors_are_float32_or_better_and_the_merged_weight_is_rounded_once(dtype, x64):
+def test_dtypes_of_factors_and_merged_weights(dtype, x64):
+    """Factors are float32 or better and the merged weight is rounded once."""
     leaf = adapted(dtype)["q"]["kernel"]
     wide = jnp.float64 if dtype == "float64" else jnp.float32
     assert {x.dtype for x in leaf.adapters["default"].tensors.values()} == {jnp.dtype(wide)}

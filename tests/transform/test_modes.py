@@ -233,7 +233,8 @@ def test_exported_with_unknown_sizes(case):
     str(loha_jax.explain(fn, params, unknown))
 
 
-def test_exported_functions_are_written_and_read_with_the_tree_as_argument():
+def test_exported_functions_are_written_and_read():
+    """Exported functions are written and read with the tree as argument."""
     pytest.importorskip("flatbuffers")  # jax.export writes with it
     base = {
         name: {"w": jax.random.normal(jax.random.key(n), (8, 8))}

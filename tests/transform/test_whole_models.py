@@ -46,7 +46,7 @@ def test_linen_transformer(scan):
     check(model.apply, params, x)
 
 
-def test_scanned_transformer_equals_the_unrolled_one_with_the_same_factors():
+def test_scanned_and_unrolled_transformers():
     """One config and key give both the same factors.
 
     The names of the stacked modules are those of the unrolled ones.

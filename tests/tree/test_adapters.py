@@ -203,7 +203,8 @@ def test_bad_sums_are_named(arguments, message):
         loha_jax.add_weighted_adapter(tree(), *arguments)
 
 
-def test_two_active_copies_of_one_module_are_an_error_where_it_is_used():
+def test_two_active_copies_of_one_module():
+    """Two active copies of one module are an error where it is used."""
     params = loha_jax.inject(tree(), CONFIGS["a"], key=KEY, adapter_name="d", layouts=LAYOUTS)
     both = loha_jax.set_adapter(params, ["a", "d"])
     message = "Only one adapter at a time can replace head.weight, but a, d each hold a copy"

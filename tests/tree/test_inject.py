@@ -49,7 +49,8 @@ def test_targets_become_loha_weights_around_the_very_same_arrays():
     assert adapted_names(params) == ["encoder.layer.0.query", "encoder.layer.1.query"]
 
 
-def test_an_adapted_tree_starts_as_a_no_op_and_init_weights_false_does_not():
+def test_an_adapted_tree_starts_as_a_no_op():
+    """An adapted tree starts as a no-op and `init_weights=False` does not."""
     base = tree()
     for init_weights, moves in ((True, False), ("lycoris", False), (False, True)):
         config = LoHaConfig(r=2, target_modules=["query"], init_weights=init_weights)
@@ -168,7 +169,8 @@ def test_configs_that_fit_nothing_are_errors(config, message):
         ),
     ],
 )
-def test_entries_that_match_nothing_are_warnings_at_the_callers_line(config, category, message):
+def test_entries_that_match_nothing_are_warnings(config, category, message):
+    """Entries that match nothing are warnings at the caller's line."""
     with pytest.warns(category, match=message) as caught:
         loha_jax.inject(tree(), config, key=KEY)
     assert [w.filename for w in caught] == [__file__]
@@ -200,7 +202,9 @@ def test_float64_kernels_get_float64_factors(x64):
     assert params["q"]["kernel"].adapters["default"].hada_w1_a.dtype == jnp.float64
 
 
-def test_the_order_of_the_tree_and_the_adapters_name_do_not_change_the_factors():
+def test_factors_depend_on_names_alone():
+    """The order of the tree and the adapter's name do not change the factors."""
+
     def reverse(node):
         return {k: reverse(node[k]) for k in reversed(node)} if isinstance(node, dict) else node
 
@@ -255,7 +259,8 @@ def test_a_stack_may_have_unequal_ranks_and_untargeted_layers():
     assert loha_jax.summary(params).trainable_params == 2 * (2 + 3) * (3 + 4)
 
 
-def test_all_linear_takes_dense_kernels_and_leaves_out_embeddings_and_the_head():
+def test_all_linear():
+    """`all-linear` takes dense kernels and leaves out embeddings and the head."""
     base = {
         "embed": {"embedding": jnp.ones((9, 4))},
         "dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
@@ -278,7 +283,8 @@ def test_ambiguous_kernels_matter_only_when_targeted():
         loha_jax.inject(base, LoHaConfig(target_modules=["odd"]), key=KEY, layouts={"odd": "io"})
 
 
-def test_layouts_are_found_by_name_or_regular_expression_and_reported_when_they_match_nothing():
+def test_layouts_by_name_or_regular_expression():
+    """Layouts are found by name or regular expression and reported when they match nothing."""
     base = {
         "a": {"q": {"kernel": jnp.ones((2, 3, 4))}},
         "b": {"q": {"kernel": jnp.ones((2, 3, 4))}},

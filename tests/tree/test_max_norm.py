@@ -49,7 +49,8 @@ def norms(params, kind):
 
 @pytest.mark.parametrize("use_scalar", [False, True], ids=["factors", "scalar"])
 @pytest.mark.parametrize("kind", KERNELS)
-def test_larger_updates_shrink_to_the_limit_and_smaller_ones_stay_as_they_are(kind, use_scalar):
+def test_larger_updates_shrink_to_the_limit(kind, use_scalar):
+    """Larger updates shrink to the limit and smaller ones stay as they are."""
     params = adapted(kind, use_scalar=use_scalar)
     before = norms(params, kind)
     limit = float(np.median(before)) * (1 if before.ndim else 0.5)

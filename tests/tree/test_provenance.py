@@ -20,7 +20,8 @@ PROVENANCE = [
 ]
 
 
-def test_trees_that_differ_in_provenance_alone_have_one_structure():
+def test_provenance_is_no_structure():
+    """Trees that differ in provenance alone have one structure."""
     trees = [adapted(n, **fields) for n, fields in enumerate(PROVENANCE)]
     assert len({jax.tree.structure(tree) for tree in trees}) == 1
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *trees)
@@ -31,7 +32,8 @@ def test_trees_that_differ_in_provenance_alone_have_one_structure():
     assert len({config_of(tree) for tree in trees}) == len(trees)
 
 
-def test_two_adapters_through_one_jitted_step_keep_their_own_provenance(tmp_path):
+def test_two_adapters_share_a_jitted_step(tmp_path):
+    """Two adapters through one jitted step keep their own provenance."""
     tx, traces = optax.sgd(0.1), []
 
     @jax.jit
@@ -53,7 +55,8 @@ def test_two_adapters_through_one_jitted_step_keep_their_own_provenance(tmp_path
     assert len(traces) == 1
 
 
-def test_files_come_back_bit_for_bit_beside_a_shared_compilation(tmp_path):
+def test_files_come_back_bit_for_bit(tmp_path):
+    """Files come back bit for bit beside a shared compilation."""
     loaded = []
     for n in range(2):
         path = tmp_path / f"{n}.safetensors"

@@ -101,7 +101,8 @@ def test_how_a_number_is_written_is_no_structure(tmp_path):
 # --- configs: equality, hash, pickle ---
 
 
-def test_configs_are_compared_in_full_and_by_the_order_of_their_patterns():
+def test_equal_configs():
+    """Configs are compared in full and by the order of their patterns."""
     one = loha_jax.LoHaConfig(
         rank_pattern={"a": 2, "b": 3}, target_modules=["x", "y"], auto_mapping={"a": [1]}
     )
@@ -118,7 +119,8 @@ def test_configs_are_compared_in_full_and_by_the_order_of_their_patterns():
     )
 
 
-def test_a_pickled_config_has_the_hash_of_the_process_that_reads_it(tmp_path):
+def test_the_hash_of_a_pickled_config(tmp_path):
+    """A pickled config has the hash of the process that reads it."""
     params = adapted(base_model_name_or_path="org/base")
     config = config_of(params)
     hash(config), jax.tree.structure(params)
@@ -148,7 +150,8 @@ def test_pickle_and_copy_give_the_same_structure():
 # --- a dropout that nobody applies ---
 
 
-def test_a_dropout_config_that_nothing_reads_is_a_warning_once(monkeypatch):
+def test_a_forgotten_dropout_is_a_warning_once(monkeypatch):
+    """A dropout config that nothing reads is a warning once."""
     from loha_jax.tree import forgotten_dropout
 
     monkeypatch.setattr(forgotten_dropout, "_done", set())

@@ -62,7 +62,8 @@ def abandoned(folder, name):
     return folder / f".{name}.abcd1234.tmp"
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(tmp_path):
+def test_leftovers_of_killed_processes(tmp_path):
+    """What a killed process left is removed and what a living one has is not."""
     path = tmp_path / "a.bin"
     abandoned(tmp_path, "a.bin").write_bytes(b"half")
     abandoned(tmp_path, "b.bin").write_bytes(b"another's")
@@ -73,9 +74,8 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.bin.abcd1234.tmp", "a.bin"]
 
 
-def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_write(
-    tmp_path, monkeypatch
-):
+def test_the_old_result_is_restored_without_exchange(tmp_path, monkeypatch):
+    """Without an exchange of names the old result is restored by the next write."""
     monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     out = tmp_path / "out"
     with atomic.temporary_folder(out) as work:
@@ -121,9 +121,8 @@ def fail_at(count, call):
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(
-    tmp_path, monkeypatch, exchanges
-):
+def test_a_file_that_another_process_adds(tmp_path, monkeypatch, exchanges):
+    """A file that another process adds in the last moment is kept."""
     folder, exchange = tmp_path / "a", atomic.exchange
     interop.save_peft(folder, tree(1))
 
@@ -138,7 +137,8 @@ def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_pending_files_are_read_finished_by_the_next_save_and_refused_by_peft(tmp_path):
+def test_pending_files(tmp_path):
+    """Pending files are read finished by the next save and refused by PEFT."""
     peft = pytest.importorskip("peft")
     folder = tmp_path / "a"
     for version in (1, 2):

@@ -196,7 +196,8 @@ def test_target_modules_are_the_shortest_endings(adapted, others, want):
     ),
     st.data(),
 )
-def test_target_modules_match_the_adapted_modules_and_no_other_by_pefts_rules(names, data):
+def test_written_target_modules_match_in_peft(names, data):
+    """Target modules match the adapted modules and no other by PEFT's rules."""
     adapted = set(data.draw(st.lists(st.sampled_from(names), min_size=1)))
     targets = exact_targets(adapted, set(names))
     config = LoHaConfig(target_modules=targets)
@@ -266,7 +267,8 @@ def test_another_dtype(dtype, tmp_path):
         np.testing.assert_array_equal(state[key], tensor.astype(state[key].dtype))
 
 
-def test_values_too_large_for_the_dtype_are_an_error_and_nothing_is_written(tmp_path):
+def test_values_too_large_for_the_dtype(tmp_path):
+    """Values too large for the dtype are an error and nothing is written."""
     params = jax.tree.map(lambda x: x * 1e4, scanned())
     with pytest.raises(
         ValueError, match=r"layers\.0\.q\.lora_.\.weight has values up to .*, too large for float16"

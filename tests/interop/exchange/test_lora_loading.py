@@ -84,7 +84,8 @@ def test_patterns_and_rank_stabilisation(key, rslora, tmp_path):
     }
 
 
-def test_with_a_key_the_second_pair_gets_gradients_and_without_it_the_first_column_alone(tmp_path):
+def test_gradients_with_and_without_a_key(tmp_path):
+    """With a key the second pair gets gradients and without it the first column alone."""
     write_lora(tmp_path)
 
     def gradients(key):
@@ -217,7 +218,8 @@ def test_broken_configs_are_named(text, tmp_path):
         read_lora(tmp_path)
 
 
-def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp_path):
+def test_a_convolution_in_groups_loads(tmp_path):
+    """A convolution in groups loads where it reads its own channels alone."""
     base = {"conv": {"kernel": jnp.zeros((3, 3, 2, 6)), "bias": jnp.zeros(6)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=2, target_modules=["conv"], init_weights=False), key=jax.random.key(0)
@@ -236,7 +238,8 @@ def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp
         interop.load_lora(tmp_path, base)
 
 
-def test_read_adapter_reads_lora_folders_and_the_keys_of_a_models_state_dict(tmp_path):
+def test_read_adapter_reads_lora_folders(tmp_path):
+    """`read_adapter` reads LoRA folders and the keys of a model's state dict."""
     state = write_lora(
         tmp_path,
         {"use_rslora": True, "modules_to_save": ["head"]},

@@ -149,7 +149,8 @@ def test_alpha(given, want, tmp_path):
     assert interop.to_lycoris_state_dict(params)["lycoris_fc1.alpha"] == np.float32(want)
 
 
-def test_the_config_targets_these_modules_with_their_ranks_and_alphas():
+def test_the_config_of_loaded_modules():
+    """The config targets these modules with their ranks and alphas."""
     params = loaded("tucker")
     config = loha_leaves(params)[0].adapters["default"].config
     assert isinstance(config, LycorisConfig)
@@ -166,7 +167,8 @@ def test_the_config_targets_these_modules_with_their_ranks_and_alphas():
     assert planned == {names: (f.ranks, f.alphas, f.is_cp) for names, f in found.items()}
 
 
-def test_only_the_modules_of_the_file_are_adapted_where_names_end_alike(tmp_path):
+def test_names_that_end_alike(tmp_path):
+    """Only the modules of the file are adapted where names end alike."""
     base = {
         "q": {"kernel": jnp.ones((3, 3))},
         "a": {"q": {"kernel": jnp.ones((3, 3))}, "a.q": jnp.ones(3)},

@@ -88,9 +88,8 @@ class TestStacks:
             (("layers_0_q", {"dora": (1, 5)}), ("layers_1_q", {"dora": (4, 1)})),
         ],
     )
-    def test_modules_of_different_forms_in_one_kernel_are_refused_by_name(
-        self, one, other, tmp_path
-    ):
+    def test_modules_of_different_forms(self, one, other, tmp_path):
+        """Modules of different forms in one kernel are refused by name."""
         state = {
             k: v
             for name, options in (one, other)

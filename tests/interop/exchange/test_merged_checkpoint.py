@@ -97,7 +97,8 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*new*"))
 
 
-def test_a_parameter_of_no_module_needs_the_checkpoint_that_names_it(tmp_path):
+def test_a_parameter_of_no_module(tmp_path):
+    """A parameter of no module needs the checkpoint that names it."""
     tree = {"emb": {"cls_token": jnp.ones((1, 1, 4))}, "wq": jnp.ones((3, 4))}
     with pytest.raises(ValueError, match="give `base=`"):
         interop.save_merged(tmp_path / "new", tree)

@@ -197,7 +197,8 @@ def test_a_conv3d_is_refused_by_name():
         interop.to_peft_state_dict(params)
 
 
-def test_patterns_whose_order_matters_are_written_so_that_sorting_does_no_harm(tmp_path):
+def test_the_order_of_patterns_survives_sorting(tmp_path):
+    """Patterns whose order matters are written so that sorting does no harm."""
     base = {"layers": {str(n): {"q": {"kernel": jnp.ones((3, 4))}} for n in range(2)}}
     # Sorted, "layers.0.q" comes before "q" and would win.
     config = LoHaConfig(

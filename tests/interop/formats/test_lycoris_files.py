@@ -77,7 +77,8 @@ def test_a_name_with_underscores_is_the_only_module_it_can_be(names):
 
 
 @pytest.mark.parametrize("own", ["a_b_c", "lycoris_a_b_c"])
-def test_modules_with_one_name_are_an_error_where_the_file_uses_it(own, tmp_path):
+def test_modules_with_one_name(own, tmp_path):
+    """Modules with one name are an error where the file uses it."""
     base = tree("a.b_c", "a_b.c", "a.d")
     with pytest.raises(ValueError, match=rf"{own} could be a\.b_c or a_b\.c"):
         interop.load_lycoris(written(tmp_path, {own: factors()}), base)

@@ -53,7 +53,8 @@ def test_missing_files_are_named(tmp_path):
         interop.load_peft(tmp_path, base)
 
 
-def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, monkeypatch):
+def test_saving_replaces_files_whole(tmp_path, monkeypatch):
+    """Saving replaces files whole and leaves nothing beside them."""
     _, params = two_kernels(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 

@@ -63,7 +63,8 @@ def test_a_disk_that_is_too_small_is_seen_beforehand(tmp_path, monkeypatch):
     assert files_in(tmp_path) == ["adapter", "base"]
 
 
-def test_a_disk_that_fills_up_leaves_no_result_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """A disk that fills up leaves no result and the next run goes on."""
     base, path = sharded_base(tmp_path)
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = [(write_adapter(tmp_path / "adapter", modules), 1.0)]

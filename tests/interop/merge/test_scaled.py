@@ -146,7 +146,8 @@ def test_float8_without_scales_says_what_it_loses(tmp_path):
                 call(params, force=True)
 
 
-def test_the_bfloat16_loss_is_reported_and_noted_where_it_is_large(tmp_path):
+def test_the_loss_by_rounding_to_bfloat16(tmp_path):
+    """The bfloat16 loss is reported and noted where it is large."""
     weight = normal(64, 64).astype(ml_dtypes.bfloat16)
     base = write(tmp_path / "base", {"q.weight": weight})
     for name, scale, noted in (("large", 0.1, False), ("small", 1e-4, True)):

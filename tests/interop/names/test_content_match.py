@@ -165,7 +165,8 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_what_contents_do_not_settle_is_an_error_once_it_is_asked_for(tmp_path):
+def test_what_contents_do_not_settle(tmp_path):
+    """What contents do not settle is an error once it is asked for."""
     zeros, symmetric, good = np.zeros((3, 3), np.float32), random(3, 3), random(3, 4)
     symmetric = symmetric + symmetric.T
     saved(tmp_path, q__weight=zeros, k__weight=zeros, s__weight=symmetric, v__weight=good)

@@ -72,7 +72,8 @@ def test_an_adapter_with_wrapped_names_is_that_without(form, adapter, tmp_path):
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."]
 )
-def test_a_base_checkpoint_with_wrapped_names_is_read_and_stays_a_base(prefix, tmp_path):
+def test_a_base_checkpoint_with_wrapped_names(prefix, tmp_path):
+    """A base checkpoint with wrapped names is read and stays a base."""
     weight = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     bias = np.arange(4, dtype=np.float32)
     save_file(

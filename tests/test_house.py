@@ -85,7 +85,10 @@ def imports_of(tree: ast.AST, module: str, is_package: bool) -> list[Import]:
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module. None for the faces `loha_jax` and `loha_jax.interop`, and for all that is not ours."""
+    """The room of a module.
+
+    None for the faces `loha_jax` and `loha_jax.interop`, and for all that is not ours.
+    """
     parts = module.split(".")
     room = ".".join(parts[: 3 if parts[:2] == ["loha_jax", "interop"] else 2])
     return room if room in ORDER else None
@@ -158,11 +161,15 @@ def test_wrong_imports_are_found(line):
 
 
 def test_right_imports_pass():
-    lines = "import jax\nfrom loha_jax.lowrank.layout import Layout\nfrom loha_jax.tree.leaves import is_adapted"
+    lines = (
+        "import jax\n"
+        "from loha_jax.lowrank.layout import Layout\n"
+        "from loha_jax.tree.leaves import is_adapted"
+    )
     assert not wrong_imports(ast.parse(lines), "loha_jax.tree.merge", False)
 
 
-# --- no module is found by a string ---------------------------------------------------------------------------------
+# --- no module is found by a string ---
 
 
 IMPORTERS = {"import_module", "__import__", "spec_from_file_location", "exec"}
@@ -232,7 +239,7 @@ def test_every_container_has_the_functions_of_the_protocol(framework, provider):
         )
 
 
-# --- the package ----------------------------------------------------------------------------------------------------
+# --- the package ---
 
 
 def packages_in_folders() -> set[str]:
@@ -281,11 +288,11 @@ def test_a_wheel_has_every_file(tmp_path):
     }
 
 
-# --- the tests ------------------------------------------------------------------------------------------------------
+# --- the tests ---
 
 
 def test_ci_leaves_out_only_what_exists():
-    """A path that is not there would leave out nothing, or, if it were the one to run, everything."""
+    """A missing path would leave out nothing, or everything if it were the one to run."""
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/])tests/[\w/*.]+", text)
     assert len(named) > 5
@@ -307,7 +314,7 @@ def test_rooms_of_tests_are_rooms():
     assert inner <= set(ROOMS["loha_jax.interop"])
 
 
-# --- lengths --------------------------------------------------------------------------------------------------------
+# --- lengths ---
 
 
 LIMITS = {"file": 400, "class": 250, "function": 50}
@@ -328,7 +335,10 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def lengths(path: Path) -> dict[str, tuple[str, int]]:
-    """The kind and the length of a file and of what is in it. Tests hold data: only their files are measured."""
+    """The kind and the length of a file and of what is in it.
+
+    Tests hold data: only their files are measured.
+    """
     text = path.read_text(encoding="utf-8")
     name = path.relative_to(ROOT).as_posix()
     found = {name: ("file", len(text.splitlines()))}

@@ -9,11 +9,11 @@ import loha_jax
 from loha_jax import interop
 from loha_jax.tree.leaves import SavedWeight
 
+STACKED = {"layers.q": "sio", "layers.conv": "skkio"}
+
 
 class TestStacks:
     """Kernels that hold several modules, as `nn.scan` and `vmap` make them."""
-
-    LAYOUTS = {"layers.q": "sio", "layers.conv": "skkio"}  # noqa: RUF012
 
     @staticmethod
     def base():
@@ -52,7 +52,7 @@ class TestStacks:
         }
 
     def load(self, tmp_path, state):
-        return interop.load_lycoris(written(tmp_path, state), self.base(), layouts=self.LAYOUTS)
+        return interop.load_lycoris(written(tmp_path, state), self.base(), layouts=STACKED)
 
     def test_modules_that_the_file_lacks_are_not_adapted(self, tmp_path):
         state = {

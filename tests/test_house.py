@@ -95,7 +95,7 @@ def room_of(module: str) -> str | None:
 
 
 def wrong_imports(tree: ast.AST, module: str, is_package: bool) -> list[str]:
-    """What a file of a room imports that is in a later room, or in a face."""
+    """Imports of a room's file that are in a later room, or in a face."""
     here = room_of(module)
     wrong = []
     for found in imports_of(tree, module, is_package):

@@ -119,7 +119,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_all_differences_are_named(tmp_path, kind):
-    """What was not saved with it is an error that names all that differs."""
+    """An error names all that differs from what was saved."""
     make, lines = OTHERS[kind]
     saved(tmp_path, 1)
     given = make()

@@ -155,7 +155,7 @@ def test_cores_and_norms():
 
 
 def test_files_and_sums(tmp_path):
-    """What is loaded, and what is made of other adapters, lies there too."""
+    """Loaded factors, and those made of other adapters, lie there too."""
     kernel, spec = jax.random.normal(KEY, (8, 12)), P("fsdp", "tensor")
     base = {"layer": {"kernel": kernel}, "head": {"kernel": kernel}}
     placed = {"layer": {"kernel": place(kernel, spec)}, "head": {"kernel": place(kernel, spec)}}

@@ -10,7 +10,7 @@ from crash_results import PLACE
 
 
 def in_child(run, *, point=None, kill_after=None):
-    """Runs in a fork.
+    """Run in a fork, and end it at a chosen moment.
 
     Returns its exit status (a negative signal), what it said, and how many operations and seconds.
 

@@ -1,4 +1,4 @@
-"""What a reader finds after a writer was ended: the old result, the new one, or a mix."""
+"""The result that a reader finds after a writer was ended: old, new, or a mix."""
 
 from pathlib import Path
 

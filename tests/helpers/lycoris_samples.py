@@ -53,7 +53,7 @@ def inputs():
 
 
 def outputs(form):
-    """What LyCORIS' forward pass gave."""
+    """The outputs of LyCORIS' forward pass."""
     return load_file(DATA / f"native_{form}_out.safetensors")
 
 

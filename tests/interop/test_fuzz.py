@@ -38,7 +38,7 @@ class TooLong(Exception):
 
 @contextlib.contextmanager
 def watched():
-    """Ends what does not end."""
+    """End a case that does not end by itself."""
 
     def stop(*_):
         raise TooLong

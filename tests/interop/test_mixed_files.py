@@ -204,7 +204,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_loha_cannot_hold(kind, tmp_path):
-    """What LoHa cannot hold is named and left out on request."""
+    """Adapters of other kinds are named, and left out on request."""
     path = write(tmp_path / "a.safetensors", {"q": loha("q"), "k": OTHERS[kind]})
     said = (
         rf"lora_unet_down_k is a {re.escape(kind)} adapter"

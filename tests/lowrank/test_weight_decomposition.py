@@ -20,6 +20,10 @@ from loha_jax import LycorisConfig
 KEY = jax.random.key(0)
 
 
+def product(p, x):
+    return x @ p["q"]["kernel"]
+
+
 def conv(x, w, groups=1, space="HW"):
     numbers = ("N" + space + "C", space + "IO", "N" + space + "C")
     return lax.conv_general_dilated(
@@ -218,9 +222,6 @@ def test_forward_mode(x64):
     trainable, frozen = loha_jax.partition(params)
     tangents = jax.tree.map(jnp.ones_like, trainable)
 
-    def product(p, x):
-        return x @ p["q"]["kernel"]
-
     def run(apply):
         return jax.jvp(lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,))
 
@@ -256,12 +257,9 @@ def test_two_adapters_add_their_differences_from_the_base(x64):
     np.testing.assert_allclose(loha_jax.merge(both)["q"]["kernel"], want, rtol=1e-12)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 4)))
 
-    def fn(p, x):
-        return x @ p["q"]["kernel"]
-
     for strategy in ("factored", "fused"):
         np.testing.assert_allclose(
-            loha_jax.adapt(fn, strategy=strategy)(both, x), x @ want, rtol=1e-11
+            loha_jax.adapt(product, strategy=strategy)(both, x), x @ want, rtol=1e-11
         )
 
 

@@ -77,7 +77,7 @@ def whisper_tiny_en(size: Size) -> Twins:
 
 @contextlib.contextmanager
 def rotary_base(theta: float) -> Iterator[None]:
-    """Gives FlaxLlama the rotary base of its config: it computes with 10,000 whatever that says."""
+    """Give FlaxLlama the rotary base of its config: it computes with 10,000 whatever that says."""
 
     def positions(count: int, dim: int) -> Any:
         angles = np.outer(np.arange(count), theta ** -(np.arange(0, dim, 2) / dim))

@@ -1,6 +1,6 @@
-"""What other libraries do differently, and the catalogue works around.
+"""Deviations of other libraries that the catalogue works around.
 
-Each test fails once they no longer do.
+Each test fails once the deviation is gone.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""What is tried on every model of the catalogue.
+"""The checks that run on every model of the catalogue.
 
-Each check raises AssertionError, or returns what it measured.
+Each raises AssertionError, or returns what it measured.
 """
 
 from __future__ import annotations

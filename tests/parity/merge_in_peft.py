@@ -35,7 +35,7 @@ class CheckedTensor:
 
     @property
     def is_fine(self) -> bool:
-        """Whether all values are the same but for rounding."""
+        """True if all values are the same but for rounding."""
         return self.units <= 1
 
 

@@ -100,7 +100,7 @@ def same_tensors(ours, theirs):
 
 @pytest.fixture
 def network(monkeypatch):
-    """Makes LyCORIS' wrapper.
+    """Make LyCORIS' wrapper.
 
     Its list of layers is a class attribute, which `create_lycoris` changes for good.
     """
@@ -238,7 +238,7 @@ def te_output(model, ref):
 
 
 def unet_output(model, ref):
-    """Of the text that the adapted encoder gives."""
+    """The UNet's output for the text that the adapted encoder gives."""
     with torch.no_grad():
         given = (torch.from_numpy(np.array(ref[key])) for key in ("latents", "t", "te_out"))
         return model(*given).sample.numpy()

@@ -64,7 +64,7 @@ def loss_with_a_broken_gradient(params, batch, key):
     ids=["nan", "inf", "gradient", "update"],
 )
 def test_what_is_not_finite_stops(tmp_path, where, accumulate, shown):
-    """What is not finite stops and leaves the state as it was."""
+    """Training stops at a value that is not finite and leaves the state as it was."""
     loss, tx, batches = loss_fn, optax.adam(1e-2), data(12)
     if where == "gradient":
         loss = loss_with_a_broken_gradient

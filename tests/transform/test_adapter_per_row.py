@@ -16,6 +16,10 @@ KEY = jax.random.key(0)
 AXES = (None, 0, 0)  # of `apply`
 
 
+def product(p, x):
+    return x @ p["q"]["kernel"]
+
+
 class Model(nn.Module):
     @nn.compact
     def __call__(self, ids, image):
@@ -97,10 +101,7 @@ def test_one_row_decoding():
     params = loha_jax.set_adapter(params, NAMES)
     x = jax.random.normal(jax.random.key(1), (3, 24))
 
-    def fn(p, x):
-        return x @ p["q"]["kernel"]
-
-    got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 1, 0]))(params, x)
+    got = loha_jax.adapt(product, adapter_index=jnp.array([1, 1, 0]))(params, x)
     for row, name in enumerate(("german", "german", "french")):
         want = x[row] @ loha_jax.merge(loha_jax.set_adapter(params, name))["q"]["kernel"]
         np.testing.assert_allclose(got[row], want, rtol=0, atol=2e-5 * np.abs(want).max())
@@ -151,13 +152,12 @@ def test_no_weight_is_built():
         )
     params = loha_jax.set_adapter(params, NAMES)
 
-    def fn(p, x):
-        return x @ p["q"]["kernel"]
-
     x = jax.ShapeDtypeStruct((batch, 3, width), jnp.float32)
 
     def made(strategy):
-        rows = jax.jit(lambda p, i, x: loha_jax.adapt(fn, strategy=strategy, adapter_index=i)(p, x))
+        rows = jax.jit(
+            lambda p, i, x: loha_jax.adapt(product, strategy=strategy, adapter_index=i)(p, x)
+        )
         text = rows.lower(params, jax.ShapeDtypeStruct((batch,), jnp.int32), x).compile().as_text()
         return re.findall(
             rf"= f32\[(?:\d+,)?(?:{width},{width + 1}|{width + 1},{width})\]\S* (?!parameter)\w",
@@ -248,7 +248,7 @@ COINCIDENCES = {  # one of the arguments is as long as the batch by chance
 
 @pytest.mark.parametrize("case", COINCIDENCES)
 def test_what_is_as_long_as_the_batch_by_chance(case):
-    """What is as long as the batch by chance is refused or said."""
+    """An array that is as long as the batch by chance is refused or reported."""
     fn, x, other = COINCIDENCES[case]
     params, index = small(), [2, 0, 1, 2][: len(x)]
     with pytest.raises(ValueError, match=r"It is open which arguments.*in_axes=\(None, 0, 0\)"):

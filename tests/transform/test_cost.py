@@ -1,4 +1,7 @@
-"""What a training step costs over the frozen base, by XLA's own counts. Nothing is run."""
+"""The cost of a training step over the frozen base, by XLA's own counts.
+
+Nothing is run.
+"""
 
 import re
 

@@ -1,6 +1,6 @@
-"""What factored products hold until the backward pass.
+"""The arrays that factored products hold until the backward pass.
 
-The arrays inside the pullback, and the gradients they give.
+The tests look inside the pullback, and compare the gradients.
 """
 
 import flax.linen as nn

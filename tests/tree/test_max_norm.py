@@ -41,7 +41,7 @@ def adapted(kind, **options):
 
 
 def norms(params, kind):
-    """Of the merged updates, which stand on a base of zeros."""
+    """The norms of the merged updates, which stand on a base of zeros."""
     update = np.asarray(loha_jax.merge(params)["q"]["kernel"], np.float64)
     stack = KERNELS[kind][1].count("s")
     return np.sqrt((update**2).reshape(*update.shape[:stack], -1).sum(-1))

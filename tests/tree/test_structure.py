@@ -1,4 +1,4 @@
-"""What is a tree's structure and what is not: alpha/r, provenance, the base under an adapter."""
+"""A tree's structure: alpha/r is part of it, the way a number is written is not."""
 
 import copy
 import dataclasses

@@ -63,7 +63,7 @@ def abandoned(folder, name):
 
 
 def test_leftovers_of_killed_processes(tmp_path):
-    """What a killed process left is removed and what a living one has is not."""
+    """Leftovers of a killed process are removed; files of a living one are not."""
     path = tmp_path / "a.bin"
     abandoned(tmp_path, "a.bin").write_bytes(b"half")
     abandoned(tmp_path, "b.bin").write_bytes(b"another's")

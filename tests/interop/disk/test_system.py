@@ -52,7 +52,7 @@ def platform(request, monkeypatch):
 
 
 def open_files():
-    """What this process has open."""
+    """The files that this process has open."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         try:

@@ -166,7 +166,7 @@ def random(*shape, seed=0):
 
 
 def test_what_contents_do_not_settle(tmp_path):
-    """What contents do not settle is an error once it is asked for."""
+    """An ambiguity of contents is an error once it matters."""
     zeros, symmetric, good = np.zeros((3, 3), np.float32), random(3, 3), random(3, 4)
     symmetric = symmetric + symmetric.T
     saved(tmp_path, q__weight=zeros, k__weight=zeros, s__weight=symmetric, v__weight=good)

@@ -48,7 +48,7 @@ def over_all_channels(weight, groups):
 
 
 def dense_lora(module):
-    """What PEFT's lora_A and the grouped lora_B compute, as one convolution over all channels."""
+    """PEFT's lora_A and grouped lora_B as one convolution over all channels."""
     a, b = (module.tensors[part].astype(np.float64) for part in ("lora_A", "lora_B"))
     out, slots = b.shape[:2]
     groups = a.shape[0] // slots

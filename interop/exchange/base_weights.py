@@ -6,10 +6,11 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
@@ -23,6 +24,8 @@ from ..names.leaf_source import Source
 from ..names.scaled_leaves import quantised_problem
 from ..names.tree_sources import find_sources_in
 from .mismatch import Mismatch
+
+T = TypeVar("T")
 
 # Tensors of a torch checkpoint that no Flax model has a place for.
 _BUFFERS = re.compile(
@@ -38,14 +41,14 @@ _TITLES = (
 @takes_model
 def load_base(
     path: str | Path,
-    params: Any,
+    params: T,
     *,
     names: Names | None = None,
     layouts: Layouts | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     tied: Mapping[str, str] | None = None,
     strict: bool = True,
-) -> Any:
+) -> T:
     """Read a Hugging Face checkpoint into a tree like `params`, one tensor at a time.
 
     Everything is checked on the headers before the first value is read.
@@ -168,7 +171,11 @@ def _hint(mismatch: Mismatch) -> str:
 
 
 def _read_leaf(
-    checkpoint: Checkpoint, source: Source, like: Any, dtype: Any, taken: Collection[str]
+    checkpoint: Checkpoint,
+    source: Source,
+    like: jax.Array | jax.ShapeDtypeStruct,
+    dtype: DTypeLike | None,
+    taken: Collection[str],
 ) -> jax.Array:
     """Read the tensors of a leaf into a new array, placed as the leaf is."""
     scales, target = checkpoint.quantisation.scales, _target(like, dtype)
@@ -183,7 +190,7 @@ def _read_leaf(
     return jax.device_put(value, sharding)
 
 
-def _target(like: Any, dtype: Any) -> np.dtype:
+def _target(like: jax.Array | jax.ShapeDtypeStruct, dtype: DTypeLike | None) -> np.dtype:
     """The dtype that a leaf gets."""
     return (
         np.dtype(dtype)
@@ -192,7 +199,7 @@ def _target(like: Any, dtype: Any) -> np.dtype:
     )
 
 
-def kind_of_dtype(dtype: Any) -> str:
+def kind_of_dtype(dtype: DTypeLike) -> str:
     """Return "float" for every floating dtype, else numpy's letter."""
     return "float" if jax.numpy.issubdtype(dtype, np.floating) else np.dtype(dtype).kind
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.module_names import path_parts
@@ -21,9 +21,9 @@ from .saved_modules import saved_tensors
 
 
 def from_tree(
-    params: Any,
+    params: PyTree,
     adapter_name: str,
-    others: Callable[[Any, str], dict[str, np.ndarray]] = saved_tensors,
+    others: Callable[[PyTree, str], dict[str, np.ndarray]] = saved_tensors,
 ) -> AdapterFile:
     """Return an adapter of a tree; its config is left out, since each format has its own.
 
@@ -39,7 +39,7 @@ def from_tree(
     return AdapterFile(Path(), "tree", modules, others(params, adapter_name), {}, {})
 
 
-def adapted_kernels(params: Any, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
+def adapted_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
     """Return the kernels that an adapter adapts, each with its path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     return [
@@ -95,7 +95,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
             )
 
 
-def chosen_adapter(params: Any, adapter_name: str | None) -> str:
+def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
     """Return `adapter_name`, or the name of the tree's only adapter.
 
     Raises:

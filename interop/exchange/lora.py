@@ -6,11 +6,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
@@ -36,6 +38,8 @@ from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_
 from .from_tree import adapted_kernels, chosen_adapter, module_factors
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
+
+T = TypeVar("T")
 
 _OUTPUT_HEADS = (
     "lm_head",
@@ -69,7 +73,7 @@ class LoraAdapter:
 
 @takes_model(changes=False)
 def to_lora(
-    params: Any,
+    params: PyTree,
     adapter_name: str | None = None,
     *,
     rank: int | None = None,
@@ -168,7 +172,7 @@ def _check_embedding(path: tuple[str, ...], name: str) -> None:
         )
 
 
-def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] | str:
+def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str] | str:
     """`target_modules`: the shortest endings if all torch names are known, else full names."""
     tree = NamedTree(params, names, None)
     adapted: set[str] = set()
@@ -195,12 +199,12 @@ def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] |
 @takes_model(changes=False)
 def save_lora(
     folder: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     adapter_name: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
@@ -250,7 +254,7 @@ def save_lora(
     return lora
 
 
-def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
+def _in_dtype(lora: LoraAdapter, dtype: jnp.dtype) -> LoraAdapter:
     """The adapter with its factors in another dtype; saved parameters keep the base's."""
     tensors = dict(lora.tensors)
     for name in lora.errors:
@@ -263,13 +267,13 @@ def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
 @takes_model(argument="base_params")
 def load_lora(
     folder: str | Path,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     key: jax.Array | None = None,
     names: Names | None = None,
     layouts: Layouts | None = None,
-) -> Any:
+) -> T:
     """Add a LoRA (or DoRA) adapter that PEFT wrote to a tree of base parameters, as an equal LoHa.
 
     The first pair of LoHa's factors are `lora_B` and `lora_A`, of the same rank and alpha; the
@@ -318,7 +322,7 @@ def load_lora(
         )
 
 
-def _loha_of(module: AdapterModule, key: jax.Array | None, dtype: Any) -> AdapterModule:
+def _loha_of(module: AdapterModule, key: jax.Array | None, dtype: jnp.dtype) -> AdapterModule:
     """The LoHa of a LoRA, with random values where they change nothing if there is a key."""
     if key is None:
         return loha_of(module)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
@@ -24,12 +25,12 @@ from .from_tree import adapted_kernels, chosen_adapter, from_tree
 
 def save_lycoris(
     path: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     adapter_name: str | None = None,
     prefix: str = NATIVE_PREFIX,
-    others: Mapping[str, Any] | None = None,
-    dtype: Any = None,
+    others: Mapping[str, PyTree] | None = None,
+    dtype: DTypeLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter as a LyCORIS, kohya or ComfyUI file.
@@ -94,7 +95,11 @@ def save_lycoris(
 
 
 def to_lycoris_state_dict(
-    params: Any, adapter_name: str | None = None, *, prefix: str = NATIVE_PREFIX, dtype: Any = None
+    params: PyTree,
+    adapter_name: str | None = None,
+    *,
+    prefix: str = NATIVE_PREFIX,
+    dtype: DTypeLike | None = None,
 ) -> dict[str, np.ndarray]:
     """Return LyCORIS' state dict of one adapter: `lycoris_<module>.hada_w1_a` … and `.alpha`.
 
@@ -126,7 +131,7 @@ def to_lycoris_state_dict(
 
 
 @takes_model(changes=False)
-def _file(params: Any, adapter_name: str | None) -> AdapterFile:
+def _file(params: PyTree, adapter_name: str | None) -> AdapterFile:
     """The adapter with LyCORIS' differences, and the metadata that it was loaded with."""
     adapter_name = chosen_adapter(params, adapter_name)
     configs = [
@@ -136,7 +141,7 @@ def _file(params: Any, adapter_name: str | None) -> AdapterFile:
     return dataclasses.replace(from_tree(params, adapter_name, _differences), metadata=metadata)
 
 
-def _differences(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
+def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
     """The differences of an adapter's saved parameters, by LyCORIS' names.
 
     Raises:

@@ -8,11 +8,12 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import is_on_out
@@ -39,13 +40,16 @@ from ..updates.shapes import module_shapes
 from .mismatch import Mismatch
 from .to_tree import NAMES_AND_LAYOUTS, to_tree
 
+T = TypeVar("T")
+V = TypeVar("V")
+
 _SHOWN_NEAR = 5  # modules that near misses are looked for: the search is slow
 
 
 @takes_model(argument="base_params")
 def load_lycoris(
     path: str | Path,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     prefix: str | None = None,
@@ -53,7 +57,7 @@ def load_lycoris(
     names: Names | None = None,
     layouts: Layouts | None = None,
     conv2d_weights_fix: bool = False,
-) -> Any:
+) -> T:
     """Add an adapter that LyCORIS, kohya's scripts or `save_lycoris` wrote to a base model's tree.
 
     Keys may be LyCORIS' (`lycoris_blocks_0_q.hada_w1_a`), kohya's (`lora_unet_…`, `lora_te_…`,
@@ -206,8 +210,8 @@ def _found(component: tuple[str, _Found], tree: NamedTree, mismatch: Mismatch) -
     lacking = mismatch.unexpected
 
     def resolved(
-        parts: Mapping[str, Any], lookups: Sequence[ModuleNames], names: list[str]
-    ) -> dict[str, Any]:
+        parts: Mapping[str, V], lookups: Sequence[ModuleNames], names: list[str]
+    ) -> dict[str, V]:
         result = {}
         for name, value in parts.items():
             found = next((hit for lookup in lookups if (hit := lookup.find(prefix, name))), None)
@@ -263,7 +267,7 @@ def _near_miss(name: str, names: list[str]) -> str:
 
 def _plan(
     found: _Found,
-    base_params: Any,
+    base_params: PyTree,
     names: Names | None,
     layouts: Layouts | None,
     tree: NamedTree,
@@ -330,7 +334,7 @@ def _misfits(
 ) -> list[str]:
     """The misshapen entries of a kernel's modules, whose shape in torch is `shape`."""
     problems: list[str] = []
-    forms: dict[Any, list[str]] = {}
+    forms: dict[tuple[bool, str | None], list[str]] = {}
     dora_shapes = _dora_shapes(shape)
     for name, module in given.items():
         cp, dora = "hada_t1" in module.tensors, module.dora_scale

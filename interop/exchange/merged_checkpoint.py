@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
@@ -39,13 +40,13 @@ from .mismatch import Mismatch
 @takes_model(changes=False)
 def save_merged(
     folder: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     names: Names | None = None,
     layouts: Layouts | None = None,
     base: str | Path | None = None,
     adapters: Sequence[str] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     tied: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     safe: bool = False,
@@ -190,7 +191,7 @@ class _MergedTensors:
             mismatch.misshapen.append(base.quantisation.problems[name])
         return name
 
-    def plan(self, dtype: Any) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    def plan(self, dtype: DTypeLike | None) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
         """Return name, dtype and shape of every tensor of the checkpoint, in its order."""
         plan = []
         for key in self.owners if self._checkpoint is None else self._checkpoint.shapes:

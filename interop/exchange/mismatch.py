@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Mismatch:
 
     def add_shapes(
         self,
-        arrays: Mapping[str, Any],
+        arrays: Mapping[str, ArrayLike],
         wanted: Mapping[str, tuple[int, ...]],
         keys: Mapping[str, str],
     ) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
@@ -38,6 +40,7 @@ from .from_tree import adapted_kernels, chosen_adapter, from_tree
 from .to_tree import peft_to_tree
 
 T = TypeVar("T")
+N = TypeVar("N", bound=float)
 
 _SAME_FOR_ALL = (
     "use_effective_conv2d",
@@ -47,7 +50,7 @@ _SAME_FOR_ALL = (
 
 
 @takes_model(changes=False)
-def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
+def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | None = None) -> None:
     """Write the adapters of a tree as PEFT's `save_pretrained` does.
 
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json`
@@ -116,7 +119,7 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     in_first_process(write, f"{folder} was not written")
 
 
-def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
+def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
     """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
     leaves = [
         leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)
@@ -131,7 +134,7 @@ def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
 
 
 @takes_model(changes=False)
-def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
+def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """Return PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` ….
 
     Args:
@@ -169,7 +172,7 @@ def _check_for_peft(leaf: LoHaWeight, adapter_name: str) -> None:
 
 
 @takes_model(changes=False)
-def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
+def peft_config(params: PyTree, adapter_name: str | None = None) -> LoHaConfig:
     """Return the config that `save_peft` writes for an adapter.
 
     `inference_mode` is true, and patterns survive sorting.
@@ -187,7 +190,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    settings: dict[str, dict[Any, str]] = {field: {} for field in _SAME_FOR_ALL}
+    settings: dict[str, dict[float, str]] = {field: {} for field in _SAME_FOR_ALL}
     for _, leaf in adapted_kernels(params, adapter_name):
         factors = leaf.adapters[adapter_name]
         config = factors.config
@@ -223,9 +226,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     )
 
 
-def _sortable(
-    patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]
-) -> dict[str, Any]:
+def _sortable(patterns: Mapping[str, N], default: N, wanted: Mapping[str, N]) -> dict[str, N]:
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
@@ -284,15 +285,15 @@ def load_peft(
 
 @takes_model(argument="base_params")
 def from_peft_state_dict(
-    state: Mapping[str, Any],
+    state: Mapping[str, ArrayLike],
     config: LoHaConfig,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
+) -> T:
     """Add an adapter from PEFT's state dict; see `load_peft`.
 
     Args:
@@ -318,13 +319,13 @@ def from_peft_state_dict(
 
 def _to_tree(
     file: AdapterFile,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str,
     names: Names | None,
     layouts: Layouts | None,
     model_type: str | None,
-) -> Any:
+) -> T:
     """Add a LoHa of PEFT's to a tree."""
     # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
     config = dataclasses.replace(LoHaConfig.from_dict(file.config), inference_mode=False)
@@ -358,7 +359,7 @@ def _without_data_parallel(file: AdapterFile) -> AdapterFile:
 def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
     """Return the config with renamed modules, in lists and in the keys of patterns."""
 
-    def entries(names: Any) -> Any:
+    def entries(names: str | Iterable[str] | None) -> str | list[str] | None:
         return (
             names if names is None or isinstance(names, str) else [rename(name) for name in names]
         )

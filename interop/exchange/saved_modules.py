@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.config import LoHaConfig
@@ -22,11 +24,13 @@ from loha_jax.tree.inject import with_samples
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.plan import Plan
 
+T = TypeVar("T")
+
 # PEFT writes the base weight of these modules too where a config targets them (save_embedding_layers="auto").
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-def saved_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
+def saved_tensors(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
     """Return the tensors besides the factors, by PEFT's keys without the prefix.
 
     `lm_head` and `embed_tokens` in the config's targets give their `base_layer.weight`, as in PEFT.
@@ -58,7 +62,7 @@ def saved_tensors(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
     return state
 
 
-def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
+def _check_saved_or_adapted(params: PyTree, adapter_name: str) -> None:
     leaves = jax.tree.leaves(params, is_leaf=is_adapted)
     lohas = [
         leaf for leaf in leaves if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters
@@ -80,7 +84,7 @@ def _check_saved_or_adapted(params: Any, adapter_name: str) -> None:
             )
 
 
-def _biases(params: Any) -> dict[tuple[str, ...], Any]:
+def _biases(params: PyTree) -> dict[tuple[str, ...], jax.Array]:
     """The biases of a tree by the path of their module."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     named = [(path_parts(path), leaf) for path, leaf in flat]
@@ -91,7 +95,9 @@ def _biases(params: Any) -> dict[tuple[str, ...], Any]:
     }
 
 
-def _base_layers(leaf: LoHaWeight, adapter_name: str, bias: Any) -> dict[str, np.ndarray]:
+def _base_layers(
+    leaf: LoHaWeight, adapter_name: str, bias: jax.Array | None
+) -> dict[str, np.ndarray]:
     factors = leaf.adapters[adapter_name]
     state: dict[str, np.ndarray] = {}
     for index, (name, r) in enumerate(zip(leaf.names, factors.ranks, strict=True)):
@@ -155,7 +161,7 @@ def saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]]:
+def base_layer_shapes(plan: Plan, base_params: PyTree) -> dict[str, tuple[int, ...]]:
     """Return the shapes of base weights that a file may hold.
 
     PEFT writes those of targeted embeddings and output heads.
@@ -172,11 +178,14 @@ def base_layer_shapes(plan: Plan, base_params: Any) -> dict[str, tuple[int, ...]
 
 
 def with_base_weights(
-    params: Any, adapter_name: str, base_weights: Mapping[str, Any], counters: Mapping[str, int]
-) -> Any:
+    params: T,
+    adapter_name: str,
+    base_weights: Mapping[str, ArrayLike],
+    counters: Mapping[str, int],
+) -> T:
     """Put base weights of a file into the tree, and note counters that have no leaf."""
 
-    def update(path: Any, leaf: Any) -> Any:
+    def update(path: jax.tree_util.KeyPath, leaf: PyTree) -> PyTree:
         parts = path_parts(path)
         if isinstance(leaf, LoHaWeight):
             if not (given := values_of(leaf.names, "weight")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from .saved_modules import (
     with_names_that_end_alike,
 )
 
+T = TypeVar("T")
+
 NAMES_AND_LAYOUTS = (
     "The model's modules are named by its tree; pass `names=` where torch names them otherwise, "
     "`layouts=` where shapes are transposed"
@@ -36,13 +38,13 @@ NAMES_AND_LAYOUTS = (
 
 def to_tree(
     modules: Mapping[str, AdapterModule],
-    base_params: Any,
+    base_params: T,
     plan: Plan,
     adapter_name: str,
     *,
     loha: Callable[[AdapterModule, Target], AdapterModule],
     saved: Callable[[Saved, jax.Array], jax.Array],
-) -> Any:
+) -> T:
     """Add the modules of a file to a tree as one more adapter.
 
     Args:
@@ -69,7 +71,7 @@ def to_tree(
 
 def peft_to_tree(
     file: AdapterFile,
-    base_params: Any,
+    base_params: T,
     config: LoHaConfig,
     adapter_name: str,
     *,
@@ -77,7 +79,7 @@ def peft_to_tree(
     layouts: Layouts | None,
     model_type: str | None = None,
     loha: Callable[[AdapterModule, Target], AdapterModule] = lambda module, target: module,
-) -> Any:
+) -> T:
     """Add an adapter in one of PEFT's formats, whose config says the targets, to a tree.
 
     Args:

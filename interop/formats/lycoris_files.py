@@ -12,10 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
@@ -203,7 +204,7 @@ def _module_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
     return {"alpha": np.array(module.alpha, np.float32), **tensors}
 
 
-def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+def in_dtype(state: Mapping[str, np.ndarray], dtype: DTypeLike | None) -> dict[str, np.ndarray]:
     """Return the tensors in another dtype; alphas stay float32, since rounding changes the scale.
 
     Args:
@@ -221,7 +222,7 @@ def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarra
         wanted = None
     if wanted is None or wanted.name not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: LyCORIS' files hold {', '.join(_DTYPES)}")
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for key, tensor in state.items():
         with np.errstate(over="ignore"):
             result[key] = tensor if key.endswith(".alpha") else tensor.astype(wanted)

@@ -122,8 +122,8 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
         state: arrays by PEFT's keys, with or without the prefix.
         path: of the file that held them.
     """
-    tensors_of: dict[str, dict[str, Any]] = {}
-    others: dict[str, Any] = {}
+    tensors_of: dict[str, dict[str, np.ndarray]] = {}
+    others: dict[str, np.ndarray] = {}
     keys = {torch_name(key): key for key in state}
     for name, key in keys.items():
         module, _, part = name.rpartition(".")

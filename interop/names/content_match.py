@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from loha_jax.lowrank.layout import Layout
@@ -26,6 +27,7 @@ from .leaf_source import Source, make_source
 from .value_hashes import coarser, fingerprint, value_bits
 
 Groups = tuple[tuple[int, ...], ...]
+Array = np.ndarray | jax.Array
 Stack = tuple[int, ...]  # axes of a leaf
 
 
@@ -35,7 +37,7 @@ class Leaf:
 
     path: str
     parts: tuple[str, ...]
-    array: Any
+    array: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
 
 def _kinds(
     leaves: Sequence[Leaf], checkpoint: Checkpoint, key: str
-) -> Iterator[tuple[Any, Any, int]]:
+) -> Iterator[tuple[np.dtype, np.dtype, int]]:
     size = math.prod(checkpoint.shapes[key])
     for dtype in {np.dtype(leaf.array.dtype) for leaf in leaves}:
         if (common := coarser(dtype, checkpoint.dtypes[key])) is not None:
@@ -200,8 +202,8 @@ def _stacks(shape: tuple[int, ...], sizes: Mapping[int, int]) -> Iterator[Stack]
                 yield stack
 
 
-def _slice(leaf: Any, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
-    where: list[Any] = [slice(None)] * len(leaf.shape)
+def _slice(leaf: Array, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
+    where: list[int | slice] = [slice(None)] * len(leaf.shape)
     for axis, n in zip(stack, index, strict=True):
         where[axis] = n
     return np.asarray(leaf)[tuple(where)]

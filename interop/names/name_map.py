@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from loha_jax.lowrank.layout import Layout
+from jaxtyping import PyTree
+
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, all_names
 
 from .leaf_source import Source
-from .settled_names import SettledNames
-from .torch_mapping import is_torch_mapping
+from .settled_names import Choice, SettledNames
+from .torch_mapping import Preprocess, TorchMapping, is_torch_mapping
 
 GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 """GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""
@@ -69,25 +70,27 @@ class NameMap:
 
     def __init__(
         self,
-        names: Names | Mapping[str, Any] | None = None,
+        names: Names | TorchMapping | None = None,
         *,
         base: str | Path | Mapping[str, Sequence[int]] | None = None,
-        preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        preprocess: Preprocess | None = None,
         layouts: Layouts | None = None,
     ):
-        self._names: Any = names
+        self._names: Names | None = None
         self._settled: SettledNames | None = None
         self._given = dict(layouts or {})
         self._after: tuple[Names, ...] = ()
         self._conv1d: re.Pattern[str] | None = None
-        if isinstance(names, Mapping) and is_torch_mapping(names):
+        if is_torch_mapping(names):
             if base is None:
                 raise ValueError(
                     "The patterns of a mapping {torch_regex: (jax_path, transform)} are run on torch's names: give the "
                     "checkpoint, or {name: shape}, as `base=`"
                 )
             self._settled = SettledNames.of_mapping(names, base, preprocess)
-        elif base is not None or preprocess is not None:
+            return
+        self._names = cast("Names | None", names)
+        if base is not None or preprocess is not None:
             raise ValueError(
                 "`base` and `preprocess` belong to a mapping {torch_regex: (jax_path, transform)}"
             )
@@ -157,7 +160,7 @@ class NameMap:
         return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
-    def infer(cls, params: Any, base: str | Path) -> NameMap:
+    def infer(cls, params: PyTree, base: str | Path) -> NameMap:
         """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
         Found are permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
@@ -214,9 +217,7 @@ class NameMap:
             result._after = (*self._after, names)
         return result
 
-    def settle(
-        self, choices: Mapping[str, str | Sequence[str] | tuple[Any, str | Layout]]
-    ) -> NameMap:
+    def settle(self, choices: Mapping[str, Choice]) -> NameMap:
         """Return this map with some leaves settled by hand.
 
         Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import (
@@ -26,7 +26,10 @@ from loha_jax.tree.text_table import text_table
 from ..disk.base_checkpoint import Checkpoint
 from .content_match import Leaf, Options, match_contents
 from .leaf_source import Source
-from .torch_mapping import map_sources
+from .torch_mapping import Preprocess, TorchMapping, map_sources
+
+Choice = str | Sequence[str] | tuple[str | Sequence[str], str | Layout]
+"""What settles a leaf: torch's name (several for a stack), or names and a layout."""
 
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 
@@ -59,9 +62,9 @@ class SettledNames:
     @classmethod
     def of_mapping(
         cls,
-        mapping: Mapping[str, Any],
+        mapping: TorchMapping,
         base: str | Path | Mapping[str, Sequence[int]],
-        preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        preprocess: Preprocess | None,
     ) -> SettledNames:
         """Run a mapping on a checkpoint's names; see `NameMap`."""
         shapes = base if isinstance(base, Mapping) else Checkpoint(base).shapes
@@ -75,7 +78,7 @@ class SettledNames:
         )
 
     @classmethod
-    def of_contents(cls, params: Any, base: str | Path) -> SettledNames:
+    def of_contents(cls, params: PyTree, base: str | Path) -> SettledNames:
         """Find each leaf among the tensors of a checkpoint; see `NameMap.infer`."""
         leaves = _leaves(params)
         checkpoint = Checkpoint(base)
@@ -159,7 +162,7 @@ class SettledNames:
         tied = {path: _renamed(keys, names) for path, keys in self.tied.items()}
         return dataclasses.replace(self, sources=sources, tied=tied)
 
-    def settle(self, choices: Mapping[str, Any]) -> SettledNames:
+    def settle(self, choices: Mapping[str, Choice]) -> SettledNames:
         """Return these with some leaves settled by hand; see `NameMap.settle`."""
         copies = {
             name: dict(getattr(self, name)) for name in ("sources", "unmatched", "options", "tied")
@@ -181,18 +184,9 @@ class SettledNames:
                 table.pop(paths[0], None)
         return result
 
-    def _chosen(self, path: str, choice: Any) -> Source:
+    def _chosen(self, path: str, choice: Choice) -> Source:
         """The source of one leaf with a name, or a name and a layout, that is given by hand."""
-        layout = None
-        if isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Layout):
-            choice, layout = choice
-        elif (
-            isinstance(choice, tuple)
-            and len(choice) == 2
-            and re.fullmatch(r"[siok\d ]+", str(choice[1]))
-        ):
-            choice, layout = choice[0], Layout(choice[1])
-        names = [choice] if isinstance(choice, str) else list(choice)
+        names, layout = _split_choice(choice)
         try:
             if (options := self.options.get(path)) is not None:
                 return options.choose(
@@ -235,7 +229,7 @@ class SettledNames:
         )
 
 
-def _leaves(params: Any) -> list[Leaf]:
+def _leaves(params: PyTree) -> list[Leaf]:
     """The leaves of a tree that have values to compare.
 
     Raises:
@@ -257,6 +251,18 @@ def _leaves(params: Any) -> list[Leaf]:
             parts = path_parts(path)
             leaves.append(Leaf(leaf_path(parts), parts, leaf))
     return leaves
+
+
+def _split_choice(choice: Choice) -> tuple[list[str], Layout | None]:
+    """Split what was given for a leaf into names and a layout."""
+    layout = None
+    if isinstance(choice, tuple) and len(choice) == 2:
+        names, last = choice
+        if isinstance(last, Layout):
+            choice, layout = names, last
+        elif re.fullmatch(r"[siok\d ]+", last):
+            choice, layout = names, Layout(last)
+    return [choice] if isinstance(choice, str) else [str(name) for name in choice], layout
 
 
 def _without_box(path: str) -> str:

@@ -13,7 +13,7 @@ import enum
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,14 @@ from loha_jax.runtime._compat import Literal
 from .leaf_source import Source, make_source
 
 Shape = tuple[int, ...]
+TorchMapping = Mapping[str, tuple[str, object]]
+"""`{torch_regex: (jax_path, transform)}`; see `Transform.of`."""
+
+Preprocess = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+"""The function that a model's loader runs on the transformed tensors."""
 
 
-def is_torch_mapping(names: Any) -> bool:
+def is_torch_mapping(names: object) -> TypeGuard[TorchMapping]:
     """Return whether a table is a mapping, and not `{regex: template}`."""
     return isinstance(names, Mapping) and any(
         isinstance(v, tuple) and len(v) == 2 and not isinstance(v[1], str) for v in names.values()
@@ -42,7 +47,7 @@ class Transform:
     reshape_first: bool = False
 
     @classmethod
-    def of(cls, value: Any, pattern: str) -> Transform:
+    def of(cls, value: object, pattern: str) -> Transform:
         """Parse None, `(permute, reshape[, reshape_first])` or an enum member of such a value."""
         if isinstance(value, enum.Enum):
             value = value.value
@@ -138,9 +143,9 @@ class MappedSources:
 
 
 def map_sources(
-    mapping: Mapping[str, Any],
+    mapping: TorchMapping,
     shapes: Mapping[str, Shape],
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    preprocess: Preprocess | None = None,
 ) -> MappedSources:
     """Apply a mapping to the names and shapes of a checkpoint.
 
@@ -196,7 +201,7 @@ def map_sources(
 
 
 def _dependencies(
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]],
+    preprocess: Preprocess,
     entries: Mapping[str, tuple[str, Transform]],
     shapes: Mapping[str, Shape],
 ) -> dict[str, list[str]]:
@@ -223,7 +228,7 @@ def _dependencies(
 
 
 def _preprocessed(
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]],
+    preprocess: Preprocess,
     path: str,
     entries: Mapping[str, tuple[str, Transform]],
     shapes: Mapping[str, Shape],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.model_layouts import Layouts
@@ -21,7 +21,7 @@ from .settled_names import leaf_path
 
 
 def find_sources_in(
-    checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
+    checkpoint: Checkpoint | None, params: PyTree, names: Names | None, layouts: Layouts | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
     """Return the tree, the sources of its leaves by flat position, and why others have none.
 
@@ -37,7 +37,7 @@ def find_sources_in(
 
 
 def _find_sources(
-    params: Any,
+    params: PyTree,
     names: Names | None,
     layouts: Layouts | None,
     shapes: Mapping[str, tuple[int, ...]] | None,

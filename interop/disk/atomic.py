@@ -183,6 +183,21 @@ def restore(folder: Path, out: Path) -> None:
         os.rename(folder / _REPLACED, out)
 
 
+def check_place(out: Path, force: bool) -> None:
+    """Refuse a place for a result that is taken, or has no folder.
+
+    Raises:
+        FileExistsError: something is there and `force` is false.
+        FileNotFoundError: the folder that it is to be in does not exist.
+    """
+    if os.path.lexists(out) and not force:
+        raise FileExistsError(
+            f"{out} is there already. Choose another place, or pass `force=True` to replace it"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{out.parent}' to put {out.name} into")
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove the temporary files and folders of a path that killed processes left behind."""
     if IS_WINDOWS:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
@@ -31,6 +31,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         file.move_into_place()
         sync_folder(path.parent)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder of these files, each written atomically."""
+    folder.mkdir()
+    for name, data in files.items():
+        write_atomically(folder / name, data)
 
 
 class TemporaryFile:

@@ -6,6 +6,7 @@ The factors stay the same, bit for bit, where both formats hold them.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 from pathlib import Path
 
@@ -25,7 +26,17 @@ from .conversion_source import ConversionSource
 from .lycoris_file import lycoris_file
 from .peft_folder import loha_folder, lora_folder
 
-FORMATS = ("peft", "lycoris", "kohya", "lora")
+
+class Format(enum.StrEnum):
+    """The formats that an adapter is converted to."""
+
+    peft = enum.auto()
+    lycoris = enum.auto()
+    kohya = enum.auto()
+    lora = enum.auto()
+
+
+FORMATS = tuple(Format)
 
 
 @dataclasses.dataclass(frozen=True)

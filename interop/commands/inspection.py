@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -117,62 +118,73 @@ def _broken_modules(path: Path) -> list[str]:
 def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     problems: list[str] = []
     remarks: list[str] = []
-    rest = {
-        **{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()},
-        **adapter.embeddings,
-    }
     modules = [
         _describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()
     ]
-    for key, tensor in adapter.others.items():
+    for key, tensor in (*adapter.others.items(), *adapter.embeddings.items()):
         _check_finite(key, tensor, problems)
-    for key, tensor in adapter.embeddings.items():
-        _check_finite(key, tensor, problems)
-    kinds = Counter([_KINDS[m.kind] for m in adapter.modules.values()])
-    if not adapter.config:
-        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
-    for own, found in adapter.foreign.items():
-        kinds[found.kind or "unknown"] += 1
-        if found.kind:
-            remarks.append(
-                f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges"
-            )
+    remarks += [
+        f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges"
+        for own, found in adapter.foreign.items()
+        if found.kind
+    ]
     if unknown := [found.key for found in adapter.foreign.values() if not found.kind]:
         problems.append(
             f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}"
         )
     if adapter.embeddings:
-        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
         remarks.append(embeddings_note(adapter.embeddings))
-    ranks = sorted({m["r"] for m in modules})
+    kinds = _kinds_of(adapter)
     return {
         "path": str(adapter.path),
         "kind": adapter.form,
         "adapter": next(iter(kinds)).lower() if len(kinds) == 1 else "mixed",
-        "kinds": dict(kinds),
-        "ranks": ranks,
+        "kinds": kinds,
+        "ranks": sorted({m["r"] for m in modules}),
         "alphas": sorted({m["alpha"] for m in modules}),
         "dtypes": sorted({m["dtype"] for m in modules}),
         "parameters": sum(m["parameters"] for m in modules),
         "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
         "modules": modules,
         "foreign": [
-            {
-                "file_name": own,
-                "kind": f.kind,
-                "tensors": {key: list(t.shape) for key, t in f.tensors.items()},
-            }
+            {"file_name": own, "kind": f.kind, "tensors": _shapes(f.tensors)}
             for own, f in adapter.foreign.items()
         ],
         "others": [
-            _describe_tensor(key, t.shape, t.dtype)
-            for key, t in (*adapter.others.items(), *rest.items())
+            _describe_tensor(key, t.shape, t.dtype) for key, t in other_tensors(adapter).items()
         ],
-        "config": _plain(adapter.config),
-        "metadata": dict(adapter.metadata),
+        # JSON has no NaN and no infinity, which Python reads and writes.
+        "config": json.loads(json.dumps(adapter.config), parse_constant=str),
+        "metadata": adapter.metadata,
         "problems": problems,
         "remarks": remarks,
     }
+
+
+def _kinds_of(adapter: AdapterFile) -> dict[str, int]:
+    """Return the kinds of the modules, with their numbers."""
+    kinds = Counter(_KINDS[m.kind] for m in adapter.modules.values())
+    if not adapter.config:
+        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
+    kinds.update(found.kind or "unknown" for found in adapter.foreign.values())
+    if adapter.embeddings:
+        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
+    return dict(kinds)
+
+
+def other_tensors(adapter: AdapterFile) -> dict[str, np.ndarray]:
+    """Return all tensors besides the factors, also those that cannot be loaded."""
+    foreign = {key: t for found in adapter.foreign.values() for key, t in found.tensors.items()}
+    return {**adapter.others, **foreign, **adapter.embeddings}
+
+
+def dtypes_of(module: AdapterModule) -> str:
+    """Return the dtypes of a module's factors; usually one."""
+    return "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()}))
+
+
+def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _describe_module(
@@ -188,13 +200,8 @@ def _describe_module(
         remarks.append(f"no norm: {error}")
     if norm == 0:
         zero = [part for part, tensor in module.tensors.items() if not tensor.any()]
-        why = (
-            f"{', '.join(zero)} is zero"
-            if zero
-            else "alpha is zero"
-            if module.alpha == 0
-            else "its factors cancel"
-        )
+        why = "alpha is zero" if module.alpha == 0 else "its factors cancel"
+        why = f"{', '.join(zero)} is zero" if zero else why
         remarks.append(f"the update of {own} is zero: {why}")
     return {
         "name": module.name,
@@ -207,10 +214,10 @@ def _describe_module(
         "columns": update.columns if update else math.prod(module.tensors["lora_A"].shape[1:]),
         "form": "lora" if module.kind == "lora" else "cp" if "hada_t1" in tensors else "flat",
         "dora": module.dora_scale is not None,
-        "dtype": "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()})),
+        "dtype": dtypes_of(module),
         "parameters": sum(tensor.size for tensor in tensors.values()),
         "norm": _number(norm),
-        "tensors": {part: list(tensor.shape) for part, tensor in tensors.items()},
+        "tensors": _shapes(tensors),
     }
 
 
@@ -250,14 +257,3 @@ def _describe_tensor(key: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[
 def _number(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    plain = isinstance(value, str | int | bool) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
-    return value if value is None or plain else str(value)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
@@ -31,6 +31,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         file.move_into_place()
         sync_folder(path.parent)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder of these files, each written atomically."""
+    folder.mkdir()
+    for name, data in files.items():
+        write_atomically(folder / name, data)
 
 
 class TemporaryFile:
@@ -181,6 +188,21 @@ def restore(folder: Path, out: Path) -> None:
     """Put back the old result that `move_into_place` left in a folder when it was interrupted between two renames."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
+
+
+def check_place(out: Path, force: bool) -> None:
+    """Refuse a place for a result that is taken, or has no folder.
+
+    Raises:
+        FileExistsError: something is there and `force` is false.
+        FileNotFoundError: the folder that it is to be in does not exist.
+    """
+    if os.path.lexists(out) and not force:
+        raise FileExistsError(
+            f"{out} is there already. Choose another place, or pass `force=True` to replace it"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{out.parent}' to put {out.name} into")
 
 
 def remove_abandoned(path: Path) -> None:

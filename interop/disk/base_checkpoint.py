@@ -190,6 +190,11 @@ class Checkpoint:
             return values
         return dequantised(values, scale.rows(self.read_scale(key), values.shape))
 
+    def check_readable(self, key: str) -> None:
+        """Raise FileError where a tensor is quantised in a form that cannot be read as values."""
+        if key in self.quantisation.problems:
+            raise FileError(f"{self.path}: {self.quantisation.problems[key]}")
+
     @property
     def is_whole_folder(self) -> bool:
         """True if the files beside the weights (config, tokenizer) belong to them."""

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from loha_jax.runtime.untrusted import FileError
 
-from .atomic import is_replaceable, naming, remove_abandoned, temporary_folder, write_atomically
+from .atomic import (
+    is_replaceable,
+    naming,
+    remove_abandoned,
+    temporary_folder,
+    write_atomically,
+    write_folder,
+)
 from .system import exchange, locked_folder, sync_folder
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -53,7 +60,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     if _replace_folder(folder, {**files, **new, **kept}):
         return
     with naming(folder), locked_folder(folder), temporary_folder(folder / PENDING) as work:
-        _write_all(work / "new", files)
+        write_folder(work / "new", files)
         os.rename(work / "new", folder / PENDING)  # from here on it is the new files that count
         sync_folder(folder)
         _finish(folder, list(files))
@@ -112,7 +119,7 @@ def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
     with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(folder) as work:
-            _write_all(work / "new", files)
+            write_folder(work / "new", files)
             try:
                 os.rename(work / "new", folder)
             except OSError:
@@ -132,7 +139,7 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
     folder = Path(os.path.realpath(folder))
     with naming(folder), temporary_folder(folder) as work:
-        _write_all(work / "new", files)
+        write_folder(work / "new", files)
         if (work / "new").stat().st_gid != folder.stat().st_gid:
             return False
         shutil.copystat(folder, work / "new")
@@ -143,12 +150,6 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
             if entry.name not in files:
                 os.rename(entry, folder / entry.name)
     return True
-
-
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir()
-    for name, data in files.items():
-        write_atomically(folder / name, data)
 
 
 def _finish(folder: Path, names: list[str]) -> None:

@@ -18,6 +18,7 @@ class Mismatch:
         missing: entries that the tree needs and the file lacks.
         misshapen: entries of the file that are of another shape or kind than the tree needs.
         titles: what a message calls the three, in this order.
+        separator: what a message writes between entries.
 
     Example:
         >>> print(Mismatch(missing=["q.hada_w1_a"]))
@@ -28,6 +29,7 @@ class Mismatch:
     missing: list[str] = dataclasses.field(default_factory=list)
     misshapen: list[str] = dataclasses.field(default_factory=list)
     titles: tuple[str, str, str] = ("unexpected keys", "missing keys", "misshapen")
+    separator: str = ", "
 
     def add_shapes(
         self,
@@ -54,7 +56,9 @@ class Mismatch:
     def __str__(self) -> str:
         found = zip(self.titles, (self.unexpected, self.missing, self.misshapen), strict=True)
         return ". ".join(
-            f"{title} ({len(items)}): {', '.join(items)}" for title, items in found if items
+            f"{title} ({len(items)}): {self.separator.join(items)}"
+            for title, items in found
+            if items
         )
 
     def check(self, sentence: str, hint: str, error: type[ValueError] = ValueError) -> None:

@@ -45,7 +45,10 @@ _OF_ARRAYS_ON_DEVICES = (
         "weak_type",
     ),
 )
-"""Public names of concrete arrays that `dir(jax.Array)` lacks (`aval` would make JAX take the node for an array)."""
+"""Public names of concrete arrays that `dir(jax.Array)` lacks.
+
+`aval` is left out: it would make JAX take the node for an array.
+"""
 
 _OF_THE_BASE = (
     "sharding",

@@ -1,4 +1,4 @@
-"""Models that hold a tree of parameters, and trees with metadata boxes, where a function takes a tree.
+"""Models and trees with metadata boxes, as arguments of functions that take a plain tree.
 
 This file knows no framework. `PROVIDERS` names the module that handles each kind of model. It is
 imported when the first model of that kind is passed, so that nothing unused is imported.
@@ -35,7 +35,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Container(Protocol):
     """The interface of the module that handles one kind of model.
 
-    An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a tree.
+    An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a
+    tree.
     """
 
     def tree_of(self, model: Any) -> dict[Any, Any]:

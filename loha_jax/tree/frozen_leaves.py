@@ -16,7 +16,8 @@ _STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracke
 def frozen_leaves(params: Any) -> dict[tuple[str, ...], Any]:
     """Return the leaves of a tree that stay as they are in training, by path.
 
-    Adapted leaves are left out, and what a model changes by itself: statistics, and collections beside `params`.
+    Adapted leaves are left out, and what a model changes by itself: statistics, and collections
+    beside `params`.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     paths = [path_parts(path) for path, _ in flat]

@@ -95,7 +95,7 @@ class NamedTree:
         self._layouts: dict[int, Layout] = {}
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
-        """Say whether a leaf is the scale of a normalisation over several axes, or a stack of such."""
+        """Say whether a leaf is the scale, or a stack of scales, of a normalisation."""
         *parent, leaf = self.paths[position]
         shape = tuple(self.leaves[position].shape)
         return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
@@ -251,7 +251,7 @@ def _pattern_of(name: str, layouts: Mapping[str, Layout]) -> str | None:
 def _fitting(layout: Layout, origin: str, name: str, leaf: Any) -> Layout:
     if layout.ndim != leaf.ndim:
         raise ValueError(
-            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has shape "
-            f"{tuple(leaf.shape)}"
+            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
+            f"shape {tuple(leaf.shape)}"
         )
     return layout

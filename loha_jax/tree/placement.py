@@ -36,7 +36,8 @@ def factor_axes(
 
     Args:
         layout, shape: of the kernel.
-        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing ones are None.
+        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing
+            ones are None.
         arrays: of the adapter, by their names in `Factors`.
         cp: whether it has cores.
 
@@ -45,8 +46,9 @@ def factor_axes(
 
     Example:
         >>> import loha_jax
-        >>> params = loha_jax.inject({"q": {"kernel": jax.numpy.ones((6, 2, 4))}},
-        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0), layouts={"q": "ioo"})
+        >>> base = {"q": {"kernel": jax.numpy.ones((6, 2, 4))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"q": "ioo"})
         >>> leaf = params["q"]["kernel"]
         >>> arrays = leaf.adapters["default"].tensors
         >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), arrays, cp=False)
@@ -98,8 +100,8 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
 
     Args:
         factors: new arrays, equal in every process; or their shapes.
-        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its shape, with or
-            without a sharding. Beside any other one the arrays stay where they are.
+        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its
+            shape, with or without a sharding. Beside any other one the arrays stay where they are.
         layout: of the kernel.
     """
     sharding = _place_of(kernel)

@@ -34,10 +34,12 @@ class Origin(tuple):
     Attributes:
         config: that made the adapter.
         base: a sample of the kernel that the adapter was made on, or None.
-        alphas: of the adapter's modules, as they are written: 8 and 8.0 are equal, and differ in a file.
+        alphas: of the adapter's modules, as they are written: 8 and 8.0 are equal, and differ in a
+            file.
 
     Example:
-        >>> one, other = LoHaConfig(base_model_name_or_path="org/base"), LoHaConfig(base_model_name_or_path="/data")
+        >>> one = LoHaConfig(base_model_name_or_path="org/base")
+        >>> other = LoHaConfig(base_model_name_or_path="/data")
         >>> one == other, Origin(one) == Origin(other)
         (False, True)
     """
@@ -59,7 +61,10 @@ class Origin(tuple):
 
 
 class Counters:
-    """`(adapter, torch name, value)` of integer buffers in a file that a tree has no leaf for. All are equal."""
+    """`(adapter, torch name, value)` of integer buffers in a file that a tree has no leaf for.
+
+    All instances are equal.
+    """
 
     def __init__(self, values: Iterable[tuple[str, str, int]] = ()):
         self._values = tuple(values)

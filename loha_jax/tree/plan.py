@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
@@ -95,7 +96,7 @@ class _Candidate:
 
 
 def plan_injection(
-    params: Any,
+    params: PyTree,
     config: LoHaConfig,
     *,
     names: Names | None = None,

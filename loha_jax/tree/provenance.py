@@ -13,7 +13,7 @@ carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 from loha_jax.targets.config import LoHaConfig
@@ -21,7 +21,7 @@ from loha_jax.tree.kernel_samples import KernelSample
 
 
 @functools.lru_cache(maxsize=1 << 16, typed=True)
-def interned(*values: Any) -> tuple[Any, ...]:
+def interned(*values: Hashable) -> tuple[Any, ...]:
     """Return one tuple for equal hashable values, so that trees are compared by identity."""
     return values
 

@@ -1,4 +1,4 @@
-"""`Checkpoints`: the checkpoints of one training run in a folder; `save` and `restore` for a single one."""
+"""`Checkpoints` of a training run in one folder; `save` and `restore` for a single one."""
 
 from __future__ import annotations
 
@@ -200,8 +200,9 @@ class Checkpoints:
         numbers = plain_numbers(metrics or {}, "metrics")
         if not same_everywhere({"step": step, "data": data, "metrics": numbers}):
             raise ValueError(
-                f"The processes give different steps, data or metrics; this one gives {step}, {data!r}, {numbers!r}. A "
-                "checkpoint holds those of one process: make them the same everywhere."
+                f"The processes give different steps, data or metrics; this one gives {step}, "
+                f"{data!r}, {numbers!r}. A checkpoint holds those of one process: make them the "
+                "same everywhere."
             )
         state = take_apart(params, opt_state, key)
         warn_of_changed_base(params)
@@ -297,9 +298,10 @@ class Checkpoints:
         if lines := differences(given, held):
             listed = "".join(f"\n  - {line}" for line in lines)
             raise ValueError(
-                f"{origin} belongs to something else than what was given:{listed}\nGive the base weights, the config "
-                "(loha_jax.inject) and the optimizer that it was saved with; adapters can be activated with "
-                "loha_jax.set_adapter. To train something else, choose another folder."
+                f"{origin} belongs to something else than what was given:{listed}\nGive the base "
+                "weights, the config (loha_jax.inject) and the optimizer that it was saved with; "
+                "adapters can be activated with loha_jax.set_adapter. To train something else, "
+                "choose another folder."
             )
         names = [*state.saved, *([KEY] if KEY in held["leaves"] else [])]
         values = {name: x["value"] for name in names if "value" in (x := held["leaves"][name])}
@@ -309,7 +311,8 @@ class Checkpoints:
         found = digests(arrays)
         if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
             raise FileError(
-                f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved"
+                f"{origin} is corrupted: the values of {', '.join(changed)} are not those that "
+                "were saved"
             )
         for name, array in arrays.items():
             # Not the optimizer state: optax may change a dtype in its first update.
@@ -335,8 +338,8 @@ class Checkpoints:
             n for n in self.all_steps if n >= number and n not in self._retention.corrupted
         ]:
             raise ValueError(
-                f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which would be taken for "
-                "the newer ones. Choose another folder, or delete those."
+                f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which "
+                "would be taken for the newer ones. Choose another folder, or delete those."
             )
         return number
 
@@ -352,8 +355,9 @@ def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
     found = digests(arrays)
     if differ := [name for name, digest in found.items() if not digest]:
         raise ValueError(
-            f"The processes hold different values of {', '.join(differ)}, of which a checkpoint holds one. Make it "
-            "the same everywhere (fold jax.process_index() into a key after it is restored), or one global array."
+            f"The processes hold different values of {', '.join(differ)}, of which a checkpoint "
+            "holds one. Make it the same everywhere (fold jax.process_index() into a key after it "
+            "is restored), or one global array."
         )
     for number, (name, digest) in enumerate(found.items()):
         leaves[name] |= {"digest": digest, "item": str(number)}

@@ -1,8 +1,8 @@
 """A training state by name: the leaves that a checkpoint holds, and a description of all.
 
-A checkpoint holds the adapters' arrays, the copies of `modules_to_save`, the optimizer state and the
-random key. Its description, as JSON, has the shapes and dtypes of these, the adapters' configs and a
-fingerprint of the base. `differences` compares a description with that of another state.
+A checkpoint holds the adapters' arrays, the copies of `modules_to_save`, the optimizer state and
+the random key. Its description, as JSON, has the shapes and dtypes of these, the adapters' configs
+and a fingerprint of the base. `differences` compares a description with that of another state.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
     """
     refuse_model(
         params,
-        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.",
+        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) "
+        "afterwards.",
     )
     adapters: dict[str, Any] = {}
 
@@ -101,8 +102,8 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
     is_saved = jax.tree.leaves(jax.tree_util.tree_map_with_path(mark, params, is_leaf=is_adapted))
     if not any(is_saved):
         raise ValueError(
-            "This tree holds no adapter, so there is nothing to save or restore. Call `loha_jax.inject(params, config, "
-            "key=...)` first."
+            "This tree holds no adapter, so there is nothing to save or restore. Call "
+            "`loha_jax.inject(params, config, key=...)` first."
         )
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     named = [(_name("params", path), leaf) for path, leaf in paths]
@@ -162,8 +163,8 @@ def plain_json(value: Any, where: str) -> Any:
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {name: plain_json(x, f"{where}[{name!r}]") for name, x in value.items()}
     raise ValueError(
-        f"{where} should be what JSON holds (dicts with strings as keys, lists, strings, numbers, None) and is a "
-        f"{type(value).__name__}: {value!r:.100}"
+        f"{where} should be what JSON holds (dicts with strings as keys, lists, strings, numbers, "
+        f"None) and is a {type(value).__name__}: {value!r:.100}"
     )
 
 
@@ -243,7 +244,8 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
         lines.append(
-            "an earlier version wrote it, with norms of modules that are not adapted; load the adapter's files"
+            "an earlier version wrote it, with norms of modules that are not adapted; load the "
+            "adapter's files"
         )
     arrays = ".scaling", ".multiplier"
     wanted = {

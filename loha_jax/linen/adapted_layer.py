@@ -178,7 +178,8 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
     """Return what the layer adapts and its settings as a config; ValueError if they are invalid."""
     if len(kernel.shape) != layout.ndim:
         raise ValueError(
-            f"{where(layer)}: layout={layout.word!r} is for {layout.ndim} axes, the kernel has {kernel.shape}"
+            f"{where(layer)}: layout={layout.word!r} is for {layout.ndim} axes, the kernel has "
+            f"{kernel.shape}"
         )
     alpha = layer.alpha
     if layer.fedpara:
@@ -189,8 +190,9 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
         wrong += ["alpha"] * (alpha == 0) + ["variance_scale"] * (not layer.variance_scale > 0)
         if wrong:
             raise ValueError(
-                f"{where(layer)}: with fedpara=True there is no kernel, and the weight is the product of the factors. "
-                f"Got {', '.join(f'{name}={getattr(layer, name)!r}' for name in wrong)}: leave out "
+                f"{where(layer)}: with fedpara=True there is no kernel, and the weight is the "
+                "product of the factors. Got "
+                f"{', '.join(f'{name}={getattr(layer, name)!r}' for name in wrong)}: leave out "
                 f"{', '.join(_NOT_FOR_FEDPARA)}; alpha is not 0, and variance_scale positive."
             )
     try:

@@ -54,8 +54,8 @@ def boxed_factor(box: Any, target: Target, name: str, factor: jax.Array) -> Any:
     names = tuple(box.names)
     if len(names) != target.layout.ndim:
         raise ValueError(
-            f"The kernel of {target.names[0]} has shape {target.shape}, but its partitioning names {names}: give one "
-            "name, or None, per axis."
+            f"The kernel of {target.names[0]} has shape {target.shape}, but its partitioning names "
+            f"{names}: give one name, or None, per axis."
         )
     axes = factor_axes(target.layout, target.shape, names, {name: factor}, cp=target.cp)
     return box.replace(value=factor, names=axes[name])

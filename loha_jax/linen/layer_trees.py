@@ -222,9 +222,9 @@ def to_adapted(
 ) -> Any:
     """Convert the params of a model with LoHa layers to a tree as made by `loha_jax.inject`.
 
-    Each `kernel` becomes one `LoHaWeight` with its `hada_*`. `interop.save_peft` writes such a tree,
-    `loha_jax.merge` returns the plain Flax model's params, and `loha_jax.adapt(plain_model.apply)`
-    runs it. To load an adapter of PEFT's:
+    Each `kernel` becomes one `LoHaWeight` with its `hada_*`. `interop.save_peft` writes such a
+    tree, `loha_jax.merge` returns the plain Flax model's params, and
+    `loha_jax.adapt(plain_model.apply)` runs it. To load an adapter of PEFT's:
 
         tree = linen.to_adapted(params, model.init, key, x)
         tree = interop.load_peft(folder, tree, adapter_name="loaded")
@@ -234,8 +234,9 @@ def to_adapted(
         params: the model's params or variables (`{"params": …}`). Boxes of partitioning metadata
             are removed.
         init, args, kwargs: the model's `init` and its arguments, with which `params` were, or could
-            have been, made. It is evaluated abstractly to learn each layer's layout, rank and alpha,
-            and the axes that `nn.scan` and `nn.vmap` add; arrays may be `jax.ShapeDtypeStruct`s.
+            have been, made. It is evaluated abstractly to learn each layer's layout, rank and
+            alpha, and the axes that `nn.scan` and `nn.vmap` add; arrays may be
+            `jax.ShapeDtypeStruct`s.
         adapter_name: the name of the adapter in the tree.
         names: torch module names if they differ from the tree's, as for `loha_jax.inject`.
 
@@ -374,8 +375,8 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
     Raises:
         ValueError: the tree and the model do not match, all problems in one error: a LoHa layer
             without a `LoHaWeight` or the reverse; no or several active adapters; another layout,
-            rank, alpha, scaling or form (with or without cores); FedPara layers, which no kernel can
-            be converted to.
+            rank, alpha, scaling or form (with or without cores); FedPara layers, which no kernel
+            can be converted to.
 
     Example:
         >>> from loha_jax.linen import LoHaDense
@@ -408,7 +409,8 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
         for name, want in _own_leaves(described, path, d).items():
             if have[name].shape != want.shape:
                 problems.append(
-                    f"{_show((*path, name))} has shape {have[name].shape}, in the model {want.shape}"
+                    f"{_show((*path, name))} has shape {have[name].shape}, in the model "
+                    f"{want.shape}"
                 )
         result.update({(*path, name): value for name, value in have.items()})
     _refuse(problems, "The adapted tree and the model do not fit")

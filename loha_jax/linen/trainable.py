@@ -39,7 +39,7 @@ def trainable_mask(params: Any) -> Any:
     )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "These params hold no leaf called hada_*: no layer of loha_jax.linen made them. For trees made by "
-            "`loha_jax.inject` there is `loha_jax.trainable_mask`."
+            "These params hold no leaf called hada_*: no layer of loha_jax.linen made them. For "
+            "trees made by `loha_jax.inject` there is `loha_jax.trainable_mask`."
         )
     return mask

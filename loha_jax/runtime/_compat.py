@@ -15,8 +15,8 @@ Literal = jex.Literal
 def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
     """Evaluate one equation of a jaxpr on `values`, with its name stack and context.
 
-    A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params` returns has changed
-    (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
+    A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params`
+    returns has changed (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
     """
     variables, inputs = [], []
     for var, value in zip(eqn.invars, values, strict=True):

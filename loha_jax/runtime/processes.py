@@ -91,9 +91,9 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def in_first_process(write: Callable[[], Any], failed: str) -> None:
-    """Let the first process write to disk while the others wait; if it fails, raise FileError in all.
+    """Let the first process write to disk while the others wait.
 
-    It does not start JAX.
+    If it fails, raise FileError in all. It does not start JAX.
 
     Args:
         write: the function that writes.

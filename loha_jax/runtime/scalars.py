@@ -1,4 +1,4 @@
-"""Numbers and keys as people pass them: numpy's scalars, arrays without axes, and an integer in the place of a key."""
+"""Numbers and random keys as people pass them."""
 
 from __future__ import annotations
 
@@ -40,5 +40,6 @@ def check_key(key: Any) -> None:
     raw = 0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1  # a raw key is a row of numbers
     if key.ndim != raw:
         raise TypeError(
-            f"key is one JAX PRNG key, got an array of shape {tuple(key.shape)}: pass one of them, such as key[0]"
+            f"key is one JAX PRNG key, got an array of shape {tuple(key.shape)}: pass one of them, "
+            "such as key[0]"
         )

@@ -1,4 +1,7 @@
-"""Sizes that may be unknown: `jax.export` traces with symbolic dimensions, whose comparisons it refuses."""
+"""Sizes that may be unknown.
+
+`jax.export` traces with symbolic dimensions, and refuses to compare them.
+"""
 
 from __future__ import annotations
 

@@ -224,8 +224,8 @@ class LoHaConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             warn_caller(
-                f"Unexpected keys {unknown} in the LoHa configuration are ignored; they may come from "
-                f"a newer PEFT than {PEFT_VERSION}.",
+                f"Unexpected keys {unknown} in the LoHa configuration are ignored; they may come "
+                f"from a newer PEFT than {PEFT_VERSION}.",
             )
         given = {k: v for k, v in values.items() if k in known}
         for name in ("rank_pattern", "alpha_pattern"):

@@ -172,8 +172,8 @@ def default_layout(
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:
     return ValueError(
         f"The kernel {'.'.join(path)} of shape {shape} could be several things: "
-        f"{candidates or 'any order of s (stack), i (in), o (out) and k (spatial)'}. Settle it with "
-        f"layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
+        f"{candidates or 'any order of s (stack), i (in), o (out) and k (spatial)'}. Settle it "
+        f"with layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
         "layouts=loha_jax.infer_layouts(fn, params, *args)."
     )
 

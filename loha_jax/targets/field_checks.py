@@ -53,7 +53,8 @@ def _wrong(name: str, expected: str, value: Any) -> ValueError:
 def _task_type(name: str, value: Any) -> Any:
     if value is not None and value not in TASK_TYPES:
         raise ValueError(
-            f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(TASK_TYPES)}."
+            f"Invalid task type: {value!r}. Must be one of the following task types: "
+            f"{', '.join(TASK_TYPES)}."
         )
     return value
 
@@ -123,7 +124,8 @@ def _modules_to_save(name: str, value: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(value, str):
         raise ValueError(
-            f"`{name}` should be a list of module names but the value passed is the string {value!r}; write [{value!r}]"
+            f"`{name}` should be a list of module names but the value passed is the string "
+            f"{value!r}; write [{value!r}]"
         )
     return tuple(_regex(name, entry) for entry in dict.fromkeys(_strings(name, value)))
 

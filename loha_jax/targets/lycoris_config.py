@@ -77,7 +77,7 @@ class LycorisConfig(LoHaConfig):
 
     @property
     def initial_values(self) -> bool | str:
-        """The factors' distribution: with a scalar, which starts at zero, all of them are random."""
+        """The factors' distribution: with a scalar, which starts at zero, all are random."""
         if not self.use_scalar:
             return self.init_weights
         return "lycoris, all random" if self.init_weights == "lycoris" else False

@@ -258,13 +258,14 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
     )
     if excluded and len(excluded) == len(names):
         return (
-            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
-            "`modules_to_save` configuration."
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, "
+            "`exclude_modules` and `modules_to_save` configuration."
         )
     message = (
-        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
-        "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
-        "have only targeted modules that are marked to be saved (`modules_to_save`)."
+        "No modules were targeted for adaptation. This might be caused by a combination of "
+        "mismatched target modules and excluded modules. Please check your `target_modules` and "
+        "`exclude_modules` configuration. You may also have only targeted modules that are marked "
+        "to be saved (`modules_to_save`)."
         if excluded
         else f"Target modules {shown} not found in the base model. Please check the target modules and try again."
     )

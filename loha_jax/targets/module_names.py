@@ -54,7 +54,8 @@ _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
 class UnknownNameError(ValueError):
     """The error of a `names` function that cannot tell a kernel's torch name.
 
-    `inject` passes it on if the config may target that kernel, and leaves the kernel alone otherwise.
+    `inject` passes it on if the config may target that kernel, and leaves the kernel alone
+    otherwise.
 
     Attributes:
         candidates: torch module names that it could be.
@@ -180,8 +181,9 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
         result = tuple(given)
     if len(result) != count or len(set(result)) != count:
         raise ValueError(
-            f"`names` gives {name} {given!r}, but its kernel holds {count} module(s), one per index of its stack axes "
-            f"{tuple(stack)}: give a list of {count} names, or one name with {{}} where the index goes"
+            f"`names` gives {name} {given!r}, but its kernel holds {count} module(s), one per "
+            f"index of its stack axes {tuple(stack)}: give a list of {count} names, or one name "
+            "with {} where the index goes"
         )
     return result
 

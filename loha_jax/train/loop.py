@@ -218,8 +218,8 @@ def _check(
         not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.float16
     ):
         raise ValueError(
-            f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: gradients in float16 would "
-            "need a scaled loss, which this loop does not have"
+            f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: "
+            "gradients in float16 would need a scaled loss, which this loop does not have"
         )
 
 

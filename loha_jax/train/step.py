@@ -128,13 +128,14 @@ def _kind(batch: Any) -> Any:
 def _check_metrics(metrics: Any) -> None:
     if not isinstance(metrics, Mapping):
         raise ValueError(
-            f"loss_fn returns the loss, or (loss, {{name: scalar}}); the second was a {type(metrics)}"
+            "loss_fn returns the loss, or (loss, {name: scalar}); the second was a "
+            f"{type(metrics)}"
         )
     for name, value in metrics.items():
         if jnp.shape(value) != () or name in RESERVED:
             raise ValueError(
-                f"The metric {name!r} that loss_fn returns, of shape {jnp.shape(value)}, should be a scalar with "
-                f"another name than {', '.join(RESERVED)}"
+                f"The metric {name!r} that loss_fn returns, of shape {jnp.shape(value)}, should be "
+                f"a scalar with another name than {', '.join(RESERVED)}"
             )
 
 
@@ -171,7 +172,10 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
 
 
 def taken_by(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments that an update takes; `optax.contrib.sam` takes none, though its type says so."""
+    """Return the keyword arguments that an update takes.
+
+    `optax.contrib.sam` takes none, though its type says so.
+    """
     parameters = inspect.signature(update).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return extra

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
@@ -56,7 +56,7 @@ class NamedTree:
 
     def __init__(
         self,
-        params: Any,
+        params: PyTree,
         names: Names | None,
         layouts: Layouts | None,
         torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -95,7 +95,7 @@ class NamedTree:
         self._layouts: dict[int, Layout] = {}
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
-        """Say whether a leaf is the scale of a normalisation over several axes, or a stack of such."""
+        """Say whether a leaf is the scale, or a stack of scales, of a normalisation."""
         *parent, leaf = self.paths[position]
         shape = tuple(self.leaves[position].shape)
         return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
@@ -125,11 +125,13 @@ class NamedTree:
     def _find_layout(self, position: int) -> Layout:
         leaf, name = self.leaves[position], self.names[position]
         if (pattern := self.layout_pattern(position)) is not None:
-            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf)
+            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf.shape)
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
         if (pattern := _pattern_of(name, self._map_layouts)) is not None:
-            return _fitting(self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
+            return _fitting(
+                self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf.shape
+            )
         if name in self._known.own:
             return self._known.own[name]
         return default_layout(
@@ -236,7 +238,7 @@ class NamedTree:
             return (self.names[position],)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -248,10 +250,10 @@ def _pattern_of(name: str, layouts: Mapping[str, Layout]) -> str | None:
     return name if name in layouts else next((p for p in layouts if re.fullmatch(p, name)), None)
 
 
-def _fitting(layout: Layout, origin: str, name: str, leaf: Any) -> Layout:
-    if layout.ndim != leaf.ndim:
+def _fitting(layout: Layout, origin: str, name: str, shape: tuple[int, ...]) -> Layout:
+    if layout.ndim != len(shape):
         raise ValueError(
-            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has shape "
-            f"{tuple(leaf.shape)}"
+            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
+            f"shape {tuple(shape)}"
         )
     return layout

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
@@ -51,9 +52,14 @@ class Target:
         """Sizes of the kernel's stack axes."""
         return self.layout.sizes("s", self.shape)
 
+    @property
+    def module_shape(self) -> tuple[int, ...]:
+        """Shape of one module's weight in torch: `(out, in, *spatial)`."""
+        return self.layout.torch_shape(self.shape)[len(self.stack) :]
+
     def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         """Return PEFT's shapes of the factors of one module."""
-        out, in_, *spatial = self.layout.torch_shape(self.shape)[len(self.stack) :]
+        out, in_, *spatial = self.module_shape
         return factor_shapes(out, in_, spatial, r, self.cp)
 
 
@@ -69,7 +75,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The adapted kernels and the saved leaves of an injection, by their position in the flat tree."""
+    """The adapted kernels and the saved leaves of an injection, by position in the flat tree."""
 
     config: LoHaConfig
     targets: dict[int, Target]
@@ -90,7 +96,7 @@ class _Candidate:
 
 
 def plan_injection(
-    params: Any,
+    params: PyTree,
     config: LoHaConfig,
     *,
     names: Names | None = None,
@@ -148,7 +154,7 @@ def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
 
 
 def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
-    """Raise ValueError for targeted weights that no adapter fits: vectors, integers, scaled float8."""
+    """Raise ValueError for targets that no adapter fits: vectors, integers, scaled float8."""
     misfits: list[str] = []
     is_quantised = False
     for position in (candidate.position for candidate in targeted):
@@ -161,8 +167,8 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
     if misfits:
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or "
-            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use "
-            "`exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
+            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or "
+            "use `exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
 
 
@@ -207,8 +213,8 @@ def _plan_saved(
         if layout and layout.axes("s"):
             raise ValueError(
                 f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape "
-                f"{shape}, which holds a stack of modules ({layout.word!r}). Only single modules can "
-                "be saved whole."
+                f"{shape}, which holds a stack of modules ({layout.word!r}). Only single modules "
+                "can be saved whole."
             )
         (module,) = tree.module_names(position, ())
         if own := _entries_above(module, entries):
@@ -275,8 +281,8 @@ def _warn_unmatched(
             else sorted(config.exclude_modules)
         )
         warn_caller(
-            f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
-            "was set correctly.",
+            f"You have passed exclude_modules={shown} but no modules were excluded. Please check "
+            "that exclude_modules was set correctly.",
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
@@ -288,6 +294,7 @@ def _warn_unmatched(
         ]
         if unused:
             warn_caller(
-                f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
+                f"The following {field} keys did not match any targeted module and were ignored: "
+                f"{unused}.",
                 RuntimeWarning,
             )

@@ -119,15 +119,23 @@ class Operation(abc.ABC):
         """Return the FLOPs of ΔW: two products with r columns, their product, scaled and added."""
         return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
 
-    def choose(self, view: KernelView, training: bool) -> Strategy:
+    def choose(self, view: KernelView, training: bool, *, alone: bool = False) -> Strategy:
         """Return the strategy that "auto" stands for.
 
         In training on several devices fused is never chosen: they would have to gather W + ΔW
         twice, or to add up gradients of its shape.
+
+        Args:
+            view: the adapted operand.
+            training: whether the backward pass counts.
+            alone: the frozen operation is computed apart; see `alone`.
         """
         if training and jax.device_count() > 1:
             return "factored"
-        return cheapest(self.costs(view, training), training)
+        costs = self.costs(view, training)
+        if alone:  # a product with ΔW comes on top of the frozen one
+            costs = costs._replace(fused=costs.fused + costs.base)
+        return cheapest(costs, training)
 
     def factored(
         self, x: jax.Array, view: KernelView, forward_mode: bool, kept: KeptInput
@@ -141,9 +149,39 @@ class Operation(abc.ABC):
                 `custom_vjp`.
             kept: what to hold until the backward pass, to have x there.
         """
-        dtype = x.dtype
-        base, view = scaled_base(self, x, view), view.without_gain()
-        shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
+        base = scaled_base(self, x, view)
+        delta = self._low_rank(x, view.without_gain(), forward_mode, kept)
+        total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
+        return materialized(total, view.factors[0].w1_a).astype(base.dtype)
+
+    def alone(
+        self,
+        x: jax.Array,
+        view: KernelView,
+        strategy: Strategy,
+        forward_mode: bool,
+        kept: KeptInput,
+    ) -> jax.Array:
+        """Return x·ΔW, in the operation's dtype; the kernel gives its shape and dtype only.
+
+        "fused" does not keep ΔW for the backward pass. See `factored` for the other arguments.
+        """
+        dtype = jax.eval_shape(self.apply, x, view.kernel).dtype
+        if strategy == "factored":
+            return self._low_rank(x, view, forward_mode, kept).astype(dtype)
+
+        def product(x: jax.Array, factors: tuple[ViewFactors, ...]) -> jax.Array:
+            kernel = jnp.zeros(view.shape, view.kernel.dtype)
+            update = dataclasses.replace(view, kernel=kernel, factors=factors)
+            return self.dense(x, update, forward_mode=forward_mode)
+
+        return (jax.checkpoint(product) if strategy == "fused" else product)(x, view.factors)
+
+    def _low_rank(
+        self, x: jax.Array, view: KernelView, forward_mode: bool, kept: KeptInput
+    ) -> jax.Array:
+        """Return (x·KB)·KA in float32 or wider; see `factored`."""
+        dtype, shapes, restore, recomputed = x.dtype, view.shapes, kept.restore, kept.recomputed
 
         @standard_promotion()
         def forward(
@@ -171,9 +209,7 @@ class Operation(abc.ABC):
         update = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         update.defvjp(forward, backward)
         arguments = (x, kept.arrays, view.factors)
-        delta = forward(*arguments)[0] if forward_mode else update(*arguments)
-        total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
-        return materialized(total, view.factors[0].w1_a).astype(base.dtype)
+        return forward(*arguments)[0] if forward_mode else update(*arguments)
 
     def fused(self, x: jax.Array, view: KernelView, kept: KeptInput) -> jax.Array:
         """Return x·(W + ΔW), where W + ΔW lives only within the forward and the backward pass.

@@ -76,13 +76,15 @@ def _computed(
     kept = dataclasses.replace(kept, arrays=arrays)
     strategy = strategy_of(options.strategy, view.name)
     if strategy == "auto":
-        strategy = operation.choose(view, options.training)
+        strategy = operation.choose(view, options.training, alone=options.update_only)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
         return [operation.apply(x, view.kernel)]
+    if options.update_only:
+        return [operation.alone(x, view, strategy, options.forward_mode, kept)]
     if strategy == "factored":
         return [operation.factored(x, view, options.forward_mode, kept)]
     if strategy == "fused":

@@ -18,17 +18,8 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.interop import NameMap
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.names.tree_sources import find_sources_in
-from tests.models.transformers_twins import (
-    bert,
-    clip,
-    gpt2,
-    llama,
-    resnet,
-    resnet_basic,
-    vit,
-    wav2vec2,
-    whisper,
-)
+from tests.models.media_twins import clip, resnet, resnet_basic, vit, wav2vec2, whisper
+from tests.models.transformers_twins import bert, gpt2, llama
 from tests.models.twins import Size
 
 

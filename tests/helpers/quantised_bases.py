@@ -5,12 +5,16 @@ import math
 
 import ml_dtypes
 import numpy as np
-from merge_inputs import normal
 
 from loha_jax import LoHaConfig
 from loha_jax.interop.disk.tensor_files import safetensors_bytes
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
+RANDOM = np.random.default_rng(5)
+
+
+def normal(*shape, scale=1.0):
+    return (scale * RANDOM.standard_normal(shape)).astype(np.float32)
 
 
 def spread(scale, shape, block):

@@ -13,7 +13,7 @@ from leaves import loha_leaves
 import loha_jax
 from loha_jax import LoHaConfig
 from tests.models.catalogue import CASES
-from tests.models.transformers_twins import wav2vec2
+from tests.models.media_twins import wav2vec2
 from tests.models.trial import CHECKS, Trial
 from tests.models.twins import Size
 

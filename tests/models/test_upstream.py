@@ -16,7 +16,8 @@ import loha_jax
 from loha_jax import LoHaConfig, interop
 from tests.models.catalogue import CASES
 from tests.models.diffusers_twins import unet
-from tests.models.transformers_twins import electra, mistral, of_module, resnet_basic, t5, wav2vec2
+from tests.models.media_twins import resnet_basic, wav2vec2
+from tests.models.transformers_twins import electra, mistral, of_module, t5
 from tests.models.trial import OUTPUT, Trial, distance, require_close, require_moved
 from tests.models.twins import Size
 

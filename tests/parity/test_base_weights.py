@@ -1,5 +1,7 @@
 """Base checkpoints of torch in Flax twins, and merged ones back in torch."""
 
+import copy
+import functools
 import json
 import stat
 
@@ -16,187 +18,39 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.interop import NameMap
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
 from loha_jax.interop.names.tree_sources import find_sources_in
-
-IDS = np.random.default_rng(0).integers(3, 60, (2, 7))
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-
-
-def llama():
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, max_position_embeddings=32)
-    return (
-        transformers.LlamaForCausalLM(config),
-        transformers.FlaxLlamaForCausalLM,
-        {"input_ids": IDS},
-    )
-
-
-def bert():
-    config = transformers.BertConfig(**TEXT, max_position_embeddings=32, num_labels=3)
-    return (
-        transformers.BertForSequenceClassification(config),
-        transformers.FlaxBertForSequenceClassification,
-        {"input_ids": IDS},
-    )
-
-
-def gpt2():
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    return (
-        transformers.GPT2LMHeadModel(config),
-        transformers.FlaxGPT2LMHeadModel,
-        {"input_ids": IDS},
-    )
-
-
-def resnet(layer_type="bottleneck"):
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type=layer_type, num_labels=3
-    )
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.ResNetForImageClassification(config),
-        transformers.FlaxResNetForImageClassification,
-        {"pixel_values": pixels},
-    )
-
-
-def resnet_basic():
-    return resnet("basic")
-
-
-def whisper():
-    sizes = {
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-    }
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    more = {
-        "num_mel_bins": 8,
-        "max_source_positions": 20,
-        "max_target_positions": 16,
-        "suppress_tokens": None,
-    }
-    config = transformers.WhisperConfig(
-        vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes, **ends, **more
-    )
-    config.begin_suppress_tokens = None
-    features = np.random.default_rng(0).standard_normal((2, 8, 40)).astype(np.float32)
-    return (
-        transformers.WhisperForConditionalGeneration(config),
-        transformers.FlaxWhisperForConditionalGeneration,
-        {"input_features": features, "decoder_input_ids": IDS},
-    )
-
-
-def wav2vec2():
-    config = transformers.Wav2Vec2Config(
-        **(TEXT | {"vocab_size": 20, "num_hidden_layers": 1}),
-        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
-        do_stable_layer_norm=True, mask_time_prob=0.05,
-    )  # fmt: skip
-    values = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
-    return (
-        transformers.Wav2Vec2ForCTC(config),
-        transformers.FlaxWav2Vec2ForCTC,
-        {"input_values": values},
-    )
-
-
-def clip():
-    text = dict(TEXT, max_position_embeddings=32, eos_token_id=2, bos_token_id=1)
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.CLIPModel(config),
-        transformers.FlaxCLIPModel,
-        {"input_ids": IDS, "pixel_values": pixels},
-    )
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=32,
-        patch_size=8,
-        num_labels=3,
-    )
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.ViTForImageClassification(config),
-        transformers.FlaxViTForImageClassification,
-        {"pixel_values": pixels},
-    )
-
-
-def randomised(model):
-    """Biases, scales and statistics off their zeros and ones, so that a lost one shows."""
-    generator = torch.Generator().manual_seed(1)
-    statistics = [(name, buffer) for name, buffer in model.named_buffers() if "running_" in name]
-    for name, tensor in [*model.named_parameters(), *statistics]:
-        if tensor.is_floating_point() and (tensor.ndim == 1 or "bias" in name):
-            noise = torch.rand(tensor.shape, generator=generator)
-            tensor.data.add_(0.2 * noise.to(tensor.dtype))
-    return model.eval()
+from tests.models.media_twins import clip, resnet, resnet_basic, vit, wav2vec2, whisper
+from tests.models.transformers_twins import bert, gpt2, llama
+from tests.models.twins import Size
 
 
 @pytest.fixture(scope="module")
 def twins():
-    made = {}
-
-    def make(builder):
-        if builder not in made:
-            torch.manual_seed(0)
-            model, cls, inputs = builder()
-            flax = cls(model.config, seed=0, dtype=jnp.float32)
-            made[builder] = randomised(model), flax, inputs
-        return made[builder]
-
-    return make
+    """The twins of a builder, made once."""
+    return functools.cache(lambda builder: builder(Size()))
 
 
-def torch_logits(model, inputs):
+def torch_logits(twins, model=None):
     with torch.no_grad():
-        output = model(**{k: torch.tensor(v) for k, v in inputs.items()})
-    return (
-        output[0].float().numpy()
-        if not hasattr(output, "logits_per_image")
-        else output.logits_per_image.numpy()
-    )
+        return twins.output(model or twins.module, twins.tensors).float().numpy()
 
 
-def flax_logits(model, params, inputs):
-    output = model(**inputs, params=params)
-    return np.asarray(
-        output.logits_per_image if hasattr(output, "logits_per_image") else output.logits,
-        np.float32,
-    )
+def flax_logits(twins, params):
+    return np.asarray(twins.fn(params, twins.inputs), np.float32)
+
+
+def in_float32(twins, model):
+    """A model's weights in float32, without the rounding of its rotary frequencies."""
+    wide = copy.deepcopy(twins.module)
+    wide.load_state_dict(model.state_dict())
+    return wide
 
 
 def assert_close(a, b):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
-def shapes_of(flax):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(flax.params))
+def shapes_of(twins):
+    return jax.eval_shape(lambda params: params, twins.params)
 
 
 TIED = {
@@ -211,15 +65,15 @@ TIED = {
 )
 def test_a_checkpoint_in_its_flax_twin(builder, twins, tmp_path):
     """Transformers checkpoints load into their Flax twins."""
-    model, flax, inputs = twins(builder)
-    model.save_pretrained(tmp_path)
-    names = NameMap.transformers(model.config.model_type)
-    params = interop.load_base(tmp_path, shapes_of(flax), names=names, tied=TIED.get(builder))
-    assert_close(flax_logits(flax, params, inputs), torch_logits(model, inputs))
+    made = twins(builder)
+    made.module.save_pretrained(tmp_path)
+    names = NameMap.transformers(made.module.config.model_type)
+    params = interop.load_base(tmp_path, shapes_of(made), names=names, tied=TIED.get(builder))
+    assert_close(flax_logits(made, params), torch_logits(made))
     # the same names and layouts are in the contents
     inferred = NameMap.infer(params, tmp_path)
     assert not inferred.unmatched
-    again = interop.load_base(tmp_path, shapes_of(flax), names=inferred)
+    again = interop.load_base(tmp_path, shapes_of(made), names=inferred)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     _, sources, problems = find_sources_in(Checkpoint(tmp_path), params, names, None)
     assert not problems
@@ -240,22 +94,22 @@ MERGED = {
 def test_a_merged_tree_in_torch(builder, twins, tmp_path):
     """A merged tree is a folder that transformers loads in torch."""
     targets, size = MERGED[builder]
-    model, flax, inputs = twins(builder)
+    made = twins(builder)
     base, merged = tmp_path / "base", tmp_path / "merged"
-    model.save_pretrained(base, max_shard_size=size)
+    made.module.save_pretrained(base, max_shard_size=size)
     (base / "tokenizer.json").write_text("{}")
     names = NameMap.transformers()
-    params = interop.load_base(base, shapes_of(flax), names=names)
+    params = interop.load_base(base, shapes_of(made), names=names)
     config = LoHaConfig(r=4, alpha=16, target_modules=targets, init_weights=False)
     adapted = loha_jax.inject(params, config, key=jax.random.key(1), names=names)
-    want = flax_logits(flax, adapted, inputs)
-    assert np.abs(want - torch_logits(model, inputs)).max() > 1e-2 * np.abs(want).max()
+    want = flax_logits(made, adapted)
+    assert np.abs(want - torch_logits(made)).max() > 1e-2 * np.abs(want).max()
     interop.save_merged(merged, adapted, names=names, base=base, max_shard_size=size)
-    again, info = type(model).from_pretrained(merged, output_loading_info=True)
+    again, info = type(made.module).from_pretrained(merged, output_loading_info=True)
     assert not any(
         info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
-    assert_close(torch_logits(again.eval(), inputs), want)
+    assert_close(torch_logits(made, again.eval()), want)
     assert sorted(p.name for p in merged.iterdir()) == sorted(p.name for p in base.iterdir())
     assert stat.S_IMODE((merged / "config.json").stat().st_mode) == stat.S_IMODE(
         next(merged.glob("*.saf*")).stat().st_mode
@@ -285,15 +139,15 @@ def test_a_merged_tree_in_torch(builder, twins, tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
-    model, flax, inputs = twins(llama)
-    half = transformers.LlamaForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict(model.state_dict())
+    made = twins(llama)
+    half = transformers.LlamaForCausalLM(made.module.config).to(torch.bfloat16)
+    half.load_state_dict(made.module.state_dict())
     half.save_pretrained(tmp_path / "base")
-    like = shapes_of(flax)
+    like = shapes_of(made)
     names = NameMap.transformers()
     exact = interop.load_base(tmp_path / "base", like, names=names)
     assert {leaf.dtype for leaf in jax.tree.leaves(exact)} == {jnp.dtype("float32")}
-    assert_close(flax_logits(flax, exact, inputs), torch_logits(half.float(), inputs))
+    assert_close(flax_logits(made, exact), torch_logits(made, in_float32(made, half)))
     params = interop.load_base(tmp_path / "base", like, names=names, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     config = LoHaConfig(r=4, alpha=16, target_modules=["q_proj"], init_weights=False)
@@ -305,7 +159,7 @@ def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.dtype == torch.bfloat16
     merged = jax.tree.map(lambda x: x.astype(jnp.float32), loha_jax.merge(adapted))
-    assert_close(torch_logits(again.float().eval(), inputs), flax_logits(flax, merged, inputs))
+    assert_close(torch_logits(made, in_float32(made, again)), flax_logits(made, merged))
     # asked for, float32: the config says so
     interop.save_merged(
         tmp_path / "wide", adapted, base=tmp_path / "base", names=names, dtype=np.float32
@@ -319,11 +173,11 @@ def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
 
 @pytest.mark.slow
 def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
-    model, flax, _ = twins(resnet)
-    model.save_pretrained(tmp_path / "base")
+    made = twins(resnet)
+    made.module.save_pretrained(tmp_path / "base")
     names = NameMap.transformers()
-    params = interop.load_base(tmp_path / "base", shapes_of(flax), names=names)
-    want = model.state_dict()["resnet.embedder.embedder.normalization.running_var"].numpy()
+    params = interop.load_base(tmp_path / "base", shapes_of(made), names=names)
+    want = made.module.state_dict()["resnet.embedder.embedder.normalization.running_var"].numpy()
     stats = params["batch_stats"]["resnet"]["embedder"]["embedder"]["normalization"]
     np.testing.assert_array_equal(stats["var"], want)
     stats["var"] = stats["var"] * 2
@@ -343,10 +197,10 @@ def test_a_stacked_model(twins, tmp_path):
 
     Heads have axes of their own.
     """
-    model, flax, _ = twins(llama)
-    model.save_pretrained(tmp_path / "base")
+    made = twins(llama)
+    made.module.save_pretrained(tmp_path / "base")
     names = NameMap.transformers()
-    params = interop.load_base(tmp_path / "base", shapes_of(flax), names=names)
+    params = interop.load_base(tmp_path / "base", shapes_of(made), names=names)
     layers = params["model"]["layers"]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[n] for n in sorted(layers)))
     query = stacked["self_attn"]["q_proj"]["kernel"]

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from merge_inputs import normal, read_all
-from quantised_bases import SHAPE, adapter, write
+from merge_inputs import read_all
+from quantised_bases import SHAPE, adapter, normal, write
 
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.tensor_files import safetensors_bytes

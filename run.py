@@ -65,19 +65,13 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command, *rest = arguments
-    commands = {
-        "example": run_example,
-        "processes": run_processes,
-        "test": run_tests,
-        "test-long": run_long_tests,
-    }
-    if command not in commands:
+    if command not in COMMANDS:
         print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
         return 2
     try:
         check_python()
         python = find_environment()
-        return commands[command](python, rest)
+        return COMMANDS[command](python, rest)
     except Failed as error:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
@@ -96,7 +90,8 @@ def run_example(python: Path, arguments: list[str]) -> int:
     installer.install(MODEL)
     if not (with_torch and installer.install(PEFT, needed=False)):
         say(
-            "Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter"
+            "Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening "
+            "the adapter"
         )
     return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
 
@@ -148,7 +143,8 @@ def check_python() -> None:
             ".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info)
         )
         raise Failed(
-            f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a newer one."
+            f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a "
+            "newer one."
         )
 
 
@@ -167,7 +163,8 @@ def find_environment() -> Path:
     version = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
     if subprocess.run([str(python), "-c", version]).returncode:
         raise Failed(
-            f"The virtual environment of {python} is broken, or its Python is too old. Delete it, run again."
+            f"The virtual environment of {python} is broken, or its Python is too old. Delete it, "
+            "run again."
         )
     if not has_module(python, "pip"):
         step("Adding pip to the virtual environment", [str(python), "-m", "ensurepip"])
@@ -178,9 +175,10 @@ def make_environment(folder: Path) -> None:
     """Makes a virtual environment."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise Failed(
-            f"This Python ({sys.executable}) cannot make virtual environments: its venv or ensurepip is missing. On "
-            f"Debian and Ubuntu, `sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. "
-            "Or activate a virtual environment made by other means, and run this again."
+            f"This Python ({sys.executable}) cannot make virtual environments: its venv or "
+            "ensurepip is missing. On Debian and Ubuntu, `sudo apt install "
+            f"python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. Or activate a "
+            "virtual environment made by other means, and run this again."
         )
     step(f"Making a virtual environment, {folder}", [sys.executable, "-m", "venv", str(folder)])
 
@@ -251,7 +249,8 @@ def step(what: str, command: list[str]) -> None:
         raise Failed(f"{what}: failed, because {error}") from None
     if status:
         raise Failed(
-            f"{what}: failed with status {status}; see above. The command was\n  {' '.join(command)}"
+            f"{what}: failed with status {status}; see above. The command was\n  "
+            f"{' '.join(command)}"
         )
 
 
@@ -274,6 +273,13 @@ def say(text: str) -> None:
     """Prints a line about what comes next."""
     print(f"==> {text}", flush=True)
 
+
+COMMANDS = {
+    "example": run_example,
+    "processes": run_processes,
+    "test": run_tests,
+    "test-long": run_long_tests,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

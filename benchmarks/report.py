@@ -78,7 +78,7 @@ def report(run: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def _linear_counts(cell: Record) -> Record:
@@ -210,7 +210,7 @@ def _neighbours(records: Sequence[Record]) -> str:
     return f"REPEAT ON AN IDLE MACHINE, they used {cores}"
 
 
-# --- bars -------------------------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
 
 
 def bars(records: Sequence[Record]) -> list[str]:
@@ -246,11 +246,12 @@ def bars(records: Sequence[Record]) -> list[str]:
             continue
         outside = [cell for cell in cells if cell["auto"][key] > most]
         lines.append(
-            f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of {len(cells)} cells"
+            f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of "
+            f"{len(cells)} cells"
         )
         lines += [
-            f"outside: {cell['kind']} {_shape(cell['shape'])}: {_strategies(cell)} is {cell['auto'][key]:.2f} x "
-            f"{cell['auto']['best_by_' + unit.lower()]}"
+            f"outside: {cell['kind']} {_shape(cell['shape'])}: {_strategies(cell)} is "
+            f"{cell['auto'][key]:.2f} x {cell['auto']['best_by_' + unit.lower()]}"
             for cell in outside
         ]
     return lines
@@ -262,7 +263,7 @@ def _bar(what: str, value: float | None, most: float) -> str:
     return f"{what}: {value:.3f}, at most {most}: {'met' if value <= most else 'MISSED'}"
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Record]) -> str:

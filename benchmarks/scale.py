@@ -162,7 +162,7 @@ def _parameters(model: Llama3) -> int:
     )
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def report(found: list[Record]) -> str:
@@ -172,7 +172,8 @@ def report(found: list[Record]) -> str:
         (
             "## Predicted, per device",
             table(list(map(_prediction_row, predictions))),
-            "## One layer, compiled for 8 virtual CPU devices: predicted, and compiled over predicted",
+            "## One layer, compiled for 8 virtual CPU devices: predicted, and compiled over "
+            "predicted",
             table(list(map(_check_row, checks))),
         )
     )

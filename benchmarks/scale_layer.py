@@ -91,7 +91,7 @@ def _optimizer_state(trainable: Any, mesh: Any) -> Any:
     )
 
 
-# --- compiled ---------------------------------------------------------------------------------------------------------
+# --- compiled -------------------------------------------------------------------------------------
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:
@@ -139,7 +139,7 @@ def _compile(program: Any, *arguments: Any) -> jax.stages.Compiled:
     return program.lower(*arguments).compile(compiler_options=QUICK_COMPILE)
 
 
-# --- from shapes ------------------------------------------------------------------------------------------------------
+# --- from shapes ----------------------------------------------------------------------------------
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -83,7 +83,7 @@ class Workers:
         return self._pools[side].submit(function, *arguments).result()
 
 
-# --- what runs in a worker --------------------------------------------------------------------------------------------
+# --- what runs in a worker ------------------------------------------------------------------------
 
 
 class _Side(Protocol):

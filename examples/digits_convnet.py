@@ -174,7 +174,8 @@ def run(options: argparse.Namespace) -> None:
     interop.save_peft(options.out / "adapter", params)
     plot(options.out / "digits.png", curves, params, test)
     console.print(
-        f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside it"
+        f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside "
+        "it"
     )
     rows = []
     for name in runs[0][0]:

@@ -53,7 +53,8 @@ try:
     from loha_jax.train import fit
 except ImportError as error:
     sys.exit(
-        f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs it and runs it."
+        f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs "
+        "it and runs it."
     )
 
 INTRODUCTION = """
@@ -196,8 +197,9 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     train_data, validation_data, test_data = (Tokenized(part, tokenizer) for part in sentences)
     model, bert = load_minilm(folder)
     console.print(
-        f"{len(train_data):,} sentences to train with, {len(validation_data):,} to validate, {len(test_data):,} to "
-        f"test. The first of them:\n  “{sentences[0].texts[0]}” ({CLASSES[sentences[0].labels[0]]})"
+        f"{len(train_data):,} sentences to train with, {len(validation_data):,} to validate, "
+        f"{len(test_data):,} to test. The first of them:\n  “{sentences[0].texts[0]}” "
+        f"({CLASSES[sentences[0].labels[0]]})"
     )
 
     headline("Baseline: a linear probe on the frozen encoder")
@@ -243,8 +245,9 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     plot_curves(history, probe_accuracy, out / "curves.png")
     interop.save_peft(out / "adapter", params)
     console.print(
-        f"Kept the state after step {history.best[0]}, of validation accuracy {history.best[1]:.4f}.\n"
-        f"Learning curves: {out / 'curves.png'}. Adapter, as PEFT reads it: {out / 'adapter'}"
+        f"Kept the state after step {history.best[0]}, of validation accuracy "
+        f"{history.best[1]:.4f}.\nLearning curves: {out / 'curves.png'}. Adapter, as PEFT reads "
+        f"it: {out / 'adapter'}"
     )
 
     headline("Test")
@@ -296,12 +299,13 @@ def check_agreement(ours: np.ndarray, theirs: np.ndarray, data: Tokenized) -> fl
     difference = float(np.abs(ours - theirs).max())
     our_accuracy, their_accuracy = accuracy(ours.argmax(1), data), accuracy(theirs.argmax(1), data)
     console.print(
-        f"PEFT opened the adapter. The largest difference of a logit is {difference:.1e}; test accuracy: "
-        f"{their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
+        f"PEFT opened the adapter. The largest difference of a logit is {difference:.1e}; test "
+        f"accuracy: {their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
     )
     if not difference < LARGEST_DIFFERENCE or our_accuracy != their_accuracy:
         raise JobError(
-            f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect."
+            f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a "
+            "defect."
         )
     return difference
 

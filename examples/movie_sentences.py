@@ -158,8 +158,8 @@ def _source_distribution(folder: Path) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
         raise JobError(
-            f"{archive} is not the file that was published: its SHA-256 is {digest}, not {SHA256}. Delete it and run "
-            "this again."
+            f"{archive} is not the file that was published: its SHA-256 is {digest}, not {SHA256}. "
+            "Delete it and run this again."
         )
     return content
 
@@ -180,8 +180,9 @@ def _fetch(folder: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (Path(unfinished) / ARCHIVE).is_file():
             raise JobError(
-                f"The data could not be fetched: {PACKAGE} {VERSION}, source distribution, 2.5 MB, by\n"
-                f"  {' '.join(command)}\npip said:\n{(result.stderr or result.stdout).strip()}\n"
-                f"If you have {ARCHIVE} from elsewhere, put it into {folder}."
+                f"The data could not be fetched: {PACKAGE} {VERSION}, source distribution, 2.5 MB, "
+                f"by\n  {' '.join(command)}\npip "
+                f"said:\n{(result.stderr or result.stdout).strip()}\nIf you have {ARCHIVE} from "
+                f"elsewhere, put it into {folder}."
             )
         os.replace(Path(unfinished) / ARCHIVE, folder / ARCHIVE)

@@ -198,7 +198,8 @@ def run(options: argparse.Namespace) -> None:
     rows.append(row("LoHa, switched off", model, None))
     plot(options.out / "curves.png", pretrained, loha_curve, full_curve)
     console.print(
-        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: {options.out / 'curves.png'}"
+        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: "
+        f"{options.out / 'curves.png'}"
     )
     title = f"Loss on test text, nats per byte (seed {options.seed})"
     show_results(

@@ -170,7 +170,8 @@ class Run:
         for number, process in enumerate(self.processes):
             if process.poll():
                 raise SystemExit(
-                    f"process {number} failed: {process.returncode}\n{self.outputs[number].read_text()}"
+                    f"process {number} failed: "
+                    f"{process.returncode}\n{self.outputs[number].read_text()}"
                 )
 
     def kill_one(self) -> None:

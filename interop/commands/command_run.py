@@ -90,7 +90,7 @@ class CommandRun:
 
 @contextlib.contextmanager
 def run_command(name: str, as_json: bool) -> Iterator[CommandRun]:
-    """Run a command on the CPU; its warnings become notes, its errors a sentence and an exit code."""
+    """Run a command on the CPU. Warnings become notes, errors a sentence and an exit code."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -124,7 +124,7 @@ def _message(error: Exception) -> str:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    """Return `--only`, `--force` or `--to lora` for an argument `only=`, `force=True` or `to="lora"`."""
+    """Return `--only`, `--force` or `--to lora` for `only=`, `force=True` or `to="lora"`."""
     name, text = found.groups()
     try:
         value = ast.literal_eval(text or "True")

@@ -15,7 +15,8 @@ import numpy as np
 from loha_jax.runtime.scalars import plain_scalar
 
 from .atomic import TemporaryFile, naming, write_atomically
-from .base_checkpoint import INDEX, Header
+from .base_checkpoint import INDEX
+from .safetensors_file import Header
 from .system import sync_folder, write_at
 
 

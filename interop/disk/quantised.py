@@ -47,7 +47,7 @@ class Scale:
     def rows(
         self, values: np.ndarray, shape: tuple[int, ...], first: int = 0, last: int | None = None
     ) -> np.ndarray:
-        """Return the scale for rows of a tensor of this shape, in float32 and broadcastable to them.
+        """Return the scale for rows of a tensor of this shape, in float32, to broadcast to them.
 
         Example:
             >>> Scale("s", (2, 1), (2, 3)).rows(np.array([[1.0], [2.0]]), (3, 3)).tolist()
@@ -63,16 +63,16 @@ class Scale:
     def largest(
         self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None
     ) -> np.ndarray:
-        """Return the largest absolute value per value of the scale, along some axes of the tensor."""
+        """Return the largest absolute value per value of the scale, along some axes."""
         for axis in range(len(self.grid))[first_axis:last_axis]:
             count, block = self.grid[axis], self.blocks[axis]
             sizes = np.maximum.reduceat(sizes, np.arange(count) * block, axis)
         return sizes
 
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return the scale for new values: the old one where they use its range, else a fitting one.
+        """Return the scale for new values.
 
-        So unchanged values keep their bits, and the others lose no precision: half of the range is
+        It is the old one where they use its range, else a fitting one. So unchanged values keep their bits, and the others lose no precision: half of the range is
         one step of the exponent.
 
         Args:
@@ -188,13 +188,12 @@ class Quantisation:
                 if _PACKED.fullmatch(child.removeprefix("weight."))
                 and child not in ("_scale", "_data", "scales")
             )
-            if not module or not found or all(f == "scales" for f in found):
-                continue
-            if module.endswith(".weight"):
+            if not module or not found or module.endswith(".weight"):
                 continue
             said = ", ".join(f"{module}.{child}" for child in found[:4])
             result[module] = (
-                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can add to)"
+                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can "
+                "add to)"
             )
         return result
 
@@ -244,7 +243,8 @@ class Quantisation:
         ]
         if lost:
             self.problems[key] = (
-                f"{key} is scaled by {lost[0]}, which is in another shard; give the folder or the index"
+                f"{key} is scaled by {lost[0]}, which is in another shard; give the folder or the "
+                "index"
             )
         elif others or len(known) > 1:
             found = ", ".join([*known, *others])

@@ -1,6 +1,6 @@
-"""Operating systems' calls with a fallback where one is missing: locks, flushes, positioned reads and writes, exchange.
+"""Calls of operating systems, with a fallback where one is missing.
 
-Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a
+They are locks, flushes, reads and writes at a place, and the exchange of names. Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a
 descriptor's own position. macOS has no `copy_file_range` and no `renameat2`.
 """
 
@@ -37,7 +37,7 @@ _LARGEST = 1 << 30  # macOS refuses to read or write 2 GB at once
 _position = threading.Lock()
 
 
-# --- locks ------------------------------------------------------------------------------------------------------------
+# --- locks ----------------------------------------------------------------------------------------
 
 
 def lock(descriptor: int, *, wait: bool) -> None:
@@ -80,7 +80,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def sync_folder(folder: Path) -> None:
@@ -108,7 +108,7 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def write_at(descriptor: int, offset: int, data: Any) -> None:

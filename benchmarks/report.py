@@ -2,8 +2,9 @@
 
     python -m benchmarks.report FILE          the tables of a run, also of one that was cut off
 
-Times are medians over the turns; "over" a method is the median of the ratios within a turn. FLOPs of JAX methods are
-XLA's count with all turns of loops, those of PyTorch's are its own counter's, of products and convolutions only.
+Times are medians over the turns; "over" a method is the median of the ratios within a turn. FLOPs
+of JAX methods are XLA's count with all turns of loops, those of PyTorch's are its own counter's, of
+products and convolutions only.
 """
 
 import argparse
@@ -202,7 +203,7 @@ def _conversions(methods: dict[str, Record]) -> Iterable[Record]:
 
 
 def _neighbours(records: Sequence[Record]) -> str:
-    """Which figures are not to be trusted: PyTorch's threads wait for each other, and suffer most from neighbours."""
+    """Which figures not to trust: PyTorch's threads wait for each other and for neighbours."""
     busy = [r for r in records if (r.get("others_cores") or 0) > MOST_CORES_OF_OTHERS]
     if not busy:
         return f"they used at most {MOST_CORES_OF_OTHERS} cores in each record"

@@ -1,11 +1,13 @@
-"""Teaches all-MiniLM-L6-v2 to tell praise from blame in film reviews, with LoHa, on a CPU, in a few minutes.
+"""Teaches all-MiniLM-L6-v2 to tell praise from blame in film reviews, with LoHa, in minutes.
 
-A real pretrained model, in a third-party Flax implementation that is used as it is, and sentences that people rated.
-LoHa trains 1.3 % of the parameters and is compared with a linear probe on the frozen encoder. The adapter is saved as
-PyTorch PEFT saves it; where torch and peft are installed, PEFT opens it and repeats the test.
+A real pretrained model, in a third-party Flax implementation that is used as it is, and sentences
+that people rated. LoHa trains 1.3 % of the parameters and is compared with a linear probe on the
+frozen encoder. The adapter is saved as PyTorch PEFT saves it; where torch and peft are installed,
+PEFT opens it and repeats the test.
 
-`python3 run.py example` in the repository installs what this needs and runs it. Where that is installed already:
-`python examples/finetune_minilm.py`. With `--quick` it does the same on a slice, in less than a minute.
+`python3 run.py example` in the repository installs what this needs and runs it. Where that is
+installed already: `python examples/finetune_minilm.py`. With `--quick` it does the same on a slice,
+in less than a minute.
 """
 
 from __future__ import annotations
@@ -58,11 +60,11 @@ except ImportError as error:
     )
 
 INTRODUCTION = """
-[bold]all-MiniLM-L6-v2[/bold] turns sentences into vectors; it was not trained for sentiment. Here it learns to tell \
-whether a sentence from a film review is praise or blame, in two ways:
+[bold]all-MiniLM-L6-v2[/bold] turns sentences into vectors; it was not trained for sentiment. \
+Here it learns to tell whether a sentence from a film review is praise or blame, in two ways:
  • [bold]probe[/bold]: the encoder stays as it is, and a logistic regression reads its vectors;
- • [bold]LoHa[/bold]: each attention matrix W becomes W + (w1_a·w1_b) ⊙ (w2_a·w2_b) · alpha/r. W is frozen; the four \
-thin factors, and a linear classifier, are trained.
+ • [bold]LoHa[/bold]: each attention matrix W becomes W + (w1_a·w1_b) ⊙ (w2_a·w2_b) · alpha/r. \
+W is frozen; the four thin factors, and a linear classifier, are trained.
 All choices are made on the validation sentences; the test sentences are read once, at the end."""
 
 LOHA = loha_jax.LoHaConfig(
@@ -77,7 +79,7 @@ QUICK = (480, 160, 320)  # training, validation and test sentences of --quick
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run trains with. The learning rate and batch size are the best of one epoch on validation."""
+    """The settings of a run. Learning rate and batch size are the best after one epoch."""
 
     epochs: int = 1
     batch_size: int = 8
@@ -107,7 +109,8 @@ def train(
         settings: how to train.
 
     Returns:
-        The tree as it was at its best validation, the course of the training, and the seconds it took.
+        The tree as it was at its best validation, the course of the training, and the seconds it
+        took.
     """
     rng = np.random.default_rng(settings.seed)
     batches = [
@@ -172,7 +175,7 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 def fit_probe(vectors: np.ndarray, labels: np.ndarray) -> LogisticRegression:
-    """Logistic regression on frozen vectors, its regularisation chosen by 5-fold cross-validation on them."""
+    """Logistic regression on frozen vectors, regularised by 5-fold cross-validation on them."""
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 1, 9)}, cv=5)
     with threadpool_limits(
         1
@@ -324,7 +327,8 @@ def headline(text: str) -> None:
 def main() -> int:
     """Reads the command line and runs the job."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes all-MiniLM-L6-v2 with LoHa on rated film reviews and opens the result in PyTorch PEFT.",
+        description="Fine-tunes all-MiniLM-L6-v2 with LoHa on rated film reviews and opens the "
+        "result in PyTorch PEFT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

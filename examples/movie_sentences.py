@@ -1,8 +1,8 @@
-"""The data: sentences of film reviews, each rated by twenty people, out of the vaderSentiment source distribution.
+"""The data: sentences of film reviews, each rated by twenty people, of vaderSentiment.
 
-They were published with C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", ICWSM 2014. pip fetches them, their hash is checked, and they stay in a cache folder in your home:
-nothing of them is part of this repository.
+They were published with C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for
+Sentiment Analysis of Social Media Text", ICWSM 2014. pip fetches them, their hash is checked, and
+they stay in a cache folder in your home: nothing of them is part of this repository.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def load(folder: Path | None = None) -> Sentences:
     """All sentences with a clear rating, each once.
 
     Args:
-        folder: where the source distribution is, or is put; by default `$LOHA_JAX_CACHE` or ~/.cache/loha-jax.
+        folder: where the source distribution is, or is put; by default `$LOHA_JAX_CACHE` or
+            ~/.cache/loha-jax.
 
     Raises:
         JobError: it could not be fetched, or is not the file that was published.
@@ -87,7 +88,7 @@ def load(folder: Path | None = None) -> Sentences:
 
 
 def split(sentences: Sentences) -> tuple[Sentences, Sentences, Sentences]:
-    """Training, validation and test sentences (60, 15 and 25 %), the labels in equal shares; always the same ones."""
+    """Training, validation and test sentences (60, 15, 25 %), always the same; labels balanced."""
 
     def cut(sentences: Sentences, share: float) -> tuple[Sentences, Sentences]:
         rest, held_out = train_test_split(
@@ -141,7 +142,7 @@ class Tokenized:
         return batches
 
     def in_order(self, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Every sentence once, for evaluation: rows and their batch, which repeats its last row to be of full size."""
+        """Every sentence once: rows and their batch, filled up with copies of its last row."""
         for length in LENGTHS:
             rows = np.flatnonzero(self.lengths == length)
             for n in range(0, len(rows), size):

@@ -1,8 +1,9 @@
-"""A small Flax NNX language model learns film reviews byte by byte; LoHa then teaches it Python's documentation.
+"""An NNX language model learns film reviews; LoHa then teaches it Python's documentation.
 
-The model is an ordinary NNX Transformer, its layers stacked by `nnx.vmap` and run by `nnx.scan`. `loha_jax.nnx.inject`
-adapts it in place. Beside it: the frozen model, and training all parameters on the same batches. What LoHa learned can
-be switched off again, so that the reviews are not forgotten.
+The model is an ordinary NNX Transformer, its layers stacked by `nnx.vmap` and run by `nnx.scan`.
+`loha_jax.nnx.inject` adapts it in place. Beside it: the frozen model, and training all parameters
+on the same batches. What LoHa learned can be switched off again, so that the reviews are not
+forgotten.
 
     python examples/nnx_language_model.py [--quick]
 """
@@ -32,7 +33,8 @@ CONTEXT, BATCH = 128, 16
 LOHA = loha_jax.LoHaConfig(
     r=8, alpha=16, target_modules=["query", "key", "value", "out", "up", "down", "head"]
 )
-# LoHa's: the best of 3e-3, 1e-2, 2e-2 on validation text, with one more layer. All parameters: not tuned.
+# LoHa's: the best of 3e-3, 1e-2, 2e-2 on validation text, with one more layer. All parameters: not
+# tuned.
 LOHA_RATE, FULL_RATE = 2e-2, 3e-3
 
 
@@ -163,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
     pretrained = train(base, reviews, FULL_RATE, pretrain_steps, options.seed, nnx.Param)
 
     console.rule("LoHa on Python's documentation", align="left")
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     model = nnx.clone(base)
     loha_jax.nnx.inject(
         model, LOHA, rngs=nnx.Rngs(options.seed + 1)
@@ -171,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
     print(loha_jax.summary(model).totals)
     loha_curve = train(model, docs, LOHA_RATE, steps, options.seed, wrt=loha_jax.nnx.LoHaParam)
     interop.save_peft(options.out / "adapter", model)
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     console.rule("All parameters on Python's documentation", align="left")
     full = nnx.clone(base)

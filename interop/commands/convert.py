@@ -103,7 +103,7 @@ def convert_adapter(
             written then.
 
     Example:
-        >>> import tempfile, jax, loha_jax
+        >>> import tempfile, jax, loha_jax, numpy as np
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
         >>> base = {"q": {"kernel": np.ones((3, 4), np.float32)}}
         >>> params = loha_jax.inject(base, config, key=jax.random.key(0))

@@ -1,8 +1,8 @@
 """Results that appear whole or not at all, whatever ends the process.
 
-They have a temporary name until one rename at the end. A temporary name is locked (`flock`) while its process lives. An unlocked one is the leftover of a
-killed process: the next write to the same place removes it. Windows has no such locks: nothing is
-removed there.
+They have a temporary name until one rename at the end. A temporary name is locked (`flock`) while
+its process lives. An unlocked one is the leftover of a killed process: the next write to the same
+place removes it. Windows has no such locks: nothing is removed there.
 """
 
 from __future__ import annotations

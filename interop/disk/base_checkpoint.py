@@ -232,7 +232,8 @@ _SIDE_FILE = re.compile(
 def side_files(folder: Path) -> list[Path]:
     """List the files beside a checkpoint's weights that belong to it.
 
-    These are configs, tokenizer, licence and model code. A folder may hold anything: other files are not copied into what may be published.
+    These are configs, tokenizer, licence and model code. A folder may hold anything: other files
+    are not copied into what may be published.
 
     Raises:
         FileError: one is a link that leads out of the folder.

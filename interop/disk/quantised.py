@@ -72,8 +72,8 @@ class Scale:
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Return the scale for new values.
 
-        It is the old one where they use its range, else a fitting one. So unchanged values keep their bits, and the others lose no precision: half of the range is
-        one step of the exponent.
+        It is the old one where they use its range, else a fitting one. So unchanged values keep
+        their bits, and the others lose no precision: half of the range is one step of the exponent.
 
         Args:
             old: the scale, as it is stored.

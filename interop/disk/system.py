@@ -1,7 +1,8 @@
 """Calls of operating systems, with a fallback where one is missing.
 
-They are locks, flushes, reads and writes at a place, and the exchange of names. Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a
-descriptor's own position. macOS has no `copy_file_range` and no `renameat2`.
+They are locks, flushes, reads and writes at a place, and the exchange of names. Windows has no
+`fcntl`, opens no folders, renames no open files, and reads and writes only at a descriptor's own
+position. macOS has no `copy_file_range` and no `renameat2`.
 """
 
 from __future__ import annotations

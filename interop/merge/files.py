@@ -83,9 +83,9 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write a checkpoint with adapters merged into it.
 
-    `W + Σ weight·ΔW` is added in float32 and rounded once. Headers and adapters are checked before anything is written. Only the adapters and a few blocks
-    of rows are in memory at a time. If a run is interrupted, the next run with the same files,
-    weights and options resumes it.
+    `W + Σ weight·ΔW` is added in float32 and rounded once. Headers and adapters are checked before
+    anything is written. Only the adapters and a few blocks of rows are in memory at a time. If a
+    run is interrupted, the next run with the same files, weights and options resumes it.
 
     Args:
         base: a safetensors file, or a folder with one or with shards and their index.

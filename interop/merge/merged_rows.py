@@ -1,7 +1,7 @@
 """`MergedRows`: `W + Σ weight·ΔW`, a few rows at a time.
 
-They are added in float32 or wider and rounded once. numpy has bfloat16 only through a slow conversion; XLA converts, multiplies, adds and rounds in one
-compiled loop.
+They are added in float32 or wider and rounded once. numpy has bfloat16 only through a slow
+conversion; XLA converts, multiplies, adds and rounds in one compiled loop.
 """
 
 from __future__ import annotations

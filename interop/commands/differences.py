@@ -112,11 +112,8 @@ def _compare_modules(
     if row["shape"][0] != row["shape"][1]:
         return row
     norm = update_norm(first)
-    difference = (
-        0.0
-        if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
-        else difference_norm(first, second)
-    )
+    are_same = row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
+    difference = 0.0 if are_same else difference_norm(first, second)
     if not math.isfinite(norm) or not math.isfinite(difference):
         return row
     relative = difference / norm if norm else (0.0 if difference == 0 else None)

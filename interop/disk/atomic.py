@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
+from .system import IS_WINDOWS, exchange, lock, opened_folder, sync_folder, write_at
 
 _SUFFIX = ".tmp"
 _REPLACED = "replaced"
@@ -113,16 +113,13 @@ def temporary_folder(out: Path) -> Iterator[Path]:
     while True:
         with naming(out):
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_SUFFIX, dir=out.parent))
-        descriptor = open_folder(folder)
-        if descriptor is None or _lock(descriptor, folder):
-            break
-        os.close(descriptor)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        with opened_folder(folder) as descriptor:
+            if descriptor is None or _lock(descriptor, folder):
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
 
 
 @contextlib.contextmanager

@@ -142,11 +142,8 @@ class Checkpoint:
     def is_whole_folder(self) -> bool:
         """True if the files beside the weights (config, tokenizer) belong to them."""
         named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
-        return (
-            self.path.is_dir()
-            or self.index is not None
-            or (named and (self.folder / "config.json").is_file())
-        )
+        beside = named and (self.folder / "config.json").is_file()
+        return self.path.is_dir() or self.index is not None or beside
 
     def read(self, key: str) -> np.ndarray:
         """Return the values of a tensor, as they are stored."""
@@ -239,10 +236,8 @@ def side_files(folder: Path) -> list[Path]:
         FileError: one is a link that leads out of the folder.
     """
     found = sorted(p for p in folder.iterdir() if p.is_file() and _SIDE_FILE.fullmatch(p.name))
-    own = (
-        folder.resolve(),
-        folder.resolve().parent.parent / "blobs",
-    )  # Hugging Face's cache links to the latter
+    real = folder.resolve()
+    own = (real, real.parent.parent / "blobs")  # Hugging Face's cache links to the latter
     if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
         raise FileError(
             f"{folder} links to files elsewhere, which would be copied: "
@@ -274,8 +269,5 @@ def side_file_content(file: Path, dtype: Any) -> bytes:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that hold or index weights."""
-    return (
-        sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name))
-        if folder.is_dir()
-        else []
-    )
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(filter(_WEIGHTS.fullmatch, names))

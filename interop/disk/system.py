@@ -61,24 +61,25 @@ def lock_file(descriptor: int) -> None:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 
-def open_folder(folder: Path) -> int | None:
-    """Return a descriptor of a folder; None on Windows, which has none."""
-    return None if IS_WINDOWS else os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[int | None]:
+    """Open a folder; yield its descriptor, or None on Windows, which has none."""
+    descriptor = None if IS_WINDOWS else os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Let one process at a time run the block, where folders can be locked."""
-    descriptor = open_folder(folder)
-    if descriptor is None:
+    with opened_folder(folder) as descriptor:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                lock(descriptor, wait=True)
         yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock(descriptor, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -86,13 +87,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk; Windows does so by itself."""
-    descriptor = open_folder(folder)
-    if descriptor is None:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with opened_folder(folder) as descriptor:
+        if descriptor is not None:
+            os.fsync(descriptor)
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -102,13 +102,9 @@ def run(options: argparse.Namespace) -> None:
     with_peft = not missing()
     if with_peft:
         base_folder, adapter = train_in_peft(options.out, steps, options.seed)
-        config_file = base_folder / "config.json"
     else:
-        base_folder, config_file, adapter = (
-            SAMPLE / "base.safetensors",
-            SAMPLE / "base_config.json",
-            SAMPLE / "adapter",
-        )
+        base_folder, adapter = SAMPLE / "base.safetensors", SAMPLE / "adapter"
+    config_file = base_folder / "config.json" if with_peft else SAMPLE / "base_config.json"
     print(SIDE_BY_SIDE)
 
     config = LlamaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
@@ -122,14 +118,12 @@ def run(options: argparse.Namespace) -> None:
     print(loha_jax.summary(arrived).totals)
 
     def loss_fn(params: Any, ids: Any, key: jax.Array | None = None) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(
-            apply(params, ids)[:, :-1], ids[:, 1:]
-        ).mean()
+        logits, labels = apply(params, ids)[:, :-1], ids[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     data = batches(config.vocab_size, steps, options.seed + 1)
-    continued = fit(
-        loss_fn, arrived, optax.adam(RATE), data, key=jax.random.key(options.seed)
-    ).params
+    key = jax.random.key(options.seed)
+    continued = fit(loss_fn, arrived, optax.adam(RATE), data, key=key).params
     # -- And out -----------------------------------------------------------------------------------
     interop.save_peft(options.out / "from_jax", continued)
     # ----------------------------------------------------------------------------------------------
@@ -151,12 +145,8 @@ def run(options: argparse.Namespace) -> None:
     if not with_peft:
         console.print(f"To have PEFT make and open the adapter: pip install {missing()}")
     title = f"Loss on held-out text, nats per byte (seed {options.seed})"
-    show_results(
-        options.out / "results.json",
-        title,
-        ["", "JAX", "PyTorch", "largest difference of a logit"],
-        rows,
-    )
+    head = ["", "JAX", "PyTorch", "largest difference of a logit"]
+    show_results(options.out / "results.json", title, head, rows)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,8 @@ class LanguageModel(nnx.Module):
         self.bytes = nnx.Embed(256, width, rngs=rngs)
         self.positions = nnx.Embed(CONTEXT, width, rngs=rngs)
         make_layers = nnx.vmap(lambda rngs: Block(width, heads, rngs))
-        self.layers = make_layers(
-            rngs.split(layers)
-        )  # one Block whose arrays have a leading axis of layers
+        # One Block whose arrays have a leading axis of layers.
+        self.layers = make_layers(rngs.split(layers))
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 256, rngs=rngs)
 
@@ -150,26 +149,21 @@ def split(text: str, size: int) -> dict[str, np.ndarray]:
 
 def run(options: argparse.Namespace) -> None:
     """Pretrains, adapts in two ways, compares."""
-    size = (
-        {"layers": 2, "width": 64, "heads": 2}
-        if options.quick
-        else {"layers": 3, "width": 160, "heads": 4}
-    )
+    layers, width, heads = (2, 64, 2) if options.quick else (3, 160, 4)
     pretrain_steps, steps = (50, 30) if options.quick else (450, 150)
     most = 150_000 if options.quick else 2_000_000
     reviews = split("\n".join(load().texts), most)
     docs = split("\n".join(pydoc_data.topics.topics.values()), most)
 
     console.rule("Pretraining on film reviews", align="left")
-    base = LanguageModel(**size, rngs=nnx.Rngs(options.seed))
+    base = LanguageModel(layers, width, heads, rngs=nnx.Rngs(options.seed))
     pretrained = train(base, reviews, FULL_RATE, pretrain_steps, options.seed, nnx.Param)
 
     console.rule("LoHa on Python's documentation", align="left")
     # ----------------------------------------------------------------------------------------------
     model = nnx.clone(base)
-    loha_jax.nnx.inject(
-        model, LOHA, rngs=nnx.Rngs(options.seed + 1)
-    )  # in place; one adapter per layer of the stack
+    # In place; one adapter per layer of the stack.
+    loha_jax.nnx.inject(model, LOHA, rngs=nnx.Rngs(options.seed + 1))
     print(loha_jax.summary(model).totals)
     loha_curve = train(model, docs, LOHA_RATE, steps, options.seed, wrt=loha_jax.nnx.LoHaParam)
     interop.save_peft(options.out / "adapter", model)
@@ -179,13 +173,9 @@ def run(options: argparse.Namespace) -> None:
     full = nnx.clone(base)
     full_curve = train(full, docs, FULL_RATE, steps, options.seed, wrt=nnx.Param)
 
-    samples = {
-        name: write(m, docs["test"], options.seed)
-        for name, m in {"frozen": base, "LoHa": model}.items()
-    }
-    for name, text in samples.items():
+    for name, writer in {"frozen": base, "LoHa": model}.items():
         console.rule(f"{name} writes on", align="left")
-        console.print(text, markup=False)
+        console.print(write(writer, docs["test"], options.seed), markup=False)
 
     def row(name: str, model: LanguageModel, trained: type | None) -> list[object]:
         count = sum(x.size for x in jax.tree.leaves(nnx.state(model, trained))) if trained else 0
@@ -200,16 +190,11 @@ def run(options: argparse.Namespace) -> None:
     rows.append(row("LoHa, switched off", model, None))
     plot(options.out / "curves.png", pretrained, loha_curve, full_curve)
     console.print(
-        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: "
-        f"{options.out / 'curves.png'}"
+        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: curves.png there"
     )
     title = f"Loss on test text, nats per byte (seed {options.seed})"
-    show_results(
-        options.out / "results.json",
-        title,
-        ["", "parameters trained", "documentation", "film reviews"],
-        rows,
-    )
+    head = ["", "parameters trained", "documentation", "film reviews"]
+    show_results(options.out / "results.json", title, head, rows)
 
 
 def plot(path: Any, pretrained: Any, loha: Any, full: Any) -> None:

@@ -25,8 +25,8 @@ from rich.text import Text
 
 from .tables import printable
 
-FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
+FINE, DIFFERENT, WRONG = 0, 1, 2
+"""Exit codes; that of an interruption is typer's, 130."""
 
 _PIPE_WIDTH = 160
 """Columns of tables that go to a file or another program."""
@@ -61,12 +61,12 @@ class CommandRun:
             console = Console(highlight=False)
             table(console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH))
 
-    def fail(self, text: str, code: int) -> None:
+    def fail(self, text: str) -> None:
         """End the run with an error."""
         if self._as_json:
             typer.echo(json.dumps({"command": self._name, "error": text}, indent=2))
         self.say(f"Error: {text}")
-        self.finish(code)
+        self.finish(WRONG)
 
     def finish(self, code: int) -> None:
         """End the run with an exit code."""
@@ -90,7 +90,7 @@ class CommandRun:
 
 @contextlib.contextmanager
 def run_command(name: str, as_json: bool) -> Iterator[CommandRun]:
-    """Run a command on the CPU; its warnings become notes, its errors a sentence and an exit code."""
+    """Run a command on the CPU. Warnings become notes, errors a sentence and an exit code."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -105,7 +105,7 @@ def run_command(name: str, as_json: bool) -> Iterator[CommandRun]:
         except Exception as error:
             if os.environ.get("LOHA_JAX_TRACEBACK"):
                 raise
-            run.fail(_message(error), WRONG)
+            run.fail(_message(error))
 
 
 def _message(error: Exception) -> str:
@@ -124,7 +124,7 @@ def _message(error: Exception) -> str:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    """Return `--only`, `--force` or `--to lora` for an argument `only=`, `force=True` or `to="lora"`."""
+    """Return `--only`, `--force` or `--to lora` for `only=`, `force=True` or `to="lora"`."""
     name, text = found.groups()
     try:
         value = ast.literal_eval(text or "True")

@@ -20,7 +20,7 @@ from ..disk.atomic import (
     naming,
     temporary_folder,
     write_atomically,
-    write_folder,
+    write_files,
 )
 from .conversion_source import ConversionSource
 from .lycoris_file import lycoris_file
@@ -103,9 +103,10 @@ def convert_adapter(
             written then.
 
     Example:
-        >>> import tempfile, jax, loha_jax
+        >>> import tempfile, jax, loha_jax, numpy as np
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": np.ones((3, 4), np.float32)}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_peft(f"{folder}/adapter", params)
         ...     convert_adapter(f"{folder}/adapter", f"{folder}/a.safetensors", "kohya").modules
@@ -137,7 +138,8 @@ def convert_adapter(
         if isinstance(made.content, bytes):
             write_atomically(new, made.content)
         else:
-            write_folder(new, made.content)
+            new.mkdir()
+            write_files(new, made.content)
         move_into_place(new, target, force)
     ranks = {module.name: module.r for module in made.modules}
     return Conversion(read.adapter.form, ranks, made.errors, tuple(read.notes))

@@ -32,7 +32,7 @@ def compare_paths(
         first, second: paths of the same kind.
         tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules
             count as equal; of checkpoints, the absolute difference of values.
-        progress: of checkpoints, called with the number of tensors compared and their number in all.
+        progress: of checkpoints, called with the number of tensors compared so far and in total.
 
     Returns:
         Only JSON's types: `different`, `only_first`, `only_second`, and a row for each common
@@ -45,9 +45,10 @@ def compare_paths(
         >>> import tempfile
         >>> from safetensors.numpy import save_file
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"w": np.ones(3)}, f"{folder}/a.safetensors")
-        ...     save_file({"w": np.zeros(3)}, f"{folder}/b.safetensors")
-        ...     compare_paths(f"{folder}/a.safetensors", f"{folder}/b.safetensors")["tensors"][0]["max_difference"]
+        ...     a, b = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+        ...     save_file({"w": np.ones(3)}, a)
+        ...     save_file({"w": np.zeros(3)}, b)
+        ...     compare_paths(a, b)["tensors"][0]["max_difference"]
         1.0
     """
     first, second = Path(first), Path(second)
@@ -111,11 +112,8 @@ def _compare_modules(
     if row["shape"][0] != row["shape"][1]:
         return row
     norm = update_norm(first)
-    difference = (
-        0.0
-        if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
-        else difference_norm(first, second)
-    )
+    are_same = row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
+    difference = 0.0 if are_same else difference_norm(first, second)
     if not math.isfinite(norm) or not math.isfinite(difference):
         return row
     relative = difference / norm if norm else (0.0 if difference == 0 else None)

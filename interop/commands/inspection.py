@@ -48,7 +48,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     Example:
         >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": np.ones((3, 4), np.float32)}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_peft(folder, params)
         ...     inspect_path(folder)["remarks"]
@@ -62,14 +63,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     try:
         adapter = read_everything(path)
     except FileError as error:
-        if not _is_readable(path):
+        problems = _broken_modules(path)
+        if problems is None:
             raise
-        return {
-            "path": str(path),
-            "kind": None,
-            "problems": _broken_modules(path) or [str(error)],
-            "remarks": [],
-        }
+        problems = problems or [str(error)]
+        return {"path": str(path), "kind": None, "problems": problems, "remarks": []}
     return _describe_adapter(adapter)
 
 
@@ -88,31 +86,27 @@ def is_adapter(path: Path) -> bool:
     return are_adapters(Checkpoint(path).shapes)
 
 
-def _is_readable(path: Path) -> bool:
-    """Return whether the file itself is whole, so that the adapter in it is broken."""
-    if path.is_dir():
-        path = next((file for file in sorted(path.glob("*.safetensors"))), path)
-    try:
-        return bool(Checkpoint(path).shapes)
-    except (OSError, ValueError):
-        return False
-
-
-def _broken_modules(path: Path) -> list[str]:
-    """Return what is wrong with each module of a LoHa whose file is whole."""
+def _broken_modules(path: Path) -> list[str] | None:
+    """Return what is wrong with each module of a LoHa; None if the file itself is corrupted."""
     file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
+    if not file.is_file():
+        file = next(iter(sorted(path.glob("*.safetensors"))), path)
+    try:
+        tensors = read_safetensors(file)
+    except (OSError, ValueError):
+        return None
     parts_of: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in read_safetensors(file).items() if file.is_file() else ():
+    for key, tensor in tensors.items():
         module, _, part = (torch_name(key) if path.is_dir() else key).rpartition(".")
         if part in FACTOR_NAMES:
             parts_of.setdefault(module, {})[part] = tensor
-    problems = []
+    problems: list[str] = []
     for module, parts in parts_of.items():
         try:
             (read_module if file == path else rank_of)(module, parts)
         except FileError as error:
             problems.append(str(error))
-    return problems
+    return problems if tensors else None
 
 
 def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:

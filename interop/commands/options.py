@@ -88,7 +88,8 @@ def parse_names(given: Sequence[str]) -> dict[str, str] | None:
         pattern, separator, template = text.rpartition("=")
         if not separator or not pattern or not template:
             raise ValueError(
-                f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}"
+                "--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got "
+                f"{text!r}"
             )
         try:
             re.compile(pattern)

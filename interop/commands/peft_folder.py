@@ -141,8 +141,9 @@ def _saved(source: ConversionSource) -> Mapping[str, np.ndarray]:
         return others
     if base is None:
         raise ValueError(
-            f"The source has differences of whole parameters ({', '.join(sorted(set(map(_owner, others))))}), "
-            "PEFT has the parameters themselves: give the base model's checkpoint, `base=`"
+            "The source has differences of whole parameters "
+            f"({', '.join(sorted(set(map(_owner, others))))}), PEFT has the parameters themselves: "
+            "give the base model's checkpoint, `base=`"
         )
     differences = {
         f"{source.lookup.find_own(_owner(key))}.{PARAMETER_OF[part]}": value

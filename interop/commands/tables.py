@@ -25,6 +25,13 @@ _KINDS = {
 }
 
 
+_SHOWN = (
+    *("base_model_name_or_path", "task_type", "target_modules"),
+    *("modules_to_save", "peft_version"),
+)
+"""The fields of a PEFT configuration that are shown."""
+
+
 def printable(text: str) -> str:
     """Return a text from an untrusted file without the characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
@@ -53,14 +60,7 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("‖ΔW‖ of all", _number(found["norm"])),
         ]
         config = found["config"]
-        named = (
-            "base_model_name_or_path",
-            "task_type",
-            "target_modules",
-            "modules_to_save",
-            "peft_version",
-        )
-        facts += [(name, _several(config[name])) for name in named if config.get(name)]
+        facts += [(name, _several(config[name])) for name in _SHOWN if config.get(name)]
     if "files" in found:
         facts += [("files", _several(found["files"])), ("size", _size(found["bytes"]))]
     if "parameters" in found:
@@ -71,9 +71,8 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _kinds(kinds: dict[str, int]) -> str:
     """Return the kinds of a file's modules, with their numbers if there are several."""
-    return (
-        ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
-    )
+    numbered = [f"{n} {kind}" for kind, n in kinds.items()]
+    return ", ".join(numbered if len(kinds) > 1 else kinds)
 
 
 def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -> None:
@@ -98,13 +97,8 @@ def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -
 
 def _kind(module: dict[str, Any]) -> tuple[str, ...]:
     form = f"{module['form']} + DoRA" if module["dora"] else module["form"]
-    return (
-        str(module["r"]),
-        f"{module['alpha']:g}",
-        f"{module['rows']} x {module['columns']}",
-        form,
-        module["dtype"],
-    )
+    shape = f"{module['rows']} x {module['columns']}"
+    return (str(module["r"]), f"{module['alpha']:g}", shape, form, module["dtype"])
 
 
 def _tensor_rows(tensors: Sequence[dict[str, Any]], every: bool) -> list[tuple[str, ...]]:
@@ -116,15 +110,13 @@ def _tensor_rows(tensors: Sequence[dict[str, Any]], every: bool) -> list[tuple[s
 
 def show_conversion(console: Console, result: dict[str, Any]) -> None:
     """`convert`."""
-    _facts(
-        console,
-        [
-            ("from", f"{result['source']} ({_KINDS[result['form']]})"),
-            ("to", f"{result['target']} ({result['to']})"),
-            ("modules", str(len(result["modules"]))),
-            ("rank", _several(sorted({m["r"] for m in result["modules"]}))),
-        ],
-    )
+    facts = [
+        ("from", f"{result['source']} ({_KINDS[result['form']]})"),
+        ("to", f"{result['target']} ({result['to']})"),
+        ("modules", str(len(result["modules"]))),
+        ("rank", _several(sorted({m["r"] for m in result["modules"]}))),
+    ]
+    _facts(console, facts)
     rows = [
         (m["name"], str(m["r"]), f"{m['error']:.2e}" if m["error"] else "exact")
         for m in result["modules"]

@@ -14,8 +14,8 @@ from .atomic import (
     naming,
     remove_abandoned,
     temporary_folder,
-    write_atomically,
-    write_folder,
+    whole_folder,
+    write_files,
 )
 from .system import exchange, locked_folder, sync_folder
 
@@ -49,8 +49,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
     new = {name: data for name, data in once.items() if not os.path.lexists(folder / name)}
     if len(changed) < 2:
-        for name, data in {**changed, **new}.items():
-            write_atomically(folder / name, data)
+        write_files(folder, {**changed, **new})
         return
     kept = {
         name: (folder / name).read_bytes()
@@ -60,12 +59,12 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     if _replace_folder(folder, {**files, **new, **kept}):
         return
     with naming(folder), locked_folder(folder), temporary_folder(folder / PENDING) as work:
-        write_folder(work / "new", files)
+        (work / "new").mkdir()
+        write_files(work / "new", files)
         os.rename(work / "new", folder / PENDING)  # from here on it is the new files that count
         sync_folder(folder)
         _finish(folder, list(files))
-    for name, data in new.items():
-        write_atomically(folder / name, data)
+    write_files(folder, new)
 
 
 def pending_or_own(folder: Path, name: str) -> Path:
@@ -115,18 +114,15 @@ def find_adapter_file(folder: Path) -> Path:
 
 def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Create a folder of these files; return False if another process has created it meanwhile."""
-    folder = Path(os.path.realpath(folder))
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder) as work:
-            write_folder(work / "new", files)
-            try:
-                os.rename(work / "new", folder)
-            except OSError:
-                if folder.is_dir():
-                    return False
-                raise
-        sync_folder(folder.parent)
+    try:
+        with naming(folder), whole_folder(folder) as new:
+            if new == folder:  # it is there
+                return False
+            write_files(new, files)
+    except OSError:
+        if folder.is_dir():
+            return False
+        raise
     return True
 
 
@@ -139,7 +135,8 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
     folder = Path(os.path.realpath(folder))
     with naming(folder), temporary_folder(folder) as work:
-        write_folder(work / "new", files)
+        (work / "new").mkdir()
+        write_files(work / "new", files)
         if (work / "new").stat().st_gid != folder.stat().st_gid:
             return False
         shutil.copystat(folder, work / "new")

@@ -1,4 +1,4 @@
-"""`BaseRows`: a tensor of the base as a matrix, a few rows at a time; `ScaledRows`: scaled float8."""
+"""`BaseRows`: a tensor of the base, a few rows at a time; `ScaledRows`: one in scaled float8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`merge_checkpoint`: adapters merged into a base checkpoint, from files to files, a few rows at a time.
+"""`merge_checkpoint`: adapters merged into a base checkpoint, a few rows at a time.
 
 The result has the shards, index, key order and metadata of the base. It is written to a hidden
 folder beside its place and appears by one rename. If a run is interrupted, its finished shards stay
@@ -56,15 +56,8 @@ class MergeReport:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the result in JSON's types."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {
-            "out": str(self.out),
-            "files": list(self.files),
-            "kept": list(self.kept),
-            "notes": list(self.notes),
-        }
-        values["losses"] = [
+        """Return the result in types that `json` writes."""
+        losses = [
             {
                 "name": key,
                 "dtype": loss.dtype,
@@ -74,7 +67,7 @@ class MergeReport:
             }
             for key, loss in self.losses.items()
         ]
-        return values
+        return {**vars(self), "out": str(self.out), "losses": losses}
 
 
 def merge_checkpoint(
@@ -88,11 +81,11 @@ def merge_checkpoint(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write a checkpoint with adapters merged into it: `W + Σ weight·ΔW`, added in float32 and rounded once.
+    """Write a checkpoint with adapters merged into it.
 
-    Headers and adapters are checked before anything is written. Only the adapters and a few blocks
-    of rows are in memory at a time. If a run is interrupted, the next run with the same files,
-    weights and options resumes it.
+    `W + Σ weight·ΔW` is added in float32 and rounded once. Headers and adapters are checked before
+    anything is written. Only the adapters and a few blocks of rows are in memory at a time. If a
+    run is interrupted, the next run with the same files, weights and options resumes it.
 
     Args:
         base: a safetensors file, or a folder with one or with shards and their index.
@@ -121,11 +114,13 @@ def merge_checkpoint(
         >>> import tempfile, jax, loha_jax
         >>> from safetensors.numpy import load_file, save_file
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": np.ones((3, 4), np.float32)}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"q.weight": np.ones((4, 3), np.float32)}, f"{folder}/base.safetensors")
-        ...     loha_jax.interop.save_peft(f"{folder}/adapter", params)
-        ...     merge_checkpoint(f"{folder}/base.safetensors", [(f"{folder}/adapter", 1.0)], f"{folder}/out").files
+        ...     file, adapter = f"{folder}/base.safetensors", f"{folder}/adapter"
+        ...     save_file({"q.weight": np.ones((4, 3), np.float32)}, file)
+        ...     loha_jax.interop.save_peft(adapter, params)
+        ...     merge_checkpoint(file, [(adapter, 1.0)], f"{folder}/out").files
         ('base.safetensors',)
     """
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))

@@ -1,7 +1,7 @@
-"""`MergedRows`: `W + Σ weight·ΔW`, a few rows at a time, added in float32 or wider and rounded once.
+"""`MergedRows`: `W + Σ weight·ΔW`, a few rows at a time.
 
-numpy has bfloat16 only through a slow conversion; XLA converts, multiplies, adds and rounds in one
-compiled loop.
+They are added in float32 or wider and rounded once. numpy has bfloat16 only through a slow
+conversion; XLA converts, multiplies, adds and rounds in one compiled loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = jax.Array | np.ndarray
 T = TypeVar("T")
 
 _UNROLLED = 8
-"""Up to this rank, a product of factors is a sum of outer products, which XLA fuses with all the rest."""
+"""Up to this rank, a product of factors is a sum of outer products, which XLA fuses."""
 
 
 class RowsOfUpdate(NamedTuple):
@@ -63,13 +63,7 @@ class MergedRows:
     """
 
     def __init__(
-        self,
-        plan: MergePlan,
-        key: str,
-        base: BaseRows,
-        dtype: np.dtype,
-        block: int,
-        pool: Executor,
+        self, plan: MergePlan, key: str, base: BaseRows, dtype: np.dtype, block: int, pool: Executor
     ):
         self._key, self._base, self._dtype = key, base, dtype
         self._wide = accumulator(base.dtype, dtype)

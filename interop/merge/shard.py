@@ -45,7 +45,7 @@ class ShardWriter:
         self._writing = threading.Lock()
 
     def write(self, path: Path, finish: Callable[[], None]) -> None:
-        """Write a temporary file in the same folder, flush it, call `finish`, rename it to `path`."""
+        """Write a temporary file in the same folder, flush it, call `finish`, then rename it."""
         part = path.with_name(f".{path.name}.part")
         try:
             with open(self._file, "rb") as source, open(part, "wb", buffering=0) as result:
@@ -156,9 +156,7 @@ def _rounded(key: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _run_all(
-    pool: Executor,
-    tasks: Iterator[Callable[[], int]],
-    count: Callable[[int], None],
+    pool: Executor, tasks: Iterator[Callable[[], int]], count: Callable[[int], None]
 ) -> None:
     """Run calls, a few at a time; after an error, wait for those that are running and raise it."""
     running: set[concurrent.futures.Future[int]] = set()

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..disk.atomic import write_atomically
-from ..disk.base_checkpoint import Checkpoint, Header, is_floating, side_file_content, side_files
+from ..disk.base_checkpoint import Checkpoint, is_floating, side_file_content, side_files
+from ..disk.safetensors_file import Header
 from ..formats.adapter_file import AdapterFile
 from ..names.resized_vocabulary import with_vocabulary_size
 from .plan import MergePlan

@@ -351,7 +351,7 @@ def test_factors_in_low_precision(kind, dtype, tmp_path):
 
 
 def _bytes(tensors):
-    from loha_jax.interop.disk.base_checkpoint import Header
+    from loha_jax.interop.disk.safetensors_file import Header
 
     header = Header.of([(key, t.dtype, t.shape) for key, t in tensors.items()])
     data = bytearray(header.data.ljust(header.file_size, b"\0"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,27 +26,23 @@ from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.atomic import write_atomically
 from ..disk.paired_files import write_together
-from ..disk.tensor_files import without_wrappers
-from ..formats.adapter_file import AdapterFile, errors_about
+from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from ..formats.ranks import exact_pattern
 from ..names.name_map import GPT2_CONV1D
 from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
 T = TypeVar("T")
 N = TypeVar("N", bound=float)
 
-_SAME_FOR_ALL = (
-    "use_effective_conv2d",
-    "rank_dropout",
-    "module_dropout",
-)  # no pattern for single modules
+# There is no pattern for single modules.
+_SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")
 
 
 @takes_model(changes=False)
@@ -78,7 +74,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
     Example:
         >>> import tempfile, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_peft(folder, params)
         ...     sorted(path.name for path in Path(folder).iterdir())
@@ -91,12 +88,13 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
     chosen = known if adapters is None else tuple(adapters)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(
-            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; "
-            f"it has {list(known)}."
+            f"You passed adapters={list(chosen)}, but the tree has no "
+            f"{', '.join(map(repr, unknown))}; it has {list(known)}."
         )
     if not chosen:
         raise ValueError(
-            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first."
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` "
+            "first."
         )
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
@@ -110,9 +108,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
             target = folder if name == "default" else folder / name
-            write_together(
-                target, contents[name], {MODEL_CARD_NAME: card} if target == folder else {}
-            )
+            once = {MODEL_CARD_NAME: card} if target == folder else {}
+            write_together(target, contents[name], once)
         if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
             write_atomically(folder / MODEL_CARD_NAME, card)
 
@@ -121,15 +118,13 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
     """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
-    leaves = [
-        leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)
-    ]
+    leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
     named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
     if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
         warn_caller(
-            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
-            "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
-            "opens, or merge the adapter (`save_merged`).",
+            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
+            "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
+            "write a LoRA (`save_lora`), which PEFT opens, or merge the adapter (`save_merged`).",
         )
 
 
@@ -153,7 +148,7 @@ def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[
     adapter_name = chosen_adapter(params, adapter_name)
     for _, leaf in adapted_kernels(params, adapter_name):
         _check_for_peft(leaf, adapter_name)
-    file = from_tree(params, adapter_name)
+    file = from_tree(params, adapter_name, saved_tensors)
     return peft_state(file.modules.values(), file.others)
 
 
@@ -161,13 +156,13 @@ def _check_for_peft(leaf: LoHaWeight, adapter_name: str) -> None:
     """Raise ValueError for a kernel that PEFT has no LoHa for."""
     if (axes := len(leaf.layout.axes("k"))) > 2:
         raise ValueError(
-            f"{leaf.label} is a convolution over {axes} axes, for which PEFT has no LoHa. Save it in LyCORIS' form "
-            "(`save_lycoris`), merge it, or exclude it from the adapter."
+            f"{leaf.label} is a convolution over {axes} axes, for which PEFT has no LoHa. Save it "
+            "in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
         )
     if leaf.adapters[adapter_name].dora_scale is not None:
         raise ValueError(
-            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use `save_lycoris` or `save_lora`, "
-            "or merge it (`merge`, `save_merged`)."
+            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use "
+            "`save_lycoris` or `save_lora`, or merge it (`merge`, `save_merged`)."
         )
 
 
@@ -211,14 +206,13 @@ def peft_config(params: PyTree, adapter_name: str | None = None) -> LoHaConfig:
                 + ". Make the layers with the same setting, or keep them in adapters of their own."
             )
     config = config.as_peft(alphas.values())
+    has_cores = next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d)
     return dataclasses.replace(
         config,
-        use_effective_conv2d=next(
-            iter(settings["use_effective_conv2d"]), config.use_effective_conv2d
-        ),
+        use_effective_conv2d=bool(has_cores),
         inference_mode=True,
         peft_version=PEFT_VERSION,
-        # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.
+        # None: the layers were made with their adapters (nnx.LoHaLinear), not targeted by name.
         target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
         modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
@@ -265,7 +259,8 @@ def load_peft(
     Example:
         >>> import tempfile, loha_jax
         >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
-        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_peft(folder, params)
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
@@ -273,14 +268,8 @@ def load_peft(
     """
     file = read_peft(folder)
     with errors_about(file.path):
-        return _to_tree(
-            file,
-            base_params,
-            adapter_name=adapter_name,
-            names=names,
-            layouts=layouts,
-            model_type=model_type,
-        )
+        config = LoHaConfig.from_dict(file.config)
+        return peft_to_tree(file, base_params, config, adapter_name, names, layouts, model_type)
 
 
 @takes_model(argument="base_params")
@@ -307,68 +296,5 @@ def from_peft_state_dict(
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
     file = peft_file(config, state, Path())
-    return _to_tree(
-        file,
-        base_params,
-        adapter_name=adapter_name,
-        names=names,
-        layouts=layouts,
-        model_type=model_type,
-    )
-
-
-def _to_tree(
-    file: AdapterFile,
-    base_params: T,
-    *,
-    adapter_name: str,
-    names: Names | None,
-    layouts: Layouts | None,
-    model_type: str | None,
-) -> T:
-    """Add a LoHa of PEFT's to a tree."""
-    # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
-    config = dataclasses.replace(LoHaConfig.from_dict(file.config), inference_mode=False)
-    config = _map_names(config, without_wrappers)
-    wrapped = all(
-        name.startswith("module.") for name in (*file.modules, *file.others)
-    )  # by DataParallel
-    if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
-        config = _map_names(config, _without_module)
-        file = _without_data_parallel(file)
-    return peft_to_tree(
-        file, base_params, config, adapter_name, names=names, layouts=layouts, model_type=model_type
-    )
-
-
-def _without_module(name: str) -> str:
-    return name.removeprefix("module.")
-
-
-def _without_data_parallel(file: AdapterFile) -> AdapterFile:
-    """Return the file with its modules named as before DataParallel wrapped them."""
-    modules = {
-        _without_module(n): dataclasses.replace(m, name=_without_module(n))
-        for n, m in file.modules.items()
-    }
-    others = {_without_module(name): array for name, array in file.others.items()}
-    keys = {_without_module(name): key for name, key in file.keys.items()}
-    return dataclasses.replace(file, modules=modules, others=others, keys=keys)
-
-
-def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
-    """Return the config with renamed modules, in lists and in the keys of patterns."""
-
-    def entries(names: str | Iterable[str] | None) -> str | list[str] | None:
-        return (
-            names if names is None or isinstance(names, str) else [rename(name) for name in names]
-        )
-
-    return dataclasses.replace(
-        config,
-        target_modules=entries(config.target_modules),
-        exclude_modules=entries(config.exclude_modules),
-        modules_to_save=entries(config.modules_to_save),
-        rank_pattern={rename(name): r for name, r in config.rank_pattern.items()},
-        alpha_pattern={rename(name): alpha for name, alpha in config.alpha_pattern.items()},
-    )
+    config = LoHaConfig.from_dict(file.config)
+    return peft_to_tree(file, base_params, config, adapter_name, names, layouts, model_type)

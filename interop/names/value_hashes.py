@@ -1,4 +1,7 @@
-"""Sums of hashed values: equal for arrays that hold the same values, in whatever order and shape."""
+"""Sums of hashed values.
+
+They are equal for arrays that hold the same values, in whatever order and shape.
+"""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ class Container(Protocol):
 
     def call(
         self,
-        run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+        run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
         fn: Callable[..., Any],
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
         changes: bool = True,
@@ -128,9 +128,9 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
 
 
 def on_trees(
-    run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+    run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
     fn: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     changes: bool = True,

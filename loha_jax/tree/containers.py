@@ -157,7 +157,7 @@ def on_trees(
     return run(fn, args, kwargs)
 
 
-def adapted_leaves(tree: PyTree) -> list[Any]:
+def adapted_leaves(tree: object) -> list[Any]:
     """Return the adapted leaves of a tree and of the models in it."""
     inside = [
         node.leaf() for container in _used_containers() for node in container.nodes_among(tree)

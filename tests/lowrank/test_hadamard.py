@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 from random_arrays import normal
 
 from loha_jax import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
@@ -136,3 +137,9 @@ def test_cp_shapes_that_do_not_fit_are_named():
         hada_weight_cp(jnp.ones((3, 2, 3, 3)), *good[1:])
     with pytest.raises(ValueError, match="two factors differ"):
         hada_weight_cp(*good[:3], jnp.ones((2, 2, 1, 3)), *good[4:])
+
+
+def test_shapes_in_annotations_are_checked():
+    """Wrong shapes that would broadcast in silence are errors under test."""
+    with pytest.raises(TypeCheckError, match="khatri_rao_rows"):
+        khatri_rao_rows(jnp.ones((5, 2)), jnp.ones((1, 2)))

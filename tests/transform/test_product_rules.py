@@ -234,7 +234,7 @@ def test_any_einsum_with_any_layout(case, dtype, strategy):
     layout, kernel_shape, x_shape, equation = case
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         if strategy == "fused in blocks":  # one after the other, of three elements each
-            patch.setattr(loha_jax.transform.operation, "_BLOCK_ELEMENTS", 3)
+            patch.setattr(loha_jax.transform.forms, "_BLOCK_ELEMENTS", 3)
             strategy = "fused"
         params = adapted(
             {"m": {"kernel": normal(*kernel_shape, dtype=dtype)}}, {"m": layout}, r".*\bm", r=2

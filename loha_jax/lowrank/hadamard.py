@@ -23,14 +23,14 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.xla_hints import isolated
 
-Scale = Float[Array, "*#stack"] | float
+Scale = Float[Array | np.ndarray, "*#stack"] | float
 """alpha/r: one number, or an array that broadcasts against the stack axes."""
 
 A = TypeVar("A", jax.Array, np.ndarray)
@@ -113,17 +113,17 @@ def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
     wrapped = cast(Any, jax.custom_vjp(fn))
 
-    def forward(*args: ArrayLike) -> tuple[jax.Array, tuple[ArrayLike, ...]]:
+    def forward(*args: object) -> tuple[jax.Array, tuple[object, ...]]:
         return fn(*args), args
 
-    def recompute(args: tuple[ArrayLike, ...], cotangent: jax.Array) -> tuple[ArrayLike, ...]:
-        return cast(tuple[ArrayLike, ...], jax.vjp(fn, *args)[1](cotangent))
+    def recompute(args: tuple[object, ...], cotangent: jax.Array) -> tuple[object, ...]:
+        return cast(tuple[object, ...], jax.vjp(fn, *args)[1](cotangent))
 
     @standard_promotion()
-    def backward(args: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[ArrayLike, ...]:
-        return isolated(recompute, (args, cotangent), args[0])
+    def backward(args: tuple[object, ...], cotangent: jax.Array) -> tuple[object, ...]:
+        return isolated(recompute, (args, cotangent), cast(jax.Array, args[0]))
 
-    def recomputing(*args: ArrayLike) -> jax.Array:
+    def recomputing(*args: object) -> jax.Array:
         return wrapped(*vary_alike(args))
 
     wrapped.defvjp(forward, backward)

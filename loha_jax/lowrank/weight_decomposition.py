@@ -23,6 +23,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
@@ -72,7 +73,7 @@ def adapted_norms(
     w1_b: Float[Array, "*stack r1 columns"],
     w2_a: Float[Array, "*stack out r2"],
     w2_b: Float[Array, "*stack r2 columns"],
-    scale: Float[Array, "*stack"] | float,
+    scale: Float[Array | np.ndarray, "*stack"] | float,
     *,
     on_out: bool,
 ) -> jax.Array:

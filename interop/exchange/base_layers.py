@@ -33,11 +33,8 @@ def base_layers(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
     biases = _biases(params)
     state: dict[str, np.ndarray] = {}
     for path, leaf in adapted_kernels(params, adapter_name):
-        embeddings = [
-            name
-            for name in adapted_modules(leaf, adapter_name)
-            if name.rpartition(".")[2] in _EMBEDDINGS
-        ]
+        own = adapted_modules(leaf, adapter_name)
+        embeddings = [name for name in own if name.rpartition(".")[2] in _EMBEDDINGS]
         if not embeddings or not _targets_embeddings(leaf.adapters[adapter_name].config):
             continue
         weights = on_host(leaf.layout.unfold(leaf.kernel))
@@ -46,8 +43,8 @@ def base_layers(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
             index = leaf.names.index(name)
             state[f"{name}.base_layer.weight"] = weights[index]
             if (bias := biases.get(path[:-1])) is not None:
-                own = on_host(bias).reshape(-1, weights.shape[1])
-                state[f"{name}.base_layer.bias"] = own[index]
+                stacked = on_host(bias).reshape(-1, weights.shape[1])
+                state[f"{name}.base_layer.bias"] = stacked[index]
     return state
 
 

@@ -19,13 +19,7 @@ from loha_jax.tree.leaves import SavedWeight
 from ..disk.atomic import write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
-from .from_tree import (
-    adapted_kernels,
-    adapted_modules,
-    chosen_adapter,
-    from_tree,
-    saved_leaves,
-)
+from .from_tree import adapted_kernels, adapted_modules, chosen_adapter, from_tree, saved_leaves
 
 
 def save_lycoris(

@@ -124,7 +124,7 @@ def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
-            "write a LoRA (`save_lora`), which PEFT opens, or merge the adapter (`save_merged`).",
+            "write a LoRA (`save_lora`), which PEFT opens, or merge the adapter (`save_merged`)."
         )
 
 

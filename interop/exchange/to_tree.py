@@ -23,12 +23,7 @@ from ..names.resized_vocabulary import resizing_hint
 from ..updates.shapes import module_shapes
 from .base_layers import base_layer_shapes, with_base_layers
 from .mismatch import Mismatch
-from .saved_modules import (
-    batch_counters,
-    saved_shapes,
-    with_counters,
-    with_names_that_end_alike,
-)
+from .saved_modules import batch_counters, saved_shapes, with_counters, with_names_that_end_alike
 from .wrapper_names import unwrapped
 
 T = TypeVar("T")

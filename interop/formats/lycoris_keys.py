@@ -18,12 +18,7 @@ from loha_jax.runtime.untrusted import FileError
 
 from .adapter_file import Foreign
 
-PARAMETER_OF: Mapping[str, str] = {
-    "w_norm": "weight",
-    "b_norm": "bias",
-    "diff": "weight",
-    "diff_b": "bias",
-}
+PARAMETER_OF = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
 """The parameter that each difference is added to.
 
 `diff` and `diff_b` are those of a whole layer (`algo=full`).

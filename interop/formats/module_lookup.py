@@ -70,12 +70,9 @@ class ModuleLookup:
             known = frozenset(self._underscored)
         separator = "_" if prefix.endswith("_") else "."
         first = wanted[0]
-        candidates = [
-            _Change("", n.removesuffix(first)) for n in known if n.endswith(separator + first)
-        ]
-        candidates += [
-            _Change(first.removesuffix(n), "") for n in known if first.endswith(separator + n)
-        ]
+        added = [n.removesuffix(first) for n in known if n.endswith(separator + first)]
+        removed = [first.removesuffix(n) for n in known if first.endswith(separator + n)]
+        candidates = [*(_Change("", name) for name in added), *(_Change(n, "") for n in removed)]
         good = sorted(c for c in candidates if all(c(name) in known for name in wanted))
         if len(good) > 1:
             said = " or ".join(repr(change.added or change.removed) for change in good)
@@ -85,11 +82,11 @@ class ModuleLookup:
             )
         if good:
             self._changes[prefix] = good[0]
-            removed, added = good[0]
+            old, new = good[0]
             self.notes.append(
-                f"names got the prefix {added!r} of the checkpoint"
-                if added
-                else f"names lost the prefix {removed!r} of the adapter"
+                f"names got the prefix {new!r} of the checkpoint"
+                if new
+                else f"names lost the prefix {old!r} of the adapter"
             )
 
     def find(self, name: str, prefix: str) -> str:

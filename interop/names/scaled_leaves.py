@@ -63,5 +63,5 @@ def warn_of_losses(losses: Mapping[str, Loss]) -> None:
             f"Quantising the merged weights to float8 again loses {share:.0%} of the update, most "
             f"in {worst} ({losses[worst].share:.0%}; relative error of the weight "
             f"{losses[worst].relative:.1%}). Save without base=, or onto a base of more bits, to "
-            "keep it.",
+            "keep it."
         )

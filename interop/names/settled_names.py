@@ -180,9 +180,7 @@ class SettledNames:
                 (path, shape, ", ".join(keys) + also, source.layout.word if source.layout else "-")
             )
         lines = text_table(rows)
-        lines += [
-            f"ambiguous: {path}: {', '.join(options)}" for path, options in self.ambiguous.items()
-        ]
+        lines += [f"ambiguous: {p}: {', '.join(words)}" for p, words in self.ambiguous.items()]
         lines += [f"unmatched: {path}: {reason}" for path, reason in self.unmatched.items()]
         lines += [f"unused: {key}" for key in self.unused]
         return "\n".join(lines)

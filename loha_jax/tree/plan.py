@@ -189,8 +189,13 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
         dtype=leaf.dtype,
         ranks=ranks,
         alphas=alphas,
-        cp=config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", leaf.shape)),
+        cp=has_cores(config, layout, leaf.shape),
     )
+
+
+def has_cores(config: LoHaConfig, layout: Layout, shape: Sequence[int]) -> bool:
+    """Say whether an adapter of a kernel has cores: one of a convolution larger than 1."""
+    return config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", shape))
 
 
 def _plan_saved(

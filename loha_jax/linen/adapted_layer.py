@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from loha_jax.linen.described import Described, describing
 from loha_jax.linen.initial_factors import boxed_factor, initial_factor
-from loha_jax.linen.layer_trees import Described, describing, loha_weight, make_target, product
+from loha_jax.linen.layer_adapter import loha_weight, make_target, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig

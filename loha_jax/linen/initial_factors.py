@@ -41,13 +41,13 @@ def _fedpara_std(layer: Any, target: Target, config: LoHaConfig) -> float:
     variance is r·σ⁴. The two pairs are independent: the variance of their product is r²·σ⁸. With
     cores the sums have r² terms of three numbers: r⁴·σ¹². The scaling alpha/r enters squared.
     """
-    _, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
-    variance = layer.variance_scale / (in_ * math.prod(spatial)) / (config.alpha / config.r) ** 2
+    fan_in = math.prod(target.module_shape[1:])
+    variance = layer.variance_scale / fan_in / (config.alpha / config.r) ** 2
     terms, numbers = (config.r**4, 12) if target.cp else (config.r**2, 8)
     return (variance / terms) ** (1 / numbers)
 
 
-def boxed_factor(box: Any, target: Target, name: str, factor: jax.Array) -> Any:
+def boxed_factor(box: object, target: Target, name: str, factor: jax.Array) -> Any:
     """Put a factor into the kernel's partitioning box, with the names of its own axes."""
     if not isinstance(box, nn.Partitioned):
         return factor

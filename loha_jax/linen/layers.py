@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from opt_einsum.parser import parse_einsum_input
 
 from loha_jax.linen.adapted_layer import LoHaLayer, adapted_call, compute, declare, where
@@ -24,7 +24,8 @@ class LoHaDense(LoHaLayer, nn.Dense):
         r, alpha, …: see `LoHaLayer`.
 
     Parameters: `kernel` `[in, features]` (frozen), `bias`, `hada_w1_a` and `hada_w2_a`
-    `[features, r]`, `hada_w1_b` and `hada_w2_b` `[r, in]`. Factors are float64 for a float64 kernel, otherwise float32.
+    `[features, r]`, `hada_w1_b` and `hada_w2_b` `[r, in]`. Factors are float64 for a float64
+    kernel, otherwise float32.
 
     If `kernel_init` is wrapped by `nn.with_partitioning` or `nn.with_logical_partitioning`, the
     factors are boxed too. The output axis of w*_a and the input axis of w*_b take the name of the
@@ -47,7 +48,7 @@ class LoHaDense(LoHaLayer, nn.Dense):
     """
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.Dense` does: `[..., in]` to `[..., features]`."""
         return adapted_call(self, nn.Dense, (inputs,), lambda shape: Layout("io"), deterministic)
 
@@ -71,7 +72,7 @@ class LoHaDenseGeneral(LoHaLayer, nn.DenseGeneral):
     """
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.DenseGeneral` does."""
 
         def layout(shape: Sequence[int]) -> Layout:
@@ -107,7 +108,7 @@ class LoHaConv(LoHaLayer, nn.Conv):
     use_effective_conv2d: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.Conv` does."""
 
         def layout(shape: Sequence[int]) -> Layout:
@@ -142,7 +143,7 @@ class LoHaEinsum(LoHaLayer, nn.Einsum):
 
     @nn.compact
     def __call__(
-        self, inputs: Any, einsum_str: str | None = None, deterministic: bool | None = None
+        self, inputs: ArrayLike, einsum_str: str | None = None, deterministic: bool | None = None
     ) -> jax.Array:
         """Apply the adapted kernel, as `nn.Einsum` does."""
         layout = functools.partial(_einsum_layout, self, inputs)
@@ -175,18 +176,18 @@ class LoHaEmbed(LoHaLayer, nn.Embed):
         weight, _ = declare(self, nn.Embed, "embedding", (index,), lambda shape: Layout("oi"))
         self.embedding = weight
 
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Return rows of the adapted table: `[...]` integers to `[..., features]`."""
         return compute(self, nn.Embed, "embedding", self.embedding, {}, (inputs,), deterministic)
 
-    def attend(self, query: Any, deterministic: bool | None = None) -> jax.Array:
+    def attend(self, query: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Compute `query @ embeddingᵀ`: `[..., features]` to `[..., num_embeddings]`."""
         return compute(
             self, nn.Embed, "embedding", self.embedding, {}, (query,), deterministic, "attend"
         )
 
 
-def _einsum_layout(layer: LoHaEinsum, inputs: Any, shape: Sequence[int]) -> Layout:
+def _einsum_layout(layer: LoHaEinsum, inputs: ArrayLike, shape: Sequence[int]) -> Layout:
     if layer.layout is not None:
         return Layout(layer.layout)
     if layer.einsum_str is None:

@@ -1,4 +1,4 @@
-"""What the Equinox layers in a tree of parameters say of their weights."""
+"""The layouts that the Equinox layers in a tree of parameters give their weights."""
 
 from __future__ import annotations
 

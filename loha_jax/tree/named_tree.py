@@ -18,7 +18,7 @@ from loha_jax.targets.default_layouts import (
     is_torch_oriented,
     is_transposed_convolution,
 )
-from loha_jax.targets.matching import Match, match_target
+from loha_jax.targets.matching import Match, match_target, name_beginnings
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import (
     Names,
@@ -69,11 +69,7 @@ class NamedTree:
             n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)
         }
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
-        self.modules = {
-            ".".join(name.split(".")[: n + 1])
-            for name in self.names.values()
-            for n in range(name.count(".") + 1)
-        }
+        self.modules = {above for name in self.names.values() for above in name_beginnings(name)}
         self.given_names = names
         self._torch_shapes = torch_shapes or {}
         self._known: ModelLayouts = equinox_layers(params, layouts)
@@ -83,14 +79,10 @@ class NamedTree:
             {name: layout for name, layout in mapped.items() if layout is not None}
         )
         vectors = self._known.vectors | {name for name, layout in mapped.items() if layout is None}
-        matrices = [
-            n for n in self.names if is_kernel_leaf(self.paths[n]) and self.leaves[n].ndim >= 2
-        ]
-        self.kernels = {
-            n
-            for n in matrices
-            if self.names[n] not in vectors and not self._has_bias_of_its_shape(n)
-        }
+        possible = [n for n in self.names if is_kernel_leaf(self.paths[n])]
+        matrices = [n for n in possible if self.leaves[n].ndim >= 2]
+        unlike = [n for n in matrices if self.names[n] not in vectors]
+        self.kernels = {n for n in unlike if not self._has_bias_of_its_shape(n)}
         self.weights = sorted([*matrices, *self._scales({self.names[n] for n in matrices})])
         self._layouts: dict[int, Layout] = {}
 
@@ -164,20 +156,18 @@ class NamedTree:
         if isinstance(leaf, LoHaWeight):
             return leaf.names
         default = self.names[position]
+        stack = None
         try:
-            stack = (
-                self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
-            )
+            if position in self.kernels:
+                stack = self.layout(position).sizes("s", leaf.shape)
         except ValueError:
             if self._may_match(position, config):
                 raise
             return (default,)
         try:
-            return (
-                all_names(default, self.given_names)
-                if stack is None
-                else self.module_names(position, stack)
-            )
+            if stack is not None:
+                return self.module_names(position, stack)
+            return all_names(default, self.given_names)
         except UnknownNameError:
             if self._may_match(position, config):
                 raise
@@ -227,9 +217,8 @@ class NamedTree:
         try:
             layout = self.layout(position)
         except ValueError:
-            return (
-                self.names[position],
-            )  # named by all-linear, hence an error that says how to settle it
+            # Named by all-linear: hence an error that says how to settle the layout.
+            return (self.names[position],)
         if layout.axes("k"):
             return ()
         try:

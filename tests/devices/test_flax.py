@@ -111,15 +111,13 @@ def test_nnx_metadata():
     with jax.set_mesh(mesh()):
         model = build(nnx.Rngs(0))
     loha_jax.nnx.inject(model, config, rngs=nnx.Rngs(1))
-    factors = model.layers[0].kernel.adapters["default"]
     wanted = {"hada_w1_a": ("tensor", None), "hada_w1_b": (None, "fsdp")}
     for name, names in wanted.items():
-        assert factors[name].get_metadata()["out_sharding"] == names
-        assert factors[name].get_value().sharding == NamedSharding(mesh(), P(*names))
+        factor = getattr(model.layers[0], f"kernel_lora_{name}")
+        assert factor.get_metadata()["out_sharding"] == names
+        assert factor.get_value().sharding == NamedSharding(mesh(), P(*names))
     specs = nnx.get_partition_spec(nnx.state(model, loha_jax.nnx.LoHaParam))
-    assert specs["layers"][2]["kernel"]["adapters"]["default"]["hada_w2_a"].get_value() == P(
-        "fsdp", None
-    )
+    assert specs["layers"][2]["kernel_lora_hada_w2_a"].get_value() == P("fsdp", None)
 
     single = nnx.clone(model)
     nnx.update(single, jax.device_get(nnx.state(single)))

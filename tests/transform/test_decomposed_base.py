@@ -27,16 +27,16 @@ def test_nnx_and_linen_models_train_the_norms():
     x = jax.random.normal(KEY, (3, 4))
     state = nnx.state(model, loha_jax.nnx.LoHaParam)
     assert {path[-1] for path, _ in nnx.to_flat_state(state)} >= {
-        "dora_scale",
-        "scalar",
-        "hada_w1_a",
+        "kernel_lora_dora_scale",
+        "kernel_lora_scalar",
+        "kernel_lora_hada_w1_a",
     }
     gradient = nnx.grad(lambda m, x: m(x).sum(), argnums=nnx.DiffState(0, loha_jax.nnx.LoHaParam))(
         model, x
     )
     flat = {path[-1]: jnp.abs(value[...]).max() for path, value in nnx.to_flat_state(gradient)}
-    assert flat["dora_scale"] > 0
-    assert flat["scalar"] > 0
+    assert flat["kernel_lora_dora_scale"] > 0
+    assert flat["kernel_lora_scalar"] > 0
     module = nn.Dense(6)
     tree = {"q": module.init(KEY, x)["params"]}
     params = loha_jax.inject(tree, config, key=KEY)

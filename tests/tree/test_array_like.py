@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -27,19 +26,8 @@ def tree():
     return jax.tree.map(lambda x, m: x + 0.5 if m else x, params, loha_jax.trainable_mask(params))
 
 
-def model():
-    class Model(nnx.Module):
-        def __init__(self):
-            self.q = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-            self.head = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
-
-    adapted = loha_jax.nnx.inject(Model(), CONFIG, rngs=nnx.Rngs(2))
-    return adapted
-
-
 def dense(leaf):
     """The array by its definition, in numpy."""
-    leaf = leaf.leaf() if hasattr(leaf, "leaf") else leaf
     if isinstance(leaf, loha_jax.SavedWeight):
         return jnp.asarray(np.asarray(leaf.copies["default"]))
     f = leaf.adapters["default"]
@@ -56,8 +44,6 @@ def dense(leaf):
 LEAVES = {
     "kernel": lambda: tree()["q"]["kernel"],
     "saved": lambda: tree()["head"]["kernel"],
-    "NNX kernel": lambda: model().q.kernel,
-    "NNX saved": lambda: model().head.kernel,
 }
 ARGUMENTS = {  # of the methods that need some; those without are properties or take none
     "addressable_data": (0,),

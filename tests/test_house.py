@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import re
 import subprocess
 import sys
 import tomllib
@@ -266,18 +265,8 @@ def test_a_wheel_has_every_file(tmp_path):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--quiet",
-        "-w",
-        str(tmp_path),
-        str(copy),
-    ]
-    subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, copy]
+    subprocess.run(pip, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("loha_jax/")}
@@ -289,41 +278,6 @@ def test_a_wheel_has_every_file(tmp_path):
 
 
 # --- the tests ---
-
-
-def test_ci_leaves_out_only_what_exists():
-    """A missing path would leave out nothing, or everything if it were the one to run."""
-    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    named = re.findall(r"(?<![\w/])tests/[\w/*.]+", text)
-    assert len(named) > 5
-    for path in named:
-        assert list(ROOT.glob(path)), path
-
-
-def test_the_workflow_calls_what_exists():
-    """It cannot run here: a command or a path that is gone would be seen only after a push."""
-    import yaml
-
-    import run
-
-    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {"contents": "read"}
-    assert "concurrency" in workflow
-    assert {"tests", "lint"} <= workflow["jobs"].keys()
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    actions = [step["uses"] for step in steps if "uses" in step]
-    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions), actions
-    lines = [line for step in steps for line in step.get("run", "").splitlines()]
-    called = [line.split()[2:] for line in lines if line.startswith("python run.py ")]
-    assert {command for command, *_ in called} >= {"test", "test-long", "example"}
-    for command, *arguments in called:
-        assert command in run.COMMANDS
-        assert all((ROOT / path).exists() for path in arguments if "/" in path), arguments
-    extras = re.findall(r'-e "\.\[([\w,]+)\]"', text)
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    named = {name for names in extras for name in names.split(",")}
-    assert named <= settings["project"]["optional-dependencies"].keys()
 
 
 def test_rooms_of_tests_are_rooms():
@@ -404,3 +358,36 @@ def test_nothing_is_too_long():
     assert not (more := {name: said for name, said in long.items() if name not in EXCEPTIONS}), more
     assert not (gone := set(EXCEPTIONS) - set(long)), f"exceptions that nothing needs: {gone}"
     assert all(EXCEPTIONS.values())
+
+
+# --- types ---
+
+
+def annotations(path: Path) -> list[ast.expr]:
+    """The annotations of all arguments of a file's functions."""
+    functions = [
+        node
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    arguments = [
+        argument
+        for function in functions
+        for argument in (
+            *function.args.posonlyargs,
+            *function.args.args,
+            *function.args.kwonlyargs,
+            function.args.vararg,
+            function.args.kwarg,
+        )
+    ]
+    return [a.annotation for a in arguments if a is not None and a.annotation is not None]
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_few_arguments_are_of_any_type(room):
+    """`object` says that a value is only passed on; `Any` says nothing."""
+    found = [a for m, path in MODULES.items() if room_of(m) == room for a in annotations(path)]
+    anything = [annotation for annotation in found if ast.unparse(annotation) == "Any"]
+    assert found
+    assert len(anything) < 0.1 * len(found)

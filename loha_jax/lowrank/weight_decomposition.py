@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from jaxtyping import Array, Float
 
 from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.lowrank.layout import Layout
+
+A = TypeVar("A", Array, np.ndarray)
 
 
 def is_on_out(dora_shape: Sequence[int], kernel_shape: Sequence[int], stack: int) -> bool:
@@ -120,9 +122,7 @@ def adapted_norms(
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)
 
 
-def gain(
-    norms: Float[Array, "*norms"], dora_scale: Float[Array, "*norms"]
-) -> Float[Array, "*norms"]:
+def gain(norms: Float[A, "*norms"], dora_scale: Float[A, "*norms"]) -> Float[A, "*norms"]:
     """Return the multiple of the rows (or columns) of W + ΔW, with the ε of LyCORIS."""
     eps = float(cast(float, jnp.finfo(norms.dtype).eps))
     return dora_scale.astype(norms.dtype) / (norms + eps)

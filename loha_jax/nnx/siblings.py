@@ -30,7 +30,7 @@ from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.placement import factor_axes
+from loha_jax.tree.placement import MeshAxis, factor_axes
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -355,7 +355,7 @@ def _variable(
 
 def _factor_axes(
     base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors
-) -> dict[str, tuple[object, ...]]:
+) -> dict[str, tuple[MeshAxis, ...]]:
     """Return what each axis of an adapter's arrays is split over, as the kernel's metadata says."""
     names = _axes(base)
     if names is None or len(names) != leaf.layout.ndim:
@@ -363,5 +363,5 @@ def _factor_axes(
     return factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
 
 
-def _axes(base: PyTree[nnx.Variable]) -> tuple[object, ...] | None:
+def _axes(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:
     return variables_of(base)[0].get_metadata().get("out_sharding")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from jax.extend.core import JaxprEqn
 
 from loha_jax.transform.strategy import Strategies, Strategy
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Told of every use of a kernel (`explain`, `infer_layouts`)."""
 
-    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+    def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         """An equation that is not a structural operation reads the view."""
 
     def scanned(self, view: KernelView, atom: int | None) -> None:

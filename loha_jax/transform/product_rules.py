@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime._compat import bind_equation
@@ -19,43 +19,48 @@ from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.sizes import is_empty, nominal
 from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
-from loha_jax.transform.interpreter import Context, register
-from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.forms import Form, compute
+from loha_jax.transform.interpreter import Context, Outputs, register
+from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import update_rows
 from loha_jax.transform.operation import NoRule, Operation
 from loha_jax.transform.product import Product
 from loha_jax.transform.strategy import strategy_of
+from loha_jax.transform.typed_jax import Operand, array_type
 
 
 @register("dot_general", reads=True)
-def _dot_general(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
-    lhs, rhs = values
-    if isinstance(lhs, KernelView) and isinstance(rhs, KernelView):
+def _dot_general(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
+    kernel_first = isinstance(values[0], KernelView)
+    view, x = values if kernel_first else values[::-1]
+    if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("a product of two adapted weights")
-    kernel_first = isinstance(lhs, KernelView)
-    view, x = (lhs, rhs) if kernel_first else (rhs, lhs)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return NoRule("a product with an operand that is not floating")
     if not view.factors:
-        return bind_equation(eqn, [v.kernel if isinstance(v, KernelView) else v for v in values])
+        return bind_equation(eqn, [view.kernel, x] if kernel_first else [x, view.kernel])
     product = Product.of(view, x, kernel_first, eqn.params)
     return _computed(product, view, x, eqn.invars[int(kernel_first)], context)
 
 
 @register("conv_general_dilated", reads=True)
-def _conv_general_dilated(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+def _conv_general_dilated(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     x, view = values
     if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("the weight is what a convolution slides over")
     if not view.factors:
         return bind_equation(eqn, [x, view.kernel])
-    convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
+    convolution = Convolution.of(view, x, array_type(eqn.outvars[0]).shape, eqn.params)
     return _computed(convolution, view, x, eqn.invars[0], context)
 
 
 def _computed(
-    operation: Operation | NoRule, view: KernelView, x: Any, x_var: Any, context: Context
-) -> list[Any] | NoRule:
+    operation: Operation | NoRule,
+    view: KernelView,
+    x: jax.Array,
+    x_var: Operand,
+    context: Context,
+) -> Outputs:
     """Return the result of an operation by the strategy for its module.
 
     Args:
@@ -83,21 +88,16 @@ def _computed(
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
         return [operation.apply(x, view.kernel)]
-    if options.update_only:
-        return [operation.alone(x, view, strategy, options.forward_mode, kept)]
-    if strategy == "factored":
-        return [operation.factored(x, view, options.forward_mode, kept)]
-    if strategy == "fused":
-        return [operation.fused(x, view, kept)]
-    return [operation.dense(x, view, forward_mode=options.forward_mode)]
+    form = Form(strategy, options.forward_mode, options.update_only)
+    return [compute(operation, form, x, view, kept)]
 
 
 @register("gather", reads=True)
-def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+def _gather(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     view, indices = values
     if not isinstance(view, KernelView) or isinstance(indices, KernelView):
         return NoRule("a gather by adapted indices")
-    row = _row_axis(eqn.params, view.shape)
+    row = _row_axis(eqn, view.shape)
     if row is None:
         return NoRule("a gather of other than whole rows")
     if not view.factors:
@@ -130,12 +130,13 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
     return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
 
 
-def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int] | None:
+def _row_axis(eqn: JaxprEqn, shape: Sequence[int]) -> tuple[int, int] | None:
     """Return the axis of a gather of single positions, and their column of the indices.
 
     None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are
     read whole: they are clipped to 0.
     """
+    params = eqn.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = [
         axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have

@@ -1,8 +1,10 @@
-"""What the adapters add to a product whose frozen part someone else computes.
+"""The update of a product whose frozen part is computed elsewhere.
 
 A quantised kernel has no array W that `adapt` could read: its product is computed from integers and
 scales. A product or convolution is linear in the kernel, so x·(W + ΔW) is that product plus x·ΔW.
 """
+
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -16,14 +18,12 @@ from loha_jax.transform.adapt import run
 from loha_jax.transform.options import Options
 from loha_jax.tree.leaves import LoHaWeight
 
-_DEFAULT = Options()
-
 
 def update_alone(
     fn: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
     leaf: LoHaWeight,
-    options: Options = _DEFAULT,
+    options: Options,
 ) -> jax.Array:
     """Return fn(x, ΔW), computed from the factors by the strategy that costs least.
 
@@ -40,7 +40,7 @@ def update_alone(
         >>> import loha_jax
         >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 4))}},
         ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
-        >>> update_alone(jnp.dot, jnp.ones((5, 3)), params["q"]["kernel"]).shape
+        >>> update_alone(jnp.dot, jnp.ones((5, 3)), params["q"]["kernel"], Options()).shape
         (5, 4)
     """
     zero = dataclasses.replace(leaf, kernel=jnp.zeros(leaf.kernel.shape, x.dtype))

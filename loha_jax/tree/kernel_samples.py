@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from loha_jax.runtime.digests import grid
+from loha_jax.runtime.shards import Array, grid, own_points
 
 POINTS = 64
 """About how many elements of each kernel are compared."""
@@ -24,9 +24,10 @@ class KernelSample:
 
     Attributes:
         shape, dtype: of the kernel.
-        values: the bytes of an element by its position in the flat kernel; of a sharded kernel those that this process
-            holds.
-        beside: samples of the tree's leaves that no adapter changes, by path: one mapping for all kernels of a tree.
+        values: the bytes of an element by its position in the flat kernel; of a sharded kernel
+            those that this process holds.
+        beside: samples of the tree's leaves that no adapter changes, by path: one mapping for all
+            kernels of a tree.
     """
 
     shape: tuple[int, ...]
@@ -48,61 +49,38 @@ class KernelSample:
         )
 
 
-def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
+def sample_kernels(kernels: Mapping[K, Array]) -> dict[K, KernelSample]:
     """Sample kernels, by name.
 
     Those without values (tracers, shapes, quantised arrays) are left out.
 
-    Devices pick the elements that they hold; only these are sent to the host. No process waits for another.
+    Devices pick the elements that they hold; only these are sent to the host. No process waits for
+    another.
 
     Example:
         >>> sample = sample_kernels({"q": np.ones((3, 4), np.float32)})["q"]
-        >>> len(sample.values), sample.differs(sample_kernels({"q": np.zeros((3, 4), np.float32)})["q"])
+        >>> other = sample_kernels({"q": np.zeros((3, 4), np.float32)})["q"]
+        >>> len(sample.values), sample.differs(other)
         (12, True)
     """
-    parts: dict[K, list[tuple[np.ndarray, Any]]] = {}
-    for name, kernel in kernels.items():
-        if isinstance(kernel, np.ndarray):
-            shards: list[tuple[Any, Any]] = [(kernel, (slice(None),) * kernel.ndim)]
-        elif (
-            isinstance(kernel, jax.Array)
-            and not isinstance(kernel, Tracer)
-            and not kernel.is_deleted()
-        ):
-            shards = [(s.data, s.index) for s in kernel.addressable_shards if s.replica_id == 0]
-        else:
-            continue
-        points = grid(kernel.shape, POINTS)
-        found = [_points(data, index, kernel.shape, points) for data, index in shards if data.size]
-        parts[name] = [part for part in found if part is not None]
-    values = jax.device_get({n: [v for _, v in found] for n, found in enumerate(parts.values())})
+    found = {
+        name: own_points(kernel, grid(kernel.shape, POINTS))
+        for name, kernel in kernels.items()
+        if _has_values(kernel)
+    }
+    values = iter(jax.device_get([[p.values for p in points] for points in found.values()]))
     result = {}
-    for n, (name, found) in enumerate(parts.items()):
+    for name, points in found.items():
         kernel, by_position = kernels[name], {}
-        for (positions, _), elements in zip(found, values[n], strict=True):
-            flat = np.asarray(elements).reshape(-1)
-            size, raw = flat.dtype.itemsize, flat.tobytes()
-            by_position.update(
-                {p: raw[i * size : (i + 1) * size] for i, p in enumerate(positions.tolist())}
-            )
+        for (_, indices), elements in zip(points, next(values), strict=True):
+            positions = np.ravel_multi_index(np.ix_(*indices), kernel.shape)
+            raw = np.asarray(elements).reshape(-1).view(f"V{elements.dtype.itemsize}")
+            by_position.update(zip(positions.reshape(-1).tolist(), raw.tolist(), strict=True))
         result[name] = KernelSample(tuple(kernel.shape), str(kernel.dtype), by_position)
     return result
 
 
-def _points(
-    data: Any, index: Sequence[slice], shape: Sequence[int], points: list[np.ndarray]
-) -> Any:
-    """Return the flat positions and values of the points in one shard; None if there are none."""
-    starts = [s.start or 0 for s in index]
-    own = [
-        p[(p >= low) & (p < low + n)] for p, low, n in zip(points, starts, data.shape, strict=True)
-    ]
-    if not all(map(len, own)):
-        return None
-    positions = np.zeros((), np.int64)
-    for axis, (p, size) in enumerate(zip(own, shape, strict=True)):
-        positions = positions * size + p.reshape(-1, *(1,) * (len(shape) - 1 - axis))
-    local = np.ix_(*(p - start for p, start in zip(own, starts, strict=True)))
-    if isinstance(data, jax.Array) and next(iter(data.devices())).platform == "cpu":
-        data = np.asarray(data)  # no copy, and nothing to compile
-    return positions.reshape(-1), data[local]
+def _has_values(kernel: object) -> bool:
+    if not isinstance(kernel, jax.Array):
+        return isinstance(kernel, np.ndarray)
+    return not isinstance(kernel, Tracer) and not kernel.is_deleted()

@@ -10,12 +10,13 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, map_adapted
+from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, map_adapted
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ def merge(
     broken: list[str] = []
     lost: dict[str, float] = {}
 
-    def merged(leaf: Any) -> Any:
+    def merged(leaf: AdaptedLeaf) -> Any:
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
@@ -100,8 +101,8 @@ def merge(
     if broken:
         suspects = adapters if adapters is not None else adapter_names(params)
         raise ValueError(
-            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
-            f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
+            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The "
+            f"adapter {', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
     if (share := max(lost.values(), default=0.0)) > _LOSS_NOTED:
         worst = max(lost, key=lost.__getitem__)
@@ -111,16 +112,20 @@ def merge(
     return result
 
 
-def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> float:
+def check_rounding(
+    stored: ArrayLike, exact: ArrayLike, base: ArrayLike, name: str, force: bool
+) -> float:
     """Measure what rounding a merged weight to float8 loses of the update; refuse more than half.
 
     Args:
-        stored, exact, base: the merged weight as it is stored and before rounding, and the weight without the update.
+        stored, exact, base: the merged weight as it is stored and before rounding, and the weight
+            without the update.
         name: of the weight, for the message.
         force: whether to allow more.
 
     Returns:
-        The share of the update that is lost, ‖stored − exact‖ / ‖exact − base‖; 0 without an update.
+        The share of the update that is lost, ‖stored − exact‖ / ‖exact − base‖; 0 without an
+        update.
 
     Raises:
         ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
@@ -131,8 +136,9 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
     lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
     if lost > LOSS_LIMIT * update and not force:
         raise ValueError(
-            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
-            "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"
+            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the "
+            "update. Merge into a kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), "
+            "…) before inject), or pass force=True"
         )
     return float(lost / update) if update else 0.0
 
@@ -147,7 +153,8 @@ def unload(params: T) -> T:
         >>> import loha_jax
         >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> unload(params)["q"]["kernel"] is base["q"]["kernel"]
         True
     """
     return map_adapted(lambda leaf: leaf.original, params)

@@ -1,4 +1,7 @@
-"""Flax' own ways of saying how parameters are split: Linen's boxes with logical names, NNX' metadata."""
+"""Flax' own ways of saying how parameters are split.
+
+Linen's boxes with logical names, NNX' metadata.
+"""
 
 import functools
 
@@ -50,7 +53,7 @@ class Net(nn.Module):
 
 
 def test_linen_logical_names():
-    """From abstract parameters to shardings of everything, as Flax' guide does it, and then training on the mesh."""
+    """Shard everything from abstract parameters, as Flax' guide does, then train on the mesh."""
     model, x = Net(), jax.random.normal(jax.random.key(1), (16, 8))
     layouts = {r"rest\..*": "sio"}
     inject = functools.partial(

@@ -1,4 +1,7 @@
-"""LoHa in numpy for the tests of Flax NNX: ΔW by PEFT's formulas, added to a plain model."""
+"""LoHa in numpy for the tests of Flax NNX.
+
+ΔW by PEFT's formulas, folded by hand, added to a plain model's kernels.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -45,6 +45,7 @@ _SUBMODULES = (
     "interop",
     "linen",
     "nnx",
+    "qwix",
     "train",
 )  # imported when first used: Flax takes a while
 

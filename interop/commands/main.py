@@ -109,8 +109,8 @@ def convert(
 ) -> None:
     """Write an adapter in another format; the factors stay the same, bit for bit.
 
-    What the target cannot hold is refused by name, and nothing is written: PEFT's LoHa has no
-    Conv3d and no weight decomposition, LyCORIS no modules_to_save.
+    An error names everything that the target cannot hold, and nothing is written. PEFT's LoHa has
+    no Conv3d and no weight decomposition, LyCORIS no modules_to_save.
     """
     with run_command("convert", as_json) as command:
         done = conversion.convert_adapter(
@@ -192,8 +192,8 @@ def diff(
         float,
         typer.Option(
             min=0,
-            help="What counts as no difference: of adapters' updates, relative; of checkpoints' "
-            "values, absolute.",
+            help="Largest difference that counts as equal: relative for adapters' updates, "
+            "absolute for checkpoints' values.",
         ),
     ] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Rows for what is equal too.")] = False,

@@ -121,7 +121,7 @@ class SafetensorsFile:
 
     Raises:
         FileNotFoundError: it is not there.
-        FileError: it is no whole safetensors file; a tensor has a dtype that numpy has not; two
+        FileError: it is no whole safetensors file; a tensor has a dtype that numpy lacks; two
             names differ only by wrappers.
     """
 

@@ -219,8 +219,8 @@ def save_lora(
         dtype: of the LoRA's tensors; the factors' own by default.
 
     Returns:
-        What was written; `print` shows the error of each module (without that of rounding to
-        `dtype`).
+        A report of what was written. `print` shows the error of each module, without that of
+        rounding to `dtype`.
 
     Raises:
         ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too

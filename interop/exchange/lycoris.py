@@ -104,10 +104,13 @@ def to_lycoris_state_dict(
         prefix, dtype: as for `save_lycoris`.
 
     Returns:
-        numpy arrays in PEFT's shapes, but for the cores of a Conv1d, which have no trailing axis;
-        alpha as a float32 scalar, with rank stabilisation folded in; `hada_w1_a` times the scalar
-        of `use_scalar`, which LyCORIS folds too; `dora_scale`; and `w_norm` and `b_norm`, the
-        differences of normalisation layers in `modules_to_save`.
+        numpy arrays:
+
+        - Factors in PEFT's shapes. The cores of a Conv1d have no trailing axis. `hada_w1_a` is
+          multiplied by the scalar of `use_scalar`, as in LyCORIS.
+        - `alpha`, a float32 scalar. Rank stabilisation is folded in.
+        - `dora_scale`, the norms of a weight decomposition.
+        - `w_norm` and `b_norm`, the differences of normalisation layers in `modules_to_save`.
 
     Raises:
         ValueError: no such adapter; two modules get one name, because dots are written as

@@ -67,8 +67,8 @@ def save_merged(
             copied through, and the files next to it (config, tokenizer) too.
         adapters: which to merge; the active ones by default.
         dtype: of all floating tensors, instead of the base's (or without one, each leaf's own).
-        tied: as for `load_base`: leaves whose tensor the base does not hold because it is that of
-            another. They must have its values still.
+        tied: as for `load_base`: leaves that share another leaf's tensor, which is the one
+            that the base holds. Their values must still be equal.
         max_shard_size: of one file: bytes, or "5GB".
         safe: refuse a merged weight with NaN or infinity.
         force: write float8 without scales although rounding loses more than half of an update.

@@ -27,7 +27,7 @@ def saved_tensors(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`),
-            which PEFT has not.
+            which PEFT does not support.
     """
     kernels = adapted_kernels(params, adapter_name)
     adapted = {name for _, leaf in kernels for name in adapted_modules(leaf, adapter_name)}

@@ -59,11 +59,13 @@ def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
 
     Args:
         name: of the module.
-        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA. Its alpha is r where they
-            have none, or 0. The core of a Conv1d gets its trailing 1; a convolution's flat factors,
-            which OneTrainer and A1111 write as `[out, r, 1, 1]` and `[r, in, *spatial]`, become
-            matrices; the core of a LoRA (LyCORIS' `lora_mid`) is multiplied into `lora_A`, which is
-            exact and keeps the rank.
+        parts: its tensors by `group_keys`' names, of a LoHa or of a LoRA.
+
+    Returns:
+        The module. Its alpha is r where the file has none, or 0. The core of a Conv1d has a
+        trailing 1. A convolution's flat factors, which OneTrainer and A1111 write as
+        `[out, r, 1, 1]` and `[r, in, *spatial]`, are matrices. The core of a LoRA (LyCORIS'
+        `lora_mid`) is multiplied into `lora_A`, which is exact and keeps the rank.
 
     Raises:
         FileError: tensors are missing or do not fit each other, or alpha is no finite number.

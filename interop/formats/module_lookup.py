@@ -28,8 +28,8 @@ class ModuleLookup:
     """The modules of a checkpoint, found by the names that an adapter has for them.
 
     A module is looked up by its name. Where no module of a component (a UNet, a text encoder) is
-    found so, the names may lack a prefix that all of them have in the checkpoint, or the other way
-    round ("model.", "transformer.", "base_model.model."): the one prefix with which all are found.
+    found so, one prefix ("model.", "transformer.", "base_model.model.") is added to all names, or
+    taken from them: the one with which every module is found.
 
     Args:
         names: modules of the checkpoint.

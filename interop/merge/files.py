@@ -167,7 +167,7 @@ def _write_shards(
         progress: as in `merge_checkpoint`.
 
     Returns:
-        What rounding loses in all files.
+        The rounding losses of all files.
     """
     losses = Losses()
     for name in kept:

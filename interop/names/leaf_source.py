@@ -97,9 +97,8 @@ def make_source(
     """Return a source from groups that lack the axes of size 1, as contents or strides tell them.
 
     Such an axis carries no information. Where torch's tensor has one too, they are paired as in a
-    convolution (`[k…, in, out]`), else in order; one that is left over becomes a stack axis of one
-    module, which is right for a scan over a single layer and for a product that keeps the axis
-    alike.
+    convolution (`[k…, in, out]`), else in order. A spare axis becomes a stack axis of one module.
+    That is right for a scan over one layer, and for a product that keeps the axis.
     """
     groups = [tuple(group) for group in groups]
     given = {*stack, *(axis for group in groups for axis in group)}

@@ -131,11 +131,12 @@ class NameMap:
     def transformers(cls, model_type: str | None = None) -> NameMap:
         """Return the names of Flax models in transformers (up to 4.57, the last release with them).
 
-        They are torch's, with kernel, scale and embedding for weight. What differs: ResNet's
-        `layer_0` is torch's `layer.0`, a weight norm's `weight_g` and `weight_v` are
-        `parametrizations.weight.original0` and `1`, the Conv1d kernels of Whisper and Wav2Vec2 are
-        `kio`, and GPT-2's projections are kept as [out, in], where torch has [in, out] (its
-        `Conv1D`, to which PEFT has no LoHa).
+        They are torch's, with kernel, scale and embedding for weight, but for these:
+
+        - ResNet's `layer_0` is torch's `layer.0`.
+        - A weight norm's `weight_g` and `weight_v` are `parametrizations.weight.original0` and `1`.
+        - The Conv1d kernels of Whisper and Wav2Vec2 are `kio`.
+        - GPT-2's projections are `[out, in]`; torch has `[in, out]`. PEFT has no LoHa for them.
 
         Args:
             model_type: `config.model_type`. Only "gpt2" makes a difference.
@@ -167,13 +168,14 @@ class NameMap:
     def infer(cls, params: PyTree, base: str | Path) -> NameMap:
         """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
-        Found are permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
+        It finds permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
         two axes (`[L, in, out]`, `[2, K, D, H]`), and tied copies. Tensors are compared bit for bit
         after rounding to the coarser of the two dtypes, so that bfloat16 parameters of a float32
         file are found, and the reverse. Whatever is not settled by contents is listed in
-        `ambiguous` (two tensors of zeros, a symmetric kernel) or `unmatched`, and an error once
-        `inject`, `load_base` or `save_merged` ask for it; `settle` names it. Biases and scales that
-        have no contents of their own follow the module whose other parameter was found.
+        `ambiguous` (two tensors of zeros, a symmetric kernel) or `unmatched`. `inject`, `load_base`
+        and `save_merged` then raise an error that names it. `settle` gives it a name.
+        Biases and scales without contents of their own follow the module whose other parameter was
+        found.
 
         One torch tensor is in memory at a time: sums of hashed values find candidates, then
         contents are compared.

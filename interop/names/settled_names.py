@@ -20,7 +20,7 @@ from .leaf_options import Options
 from .leaf_source import Source
 
 Choice = str | Sequence[str] | tuple[str | Sequence[str], str | Layout]
-"""What settles a leaf: torch's name (several for a stack), or names and a layout."""
+"""The name that a user gives a leaf: torch's (several for a stack), or names and a layout."""
 
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 

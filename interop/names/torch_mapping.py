@@ -1,9 +1,11 @@
 """Mappings `{torch_regex: (jax_path, transform)}` of google-tunix and jax-bonsai models.
 
-Source: `torch_key_to_jax_key` and `load_and_create_model` in tunix 0.1.7, `map_to_bonsai_key` and
-`assign_weights` in jax-bonsai: a torch name that exactly one pattern matches (`re.match`) becomes
-`re.sub(pattern, jax_path, name)`, its tensor is permuted, then reshaped; bonsai's third element
+A torch name that exactly one pattern matches (`re.match`) becomes
+`re.sub(pattern, jax_path, name)`. Its tensor is permuted, then reshaped. bonsai's third element
 says to reshape first.
+
+Source: `torch_key_to_jax_key` and `load_and_create_model` in tunix 0.1.7, `map_to_bonsai_key` and
+`assign_weights` in jax-bonsai.
 """
 
 from __future__ import annotations
@@ -193,7 +195,7 @@ def _dependencies(
 ) -> dict[str, list[str]]:
     """Return the inputs that each output of `preprocess` is made of.
 
-    An output that only hands on an input depends on this one alone, and has its name.
+    An output that only hands on an input depends only on that one, and has its name.
     """
     if preprocess is None:
         return {path: [path] for path in tensors}

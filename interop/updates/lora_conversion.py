@@ -53,7 +53,7 @@ def lora_of(
 
     Raises:
         ValueError: rank or energy are out of range or both given, the module's norms are per input
-            feature (which PEFT's DoRA has not) or those of a grouped convolution, `shape` or
+            feature (PEFT's DoRA has none) or those of a grouped convolution, `shape` or
             `groups` do not fit, or a factor is not finite.
 
     Example:

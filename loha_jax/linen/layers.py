@@ -94,9 +94,9 @@ class LoHaConv(LoHaLayer, nn.Conv):
             (`[r, r, *spatial]`; for one spatial axis `[r, r, k, 1]`), w*_a is `[r, features]` and
             w*_b `[r, in/groups]`. Otherwise w*_a is `[features, r]` and w*_b
             `[r, in/groups·prod(spatial)]`.
-        r, alpha, …: see `LoHaLayer`; partitioning and errors as in `LoHaDense`. With `fedpara`, the
-            form without cores is the paper's Proposition 1 on the reshaped kernel, the form with
-            cores its Proposition 3.
+        r, alpha, …: see `LoHaLayer`; partitioning and errors as in `LoHaDense`. With `fedpara`
+            and without cores this is the paper's Proposition 1, on the reshaped kernel. With cores
+            it is Proposition 3.
 
     Example:
         >>> layer = LoHaConv(8, (3, 3), r=2, use_effective_conv2d=True)

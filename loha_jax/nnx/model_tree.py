@@ -147,8 +147,8 @@ def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Si
     for owner, way in weight.holders:
         if taken := [n for n in siblings.attributes(way) if n in vars(owner)]:
             raise ValueError(
-                f"Beside the variable {name} the module has the attribute {taken[0]} already: "
-                "there is no place for an adapter. Rename it."
+                f"The module of {name} already has an attribute {taken[0]}, a name that the "
+                "adapter needs. Rename it."
             )
     return siblings
 

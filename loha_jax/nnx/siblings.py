@@ -1,4 +1,4 @@
-"""The form of an adapted NNX model: the arrays of an adapter beside the variable that it adapts.
+"""How an NNX model holds an adapter: its arrays stand beside the variable that it adapts.
 
 The base variable stays in its place. For a kernel in the attribute `W` of a module, the module gets
 
@@ -154,7 +154,7 @@ class AdaptedVariable:
 
     @property
     def mode(self) -> DropoutMode | None:
-        """The dropout's random stream; its mode alone if nobody has given it a stream."""
+        """The dropout's random stream; only its mode, if it has no stream."""
         return vars(self.owner).get(self.attribute("rngs"))
 
     def set_mode(self, mode: DropoutMode) -> None:

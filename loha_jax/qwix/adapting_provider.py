@@ -1,4 +1,4 @@
-"""What all operations of `LoHaProvider` have in common: finding the kernel, and adding x·ΔW."""
+"""The part that all operations of `LoHaProvider` share: finding the kernel, and adding x·ΔW."""
 
 from __future__ import annotations
 

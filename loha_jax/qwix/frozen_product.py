@@ -1,10 +1,9 @@
 """The gradient of a product with a frozen kernel, quantised or not.
 
 qwix' own derivative of a quantised product keeps a float copy of the kernel until the backward
-pass. If the activations are quantised too, it is not that of the product: rounding has the
-derivative zero. The derivative here is that of the float product with the dequantised kernel, which
-is dequantised again in the backward pass. What is kept is the kernel as it is stored, so that a
-scan over layers keeps no copies.
+pass. With quantised activations it is wrong, because rounding has the derivative zero. The
+derivative here is that of the float product with the dequantised kernel. The kernel is dequantised
+again in the backward pass: only the stored one is kept, and a scan over layers keeps no copies.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class LoHaProvider(AdaptingProvider):
 
     The base parameters stay where and what they are. Beside a kernel called `kernel`, an NNX module
     gets the factors `kernel_lora_hada_w1_a`, … as `nnx.LoRAParam`s, so trainers that know LoRA
-    train these alone; a Linen module gets parameters of these names.
+    train only these. A Linen module gets parameters of these names.
 
     Args:
         rules: `LoHaRule`s for adapted modules, and `qwix.QuantizationRule`s for modules that are

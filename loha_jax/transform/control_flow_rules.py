@@ -66,7 +66,7 @@ def _remat(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
 
 
 class _Carry:
-    """The carry of a loop. What the body returns unchanged, such as a weight, need not be an array.
+    """The carry of a loop. Parts that the body returns unchanged (weights) may stay views.
 
     Attributes:
         fixed: for each part, whether the body returns it unchanged.

@@ -156,8 +156,8 @@ class FactoredProduct:
     ) -> tuple[Float[Array, "*rows o"], Float[Array, "*rows R"]]:
         """Return the same for fewer rows than ranks, as in decoding, without KB and KA.
 
-        (x KB)[n, p, q] = Σ_i x[n, i] b1[p, i] b2[q, i], and likewise for KA: smaller, and then as
-        cheap.
+        (x KB)[n, p, q] = Σ_i x[n, i] b1[p, i] b2[q, i]. KA works the same way. The arrays are
+        smaller, and the cost is no higher.
         """
         y, hs = jnp.zeros((), self.dtype), list[jax.Array]()
         for f in factors:

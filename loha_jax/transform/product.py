@@ -40,7 +40,7 @@ class Product(Operation):
     Attributes:
         kernel_first: whether the kernel is the left operand.
         batch, contracted, free: the view's stack atoms by their part in the product.
-        main, rest: its in and its out atoms, contracted and free; exchanged where `swapped`.
+        main, rest: its contracted and its free atoms: in and out ones, exchanged where `swapped`.
         swapped: the kernel's out axes are contracted (x @ Wᵀ of an `io` kernel, a tied embedding,
             an input gradient).
         params: of the `dot_general`, as items, without the dimension numbers.
@@ -289,7 +289,7 @@ class _Axis(NamedTuple):
     """An axis of x or of the result.
 
     Attributes:
-        atom: of the view; None for an axis of x alone.
+        atom: of the view; None for an axis that only x has.
         row: the axis of x; None for an atom.
         size: of the axis.
     """

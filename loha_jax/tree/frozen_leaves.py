@@ -1,4 +1,4 @@
-"""Leaves that an adapter leaves as they are, and that its file does not hold."""
+"""Parameters that training does not change, and that an adapter's file does not hold."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracke
 
 
 def frozen_leaves(params: PyTree) -> dict[tuple[str, ...], Any]:
-    """Return the leaves of a tree that stay as they are in training, by path.
+    """Return the parameters that training does not change, by path.
 
-    Adapted leaves are left out, and what a model changes by itself: statistics, and collections
-    beside `params`.
+    Adapted leaves are left out. So is what a model changes by itself: statistics, and collections
+    other than `params`.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     paths = [path_parts(path) for path, _ in flat]

@@ -108,7 +108,7 @@ def follow_kernel(factors: Factors, kernel: ArrayOrShape, layout: Layout) -> Fac
     Args:
         factors: new arrays, equal in every process; or their shapes.
         kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its
-            shape, with or without a sharding. Beside any other one the arrays stay where they are.
+            shape, with or without a sharding. For any other kernel the arrays are not moved.
         layout: of the kernel.
     """
     sharding = _place_of(kernel)

@@ -28,13 +28,15 @@ from loha_jax.transform import (  # noqa: F401  # importing them registers the r
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.interpreter import densify, evaluate
-from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.kernel_view import KernelView, frozen_kernel
 from loha_jax.transform.options import Options
+from loha_jax.transform.packed_kernel import PackedKernel, plain
 from loha_jax.transform.rows import mark_rows
 from loha_jax.transform.strategy import Strategy, checked_strategy
 from loha_jax.tree.containers import on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
+from loha_jax.tree.quantised import is_quantised, wrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,25 +142,28 @@ def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Op
 
 
 def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_whole)
     named = options.observer is not None or not isinstance(options.strategy, str)
     arrays: list[Any] = []  # what fn is traced with
     values: list[Any] = []  # what its jaxpr is evaluated on
     positions: list[int] = []
-    originals: dict[int, LoHaWeight] = {}
+    originals: dict[int, Any] = {}
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, SavedWeight):
             leaf = leaves[position] = leaf.__jax_array__()
         if isinstance(leaf, LoHaWeight):
             originals[len(arrays)] = leaf
             value = _view(leaf, options, named)
+        elif is_quantised(leaf):
+            originals[len(arrays)] = leaf
+            value = _base_view(wrapped(leaf))
         elif isinstance(leaf, jax.Array | np.ndarray):
             value = leaf
         else:
             continue
         positions.append(position)
         values.append(value)
-        arrays.append(value.kernel if isinstance(value, KernelView) else value)
+        arrays.append(_traced_as(value.kernel) if isinstance(value, KernelView) else value)
     if not originals:
         if names := closed_over(fn):
             warn_caller(
@@ -242,5 +247,16 @@ def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
     leaf.require_whole()
     warn_of_forgotten_dropout(leaf.active_adapters)
     if not leaf.active_adapters:
-        return jax.lax.stop_gradient(leaf.kernel)
+        return _base_view(leaf.kernel)
     return KernelView.of(leaf, leaf.label if named else "")
+
+
+def _base_view(kernel: Any) -> Any:
+    """Return a kernel that no adapter changes: a view of a quantised one, which is never dequantised as a whole."""
+    kernel = frozen_kernel(kernel)
+    return KernelView.unknown(kernel, "") if isinstance(kernel, PackedKernel) else kernel
+
+
+def _traced_as(kernel: Any) -> Any:
+    """Return what a function is traced with in the place of a view's kernel."""
+    return jax.eval_shape(plain, kernel) if isinstance(kernel, PackedKernel) else kernel

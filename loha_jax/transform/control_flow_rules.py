@@ -19,6 +19,7 @@ from loha_jax.transform.interpreter import Context, densify, densify_all, evalua
 from loha_jax.transform.kernel_view import KernelView, ViewFactors
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
+from loha_jax.transform.packed_kernel import before_scan, inside_scan, plain
 
 
 @register("jit", "pjit")
@@ -136,11 +137,13 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
         view with that atom's axis first in every factor; or None where the leading axis is an in or
         out axis.
     """
+    scanned = dataclasses.replace(view, kernel=before_scan(view.kernel))
     if not view.dims[0]:
-        return None, view
+        return None, scanned
     (atom, *more) = view.dims[0]
     if more or view.atoms[atom].kind not in "sb?":
         return None
+    view = scanned
     if view.atoms[atom].kind != "s":
         return atom, view
     at = view.of_kind("s").index(atom)
@@ -150,6 +153,7 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
 
 def _without_leading(view: KernelView, atom: int | None) -> KernelView:
     """Return the view inside the scan: the leading axis and its atom are gone."""
+    view = dataclasses.replace(view, kernel=inside_scan(view.kernel))
     if atom is None:
         return dataclasses.replace(view, dims=view.dims[1:])
     dims = tuple(tuple(n - (n > atom) for n in axis) for axis in view.dims[1:])
@@ -236,6 +240,7 @@ def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     local: dict[int, KernelView] = {}
     for n, value in enumerate(values):
         if isinstance(value, KernelView):
+            values[n] = value = dataclasses.replace(value, kernel=plain(value.kernel))
             sharded = shard(value, specs[n], p["mesh"].shape)
             if sharded is None:
                 values[n] = densify(

@@ -24,8 +24,10 @@ from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
 from loha_jax.runtime.sizes import is_empty, is_known
+from loha_jax.transform.packed_kernel import PackedKernel, cut, plain, put_off
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.quantised import QuantisedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ViewFactors:
             r = a1.shape[-1]
             t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
         view = cls(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
-        if (gains := f.gains(kernel, layout)) is None:
+        if f.dora_scale is None or (gains := f.gains(plain(kernel), layout)) is None:
             return view
         own, base = gains  # [*stack, out, 1, ...] or [*stack, 1, in, 1, ...]
         if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
@@ -145,7 +147,7 @@ class KernelView:
         kinds = {axis: kind for kind in "soik" for axis in layout.axes(kind)}
         atoms = tuple(Atom(kinds[axis], shape[axis], axis) for axis in order)
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
-        kernel = lax.stop_gradient(leaf.kernel)
+        kernel = frozen_kernel(leaf.kernel)
         factors = tuple(ViewFactors.of(f, kernel, layout) for f in leaf.active_adapters)
         return cls(kernel, factors, atoms, dims, name)
 
@@ -196,18 +198,18 @@ class KernelView:
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
         dims = tuple(self.dims[axis] for axis in permutation)
-        return dataclasses.replace(self, kernel=lax.transpose(self.kernel, permutation), dims=dims)
+        return dataclasses.replace(self, kernel=put_off(lax.transpose, self.kernel, tuple(permutation)), dims=dims)
 
     def convert(self, dtype: Any) -> KernelView | None:
         """`lax.convert_element_type`; the factors keep their dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, kernel=lax.convert_element_type(self.kernel, dtype))
+        return dataclasses.replace(self, kernel=put_off(lax.convert_element_type, self.kernel, dtype))
 
     def squeeze(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.squeeze`."""
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
-        return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
+        return dataclasses.replace(self, kernel=put_off(lax.squeeze, self.kernel, tuple(dimensions)), dims=dims)
 
     def broadcast_in_dim(
         self, shape: Sequence[int], broadcast_dimensions: Sequence[int]
@@ -225,7 +227,9 @@ class KernelView:
             else:
                 dims.append((len(atoms),))
                 atoms.append(Atom("b", size, -1))
-        kernel = lax.broadcast_in_dim(self.kernel, shape, broadcast_dimensions)
+        kernel = put_off(
+            lax.broadcast_in_dim, self.kernel, tuple(shape), tuple(broadcast_dimensions)
+        )
         return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
@@ -249,7 +253,7 @@ class KernelView:
                 else:
                     return None
             dims.append(tuple(group))
-        return dataclasses.replace(view, kernel=lax.reshape(self.kernel, shape), dims=tuple(dims))
+        return dataclasses.replace(view, kernel=put_off(lax.reshape, self.kernel, tuple(shape)), dims=tuple(dims))
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
@@ -287,11 +291,15 @@ class KernelView:
         factors = tuple(
             dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors
         )
-        return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
+        if isinstance(self.kernel, PackedKernel):
+            kernel = self.kernel.scaled(factor, operation)
+        else:
+            kernel = operation(self.kernel, factor)
+        return dataclasses.replace(self, kernel=kernel, factors=factors)
 
     def rev(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.rev`."""
-        view = dataclasses.replace(self, kernel=lax.rev(self.kernel, dimensions))
+        view = dataclasses.replace(self, kernel=put_off(lax.rev, self.kernel, tuple(dimensions)))
         for atom in (n for axis in dimensions for n in self.dims[axis]):
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
@@ -306,7 +314,7 @@ class KernelView:
         if len(self.dims[axis]) != 1:
             return None
         (atom,) = self.dims[axis]
-        kernel = operation(self.kernel, axis)
+        kernel = cut(self.kernel, axis, operation)
         if is_empty(kernel.shape):
             return None
         view = self._map_atom(atom, operation, kernel.shape[axis])
@@ -368,6 +376,13 @@ class KernelView:
                 lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors
             )
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
+
+
+def frozen_kernel(kernel: Any) -> Any:
+    """Return a leaf's kernel as a view holds it, without a gradient."""
+    if isinstance(kernel, QuantisedArray):
+        return PackedKernel.of(lax.stop_gradient(kernel))
+    return lax.stop_gradient(kernel)
 
 
 def size_of(view: KernelView, atoms: Sequence[int]) -> int:

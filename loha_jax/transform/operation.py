@@ -142,7 +142,7 @@ class Operation(abc.ABC):
             kept: what to hold until the backward pass, to have x there.
         """
         dtype = x.dtype
-        base, view = scaled_base(self, x, view), view.without_gain()
+        base, view = scaled_base(self, x, view, forward_mode), view.without_gain()
         shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
         @standard_promotion()

@@ -23,6 +23,7 @@ from loha_jax.transform.interpreter import Context, register
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.materialised import update_rows
 from loha_jax.transform.operation import NoRule, Operation
+from loha_jax.transform.packed_kernel import frozen_product, plain
 from loha_jax.transform.product import Product
 from loha_jax.transform.strategy import strategy_of
 
@@ -37,7 +38,7 @@ def _dot_general(eqn: Any, values: list[Any], context: Context) -> list[Any] | N
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return NoRule("a product with an operand that is not floating")
     if not view.factors:
-        return bind_equation(eqn, [v.kernel if isinstance(v, KernelView) else v for v in values])
+        return [_frozen(eqn, x, view, kernel_first, context)]
     product = Product.of(view, x, kernel_first, eqn.params)
     return _computed(product, view, x, eqn.invars[int(kernel_first)], context)
 
@@ -48,9 +49,20 @@ def _conv_general_dilated(eqn: Any, values: list[Any], context: Context) -> list
     if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("the weight is what a convolution slides over")
     if not view.factors:
-        return bind_equation(eqn, [x, view.kernel])
+        return [_frozen(eqn, x, view, False, context)]
     convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
     return _computed(convolution, view, x, eqn.invars[0], context)
+
+
+def _frozen(eqn: Any, x: Any, view: KernelView, kernel_first: bool, context: Context) -> Any:
+    """Return a product with a kernel that no active adapter changes."""
+
+    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return bind_equation(eqn, [kernel, x] if kernel_first else [x, kernel])[0]
+
+    branches = eqn.primitive.name == "dot_general" or Convolution.branches
+    forward_mode = context.options.forward_mode
+    return frozen_product(apply, x, view.kernel, branches=branches, forward_mode=forward_mode)
 
 
 def _computed(
@@ -82,7 +94,7 @@ def _computed(
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
-        return [operation.apply(x, view.kernel)]
+        return [operation.apply(x, plain(view.kernel))]
     if strategy == "factored":
         return [operation.factored(x, view, options.forward_mode, kept)]
     if strategy == "fused":
@@ -99,7 +111,7 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
     if row is None:
         return NoRule("a gather of other than whole rows")
     if not view.factors:
-        return bind_equation(eqn, [view.kernel, indices])
+        return bind_equation(eqn, [plain(view.kernel), indices])
     axis, column = row
     positions = indices[..., column : column + 1]  # [*positions, 1]
 
@@ -119,7 +131,7 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
         return NoRule("a gather along a stack axis or along one of several in or out axes")
     if options.observer is not None:
         options.observer.rows(view, nominal(delta.shape[:-1]), options.times)
-    base = bind_equation(eqn, [view.kernel, indices])[0]
+    base = bind_equation(eqn, [plain(view.kernel), indices])[0]
     numbers = eqn.params["dimension_numbers"]
     count = len(numbers.offset_dims)
     if not numbers.collapsed_slice_dims:  # the axis that is looked up stays, with size 1

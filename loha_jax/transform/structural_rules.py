@@ -16,6 +16,7 @@ from loha_jax.runtime._compat import bind_equation
 from loha_jax.transform.interpreter import Context, register
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import NoRule
+from loha_jax.transform.packed_kernel import PackedKernel, plain
 
 Outputs = list[Any] | NoRule
 
@@ -103,7 +104,9 @@ def _unchanged(eqn: Any, values: list[Any], _: Context) -> Outputs:
     if len(values) != 1:
         return NoRule("a barrier over several values")
     (view,) = values
-    return [dataclasses.replace(view, kernel=bind_equation(eqn, [view.kernel])[0])]
+    if isinstance(view.kernel, PackedKernel) and eqn.primitive.name in ("copy", "copy_p"):
+        return [view]
+    return [dataclasses.replace(view, kernel=bind_equation(eqn, [plain(view.kernel)])[0])]
 
 
 @register("all_gather")

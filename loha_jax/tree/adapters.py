@@ -16,6 +16,7 @@ from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
+from loha_jax.tree.quantised import unwrapped
 
 T = TypeVar("T")
 
@@ -171,12 +172,12 @@ def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> An
     if isinstance(leaf, LoHaWeight):
         adapters = {n: f for n, f in leaf.adapters.items() if n not in names}
         if not adapters:
-            return leaf.kernel
+            return unwrapped(leaf.kernel)
         active = tuple(n for n in leaf.active if n not in names)
         return dataclasses.replace(leaf, adapters=adapters, active=active)
     copies = {n: c for n, c in leaf.copies.items() if n not in names}
     if not copies:
-        return leaf.original
+        return unwrapped(leaf.original)
     active = tuple(n for n in leaf.active if n not in names)
     counters = tuple(counter for counter in leaf.counters if counter[0] not in names)
     return dataclasses.replace(leaf, copies=copies, active=active, counters=counters)

@@ -26,6 +26,7 @@ from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+from loha_jax.tree.quantised import as_array, wrapped
 
 T = TypeVar("T")
 
@@ -152,8 +153,8 @@ def apply_plan(
     """
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
-    changed = {*plan.targets, *plan.saved}
-    others = [None if n in changed else leaf for n, leaf in enumerate(leaves)]
+    leaves = [wrapped(leaf) if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
+    others = [None if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
     kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
     samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
     for position, target in plan.targets.items():
@@ -238,13 +239,13 @@ def _with_shardings(shapes: T, params: T) -> T:
     leaves, treedef = flatten_whole(shapes)
     for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
         if isinstance(leaf, LoHaWeight):
-            kernel = old.kernel if isinstance(old, LoHaWeight) else old
+            kernel = old.kernel if isinstance(old, LoHaWeight) else wrapped(old)
             adapters = {
                 name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()
             }
             leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
         elif isinstance(leaf, SavedWeight):
-            original = old.original if isinstance(old, SavedWeight) else old
+            original = old.original if isinstance(old, SavedWeight) else wrapped(old)
             leaves[position] = dataclasses.replace(
                 leaf, original=original, copies=dict.fromkeys(leaf.copies, original)
             )
@@ -277,7 +278,7 @@ def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    return config.extra_arrays(kernel, target.layout, factor_dtype(target.dtype))
+    return config.extra_arrays(as_array(kernel), target.layout, factor_dtype(target.dtype))
 
 
 def stack_factors(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from loha_jax.runtime.digests import grid
+from loha_jax.tree.quantised import QuantisedArray
 
 POINTS = 64
 """About how many elements of each kernel are compared."""
@@ -51,7 +52,7 @@ class KernelSample:
 def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
     """Sample kernels, by name.
 
-    Those without values (tracers, shapes, quantised arrays) are left out.
+    Those without values (tracers, shapes) are left out. Of a quantised kernel, the stored arrays are sampled.
 
     Devices pick the elements that they hold; only these are sent to the host. No process waits for another.
 
@@ -62,19 +63,13 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
     """
     parts: dict[K, list[tuple[np.ndarray, Any]]] = {}
     for name, kernel in kernels.items():
-        if isinstance(kernel, np.ndarray):
-            shards: list[tuple[Any, Any]] = [(kernel, (slice(None),) * kernel.ndim)]
-        elif (
-            isinstance(kernel, jax.Array)
-            and not isinstance(kernel, Tracer)
-            and not kernel.is_deleted()
-        ):
-            shards = [(s.data, s.index) for s in kernel.addressable_shards if s.replica_id == 0]
-        else:
+        stored = jax.tree.leaves(kernel) if isinstance(kernel, QuantisedArray) else [kernel]
+        if not all(map(_has_values, stored)):
             continue
-        points = grid(kernel.shape, POINTS)
-        found = [_points(data, index, kernel.shape, points) for data, index in shards if data.size]
-        parts[name] = [part for part in found if part is not None]
+        parts[name], start = [], 0
+        for array in stored:
+            parts[name] += [(start + places, values) for places, values in _sample(array)]
+            start += array.size
     values = jax.device_get({n: [v for _, v in found] for n, found in enumerate(parts.values())})
     result = {}
     for n, (name, found) in enumerate(parts.items()):
@@ -87,6 +82,23 @@ def sample_kernels(kernels: Mapping[K, Any]) -> dict[K, KernelSample]:
             )
         result[name] = KernelSample(tuple(kernel.shape), str(kernel.dtype), by_position)
     return result
+
+
+def _has_values(x: Any) -> bool:
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+        return not x.is_deleted()
+    return isinstance(x, np.ndarray)
+
+
+def _sample(array: Any) -> list[tuple[np.ndarray, Any]]:
+    """Return flat positions and values of the points in each shard of an array."""
+    if isinstance(array, np.ndarray):
+        shards: list[tuple[Any, Any]] = [(array, (slice(None),) * array.ndim)]
+    else:
+        shards = [(s.data, s.index) for s in array.addressable_shards if s.replica_id == 0]
+    points = grid(array.shape, POINTS)
+    found = [_points(data, index, array.shape, points) for data, index in shards if data.size]
+    return [part for part in found if part is not None]
 
 
 def _points(

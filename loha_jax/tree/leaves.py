@@ -21,6 +21,7 @@ from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.factors import Factors, flat_parts, keep_flat
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.provenance import Counters, interned
+from loha_jax.tree.quantised import QuantisedArray, as_array, is_quantised
 from loha_jax.tree.short_repr import adapter_list, short_array
 
 T = TypeVar("T")
@@ -77,12 +78,14 @@ class LoHaWeight(ArrayLike):
 
     def __repr__(self) -> str:
         adapters = ((name, factors.description) for name, factors in self.adapters.items())
-        kernel = f"{short_array(self.kernel)} {self.layout.word}"
+        held = self.kernel
+        kernel = repr(held) if isinstance(held, QuantisedArray) else short_array(held)
+        kernel += f" {self.layout.word}"
         return f"LoHaWeight({kernel}, {adapter_list(adapters, self.active)})"
 
     @property
     def _frozen(self) -> jax.Array:
-        if self.kernel is None:
+        if not _is_here(self.kernel):
             raise ValueError(
                 f"The LoHaWeight of {self.names[0]} holds no kernel: it comes from one half of `partition`. Put the "
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
@@ -130,7 +133,7 @@ class LoHaWeight(ArrayLike):
             ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
         """
         self.require_whole()
-        kernel = lax.stop_gradient(self._frozen)
+        kernel = lax.stop_gradient(as_array(self._frozen))
         chosen = (
             self.active_adapters
             if adapters is None
@@ -210,7 +213,7 @@ class SavedWeight(ArrayLike):
 
     @property
     def _frozen(self) -> jax.Array:
-        if self.original is None:
+        if not _is_here(self.original):
             raise ValueError(
                 f"The SavedWeight of {self.name} holds no original: it comes from one half of `partition`. Put the "
                 "halves together with `loha_jax.combine(trainable, frozen)` first."
@@ -243,12 +246,21 @@ class SavedWeight(ArrayLike):
 
     def __jax_array__(self) -> jax.Array:
         name = self.copy_of(self.active)
-        return lax.stop_gradient(self._frozen) if name is None else self.copies[name]
+        return lax.stop_gradient(as_array(self._frozen)) if name is None else self.copies[name]
+
+
+def _is_here(kernel: Any) -> bool:
+    return kernel.is_whole if isinstance(kernel, QuantisedArray) else kernel is not None
 
 
 def is_adapted(leaf: Any) -> bool:
     """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
     return isinstance(leaf, LoHaWeight | SavedWeight)
+
+
+def is_whole(leaf: Any) -> bool:
+    """Say whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
+    return is_adapted(leaf) or is_quantised(leaf)
 
 
 def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
@@ -276,8 +288,8 @@ def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T
 
 
 def flatten_whole(tree: Any) -> tuple[list[Any], Any]:
-    """Flatten a tree like `jax.tree.flatten`, with adapted leaves whole."""
-    return jax.tree.flatten(tree, is_leaf=is_adapted)
+    """Flatten a tree like `jax.tree.flatten`, with adapted leaves and quantised arrays whole."""
+    return jax.tree.flatten(tree, is_leaf=is_whole)
 
 
 def leaves_of(kind: type[A], tree: Any) -> list[A]:

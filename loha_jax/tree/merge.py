@@ -16,6 +16,7 @@ from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapte
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, map_adapted
+from loha_jax.tree.quantised import unwrapped
 
 T = TypeVar("T")
 
@@ -150,4 +151,4 @@ def unload(params: T) -> T:
         >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
         True
     """
-    return map_adapted(lambda leaf: leaf.original, params)
+    return map_adapted(lambda leaf: unwrapped(leaf.original), params)

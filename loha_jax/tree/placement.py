@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.quantised import QuantisedArray
 
 
 def factor_axes(
@@ -121,6 +122,8 @@ def place_like(array: Any, other: Any) -> Any:
 
 def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
     """Return the sharding of an array or of a shape; None if nobody has chosen one."""
+    if isinstance(x, QuantisedArray):
+        x = x.placed
     if isinstance(x, Tracer):
         return explicit_sharding(x)
     sharding = getattr(x, "sharding", None)

@@ -45,8 +45,10 @@ class PackedKernel:
         operands: traced arguments of the steps.
         steps: what is applied after dequantising.
         shape, dtype: of the result.
-        scanned: inside and around a scan, the axis of the stored arrays that it takes away, which
-            is their first one outside and is missing inside.
+        scanned: on the way into a scan, the axis that it takes away; it is the first one of the
+            stored arrays then.
+        missing: inside a scan, the axis of length 1 that the stored arrays lack. They are the very
+            slices that the scan makes, so that it does not keep copies of them.
     """
 
     stored: QuantisedArray
@@ -55,6 +57,7 @@ class PackedKernel:
     shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     dtype: Any = dataclasses.field(default=None, metadata={"static": True})
     scanned: int | None = dataclasses.field(default=None, metadata={"static": True})
+    missing: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, stored: QuantisedArray) -> PackedKernel:
@@ -73,7 +76,7 @@ class PackedKernel:
 
     def dense(self) -> jax.Array:
         """Return the floating array."""
-        kernel = self.stored.__jax_array__()
+        kernel = self._complete.stored.__jax_array__()
         for step in self.steps:
             operand = () if step.operand is None else (self.operands[step.operand],)
             kernel = step.operation(kernel, *operand, *step.settings)
@@ -105,12 +108,21 @@ class PackedKernel:
         Returns:
             The kernel with its quantised arrays cut; None where it has to be dequantised first.
         """
-        origin = self._stored_axis(axis)
-        cut = None if origin is None else self.stored.cut(origin, operation)
+        whole, origin = self._complete, self._stored_axis(axis)
+        cut = None if origin is None else whole.stored.cut(origin, operation)
         if cut is None or origin is None:
             return None
         shape = (*self.shape[:axis], cut.shape[origin], *self.shape[axis + 1 :])
-        return dataclasses.replace(self, stored=cut, shape=shape)
+        return dataclasses.replace(whole, stored=cut, shape=shape)
+
+    @property
+    def _complete(self) -> PackedKernel:
+        """The kernel with all axes in its stored arrays."""
+        axis = self.missing
+        if axis is None:
+            return self
+        node = jax.tree.map(lambda x: jnp.expand_dims(x, axis), self.stored.node)
+        return dataclasses.replace(self, stored=QuantisedArray(node), missing=None)
 
     def _stored_axis(self, axis: int) -> int | None:
         """Return the axis of the stored kernel that an axis of the result is; None if unknown."""
@@ -130,8 +142,8 @@ class PackedKernel:
         Returns:
             None where the arrays cannot be cut along it.
         """
-        axis = self._stored_axis(0)
-        if axis is None or not self.stored.lies_along(axis):
+        whole, axis = self._complete, self._stored_axis(0)
+        if axis is None or not whole.stored.lies_along(axis):
             return None
         length = self.shape[0]
 
@@ -139,18 +151,14 @@ class PackedKernel:
             x = jnp.moveaxis(x, axis, 0)
             return x if x.shape[0] == length else jnp.broadcast_to(x, (length, *x.shape[1:]))
 
-        stored = QuantisedArray(jax.tree.map(leading, self.stored.node))
-        return dataclasses.replace(self, stored=stored, scanned=axis)
+        stored = QuantisedArray(jax.tree.map(leading, whole.stored.node))
+        return dataclasses.replace(whole, stored=stored, scanned=axis)
 
     def inside_scan(self) -> PackedKernel:
         """Return one slice of the kernel, inside the scan, where the stored arrays lack an axis."""
-        axis = self.scanned
-        assert axis is not None
-        node = jax.tree.map(lambda x: jnp.expand_dims(x, axis), self.stored.node)
-        whole = dataclasses.replace(
-            self, stored=QuantisedArray(node), shape=(1, *self.shape[1:]), scanned=None
-        )
-        return whole.then(lax.squeeze, (0,))
+        shape = (1, *self.shape[1:])
+        one = dataclasses.replace(self, shape=shape, scanned=None, missing=self.scanned)
+        return one.then(lax.squeeze, (0,))
 
 
 def plain(kernel: Any) -> Any:

@@ -34,6 +34,7 @@ from loha_jax.tree.merge import merge, unload
 from loha_jax.tree.partition import combine, partition, trainable_mask
 from loha_jax.tree.quantised import dequantise
 from loha_jax.tree.quantised_types import register_quantised
+from loha_jax.tree.requantise import requantising_losses
 from loha_jax.tree.scaled_array import ScaledArray
 from loha_jax.tree.summary import summary
 from loha_jax.tree.weighted_sum import add_weighted_adapter
@@ -76,6 +77,7 @@ __all__ = [
     "merge",
     "partition",
     "register_quantised",
+    "requantising_losses",
     "scale",
     "set_adapter",
     "summary",

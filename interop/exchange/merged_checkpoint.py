@@ -17,6 +17,7 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.merge import check_rounding, merge, unload
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.quantised import QuantisedArray
 
 from ..disk.atomic import whole_folder, write_atomically
 from ..disk.base_checkpoint import (
@@ -268,7 +269,12 @@ class _MergedTensors:
             stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
                 where = np.unravel_index(index, leaf.shape[: len(stack)])
-                leaf = jax.tree.map(lambda array: array[where], leaf)
+                if isinstance(leaf.kernel, QuantisedArray):
+                    leaf = dataclasses.replace(leaf, kernel=leaf.kernel.part(where))
+                    adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
+                    leaf = dataclasses.replace(leaf, adapters=adapters)
+                else:
+                    leaf = jax.tree.map(lambda array: array[where], leaf)
                 leaf = dataclasses.replace(
                     leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],)
                 )

@@ -20,7 +20,8 @@ from loha_jax.targets.module_names import (
     module_name,
     path_parts,
 )
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
+from loha_jax.tree.quantised import wrapped
 from loha_jax.tree.text_table import text_table
 
 from ..disk.base_checkpoint import Checkpoint
@@ -242,11 +243,12 @@ def _leaves(params: Any) -> list[Leaf]:
         TypeError: the tree holds shapes.
     """
     leaves = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)[0]:
         if isinstance(leaf, LoHaWeight):
             leaf = leaf.kernel
         elif isinstance(leaf, SavedWeight):
             leaf = leaf.original
+        leaf = wrapped(leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 "NameMap.infer compares values, and the tree holds shapes (jax.ShapeDtypeStruct). Give it the "

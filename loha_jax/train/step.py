@@ -14,7 +14,8 @@ import optax
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.tree.dropout import dropout
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
+from loha_jax.tree.quantised import is_quantised, wrapped
 from loha_jax.tree.partition import combine
 
 RESERVED = ("loss", "grad_norm", "good", "step")
@@ -163,11 +164,13 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
             return dataclasses.replace(
                 x, original=cast(x.original), copies=jax.tree.map(cast, x.copies)
             )
+        if is_quantised(x):
+            return wrapped(x).as_dtype(dtype)
         if x is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return x.astype(dtype)
 
-    return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=is_adapted)
+    return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=is_whole)
 
 
 def taken_by(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:

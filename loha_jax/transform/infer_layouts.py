@@ -20,6 +20,7 @@ from loha_jax.transform.options import Options
 from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
+from loha_jax.tree.quantised import is_quantised, wrapped
 
 
 def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> ModelLayouts:
@@ -49,6 +50,11 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     base = unload(
         copy.deepcopy(params) if container_of(params) is not None else params
     )  # unload changes a model in place
+    base = jax.tree.map(
+        lambda leaf: wrapped(leaf).type_of_array if is_quantised(leaf) else leaf,
+        base,
+        is_leaf=is_quantised,
+    )
     leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
     candidates: dict[int, str] = {}
     for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):

@@ -121,8 +121,8 @@ class PackedKernel:
         axis = self.missing
         if axis is None:
             return self
-        node = jax.tree.map(lambda x: jnp.expand_dims(x, axis), self.stored.node)
-        return dataclasses.replace(self, stored=QuantisedArray(node), missing=None)
+        stored = jax.tree.map(lambda x: jnp.expand_dims(x, axis), self.stored)
+        return dataclasses.replace(self, stored=stored, missing=None)
 
     def _stored_axis(self, axis: int) -> int | None:
         """Return the axis of the stored kernel that an axis of the result is; None if unknown."""
@@ -151,7 +151,7 @@ class PackedKernel:
             x = jnp.moveaxis(x, axis, 0)
             return x if x.shape[0] == length else jnp.broadcast_to(x, (length, *x.shape[1:]))
 
-        stored = QuantisedArray(jax.tree.map(leading, whole.stored.node))
+        stored = jax.tree.map(leading, whole.stored)
         return dataclasses.replace(whole, stored=stored, scanned=axis)
 
     def inside_scan(self) -> PackedKernel:

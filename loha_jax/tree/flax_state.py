@@ -16,8 +16,11 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
+from loha_jax.tree.quantised import QuantisedArray
 
 _MODULE = "flax.serialization"
 
@@ -26,6 +29,8 @@ def children_of(node: Any) -> dict[str, Any]:
     """Return the children of an adapted leaf, or of an adapter, by name."""
     if isinstance(node, LoHaWeight):
         return {"kernel": node.kernel, "adapters": node.adapters}
+    if isinstance(node, QuantisedArray):
+        return {str(n): array for n, array in enumerate(jax.tree.leaves(node))}
     if isinstance(node, SavedWeight):
         return {"original": node.original, "copies": node.copies}
     return {name: getattr(node, name) for name in node.parts}
@@ -50,9 +55,11 @@ def _register(serialization: ModuleType) -> None:
             name: serialization.from_state_dict(child, state[name], name)
             for name, child in children.items()
         }
+        if isinstance(node, QuantisedArray):
+            return jax.tree.unflatten(jax.tree.structure(node), list(new.values()))
         return dataclasses.replace(node, **new)
 
-    for kind in (LoHaWeight, SavedWeight, Factors):
+    for kind in (LoHaWeight, SavedWeight, Factors, QuantisedArray):
         serialization.register_serialization_state(kind, to_state, from_state, override=True)
 
 
@@ -69,7 +76,7 @@ def _check(where: str, given: Any, held: Any) -> None:
         else getattr(x, "shape", "a value" if not isinstance(x, Mapping) else "a dict")
         for x in (given, held)
     )
-    if isinstance(given, Factors) or not (given is None or isinstance(ours, tuple)):
+    if isinstance(given, Factors | QuantisedArray) or not (given is None or isinstance(ours, tuple)):
         return
     if ours != theirs:
         shown = [

@@ -16,7 +16,9 @@ from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapte
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, map_adapted
-from loha_jax.tree.quantised import unwrapped
+from loha_jax.tree.quantised import QuantisedArray, unwrapped
+from loha_jax.tree.requantise import Requantised, loss, warn_of_requantising
+from loha_jax.tree.requantise import requantise as quantised_as
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ def merge(
     safe: bool = False,
     unload: bool = True,
     force: bool = False,
+    requantise: bool = False,
 ) -> T:
     """Add adapters into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
@@ -45,6 +48,8 @@ def merge(
             those that were active stay active.
         force: merge into float8 kernels although rounding loses more than half of an update. Under
             `jax.jit`, where values cannot be read, this is not checked.
+        requantise: quantise the merged kernels of a quantised base again, by the same scheme. By
+            default they are floating arrays then. Kernels without an adapter stay as they are.
 
     Returns:
         The merged tree. Leaves of `modules_to_save` are the trained copies. To unmerge, keep the
@@ -58,6 +63,8 @@ def merge(
     Warns:
         UserWarning: rounding to float8 loses more than a tenth of an update. The message has the
             largest share.
+        UserWarning: quantising again loses more than a tenth of the updates. The message has the
+            share by kernel, as `loha_jax.requantising_losses` returns it.
 
     Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its
     `merge_adapter`, after which PEFT's layers ignore active adapters that are not merged.
@@ -74,18 +81,25 @@ def merge(
     check_adapters(params, adapters or ())
     broken: list[str] = []
     lost: dict[str, float] = {}
+    quantised_again: dict[str, Requantised] = {}
 
     def merged(leaf: Any) -> Any:
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
-            weight = leaf.dense(own)
+            quantised = isinstance(leaf.kernel, QuantisedArray)
+            leaf.require_whole()
+            weight = leaf.kernel if quantised and not own else leaf.dense(own)
             if own and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
                 wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
                 name = ", ".join(leaf.names[:3])
                 lost[name] = check_rounding(weight, wide, leaf.kernel, name, force)
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
+            if own and requantise and quantised:
+                weight = quantised_as(weight, leaf.kernel, leaf.label)
+                if (found := loss(leaf, own, weight)) is not None:
+                    quantised_again[leaf.label] = found
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
             others = {
                 name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()
@@ -95,7 +109,7 @@ def merge(
             name = leaf.copy_of(chosen)
             weight = leaf.original if name is None else leaf.copies[name]
             new = dataclasses.replace(leaf, original=weight)
-        return weight if unload else without_adapters(new, chosen)
+        return unwrapped(weight) if unload else without_adapters(new, chosen)
 
     result = map_adapted(merged, params)
     if broken:
@@ -109,6 +123,7 @@ def merge(
         warn_caller(
             f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
         )
+    warn_of_requantising(quantised_again)
     return result
 
 

@@ -28,15 +28,17 @@ class QuantisedArray(ArrayLike):
     Attributes:
         node: the quantised array itself; None, or an object without arrays, in one half of
             `partition`.
+        cast: the name of the dtype that it is cast to when it is dequantised, or None.
     """
 
-    def __init__(self, node: Node):
+    def __init__(self, node: Node, cast: str | None = None):
         self.node = node
+        self.cast = cast
 
     def __repr__(self) -> str:
         if not self.is_whole:
             return "None"
-        return f"{short_array(self._type_of_array)} ({self.scheme})"
+        return f"{short_array(self.type_of_array)} ({self.scheme})"
 
     @functools.cached_property
     def kind(self) -> QuantisedType:
@@ -58,11 +60,17 @@ class QuantisedArray(ArrayLike):
         return str(self._largest.dtype)
 
     def __jax_array__(self) -> jax.Array:
-        return self.kind.dequantise(self.node)
+        array = self.kind.dequantise(self.node)
+        return array if self.cast is None else array.astype(self.cast)
 
     @functools.cached_property
-    def _type_of_array(self) -> jax.ShapeDtypeStruct:
-        return jax.eval_shape(self.kind.dequantise, self.node)
+    def type_of_array(self) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and explicit sharding of the dequantised array."""
+        return jax.eval_shape(lambda node: QuantisedArray(node, self.cast).__jax_array__(), self.node)
+
+    def as_dtype(self, dtype: Any) -> QuantisedArray:
+        """Return the same quantised array, to be cast to a dtype when it is dequantised."""
+        return QuantisedArray(self.node, jnp.dtype(dtype).name)
 
     @property
     def _largest(self) -> jax.Array:
@@ -75,12 +83,12 @@ class QuantisedArray(ArrayLike):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dequantised array."""
-        return self._type_of_array.shape
+        return self.type_of_array.shape
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the dequantised array."""
-        return self._type_of_array.dtype
+        return self.type_of_array.dtype
 
     @property
     def size(self) -> int:
@@ -110,7 +118,19 @@ class QuantisedArray(ArrayLike):
             return None
         size = self.shape[axis]
         cut = [operation(x, axis) if x.shape[axis] == size else x for x in arrays]
-        return QuantisedArray(treedef.unflatten(cut))
+        return QuantisedArray(treedef.unflatten(cut), self.cast)
+
+    def part(self, where: Sequence[int]) -> jax.Array:
+        """Return one part of the dequantised array, by indices of its first axes."""
+        array: Any = self
+        for axis, index in enumerate(where):
+
+            def one(x: Any, at: int, index: int = index) -> Any:
+                return jax.lax.slice_in_dim(x, index, index + 1, axis=at)
+
+            cut = array.cut(axis, one) if isinstance(array, QuantisedArray) else None
+            array = one(as_array(array), axis) if cut is None else cut
+        return as_array(array).reshape(self.shape[len(where) :])
 
     def lies_along(self, axis: int) -> bool:
         """Whether each stored array has this axis, whole or with length 1."""
@@ -122,20 +142,20 @@ class QuantisedArray(ArrayLike):
 
 jax.tree_util.register_pytree_with_keys(
     QuantisedArray,
-    lambda array: (((GetAttrKey("node"), array.node),), None),
-    lambda _, children: QuantisedArray(*children),
-    lambda array: ((array.node,), None),
+    lambda array: (((GetAttrKey("node"), array.node),), (array.cast,)),
+    lambda aux, children: QuantisedArray(*children, *aux),
+    lambda array: ((array.node,), (array.cast,)),
 )
 
 
 def is_quantised(x: Any) -> bool:
     """Return whether `x` is a quantised array of a known type (for `is_leaf=`)."""
-    return quantised_type(x) is not None
+    return isinstance(x, QuantisedArray) or quantised_type(x) is not None
 
 
 def wrapped(leaf: Any) -> Any:
     """Return a quantised array as a `QuantisedArray`; other leaves as they are."""
-    return QuantisedArray(leaf) if is_quantised(leaf) else leaf
+    return QuantisedArray(leaf) if quantised_type(leaf) is not None else leaf
 
 
 def unwrapped(leaf: Any) -> Any:
@@ -161,7 +181,7 @@ def dequantise(params: T) -> T:
     def plain(leaf: Any) -> Any:
         return as_array(wrapped(leaf))
 
-    return jax.tree.map(plain, params, is_leaf=_is_known)
+    return jax.tree.map(plain, params, is_leaf=is_quantised)
 
 
 def unknown_quantised(params: Any) -> dict[tuple[str, ...], str]:
@@ -171,16 +191,12 @@ def unknown_quantised(params: Any) -> dict[tuple[str, ...], str]:
         The arrays in it by its path, such as `("q", "kernel")`: "q.kernel.bits uint8[3,2]".
     """
     found: dict[tuple[str, ...], str] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_known)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)[0]:
         parts = path_parts(path)
         inside = next((n for n in range(1, len(path)) if _is_kernel(path[:n])), None)
         if _is_narrow(leaf) and inside is not None and not _is_kernel(path):
             found.setdefault(path_parts(path[:inside]), f"{'.'.join(parts)} {short_array(leaf)}")
     return found
-
-
-def _is_known(x: Any) -> bool:
-    return isinstance(x, QuantisedArray) or is_quantised(x)
 
 
 def _is_kernel(path: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import EXTRA_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole
 from loha_jax.tree.merge import unload
+from loha_jax.tree.quantised import QuantisedArray, wrapped
 from loha_jax.tree.short_repr import number_range
 from loha_jax.tree.text_table import text_table
 
@@ -79,7 +80,8 @@ class Summary:
 def summary(params: Any) -> Summary:
     """List the adapters of a tree with their modules, ranks and numbers of parameters.
 
-    The leaves may be arrays, tracers or the shapes of `jax.eval_shape`.
+    The leaves may be arrays, tracers or the shapes of `jax.eval_shape`. A quantised kernel is named
+    by its scheme in `kind`, and counts with its shape.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax
@@ -89,7 +91,8 @@ def summary(params: Any) -> Summary:
         'trainable params: 24 || all params: 33 || trainable%: 72.7273'
     """
     rows = [row for leaf in flatten_whole(params)[0] for row in _rows(leaf)]
-    base = (leaf for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
+    leaves = map(wrapped, flatten_whole(unload(params))[0])
+    base = (leaf for leaf in leaves if hasattr(leaf, "shape"))
     frozen = sum(math.prod(leaf.shape) for leaf in base)
     trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
@@ -111,7 +114,7 @@ def _adapter_row(leaf: LoHaWeight, name: str, factors: Factors) -> AdapterRow:
     extras = [math.prod(x.shape) for n, x in factors.trained.items() if n in EXTRA_NAMES]
     return AdapterRow(
         module=leaf.label,
-        kind=_kind(factors),
+        kind=_kind(factors) + _scheme(leaf.kernel),
         adapter=name,
         shape=tuple(leaf.shape),
         layout=leaf.layout.word,
@@ -132,6 +135,10 @@ def _saved_row(leaf: SavedWeight, name: str, copy: Any) -> AdapterRow:
         parameters=copy.size,
         active=name in leaf.active,
     )
+
+
+def _scheme(kernel: Any) -> str:
+    return f" ({kernel.scheme})" if isinstance(kernel, QuantisedArray) else ""
 
 
 def _kind(factors: Factors) -> str:

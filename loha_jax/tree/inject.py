@@ -26,7 +26,7 @@ from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
-from loha_jax.tree.quantised import as_array, wrapped
+from loha_jax.tree.quantised import QuantisedArray, as_array, wrapped
 
 T = TypeVar("T")
 
@@ -246,8 +246,12 @@ def _with_shardings(shapes: T, params: T) -> T:
             leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
         elif isinstance(leaf, SavedWeight):
             original = old.original if isinstance(old, SavedWeight) else wrapped(old)
+            copy = original
+            if isinstance(original, QuantisedArray):
+                place = getattr(original.placed, "sharding", None)
+                copy = jax.ShapeDtypeStruct(original.shape, original.dtype, sharding=place)
             leaves[position] = dataclasses.replace(
-                leaf, original=original, copies=dict.fromkeys(leaf.copies, original)
+                leaf, original=original, copies=dict.fromkeys(leaf.copies, copy)
             )
         else:
             leaves[position] = old

@@ -271,7 +271,7 @@ def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
         {'bias': 1.0}
     """
     return jax.tree.map(
-        lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted
+        lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_whole
     )
 
 

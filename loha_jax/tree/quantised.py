@@ -194,7 +194,8 @@ def unknown_quantised(params: Any) -> dict[tuple[str, ...], str]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)[0]:
         parts = path_parts(path)
         inside = next((n for n in range(1, len(path)) if _is_kernel(path[:n])), None)
-        if _is_narrow(leaf) and inside is not None and not _is_kernel(path):
+        plain = _is_kernel(path) or is_quantised(leaf)
+        if inside is not None and not plain and _is_narrow(leaf):
             found.setdefault(path_parts(path[:inside]), f"{'.'.join(parts)} {short_array(leaf)}")
     return found
 

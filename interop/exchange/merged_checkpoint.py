@@ -270,7 +270,9 @@ class _MergedTensors:
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
                 where = np.unravel_index(index, leaf.shape[: len(stack)])
                 if isinstance(leaf.kernel, QuantisedArray):
-                    leaf = dataclasses.replace(leaf, kernel=leaf.kernel.part(where))
+                    leaf = dataclasses.replace(
+                        leaf, kernel=leaf.kernel.part(tuple(map(int, where)))
+                    )
                     adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
                     leaf = dataclasses.replace(leaf, adapters=adapters)
                 else:

@@ -10,7 +10,8 @@ import jax
 
 from loha_jax.runtime.untrusted import fullmatch
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import KERNEL_LEAVES, module_name, path_parts
+from loha_jax.targets.module_names import KERNEL_LEAVES
+
 
 def spelling_advice(targets: Any, names: Sequence[str]) -> str:
     """Return the rule that entries of `target_modules` break, with the right spelling.

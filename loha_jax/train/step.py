@@ -15,8 +15,8 @@ import optax
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
-from loha_jax.tree.quantised import is_quantised, wrapped
 from loha_jax.tree.partition import combine
+from loha_jax.tree.quantised import is_quantised, wrapped
 
 RESERVED = ("loss", "grad_norm", "good", "step")
 """Names that `loss_fn` cannot give a metric."""

@@ -24,7 +24,7 @@ from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
 from loha_jax.runtime.sizes import is_empty, is_known
-from loha_jax.transform.packed_kernel import PackedKernel, cut, plain, put_off
+from loha_jax.transform.packed_kernel import PackedKernel, cut, plain, put_off, scaled
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.quantised import QuantisedArray
@@ -198,18 +198,21 @@ class KernelView:
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
         dims = tuple(self.dims[axis] for axis in permutation)
-        return dataclasses.replace(self, kernel=put_off(lax.transpose, self.kernel, tuple(permutation)), dims=dims)
+        kernel = put_off(lax.transpose, self.kernel, tuple(permutation))
+        return dataclasses.replace(self, kernel=kernel, dims=dims)
 
     def convert(self, dtype: Any) -> KernelView | None:
         """`lax.convert_element_type`; the factors keep their dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, kernel=put_off(lax.convert_element_type, self.kernel, dtype))
+        kernel = put_off(lax.convert_element_type, self.kernel, dtype)
+        return dataclasses.replace(self, kernel=kernel)
 
     def squeeze(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.squeeze`."""
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
-        return dataclasses.replace(self, kernel=put_off(lax.squeeze, self.kernel, tuple(dimensions)), dims=dims)
+        kernel = put_off(lax.squeeze, self.kernel, tuple(dimensions))
+        return dataclasses.replace(self, kernel=kernel, dims=dims)
 
     def broadcast_in_dim(
         self, shape: Sequence[int], broadcast_dimensions: Sequence[int]
@@ -227,9 +230,8 @@ class KernelView:
             else:
                 dims.append((len(atoms),))
                 atoms.append(Atom("b", size, -1))
-        kernel = put_off(
-            lax.broadcast_in_dim, self.kernel, tuple(shape), tuple(broadcast_dimensions)
-        )
+        axes = tuple(broadcast_dimensions)
+        kernel = put_off(lax.broadcast_in_dim, self.kernel, tuple(shape), axes)
         return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
@@ -253,7 +255,8 @@ class KernelView:
                 else:
                     return None
             dims.append(tuple(group))
-        return dataclasses.replace(view, kernel=put_off(lax.reshape, self.kernel, tuple(shape)), dims=tuple(dims))
+        kernel = put_off(lax.reshape, self.kernel, tuple(shape))
+        return dataclasses.replace(view, kernel=kernel, dims=tuple(dims))
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
@@ -291,10 +294,7 @@ class KernelView:
         factors = tuple(
             dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors
         )
-        if isinstance(self.kernel, PackedKernel):
-            kernel = self.kernel.scaled(factor, operation)
-        else:
-            kernel = operation(self.kernel, factor)
+        kernel = scaled(self.kernel, factor, operation)
         return dataclasses.replace(self, kernel=kernel, factors=factors)
 
     def rev(self, dimensions: Sequence[int]) -> KernelView:

@@ -173,6 +173,12 @@ def put_off(operation: Callable[..., jax.Array], kernel: Any, *settings: Any) ->
     return operation(kernel, *settings)
 
 
+def scaled(kernel: Any, factor: Any, operation: Callable[..., jax.Array]) -> Any:
+    """Return `operation(kernel, factor)` for a scalar; put off for a packed kernel."""
+    packed = isinstance(kernel, PackedKernel)
+    return kernel.scaled(factor, operation) if packed else operation(kernel, factor)
+
+
 def cut(kernel: Any, axis: int, operation: Callable[[Any, int], Any]) -> Any:
     """Return `operation(kernel, axis)`, which changes the positions along an axis."""
     if isinstance(kernel, PackedKernel):

@@ -76,7 +76,9 @@ def _check(where: str, given: Any, held: Any) -> None:
         else getattr(x, "shape", "a value" if not isinstance(x, Mapping) else "a dict")
         for x in (given, held)
     )
-    if isinstance(given, Factors | QuantisedArray) or not (given is None or isinstance(ours, tuple)):
+    if isinstance(given, Factors | QuantisedArray) or not (
+        given is None or isinstance(ours, tuple)
+    ):
         return
     if ours != theirs:
         shown = [

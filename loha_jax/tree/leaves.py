@@ -270,9 +270,7 @@ def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
         >>> map_adapted(lambda leaf: leaf.kernel, {"bias": 1.0})
         {'bias': 1.0}
     """
-    return jax.tree.map(
-        lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_whole
-    )
+    return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_whole)
 
 
 def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T:

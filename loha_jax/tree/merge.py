@@ -17,8 +17,12 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, map_adapted
 from loha_jax.tree.quantised import QuantisedArray, unwrapped
-from loha_jax.tree.requantise import Requantised, loss, warn_of_requantising
-from loha_jax.tree.requantise import requantise as quantised_as
+from loha_jax.tree.requantise import (
+    Requantised,
+    loss,
+    requantised_like,
+    warn_of_requantising,
+)
 
 T = TypeVar("T")
 
@@ -80,26 +84,17 @@ def merge(
         raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
     check_adapters(params, adapters or ())
     broken: list[str] = []
-    lost: dict[str, float] = {}
-    quantised_again: dict[str, Requantised] = {}
+    losses = Losses()
 
     def merged(leaf: Any) -> Any:
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
-            quantised = isinstance(leaf.kernel, QuantisedArray)
-            leaf.require_whole()
-            weight = leaf.kernel if quantised and not own else leaf.dense(own)
-            if own and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
-                wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
-                name = ", ".join(leaf.names[:3])
-                lost[name] = check_rounding(weight, wide, leaf.kernel, name, force)
+            weight = _merged_kernel(leaf, own, losses, force)
             if safe and not jnp.isfinite(weight).all():
                 broken.extend(leaf.names)
-            if own and requantise and quantised:
-                weight = quantised_as(weight, leaf.kernel, leaf.label)
-                if (found := loss(leaf, own, weight)) is not None:
-                    quantised_again[leaf.label] = found
+            if requantise and own and isinstance(leaf.kernel, QuantisedArray):
+                weight = losses.requantised(leaf, own, weight)
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
             others = {
                 name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()
@@ -118,13 +113,47 @@ def merge(
             f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
             f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
-    if (share := max(lost.values(), default=0.0)) > _LOSS_NOTED:
-        worst = max(lost, key=lost.__getitem__)
-        warn_caller(
-            f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
-        )
-    warn_of_requantising(quantised_again)
+    losses.warn()
     return result
+
+
+@dataclasses.dataclass
+class Losses:
+    """What rounding and quantising the merged kernels of a tree lose, by their names."""
+
+    rounding: dict[str, float] = dataclasses.field(default_factory=dict)
+    quantising: dict[str, Requantised] = dataclasses.field(default_factory=dict)
+
+    def requantised(
+        self, leaf: LoHaWeight, adapters: tuple[str, ...], weight: jax.Array
+    ) -> QuantisedArray:
+        """Return a merged kernel, quantised as the one before, and note what that loses."""
+        new = requantised_like(leaf, weight)
+        if (found := loss(leaf, adapters, new)) is not None:
+            self.quantising[leaf.label] = found
+        return new
+
+    def warn(self) -> None:
+        """Warn of large losses."""
+        if (share := max(self.rounding.values(), default=0.0)) > _LOSS_NOTED:
+            worst = max(self.rounding, key=self.rounding.__getitem__)
+            warn_caller(
+                f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
+            )
+        warn_of_requantising(self.quantising)
+
+
+def _merged_kernel(leaf: LoHaWeight, adapters: tuple[str, ...], losses: Losses, force: bool) -> Any:
+    """Return a kernel with adapters added; a quantised one without any as it is."""
+    leaf.require_whole()
+    if isinstance(leaf.kernel, QuantisedArray) and not adapters:
+        return leaf.kernel
+    weight = leaf.dense(adapters)
+    if adapters and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
+        wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(adapters)
+        name = ", ".join(leaf.names[:3])
+        losses.rounding[name] = check_rounding(weight, wide, leaf.kernel, name, force)
+    return weight
 
 
 def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> float:

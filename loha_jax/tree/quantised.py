@@ -66,7 +66,9 @@ class QuantisedArray(ArrayLike):
     @functools.cached_property
     def type_of_array(self) -> jax.ShapeDtypeStruct:
         """Shape, dtype and explicit sharding of the dequantised array."""
-        return jax.eval_shape(lambda node: QuantisedArray(node, self.cast).__jax_array__(), self.node)
+        return jax.eval_shape(
+            lambda node: QuantisedArray(node, self.cast).__jax_array__(), self.node
+        )
 
     def as_dtype(self, dtype: Any) -> QuantisedArray:
         """Return the same quantised array, to be cast to a dtype when it is dequantised."""
@@ -122,15 +124,11 @@ class QuantisedArray(ArrayLike):
 
     def part(self, where: Sequence[int]) -> jax.Array:
         """Return one part of the dequantised array, by indices of its first axes."""
-        array: Any = self
+        array, indices = self, list(where)
         for axis, index in enumerate(where):
-
-            def one(x: Any, at: int, index: int = index) -> Any:
-                return jax.lax.slice_in_dim(x, index, index + 1, axis=at)
-
-            cut = array.cut(axis, one) if isinstance(array, QuantisedArray) else None
-            array = one(as_array(array), axis) if cut is None else cut
-        return as_array(array).reshape(self.shape[len(where) :])
+            if (cut := array.cut(axis, functools.partial(_one, index))) is not None:
+                array, indices[axis] = cut, 0
+        return as_array(array)[tuple(indices)]
 
     def lies_along(self, axis: int) -> bool:
         """Whether each stored array has this axis, whole or with length 1."""
@@ -138,6 +136,10 @@ class QuantisedArray(ArrayLike):
             x.ndim == self.ndim and x.shape[axis] in (1, self.shape[axis])
             for x in jax.tree.leaves(self.node)
         )
+
+
+def _one(index: int, x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.slice_in_dim(x, index, index + 1, axis=axis)
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -206,6 +208,9 @@ def _is_kernel(path: Sequence[Any]) -> bool:
 
 def _is_narrow(x: Any) -> bool:
     dtype, ndim = getattr(x, "dtype", None), getattr(x, "ndim", 0)
-    return dtype is not None and ndim > 1 and not jnp.issubdtype(dtype, jax.dtypes.extended) and (
-        jnp.issubdtype(dtype, jnp.integer) or jnp.dtype(dtype).itemsize == 1
+    return (
+        dtype is not None
+        and ndim > 1
+        and not jnp.issubdtype(dtype, jax.dtypes.extended)
+        and (jnp.issubdtype(dtype, jnp.integer) or jnp.dtype(dtype).itemsize == 1)
     )

@@ -98,7 +98,7 @@ def _find(kind: type) -> QuantisedType | None:
 
 
 def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return a scale with the axes of its values: each entry repeated over the block that it serves.
+    """Return a scale in the shape of its values, or with length 1: entries repeated over blocks.
 
     Example:
         >>> spread(jnp.array([[1.0], [2.0]]), (4, 3)).tolist()

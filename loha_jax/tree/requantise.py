@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.runtime.caller import warn_caller
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of
+from loha_jax.tree.leaves import LoHaWeight, leaves_of
 from loha_jax.tree.quantised import QuantisedArray, as_array
 
 _NOTED = 0.1
@@ -38,17 +38,18 @@ class Requantised(NamedTuple):
         return float(np.sqrt(self.lost / self.update)) if self.update else 0.0
 
 
-def requantise(kernel: jax.Array, old: QuantisedArray, name: str) -> QuantisedArray:
-    """Return a kernel as a quantised array of the scheme of the one that it replaces.
+def requantised_like(leaf: LoHaWeight, kernel: jax.Array) -> QuantisedArray:
+    """Return a merged kernel as a quantised array of the scheme of the leaf's own.
 
     Raises:
-        ValueError: the type of `old` has no way back.
+        ValueError: its type has no way back.
     """
+    old, name = leaf.kernel, leaf.label
     if (way := old.kind.requantise) is None:
         raise ValueError(
-            f"The kernel of {name} is a {type(old.node).__name__}, which cannot be made again of a float kernel: "
-            "register_quantised(type, dequantise, requantise) says how. Or merge into float kernels, without "
-            "requantise=True, and quantise these"
+            f"The kernel of {name} is a {type(old.node).__name__}, which cannot be made again of a "
+            "float kernel: register_quantised(type, dequantise, requantise) says how. Or merge "
+            "into float kernels, without requantise=True, and quantise these"
         )
     return QuantisedArray(way(kernel, old.node))
 
@@ -94,7 +95,7 @@ def requantising_losses(params: Any, adapters: Sequence[str] | None = None) -> d
         chosen = leaf.active if adapters is None else adapters
         own = tuple(name for name in chosen if name in leaf.adapters)
         if own and isinstance(leaf.kernel, QuantisedArray):
-            new = requantise(leaf.dense(own), leaf.kernel, leaf.label)
+            new = requantised_like(leaf, leaf.dense(own))
             if (found := loss(leaf, own, new)) is not None:
                 losses[leaf.label] = found.share
     return losses

@@ -46,8 +46,9 @@ class ScaledArray:
             count == 0 or size % count for size, count in zip(values, scale, strict=True)
         ):
             raise ValueError(
-                f"A scale of shape {tuple(scale)} does not fit values of shape {tuple(values)}: it has as many axes, "
-                "each as long as that of the values, of length 1, or a divisor. Give it axes of length 1 with reshape"
+                f"A scale of shape {tuple(scale)} does not fit values of shape {tuple(values)}: it "
+                "has as many axes, each as long as that of the values, of length 1, or a divisor. "
+                "Give it axes of length 1 with reshape"
             )
 
     @property

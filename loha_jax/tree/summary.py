@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import EXTRA_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole

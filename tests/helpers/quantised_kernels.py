@@ -58,5 +58,3 @@ def float_and_quantised(params, config, layouts=None, **options):
         loha_jax.inject(tree, config, key=KEY, layouts=layouts, **options)
         for tree in (loha_jax.dequantise(params), params)
     )
-
-

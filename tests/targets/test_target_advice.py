@@ -39,9 +39,7 @@ def test_one_entry_among_good_ones_is_a_warning_with_the_rule():
 
 
 def test_an_integer_kernel_is_named():
-    with pytest.raises(
-        ValueError, match=r"q\.kernel int8\[3, 3\].*loha_jax\.ScaledArray"
-    ):
+    with pytest.raises(ValueError, match=r"q\.kernel int8\[3, 3\].*loha_jax\.ScaledArray"):
         inject({"q": {"kernel": jnp.ones((3, 3), jnp.int8), "kernel_scale": jnp.ones(3)}}, ["q"])
 
 

@@ -32,10 +32,12 @@ def assert_like_float(fn, params, targets, *args, layouts=None, strategy="auto",
         return jnp.vdot(result, jnp.cos(jnp.arange(result.size)).reshape(result.shape)), result
 
     wanted, got = (
-        jax.jit(jax.value_and_grad(loss, has_aux=True))(*loha_jax.partition(tree))
-        for tree in trees
+        jax.jit(jax.value_and_grad(loss, has_aux=True))(*loha_jax.partition(tree)) for tree in trees
     )
-    pairs = [(wanted[0][1], got[0][1]), *zip(*map(jax.tree.leaves, (wanted[1], got[1])), strict=True)]
+    pairs = [
+        (wanted[0][1], got[0][1]),
+        *zip(*map(jax.tree.leaves, (wanted[1], got[1])), strict=True),
+    ]
     for want, have in pairs:
         size = np.abs(np.asarray(want, np.float32)).max()
         np.testing.assert_allclose(have, want, rtol=rtol, atol=rtol * size)
@@ -107,7 +109,9 @@ def test_transposed_reshaped_scaled_and_split():
     def fn(p, x):
         w = p["a"]["kernel"]
         q, k, v = jnp.split(w * 0.5, 3, axis=1)
-        return (x @ q) * (x @ k.T.T) + x @ v[::, ::-1] + (x @ w.reshape(8, 3, 4).reshape(8, 12))[:, :4]
+        return (
+            (x @ q) * (x @ k.T.T) + x @ v[::, ::-1] + (x @ w.reshape(8, 3, 4).reshape(8, 12))[:, :4]
+        )
 
     assert_like_float(fn, params, ["a"], X)
 
@@ -187,23 +191,37 @@ def test_bfloat16_input(scheme):
 def test_outer_vmap_and_grad_of_the_input():
     params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}}
     want, have = (
-        jax.vmap(jax.grad(lambda x, tree=tree: (loha_jax.adapt(lambda p, x: x @ p["a"]["kernel"])(tree, x) ** 2).sum()))(X)
+        jax.vmap(
+            jax.grad(
+                lambda x, tree=tree: (
+                    loha_jax.adapt(lambda p, x: x @ p["a"]["kernel"])(tree, x) ** 2
+                ).sum()
+            )
+        )(X)
         for tree in float_and_quantised(params, config("a"))
     )
     np.testing.assert_allclose(have, want, rtol=1e-5)
 
 
 def test_forward_mode():
-    params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}, "b": {"kernel": quantised(kernel(12, 4), "int8")}}
+    params = {
+        "a": {"kernel": quantised(kernel(8, 12), "int8")},
+        "b": {"kernel": quantised(kernel(12, 4), "int8")},
+    }
     want, have = (
-        jax.jvp(lambda x, tree=tree: loha_jax.adapt(chain, forward_mode=True)(tree, x), (X,), (X,))[1]
+        jax.jvp(lambda x, tree=tree: loha_jax.adapt(chain, forward_mode=True)(tree, x), (X,), (X,))[
+            1
+        ]
         for tree in float_and_quantised(params, config("a"))
     )
     np.testing.assert_allclose(have, want, rtol=1e-5)
 
 
 def test_an_adapter_per_row():
-    params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}, "b": {"kernel": quantised(kernel(12, 4), "int8")}}
+    params = {
+        "a": {"kernel": quantised(kernel(8, 12), "int8")},
+        "b": {"kernel": quantised(kernel(12, 4), "int8")},
+    }
     results = []
     for tree in float_and_quantised(params, config("a"), adapter_name="one"):
         both = loha_jax.inject(tree, config("a"), key=jax.random.key(5), adapter_name="two")
@@ -215,7 +233,10 @@ def test_an_adapter_per_row():
 
 def test_a_tree_without_active_adapters():
     """adapt runs a float function on quantised kernels alone."""
-    params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}, "b": {"kernel": quantised(kernel(12, 4), "int4")}}
+    params = {
+        "a": {"kernel": quantised(kernel(8, 12), "int8")},
+        "b": {"kernel": quantised(kernel(12, 4), "int4")},
+    }
     want = chain(loha_jax.dequantise(params), X)
     np.testing.assert_allclose(loha_jax.adapt(chain)(params, X), want, rtol=1e-5)
     adapted = loha_jax.set_adapter(loha_jax.inject(params, config("a"), key=KEY), [])
@@ -224,12 +245,17 @@ def test_a_tree_without_active_adapters():
 
 def test_as_an_array():
     """Without adapt, an adapted leaf is W + ΔW as for a float kernel."""
-    want, have = float_and_quantised({"a": {"kernel": quantised(kernel(8, 12), "nf4")}}, config("a"))
+    want, have = float_and_quantised(
+        {"a": {"kernel": quantised(kernel(8, 12), "nf4")}}, config("a")
+    )
     np.testing.assert_allclose(X @ have["a"]["kernel"], X @ want["a"]["kernel"], rtol=1e-5)
 
 
 def test_a_function_that_returns_its_parameters():
-    params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}, "b": {"kernel": quantised(kernel(12, 4), "int8")}}
+    params = {
+        "a": {"kernel": quantised(kernel(8, 12), "int8")},
+        "b": {"kernel": quantised(kernel(12, 4), "int8")},
+    }
     adapted = loha_jax.inject(params, config("a"), key=KEY)
     same = loha_jax.adapt(lambda p: p)(adapted)
     assert same["b"]["kernel"] is params["b"]["kernel"]
@@ -238,14 +264,19 @@ def test_a_function_that_returns_its_parameters():
 
 def test_a_weight_decomposition():
     params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}}
-    options = loha_jax.LycorisConfig(r=2, target_modules=["a"], weight_decompose=True, init_weights=False)
+    options = loha_jax.LycorisConfig(
+        r=2, target_modules=["a"], weight_decompose=True, init_weights=False
+    )
     trees = float_and_quantised(params, options)
     want, have = (loha_jax.adapt(lambda p, x: x @ p["a"]["kernel"])(tree, X) for tree in trees)
     np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
 
 
 def test_layouts_and_explain():
-    params = {"a": {"kernel": quantised(kernel(8, 12), "int8")}, "b": {"kernel": quantised(kernel(12, 4), "int8")}}
+    params = {
+        "a": {"kernel": quantised(kernel(8, 12), "int8")},
+        "b": {"kernel": quantised(kernel(12, 4), "int8")},
+    }
     assert loha_jax.infer_layouts(chain, params, X) == {"a": "io", "b": "io"}
     adapted = loha_jax.inject(params, config("a"), key=KEY)
     (use,) = loha_jax.explain(chain, adapted, X).uses

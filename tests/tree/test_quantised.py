@@ -1,6 +1,7 @@
 """Trees with quantised kernels: inject, partition, training, merge, files and checkpoints."""
 
 import dataclasses
+import re
 import warnings
 
 import flax
@@ -54,7 +55,8 @@ def test_inject_and_back(scheme):
     params = loha_jax.inject(base, CONFIG, key=KEY, layouts=LAYOUTS)
     plain = loha_jax.inject(loha_jax.dequantise(base), CONFIG, key=KEY, layouts=LAYOUTS)
     trained, wanted = loha_jax.partition(params)[0], loha_jax.partition(plain)[0]
-    assert same_bits(trained["a"], wanted["a"]) and same_bits(trained["c"], wanted["c"])
+    assert same_bits(trained["a"], wanted["a"])
+    assert same_bits(trained["c"], wanted["c"])
     np.testing.assert_array_equal(params["s"]["kernel"], plain["s"]["kernel"])
     assert params["a"]["kernel"].shape == (8, 12)
     assert params["a"]["kernel"].dtype == jnp.float32
@@ -69,7 +71,9 @@ def test_repr_and_summary_name_the_scheme():
     assert repr(loha_jax.partition(params)[0]["a"]["kernel"]).startswith("LoHaWeight(None io")
     summary = loha_jax.summary(params)
     assert summary.rows[0].kind == "loha (int4)"
-    float_tree = loha_jax.inject(loha_jax.dequantise(tree("int4")), CONFIG, key=KEY, layouts=LAYOUTS)
+    float_tree = loha_jax.inject(
+        loha_jax.dequantise(tree("int4")), CONFIG, key=KEY, layouts=LAYOUTS
+    )
     assert summary.totals == loha_jax.summary(float_tree).totals
 
 
@@ -111,7 +115,7 @@ def test_linen_parameters_of_qwix():
 def test_names_inside_a_quantised_array_are_no_modules():
     with pytest.raises(ValueError, match="not found") as error:
         loha_jax.inject(tree("int8"), LoHaConfig(target_modules=["zz"]), key=KEY)
-    assert "qvalue" not in str(error.value) and "scale" not in str(error.value)
+    assert not re.search("qvalue|scale", str(error.value))
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +129,8 @@ def test_an_unknown_type_is_refused_by_path_until_it_is_registered(monkeypatch):
     params = {"q": {"kernel": Packed(jnp.ones((4, 4), jnp.uint8), jnp.float32(0.5))}}
     config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
     with pytest.raises(
-        ValueError, match=r"q\.kernel is of a type that is not known, .*bits u8\[4,4\].*register_quantised"
+        ValueError,
+        match=r"q\.kernel is of a type that is not known, .*bits u8\[4,4\].*register_quantised",
     ):
         loha_jax.inject(params, config, key=KEY)
     loha_jax.register_quantised(Packed, lambda q: q.bits * q.step)
@@ -173,7 +178,9 @@ def test_the_base_keeps_its_bits_in_training(scheme):
     @jax.jit
     def step(trainable, state):
         def loss(trainable):
-            return (loha_jax.adapt(fn)(loha_jax.combine(trainable, frozen), jnp.ones((2, 8))) ** 2).sum()
+            return (
+                loha_jax.adapt(fn)(loha_jax.combine(trainable, frozen), jnp.ones((2, 8))) ** 2
+            ).sum()
 
         value, gradients = jax.value_and_grad(loss)(trainable)
         updates, state = optimizer.update(gradients, state, trainable)
@@ -237,7 +244,9 @@ def test_merge_into_float_and_quantised_kernels(scheme):
     for name in "ac":
         old = tree(scheme)[name]["kernel"]
         assert jax.tree.structure(again[name]["kernel"]) == jax.tree.structure(old)
-        shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(k)] for k in (again[name]["kernel"], old)]
+        shapes = [
+            [(x.shape, x.dtype) for x in jax.tree.leaves(k)] for k in (again[name]["kernel"], old)
+        ]
         assert shapes[0] == shapes[1]
     stored = np.asarray(loha_jax.dequantise(again)["a"]["kernel"], np.float64)
     base = np.asarray(loha_jax.dequantise(tree(scheme))["a"]["kernel"], np.float64)
@@ -246,7 +255,9 @@ def test_merge_into_float_and_quantised_kernels(scheme):
     losses = loha_jax.requantising_losses(params)
     np.testing.assert_allclose(losses["a"], share, rtol=1e-3)
     assert share > 0
-    said = [str(w.message) for w in caught if "Quantising the merged weights again" in str(w.message)]
+    said = [
+        str(w.message) for w in caught if "Quantising the merged weights again" in str(w.message)
+    ]
     assert len(said) == 1 if min(losses.values()) > 0.1 else len(said) <= 1
     assert all(f"a {losses['a']:.0%} (" in message for message in said)
 
@@ -304,7 +315,7 @@ def test_files_are_those_of_the_float_base(scheme, tmp_path):
             save(file if save is interop.save_lycoris else file.with_suffix(""), own)
             found = [file] if file.is_file() else sorted(file.with_suffix("").glob("*.safetensors"))
             written.append([f.read_bytes() for f in found])
-        assert written[0] == written[1] and written[0]
+        assert written[0] == written[1] != []
 
 
 def test_merged_checkpoints(tmp_path):

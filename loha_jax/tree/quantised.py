@@ -145,7 +145,7 @@ def _one(index: int, x: jax.Array, axis: int) -> jax.Array:
 jax.tree_util.register_pytree_with_keys(
     QuantisedArray,
     lambda array: (((GetAttrKey("node"), array.node),), (array.cast,)),
-    lambda aux, children: QuantisedArray(children[0], aux[0]),
+    lambda aux, children: QuantisedArray(*children, cast=aux[0]),
     lambda array: ((array.node,), (array.cast,)),
 )
 

@@ -1,12 +1,13 @@
 """Sets up and runs the jobs of this repository, each with one command.
 
-    python3 run.py example [--quick ...]    fine-tune a real model with LoHa and open the result in PyTorch PEFT
-    python3 run.py processes [...]          train in several processes, kill one, go on in other numbers of them
-    python3 run.py test [pytest arguments]  run the tests of every day, or those that the arguments choose
-    python3 run.py test-long [...]          run the rest: more parity, third-party models, kills, devices, long runs
+    python3 run.py example [--quick ...]    fine-tune a real model, open the result in PyTorch PEFT
+    python3 run.py processes [...]          train in several processes, kill one, resume with others
+    python3 run.py test [pytest arguments]  run the daily tests, or those that the arguments choose
+    python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
 
-It uses the active virtual environment, or makes one in .venv, and installs there what the job needs: some minutes and
-gigabytes the first time, nothing after that. It needs Python 3.11 or newer with venv, and nothing else.
+It uses the active virtual environment, or makes one in .venv, and installs there what the job
+needs: some minutes and gigabytes the first time, nothing after that. It needs only Python 3.11 or
+newer with venv.
 """
 
 # This file must parse on older Pythons, to be able to say that they are too old.
@@ -65,19 +66,13 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command, *rest = arguments
-    commands = {
-        "example": run_example,
-        "processes": run_processes,
-        "test": run_tests,
-        "test-long": run_long_tests,
-    }
-    if command not in commands:
+    if command not in COMMANDS:
         print(f"There is no command {command!r}.\n\n{__doc__}", file=sys.stderr)
         return 2
     try:
         check_python()
         python = find_environment()
-        return commands[command](python, rest)
+        return COMMANDS[command](python, rest)
     except Failed as error:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
@@ -96,7 +91,8 @@ def run_example(python: Path, arguments: list[str]) -> int:
     installer.install(MODEL)
     if not (with_torch and installer.install(PEFT, needed=False)):
         say(
-            "Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening the adapter"
+            "Going on without PyTorch or PEFT: the example leaves out its last part, PEFT opening "
+            "the adapter"
         )
     return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
 
@@ -108,7 +104,7 @@ def run_processes(python: Path, arguments: list[str]) -> int:
 
 
 def run_tests(python: Path, arguments: list[str]) -> int:
-    """Installs what the tests need, torch included, and runs those of every day, or those that arguments choose."""
+    """Installs what the tests need and runs the daily ones, or those that the arguments choose."""
     workers = prepare_tests(python, arguments)
     return run(
         python, ["-m", "pytest", *workers, *(arguments or ["-m", "not slow"])], folder=REPOSITORY
@@ -116,7 +112,7 @@ def run_tests(python: Path, arguments: list[str]) -> int:
 
 
 def run_long_tests(python: Path, arguments: list[str]) -> int:
-    """Runs what `run_tests` leaves out. Arguments are more options of pytest, for both of its runs."""
+    """Runs what `run_tests` leaves out. Arguments are more options for both runs of pytest."""
     workers = prepare_tests(python, arguments)
     status = run(python, ["-m", "pytest", *workers, "-m", "slow", *arguments], folder=REPOSITORY)
     # Tests on a mesh of eight virtual devices need processes that start with them.
@@ -127,7 +123,7 @@ def run_long_tests(python: Path, arguments: list[str]) -> int:
 
 
 def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
-    """Installs what the tests need. Returns pytest's options for up to four workers, if arguments have none."""
+    """Installs what the tests need. Returns options for up to four workers, if there are none."""
     installer = Installer(
         python,
         ["jax", "flax", "torch", "peft", "pytest", "hypothesis", "diffusers", "lycoris-lora"],
@@ -148,12 +144,13 @@ def check_python() -> None:
             ".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info)
         )
         raise Failed(
-            f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a newer one."
+            f"loha-jax needs Python {oldest} or newer; this is {this} ({sys.executable}). Use a "
+            "newer one."
         )
 
 
 def find_environment() -> Path:
-    """The Python of the active virtual environment, or of the one in .venv, which is made if it is not there."""
+    """Returns the Python of the active virtual environment, or of .venv, which it may make."""
     if sys.prefix != sys.base_prefix:
         say(f"Using the active virtual environment, {sys.prefix}")
         python = Path(sys.executable)
@@ -167,7 +164,8 @@ def find_environment() -> Path:
     version = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
     if subprocess.run([str(python), "-c", version]).returncode:
         raise Failed(
-            f"The virtual environment of {python} is broken, or its Python is too old. Delete it, run again."
+            f"The virtual environment of {python} is broken, or its Python is too old. Delete it, "
+            "run again."
         )
     if not has_module(python, "pip"):
         step("Adding pip to the virtual environment", [str(python), "-m", "ensurepip"])
@@ -178,9 +176,10 @@ def make_environment(folder: Path) -> None:
     """Makes a virtual environment."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise Failed(
-            f"This Python ({sys.executable}) cannot make virtual environments: its venv or ensurepip is missing. On "
-            f"Debian and Ubuntu, `sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. "
-            "Or activate a virtual environment made by other means, and run this again."
+            f"This Python ({sys.executable}) cannot make virtual environments: its venv or "
+            "ensurepip is missing. On Debian and Ubuntu, `sudo apt install "
+            f"python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. Or activate a "
+            "virtual environment made by other means, and run this again."
         )
     step(f"Making a virtual environment, {folder}", [sys.executable, "-m", "venv", str(folder)])
 
@@ -190,7 +189,8 @@ class Installer:
 
     Args:
         python: the environment's Python.
-        distributions: what has to be there for the memory to be trusted, besides this repository's loha_jax.
+        distributions: what has to be there for the memory to be trusted, besides this repository's
+            loha_jax.
     """
 
     def __init__(self, python: Path, distributions: list[str]):
@@ -203,7 +203,10 @@ class Installer:
         self.done = self._remembered() if self._is_intact(distributions) else []
 
     def install(self, what: tuple[str, list[str]], needed: bool = True) -> bool:
-        """Installs `what`, a name and pip's arguments, unless that was done before. Returns whether it is there.
+        """Installs `what`, a name and pip's arguments, unless that was done before.
+
+        Returns:
+            Whether it is there.
 
         Raises:
             Failed: it is needed and cannot be had.
@@ -231,7 +234,7 @@ class Installer:
 
     def _is_intact(self, distributions: list[str]) -> bool:
         probe = [str(self.python), "-c", PROBE, *distributions]
-        # From another folder: here, `import loha_jax` finds the sources whether they are installed or not.
+        # From another folder: here, `import loha_jax` finds the sources even if not installed.
         result = subprocess.run(probe, capture_output=True, text=True, cwd=self.stamp.parent)
         return (
             result.returncode == 0 and REPOSITORY in Path(result.stdout.strip()).resolve().parents
@@ -251,12 +254,13 @@ def step(what: str, command: list[str]) -> None:
         raise Failed(f"{what}: failed, because {error}") from None
     if status:
         raise Failed(
-            f"{what}: failed with status {status}; see above. The command was\n  {' '.join(command)}"
+            f"{what}: failed with status {status}; see above. The command was\n  "
+            f"{' '.join(command)}"
         )
 
 
 def run(python: Path, command: list[str], folder: Path | None = None) -> int:
-    """Runs the job itself, which may not ask the Hugging Face hub for anything, and returns its exit status."""
+    """Runs the job itself, without the Hugging Face hub, and returns its exit status."""
     say("Running python " + " ".join(command))
     status = subprocess.run(
         [str(python), *command], cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -274,6 +278,13 @@ def say(text: str) -> None:
     """Prints a line about what comes next."""
     print(f"==> {text}", flush=True)
 
+
+COMMANDS = {
+    "example": run_example,
+    "processes": run_processes,
+    "test": run_tests,
+    "test-long": run_long_tests,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

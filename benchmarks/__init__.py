@@ -1,4 +1,4 @@
-"""Side-by-side measurements of loha-jax, PEFT and LyCORIS: `python -m benchmarks`. See benchmarks/README.md."""
+"""Measurements of loha-jax beside PEFT and LyCORIS: `python -m benchmarks`. See README.md."""
 
 import os
 

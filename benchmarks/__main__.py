@@ -1,11 +1,13 @@
 """Measures loha-jax beside PEFT, LyCORIS and the frozen base, all in one run, and prints tables.
 
-    python -m benchmarks [linear|transformers|convnet|lifecycle|lora_conversion|all|CASE] [--json FILE]
+    python -m benchmarks [linear|transformers|convnet|lifecycle|lora_conversion|all|CASE]
+                         [--json FILE]
 
 A CASE is one of a subject's, like llama or linear-768-8-256; an unknown one lists them all.
 
-Each record is written to FILE as soon as it is there; `python -m benchmarks.report FILE` prints the tables again.
-Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX and PyTorch both use it.
+Each record is written to FILE as soon as it is there. `python -m benchmarks.report FILE` prints the
+tables again. Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX and
+PyTorch both use it.
 """
 
 import argparse

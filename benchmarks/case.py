@@ -65,7 +65,8 @@ class Adapter:
     Attributes:
         rank: LoHa's r; alpha is twice that.
         targets: names or name endings of the adapted modules, the same in JAX and in PyTorch.
-        cp: whether convolutions larger than 1 have cores (`use_effective_conv2d`, LyCORIS' `use_tucker`).
+        cp: whether convolutions larger than 1 have cores (`use_effective_conv2d`, LyCORIS'
+            `use_tucker`).
     """
 
     rank: int
@@ -85,7 +86,8 @@ class Case:
         subject: the module that it comes from.
         name: unique; `python -m benchmarks.peak_memory` takes it.
         shape: the sizes that tell it from the subject's other cases.
-        process_memory: whether the process' peak memory is measured too, with a fresh process for each method.
+        process_memory: whether the process' peak memory is measured too, with a fresh process for
+            each method.
     """
 
     subject: str

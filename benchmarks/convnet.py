@@ -2,9 +2,9 @@
 
     python -m benchmarks convnet
 
-A stem and one residual block per width, pre-activated, with group norms; 3x3 convolutions and 1x1 shortcuts, all of
-them adapted. Images are [batch, height, width, channels] in JAX and [batch, channels, height, width] in PyTorch, as
-each likes them.
+A stem and one residual block per width, pre-activated, with group norms; 3x3 convolutions and 1x1
+shortcuts, all of them adapted. Images are [batch, height, width, channels] in JAX and [batch,
+channels, height, width] in PyTorch, as each likes them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The methods in JAX: the frozen base and loha-jax's ways to compute an adapted model, as functions to compile.
+"""The methods in JAX, as functions to compile: the frozen base, and ways to compute adapters.
 
-A training step is the value and the gradient of the loss with respect to what is trained and to the model's input
-(activations, images, the output of the embeddings). The frozen base's step has the gradient of the input alone: through
-every layer, as any adapter needs it. No optimizer: it is small, and the same for all.
+A training step is the value and the gradient of the loss with respect to what is trained and to the
+model's input (activations, images, the output of the embeddings). The frozen base's step has the
+gradient of the input alone: through every layer, as any adapter needs it. No optimizer: it is
+small, and the same for all.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from benchmarks.case import (
 )
 
 ADAPTED = {AUTO: "auto", FACTORED: "factored", FUSED: "fused"}
-"""The strategies of `adapt`. `DENSE` is the unmodified model on the adapted tree: each LoHa leaf builds W + ΔW."""
+"""The strategies of `adapt`. `DENSE` is the plain model on the adapted tree: leaves are W + ΔW."""
 
 Apply = Callable[[Any, jax.Array, dict[str, jax.Array]], jax.Array]
 

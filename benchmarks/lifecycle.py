@@ -1,9 +1,10 @@
-"""Seconds before and after training: to inject, trace, compile, save and load, on the Llama of transformers.py.
+"""Seconds before and after training: to inject, trace, compile, save and load a Llama.
 
     python -m benchmarks lifecycle
 
-PEFT's `get_peft_model`, `save_pretrained` and `from_pretrained` stand beside `inject`, `save_peft` and `load_peft`.
-Traced and compiled are the frozen model, the unmodified model on the adapted tree (W + ΔW in each leaf), and `adapt`.
+PEFT's `get_peft_model`, `save_pretrained` and `from_pretrained` stand beside `inject`, `save_peft`
+and `load_peft`. Traced and compiled are the frozen model, the unmodified model on the adapted tree
+(W + ΔW in each leaf), and `adapt`.
 """
 
 import functools

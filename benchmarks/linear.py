@@ -2,7 +2,8 @@
 
     python -m benchmarks linear
 
-The loss is the sum of the outputs times given numbers: the gradient that comes back to the layer is a full array.
+The loss is the sum of the outputs times given numbers: the gradient that comes back to the layer is
+a full array.
 """
 
 from __future__ import annotations

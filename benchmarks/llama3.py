@@ -1,4 +1,4 @@
-"""Llama-3 as shapes: the three sizes, their parameters, how a mesh holds them, and one layer to compile.
+"""Llama-3 as shapes: three sizes, their parameters on a mesh, and one layer to compile.
 
 The rules, on a mesh with the axes "fsdp" and "tensor":
 
@@ -27,7 +27,7 @@ HEAD_WIDTH = 128
 ROPE_BASE = 500000.0
 
 IN_OUT, OUT_IN = ("fsdp", "tensor"), ("tensor", "fsdp")
-"""How the axes of a kernel [in, out] are split where its out, or its in axis is that of heads or of the MLP."""
+"""How a kernel [in, out] is split whose output or input axis is that of heads or of the MLP."""
 
 RESIDUAL, WIDE = ("fsdp", "tensor", None), ("fsdp", None, "tensor")
 """How the array between the layers, and those inside a layer, are split."""
@@ -119,7 +119,7 @@ def tokens(model: Llama3, sequences: int, length: int, mesh: Any = None) -> jax.
 
 
 def layer(model: Llama3, mesh: Any, params: Any, x: jax.Array) -> jax.Array:
-    """One layer. Attention keeps q, k and v for its backward pass and no scores, as flash attention does."""
+    """One layer. Like flash attention, its gradient keeps q, k and v and no scores."""
     split = functools.partial(_split, mesh)
     sequences, length, _ = x.shape
 

@@ -3,9 +3,10 @@
     python -m benchmarks lora_conversion
     python -m benchmarks.lora_conversion METHOD --width 4096 --r 16 --rank 64        one run
 
-Every run has a process of its own, and the methods take turns. The figures are the seconds of the conversion alone, the
-highest resident memory during it less that before it, and the error of the LoRA measured afterwards: the Frobenius norm
-of ΔW - B @ A over that of ΔW, in float64 and a few rows at a time.
+Every run has a process of its own, and the methods take turns. The figures are the seconds of the
+conversion alone, the highest resident memory during it less that before it, and the error of the
+LoRA measured afterwards: the Frobenius norm of ΔW - B @ A over that of ΔW, in float64 and a few
+rows at a time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How each figure is taken: XLA's counts, wall times taken in turn, medians, and the machine they belong to."""
+"""How each figure is taken: XLA's counts, wall times in turn, medians, and the machine."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ import psutil
 
 LEAST_TURNS = 3
 BURST_SECONDS = 0.01
-"""A run that is shorter is repeated within its turn up to this time, and the turn's figure is the mean."""
+"""Shorter runs are repeated within a turn up to this time; the turn's figure is their mean."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "torch", "peft", "lycoris-lora", "loha-jax")
 
@@ -30,8 +30,9 @@ class Program:
     Attributes:
         run: the function.
         text: what XLA was given. Programs of equal text are the same one.
-        counts: what XLA says it costs, and the seconds it took to get there. XLA counts the body of a loop once;
-            "flops" has the products and convolutions of a scan's other turns added to "xla_flops".
+        counts: what XLA says it costs, and the seconds it took to get there. XLA counts the body of
+            a loop once; "flops" has the products and convolutions of a scan's other turns added to
+            "xla_flops".
     """
 
     run: Callable[..., Any]
@@ -56,7 +57,7 @@ def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def xla_counts(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """XLA's own analysis: FLOPs, bytes accessed, and bytes of temporaries, of arguments and of results."""
+    """XLA's own analysis: FLOPs, bytes accessed, bytes of temporaries, arguments and results."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     assert cost is not None
     assert memory is not None
@@ -116,7 +117,8 @@ def timer(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> 
 
     Args:
         run: the function.
-        prepare: makes something for each run: called before it, untimed, and its result is the function's argument.
+        prepare: makes something for each run: called before it, untimed, and its result is the
+            function's argument.
     """
 
     def seconds(times: int) -> float:
@@ -134,11 +136,12 @@ def timer(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> 
 def interleaved_seconds(
     timers: Mapping[str, Timer], *, repeats: int, budget: float
 ) -> dict[str, list[float]]:
-    """Wall times of several functions, in turns over all of them, so that a busy machine slows all of them alike.
+    """Wall times of several functions, in turns: a busy machine slows all of them alike.
 
-    The order changes from turn to turn. Each timed run follows an untimed one of the same function, as in a training
-    loop: after another one, and a pause, a virtual machine has to be given the freed memory again. The first turn warms
-    up and is not counted. `repeats` turns follow, fewer where `budget` seconds are spent, but not fewer than three.
+    The order changes from turn to turn. Each timed run follows an untimed one of the same function,
+    as in a training loop: after another one, and a pause, a virtual machine has to be given the
+    freed memory again. The first turn warms up and is not counted. `repeats` turns follow, fewer
+    where `budget` seconds are spent, but not fewer than three.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     bursts: dict[str, int] = {}
@@ -163,7 +166,7 @@ def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
 
 
 class Neighbours:
-    """What processes other than this one and its children take: CPU time, since it was made or `cores` last called."""
+    """CPU time of processes other than this one and its children since `cores` was last called."""
 
     def __init__(self) -> None:
         self._last = self._read()
@@ -177,7 +180,7 @@ class Neighbours:
         return None if math.isnan(busy) else round(max(busy - own, 0) / now, 2)
 
     def _read(self) -> tuple[float, float, float]:
-        """Seconds that all processes, and this one with its children, have computed for; and the time.
+        """Seconds of all processes, and of this one with its children; and the time.
 
         Of a child that has ended, the time moves to its parent.
         """

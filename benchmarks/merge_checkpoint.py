@@ -1,11 +1,13 @@
-"""Time and memory of merging an adapter into a checkpoint on disk, beside the time of copying the checkpoint.
+"""Time and memory of merging an adapter into a checkpoint, beside the time of copying it.
 
-    python -m benchmarks.merge_checkpoint [--quick | --full] [--turns N] [--dtype bfloat16] [--json FILE]
+    python -m benchmarks.merge_checkpoint [--quick | --full] [--turns N] [--dtype bfloat16]
+                                          [--json FILE]
 
-A checkpoint of Llama-2's shapes is made of random numbers in a temporary folder, with a LoHa of rank 8 for all seven
-linear modules of every layer. Then, in turns: `cp -r` and a flush of every file to disk, and a merge in a new process,
-whose highest resident memory is its own (`resource.getrusage`). Results are removed after each. `--full` is the whole
-7B model (13.5 GB, and as much again for each result); by default two of its layers; `--quick` shows that it runs.
+A checkpoint of Llama-2's shapes is made of random numbers in a temporary folder, with a LoHa of
+rank 8 for all seven linear modules of every layer. Then, in turns: `cp -r` and a flush of every
+file to disk, and a merge in a new process, whose highest resident memory is its own
+(`resource.getrusage`). Results are removed after each. `--full` is the whole 7B model (13.5 GB, and
+as much again for each result); by default two of its layers; `--quick` shows that it runs.
 """
 
 import argparse
@@ -38,7 +40,8 @@ imported = time.perf_counter()
 report = merge_checkpoint(sys.argv[1], [(sys.argv[2], 1.0)], sys.argv[3])
 done = time.perf_counter()
 used = resource.getrusage(resource.RUSAGE_SELF)
-result = {"import_s": imported - start, "merge_s": done - imported, "cpu_s": used.ru_utime + used.ru_stime}
+cpu = used.ru_utime + used.ru_stime
+result = {"import_s": imported - start, "merge_s": done - imported, "cpu_s": cpu}
 print(json.dumps({**result, "peak_bytes": used.ru_maxrss * 1024, "merged": report.merged}))
 """
 
@@ -57,7 +60,7 @@ def shapes(layers: int, scale: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_base(folder: Path, tensors: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
-    """Random values, the same few million of them again and again: what they are does not matter."""
+    """Random values, the same few million again and again: which ones does not matter."""
     folder.mkdir()
     random = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
     values = (0.02 * random).astype(dtype)

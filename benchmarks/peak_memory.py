@@ -2,10 +2,11 @@
 
     python -m benchmarks.peak_memory CASE METHOD          (llama "loha-jax auto")
 
-The model is made and, in JAX, the step is compiled. Then two steps run, and the figure is the highest resident memory
-during them less the resident memory before them: the same for JAX and PyTorch. malloc is told to give freed memory back
-to the system at once, or the figure would depend on its habits. On a GPU it is the allocator's own peak. JAX has XLA's
-figure beside it, which is exact, but without the results and what the CPU's kernels take to pack their operands.
+The model is made and, in JAX, the step is compiled. Then two steps run, and the figure is the
+highest resident memory during them less the resident memory before them: the same for JAX and
+PyTorch. malloc is told to give freed memory back to the system at once, or the figure would depend
+on its habits. On a GPU it is the allocator's own peak. JAX has XLA's figure beside it, which is
+exact, but without the results and what the CPU's kernels take to pack their operands.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python -m benchmarks.report FILE          the tables of a run, also of one that was cut off
 
-Times are medians over the turns; "over" a method is the median of the ratios within a turn. FLOPs of JAX methods are
-XLA's count with all turns of loops, those of PyTorch's are its own counter's, of products and convolutions only.
+Times are medians over the turns; "over" a method is the median of the ratios within a turn. FLOPs
+of JAX methods are XLA's count with all turns of loops, those of PyTorch's are its own counter's, of
+products and convolutions only.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def report(run: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def _linear_counts(cell: Record) -> Record:
@@ -202,7 +203,7 @@ def _conversions(methods: dict[str, Record]) -> Iterable[Record]:
 
 
 def _neighbours(records: Sequence[Record]) -> str:
-    """Which figures are not to be trusted: PyTorch's threads wait for each other, and suffer most from neighbours."""
+    """Which figures not to trust: PyTorch's threads wait for each other and for neighbours."""
     busy = [r for r in records if (r.get("others_cores") or 0) > MOST_CORES_OF_OTHERS]
     if not busy:
         return f"they used at most {MOST_CORES_OF_OTHERS} cores in each record"
@@ -210,7 +211,7 @@ def _neighbours(records: Sequence[Record]) -> str:
     return f"REPEAT ON AN IDLE MACHINE, they used {cores}"
 
 
-# --- bars -------------------------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
 
 
 def bars(records: Sequence[Record]) -> list[str]:
@@ -246,11 +247,12 @@ def bars(records: Sequence[Record]) -> list[str]:
             continue
         outside = [cell for cell in cells if cell["auto"][key] > most]
         lines.append(
-            f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of {len(cells)} cells"
+            f"auto within {most:.2f} x the best by {unit}: {len(cells) - len(outside)} of "
+            f"{len(cells)} cells"
         )
         lines += [
-            f"outside: {cell['kind']} {_shape(cell['shape'])}: {_strategies(cell)} is {cell['auto'][key]:.2f} x "
-            f"{cell['auto']['best_by_' + unit.lower()]}"
+            f"outside: {cell['kind']} {_shape(cell['shape'])}: {_strategies(cell)} is "
+            f"{cell['auto'][key]:.2f} x {cell['auto']['best_by_' + unit.lower()]}"
             for cell in outside
         ]
     return lines
@@ -262,7 +264,7 @@ def _bar(what: str, value: float | None, most: float) -> str:
     return f"{what}: {value:.3f}, at most {most}: {'met' if value <= most else 'MISSED'}"
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Record]) -> str:

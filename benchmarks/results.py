@@ -1,4 +1,4 @@
-"""The results' file: the machine, the options, and one record per line, written anew after each record."""
+"""The results' file: machine, options, one record per line; written anew after each record."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 def write(
     path: Path, machine: dict[str, Any], settings: dict[str, Any], records: list[dict[str, Any]]
 ) -> None:
-    """Writes the file under another name and renames it: a run that is cut off leaves whole results."""
+    """Writes the file under another name and renames it: an interrupted run leaves all of it."""
     head = json.dumps({"machine": machine, "settings": settings}, indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps(record, ensure_ascii=False)}" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs a case: forward pass and training step, each with all methods in turn, and their peak memory. Makes records."""
+"""Runs a case, all methods in turn: forward pass, training step, peak memory. Makes records."""
 
 from __future__ import annotations
 

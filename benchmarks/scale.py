@@ -1,12 +1,13 @@
-"""Llama-3 on 8 to 2,048 devices, on paper: bytes and FLOPs per device, and how far they are from what XLA compiles.
+"""Llama-3 on 8 to 2,048 devices, on paper: bytes and FLOPs per device, beside what XLA compiles.
 
     python -m benchmarks.scale [--quick] [--json FILE]
 
-Every linear module has a LoHa, the base is bfloat16, the rest float32; a step has one sequence of 8,192 tokens per
-index of the mesh's fsdp axis, recomputes each layer in its backward pass (remat) and ends with AdamW. Bytes come from
-`jax.eval_shape` and the rules of benchmarks/llama3.py, FLOPs from XLA's count of one layer, and of the loss, compiled
-for one device. Then one layer of each size is compiled for meshes of 8 virtual CPU devices, and XLA's own figures stand
-beside the predicted ones. Nothing is allocated or run.
+Every linear module has a LoHa, the base is bfloat16, the rest float32; a step has one sequence of
+8,192 tokens per index of the mesh's fsdp axis, recomputes each layer in its backward pass (remat)
+and ends with AdamW. Bytes come from `jax.eval_shape` and the rules of benchmarks/llama3.py, FLOPs
+from XLA's count of one layer, and of the loss, compiled for one device. Then one layer of each size
+is compiled for meshes of 8 virtual CPU devices, and XLA's own figures stand beside the predicted
+ones. Nothing is allocated or run.
 
 Exit status 1 where a prediction is off by more than 10 %.
 """
@@ -97,16 +98,16 @@ def predict(model: Llama3, rank: int, devices: int) -> Record:
 def _peft_layer_flops(kernels: int, rank: int) -> float:
     """What PEFT's LoHa adds to a layer's step of one sequence.
 
-    ΔW is built in both forward passes, from two products and two Hadamard products; its backward pass builds both
-    products again and has four more, one per factor. x·ΔW is as large as the frozen product: in both forward passes,
-    and for the gradients of x and of ΔW.
+    ΔW is built in both forward passes, from two products and two Hadamard products; its backward
+    pass builds both products again and has four more, one per factor. x·ΔW is as large as the
+    frozen product: in both forward passes, and for the gradients of x and of ΔW.
     """
     builds = 2 * (4 * rank + 2) + 12 * rank + 3
     return kernels * (builds + (2 + 2) * 2.0 * LENGTH)
 
 
 def check(model: Llama3, rank: int, fsdp: int, tensor: int) -> Record:
-    """Compiles one layer for a mesh of virtual devices: predicted and compiled figures, per device."""
+    """Compiles a layer for a mesh of virtual devices: predicted and compiled figures per device."""
     mesh = llama3.make_mesh(fsdp, tensor)
     step = one.adapted_step(model, rank, fsdp, LENGTH, mesh)
     whole = one.adapted_step(model, rank, fsdp, LENGTH, mesh, remat=False)
@@ -162,7 +163,7 @@ def _parameters(model: Llama3) -> int:
     )
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def report(found: list[Record]) -> str:
@@ -172,7 +173,8 @@ def report(found: list[Record]) -> str:
         (
             "## Predicted, per device",
             table(list(map(_prediction_row, predictions))),
-            "## One layer, compiled for 8 virtual CPU devices: predicted, and compiled over predicted",
+            "## One layer, compiled for 8 virtual CPU devices: predicted, and compiled over "
+            "predicted",
             table(list(map(_check_row, checks))),
         )
     )

@@ -1,7 +1,8 @@
-"""What a training step of one Llama-3 layer holds and computes: from shapes, and as XLA compiles it.
+"""Bytes and FLOPs of a training step of one Llama-3 layer: from shapes, and as XLA compiles it.
 
-A step takes the layer's factors, their AdamW state, the frozen kernels, the layer's input and the gradient of its
-result, recomputes the layer (remat) and returns new factors and state and the gradient of its input.
+A step takes the layer's factors, their AdamW state, the frozen kernels, the layer's input and the
+gradient of its result, recomputes the layer (remat) and returns new factors and state and the
+gradient of its input.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ class Step:
 
     Attributes:
         forward: of the trained half, the frozen half and the layer's input.
-        trainable, state, frozen, x: shapes with shardings; x is also the shape of the gradient of the result.
+        trainable, state, frozen, x: shapes with shardings; x is also the shape of the gradient of
+            the result.
     """
 
     forward: Callable[..., jax.Array]
@@ -91,7 +93,7 @@ def _optimizer_state(trainable: Any, mesh: Any) -> Any:
     )
 
 
-# --- compiled ---------------------------------------------------------------------------------------------------------
+# --- compiled -------------------------------------------------------------------------------------
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:
@@ -114,7 +116,7 @@ def compile_step(step: Step) -> jax.stages.Compiled:
 
 
 def compile_kept(step: Step) -> jax.stages.Compiled:
-    """Compiles the forward pass of a layer, whose results are what its backward pass keeps of the activations."""
+    """Compiles a layer's forward pass; it returns the activations that its backward pass keeps."""
     return _compile(jax.jit(functools.partial(_kept, step)), step.trainable, step.frozen, step.x)
 
 
@@ -139,7 +141,7 @@ def _compile(program: Any, *arguments: Any) -> jax.stages.Compiled:
     return program.lower(*arguments).compile(compiler_options=QUICK_COMPILE)
 
 
-# --- from shapes ------------------------------------------------------------------------------------------------------
+# --- from shapes ----------------------------------------------------------------------------------
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -155,7 +157,8 @@ def bytes_per_device(tree: Any) -> int:
 def kept_bytes(model: Llama3, step: Step, fsdp: int, tensor: int) -> int:
     """Bytes per device of what one layer keeps for its backward pass, by the rules.
 
-    All of it is split over all devices but x·KB of the factored form, whose r² columns each tensor device has whole.
+    All of it is split over all devices but x·KB of the factored form, whose r² columns each tensor
+    device has whole.
     """
     split = {model.hidden, model.mlp, llama3.HEAD_WIDTH, 1}
     leaves = jax.eval_shape(functools.partial(_kept, step), step.trainable, step.frozen, step.x)

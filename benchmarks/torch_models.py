@@ -1,4 +1,4 @@
-"""The frozen models in PyTorch, beside those that linear.py, transformers.py and convnet.py have in JAX."""
+"""The frozen models in PyTorch; linear.py, transformers.py and convnet.py have those in JAX."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The peers in PyTorch: the frozen base, PEFT's LoHa and LoRA, and LyCORIS' LoHa, each on its own copy of the modules.
+"""The peers in PyTorch: frozen base, PEFT's LoHa and LoRA, LyCORIS' LoHa, each on its own copy.
 
-The copies share the base's weights. A peer whose package is missing is left out. On a GPU, float32 products may use
-TF32, as they do in JAX.
+The copies share the base's weights. A peer whose package is missing is left out. On a GPU, float32
+products may use TF32, as they do in JAX.
 """
 
 import copy
@@ -36,8 +36,8 @@ class TorchModel:
 
     Attributes:
         module: on `DEVICE`; its parameters take no gradient.
-        inputs: of the module's forward. Those that take a gradient are the input that gradients go back to; where
-            there is none, see `require_output_gradient`.
+        inputs: of the module's forward. Those that take a gradient are the input that gradients go
+            back to; where there is none, see `require_output_gradient`.
         loss: a scalar, from the module's outputs.
     """
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks transformers
 
-Both are Hugging Face's own, in Flax and in PyTorch, unchanged. The Llama has random weights and adapters on all linear
-layers but its head; MiniLM has its pretrained ones and the adapters of examples/finetune_minilm.py. Heads are frozen.
-The input that gradients go back to is the output of the embeddings: in Flax an array of zeros is added there.
+Both are Hugging Face's own, in Flax and in PyTorch, unchanged. The Llama has random weights and
+adapters on all linear layers but its head; MiniLM has its pretrained ones and the adapters of
+examples/finetune_minilm.py. Heads are frozen. The input that gradients go back to is the output of
+the embeddings: in Flax an array of zeros is added there.
 """
 
 from __future__ import annotations

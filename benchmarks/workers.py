@@ -1,7 +1,7 @@
-"""A process that holds JAX's methods and one that holds PyTorch's; the main one has them run in turn.
+"""Two processes, one with JAX's methods and one with PyTorch's, which the main one runs in turn.
 
-Nobody trains with both frameworks in one process: there, the threads and the heap of one slow the other down. A worker
-that waits for its turn takes no time from the other.
+Nobody trains with both frameworks in one process: there, the threads and the heap of one slow the
+other down. A worker that waits for its turn takes no time from the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 class Workers:
-    """The two processes, or JAX's alone where torch is not installed. A context manager: they end with it."""
+    """The two processes, or only JAX's where torch is missing. They end with the `with` block."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -64,7 +64,8 @@ class Workers:
         """Compiles and counts all methods for a kind of run.
 
         Returns:
-            What is known of each method, how to time those that are to be run, and of "auto" what it chose.
+            What is known of each method, how to time those that are to be run, and of "auto" what
+            it chose.
         """
         methods: dict[str, Record] = {}
         timers: dict[str, Timer] = {}
@@ -83,7 +84,7 @@ class Workers:
         return self._pools[side].submit(function, *arguments).result()
 
 
-# --- what runs in a worker --------------------------------------------------------------------------------------------
+# --- what runs in a worker ------------------------------------------------------------------------
 
 
 class _Side(Protocol):
@@ -140,7 +141,8 @@ class _JaxSide:
         for name, method in jax_methods.methods(self.model, self.case.adapter, kind).items():
             programs[name] = program = compile_program(method.function, *method.arguments)
             methods[name] = {"trained_parameters": method.trained_parameters, **program.counts}
-            # What "auto" chose is one program with it, run once, or its ratio to itself would be noise.
+            # What "auto" chose is one program with it, run once, or its ratio to itself would be
+            # noise.
             if name in CHOICES and program.text == programs[AUTO].text:
                 twins.append(name)
             else:

@@ -1,8 +1,9 @@
-"""A small convolutional net that knows the digits 0 to 4 learns 5 to 9 from 100 pictures, with LoHa on its kernels.
+"""A convolutional net that knows the digits 0 to 4 learns 5 to 9 from 100 pictures, with LoHa.
 
-Both forms of a convolution's adapter, side by side: flat, as PEFT has it by default, and CP, with cores
-(`use_effective_conv2d`). Beside them, baselines that are strong on pictures this simple: a linear probe on the frozen
-net's features, logistic regression on the raw pixels, and training all of the net. Data: scikit-learn's 8x8 digits.
+Both forms of a convolution's adapter, side by side: flat, as PEFT has it by default, and CP, with
+cores (`use_effective_conv2d`). Beside them, baselines that are strong on pictures this simple: a
+linear probe on the frozen net's features, logistic regression on the raw pixels, and training all
+of the net. Data: scikit-learn's 8x8 digits.
 
     python examples/digits_convnet.py [--quick]
 """
@@ -31,8 +32,8 @@ from loha_jax import interop  # pyright: ignore[reportAttributeAccessIssue]  # p
 FLAT = loha_jax.LoHaConfig(r=4, alpha=8, target_modules=r"Conv_\d", modules_to_save=["classifier"])
 CP = dataclasses.replace(FLAT, use_effective_conv2d=True)
 FORMS = {"LoHa, flat": FLAT, "LoHa, CP": CP}
-# Of 3e-3, 1e-2, 3e-2 (LoHa) and 1e-3, 3e-3, 1e-2 (all parameters), the best, or within two pictures of it, on the
-# validation pictures of seeds 0 and 1.
+# Of 3e-3, 1e-2, 3e-2 (LoHa) and 1e-3, 3e-3, 1e-2 (all parameters), the best, or within two pictures
+# of it, on the validation pictures of seeds 0 and 1.
 LOHA_RATE, FULL_RATE = 1e-2, 3e-3
 
 Params = Any
@@ -52,7 +53,7 @@ class ConvNet(nn.Module):
 
 
 def load_pictures(seed: int) -> tuple[Pictures, Pictures, Pictures, Pictures]:
-    """All of 0 to 4; and of 5 to 9, as labels 0 to 4, 100 to train with, 100 to validate, 696 to test."""
+    """All of 0 to 4; and of 5 to 9, labelled 0 to 4, 100 to train, 100 to validate, 696 to test."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).reshape(-1, 8, 8, 1).astype(np.float32)
     high, labels = labels > 4, labels % 5
@@ -76,8 +77,8 @@ def train(
     seed: int,
     full: bool,
 ):
-    """Trains a tree's adapters and saved modules, or (`full`) all of it; returns it and its validation accuracies."""
-    # ------------------------------------------------------------------------------------------------------------
+    """Trains a tree's adapters, or (`full`) all of it; returns it and its validation accuracies."""
+    # ----------------------------------------------------------------------------------------------
     apply = loha_jax.adapt(ConvNet().apply)  # the same function; no ΔW is built
     nothing = jax.tree.map(lambda _: None, params)
     trainable, frozen = (params, nothing) if full else loha_jax.partition(params)
@@ -93,7 +94,7 @@ def train(
         updates, opt_state = tx.update(jax.grad(loss_fn)(trainable), opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
 
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     rng, curve = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         rows = rng.integers(0, len(pictures[1]), 32)
@@ -116,7 +117,7 @@ def accuracy(params: Params, pictures: Pictures) -> float:
 
 
 def regression_accuracy(train: Pictures, test: Pictures, features: Any) -> tuple[float, int]:
-    """Of logistic regression on features of pictures, its regularisation by 5-fold cross-validation; and its size."""
+    """Accuracy and size of logistic regression on features, regularised by cross-validation."""
     search = GridSearchCV(LogisticRegression(max_iter=2000), {"C": np.logspace(-3, 2, 11)}, cv=5)
     inputs = features(train[0])
     search.fit(inputs, train[1])
@@ -131,7 +132,7 @@ def size(tree: Any) -> int:
 def run_seed(
     seed: int, steps: int
 ) -> tuple[dict[str, tuple[float, int]], dict[str, Any], Params, Pictures]:
-    """Accuracy on test pictures and size by method; curves; the net with the flat adapter; the test pictures."""
+    """Test accuracy and size by method; curves; the net with the flat adapter; test pictures."""
     low, few, validation, test = load_pictures(seed)
     start = ConvNet().init(jax.random.key(seed), low[0][:1])
     base, _ = train(start, low, low, FULL_RATE, 2 * steps, seed, full=True)
@@ -174,13 +175,17 @@ def run(options: argparse.Namespace) -> None:
     interop.save_peft(options.out / "adapter", params)
     plot(options.out / "digits.png", curves, params, test)
     console.print(
-        f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside it"
+        f"Adapter (flat), as PEFT writes it: {options.out / 'adapter'}; picture: digits.png beside "
+        "it"
     )
     rows = []
     for name in runs[0][0]:
         found = np.array([results[name][0] for results, *_ in runs])
         rows.append([name, runs[0][0][name][1], found.mean(), found.min(), found.max()])
-    title = f"Accuracy on {len(test[1])} test pictures of 5 to 9, {len(seeds)} seed(s) from {options.seed}"
+    title = (
+        f"Accuracy on {len(test[1])} test pictures of 5 to 9, {len(seeds)} seed(s) from "
+        f"{options.seed}"
+    )
     show_results(
         options.out / "results.json",
         title,

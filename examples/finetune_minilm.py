@@ -1,11 +1,13 @@
-"""Teaches all-MiniLM-L6-v2 to tell praise from blame in film reviews, with LoHa, on a CPU, in a few minutes.
+"""Teaches all-MiniLM-L6-v2 to tell praise from blame in film reviews, with LoHa, in minutes.
 
-A real pretrained model, in a third-party Flax implementation that is used as it is, and sentences that people rated.
-LoHa trains 1.3 % of the parameters and is compared with a linear probe on the frozen encoder. The adapter is saved as
-PyTorch PEFT saves it; where torch and peft are installed, PEFT opens it and repeats the test.
+A real pretrained model, in a third-party Flax implementation that is used as it is, and sentences
+that people rated. LoHa trains 1.3 % of the parameters and is compared with a linear probe on the
+frozen encoder. The adapter is saved as PyTorch PEFT saves it; where torch and peft are installed,
+PEFT opens it and repeats the test.
 
-`python3 run.py example` in the repository installs what this needs and runs it. Where that is installed already:
-`python examples/finetune_minilm.py`. With `--quick` it does the same on a slice, in less than a minute.
+`python3 run.py example` in the repository installs what this needs and runs it. Where that is
+installed already: `python examples/finetune_minilm.py`. With `--quick` it does the same on a slice,
+in less than a minute.
 """
 
 from __future__ import annotations
@@ -53,15 +55,16 @@ try:
     from loha_jax.train import fit
 except ImportError as error:
     sys.exit(
-        f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs it and runs it."
+        f"{error}\nThe example needs more than this Python has; `python3 run.py example` installs "
+        "it and runs it."
     )
 
 INTRODUCTION = """
-[bold]all-MiniLM-L6-v2[/bold] turns sentences into vectors; it was not trained for sentiment. Here it learns to tell \
-whether a sentence from a film review is praise or blame, in two ways:
+[bold]all-MiniLM-L6-v2[/bold] turns sentences into vectors; it was not trained for sentiment. \
+Here it learns to tell whether a sentence from a film review is praise or blame, in two ways:
  • [bold]probe[/bold]: the encoder stays as it is, and a logistic regression reads its vectors;
- • [bold]LoHa[/bold]: each attention matrix W becomes W + (w1_a·w1_b) ⊙ (w2_a·w2_b) · alpha/r. W is frozen; the four \
-thin factors, and a linear classifier, are trained.
+ • [bold]LoHa[/bold]: each attention matrix W becomes W + (w1_a·w1_b) ⊙ (w2_a·w2_b) · alpha/r. \
+W is frozen; the four thin factors, and a linear classifier, are trained.
 All choices are made on the validation sentences; the test sentences are read once, at the end."""
 
 LOHA = loha_jax.LoHaConfig(
@@ -76,7 +79,7 @@ QUICK = (480, 160, 320)  # training, validation and test sentences of --quick
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run trains with. The learning rate and batch size are the best of one epoch on validation."""
+    """The settings of a run. Learning rate and batch size are the best after one epoch."""
 
     epochs: int = 1
     batch_size: int = 8
@@ -106,7 +109,8 @@ def train(
         settings: how to train.
 
     Returns:
-        The tree as it was at its best validation, the course of the training, and the seconds it took.
+        The tree as it was at its best validation, the course of the training, and the seconds it
+        took.
     """
     rng = np.random.default_rng(settings.seed)
     batches = [
@@ -171,7 +175,7 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 def fit_probe(vectors: np.ndarray, labels: np.ndarray) -> LogisticRegression:
-    """Logistic regression on frozen vectors, its regularisation chosen by 5-fold cross-validation on them."""
+    """Logistic regression on frozen vectors, regularised by 5-fold cross-validation on them."""
     search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 1, 9)}, cv=5)
     with threadpool_limits(
         1
@@ -196,8 +200,9 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     train_data, validation_data, test_data = (Tokenized(part, tokenizer) for part in sentences)
     model, bert = load_minilm(folder)
     console.print(
-        f"{len(train_data):,} sentences to train with, {len(validation_data):,} to validate, {len(test_data):,} to "
-        f"test. The first of them:\n  “{sentences[0].texts[0]}” ({CLASSES[sentences[0].labels[0]]})"
+        f"{len(train_data):,} sentences to train with, {len(validation_data):,} to validate, "
+        f"{len(test_data):,} to test. The first of them:\n  “{sentences[0].texts[0]}” "
+        f"({CLASSES[sentences[0].labels[0]]})"
     )
 
     headline("Baseline: a linear probe on the frozen encoder")
@@ -243,8 +248,9 @@ def run(settings: Settings, out: Path, quick: bool) -> None:
     plot_curves(history, probe_accuracy, out / "curves.png")
     interop.save_peft(out / "adapter", params)
     console.print(
-        f"Kept the state after step {history.best[0]}, of validation accuracy {history.best[1]:.4f}.\n"
-        f"Learning curves: {out / 'curves.png'}. Adapter, as PEFT reads it: {out / 'adapter'}"
+        f"Kept the state after step {history.best[0]}, of validation accuracy "
+        f"{history.best[1]:.4f}.\nLearning curves: {out / 'curves.png'}. Adapter, as PEFT reads "
+        f"it: {out / 'adapter'}"
     )
 
     headline("Test")
@@ -296,12 +302,13 @@ def check_agreement(ours: np.ndarray, theirs: np.ndarray, data: Tokenized) -> fl
     difference = float(np.abs(ours - theirs).max())
     our_accuracy, their_accuracy = accuracy(ours.argmax(1), data), accuracy(theirs.argmax(1), data)
     console.print(
-        f"PEFT opened the adapter. The largest difference of a logit is {difference:.1e}; test accuracy: "
-        f"{their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
+        f"PEFT opened the adapter. The largest difference of a logit is {difference:.1e}; test "
+        f"accuracy: {their_accuracy:.4f} in PyTorch, {our_accuracy:.4f} in JAX."
     )
     if not difference < LARGEST_DIFFERENCE or our_accuracy != their_accuracy:
         raise JobError(
-            f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a defect."
+            f"JAX and PEFT should agree to {LARGEST_DIFFERENCE:g} and in accuracy. This is a "
+            "defect."
         )
     return difference
 
@@ -320,7 +327,8 @@ def headline(text: str) -> None:
 def main() -> int:
     """Reads the command line and runs the job."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes all-MiniLM-L6-v2 with LoHa on rated film reviews and opens the result in PyTorch PEFT.",
+        description="Fine-tunes all-MiniLM-L6-v2 with LoHa on rated film reviews and opens the "
+        "result in PyTorch PEFT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

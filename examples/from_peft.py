@@ -1,8 +1,9 @@
-"""From PEFT to JAX and back in ten lines: a LoHa adapter that PyTorch PEFT trained goes on training in JAX.
+"""From PEFT to JAX and back in ten lines: an adapter of PyTorch PEFT goes on training in JAX.
 
-Where torch and peft are installed, PEFT makes the adapter here, for a tiny Llama with random weights, and opens it
-again in the end; without them it is one of the adapters in tests/data/peft, which PEFT wrote. The text is Python's
-documentation. The model is far too small to write; what the losses show is that nothing is lost on the way.
+Where torch and peft are installed, PEFT makes the adapter here, for a tiny Llama with random
+weights, and opens it again in the end; without them it is one of the adapters in tests/data/peft,
+which PEFT wrote. The text is Python's documentation. The model is far too small to write; what the
+losses show is that nothing is lost on the way.
 
     python examples/from_peft.py [--quick]
 """
@@ -28,7 +29,7 @@ from loha_jax.train import fit
 
 SIDE_BY_SIDE = """
   PEFT                                                loha-jax
-  model = LlamaForCausalLM.from_pretrained(base)      params = interop.load_base(base, shapes, names=names)
+  model = LlamaForCausalLM.from_pretrained(base)      params = interop.load_base(base, shapes, …)
   model = PeftModel.from_pretrained(model, folder,    params = interop.load_peft(folder, params)
                                     is_trainable=True)
   [p for p in model.parameters() if p.requires_grad]  trainable, frozen = loha_jax.partition(params)
@@ -40,7 +41,7 @@ RATE, BATCH, LENGTH = 1e-2, 16, 24
 
 
 def batches(vocabulary: int, count: int, seed: int, held_out: bool = False) -> list[np.ndarray]:
-    """Stretches of the text, [BATCH, LENGTH]: bytes modulo the vocabulary's size. The last fifth is held out."""
+    """Stretches of text, [BATCH, LENGTH]: bytes modulo the vocabulary; a fifth is held out."""
     text = (
         np.frombuffer("\n".join(pydoc_data.topics.topics.values()).encode(), np.uint8).astype(
             np.int32
@@ -101,37 +102,31 @@ def run(options: argparse.Namespace) -> None:
     with_peft = not missing()
     if with_peft:
         base_folder, adapter = train_in_peft(options.out, steps, options.seed)
-        config_file = base_folder / "config.json"
     else:
-        base_folder, config_file, adapter = (
-            SAMPLE / "base.safetensors",
-            SAMPLE / "base_config.json",
-            SAMPLE / "adapter",
-        )
+        base_folder, adapter = SAMPLE / "base.safetensors", SAMPLE / "adapter"
+    config_file = base_folder / "config.json" if with_peft else SAMPLE / "base_config.json"
     print(SIDE_BY_SIDE)
 
     config = LlamaConfig(**json.loads(config_file.read_text(encoding="utf-8")))
     model: Any = FlaxLlamaForCausalLM(config, _do_init=False)
-    # -- In ------------------------------------------------------------------------------------------------------
+    # -- In ----------------------------------------------------------------------------------------
     names = interop.NameMap.transformers()
     base = interop.load_base(base_folder, model.params_shape_tree, names=names)
     arrived = interop.load_peft(adapter, base, names=names)
     apply = loha_jax.adapt(lambda params, ids: model(ids, params=params).logits)  # no ΔW is built
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     print(loha_jax.summary(arrived).totals)
 
     def loss_fn(params: Any, ids: Any, key: jax.Array | None = None) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(
-            apply(params, ids)[:, :-1], ids[:, 1:]
-        ).mean()
+        logits, labels = apply(params, ids)[:, :-1], ids[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     data = batches(config.vocab_size, steps, options.seed + 1)
-    continued = fit(
-        loss_fn, arrived, optax.adam(RATE), data, key=jax.random.key(options.seed)
-    ).params
-    # -- And out -------------------------------------------------------------------------------------------------
+    key = jax.random.key(options.seed)
+    continued = fit(loss_fn, arrived, optax.adam(RATE), data, key=key).params
+    # -- And out -----------------------------------------------------------------------------------
     interop.save_peft(options.out / "from_jax", continued)
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     console.print(f"Saved as PEFT saves it: {options.out / 'from_jax'}")
 
     held_out = np.concatenate(batches(config.vocab_size, 16, options.seed, held_out=True))
@@ -150,12 +145,8 @@ def run(options: argparse.Namespace) -> None:
     if not with_peft:
         console.print(f"To have PEFT make and open the adapter: pip install {missing()}")
     title = f"Loss on held-out text, nats per byte (seed {options.seed})"
-    show_results(
-        options.out / "results.json",
-        title,
-        ["", "JAX", "PyTorch", "largest difference of a logit"],
-        rows,
-    )
+    head = ["", "JAX", "PyTorch", "largest difference of a logit"]
+    show_results(options.out / "results.json", title, head, rows)
 
 
 if __name__ == "__main__":

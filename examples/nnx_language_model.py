@@ -1,8 +1,9 @@
-"""A small Flax NNX language model learns film reviews byte by byte; LoHa then teaches it Python's documentation.
+"""An NNX language model learns film reviews; LoHa then teaches it Python's documentation.
 
-The model is an ordinary NNX Transformer, its layers stacked by `nnx.vmap` and run by `nnx.scan`. `loha_jax.nnx.inject`
-adapts it in place. Beside it: the frozen model, and training all parameters on the same batches. What LoHa learned can
-be switched off again, so that the reviews are not forgotten.
+The model is an ordinary NNX Transformer, its layers stacked by `nnx.vmap` and run by `nnx.scan`.
+`loha_jax.nnx.inject` adapts it in place. Beside it: the frozen model, and training all parameters
+on the same batches. What LoHa learned can be switched off again, so that the reviews are not
+forgotten.
 
     python examples/nnx_language_model.py [--quick]
 """
@@ -32,7 +33,8 @@ CONTEXT, BATCH = 128, 16
 LOHA = loha_jax.LoHaConfig(
     r=8, alpha=16, target_modules=["query", "key", "value", "out", "up", "down", "head"]
 )
-# LoHa's: the best of 3e-3, 1e-2, 2e-2 on validation text, with one more layer. All parameters: not tuned.
+# LoHa's: the best of 3e-3, 1e-2, 2e-2 on validation text, with one more layer. All parameters: not
+# tuned.
 LOHA_RATE, FULL_RATE = 2e-2, 3e-3
 
 
@@ -59,9 +61,8 @@ class LanguageModel(nnx.Module):
         self.bytes = nnx.Embed(256, width, rngs=rngs)
         self.positions = nnx.Embed(CONTEXT, width, rngs=rngs)
         make_layers = nnx.vmap(lambda rngs: Block(width, heads, rngs))
-        self.layers = make_layers(
-            rngs.split(layers)
-        )  # one Block whose arrays have a leading axis of layers
+        # One Block whose arrays have a leading axis of layers.
+        self.layers = make_layers(rngs.split(layers))
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 256, rngs=rngs)
 
@@ -148,42 +149,33 @@ def split(text: str, size: int) -> dict[str, np.ndarray]:
 
 def run(options: argparse.Namespace) -> None:
     """Pretrains, adapts in two ways, compares."""
-    size = (
-        {"layers": 2, "width": 64, "heads": 2}
-        if options.quick
-        else {"layers": 3, "width": 160, "heads": 4}
-    )
+    layers, width, heads = (2, 64, 2) if options.quick else (3, 160, 4)
     pretrain_steps, steps = (50, 30) if options.quick else (450, 150)
     most = 150_000 if options.quick else 2_000_000
     reviews = split("\n".join(load().texts), most)
     docs = split("\n".join(pydoc_data.topics.topics.values()), most)
 
     console.rule("Pretraining on film reviews", align="left")
-    base = LanguageModel(**size, rngs=nnx.Rngs(options.seed))
+    base = LanguageModel(layers, width, heads, rngs=nnx.Rngs(options.seed))
     pretrained = train(base, reviews, FULL_RATE, pretrain_steps, options.seed, nnx.Param)
 
     console.rule("LoHa on Python's documentation", align="left")
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     model = nnx.clone(base)
-    loha_jax.nnx.inject(
-        model, LOHA, rngs=nnx.Rngs(options.seed + 1)
-    )  # in place; one adapter per layer of the stack
+    # In place; one adapter per layer of the stack.
+    loha_jax.nnx.inject(model, LOHA, rngs=nnx.Rngs(options.seed + 1))
     print(loha_jax.summary(model).totals)
     loha_curve = train(model, docs, LOHA_RATE, steps, options.seed, wrt=loha_jax.nnx.LoHaParam)
     interop.save_peft(options.out / "adapter", model)
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     console.rule("All parameters on Python's documentation", align="left")
     full = nnx.clone(base)
     full_curve = train(full, docs, FULL_RATE, steps, options.seed, wrt=nnx.Param)
 
-    samples = {
-        name: write(m, docs["test"], options.seed)
-        for name, m in {"frozen": base, "LoHa": model}.items()
-    }
-    for name, text in samples.items():
+    for name, writer in {"frozen": base, "LoHa": model}.items():
         console.rule(f"{name} writes on", align="left")
-        console.print(text, markup=False)
+        console.print(write(writer, docs["test"], options.seed), markup=False)
 
     def row(name: str, model: LanguageModel, trained: type | None) -> list[object]:
         count = sum(x.size for x in jax.tree.leaves(nnx.state(model, trained))) if trained else 0
@@ -198,15 +190,11 @@ def run(options: argparse.Namespace) -> None:
     rows.append(row("LoHa, switched off", model, None))
     plot(options.out / "curves.png", pretrained, loha_curve, full_curve)
     console.print(
-        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: {options.out / 'curves.png'}"
+        f"Adapter, as PEFT writes it: {options.out / 'adapter'}. Curves: curves.png there"
     )
     title = f"Loss on test text, nats per byte (seed {options.seed})"
-    show_results(
-        options.out / "results.json",
-        title,
-        ["", "parameters trained", "documentation", "film reviews"],
-        rows,
-    )
+    head = ["", "parameters trained", "documentation", "film reviews"]
+    show_results(options.out / "results.json", title, head, rows)
 
 
 def plot(path: Any, pretrained: Any, loha: Any, full: Any) -> None:

@@ -33,7 +33,8 @@ def logits_with_peft(
     Args:
         adapter: the folder that `interop.save_peft` wrote.
         model_folder: the folder of the pretrained model, which PyTorch reads by itself.
-        classifier: the classifier as it was before training; PEFT puts the trained one in its place.
+        classifier: the classifier as it was before training; PEFT puts the trained one in its
+            place.
         data: the sentences.
     """
     import torch

@@ -28,7 +28,7 @@ RECENT = 50  # steps that a smoothed loss is the mean of
 
 @dataclasses.dataclass
 class History:
-    """The course of a training run: the loss of each step, and `(step, accuracy)` of each validation."""
+    """The course of a training: the loss of each step, `(step, accuracy)` of each validation."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     validations: list[tuple[int, float]] = dataclasses.field(default_factory=list)

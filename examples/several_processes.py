@@ -1,11 +1,12 @@
-"""Training in several processes that share a mesh; one is killed, and other numbers of them go on from its checkpoint.
+"""Training in several processes; one is killed, and other numbers of processes resume it.
 
-    python examples/several_processes.py             the demonstration: starts all processes on this machine
-    python examples/several_processes.py train ...   one process of a run; on a cluster, JAX finds the others itself
+    python examples/several_processes.py            the demonstration: all processes on this machine
+    python examples/several_processes.py train ...  one process; on a cluster, JAX finds the others
 
-The base's kernels, the factors and the optimizer's state are split over all devices (fsdp); each process reads its own
-rows of the data, and writes its own part of the checkpoints. A run of two processes is interrupted by SIGKILL; four
-processes, and one, restore what it left and go on. Every loss is compared with those of a run that nobody interrupted.
+The base's kernels, the factors and the optimizer's state are split over all devices (fsdp); each
+process reads its own rows of the data, and writes its own part of the checkpoints. A run of two
+processes is interrupted by SIGKILL; four processes, and one, restore what it left and go on. Every
+loss is compared with those of a run that nobody interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GRACE_S = 20
 
 
 def train(options: argparse.Namespace) -> None:
-    """One process of a run: trains until `--steps`, from the newest checkpoint in the folder if there is one."""
+    """One process of a run: trains until `--steps`, from the newest checkpoint if there is one."""
     import jax
 
     if options.coordinator:  # on this machine; on a cluster JAX asks its scheduler
@@ -170,11 +171,12 @@ class Run:
         for number, process in enumerate(self.processes):
             if process.poll():
                 raise SystemExit(
-                    f"process {number} failed: {process.returncode}\n{self.outputs[number].read_text()}"
+                    f"process {number} failed: "
+                    f"{process.returncode}\n{self.outputs[number].read_text()}"
                 )
 
     def kill_one(self) -> None:
-        """Kills the last process with SIGKILL, and the others when they have noticed: schedulers do so too."""
+        """Kills the last process, and the others when they have noticed, as schedulers do."""
         self.processes[-1].send_signal(signal.SIGKILL)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(

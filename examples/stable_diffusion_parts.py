@@ -1,9 +1,10 @@
-"""Stable Diffusion's two trained parts, text encoder and UNet, with the LoHa settings of PEFT's own example.
+"""Stable Diffusion's text encoder and UNet, with the LoHa settings of PEFT's own example.
 
-The models are transformers' FlaxCLIPTextModel and diffusers' FlaxUNet2DConditionModel as they are, but tiny and with
-random weights, for no pretrained ones can be had offline. Both adapters are trained together to take the noise out of
-pieces of two real photos, which come with scikit-learn, and are saved as diffusers and PEFT read them; where torch and
-peft are installed, PEFT opens them in the PyTorch models. Expect no pictures of it: it shows how, not how well.
+The models are transformers' FlaxCLIPTextModel and diffusers' FlaxUNet2DConditionModel as they are,
+but tiny and with random weights, for no pretrained ones can be had offline. Both adapters are
+trained together to take the noise out of pieces of two real photos, which come with scikit-learn,
+and are saved as diffusers and PEFT read them; where torch and peft are installed, PEFT opens them
+in the PyTorch models. Expect no pictures of it: it shows how, not how well.
 
     pip install --no-deps diffusers==0.39.0     # the last with Flax
     python examples/stable_diffusion_parts.py [--quick]
@@ -41,7 +42,8 @@ logging.disable(
 )  # diffusers and transformers would say that these releases are the last with Flax
 from diffusers import FlaxUNet2DConditionModel  # noqa: E402  # pyright: ignore[reportPrivateImportUsage]
 
-# What PEFT's LoHa page gives for Stable Diffusion; the convolutions of the residual blocks are an addition.
+# What PEFT's LoHa page gives for Stable Diffusion; the convolutions of the residual blocks are an
+# addition.
 TEXT_LOHA = loha_jax.LoHaConfig(
     r=8,
     alpha=32,
@@ -61,8 +63,8 @@ UNET_LOHA = loha_jax.LoHaConfig(
     use_effective_conv2d=True,  # convolutions larger than 1x1 get the form with cores
 )
 TEXT_CONFIG = CLIPTextConfig(
-    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-    max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
+    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 UNET_CONFIG = {
     "sample_size": 16,
@@ -90,7 +92,7 @@ Params = Any
 
 
 def batches(count: int, seed: int, held_out: bool = False) -> list[dict[str, np.ndarray]]:
-    """Pieces of 16x16 pixels of the two photos, with noise; the right quarter of each photo is held out."""
+    """Pieces of 16x16 pixels of two photos, with noise; the right quarter of each is held out."""
     rng = np.random.default_rng(seed)
     photos = [np.array(image[:424], np.float32).reshape(106, 4, 160, 4, 3).mean((1, 3)) / 127.5 - 1
               for image in load_sample_images().images]  # fmt: skip
@@ -121,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     unet: Any = FlaxUNet2DConditionModel(**config)
     base = {"text_encoder": text_encoder.params, "unet": jax.jit(unet.init_weights)(keys[0])}
 
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     unet_names = interop.NameMap.diffusers()  # Flax's down_blocks_0 is torch's down_blocks.0
     params = {
         "text_encoder": loha_jax.inject(base["text_encoder"], TEXT_LOHA, key=keys[1]),
@@ -140,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
     result = fit(
         loss_fn, params, tx, batches(steps, options.seed), key=jax.random.key(options.seed)
     )  # both parts
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     params, losses = result.params, [row["loss"] for row in result.history]
     for part, tree in params.items():
         interop.save_peft(options.out / part, tree)
@@ -193,7 +195,8 @@ def noise_in_torch(
 ) -> dict[str, np.ndarray]:
     """What PyTorch's models predict, alone and with the adapters that PEFT opens.
 
-    The two UNets differ by themselves: diffusers' Flax one approximates the gelu and adds another epsilon in a norm.
+    The two UNets differ by themselves: diffusers' Flax one approximates the gelu and adds another
+    epsilon in a norm.
     """
     import torch
     from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]

@@ -1,8 +1,9 @@
-"""A PyTorch checkpoint is read into a Flax model, adapted with LoHa, and goes back to PyTorch in two forms.
+"""A PyTorch checkpoint in a Flax model, adapted with LoHa, goes back to PyTorch in two forms.
 
-The checkpoint is all-MiniLM-L6-v2, which turns sentences into vectors. It is adapted so that the vectors of film
-reviews that praise lie nearer to each other than to those that blame. The adapter is saved for PEFT, the merged model
-as a checkpoint of its own with tokenizer and config; where torch and peft are installed, PyTorch opens both.
+The checkpoint is all-MiniLM-L6-v2, which turns sentences into vectors. It is adapted so that the
+vectors of film reviews that praise lie nearer to each other than to those that blame. The adapter
+is saved for PEFT, the merged model as a checkpoint of its own with tokenizer and config; where
+torch and peft are installed, PyTorch opens both.
 
     python examples/torch_checkpoint.py [--quick]
 """
@@ -43,7 +44,7 @@ Params = Any
 
 
 def contrast(vectors: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of each sentence, how improbable those with its label are among its neighbours (supervised contrastive loss)."""
+    """Supervised contrastive loss: how improbable neighbours with a sentence's own label are."""
     vectors /= jnp.linalg.norm(vectors, axis=1, keepdims=True)
     itself = jnp.eye(len(labels), dtype=bool)
     log_probabilities = jax.nn.log_softmax(
@@ -59,7 +60,7 @@ def train(
     """Trains the adapter; returns the tree and the loss of each step."""
     rng = np.random.default_rng(seed)
     batches = [batch for _ in range(epochs) for batch in data.epoch(BATCH, rng)]
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     encode = loha_jax.adapt(
         lambda params, ids, mask: embed(model, params, ids, mask)
     )  # no ΔW is built
@@ -69,7 +70,7 @@ def train(
         return contrast(encode(params, batch["ids"], batch["mask"]), batch["labels"])
 
     result = fit(loss_fn, params, tx, batches, key=jax.random.key(seed))
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     return result.params, [row["loss"] for row in result.history]
 
 
@@ -98,24 +99,24 @@ def run(options: argparse.Namespace) -> None:
     test_data = Tokenized(test_sentences.take(range(sizes[1])), tokenizer)
 
     # In: each tensor goes where the Flax model wants it; all names and shapes are checked first.
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     config = BertConfig(**json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     model = FlaxBertModel(config, _do_init=False)
     names = interop.NameMap.transformers()
     base = interop.load_base(checkpoint / "model.safetensors", model.params_shape_tree, names=names)
     params = loha_jax.inject(base, LOHA, key=jax.random.key(options.seed), names=names)
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     print(loha_jax.summary(params).totals)
     params, losses = train(model, params, train_data, 1 if options.quick else 2, options.seed)
 
     # Out: the adapter alone, and the merged model with all that lies beside the checkpoint.
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     interop.save_peft(options.out / "adapter", params)
     shutil.rmtree(
         options.out / "merged", ignore_errors=True
     )  # save_merged does not write over weights
     interop.save_merged(options.out / "merged", params, names=names, base=checkpoint)
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     encode = Encoder(model, base)
     frozen = [encode(base, data) for data in (train_data, test_data)]
@@ -152,7 +153,10 @@ def run(options: argparse.Namespace) -> None:
         ["frozen", *scores(frozen, train_data, test_data)],
         ["LoHa", *scores(adapted, train_data, test_data)],
     ]
-    title = f"{len(test_data):,} test sentences, {len(train_data):,} training sentences (seed {options.seed})"
+    title = (
+        f"{len(test_data):,} test sentences, {len(train_data):,} training sentences "
+        f"(seed {options.seed})"
+    )
     show_results(options.out / "results.json", title, header, rows)
     rows = [[name, difference] for name, difference in differences.items()]
     header = ["", "largest difference of a vector"]
@@ -162,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
 def scores(
     vectors: list[np.ndarray], train_data: Tokenized, test_data: Tokenized
 ) -> tuple[float, float]:
-    """How often a linear probe, and the label of the most similar training sentence, are right about test sentences."""
+    """Test accuracy of a linear probe, and of the label of the most similar training sentence."""
     train_vectors, test_vectors = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors)
     probe = fit_probe(train_vectors, train_data.labels)
     nearest = train_data.labels[(test_vectors @ train_vectors.T).argmax(1)]

@@ -1,8 +1,9 @@
-"""A small ViT that knows the digits 0 to 4 learns 5 to 9, with PEFT's settings for image classification.
+"""A small ViT that knows 0 to 4 learns 5 to 9, with PEFT's settings for image classification.
 
-LoHa on query and value, and a new classifier that is trained and saved whole (`modules_to_save`). The model is
-transformers' FlaxViTForImageClassification, used as it is; where torch and peft are installed, PEFT
-opens the adapter in its PyTorch twin. Data and baselines: those of digits_convnet.py.
+LoHa on query and value, and a new classifier that is trained and saved whole (`modules_to_save`).
+The model is transformers' FlaxViTForImageClassification, used as it is; where torch and peft are
+installed, PEFT opens the adapter in its PyTorch twin. Data and baselines: those of
+digits_convnet.py.
 
     python examples/vit_classifier.py [--quick]
 """
@@ -72,8 +73,8 @@ def train(
     seed: int,
     full: bool,
 ) -> tuple[Params, list[tuple[int, float]]]:
-    """Trains the adapter and the classifier, or (`full`) all parameters; returns them and validation accuracies."""
-    # ------------------------------------------------------------------------------------------------------------
+    """Trains adapter and classifier, or (`full`) all; returns them and validation accuracies."""
+    # ----------------------------------------------------------------------------------------------
     logits = loha_jax.adapt(
         lambda params, images: model(images, params=params).logits
     )  # no ΔW is built
@@ -91,7 +92,7 @@ def train(
         updates, opt_state = tx.update(jax.grad(loss_fn)(trainable), opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
 
-    # ------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     rng, curve = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         rows = rng.integers(0, len(pictures[1]), 32)

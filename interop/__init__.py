@@ -1,4 +1,4 @@
-"""Exchange with PyTorch: PEFT's adapter folders and state dicts, LyCORIS' files, base checkpoints and names."""
+"""Exchange with PyTorch: adapters of PEFT and LyCORIS, base checkpoints and names."""
 
 from loha_jax.runtime.untrusted import FileError
 

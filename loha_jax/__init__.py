@@ -1,6 +1,7 @@
 """LoHa (low-rank Hadamard product) fine-tuning for any JAX model.
 
-    params = loha_jax.inject(params, loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "value"]), key=key)
+    config = loha_jax.LoHaConfig(r=8, alpha=16, target_modules=["query", "value"])
+    params = loha_jax.inject(params, config, key=key)
     apply = loha_jax.adapt(model.apply)            # the same function; keeps no ΔW
     trainable, frozen = loha_jax.partition(params)  # for jax.grad and optax
 

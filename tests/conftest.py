@@ -54,9 +54,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """What one process compiles, all processes of a run read: from COMPILED_PROGRAMS, or a folder of this run alone.
+    """Let all processes of a run read what one has compiled.
 
-    Not by JAX's own environment variable: processes that tests start, and some kill, do not write there.
+    The programs are in COMPILED_PROGRAMS, or in a folder of this run alone. JAX's own environment
+    variable is not used: processes that tests start, and some kill, do not write there.
     """
     if not os.environ.get(
         "COMPILED_PROGRAMS"
@@ -67,7 +68,8 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED_PROGRAMS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # A program that cannot be read is an error, as every warning here, and not compiled again in silence.
+    # A program that cannot be read is an error, as every warning here, and not compiled again in
+    # silence.
     jax.config.update("jax_raise_persistent_cache_errors", True)
 
 
@@ -76,7 +78,7 @@ def forget_folder():
 
 
 def put_whole(self, key, value):
-    """Writes a compiled program in one step, which JAX does not: another process may be reading it."""
+    """Write a compiled program in one step, as another process may be reading it."""
     path = Path(str(self.path)) / f"{key}-cache"
     part = path.with_name(f"{key}.{os.getpid()}.part")
     part.write_bytes(value)
@@ -84,7 +86,10 @@ def put_whole(self, key, value):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """tests/devices needs a process of its own, with eight devices: it is run when it is asked for by its path."""
+    """Collect tests/devices only if it is asked for by its path.
+
+    It needs a process of its own, with eight devices.
+    """
     asked = any("devices" in Path(str(argument).split("::")[0]).parts for argument in config.args)
     return True if collection_path == Path(__file__).parent / "devices" and not asked else None
 
@@ -93,7 +98,8 @@ def pytest_report_header(config):
     o = config.option
     return [
         f"parity cases: --parity-seed {o.parity_seed} --parity-cases {o.parity_cases}",
-        f"models: --models-seed {o.models_seed} --models-width {o.models_width} --models-layers {o.models_layers}",
+        f"models: --models-seed {o.models_seed} --models-width {o.models_width} --models-layers "
+        f"{o.models_layers}",
         f"fuzz: --fuzz-seed {o.fuzz_seed} --fuzz-cases {o.fuzz_cases}",
         f"kills: --checkpoint-seed {o.checkpoint_seed} --checkpoint-kills {o.checkpoint_kills}",
     ]

@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def run(name, out):
-    """Runs an example in a process of its own; returns the numbers of its last table."""
+    """Run an example in a process of its own, and return the numbers of its last table."""
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", out]
     environment = {**os.environ, "XLA_FLAGS": ""}  # optimised: they train
     result = subprocess.run(

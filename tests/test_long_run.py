@@ -1,4 +1,4 @@
-"""Ten thousand steps: no array, program or tracer is left behind, and nothing stops being finite."""
+"""Ten thousand steps leave no array, program or tracer behind, and everything stays finite."""
 
 import json
 import os
@@ -20,7 +20,9 @@ from loha_jax.train import fit
 STEPS, WIDTH, CLASSES = int(sys.argv[1]), 16, 4
 compiled, seen = [], {}
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: event == "/jax/core/compile/backend_compile_duration" and compiled.append(1)
+    lambda event, *_, **__: (
+        event == "/jax/core/compile/backend_compile_duration" and compiled.append(1)
+    )
 )
 keys = jax.random.split(jax.random.key(0), 4)
 base = {
@@ -29,7 +31,11 @@ base = {
     "norm": {"scale": jnp.ones(WIDTH)},
 }
 config = loha_jax.LoHaConfig(
-    r=2, target_modules=["up", "out"], modules_to_save=["norm"], rank_dropout=0.1, module_dropout=0.1
+    r=2,
+    target_modules=["up", "out"],
+    modules_to_save=["norm"],
+    rank_dropout=0.1,
+    module_dropout=0.1,
 )
 params = loha_jax.inject(base, config, key=keys[2], layouts={r"layers\\.up": "sio"})
 truth = np.random.default_rng(0).normal(size=(WIDTH, CLASSES))
@@ -37,7 +43,9 @@ truth = np.random.default_rng(0).normal(size=(WIDTH, CLASSES))
 
 @loha_jax.adapt
 def logits(params, x):
-    x, _ = jax.lax.scan(lambda x, layer: (x + jnp.tanh(x @ layer["up"]["kernel"]), None), x, params["layers"])
+    x, _ = jax.lax.scan(
+        lambda x, layer: (x + jnp.tanh(x @ layer["up"]["kernel"]), None), x, params["layers"]
+    )
     return (x * params["norm"]["scale"]) @ params["out"]["kernel"] + params["out"]["bias"]
 
 
@@ -46,7 +54,9 @@ def loss_fn(params, batch, key):
     assert scores.dtype == jnp.bfloat16
     scores = scores.astype(jnp.float32)
     accuracy = (scores.argmax(-1) == batch["y"]).mean()
-    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean(), {"accuracy": accuracy}
+    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean(), {
+        "accuracy": accuracy
+    }
 
 
 def batches(position):
@@ -75,14 +85,32 @@ def watch(step, metrics):
 
 
 result = fit(
-    loss_fn, params, optax.adamw(3e-3), batches, key=keys[3], steps=STEPS, accumulate=2, dtype=jnp.bfloat16,
-    evaluate=lambda params: {"accuracy": quality(params)}, eval_every=STEPS // 10, log_every=100, on_metrics=watch,
+    loss_fn,
+    params,
+    optax.adamw(3e-3),
+    batches,
+    key=keys[3],
+    steps=STEPS,
+    accumulate=2,
+    dtype=jnp.bfloat16,
+    evaluate=lambda params: {"accuracy": quality(params)},
+    eval_every=STEPS // 10,
+    log_every=100,
+    on_metrics=watch,
 )
 finite = all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.opt_state)))
-print(json.dumps({
-    "seen": seen, "step": result.step, "stopped": result.stopped, "seconds": result.seconds, "finite": finite,
-    "losses": [row["loss"] for row in result.history if "loss" in row],
-}))
+print(
+    json.dumps(
+        {
+            "seen": seen,
+            "step": result.step,
+            "stopped": result.stopped,
+            "seconds": result.seconds,
+            "finite": finite,
+            "losses": [row["loss"] for row in result.history if "loss" in row],
+        }
+    )
+)
 """
 
 
@@ -113,7 +141,10 @@ def test_ten_thousand_steps_leave_nothing_behind():
 @pytest.mark.parametrize("strategy", ["factored", "fused", "dense"])
 @pytest.mark.parametrize("config", [loha_jax.LoHaConfig, loha_jax.LycorisConfig])
 def test_no_rule_of_differentiation_holds_a_tracer(config, strategy):
-    """Of a scan over layers (whose tracers end with it), a convolution and a lookup, with all that LyCORIS adds."""
+    """A scan over layers, a convolution and a lookup, with all that LyCORIS adds.
+
+    The tracers of the scan end with it.
+    """
     options = {
         "use_effective_conv2d": True,
         "rank_dropout": 0.1,

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.scale`: what it predicts beside what XLA compiles, and beside numbers from elsewhere."""
+"""`python -m benchmarks.scale`.
+
+What it predicts beside what XLA compiles, and beside numbers from elsewhere.
+"""
 
 import json
 import os
@@ -41,7 +44,8 @@ def test_the_compiled_layer_is_within_ten_percent_of_the_prediction(records):
     assert not check["off"]
 
 
-# In and out features of the seven linear modules, by whether the out or the in axis is split over the tensor axis.
+# In and out features of the seven linear modules, by whether the out or the in axis is split over
+# the tensor axis.
 SPLIT_OUT = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 14336), (4096, 14336)]
 SPLIT_IN = [(4096, 4096), (14336, 4096)]
 
@@ -69,11 +73,13 @@ def test_flops_of_8b_are_those_of_the_products_counted_by_hand(records):
     kernels = sum(into * out for into, out in (*SPLIT_OUT, *SPLIT_IN))
     # Forward, once more but for down's result, and the gradient of the input.
     products = 2 * LENGTH * (3 * kernels - 14336 * 4096)
-    # Scores and mix in the forward pass and once more, scores again, four products in the backward pass.
+    # Scores and mix in the forward pass and once more, scores again, four products in the backward
+    # pass.
     attention = (2 + 2 + 1 + 4) * 2 * LENGTH**2 * 4096
     head = 2 * 2 * LENGTH * 4096 * 128256
     assert r["frozen_flops"] * 2 == pytest.approx(32 * (products + attention) + head, rel=0.05)
-    # x·KB and its product with KA, r² columns, likewise; and two more for the gradients of KA and KB.
+    # x·KB and its product with KA, r² columns, likewise; and two more for the gradients of KA and
+    # KB.
     adapters = sum(2 * LENGTH * 64 * (into + out) for into, out in (*SPLIT_OUT, *SPLIT_IN))
     assert (r["flops"] - r["frozen_flops"]) * 2 == pytest.approx(32 * 4 * adapters, rel=0.1)
     assert r["peft_layer_bytes"] == 4 * kernels // 2

@@ -1,4 +1,7 @@
-"""Several processes on one mesh: one is killed, and other numbers of them go on from its checkpoint."""
+"""Several processes on one mesh.
+
+One is killed, and other numbers of them go on from its checkpoint.
+"""
 
 import os
 import subprocess
@@ -12,7 +15,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "several_processes.py"
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_in_four_processes_and_in_one():
-    """The example compares every loss with those of an undisturbed run in one process, and fails where they differ."""
+    """The example fails where a loss differs from that of an undisturbed run in one process."""
     environment = {**os.environ, "XLA_FLAGS": ""}
     result = subprocess.run(
         [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=900

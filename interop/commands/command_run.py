@@ -1,4 +1,4 @@
-"""`CommandRun`: where the output of one command goes, and how its errors are said."""
+"""`run_command`: where the output of a command goes, and how its errors are said."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import typer
 from rich.console import Console
@@ -26,8 +25,8 @@ from rich.text import Text
 
 from .tables import printable
 
-FINE, DIFFERENT, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
+FINE, DIFFERENT, WRONG = 0, 1, 2
+"""Exit codes; that of an interruption is typer's, 130."""
 
 _PIPE_WIDTH = 160
 """Columns of tables that go to a file or another program."""
@@ -49,31 +48,12 @@ class CommandRun:
     def __init__(self, name: str, as_json: bool):
         self._name, self._as_json = name, as_json
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._warnings = warnings.catch_warnings()
-
-    def __enter__(self) -> CommandRun:
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-        self._warnings.__enter__()
-        warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_, **__: self.say(f"Note: {message}")
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
-        self._warnings.__exit__(None, None, None)
-        if error is None or isinstance(error, typer.Exit) or not isinstance(error, Exception):
-            return False
-        if os.environ.get("LOHA_JAX_TRACEBACK"):
-            return False
-        self.fail(_message(error), WRONG)
-        return True
 
     def say(self, text: str) -> None:
         """Print a message to standard error."""
         self._errors.print(Text(printable(text)))
 
-    def show(self, result: dict[str, Any], table: Callable[[Console], None]) -> None:
+    def show(self, result: Mapping[str, object], table: Callable[[Console], None]) -> None:
         """Print the result to standard output."""
         if self._as_json:
             typer.echo(json.dumps({"command": self._name, **result}, indent=2, allow_nan=False))
@@ -81,12 +61,12 @@ class CommandRun:
             console = Console(highlight=False)
             table(console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH))
 
-    def fail(self, text: str, code: int) -> None:
+    def fail(self, text: str) -> None:
         """End the run with an error."""
         if self._as_json:
             typer.echo(json.dumps({"command": self._name, "error": text}, indent=2))
         self.say(f"Error: {text}")
-        self.finish(code)
+        self.finish(WRONG)
 
     def finish(self, code: int) -> None:
         """End the run with an exit code."""
@@ -94,7 +74,11 @@ class CommandRun:
 
     @contextlib.contextmanager
     def progress(self, what: str, *, in_bytes: bool) -> Iterator[Callable[[int, int], None]]:
-        """Show a bar if standard error is a terminal; yield a function to call with what is done and the total."""
+        """Show a bar if standard error is a terminal.
+
+        Yields:
+            A function to call with what is done and the total.
+        """
         count = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
         with Progress(
@@ -102,6 +86,26 @@ class CommandRun:
         ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def run_command(name: str, as_json: bool) -> Iterator[CommandRun]:
+    """Run a command on the CPU. Warnings become notes, errors a sentence and an exit code."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    run = CommandRun(name, as_json)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: run.say(f"Note: {message}")
+        try:
+            yield run
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get("LOHA_JAX_TRACEBACK"):
+                raise
+            run.fail(_message(error))
 
 
 def _message(error: Exception) -> str:
@@ -120,7 +124,7 @@ def _message(error: Exception) -> str:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    """Return `--only`, `--force` or `--to lora` for an argument `only=`, `force=True` or `to="lora"`."""
+    """Return `--only`, `--force` or `--to lora` for `only=`, `force=True` or `to="lora"`."""
     name, text = found.groups()
     try:
         value = ast.literal_eval(text or "True")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.read_adapter import read_everything
 from ..updates.low_rank_update import LowRankUpdate
 from ..updates.norms import difference_norm, update_norm
-from .inspection import is_adapter
+from .inspection import dtypes_of, is_adapter, other_tensors
 
 _BLOCK = 1 << 22
 
@@ -32,7 +32,7 @@ def compare_paths(
         first, second: paths of the same kind.
         tolerance: of adapters, the relative difference ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ up to which modules
             count as equal; of checkpoints, the absolute difference of values.
-        progress: of checkpoints, called with the number of tensors compared and their number in all.
+        progress: of checkpoints, called with the number of tensors compared so far and in total.
 
     Returns:
         Only JSON's types: `different`, `only_first`, `only_second`, and a row for each common
@@ -45,9 +45,10 @@ def compare_paths(
         >>> import tempfile
         >>> from safetensors.numpy import save_file
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"w": np.ones(3)}, f"{folder}/a.safetensors")
-        ...     save_file({"w": np.zeros(3)}, f"{folder}/b.safetensors")
-        ...     compare_paths(f"{folder}/a.safetensors", f"{folder}/b.safetensors")["tensors"][0]["max_difference"]
+        ...     a, b = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+        ...     save_file({"w": np.ones(3)}, a)
+        ...     save_file({"w": np.zeros(3)}, b)
+        ...     compare_paths(a, b)["tensors"][0]["max_difference"]
         1.0
     """
     first, second = Path(first), Path(second)
@@ -84,20 +85,11 @@ def _by_name(adapter: AdapterFile) -> dict[str, AdapterModule]:
 
 def _compare_adapters(first: AdapterFile, second: AdapterFile, tolerance: float) -> dict[str, Any]:
     a, b = _by_name(first), _by_name(second)
+    result = _summary("adapters", (first.path, second.path), (a, b))
     rows = [_compare_modules(name, a[name], b[name], tolerance) for name in a if name in b]
-    only_first, only_second = [n for n in a if n not in b], [n for n in b if n not in a]
     others = _compare_others(first, second)
-    return {
-        "kind": "adapters",
-        "first": str(first.path),
-        "second": str(second.path),
-        "different": bool(only_first or only_second or others)
-        or any(row["different"] for row in rows),
-        "only_first": only_first,
-        "only_second": only_second,
-        "modules": rows,
-        "others": others,
-    }
+    result["different"] |= bool(others) or any(row["different"] for row in rows)
+    return {**result, "modules": rows, "others": others}
 
 
 def _compare_modules(
@@ -108,7 +100,7 @@ def _compare_modules(
         "name": name,
         "r": [a.r, b.r],
         "alpha": [a.alpha, b.alpha],
-        "dtype": ["/".join(sorted({str(t.dtype) for t in m.tensors.values()})) for m in (a, b)],
+        "dtype": [dtypes_of(a), dtypes_of(b)],
         "shape": [[u.rows, u.columns] for u in (first, second)],
         "bit_equal": _bit_equal(a, b),
         "norms_differ": not _same_norms(a.dora_scale, b.dora_scale),
@@ -120,11 +112,8 @@ def _compare_modules(
     if row["shape"][0] != row["shape"][1]:
         return row
     norm = update_norm(first)
-    difference = (
-        0.0
-        if row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
-        else difference_norm(first, second)
-    )
+    are_same = row["bit_equal"] and a.alpha / a.r == b.alpha / b.r
+    difference = 0.0 if are_same else difference_norm(first, second)
     if not math.isfinite(norm) or not math.isfinite(difference):
         return row
     relative = difference / norm if norm else (0.0 if difference == 0 else None)
@@ -135,49 +124,48 @@ def _compare_modules(
 
 def _bit_equal(a: AdapterModule, b: AdapterModule) -> bool:
     return a.tensors.keys() == b.tensors.keys() and all(
-        tensor.dtype == b.tensors[part].dtype
-        and tensor.shape == b.tensors[part].shape
-        and np.ascontiguousarray(tensor).tobytes()
-        == np.ascontiguousarray(b.tensors[part]).tobytes()
-        for part, tensor in a.tensors.items()
+        (t.dtype, t.shape, t.tobytes()) == (u.dtype, u.shape, u.tobytes())
+        for t, u in ((tensor, b.tensors[part]) for part, tensor in a.tensors.items())
     )
 
 
 def _same_norms(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
-def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, Any]]:
+def _compare_others(first: AdapterFile, second: AdapterFile) -> list[dict[str, str]]:
     """Return the differing tensors besides the factors."""
-    a, b = (
-        {
-            **x.others,
-            **{key: t for f in x.foreign.values() for key, t in f.tensors.items()},
-            **x.embeddings,
-        }
-        for x in (first, second)
-    )
-    result: list[dict[str, Any]] = []
+    a, b = other_tensors(first), other_tensors(second)
+    result: dict[str, str] = {}
     for key in dict.fromkeys((*a, *b)):
         if key not in a or key not in b:
-            result.append(
-                {"name": key, "difference": f"only in the {'first' if key in a else 'second'}"}
-            )
+            result[key] = f"only in the {'first' if key in a else 'second'}"
         elif a[key].shape != b[key].shape:
-            result.append(
-                {"name": key, "difference": f"{list(a[key].shape)} and {list(b[key].shape)}"}
-            )
+            result[key] = f"{list(a[key].shape)} and {list(b[key].shape)}"
         elif not np.array_equal(a[key], b[key]):
-            largest = _largest(a[key].reshape(-1), b[key].reshape(-1))
-            result.append({"name": key, "difference": f"up to {largest:.3g}"})
-    return result
+            result[key] = f"up to {_largest(a[key].reshape(-1), b[key].reshape(-1)):.3g}"
+    return [{"name": key, "difference": difference} for key, difference in result.items()]
+
+
+def _summary(
+    kind: str, paths: tuple[Path, Path], names: tuple[Collection[str], Collection[str]]
+) -> dict[str, Any]:
+    """Return the part of a result that adapters and checkpoints share."""
+    only = [[name for name in names[n] if name not in names[1 - n]] for n in (0, 1)]
+    return {
+        "kind": kind,
+        "first": str(paths[0]),
+        "second": str(paths[1]),
+        "different": bool(only[0] or only[1]),
+        "only_first": only[0],
+        "only_second": only[1],
+    }
 
 
 def _compare_checkpoints(
     a: Checkpoint, b: Checkpoint, tolerance: float, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    only_first = [key for key in a.shapes if key not in b.shapes]
-    only_second = [key for key in b.shapes if key not in a.shapes]
+    result = _summary("checkpoints", (a.path, b.path), (a.shapes, b.shapes))
     common = [key for key in a.shapes if key in b.shapes]
     rows = []
     for done, key in enumerate(common, 1):
@@ -195,15 +183,8 @@ def _compare_checkpoints(
         rows.append(row)
         if progress is not None:
             progress(done, len(common))
-    return {
-        "kind": "checkpoints",
-        "first": str(a.path),
-        "second": str(b.path),
-        "different": bool(only_first or only_second) or any(row["different"] for row in rows),
-        "only_first": only_first,
-        "only_second": only_second,
-        "tensors": rows,
-    }
+    result["different"] |= any(row["different"] for row in rows)
+    return {**result, "tensors": rows}
 
 
 def _largest(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -47,7 +48,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     Example:
         >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": np.ones((3, 4), np.float32)}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": np.ones((3, 4), np.float32)}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     loha_jax.interop.save_peft(folder, params)
         ...     inspect_path(folder)["remarks"]
@@ -61,14 +63,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     try:
         adapter = read_everything(path)
     except FileError as error:
-        if not _is_readable(path):
+        problems = _broken_modules(path)
+        if problems is None:
             raise
-        return {
-            "path": str(path),
-            "kind": None,
-            "problems": _broken_modules(path) or [str(error)],
-            "remarks": [],
-        }
+        problems = problems or [str(error)]
+        return {"path": str(path), "kind": None, "problems": problems, "remarks": []}
     return _describe_adapter(adapter)
 
 
@@ -87,92 +86,99 @@ def is_adapter(path: Path) -> bool:
     return are_adapters(Checkpoint(path).shapes)
 
 
-def _is_readable(path: Path) -> bool:
-    """Return whether the file itself is whole, so that the adapter in it is broken."""
-    if path.is_dir():
-        path = next((file for file in sorted(path.glob("*.safetensors"))), path)
-    try:
-        return bool(Checkpoint(path).shapes)
-    except (OSError, ValueError):
-        return False
-
-
-def _broken_modules(path: Path) -> list[str]:
-    """Return what is wrong with each module of a LoHa whose file is whole."""
+def _broken_modules(path: Path) -> list[str] | None:
+    """Return what is wrong with each module of a LoHa; None if the file itself is corrupted."""
     file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
+    if not file.is_file():
+        file = next(iter(sorted(path.glob("*.safetensors"))), path)
+    try:
+        tensors = read_safetensors(file)
+    except (OSError, ValueError):
+        return None
     parts_of: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in read_safetensors(file).items() if file.is_file() else ():
+    for key, tensor in tensors.items():
         module, _, part = (torch_name(key) if path.is_dir() else key).rpartition(".")
         if part in FACTOR_NAMES:
             parts_of.setdefault(module, {})[part] = tensor
-    problems = []
+    problems: list[str] = []
     for module, parts in parts_of.items():
         try:
             (read_module if file == path else rank_of)(module, parts)
         except FileError as error:
             problems.append(str(error))
-    return problems
+    return problems if tensors else None
 
 
 def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
     problems: list[str] = []
     remarks: list[str] = []
-    rest = {
-        **{key: t for f in adapter.foreign.values() for key, t in f.tensors.items()},
-        **adapter.embeddings,
-    }
     modules = [
         _describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()
     ]
-    for key, tensor in adapter.others.items():
+    for key, tensor in (*adapter.others.items(), *adapter.embeddings.items()):
         _check_finite(key, tensor, problems)
-    for key, tensor in adapter.embeddings.items():
-        _check_finite(key, tensor, problems)
-    kinds = Counter([_KINDS[m.kind] for m in adapter.modules.values()])
-    if not adapter.config:
-        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
-    for own, found in adapter.foreign.items():
-        kinds[found.kind or "unknown"] += 1
-        if found.kind:
-            remarks.append(
-                f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges"
-            )
+    remarks += [
+        f"{own} is a {found.kind} adapter, which loha-jax neither loads nor merges"
+        for own, found in adapter.foreign.items()
+        if found.kind
+    ]
     if unknown := [found.key for found in adapter.foreign.values() if not found.kind]:
         problems.append(
             f"keys that are not those of a LoHa ({len(unknown)}): {', '.join(unknown[:20])}"
         )
     if adapter.embeddings:
-        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
         remarks.append(embeddings_note(adapter.embeddings))
-    ranks = sorted({m["r"] for m in modules})
+    kinds = _kinds_of(adapter)
     return {
         "path": str(adapter.path),
         "kind": adapter.form,
         "adapter": next(iter(kinds)).lower() if len(kinds) == 1 else "mixed",
-        "kinds": dict(kinds),
-        "ranks": ranks,
+        "kinds": kinds,
+        "ranks": sorted({m["r"] for m in modules}),
         "alphas": sorted({m["alpha"] for m in modules}),
         "dtypes": sorted({m["dtype"] for m in modules}),
         "parameters": sum(m["parameters"] for m in modules),
         "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
         "modules": modules,
         "foreign": [
-            {
-                "file_name": own,
-                "kind": f.kind,
-                "tensors": {key: list(t.shape) for key, t in f.tensors.items()},
-            }
+            {"file_name": own, "kind": f.kind, "tensors": _shapes(f.tensors)}
             for own, f in adapter.foreign.items()
         ],
         "others": [
-            _describe_tensor(key, t.shape, t.dtype)
-            for key, t in (*adapter.others.items(), *rest.items())
+            _describe_tensor(key, t.shape, t.dtype) for key, t in other_tensors(adapter).items()
         ],
-        "config": _plain(adapter.config),
-        "metadata": dict(adapter.metadata),
+        # JSON has no NaN and no infinity, which Python reads and writes.
+        "config": json.loads(json.dumps(adapter.config), parse_constant=str),
+        "metadata": adapter.metadata,
         "problems": problems,
         "remarks": remarks,
     }
+
+
+def _kinds_of(adapter: AdapterFile) -> dict[str, int]:
+    """Return the kinds of the modules, with their numbers."""
+    kinds = Counter(_KINDS[m.kind] for m in adapter.modules.values())
+    if not adapter.config:
+        kinds.update(["difference"] * len({module_of(key) for key in adapter.others}))
+    kinds.update(found.kind or "unknown" for found in adapter.foreign.values())
+    if adapter.embeddings:
+        kinds["token embedding"] = len({key.split(".")[1] for key in adapter.embeddings})
+    return dict(kinds)
+
+
+def other_tensors(adapter: AdapterFile) -> dict[str, np.ndarray]:
+    """Return all tensors besides the factors, also those that cannot be loaded."""
+    foreign = {key: t for found in adapter.foreign.values() for key, t in found.tensors.items()}
+    return {**adapter.others, **foreign, **adapter.embeddings}
+
+
+def dtypes_of(module: AdapterModule) -> str:
+    """Return the dtypes of a module's factors; usually one."""
+    return "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()}))
+
+
+def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _describe_module(
@@ -188,13 +194,8 @@ def _describe_module(
         remarks.append(f"no norm: {error}")
     if norm == 0:
         zero = [part for part, tensor in module.tensors.items() if not tensor.any()]
-        why = (
-            f"{', '.join(zero)} is zero"
-            if zero
-            else "alpha is zero"
-            if module.alpha == 0
-            else "its factors cancel"
-        )
+        why = "alpha is zero" if module.alpha == 0 else "its factors cancel"
+        why = f"{', '.join(zero)} is zero" if zero else why
         remarks.append(f"the update of {own} is zero: {why}")
     return {
         "name": module.name,
@@ -207,10 +208,10 @@ def _describe_module(
         "columns": update.columns if update else math.prod(module.tensors["lora_A"].shape[1:]),
         "form": "lora" if module.kind == "lora" else "cp" if "hada_t1" in tensors else "flat",
         "dora": module.dora_scale is not None,
-        "dtype": "/".join(sorted({str(tensor.dtype) for tensor in module.tensors.values()})),
+        "dtype": dtypes_of(module),
         "parameters": sum(tensor.size for tensor in tensors.values()),
         "norm": _number(norm),
-        "tensors": {part: list(tensor.shape) for part, tensor in tensors.items()},
+        "tensors": _shapes(tensors),
     }
 
 
@@ -250,14 +251,3 @@ def _describe_tensor(key: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[
 def _number(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    plain = isinstance(value, str | int | bool) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
-    return value if value is None or plain else str(value)

@@ -12,30 +12,28 @@ import typer
 from ..merge import files as merge_files
 from . import convert as conversion
 from . import differences, inspection, tables
-from .command_run import DIFFERENT, FINE, CommandRun
+from .command_run import DIFFERENT, FINE, run_command
 from .options import (
-    Dtype,
+    DtypeOption,
     ForceOption,
-    Format,
     JsonOption,
     NamesOption,
     OnlyOption,
-    as_dtype,
     check_finite,
     parse_names,
     parse_with,
 )
 
 _EPILOG = (
-    "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken; 2 wrong use or unreadable input; "
-    "130 interrupted. With --json, one JSON document goes to standard output and nothing else; messages and progress "
-    "go to standard error."
+    "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken; 2 wrong use or "
+    "unreadable input; 130 interrupted. With --json, one JSON document goes to standard output and "
+    "nothing else; messages and progress go to standard error."
 )
 
 app = typer.Typer(
     name="loha-jax",
-    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge and compare them. Works on files only, on the "
-    "CPU and offline; no model is built.",
+    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge and compare them. Works on "
+    "files only, on the CPU and offline; no model is built.",
     epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -69,7 +67,7 @@ def inspect(
     (without materialising it) and metadata; and what is broken: NaN or infinity, missing or
     misshapen tensors. Exit code 1 if something is.
     """
-    with CommandRun("inspect", as_json) as command:
+    with run_command("inspect", as_json) as command:
         found = inspection.inspect_path(path)
         command.show(found, lambda out: tables.show_inspection(out, found, every))
         command.finish(DIFFERENT if found["problems"] else FINE)
@@ -82,7 +80,7 @@ def convert(
         Path,
         typer.Argument(metavar="DST", help="The folder (or LyCORIS' or kohya's file) to write."),
     ],
-    to: Annotated[Format, typer.Option("--to", help="The format to write.")],
+    to: Annotated[conversion.Format, typer.Option("--to", help="The format to write.")],
     rank: Annotated[
         int | None, typer.Option(help="--to lora: at most this rank; exact (r²) by default.")
     ] = None,
@@ -95,8 +93,8 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The base model's checkpoint: its names say what underscores stand for, its shapes which modules are "
-            "convolutions. Needed from LyCORIS or kohya to PEFT."
+            help="The base model's checkpoint: its names say what underscores stand for, its "
+            "shapes which modules are convolutions. Needed from LyCORIS or kohya to PEFT."
         ),
     ] = None,
     prefix: Annotated[
@@ -105,9 +103,7 @@ def convert(
     ] = None,
     only: OnlyOption = None,
     names: NamesOption = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the factors; their own by default.")
-    ] = None,
+    dtype: DtypeOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,21 +112,21 @@ def convert(
     What the target cannot hold is refused by name, and nothing is written: PEFT's LoHa has no
     Conv3d and no weight decomposition, LyCORIS no modules_to_save.
     """
-    with CommandRun("convert", as_json) as command:
+    with run_command("convert", as_json) as command:
         done = conversion.convert_adapter(
             source,
             target,
-            to.value,
+            to,
             rank=rank,
             energy=energy,
             base=base,
             prefix=prefix,
             only=only,
             names=parse_names(names or []),
-            dtype=as_dtype(dtype),
+            dtype=dtype,
             force=force,
         )
-        result = {"source": str(source), "target": str(target), "to": to.value, **done.to_json()}
+        result = {"source": str(source), "target": str(target), "to": to, **done.to_json()}
         command.show(result, lambda out: tables.show_conversion(out, result))
 
 
@@ -153,9 +149,7 @@ def merge(
             "--with", metavar="PATH[=WEIGHT]", help="One more adapter; may be given several times."
         ),
     ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of all floating tensors; the base's own by default.")
-    ] = None,
+    dtype: DtypeOption = None,
     only: OnlyOption = None,
     names: NamesOption = None,
     force: ForceOption = False,
@@ -167,7 +161,7 @@ def merge(
     few rows of a tensor are in memory at a time. If a run is interrupted, the same command resumes
     from the files that are finished.
     """
-    with CommandRun("merge", as_json) as command:
+    with run_command("merge", as_json) as command:
         adapters = [(adapter, check_finite("--weight", weight)), *map(parse_with, more or [])]
         try:
             with command.progress("merging", in_bytes=True) as progress:
@@ -175,7 +169,7 @@ def merge(
                     base,
                     adapters,
                     out,
-                    dtype=as_dtype(dtype),
+                    dtype=dtype,
                     only=only,
                     names=parse_names(names or []),
                     force=force,
@@ -198,7 +192,8 @@ def diff(
         float,
         typer.Option(
             min=0,
-            help="What counts as no difference: of adapters' updates, relative; of checkpoints' values, absolute.",
+            help="What counts as no difference: of adapters' updates, relative; of checkpoints' "
+            "values, absolute.",
         ),
     ] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Rows for what is equal too.")] = False,
@@ -209,7 +204,7 @@ def diff(
     For adapters, ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ is computed without materialising ΔW. Names with underscores
     are matched with the dotted names of the other adapter. Exit code 1 if they differ.
     """
-    with CommandRun("diff", as_json) as command:
+    with run_command("diff", as_json) as command:
         check_finite("--tolerance", tolerance)
         with command.progress("comparing", in_bytes=False) as progress:
             found = differences.compare_paths(first, second, tolerance=tolerance, progress=progress)

@@ -8,19 +8,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax.numpy as jnp
 import typer
-
-
-class Format(enum.StrEnum):
-    """The formats that an adapter is converted to."""
-
-    peft = "peft"
-    lycoris = "lycoris"
-    kohya = "kohya"
-    lora = "lora"
 
 
 class Dtype(enum.StrEnum):
@@ -46,24 +36,23 @@ NamesOption = Annotated[
     typer.Option(
         "--names",
         metavar="REGEX=TEMPLATE",
-        help="Other names for modules, where the base model's were changed since: those whose whole name in the "
-        "adapter's file matches, such as 'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given "
-        "several times.",
+        help="Other names for modules, where the base model's have changed since: for those whose "
+        "whole name in the adapter's file matches, such as "
+        "'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several times.",
     ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Of the floating tensors that are written; their own by default."),
 ]
 ForceOption = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Replace what is there, when the new one is whole; merge: also write float8 without scales where rounding "
-        "loses most of the update.",
+        help="Replace what is there, when the new one is whole; merge: also write float8 without "
+        "scales where rounding loses most of the update.",
     ),
 ]
-
-
-def as_dtype(dtype: Dtype | None) -> Any:
-    """Return numpy's dtype for an option."""
-    return None if dtype is None else jnp.dtype(dtype.value)
 
 
 def check_finite(name: str, value: float) -> float:
@@ -99,7 +88,8 @@ def parse_names(given: Sequence[str]) -> dict[str, str] | None:
         pattern, separator, template = text.rpartition("=")
         if not separator or not pattern or not template:
             raise ValueError(
-                f"--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got {text!r}"
+                "--names takes REGEX=TEMPLATE, such as 'visual\\.(.*)=model.visual.\\1', got "
+                f"{text!r}"
             )
         try:
             re.compile(pattern)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import rich.filesize
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,13 @@ _KINDS = {
 }
 
 
+_SHOWN = (
+    *("base_model_name_or_path", "task_type", "target_modules"),
+    *("modules_to_save", "peft_version"),
+)
+"""The fields of a PEFT configuration that are shown."""
+
+
 def printable(text: str) -> str:
     """Return a text from an untrusted file without the characters that control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
@@ -34,10 +42,7 @@ def show_inspection(console: Console, found: dict[str, Any], every: bool) -> Non
     _facts(console, _inspection_facts(found))
     if "modules" in found:
         _modules(console, found["modules"], every)
-        if found["others"]:
-            _table(
-                console, ("other tensors", "shape", "dtype"), _tensor_rows(found["others"], every)
-            )
+        _table(console, ("other tensors", "shape", "dtype"), _tensor_rows(found["others"], every))
     elif "tensors" in found:
         _table(console, ("tensor", "shape", "dtype"), _tensor_rows(found["tensors"], every))
     _list(console, "Broken", found["problems"], "red")
@@ -55,14 +60,7 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("‖ΔW‖ of all", _number(found["norm"])),
         ]
         config = found["config"]
-        named = (
-            "base_model_name_or_path",
-            "task_type",
-            "target_modules",
-            "modules_to_save",
-            "peft_version",
-        )
-        facts += [(name, _several(config[name])) for name in named if config.get(name)]
+        facts += [(name, _several(config[name])) for name in _SHOWN if config.get(name)]
     if "files" in found:
         facts += [("files", _several(found["files"])), ("size", _size(found["bytes"]))]
     if "parameters" in found:
@@ -73,9 +71,8 @@ def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _kinds(kinds: dict[str, int]) -> str:
     """Return the kinds of a file's modules, with their numbers if there are several."""
-    return (
-        ", ".join(f"{n} {kind}" for kind, n in kinds.items()) if len(kinds) > 1 else "".join(kinds)
-    )
+    numbered = [f"{n} {kind}" for kind, n in kinds.items()]
+    return ", ".join(numbered if len(kinds) > 1 else kinds)
 
 
 def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -> None:
@@ -86,84 +83,65 @@ def _modules(console: Console, modules: Sequence[dict[str, Any]], every: bool) -
         return
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for m in modules:
-        groups.setdefault(
-            (re.sub(r"(?<![A-Za-z])\d+(?![A-Za-z])", "*", m["name"]), *_kind(m)), []
-        ).append(m)
+        name = re.sub(r"(?<![A-Za-z])\d+(?![A-Za-z])", "*", m["name"])
+        groups.setdefault((name, *_kind(m)), []).append(m)
     rows = []
-    for key, group in groups.items():
+    for (name, *kind), group in groups.items():
         norms = [m["norm"] for m in group if m["norm"] is not None]
-        middle = (
-            f"{_number(min(norms))} … {_number(statistics.median(norms))} … {_number(max(norms))}"
-            if norms
-            else "-"
-        )
-        rows.append(
-            (key[0], str(len(group)), *key[1:], f"{sum(m['parameters'] for m in group):,}", middle)
-        )
+        three = (min(norms), statistics.median(norms), max(norms)) if norms else (None,)
+        parameters = f"{sum(m['parameters'] for m in group):,}"
+        rows.append((name, str(len(group)), *kind, parameters, " … ".join(map(_number, three))))
     _table(console, ("modules", "number", *head[1:-1], "‖ΔW‖ least … median … most"), rows)
     console.print("--all shows every module.", style="dim")
 
 
 def _kind(module: dict[str, Any]) -> tuple[str, ...]:
     form = f"{module['form']} + DoRA" if module["dora"] else module["form"]
-    return (
-        str(module["r"]),
-        f"{module['alpha']:g}",
-        f"{module['rows']} x {module['columns']}",
-        form,
-        module["dtype"],
-    )
+    shape = f"{module['rows']} x {module['columns']}"
+    return (str(module["r"]), f"{module['alpha']:g}", shape, form, module["dtype"])
 
 
 def _tensor_rows(tensors: Sequence[dict[str, Any]], every: bool) -> list[tuple[str, ...]]:
     shown = tensors if every or len(tensors) <= _FEW else tensors[:_FEW]
+    left = len(tensors) - len(shown)
     rows = [(t["name"], str(t["shape"]), t["dtype"]) for t in shown]
-    return (
-        rows
-        if len(shown) == len(tensors)
-        else [*rows, (f"… and {len(tensors) - len(shown)} more (--all)", "", "")]
-    )
+    return [*rows, (f"… and {left} more (--all)", "", "")] if left else rows
 
 
 def show_conversion(console: Console, result: dict[str, Any]) -> None:
     """`convert`."""
-    _facts(
-        console,
-        [
-            ("from", f"{result['source']} ({_KINDS[result['form']]})"),
-            ("to", f"{result['target']} ({result['to']})"),
-            ("modules", str(len(result["modules"]))),
-            ("rank", _several(sorted({m["r"] for m in result["modules"]}))),
-        ],
-    )
-    errors = [m for m in result["modules"] if m["error"] is not None]
-    if errors:
-        rows = [
-            (m["name"], str(m["r"]), f"{m['error']:.2e}" if m["error"] else "exact") for m in errors
-        ]
-        _table(console, ("module", "rank", "relative error"), rows)
+    facts = [
+        ("from", f"{result['source']} ({_KINDS[result['form']]})"),
+        ("to", f"{result['target']} ({result['to']})"),
+        ("modules", str(len(result["modules"]))),
+        ("rank", _several(sorted({m["r"] for m in result["modules"]}))),
+    ]
+    _facts(console, facts)
+    rows = [
+        (m["name"], str(m["r"]), f"{m['error']:.2e}" if m["error"] else "exact")
+        for m in result["modules"]
+        if m["error"] is not None
+    ]
+    _table(console, ("module", "rank", "relative error"), rows)
     _list(console, "Notes", result["notes"], "yellow")
 
 
 def show_merge(console: Console, result: dict[str, Any]) -> None:
     """`merge`."""
+    tensors = "{merged} merged, {replaced} replaced, {copied} as they were".format_map(result)
     facts = [
         ("out", result["out"]),
         ("files", _several(result["files"])),
         ("size", _size(result["bytes"])),
-        (
-            "tensors",
-            f"{result['merged']} merged, {result['replaced']} replaced, {result['copied']} as they were",
-        ),
+        ("tensors", tensors),
     ]
     if result["kept"]:
         facts.append(("kept of an earlier run", _several(result["kept"])))
     losses = result["losses"]
     if losses:
         worst = max(losses, key=lambda loss: loss["lost_share"])
-        facts.append(
-            ("rounding loses", f"at most {worst['lost_share']:.2%} of an update ({worst['name']})")
-        )
+        lost = f"at most {worst['lost_share']:.2%} of an update ({worst['name']})"
+        facts.append(("rounding loses", lost))
     _facts(console, facts)
     rows = [
         (
@@ -175,10 +153,8 @@ def show_merge(console: Console, result: dict[str, Any]) -> None:
         for loss in losses
         if loss["dtype"].startswith("float8")
     ]
-    if rows:
-        _table(
-            console, ("tensor", "dtype", "relative error of the weight", "of the update lost"), rows
-        )
+    head = ("tensor", "dtype", "relative error of the weight", "of the update lost")
+    _table(console, head, rows)
     _list(console, "Notes", result["notes"], "yellow")
 
 
@@ -187,26 +163,23 @@ def show_difference(console: Console, found: dict[str, Any], every: bool) -> Non
     for which, title in (("only_first", found["first"]), ("only_second", found["second"])):
         _list(console, f"Only in {printable(title)} ({len(found[which])})", found[which], "yellow")
     if found["kind"] == "adapters":
-        rows = [_difference_row(m) for m in found["modules"] if every or m["different"] or _said(m)]
-        if rows:
-            _table(console, ("module", "r", "alpha", "dtype", "‖ΔW‖", "relative difference"), rows)
-        others = [f"{other['name']}: {other['difference']}" for other in found["others"]]
-        _list(console, "Other tensors", others, "yellow")
-        same = [m for m in found["modules"] if not m["different"]]
-        bits = sum(m["bit_equal"] for m in found["modules"])
-        console.print(
-            f"{len(same)} of {len(found['modules'])} common modules are equal, {bits} of them bit for bit."
-        )
+        kind, compared = "modules", found["modules"]
+        head = ("module", "r", "alpha", "dtype", "‖ΔW‖", "relative difference")
+        rows = [_difference_row(m) for m in compared if every or m["different"] or _said(m)]
+        bits = f", {sum(m['bit_equal'] for m in compared)} of them bit for bit"
     else:
+        kind, compared, bits = "tensors", found["tensors"], ""
+        head = ("tensor", "shape", "dtype", "largest difference")
         rows = [
             (t["name"], _both(t["shape"]), _both(t["dtype"]), _number(t["max_difference"]))
-            for t in found["tensors"]
+            for t in compared
             if every or t["different"]
         ]
-        if rows:
-            _table(console, ("tensor", "shape", "dtype", "largest difference"), rows)
-        same = [t for t in found["tensors"] if not t["different"]]
-        console.print(f"{len(same)} of {len(found['tensors'])} common tensors are equal.")
+    _table(console, head, rows)
+    others = [f"{other['name']}: {other['difference']}" for other in found.get("others", ())]
+    _list(console, "Other tensors", others, "yellow")
+    same = sum(not item["different"] for item in compared)
+    console.print(f"{same} of {len(compared)} common {kind} are equal{bits}.")
 
 
 def _said(module: dict[str, Any]) -> bool:
@@ -225,15 +198,8 @@ def _difference_row(module: dict[str, Any]) -> tuple[str, ...]:
         relative = f"{module['relative']:.3e}"
     if module["norms_differ"]:
         relative += ", DoRA norms differ"
-    norm = _number(module["norm"])
-    return (
-        module["name"],
-        _both(module["r"]),
-        _both(module["alpha"]),
-        _both(module["dtype"]),
-        norm,
-        relative,
-    )
+    pairs = (_both(module[key]) for key in ("r", "alpha", "dtype"))
+    return (module["name"], *pairs, _number(module["norm"]), relative)
 
 
 def _both(values: Sequence[Any]) -> str:
@@ -246,7 +212,7 @@ def _number(value: float | None) -> str:
 
 
 def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
+    return rich.filesize.decimal(number, precision=2)
 
 
 def _several(values: Any) -> str:
@@ -266,6 +232,8 @@ def _facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 
 
 def _table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
     table = Table()
     for name in head:
         table.add_column(name, overflow="fold")

@@ -1,8 +1,8 @@
-"""Results that appear whole or not at all, whatever ends the process: temporary names, and one rename at the end.
+"""Results that appear whole or not at all, whatever ends the process.
 
-A temporary name is locked (`flock`) while its process lives. An unlocked one is the leftover of a
-killed process: the next write to the same place removes it. Windows has no such locks: nothing is
-removed there.
+They have a temporary name until one rename at the end. A temporary name is locked (`flock`) while
+its process lives. An unlocked one is the leftover of a killed process: the next write to the same
+place removes it. Windows has no such locks: nothing is removed there.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .system import IS_WINDOWS, exchange, lock, open_folder, sync_folder, write_at
+from .system import IS_WINDOWS, exchange, lock, opened_folder, sync_folder, write_at
 
 _SUFFIX = ".tmp"
 _REPLACED = "replaced"
 
 
-# --- one file ---------------------------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in the same folder, flush it to disk and rename it: all of it or nothing."""
+    """Write all of a file or nothing: under a temporary name, flushed to disk, then renamed."""
     with naming(path), TemporaryFile(path) as file:
         write_at(file.descriptor, 0, data)
         file.flush()
@@ -33,8 +33,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write each file atomically."""
+    for name, data in files.items():
+        write_atomically(folder / name, data)
+
+
 class TemporaryFile:
-    """A new file on its way to `path`, in the same folder; the end of the `with` block removes it if it was not moved.
+    """A new file on its way to `path`, in the same folder.
+
+    The end of the `with` block removes it if it was not moved.
 
     Attributes:
         descriptor: to write with.
@@ -55,7 +63,7 @@ class TemporaryFile:
             os.close(self.descriptor)
 
     def flush(self) -> None:
-        """Flush the file to disk and give it the mode of a new file, which a temporary one does not have."""
+        """Flush the file to disk and give it the mode that new files have."""
         os.fsync(self.descriptor)
         mask = os.umask(0)
         os.umask(mask)
@@ -86,7 +94,7 @@ class TemporaryFile:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Re-raise any `OSError` from the block with `path` in its message instead of the temporary path."""
+    """Re-raise any `OSError` from the block with `path` in its message, not the temporary path."""
     try:
         yield
     except OSError as error:
@@ -95,7 +103,7 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -105,16 +113,13 @@ def temporary_folder(out: Path) -> Iterator[Path]:
     while True:
         with naming(out):
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_SUFFIX, dir=out.parent))
-        descriptor = open_folder(folder)
-        if descriptor is None or _lock(descriptor, folder):
-            break
-        os.close(descriptor)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        with opened_folder(folder) as descriptor:
+            if descriptor is None or _lock(descriptor, folder):
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
 
 
 @contextlib.contextmanager
@@ -178,9 +183,24 @@ def move_into_place(new: Path, out: Path, force: bool) -> None:
 
 
 def restore(folder: Path, out: Path) -> None:
-    """Put back the old result that `move_into_place` left in a folder when it was interrupted between two renames."""
+    """Put back the old result that `move_into_place` left in a folder when it was interrupted."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
+
+
+def check_place(out: Path, force: bool) -> None:
+    """Refuse a place for a result that is taken, or has no folder.
+
+    Raises:
+        FileExistsError: something is there and `force` is false.
+        FileNotFoundError: the folder that it is to be in does not exist.
+    """
+    if os.path.lexists(out) and not force:
+        raise FileExistsError(
+            f"{out} is there already. Choose another place, or pass `force=True` to replace it"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{out.parent}' to put {out.name} into")
 
 
 def remove_abandoned(path: Path) -> None:

@@ -1,15 +1,13 @@
-"""Base checkpoints in Hugging Face's form: safetensors files, read and written one tensor at a time."""
+"""`Checkpoint`: safetensors files in Hugging Face's form, read one tensor at a time."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,9 @@ import numpy as np
 from loha_jax.runtime.untrusted import FileError, parse_json, read_json, read_text
 
 from .quantised import Quantisation, dequantised
-from .tensor_files import DTYPES, open_safetensors, without_wrappers
+from .safetensors_file import Header, SafetensorsFile, without_wrappers
+
+T = TypeVar("T")
 
 INDEX = ".index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -28,58 +28,6 @@ _CONVERT = (
     "safe_serialization=True "
     "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
 )
-_WORDS = {np.dtype(dtype): word for word, dtype in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file: everything before its values.
-
-    Attributes:
-        data: its bytes, beginning with the eight of its length.
-        places: start and end of each tensor's values in the file, by name and in the header's
-            order.
-        metadata: its strings.
-    """
-
-    data: bytes
-    places: dict[str, tuple[int, int]]
-    metadata: dict[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-        stored_names: Mapping[str, str] | None = None,
-    ) -> Header:
-        """Return a header for these tensors.
-
-        The widest dtypes come first, as in safetensors, so that values are aligned. `stored_names`
-        are those that the file has instead of a tensor's own.
-        """
-        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        offsets: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            stored = (stored_names or {}).get(name, name)
-            entries[stored] = {
-                "dtype": _WORDS[dtype],
-                "shape": list(shape),
-                "data_offsets": [start, end],
-            }
-            offsets[name] = (start, end)
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        size = 8 + len(text)
-        places = {name: (size + start, size + end) for name, (start, end) in offsets.items()}
-        return cls(len(text).to_bytes(8, "little") + text, places, dict(metadata or {}))
-
-    @property
-    def file_size(self) -> int:
-        """The size of the whole file in bytes."""
-        return max((end for _, end in self.places.values()), default=len(self.data))
 
 
 class Checkpoint:
@@ -105,40 +53,34 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._files: dict[str, Path] = {}
-        self._headers: dict[Path, Header] = {}
         self._prefix = ""
         self.stored_names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self.files, self.index, weight_map = _find_files(self.path)
-        for file in self.files:
-            with open_safetensors(file) as opened:
-                for key in opened.keys():  # noqa: SIM118  # a safe_open is no dict
-                    part, stored, key = opened.get_slice(key), key, without_wrappers(key)
-                    if key in self._files:
-                        raise FileError(f"{key} is in {self._files[key]} and again in {file}")
-                    if (word := part.get_dtype()) not in DTYPES:
-                        raise FileError(
-                            f"{file}: {key} is of dtype {word}, which numpy has no type for"
-                        )
-                    self._files[key] = file
-                    if stored != key:
-                        self.stored_names[key] = stored
-                    self.shapes[key] = tuple(part.get_shape())
-                    self.dtypes[key] = np.dtype(DTYPES[word])
+        self._opened = {path: SafetensorsFile(path) for path in self.files}
+        for path, file in self._opened.items():
+            if again := next((key for key in file.shapes if key in self._files), None):
+                raise FileError(f"{again} is in {self._files[again].path} and again in {path}")
+            self._files.update(dict.fromkeys(file.shapes, file))
+            self.shapes.update(file.shapes)
+            self.dtypes.update(file.dtypes)
+            self.stored_names.update(file.stored_names)
         lost = sorted(key for key in weight_map or () if without_wrappers(key) not in self._files)
         if lost:
             raise FileError(
-                f"The index of {self.path} names tensors that its shards do not hold: {', '.join(lost)}"
+                f"The index of {self.path} names tensors that its shards do not hold: "
+                f"{', '.join(lost)}"
             )
 
     def drop_prefix(self, prefix: str) -> None:
         """Remove a prefix from all names (`module.` of DataParallel), if every name has it."""
         if not all(key.startswith(prefix) for key in self.shapes):
             return
-        for table in (self._files, self.shapes, self.dtypes):
-            _drop_prefix(table, prefix)
+        self._files = _without(prefix, self._files)
+        self.shapes = _without(prefix, self.shapes)
+        self.dtypes = _without(prefix, self.dtypes)
         self._prefix = prefix + self._prefix
 
     @property
@@ -179,7 +121,8 @@ class Checkpoint:
         wide = values.astype(np.float32)
         if not np.isfinite(wide).all() or (wide < 0).any():
             raise FileError(
-                f"{self._files[name]}: the scale {name} holds values that are negative or not finite"
+                f"{self.file_of(name)}: the scale {name} holds values that are negative or not "
+                "finite"
             )
         return values
 
@@ -190,56 +133,33 @@ class Checkpoint:
             return values
         return dequantised(values, scale.rows(self.read_scale(key), values.shape))
 
+    def check_readable(self, key: str) -> None:
+        """Raise FileError where a tensor is quantised in a form that cannot be read as values."""
+        if key in self.quantisation.problems:
+            raise FileError(f"{self.path}: {self.quantisation.problems[key]}")
+
     @property
     def is_whole_folder(self) -> bool:
         """True if the files beside the weights (config, tokenizer) belong to them."""
         named = self.path.name.startswith(tuple(f"{stem}." for stem in _STEMS))
-        return (
-            self.path.is_dir()
-            or self.index is not None
-            or (named and (self.folder / "config.json").is_file())
-        )
+        beside = named and (self.folder / "config.json").is_file()
+        return self.path.is_dir() or self.index is not None or beside
 
     def read(self, key: str) -> np.ndarray:
-        """Return the values of a tensor.
-
-        They are read, not mapped: pages of a mapped file would count as memory. Besides,
-        safetensors cannot return float8 as numpy arrays.
-        """
-        file = self._files[key]
-        start, end = self.header(file).places[self._prefix + key]
-        data = np.fromfile(file, np.uint8, end - start, offset=start)
-        if data.size != end - start:
-            raise FileError(f"{file} became shorter while it was read")
-        return data.view(self.dtypes[key]).reshape(self.shapes[key])
+        """Return the values of a tensor, as they are stored."""
+        return self._files[key].read(self._prefix + key)
 
     def file_of(self, key: str) -> Path:
         """Return the file that holds a tensor."""
-        return self._files[key]
+        return self._files[key].path
 
     def header(self, file: Path) -> Header:
         """Return the header of one of `files`."""
-        if file in self._headers:
-            return self._headers[file]
-        with open(file, "rb") as opened:
-            data = opened.read(8)
-            data += opened.read(int.from_bytes(data, "little"))
-        entries = parse_json(data[8:], file)
-        metadata = entries.pop("__metadata__", {})
-        places = {
-            without_wrappers(name): (
-                len(data) + entry["data_offsets"][0],
-                len(data) + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-        }
-        self._headers[file] = Header(data, places, metadata)
-        return self._headers[file]
+        return self._opened[file].header
 
 
-def _drop_prefix(table: dict[str, Any], prefix: str) -> None:
-    for key in list(table):  # in its order
-        table[key.removeprefix(prefix)] = table.pop(key)
+def _without(prefix: str, table: Mapping[str, T]) -> dict[str, T]:
+    return {key.removeprefix(prefix): value for key, value in table.items()}
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | None]:
@@ -261,8 +181,8 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
         return found, None, None
     if found:
         raise FileError(
-            f"'{path}' holds several safetensors files and no index: {', '.join(f.name for f in found)}. Give the path "
-            "of one of them."
+            f"'{path}' holds several safetensors files and no index: "
+            f"{', '.join(f.name for f in found)}. Give the path of one of them."
         )
     other = sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name))
     hint = f"; it has {', '.join(other)}. {_CONVERT}" if other else ""
@@ -307,22 +227,22 @@ _SIDE_FILE = re.compile(
 
 
 def side_files(folder: Path) -> list[Path]:
-    """List the files beside a checkpoint's weights that belong to it: configs, tokenizer, licence, model code.
+    """List the files beside a checkpoint's weights that belong to it.
 
-    A folder may hold anything: other files are not copied into what may be published.
+    These are configs, tokenizer, licence and model code. A folder may hold anything: other files
+    are not copied into what may be published.
 
     Raises:
         FileError: one is a link that leads out of the folder.
     """
     found = sorted(p for p in folder.iterdir() if p.is_file() and _SIDE_FILE.fullmatch(p.name))
-    own = (
-        folder.resolve(),
-        folder.resolve().parent.parent / "blobs",
-    )  # Hugging Face's cache links to the latter
+    real = folder.resolve()
+    own = (real, real.parent.parent / "blobs")  # Hugging Face's cache links to the latter
     if outside := [p for p in found if not any(p.resolve().is_relative_to(place) for place in own)]:
         raise FileError(
-            f"{folder} links to files elsewhere, which would be copied: {', '.join(p.name for p in outside)}. Remove "
-            "the links, or put the files themselves there."
+            f"{folder} links to files elsewhere, which would be copied: "
+            f"{', '.join(p.name for p in outside)}. Remove the links, or put the files themselves "
+            "there."
         )
     return found
 
@@ -349,8 +269,5 @@ def side_file_content(file: Path, dtype: Any) -> bytes:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that hold or index weights."""
-    return (
-        sorted(p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name))
-        if folder.is_dir()
-        else []
-    )
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(filter(_WEIGHTS.fullmatch, names))

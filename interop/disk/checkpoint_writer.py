@@ -6,17 +6,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loha_jax.runtime.scalars import plain_scalar
 
 from .atomic import TemporaryFile, naming, write_atomically
-from .base_checkpoint import INDEX, Header
+from .base_checkpoint import INDEX
+from .safetensors_file import Header
 from .system import sync_folder, write_at
+
+Tensor = tuple[str, np.dtype, tuple[int, ...]]  # name, dtype, shape
 
 
 def parse_size(size: int | str) -> int:
@@ -54,29 +56,24 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
-        tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
+        tensors: Sequence[Tensor],
         max_shard_size: int,
         stem: str = "model",
         metadata: Mapping[str, str] | None = None,
     ):
         self._folder, self._stem = folder, stem
-        shards: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
+        self._total = sum(_bytes(tensor) for tensor in tensors)
+        shards: list[list[Tensor]] = [[]]
         filled = 0
-        self._total = 0
-        for name, dtype, shape in tensors:
-            size = math.prod(shape) * dtype.itemsize
-            if shards[-1] and filled + size > max_shard_size:
+        for tensor in tensors:
+            if shards[-1] and filled + _bytes(tensor) > max_shard_size:
                 shards.append([])
                 filled = 0
-            shards[-1].append((name, dtype, shape))
-            filled += size
-            self._total += size
-        if len(shards) == 1:
-            self.names = [f"{stem}.safetensors"]
-        else:
-            self.names = [
-                f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))
-            ]
+            shards[-1].append(tensor)
+            filled += _bytes(tensor)
+        many = range(1, len(shards) + 1) if len(shards) > 1 else ()
+        numbers = [f"-{n:05d}-of-{len(shards):05d}" for n in many] or [""]
+        self.names = [f"{stem}{number}.safetensors" for number in numbers]
         self.weight_map = {
             t[0]: name for name, shard in zip(self.names, shards, strict=True) for t in shard
         }
@@ -85,21 +82,16 @@ class CheckpointWriter:
         self._files: list[TemporaryFile] = []
         try:
             for n, shard in enumerate(shards):
+                header = Header.of(shard, metadata)
+                for name, dtype, shape in shard:
+                    self._places[name] = (n, header.places[name][0], dtype, shape)
                 with naming(folder / self.names[n]):
                     self._files.append(TemporaryFile(folder / self.names[n]))
-                    self._start(n, self._files[-1].descriptor, shard, dict(metadata or {}))
+                    write_at(self._files[n].descriptor, 0, header.data)
+                    os.truncate(self._files[n].descriptor, header.file_size)
         except BaseException:
             self.close()
             raise
-
-    def _start(
-        self, n: int, descriptor: int, shard: Iterable[Any], metadata: dict[str, str]
-    ) -> None:
-        header = Header.of(shard, metadata)
-        for name, dtype, shape in shard:
-            self._places[name] = (n, header.places[name][0], dtype, shape)
-        write_at(descriptor, 0, header.data)
-        os.truncate(descriptor, header.file_size)
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Write a tensor to its place; its dtype and shape must be those announced."""
@@ -108,12 +100,9 @@ class CheckpointWriter:
             raise ValueError(
                 f"{name} is {value.dtype}{list(value.shape)}, announced was {dtype}{list(shape)}"
             )
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         with naming(self._folder / self.names[n]):
-            write_at(
-                self._files[n].descriptor,
-                offset,
-                np.ascontiguousarray(value).reshape(-1).view(np.uint8).data,
-            )
+            write_at(self._files[n].descriptor, offset, data)
         self._pending.discard(name)
 
     def commit(self) -> None:
@@ -137,10 +126,14 @@ class CheckpointWriter:
         """Close the files and remove those that were not renamed."""
         for file in self._files:
             file.close()
-        self._files = []
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _bytes(tensor: Tensor) -> int:
+    _, dtype, shape = tensor
+    return math.prod(shape) * dtype.itemsize

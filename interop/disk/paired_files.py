@@ -9,7 +9,14 @@ from pathlib import Path
 
 from loha_jax.runtime.untrusted import FileError
 
-from .atomic import is_replaceable, naming, remove_abandoned, temporary_folder, write_atomically
+from .atomic import (
+    is_replaceable,
+    naming,
+    remove_abandoned,
+    temporary_folder,
+    whole_folder,
+    write_files,
+)
 from .system import exchange, locked_folder, sync_folder
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -42,8 +49,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
     new = {name: data for name, data in once.items() if not os.path.lexists(folder / name)}
     if len(changed) < 2:
-        for name, data in {**changed, **new}.items():
-            write_atomically(folder / name, data)
+        write_files(folder, {**changed, **new})
         return
     kept = {
         name: (folder / name).read_bytes()
@@ -53,12 +59,12 @@ def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, 
     if _replace_folder(folder, {**files, **new, **kept}):
         return
     with naming(folder), locked_folder(folder), temporary_folder(folder / PENDING) as work:
-        _write_all(work / "new", files)
+        (work / "new").mkdir()
+        write_files(work / "new", files)
         os.rename(work / "new", folder / PENDING)  # from here on it is the new files that count
         sync_folder(folder)
         _finish(folder, list(files))
-    for name, data in new.items():
-        write_atomically(folder / name, data)
+    write_files(folder, new)
 
 
 def pending_or_own(folder: Path, name: str) -> Path:
@@ -108,18 +114,15 @@ def find_adapter_file(folder: Path) -> Path:
 
 def _make_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Create a folder of these files; return False if another process has created it meanwhile."""
-    folder = Path(os.path.realpath(folder))
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder) as work:
-            _write_all(work / "new", files)
-            try:
-                os.rename(work / "new", folder)
-            except OSError:
-                if folder.is_dir():
-                    return False
-                raise
-        sync_folder(folder.parent)
+    try:
+        with naming(folder), whole_folder(folder) as new:
+            if new == folder:  # it is there
+                return False
+            write_files(new, files)
+    except OSError:
+        if folder.is_dir():
+            return False
+        raise
     return True
 
 
@@ -132,7 +135,8 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
     folder = Path(os.path.realpath(folder))
     with naming(folder), temporary_folder(folder) as work:
-        _write_all(work / "new", files)
+        (work / "new").mkdir()
+        write_files(work / "new", files)
         if (work / "new").stat().st_gid != folder.stat().st_gid:
             return False
         shutil.copystat(folder, work / "new")
@@ -143,12 +147,6 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
             if entry.name not in files:
                 os.rename(entry, folder / entry.name)
     return True
-
-
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir()
-    for name, data in files.items():
-        write_atomically(folder / name, data)
 
 
 def _finish(folder: Path, names: list[str]) -> None:

@@ -47,7 +47,7 @@ class Scale:
     def rows(
         self, values: np.ndarray, shape: tuple[int, ...], first: int = 0, last: int | None = None
     ) -> np.ndarray:
-        """Return the scale for rows of a tensor of this shape, in float32 and broadcastable to them.
+        """Return the scale for rows of a tensor of this shape, in float32, to broadcast to them.
 
         Example:
             >>> Scale("s", (2, 1), (2, 3)).rows(np.array([[1.0], [2.0]]), (3, 3)).tolist()
@@ -63,17 +63,17 @@ class Scale:
     def largest(
         self, sizes: np.ndarray, first_axis: int = 0, last_axis: int | None = None
     ) -> np.ndarray:
-        """Return the largest absolute value per value of the scale, along some axes of the tensor."""
+        """Return the largest absolute value per value of the scale, along some axes."""
         for axis in range(len(self.grid))[first_axis:last_axis]:
             count, block = self.grid[axis], self.blocks[axis]
             sizes = np.maximum.reduceat(sizes, np.arange(count) * block, axis)
         return sizes
 
     def renewed(self, old: np.ndarray, largest: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return the scale for new values: the old one where they use its range, else a fitting one.
+        """Return the scale for new values.
 
-        So unchanged values keep their bits, and the others lose no precision: half of the range is
-        one step of the exponent.
+        It is the old one where they use its range, else a fitting one. So unchanged values keep
+        their bits, and the others lose no precision: half of the range is one step of the exponent.
 
         Args:
             old: the scale, as it is stored.
@@ -139,23 +139,18 @@ class Quantisation:
         self._children: dict[str, list[str]] = {}
         for key in (*shapes, *self._elsewhere):
             parts = key.split(".")
-            for count in (1, 2, 3):  # `weight.quant_state.bitsandbytes__nf4`
-                if count <= len(parts):
-                    self._children.setdefault(".".join(parts[:-count]), []).append(
-                        ".".join(parts[-count:])
-                    )
+            for count in range(1, min(3, len(parts)) + 1):  # `weight.quant_state.bitsandbytes__nf4`
+                owner, child = ".".join(parts[:-count]), ".".join(parts[-count:])
+                self._children.setdefault(owner, []).append(child)
         self._marked = next((key for key in shapes if _MARKER.fullmatch(key)), None)
         self.scales: dict[str, Scale] = {}
         self.problems: dict[str, str] = {}
         self.packed = self._find_packed()
         for key in shapes:
-            self._classify(key)
+            if problem := self._classify(key):
+                self.problems[key] = problem
         self.weights = {scale.key: key for key, scale in self.scales.items()}
-        self.extras = frozenset(
-            key
-            for key in shapes
-            if _MARKER.fullmatch(key) or _ACTIVATION.fullmatch(key.rpartition(".")[2])
-        )
+        self.extras = frozenset(filter(_is_extra, shapes))
 
     @property
     def is_used(self) -> bool:
@@ -165,9 +160,8 @@ class Quantisation:
     @property
     def example(self) -> str:
         """A quantised tensor, for a message."""
-        return next(
-            (f"{key} with {scale.key}" for key, scale in self.scales.items()), None
-        ) or next(iter([*self.problems.values(), *self.packed.values()]), "")
+        scaled = [f"{key} with {scale.key}" for key, scale in self.scales.items()]
+        return next(iter([*scaled, *self.problems.values(), *self.packed.values()]), "")
 
     def owner_is_packed(self, key: str) -> bool:
         """Return whether a tensor is part of a packed weight."""
@@ -188,37 +182,31 @@ class Quantisation:
                 if _PACKED.fullmatch(child.removeprefix("weight."))
                 and child not in ("_scale", "_data", "scales")
             )
-            if not module or not found or all(f == "scales" for f in found):
-                continue
-            if module.endswith(".weight"):
+            if not module or not found or module.endswith(".weight"):
                 continue
             said = ", ".join(f"{module}.{child}" for child in found[:4])
             result[module] = (
-                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can add to)"
+                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can "
+                "add to)"
             )
         return result
 
-    def _classify(self, key: str) -> None:
+    def _classify(self, key: str) -> str | None:
+        """Note the scale of a tensor; return why it cannot be read as values, or None."""
         module, _, part = key.rpartition(".")
         dtype = self._dtypes[key]
         if part == "weight" and module in self.packed:
-            self.problems[key] = (
-                f"{key} holds {dtype} and belongs to {self.packed[module]}: {_ADVICE}"
-            )
-        elif part == "weight" and dtype.kind in "iub":
-            self.problems[key] = (
-                f"{key} holds {dtype}: quantised weights can't be merged into; {_ADVICE}"
-            )
-        elif _MARKER.fullmatch(key) or _ACTIVATION.fullmatch(part):
-            return
-        elif is_float8(dtype):
-            self._classify_float8(key, module, part)
-        elif part == "weight":
-            found = [name for name in self._known(key) if name in self._shapes]
-            if found:
-                self.problems[key] = (
-                    f"{key} is {dtype} with {found[0]}, which is known for float8 only; {_ADVICE}"
-                )
+            return f"{key} holds {dtype} and belongs to {self.packed[module]}: {_ADVICE}"
+        if part == "weight" and dtype.kind in "iub":
+            return f"{key} holds {dtype}: quantised weights can't be merged into; {_ADVICE}"
+        if _is_extra(key):
+            return None
+        if is_float8(dtype):
+            return self._classify_float8(key, module, part)
+        found = [name for name in self._known(key) if name in self._shapes]
+        if part == "weight" and found:
+            return f"{key} is {dtype} with {found[0]}, which is known for float8 only; {_ADVICE}"
+        return None
 
     def _known(self, key: str) -> list[str]:
         """Return the names that a tensor's scale may have."""
@@ -227,7 +215,7 @@ class Quantisation:
         prefix = f"{module}." if module else ""
         return [*names, f"{prefix}scale_weight"] if part == "weight" else names
 
-    def _classify_float8(self, key: str, module: str, part: str) -> None:
+    def _classify_float8(self, key: str, module: str, part: str) -> str | None:
         known = [name for name in self._known(key) if name in self._shapes]
         lost = [name for name in self._known(key) if name in self._elsewhere]
         beside = [
@@ -239,34 +227,28 @@ class Quantisation:
             if (name.startswith((f"{key}_", f"{key}.")) or part == "weight")
             and _SCALE_LIKE.fullmatch(name.removeprefix(f"{module}."))
             and name not in (*known, key)
-            and not _ACTIVATION.fullmatch(name.rpartition(".")[2])
-            and not _MARKER.fullmatch(name)
+            and not _is_extra(name)
         ]
         if lost:
-            self.problems[key] = (
-                f"{key} is scaled by {lost[0]}, which is in another shard; give the folder or the index"
-            )
-        elif others or len(known) > 1:
+            where = "which is in another shard; give the folder or the index"
+            return f"{key} is scaled by {lost[0]}, {where}"
+        if others or len(known) > 1:
             found = ", ".join([*known, *others])
-            self.problems[key] = (
-                f"{key} is float8 with scales of an unknown form ({found}); {_ADVICE}"
-            )
-        elif known:
-            self._add_scale(key, known[0])
-        elif self._marked or self._config.get("quant_method"):
+            return f"{key} is float8 with scales of an unknown form ({found}); {_ADVICE}"
+        if known:
+            return self._add_scale(key, known[0])
+        if self._marked or self._config.get("quant_method"):
             says = self._marked or "quantization_config in config.json"
-            self.problems[key] = (
-                f"{key} is float8 and has no scale, though {says} says that weights are scaled"
-            )
+            return f"{key} is float8 and has no scale, though {says} says that weights are scaled"
+        return None
 
-    def _add_scale(self, key: str, scale_key: str) -> None:
+    def _add_scale(self, key: str, scale_key: str) -> str | None:
         shape, own = self._shapes[key], self._shapes[scale_key]
         dtype = self._dtypes[scale_key]
         if dtype.kind in "iub" or is_float8(dtype):
-            self.problems[key] = (
+            return (
                 f"{key} is scaled by {scale_key}, which holds {dtype}: an unknown form; {_ADVICE}"
             )
-            return
         size = self._block()
         grid = _grid(shape, own, size, bool(self._config.get("weight_block_size")))
         if grid is None:
@@ -275,27 +257,19 @@ class Quantisation:
                 if size
                 else "no config.json gives `quantization_config.weight_block_size`"
             )
-            self.problems[key] = (
-                f"{key} {list(shape)} does not fit its scale {scale_key} {list(own)}; {said}"
-            )
-            return
-        blocks = []
-        for axis, (n, count) in enumerate(zip(shape, grid, strict=True)):
-            blocks.append(
-                n if count == 1 else 1 if count == n else (size or [1, 1])[axis - len(shape)]
-            )
+            return f"{key} {list(shape)} does not fit its scale {scale_key} {list(own)}; {said}"
+        blocks = [
+            n if count == 1 else 1 if count == n else (size or [1, 1])[axis - len(shape)]
+            for axis, (n, count) in enumerate(zip(shape, grid, strict=True))
+        ]
         power = self._config.get("scale_fmt") == "ue8m0"
         self.scales[key] = Scale(scale_key, grid, tuple(max(1, b) for b in blocks), power)
+        return None
 
     def _block(self) -> list[int] | None:
         """Return the block size of the last two axes given by the config."""
-        size = self._config.get("weight_block_size")
-        if (
-            size is None
-            and "weight_block_size" not in self._config
-            and self._config.get("quant_method") == "fp8"
-        ):
-            size = [128, 128]  # what transformers takes then
+        is_fp8 = self._config.get("quant_method") == "fp8"  # transformers' default
+        size = self._config.get("weight_block_size", [128, 128] if is_fp8 else None)
         groups = self._config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
             weights = (group.get("weights") if isinstance(group, dict) else None) or {}
@@ -303,12 +277,13 @@ class Quantisation:
                 size = weights["block_structure"]
             elif isinstance(weights.get("group_size"), int) and weights["group_size"] > 0:
                 size = [1, weights["group_size"]]
-        good = (
-            isinstance(size, list)
-            and len(size) == 2
-            and all(isinstance(n, int) and n > 0 for n in size)
-        )
-        return size if good else None
+        is_pair = isinstance(size, list) and len(size) == 2
+        return size if is_pair and all(isinstance(n, int) and n > 0 for n in size) else None
+
+
+def _is_extra(key: str) -> bool:
+    """Return whether a tensor is a scale of activations or a marker."""
+    return bool(_MARKER.fullmatch(key) or _ACTIVATION.fullmatch(key.rpartition(".")[2]))
 
 
 def _grid(

@@ -1,4 +1,4 @@
-"""Results that appear whole and are resumed: a hidden folder beside their place, one rename at the end."""
+"""Results that appear whole and are resumed: in a hidden folder until one rename at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .system import IS_WINDOWS, lock_file, sync_folder
 
 
 class WorkingFolder:
-    """The hidden folder of a result that takes long; one run at a time owns it, and the next run can resume it.
+    """The hidden folder of a result that takes long.
+
+    One run at a time owns it. If that is interrupted, the next run can resume it.
 
     Args:
         out: the place of the result.
@@ -62,8 +64,7 @@ class WorkingFolder:
             manifest = {}
         if manifest.get("fingerprint") != self._fingerprint:  # of other files, weights or options
             self._manifest.unlink(missing_ok=True)
-            shutil.rmtree(self.files, ignore_errors=True)
-            self.files.mkdir(exist_ok=True)
+            self.discard()
             text = json.dumps({"out": self._out.name, "fingerprint": self._fingerprint}, indent=2)
             write_atomically(self._manifest, text.encode())
         self.files.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""Operating systems' calls with a fallback where one is missing: locks, flushes, positioned reads and writes, exchange.
+"""Calls of operating systems, with a fallback where one is missing.
 
-Windows has no `fcntl`, opens no folders, renames no open files, and reads and writes only at a
-descriptor's own position. macOS has no `copy_file_range` and no `renameat2`.
+They are locks, flushes, reads and writes at a place, and the exchange of names. Windows has no
+`fcntl`, opens no folders, renames no open files, and reads and writes only at a descriptor's own
+position. macOS has no `copy_file_range` and no `renameat2`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _LARGEST = 1 << 30  # macOS refuses to read or write 2 GB at once
 _position = threading.Lock()
 
 
-# --- locks ------------------------------------------------------------------------------------------------------------
+# --- locks ----------------------------------------------------------------------------------------
 
 
 def lock(descriptor: int, *, wait: bool) -> None:
@@ -60,38 +61,35 @@ def lock_file(descriptor: int) -> None:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 
-def open_folder(folder: Path) -> int | None:
-    """Return a descriptor of a folder; None on Windows, which has none."""
-    return None if IS_WINDOWS else os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[int | None]:
+    """Open a folder; yield its descriptor, or None on Windows, which has none."""
+    descriptor = None if IS_WINDOWS else os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Let one process at a time run the block, where folders can be locked."""
-    descriptor = open_folder(folder)
-    if descriptor is None:
+    with opened_folder(folder) as descriptor:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                lock(descriptor, wait=True)
         yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock(descriptor, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk; Windows does so by itself."""
-    descriptor = open_folder(folder)
-    if descriptor is None:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with opened_folder(folder) as descriptor:
+        if descriptor is not None:
+            os.fsync(descriptor)
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -108,7 +106,7 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def write_at(descriptor: int, offset: int, data: Any) -> None:

@@ -6,10 +6,11 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
@@ -25,28 +26,26 @@ from ..names.scaled_leaves import quantised_problem
 from ..names.tree_sources import find_sources_in
 from .mismatch import Mismatch
 
+T = TypeVar("T")
+
 # Tensors of a torch checkpoint that no Flax model has a place for.
 _BUFFERS = re.compile(
     r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)"
 )
-_TITLES = (
-    "tensors that no leaf takes",
-    "tensors that are not in the file",
-    "leaves that do not fit",
-)
+_TITLES = "tensors that no leaf takes", "tensors that are not in the file", "leaves that do not fit"
 
 
 @takes_model
 def load_base(
     path: str | Path,
-    params: Any,
+    params: T,
     *,
     names: Names | None = None,
     layouts: Layouts | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     tied: Mapping[str, str] | None = None,
     strict: bool = True,
-) -> Any:
+) -> T:
     """Read a Hugging Face checkpoint into a tree like `params`, one tensor at a time.
 
     Everything is checked on the headers before the first value is read.
@@ -76,9 +75,10 @@ def load_base(
     Example:
         >>> import tempfile, numpy as np
         >>> from safetensors.numpy import save_file
+        >>> like = {"q": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"q.weight": np.ones((3, 4), np.float32)}, f"{folder}/model.safetensors")
-        ...     load_base(folder, {"q": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}})["q"]["kernel"].shape
+        ...     load_base(folder, like)["q"]["kernel"].shape
         (4, 3)
     """
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
@@ -88,33 +88,29 @@ def load_base(
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)
     if quantised := [".".join(path_parts(path)) for path, leaf in flat if is_quantised(leaf)]:
         raise ValueError(
-            f"load_base fills floating leaves, and {', '.join(quantised[:3])} are quantised ({len(quantised)} in all). "
-            "Load the float parameters (`params` may be their shapes), and quantise what is loaded"
+            f"load_base fills floating leaves, and {', '.join(quantised[:3])} are quantised "
+            f"({len(quantised)} in all). Load the float parameters (`params` may be their "
+            "shapes), and quantise what is loaded"
         )
     checkpoint = Checkpoint(path)
     tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)
     mismatch = Mismatch(misshapen=problems, titles=_TITLES)
+    tied = {name: own for name, own in (tied or {}).items() if name not in checkpoint.shapes}
+    for position, source in sources.items():
+        keys = tuple(tied.get(key, key) for key in source.keys)
+        sources[position] = dataclasses.replace(source, keys=keys)
     taken = {key for source in sources.values() for key in (*source.keys, *source.also)}
     for position, source in sources.items():
-        keys = tuple(k if k in checkpoint.shapes else (tied or {}).get(k, k) for k in source.keys)
-        sources[position] = source = dataclasses.replace(source, keys=keys)
-        _check_leaf(
-            checkpoint,
-            tree,
-            position,
-            source,
-            _target(tree.leaves[position], dtype),
-            taken,
-            mismatch,
-        )
+        target = _target(tree.leaves[position], dtype)
+        _check_leaf(checkpoint, tree, position, source, target, taken, mismatch)
     if strict:
-        used = {key for source in sources.values() for key in (*source.keys, *source.also)}
-        mismatch.unexpected += _unused(checkpoint, used)
+        mismatch.unexpected += _unused(checkpoint, taken)
     sentence = f"{checkpoint.path} and the tree do not fit; nothing was loaded"
     mismatch.check(sentence, _hint(mismatch), FileError)
     leaves = list(tree.leaves)
     for position, source in sources.items():
-        leaves[position] = _read_leaf(checkpoint, source, leaves[position], dtype, taken)
+        leaf = leaves[position]
+        leaves[position] = _read_leaf(checkpoint, source, leaf, _target(leaf, dtype), taken)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -147,7 +143,7 @@ def _check_leaf(
 
 
 def _unused(checkpoint: Checkpoint, used: Collection[str]) -> list[str]:
-    """The tensors that no leaf takes, without those that no Flax model has a place for."""
+    """Return the tensors that no leaf takes, without those that no Flax model has a place for."""
     quantisation = checkpoint.quantisation
     scales = {scale.key for key, scale in quantisation.scales.items() if key in used}
     known = {*used, *scales, *quantisation.extras}
@@ -164,21 +160,24 @@ def _hint(mismatch: Mismatch) -> str:
     hints = []
     if mismatch.missing:
         hints.append(
-            "`names=` says what torch calls a leaf (NameMap.transformers(), NameMap.infer, …), `tied=` whose values a "
-            "tied weight has"
+            "`names=` says what torch calls a leaf (NameMap.transformers(), NameMap.infer, …), "
+            "`tied=` whose values a tied weight has"
         )
-    if (
-        mismatch.unexpected and not mismatch.missing and not mismatch.misshapen
-    ):  # else the others may explain them
+    # Entries that are missing or misshapen may explain unexpected ones.
+    if mismatch.unexpected and not mismatch.missing and not mismatch.misshapen:
         hints.append("`strict=False` leaves tensors unread")
     return "; ".join(hints)
 
 
 def _read_leaf(
-    checkpoint: Checkpoint, source: Source, like: Any, dtype: Any, taken: Collection[str]
+    checkpoint: Checkpoint,
+    source: Source,
+    like: jax.Array | jax.ShapeDtypeStruct,
+    target: np.dtype,
+    taken: Collection[str],
 ) -> jax.Array:
     """Read the tensors of a leaf into a new array, placed as the leaf is."""
-    scales, target = checkpoint.quantisation.scales, _target(like, dtype)
+    scales = checkpoint.quantisation.scales
     value = np.empty(tuple(like.shape), target)
     for n, key in enumerate(source.keys):
         raw = key in scales and scales[key].key in taken  # the tree holds the scale too
@@ -190,16 +189,13 @@ def _read_leaf(
     return jax.device_put(value, sharding)
 
 
-def _target(like: Any, dtype: Any) -> np.dtype:
-    """The dtype that a leaf gets."""
-    return (
-        np.dtype(dtype)
-        if dtype is not None and kind_of_dtype(like.dtype) == "float"
-        else np.dtype(like.dtype)
-    )
+def _target(like: jax.Array | jax.ShapeDtypeStruct, dtype: DTypeLike | None) -> np.dtype:
+    """Return the dtype that a leaf gets."""
+    given = dtype is not None and kind_of_dtype(like.dtype) == "float"
+    return np.dtype(dtype if given else like.dtype)
 
 
-def kind_of_dtype(dtype: Any) -> str:
+def kind_of_dtype(dtype: DTypeLike) -> str:
     """Return "float" for every floating dtype, else numpy's letter."""
     return "float" if jax.numpy.issubdtype(dtype, np.floating) else np.dtype(dtype).kind
 
@@ -212,12 +208,12 @@ def cast_values(tensor: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         result = tensor.astype(dtype, copy=False)
-    if (
-        dtype == np.float16 and tensor.dtype != np.float16
-    ):  # the one common dtype with a smaller range
+    # float16 is the one common dtype with a smaller range.
+    if dtype == np.float16 and tensor.dtype != np.float16:
         lost = ~np.isfinite(result) & np.isfinite(tensor.astype(np.float32, copy=False))
         if lost.any():
             raise ValueError(
-                f"{key} has {int(lost.sum())} values that float16 cannot hold; use bfloat16 or float32"
+                f"{key} has {int(lost.sum())} values that float16 cannot hold; use bfloat16 or "
+                "float32"
             )
     return result

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.before_saving import check_whole
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_of
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
-from .saved_modules import saved_tensors
 
 
 def from_tree(
-    params: Any,
-    adapter_name: str,
-    others: Callable[[Any, str], dict[str, np.ndarray]] = saved_tensors,
+    params: PyTree, adapter_name: str, others: Callable[[PyTree, str], dict[str, np.ndarray]]
 ) -> AdapterFile:
     """Return an adapter of a tree; its config is left out, since each format has its own.
 
@@ -33,13 +30,11 @@ def from_tree(
         others: what the format holds besides the factors, of the two arguments above.
     """
     leaves = [leaf for _, leaf in adapted_kernels(params, adapter_name)]
-    modules = {
-        module.name: module for leaf in leaves for module in module_factors(leaf, adapter_name)
-    }
+    modules = {m.name: m for leaf in leaves for m in module_factors(leaf, adapter_name)}
     return AdapterFile(Path(), "tree", modules, others(params, adapter_name), {}, {})
 
 
-def adapted_kernels(params: Any, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
+def adapted_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
     """Return the kernels that an adapter adapts, each with its path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     return [
@@ -49,53 +44,46 @@ def adapted_kernels(params: Any, adapter_name: str) -> list[tuple[tuple[str, ...
     ]
 
 
+def adapted_modules(leaf: LoHaWeight, adapter_name: str) -> list[str]:
+    """Return the names of the modules of a kernel that the adapter adapts."""
+    ranks = leaf.adapters[adapter_name].ranks
+    return [name for name, r in zip(leaf.names, ranks, strict=True) if r]
+
+
+def saved_leaves(params: PyTree, adapter_name: str) -> list[SavedWeight]:
+    """Return the leaves that an adapter has a changed copy of."""
+    return [leaf for leaf in leaves_of(SavedWeight, params) if adapter_name in leaf.copies]
+
+
 def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModule]:
     """Yield the modules of a kernel that the adapter targets, without the padding of a stack.
 
     Rank stabilisation is folded into alpha, and the scalar, if any, into `hada_w1_a`.
     """
     leaf.require_whole()
-    factors = leaf.adapters[adapter_name]
-    stack = leaf.layout.sizes("s", leaf.kernel.shape)
-    trained = {
-        n: on_host(t).reshape(-1, *t.shape[len(stack) :]) for n, t in factors.trained.items()
-    }
-    target = Target(
-        (),
-        leaf.names,
-        leaf.layout,
-        tuple(leaf.kernel.shape),
-        None,
-        factors.ranks,
-        factors.alphas,
-        factors.is_cp,
-    )
-    in_shape = leaf.layout.torch_shape(leaf.kernel.shape)[len(stack) + 1 :]
-    for index, (name, r, alpha) in enumerate(
-        zip(leaf.names, factors.ranks, factors.alphas, strict=True)
-    ):
-        if r:
-            own = {
-                n: trained[n][index][tuple(slice(size) for size in shape)]
-                for n, shape in target.shapes(r).items()
-            }
-            if "scalar" in trained:
-                own["hada_w1_a"] = own["hada_w1_a"] * trained["scalar"][index].astype(
-                    own["hada_w1_a"].dtype
-                )
-            dora_scale = trained["dora_scale"][index] if "dora_scale" in trained else None
-            yield AdapterModule(
-                name,
-                "loha",
-                r,
-                alpha,
-                own,
-                dora_scale,
-                in_shape=in_shape if len(in_shape) > 1 else None,
-            )
+    factors, shape = leaf.adapters[adapter_name], tuple(leaf.kernel.shape)
+    names, layout = leaf.names, leaf.layout
+    target = Target((), names, layout, shape, None, factors.ranks, factors.alphas, factors.is_cp)
+    axes = len(target.stack)
+    # [*stack, ...] -> [modules, ...]
+    trained = {n: on_host(t).reshape(-1, *t.shape[axes:]) for n, t in factors.trained.items()}
+    in_shape = layout.torch_shape(shape)[axes + 1 :]
+    for index, (name, r, alpha) in enumerate(zip(names, target.ranks, target.alphas, strict=True)):
+        if not r:
+            continue
+        own = {
+            part: trained[part][index][tuple(map(slice, size))]
+            for part, size in target.shapes(r).items()
+        }
+        if "scalar" in trained:
+            scalar = trained["scalar"][index].astype(own["hada_w1_a"].dtype)
+            own["hada_w1_a"] = own["hada_w1_a"] * scalar
+        norms = trained["dora_scale"][index] if "dora_scale" in trained else None
+        spatial = in_shape if len(in_shape) > 1 else None
+        yield AdapterModule(name, "loha", r, alpha, own, norms, in_shape=spatial)
 
 
-def chosen_adapter(params: Any, adapter_name: str | None) -> str:
+def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
     """Return `adapter_name`, or the name of the tree's only adapter.
 
     Raises:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
@@ -33,15 +36,14 @@ from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import PREFIX, folder_contents, peft_state
 from ..names.name_map import GPT2_CONV1D
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
-from .from_tree import adapted_kernels, chosen_adapter, module_factors
+from .from_tree import adapted_kernels, adapted_modules, chosen_adapter, module_factors
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
-_OUTPUT_HEADS = (
-    "lm_head",
-    "embed_out",
-    "decoder",
-)  # what torch calls a Linear whose weight is the embedding's
+T = TypeVar("T")
+
+# Torch's names of a Linear whose weight is the embedding's.
+_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class LoraAdapter:
 
 @takes_model(changes=False)
 def to_lora(
-    params: Any,
+    params: PyTree,
     adapter_name: str | None = None,
     *,
     rank: int | None = None,
@@ -110,7 +112,8 @@ def to_lora(
     Example:
         >>> import loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((6, 5))}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": jnp.ones((6, 5))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> print(to_lora(params))
         module  rank  relative error
         q          4           exact
@@ -134,9 +137,7 @@ def to_lora(
             used.add(pattern)
             number = 1 if pattern is None else groups[pattern]
             found[module.name], errors[module.name] = lora_of(module, rank, energy, groups=number)
-            conv1d |= (
-                leaf.layout.word == "oi" and re.fullmatch(GPT2_CONV1D, module.name) is not None
-            )
+            conv1d |= leaf.layout.word == "oi" and bool(re.fullmatch(GPT2_CONV1D, module.name))
     if config is None:
         raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     if unused := [pattern for pattern in groups if pattern not in used]:
@@ -148,13 +149,14 @@ def to_lora(
 
 
 def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
-    """The modules of a kernel, with the scaling that they have now."""
+    """Return the modules of a kernel, with the scaling that they have now."""
     factors, result = leaf.adapters[adapter_name], []
     for module in module_factors(leaf, adapter_name):
         if factors.dora_scale is not None and factors.multiplier != 1:
             raise ValueError(
-                f"{module.name} has a weight decomposition scaled by {factors.multiplier:g}, and PEFT's DoRA has "
-                f"no such number. Set it back, loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
+                f"{module.name} has a weight decomposition scaled by {factors.multiplier:g}, and "
+                "PEFT's DoRA has no such number. Set it back, "
+                f"loha_jax.scale(params, {{{adapter_name!r}: 1}}), or merge the adapter."
             )
         result.append(dataclasses.replace(module, alpha=module.alpha * factors.multiplier))
     return result
@@ -163,13 +165,14 @@ def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
 def _check_embedding(path: tuple[str, ...], name: str) -> None:
     if path[-1] == "embedding" and name.rpartition(".")[2] not in _OUTPUT_HEADS:
         raise ValueError(
-            f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. Merge the adapter, or "
-            "exclude it; an output head that is tied to it is known by its torch name (`names=`)."
+            f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. "
+            "Merge the adapter, or exclude it; an output head that is tied to it is known by its "
+            "torch name (`names=`)."
         )
 
 
-def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] | str:
-    """`target_modules`: the shortest endings if all torch names are known, else full names."""
+def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str] | str:
+    """Return `target_modules`: the shortest endings if all torch names are known, or full names."""
     tree = NamedTree(params, names, None)
     adapted: set[str] = set()
     others: set[str] = set()
@@ -177,10 +180,9 @@ def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] |
     for position in tree.weights:
         leaf = tree.leaves[position]
         if isinstance(leaf, LoHaWeight):
-            factors = leaf.adapters.get(adapter_name)
-            ranks = factors.ranks if factors else (0,) * len(leaf.names)
-            for name, r in zip(leaf.names, ranks, strict=True):
-                (adapted if r else others).add(name)
+            if adapter_name in leaf.adapters:
+                adapted.update(adapted_modules(leaf, adapter_name))
+            others.update(leaf.names)
             stack = leaf.layout.sizes("s", leaf.kernel.shape)
             renamed |= leaf.names != stack_names(tree.names[position], stack, None)
         elif isinstance(leaf, SavedWeight):
@@ -195,12 +197,12 @@ def _targets(params: Any, adapter_name: str, names: Names | None) -> list[str] |
 @takes_model(changes=False)
 def save_lora(
     folder: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     adapter_name: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
@@ -228,7 +230,8 @@ def save_lora(
     Example:
         >>> import tempfile, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((6, 5))}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": jnp.ones((6, 5))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(folder, params, rank=1).config["r"]
         1
@@ -250,8 +253,8 @@ def save_lora(
     return lora
 
 
-def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
-    """The adapter with its factors in another dtype; saved parameters keep the base's."""
+def _in_dtype(lora: LoraAdapter, dtype: jnp.dtype) -> LoraAdapter:
+    """Return the adapter with its factors in another dtype; saved parameters keep the base's."""
     tensors = dict(lora.tensors)
     for name in lora.errors:
         key = f"{PREFIX}{name}."
@@ -263,13 +266,13 @@ def _in_dtype(lora: LoraAdapter, dtype: Any) -> LoraAdapter:
 @takes_model(argument="base_params")
 def load_lora(
     folder: str | Path,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     key: jax.Array | None = None,
     names: Names | None = None,
     layouts: Layouts | None = None,
-) -> Any:
+) -> T:
     """Add a LoRA (or DoRA) adapter that PEFT wrote to a tree of base parameters, as an equal LoHa.
 
     The first pair of LoHa's factors are `lora_B` and `lora_A`, of the same rank and alpha; the
@@ -303,25 +306,20 @@ def load_lora(
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     lora = save_lora(folder, loha_jax.inject(base, config, key=jax.random.key(0)))
-        ...     load_lora(folder, base, key=jax.random.key(1))["q"]["kernel"].adapters["default"].hada_w1_a.shape
+        ...     params = load_lora(folder, base, key=jax.random.key(1))
+        >>> params["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (5, 4)
     """
     file = read_lora(folder)
-    config = loha_config(file.config, file.modules)
-
-    def loha(module: AdapterModule, target: Target) -> AdapterModule:
-        return _loha_of(module, key, factor_dtype(target.dtype))
-
-    with errors_about(folder):
-        return peft_to_tree(
-            file, base_params, config, adapter_name, names=names, layouts=layouts, loha=loha
-        )
+    with errors_about(file.path):
+        config, loha = loha_config(file.config, file.modules), functools.partial(_loha_of, key)
+        return peft_to_tree(file, base_params, config, adapter_name, names, layouts, loha=loha)
 
 
-def _loha_of(module: AdapterModule, key: jax.Array | None, dtype: Any) -> AdapterModule:
-    """The LoHa of a LoRA, with random values where they change nothing if there is a key."""
+def _loha_of(key: jax.Array | None, module: AdapterModule, target: Target) -> AdapterModule:
+    """Return the LoHa of a LoRA; with a key, values that change nothing are random."""
     if key is None:
         return loha_of(module)
-    shape = (module.tensors["lora_B"].shape[0], module.r)
-    spare = init_factors(key, [module.name], {"hada_w2_a": shape}, True, dtype)["hada_w2_a"][0]
-    return loha_of(module, np.asarray(spare))
+    shapes = {"hada_w2_a": (module.tensors["lora_B"].shape[0], module.r)}
+    spare = init_factors(key, [module.name], shapes, True, factor_dtype(target.dtype))
+    return loha_of(module, np.asarray(spare["hada_w2_a"][0]))

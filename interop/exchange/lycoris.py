@@ -5,31 +5,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import SavedWeight
 
 from ..disk.atomic import write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
-from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .from_tree import adapted_kernels, adapted_modules, chosen_adapter, from_tree, saved_leaves
 
 
 def save_lycoris(
     path: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     adapter_name: str | None = None,
     prefix: str = NATIVE_PREFIX,
-    others: Mapping[str, Any] | None = None,
-    dtype: Any = None,
+    others: Mapping[str, PyTree] | None = None,
+    dtype: DTypeLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter as a LyCORIS, kohya or ComfyUI file.
@@ -66,14 +66,9 @@ def save_lycoris(
         ...     save_lycoris(f"{folder}/adapter.safetensors", params)
     """
     metadata = dict(metadata or {})
-    if odd := [
-        key
-        for key, value in metadata.items()
-        if not isinstance(key, str) or not isinstance(value, str)
-    ]:
-        raise ValueError(
-            f"A file's metadata are strings; metadata[{odd[0]!r}] is {metadata[odd[0]]!r}"
-        )
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"A file's metadata are strings; metadata[{key!r}] is {value!r}")
     state: dict[str, np.ndarray] = {}
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
@@ -82,7 +77,8 @@ def save_lycoris(
         component = lycoris_state(file.modules.values(), file.others, component_prefix)
         if both := sorted(state.keys() & component.tensors.keys()):
             raise ValueError(
-                f"Two components would both write {both[0]!r}; give each a prefix of its own in `others`"
+                f"Two components would both write {both[0]!r}; give each a prefix of its own in "
+                "`others`"
             )
         state.update(in_dtype(component.tensors, dtype))
         convolutions += component.convolutions
@@ -94,7 +90,11 @@ def save_lycoris(
 
 
 def to_lycoris_state_dict(
-    params: Any, adapter_name: str | None = None, *, prefix: str = NATIVE_PREFIX, dtype: Any = None
+    params: PyTree,
+    adapter_name: str | None = None,
+    *,
+    prefix: str = NATIVE_PREFIX,
+    dtype: DTypeLike | None = None,
 ) -> dict[str, np.ndarray]:
     """Return LyCORIS' state dict of one adapter: `lycoris_<module>.hada_w1_a` … and `.alpha`.
 
@@ -117,7 +117,8 @@ def to_lycoris_state_dict(
     Example:
         >>> import loha_jax, jax.numpy as jnp
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"a": {"q": {"kernel": jnp.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> base = {"a": {"q": {"kernel": jnp.ones((3, 3))}}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> sorted(to_lycoris_state_dict(params))[:2]
         ['lycoris_a_q.alpha', 'lycoris_a_q.hada_w1_a']
     """
@@ -126,47 +127,40 @@ def to_lycoris_state_dict(
 
 
 @takes_model(changes=False)
-def _file(params: Any, adapter_name: str | None) -> AdapterFile:
-    """The adapter with LyCORIS' differences, and the metadata that it was loaded with."""
+def _file(params: PyTree, adapter_name: str | None) -> AdapterFile:
+    """Return the adapter with LyCORIS' differences, and the metadata that it was loaded with."""
     adapter_name = chosen_adapter(params, adapter_name)
-    configs = [
-        leaf.adapters[adapter_name].config for _, leaf in adapted_kernels(params, adapter_name)
-    ]
-    metadata = next((dict(c.file_metadata) for c in reversed(configs) if c.file_metadata), {})
+    kernels = adapted_kernels(params, adapter_name)
+    given = [leaf.adapters[adapter_name].config.file_metadata for _, leaf in kernels]
+    metadata = next((dict(own) for own in reversed(given) if own), {})
     return dataclasses.replace(from_tree(params, adapter_name, _differences), metadata=metadata)
 
 
-def _differences(params: Any, adapter_name: str) -> dict[str, np.ndarray]:
-    """The differences of an adapter's saved parameters, by LyCORIS' names.
+def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
+    """Return the differences of an adapter's saved parameters, by LyCORIS' names.
 
     Raises:
         ValueError: a saved module is no normalisation layer.
     """
     saved: dict[str, dict[str, SavedWeight]] = {}
-    adapted = set()
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, SavedWeight) and adapter_name in leaf.copies:
-            module, _, parameter = leaf.name.rpartition(".")
-            saved.setdefault(module, {})[parameter] = leaf
-        elif isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters:
-            adapted.update(
-                n for n, r in zip(leaf.names, leaf.adapters[adapter_name].ranks, strict=True) if r
-            )
-    result = {}
+    for leaf in saved_leaves(params, adapter_name):
+        module, _, parameter = leaf.name.rpartition(".")
+        saved.setdefault(module, {})[parameter] = leaf
+    kernels = adapted_kernels(params, adapter_name)
+    adapted = {name for _, leaf in kernels for name in adapted_modules(leaf, adapter_name)}
+    result: dict[str, np.ndarray] = {}
     for module, leaves in saved.items():
         if not all(
             name in NORM_PARTS and leaf.layout is None and leaf.ndim == 1
             for name, leaf in leaves.items()
         ):
             raise ValueError(
-                f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only for normalisation "
-                "layers with weight and bias). Use `save_peft`."
+                f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only "
+                "for normalisation layers with weight and bias). Use `save_peft`."
             )
         for name, leaf in leaves.items():
             wide = float32_or_wider(leaf.original.dtype)
-            copy, original = (
-                on_host(array).astype(wide) for array in (leaf.copies[adapter_name], leaf.original)
-            )
+            copy, original = on_host(leaf.copies[adapter_name]), on_host(leaf.original)
             part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
-            result[f"{module}.{part}"] = copy - original
+            result[f"{module}.{part}"] = copy.astype(wide) - original.astype(wide)
     return result

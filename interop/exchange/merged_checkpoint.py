@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
@@ -40,13 +42,13 @@ from .mismatch import Mismatch
 @takes_model(changes=False)
 def save_merged(
     folder: str | Path,
-    params: Any,
+    params: PyTree,
     *,
     names: Names | None = None,
     layouts: Layouts | None = None,
     base: str | Path | None = None,
     adapters: Sequence[str] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     tied: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     safe: bool = False,
@@ -96,7 +98,8 @@ def save_merged(
         raise NotADirectoryError(f"{folder} is a file; save_merged writes a folder")
     if held := weight_files(folder):
         raise FileExistsError(
-            f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty it."
+            f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty "
+            "it."
         )
     check_adapters(params, adapters or ())
     size = parse_size(max_shard_size)
@@ -104,18 +107,17 @@ def save_merged(
     tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)
     if checkpoint is not None and checkpoint.quantisation.is_used and dtype is not None:
         raise ValueError(
-            f"{base} is quantised ({checkpoint.quantisation.example}): leave dtype= out, or give another base"
+            f"{base} is quantised ({checkpoint.quantisation.example}): leave dtype= out, or give "
+            "another base"
         )
     tensors = _MergedTensors(tree, sources, checkpoint, adapters, safe, force)
-    mismatch = Mismatch(
-        misshapen=problems, titles=("unexpected", "missing", "leaves that do not fit")
-    )
+    titles = "unexpected", "missing", "leaves that do not fit"
+    mismatch = Mismatch(misshapen=problems, titles=titles)
     tensors.find_owners(tied or {}, mismatch)
     mismatch.check("The tree cannot be saved; nothing was written", "")
     plan = tensors.plan(dtype)
-    stem = "model"
-    if checkpoint is not None and "_diffusers_version" in read_config(checkpoint.folder):
-        stem = "diffusion_pytorch_model"
+    config = read_config(checkpoint.folder) if checkpoint is not None else {}
+    stem = "diffusion_pytorch_model" if "_diffusers_version" in config else "model"
     with (
         whole_folder(folder) as place,
         CheckpointWriter(place, plan, size, stem, {"format": "pt"}) as writer,
@@ -129,52 +131,43 @@ def save_merged(
         writer.commit()
 
 
+@dataclasses.dataclass
 class _MergedTensors:
     """The torch tensors of a tree with its adapters merged, one at a time.
 
-    Args:
+    Attributes:
         tree, sources: from `find_sources_in`.
         checkpoint: the base, whose other tensors are copied through, or None.
         adapters, safe, force: as for `save_merged`.
-
-    Attributes:
         owners: by torch name the leaves that hold the tensor, each as its position and an index of
             its stack.
         losses: of the tensors that were quantised again.
     """
 
-    def __init__(
-        self,
-        tree: NamedTree,
-        sources: Mapping[int, Source],
-        checkpoint: Checkpoint | None,
-        adapters: Sequence[str] | None,
-        safe: bool,
-        force: bool,
-    ):
-        self._tree, self._sources, self._checkpoint = tree, sources, checkpoint
-        self._adapters, self._safe, self._force = adapters, safe, force
-        self.owners: dict[str, list[tuple[int, int]]] = {}
-        self.losses: dict[str, Loss] = {}
+    tree: NamedTree
+    sources: Mapping[int, Source]
+    checkpoint: Checkpoint | None
+    adapters: Sequence[str] | None
+    safe: bool
+    force: bool
+    owners: dict[str, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    losses: dict[str, Loss] = dataclasses.field(default_factory=dict)
 
     def find_owners(self, tied: Mapping[str, str], mismatch: Mismatch) -> None:
         """Find the tensors that the leaves hold, and note those that do not fit the base."""
-        for position, source in self._sources.items():
+        for position, source in self.sources.items():
             for n, key in [*enumerate(source.keys), *((0, key) for key in source.also)]:
-                name = (
-                    key
-                    if self._checkpoint is None
-                    else self._name_in(self._checkpoint, position, key, tied, mismatch)
-                )
-                if name is not None:
+                if name := self._name_in_base(position, key, tied, mismatch):
                     self.owners.setdefault(name, []).append((position, n))
 
-    def _name_in(
-        self, base: Checkpoint, position: int, key: str, tied: Mapping[str, str], mismatch: Mismatch
+    def _name_in_base(
+        self, position: int, key: str, tied: Mapping[str, str], mismatch: Mismatch
     ) -> str | None:
-        """The tensor's name in the base; None where it has none."""
-        leaf, source = self._tree.leaves[position], self._sources[position]
-        shape, where = tuple(leaf.shape), ".".join(self._tree.paths[position])
+        """Return the tensor's name in the base, if there is a base; None where it has none."""
+        if (base := self.checkpoint) is None:
+            return key
+        leaf, source = self.tree.leaves[position], self.sources[position]
+        shape, where = tuple(leaf.shape), ".".join(self.tree.paths[position])
         name = key if key in base.shapes else tied.get(key, key)
         if name not in base.shapes:
             why = base.quantisation.why_missing(key)
@@ -185,22 +178,23 @@ class _MergedTensors:
         if not source.fits(shape, base.shapes[name]):
             need = list(source.torch_shape(shape))
             mismatch.misshapen.append(
-                f"{name} is {list(base.shapes[name])} in the base, {where} {list(shape)} gives {need}"
+                f"{name} is {list(base.shapes[name])} in the base, {where} {list(shape)} gives "
+                f"{need}"
             )
         if kind_of_dtype(leaf.dtype) == "float" and name in base.quantisation.problems:
             mismatch.misshapen.append(base.quantisation.problems[name])
         return name
 
-    def plan(self, dtype: Any) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    def plan(self, dtype: DTypeLike | None) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
         """Return name, dtype and shape of every tensor of the checkpoint, in its order."""
         plan = []
-        for key in self.owners if self._checkpoint is None else self._checkpoint.shapes:
-            if self._checkpoint is not None:
-                kind, shape = self._checkpoint.dtypes[key], self._checkpoint.shapes[key]
+        for key in self.owners if self.checkpoint is None else self.checkpoint.shapes:
+            if self.checkpoint is not None:
+                kind, shape = self.checkpoint.dtypes[key], self.checkpoint.shapes[key]
             else:
                 position, _ = self.owners[key][0]
-                leaf = self._tree.leaves[position]
-                kind, shape = np.dtype(leaf.dtype), self._sources[position].torch_shape(leaf.shape)
+                leaf = self.tree.leaves[position]
+                kind, shape = np.dtype(leaf.dtype), self.sources[position].torch_shape(leaf.shape)
             given = dtype is not None and kind_of_dtype(kind) == "float"
             plan.append((key, np.dtype(dtype) if given else kind, tuple(shape)))
         return plan
@@ -209,7 +203,7 @@ class _MergedTensors:
         self, writer: CheckpointWriter, plan: Sequence[tuple[str, np.dtype, tuple[int, ...]]]
     ) -> None:
         """Merge and write all tensors of a plan."""
-        base, scales = self._checkpoint, self._scales()
+        base, scales = self.checkpoint, self._scales()
         written_with_theirs = {scale.key for scale in scales.values()}
         for key, target, shape in plan:
             if key in written_with_theirs:
@@ -227,21 +221,21 @@ class _MergedTensors:
                 continue
             stored = cast_values(value, target, key)
             position, index = self.owners[key][0]
-            leaf = self._tree.leaves[position]
+            leaf = self.tree.leaves[position]
             if is_float8(target) and not is_float8(value.dtype) and is_adapted(leaf):
-                unmerged = self._sources[position].tensor(np.asarray(unload(leaf)), index)
-                check_rounding(stored, value, unmerged, key, self._force)
+                unmerged = self.sources[position].tensor(np.asarray(unload(leaf)), index)
+                check_rounding(stored, value, unmerged, key, self.force)
             writer.write(key, stored.reshape(shape))
 
     def _scales(self) -> dict[str, Scale]:
-        """The scales of the tensors that are quantised again: those that no leaf holds itself."""
-        scales = self._checkpoint.quantisation.scales if self._checkpoint is not None else {}
+        """Return the scales of tensors that are quantised again, but not those that leaves hold."""
+        scales = self.checkpoint.quantisation.scales if self.checkpoint is not None else {}
         return {
             key: s for key, s in scales.items() if key in self.owners and s.key not in self.owners
         }
 
     def _value(self, key: str) -> np.ndarray:
-        """One merged tensor.
+        """Return one merged tensor.
 
         Raises:
             ValueError: the leaves that hold it have different values.
@@ -250,37 +244,35 @@ class _MergedTensors:
         value = self._merged(*first)
         for other in others:
             if not np.array_equal(value, self._merged(*other).reshape(value.shape)):
+                paths = [".".join(self.tree.paths[position]) for position, _ in self.owners[key]]
                 raise ValueError(
-                    f"{' and '.join('.'.join(self._tree.paths[p]) for p, _ in self.owners[key])} are both {key} in "
-                    "torch, and have different values now. The weight is tied: adapt or change all of its copies "
-                    "alike. Nothing was written."
+                    f"{' and '.join(paths)} are both {key} in torch, and have different values "
+                    "now. The weight is tied: adapt or change all of its copies alike. Nothing was "
+                    "written."
                 )
         return value
 
     def _merged(self, position: int, index: int) -> np.ndarray:
-        """One torch tensor of a leaf; of an adapted stack, only that module is merged."""
-        leaf, source = self._tree.leaves[position], self._sources[position]
+        """Return one torch tensor of a leaf; of an adapted stack, only that module is merged."""
+        leaf, source = self.tree.leaves[position], self.sources[position]
         if is_adapted(leaf):
-            own = (
-                None
-                if self._adapters is None
-                else [n for n in self._adapters if n in adapter_names(leaf)]
-            )
+            own = self.adapters
+            if own is not None:
+                own = [name for name in own if name in adapter_names(leaf)]
             stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
-                where = np.unravel_index(index, leaf.shape[: len(stack)])
-                if isinstance(leaf.kernel, QuantisedArray):
-                    leaf = dataclasses.replace(
-                        leaf, kernel=leaf.kernel.part(tuple(map(int, where)))
-                    )
-                    adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
-                    leaf = dataclasses.replace(leaf, adapters=adapters)
-                else:
-                    leaf = jax.tree.map(lambda array: array[where], leaf)
-                leaf = dataclasses.replace(
-                    leaf, layout=leaf.layout.strip(leaf.ndim), names=(leaf.names[index],)
-                )
+                leaf = _module_of_stack(cast(LoHaWeight, leaf), index, len(stack))
                 moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
                 source, index = Source(source.keys[index : index + 1], (), moved), 0
-            leaf = merge(leaf, own, safe=self._safe, force=self._force)
+            leaf = merge(leaf, own, safe=self.safe, force=self.force)
         return source.tensor(np.asarray(leaf), index)
+
+
+def _module_of_stack(leaf: LoHaWeight, index: int, axes: int) -> LoHaWeight:
+    """Return one module of a stack; of a quantised kernel, only its part is dequantised."""
+    where = tuple(map(int, np.unravel_index(index, leaf.shape[:axes])))
+    base = leaf.kernel
+    kernel = base.part(where) if isinstance(base, QuantisedArray) else base[where]
+    adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
+    layout, names = leaf.layout.strip(leaf.layout.ndim - axes), (leaf.names[index],)
+    return LoHaWeight(kernel, adapters, layout, names, leaf.active)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -18,35 +15,30 @@ class Mismatch:
         missing: entries that the tree needs and the file lacks.
         misshapen: entries of the file that are of another shape or kind than the tree needs.
         titles: what a message calls the three, in this order.
+        separator: what a message writes between entries.
 
     Example:
-        >>> print(Mismatch(missing=["q.hada_w1_a"]))
-        missing keys (1): q.hada_w1_a
+        >>> mismatch = Mismatch(missing=["k"])
+        >>> mismatch.add_shape("q", (2, 5), (2, 4))
+        >>> print(mismatch)
+        missing keys (1): k. misshapen (1): q: [2, 5] in the file, [2, 4] in the model
     """
 
     unexpected: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     misshapen: list[str] = dataclasses.field(default_factory=list)
     titles: tuple[str, str, str] = ("unexpected keys", "missing keys", "misshapen")
+    separator: str = ", "
 
-    def add_shapes(
-        self,
-        arrays: Mapping[str, Any],
-        wanted: Mapping[str, tuple[int, ...]],
-        keys: Mapping[str, str],
-    ) -> None:
-        """Add the arrays whose shapes differ from the wanted ones.
+    def add_shape(self, key: str, found: Sequence[int], *wanted: Sequence[int] | None) -> None:
+        """Add an array of the file if it has none of the shapes that the tree takes for it.
 
-        Args:
-            arrays: of the file, by name.
-            wanted: the shapes in the model, by name; names that the file lacks are passed over.
-            keys: what the file calls each array.
+        None for a shape means that the tree has no such array.
         """
-        self.misshapen += [
-            f"{keys[name]}: {list(np.shape(arrays[name]))} in the file, {list(shape)} in the model"
-            for name, shape in wanted.items()
-            if name in arrays and tuple(np.shape(arrays[name])) != shape
-        ]
+        shapes = [list(shape) for shape in wanted if shape is not None]
+        if list(found) not in shapes:
+            shown = " or ".join(map(str, shapes)) or "none"
+            self.misshapen.append(f"{key}: {list(found)} in the file, {shown} in the model")
 
     def __bool__(self) -> bool:
         return bool(self.unexpected or self.missing or self.misshapen)
@@ -54,7 +46,9 @@ class Mismatch:
     def __str__(self) -> str:
         found = zip(self.titles, (self.unexpected, self.missing, self.misshapen), strict=True)
         return ". ".join(
-            f"{title} ({len(items)}): {', '.join(items)}" for title, items in found if items
+            f"{title} ({len(items)}): {self.separator.join(items)}"
+            for title, items in found
+            if items
         )
 
     def check(self, sentence: str, hint: str, error: type[ValueError] = ValueError) -> None:

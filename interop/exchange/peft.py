@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
@@ -24,30 +26,27 @@ from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.atomic import write_atomically
 from ..disk.paired_files import write_together
-from ..disk.tensor_files import without_wrappers
-from ..formats.adapter_file import AdapterFile, errors_about
+from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from ..formats.ranks import exact_pattern
 from ..names.name_map import GPT2_CONV1D
 from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
 T = TypeVar("T")
+N = TypeVar("N", bound=float)
 
-_SAME_FOR_ALL = (
-    "use_effective_conv2d",
-    "rank_dropout",
-    "module_dropout",
-)  # no pattern for single modules
+# There is no pattern for single modules.
+_SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")
 
 
 @takes_model(changes=False)
-def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None = None) -> None:
+def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | None = None) -> None:
     """Write the adapters of a tree as PEFT's `save_pretrained` does.
 
     The adapter "default" goes to `folder`, any other one to `folder/<name>`: `adapter_config.json`
@@ -75,7 +74,8 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     Example:
         >>> import tempfile, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_peft(folder, params)
         ...     sorted(path.name for path in Path(folder).iterdir())
@@ -88,12 +88,13 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     chosen = known if adapters is None else tuple(adapters)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(
-            f"You passed adapters={list(chosen)}, but the tree has no {', '.join(map(repr, unknown))}; "
-            f"it has {list(known)}."
+            f"You passed adapters={list(chosen)}, but the tree has no "
+            f"{', '.join(map(repr, unknown))}; it has {list(known)}."
         )
     if not chosen:
         raise ValueError(
-            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first."
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` "
+            "first."
         )
     _warn_of_gpt2(params, chosen)
     # All content is made before the first file is touched.
@@ -107,31 +108,28 @@ def save_peft(folder: str | Path, params: Any, *, adapters: Sequence[str] | None
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder
             target = folder if name == "default" else folder / name
-            write_together(
-                target, contents[name], {MODEL_CARD_NAME: card} if target == folder else {}
-            )
+            once = {MODEL_CARD_NAME: card} if target == folder else {}
+            write_together(target, contents[name], once)
         if not (folder / MODEL_CARD_NAME).exists():  # no adapter "default"
             write_atomically(folder / MODEL_CARD_NAME, card)
 
     in_first_process(write, f"{folder} was not written")
 
 
-def _warn_of_gpt2(params: Any, adapters: Sequence[str]) -> None:
+def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
     """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
-    leaves = [
-        leaf for adapter_name in adapters for _, leaf in adapted_kernels(params, adapter_name)
-    ]
+    leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
     named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
     if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
         warn_caller(
-            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. PEFT has no LoHa for "
-            "it and will not open this folder; `load_peft` will. For PyTorch, write a LoRA (`save_lora`), which PEFT "
-            "opens, or merge the adapter (`save_merged`).",
+            f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
+            "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
+            "write a LoRA (`save_lora`), which PEFT opens, or merge the adapter (`save_merged`)."
         )
 
 
 @takes_model(changes=False)
-def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str, np.ndarray]:
+def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """Return PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` ….
 
     Args:
@@ -150,7 +148,7 @@ def to_peft_state_dict(params: Any, adapter_name: str | None = None) -> dict[str
     adapter_name = chosen_adapter(params, adapter_name)
     for _, leaf in adapted_kernels(params, adapter_name):
         _check_for_peft(leaf, adapter_name)
-    file = from_tree(params, adapter_name)
+    file = from_tree(params, adapter_name, saved_tensors)
     return peft_state(file.modules.values(), file.others)
 
 
@@ -158,18 +156,18 @@ def _check_for_peft(leaf: LoHaWeight, adapter_name: str) -> None:
     """Raise ValueError for a kernel that PEFT has no LoHa for."""
     if (axes := len(leaf.layout.axes("k"))) > 2:
         raise ValueError(
-            f"{leaf.label} is a convolution over {axes} axes, for which PEFT has no LoHa. Save it in LyCORIS' form "
-            "(`save_lycoris`), merge it, or exclude it from the adapter."
+            f"{leaf.label} is a convolution over {axes} axes, for which PEFT has no LoHa. Save it "
+            "in LyCORIS' form (`save_lycoris`), merge it, or exclude it from the adapter."
         )
     if leaf.adapters[adapter_name].dora_scale is not None:
         raise ValueError(
-            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use `save_lycoris` or `save_lora`, "
-            "or merge it (`merge`, `save_merged`)."
+            f"{leaf.label} has a weight decomposition, and PEFT has none for LoHa. Use "
+            "`save_lycoris` or `save_lora`, or merge it (`merge`, `save_merged`)."
         )
 
 
 @takes_model(changes=False)
-def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
+def peft_config(params: PyTree, adapter_name: str | None = None) -> LoHaConfig:
     """Return the config that `save_peft` writes for an adapter.
 
     `inference_mode` is true, and patterns survive sorting.
@@ -187,7 +185,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    settings: dict[str, dict[Any, str]] = {field: {} for field in _SAME_FOR_ALL}
+    settings: dict[str, dict[float, str]] = {field: {} for field in _SAME_FOR_ALL}
     for _, leaf in adapted_kernels(params, adapter_name):
         factors = leaf.adapters[adapter_name]
         config = factors.config
@@ -208,14 +206,13 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
                 + ". Make the layers with the same setting, or keep them in adapters of their own."
             )
     config = config.as_peft(alphas.values())
+    has_cores = next(iter(settings["use_effective_conv2d"]), config.use_effective_conv2d)
     return dataclasses.replace(
         config,
-        use_effective_conv2d=next(
-            iter(settings["use_effective_conv2d"]), config.use_effective_conv2d
-        ),
+        use_effective_conv2d=bool(has_cores),
         inference_mode=True,
         peft_version=PEFT_VERSION,
-        # None: the layers were made with their adapters (loha_jax.nnx.LoHaLinear), not targeted by name.
+        # None: the layers were made with their adapters (nnx.LoHaLinear), not targeted by name.
         target_modules=sorted(ranks) if config.target_modules is None else config.target_modules,
         modules_to_save=config.all_modules_to_save or None,
         rank_pattern=_sortable(config.rank_pattern, config.r, ranks),
@@ -223,9 +220,7 @@ def peft_config(params: Any, adapter_name: str | None = None) -> LoHaConfig:
     )
 
 
-def _sortable(
-    patterns: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]
-) -> dict[str, Any]:
+def _sortable(patterns: Mapping[str, N], default: N, wanted: Mapping[str, N]) -> dict[str, N]:
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
@@ -264,7 +259,8 @@ def load_peft(
     Example:
         >>> import tempfile, loha_jax
         >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
-        >>> params = loha_jax.inject(base, loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_peft(folder, params)
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
@@ -272,27 +268,21 @@ def load_peft(
     """
     file = read_peft(folder)
     with errors_about(file.path):
-        return _to_tree(
-            file,
-            base_params,
-            adapter_name=adapter_name,
-            names=names,
-            layouts=layouts,
-            model_type=model_type,
-        )
+        config = LoHaConfig.from_dict(file.config)
+        return peft_to_tree(file, base_params, config, adapter_name, names, layouts, model_type)
 
 
 @takes_model(argument="base_params")
 def from_peft_state_dict(
-    state: Mapping[str, Any],
+    state: Mapping[str, ArrayLike],
     config: LoHaConfig,
-    base_params: Any,
+    base_params: T,
     *,
     adapter_name: str = "default",
     names: Names | None = None,
     layouts: Layouts | None = None,
     model_type: str | None = None,
-) -> Any:
+) -> T:
     """Add an adapter from PEFT's state dict; see `load_peft`.
 
     Args:
@@ -306,68 +296,5 @@ def from_peft_state_dict(
         ValueError: unexpected, missing or misshapen keys, all in one error; nothing is changed.
     """
     file = peft_file(config, state, Path())
-    return _to_tree(
-        file,
-        base_params,
-        adapter_name=adapter_name,
-        names=names,
-        layouts=layouts,
-        model_type=model_type,
-    )
-
-
-def _to_tree(
-    file: AdapterFile,
-    base_params: Any,
-    *,
-    adapter_name: str,
-    names: Names | None,
-    layouts: Layouts | None,
-    model_type: str | None,
-) -> Any:
-    """Add a LoHa of PEFT's to a tree."""
-    # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
-    config = dataclasses.replace(LoHaConfig.from_dict(file.config), inference_mode=False)
-    config = _map_names(config, without_wrappers)
-    wrapped = all(
-        name.startswith("module.") for name in (*file.modules, *file.others)
-    )  # by DataParallel
-    if wrapped and "module" not in NamedTree(base_params, names, layouts).modules:
-        config = _map_names(config, _without_module)
-        file = _without_data_parallel(file)
-    return peft_to_tree(
-        file, base_params, config, adapter_name, names=names, layouts=layouts, model_type=model_type
-    )
-
-
-def _without_module(name: str) -> str:
-    return name.removeprefix("module.")
-
-
-def _without_data_parallel(file: AdapterFile) -> AdapterFile:
-    """Return the file with its modules named as before DataParallel wrapped them."""
-    modules = {
-        _without_module(n): dataclasses.replace(m, name=_without_module(n))
-        for n, m in file.modules.items()
-    }
-    others = {_without_module(name): array for name, array in file.others.items()}
-    keys = {_without_module(name): key for name, key in file.keys.items()}
-    return dataclasses.replace(file, modules=modules, others=others, keys=keys)
-
-
-def _map_names(config: LoHaConfig, rename: Callable[[str], str]) -> LoHaConfig:
-    """Return the config with renamed modules, in lists and in the keys of patterns."""
-
-    def entries(names: Any) -> Any:
-        return (
-            names if names is None or isinstance(names, str) else [rename(name) for name in names]
-        )
-
-    return dataclasses.replace(
-        config,
-        target_modules=entries(config.target_modules),
-        exclude_modules=entries(config.exclude_modules),
-        modules_to_save=entries(config.modules_to_save),
-        rank_pattern={rename(name): r for name, r in config.rank_pattern.items()},
-        alpha_pattern={rename(name): alpha for name, alpha in config.alpha_pattern.items()},
-    )
+    config = LoHaConfig.from_dict(file.config)
+    return peft_to_tree(file, base_params, config, adapter_name, names, layouts, model_type)

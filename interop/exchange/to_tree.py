@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,19 @@ from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.peft_files import PREFIX, peft_tensors
 from ..names.resized_vocabulary import resizing_hint
 from ..updates.shapes import module_shapes
+from .base_layers import base_layer_shapes, with_base_layers
 from .mismatch import Mismatch
-from .saved_modules import (
-    base_layer_shapes,
-    batch_counters,
-    saved_shapes,
-    with_base_weights,
-    with_names_that_end_alike,
-)
+from .saved_modules import batch_counters, saved_shapes, with_counters, with_names_that_end_alike
+from .wrapper_names import unwrapped
+
+T = TypeVar("T")
 
 NAMES_AND_LAYOUTS = (
     "The model's modules are named by its tree; pass `names=` where torch names them otherwise, "
@@ -36,13 +36,13 @@ NAMES_AND_LAYOUTS = (
 
 def to_tree(
     modules: Mapping[str, AdapterModule],
-    base_params: Any,
+    base_params: T,
     plan: Plan,
     adapter_name: str,
     *,
     loha: Callable[[AdapterModule, Target], AdapterModule],
     saved: Callable[[Saved, jax.Array], jax.Array],
-) -> Any:
+) -> T:
     """Add the modules of a file to a tree as one more adapter.
 
     Args:
@@ -69,15 +69,15 @@ def to_tree(
 
 def peft_to_tree(
     file: AdapterFile,
-    base_params: Any,
+    base_params: T,
     config: LoHaConfig,
     adapter_name: str,
-    *,
     names: Names | None,
     layouts: Layouts | None,
     model_type: str | None = None,
+    *,
     loha: Callable[[AdapterModule, Target], AdapterModule] = lambda module, target: module,
-) -> Any:
+) -> T:
     """Add an adapter in one of PEFT's formats, whose config says the targets, to a tree.
 
     Args:
@@ -91,48 +91,60 @@ def peft_to_tree(
     Raises:
         ValueError: there are unexpected, missing or misshapen keys; one error names all.
     """
-    config = with_names_that_end_alike(config, file.others)
-    shapes = module_shapes(file.modules)
+    # PEFT always writes inference_mode=true; an adapter in a tree can always be trained.
+    config = dataclasses.replace(config, inference_mode=False)
+    file, config = unwrapped(file, config, lambda: NamedTree(base_params, names, layouts).modules)
     plan = plan_injection(
         base_params,
-        config,
+        with_names_that_end_alike(config, file.others),
         names=names,
         layouts=layouts,
         model_type=model_type,
-        torch_shapes=shapes,
+        torch_shapes=module_shapes(file.modules),
     )
-    arrays = {
-        name: tensor
-        for module in file.modules.values()
-        for name, tensor in peft_tensors(module).items()
-    } | file.others
-    wanted = _factor_shapes(plan, file.modules) | saved_shapes(plan)
-    optional = base_layer_shapes(plan, base_params)
-    counters = batch_counters(plan, [name for name in file.others if name not in wanted])
-    known = {*wanted, *optional, *counters}
-    mismatch = Mismatch(
-        unexpected=[file.keys[name] for name in arrays if name not in known],
-        missing=[PREFIX + name for name in wanted if name not in arrays],
-    )
-    mismatch.add_shapes(arrays, {**wanted, **optional}, file.keys)
-    given = {name: tuple(np.shape(array)) for name, array in arrays.items()}
-    mismatch.check(
-        "the adapter and the model do not fit; nothing was loaded",
-        f"{resizing_hint({**wanted, **optional}, given)}{NAMES_AND_LAYOUTS}.",
-    )
+    base_layers = base_layer_shapes(plan, base_params)
+    counters = batch_counters(plan, file.others)
+    _check_fit(file, plan, base_layers, counters)
 
     def saved(leaf: Saved, original: jax.Array) -> jax.Array:
-        value = jnp.asarray(arrays[leaf.name]).astype(jax.dtypes.canonicalize_dtype(original.dtype))
+        dtype = jax.dtypes.canonicalize_dtype(original.dtype)
+        value = jnp.asarray(file.others[leaf.name]).astype(dtype)
         return leaf.layout.fold(value, leaf.shape) if leaf.layout else value
 
     params = to_tree(file.modules, base_params, plan, adapter_name, loha=loha, saved=saved)
-    return with_base_weights(
-        params,
-        adapter_name,
-        {name: arrays[name] for name in optional if name in arrays},
-        {
-            name: count for name in counters if (count := int(arrays[name]))
-        },  # 0 is written without being noted
+    params = with_base_layers(params, {n: t for n, t in file.others.items() if n in base_layers})
+    # A counter of 0 is written without being noted.
+    counts = {name: count for name in counters if (count := int(file.others[name]))}
+    return with_counters(params, adapter_name, counts)
+
+
+def _check_fit(
+    file: AdapterFile,
+    plan: Plan,
+    base_layers: Mapping[str, tuple[int, ...]],
+    counters: Collection[str],
+) -> None:
+    """Raise ValueError with all keys that a plan does not expect, that it lacks or that misfit.
+
+    Args:
+        file: a LoHa or a LoRA.
+        plan: which module goes to which kernel.
+        base_layers, counters: what the file may also hold.
+    """
+    wanted = _factor_shapes(plan, file.modules) | saved_shapes(plan.saved.values())
+    allowed = {**wanted, **base_layers}
+    arrays = [peft_tensors(module) for module in file.modules.values()] + [file.others]
+    given = {name: np.shape(array) for own in arrays for name, array in own.items()}
+    mismatch = Mismatch(
+        unexpected=[file.keys[n] for n in given if n not in allowed and n not in counters],
+        missing=[PREFIX + name for name in wanted if name not in given],
+    )
+    for name, shape in allowed.items():
+        if name in given:
+            mismatch.add_shape(file.keys[name], given[name], shape)
+    mismatch.check(
+        "the adapter and the model do not fit; nothing was loaded",
+        f"{resizing_hint(allowed, given)}{NAMES_AND_LAYOUTS}.",
     )
 
 
@@ -151,7 +163,7 @@ def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str
 def _lora_shapes(
     target: Target, r: int, module: AdapterModule | None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a module's LoRA. How many groups a convolution has, only the file shows."""
+    """Return the shapes of a module's LoRA; only the file shows a convolution's groups."""
     out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
     groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
     ones = (1,) * len(spatial)
@@ -167,14 +179,9 @@ def _lora_shapes(
 def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict[str, jax.Array]:
     """Return the norms of a kernel, `{"dora_scale": [*stack, …]}`; {} where it has none."""
     given = [modules[name].dora_scale if name in modules else None for name in target.names]
-    first = next((scale for scale in given if scale is not None), None)
+    first = next((norms for norms in given if norms is not None), None)
     if first is None:
         return {}
-    stacked = np.stack(
-        [np.zeros(first.shape, first.dtype) if scale is None else scale for scale in given]
-    )
-    return {
-        "dora_scale": jnp.asarray(
-            stacked.reshape(*target.stack, *first.shape), factor_dtype(target.dtype)
-        )
-    }
+    stacked = np.stack([np.zeros_like(first) if norms is None else norms for norms in given])
+    stacked = stacked.reshape(*target.stack, *first.shape)
+    return {"dora_scale": jnp.asarray(stacked, factor_dtype(target.dtype))}

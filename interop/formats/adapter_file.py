@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,9 +93,9 @@ class AdapterFile:
     others: dict[str, np.ndarray]
     config: dict[str, Any]
     metadata: dict[str, str]
-    foreign: dict[str, Foreign] = dataclasses.field(default_factory=dict)
-    embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    foreign: dict[str, Foreign] = dataclasses.field(default_factory=dict[str, Foreign])
+    embeddings: dict[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
+    keys: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -109,7 +109,7 @@ class AdapterFile:
 
 
 @contextlib.contextmanager
-def errors_about(path: str | Path) -> Iterator[None]:
+def errors_about(path: str | Path) -> Generator[None]:
     """Re-raise any ValueError from the block as a `FileError` with `path` in its message."""
     try:
         yield

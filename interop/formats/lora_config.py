@@ -17,37 +17,18 @@ from .ranks import exact_pattern
 
 # Fields of both configs, by LoHa's names.
 _SHARED = (
-    *(
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "modules_to_save",
-        "rank_pattern",
-    ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "modules_to_save"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
 )
 _OTHERS_READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
+    *("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "bias"),
     "init_lora_weights",
 )
 # They have no bearing on what a trained adapter computes.
 _WITHOUT_EFFECT = (
     *("peft_version", "inference_mode", "lora_dropout", "fan_in_fan_out", "runtime_config"),
-    *(
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-    ),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
+    "megatron_core",
 )
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -68,9 +49,7 @@ def lora_config(
         fan_in_fan_out: whether some are transformers' `Conv1D`.
     """
     r = max(module.r for module in modules.values())
-    smaller = {
-        exact_pattern(name): module.r for name, module in sorted(modules.items()) if module.r != r
-    }
+    smaller = {exact_pattern(name): m.r for name, m in sorted(modules.items()) if m.r != r}
     common = config.to_dict()
     return {
         "alpha_pattern": smaller,
@@ -138,21 +117,19 @@ def check_lora_config(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"bias={bias!r}: trained biases have no place in a LoHa adapter")
     if (init := values.get("init_lora_weights", True)) not in _HARMLESS_INITS:
         raise ValueError(
-            f"init_lora_weights={init!r} changes the base weights, which an adapter does not. Save it in PEFT "
-            "with `path_initial_model_for_weight_conversion`, which makes an ordinary LoRA of it"
+            f"init_lora_weights={init!r} changes the base weights, which an adapter does not. "
+            "Save it in PEFT with `path_initial_model_for_weight_conversion`, which makes an "
+            "ordinary LoRA of it"
         )
     known = (*_SHARED, *_OTHERS_READ, *_WITHOUT_EFFECT)
     # A number by itself turns nothing on; it belongs to an option.
-    odd = {
-        n: v
-        for n, v in values.items()
-        if n not in known and v and (v is True or not isinstance(v, int | float))
-    }
-    if odd:
-        raise ValueError(
-            f"{', '.join(f'{name}={value!r}' for name, value in odd.items())}: loha_jax knows no LoHa for this variant "
-            "of LoRA"
-        )
+    others = {name: value for name, value in values.items() if name not in known and value}
+    if odd := [
+        f"{name}={value!r}"
+        for name, value in others.items()
+        if value is True or not isinstance(value, int | float)
+    ]:
+        raise ValueError(f"{', '.join(odd)}: loha_jax knows no LoHa for this variant of LoRA")
     like_loha(values)  # its checks of what both have
     for name in ("use_rslora", "use_dora"):
         if not isinstance(values.get(name, False), bool):
@@ -165,18 +142,15 @@ def check_decomposed(modules: Mapping[str, AdapterModule]) -> None:
     without = [name for name, module in modules.items() if module.dora_scale is None]
     if 0 < len(without) < len(modules):
         raise ValueError(
-            f"PEFT's config has one use_dora for all modules, and {', '.join(without)} has no weight decomposition, "
-            "unlike the others. Keep them in adapters of their own."
+            f"PEFT's config has one use_dora for all modules, and {', '.join(without)} has no "
+            "weight decomposition, unlike the others. Keep them in adapters of their own."
         )
 
 
 def like_loha(values: Mapping[str, Any]) -> LoHaConfig:
     """Return the fields that LoHa has too; alpha is `lora_alpha`, not stabilised."""
-    given = {
-        name: values[name]
-        for name in (*_SHARED, "r", "alpha_pattern")
-        if values.get(name) is not None
-    }
+    fields = {name: values.get(name) for name in (*_SHARED, "r", "alpha_pattern")}
+    given = {name: value for name, value in fields.items() if value is not None}
     return LoHaConfig(**given, alpha=values.get("lora_alpha", 8))
 
 
@@ -203,11 +177,7 @@ def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule])
     config = like_loha(values)
     if values.get("use_rslora", False):
         alpha = config.alpha * math.sqrt(config.r)
-        patterns = {
-            exact_pattern(name): module.alpha
-            for name, module in modules.items()
-            if module.alpha != alpha
-        }
+        patterns = {exact_pattern(n): m.alpha for n, m in modules.items() if m.alpha != alpha}
         config = dataclasses.replace(config, alpha=alpha, alpha_pattern=patterns)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=sorted(modules))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.runtime.untrusted import FileError
@@ -15,12 +14,14 @@ from loha_jax.runtime.untrusted import FileError
 from ..disk.tensor_files import check_finite, read_metadata
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config, like_loha, rank_and_alpha
-from .peft_files import PREFIX, read_folder
-from .wrong_loader import with_hint
+from .peft_files import read_folder, torch_name
+from .ranks import check_floating, check_present, misfit, shown_shapes
+from .wrong_loader import hints
 
 # The adapter's name stands in the keys of a model's state dict, not in those of a file.
 _KEYS = re.compile(
-    r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight|(?P<norms>lora_magnitude_vector)(?:\.[^.]+){0,2})"
+    r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight"
+    r"|(?P<norms>lora_magnitude_vector)(?:\.[^.]+){0,2})"
 )
 _OTHER_PART = re.compile(r"(?:^|\.)(lora_\w+)")
 
@@ -33,12 +34,10 @@ def read_lora(folder: str | Path) -> AdapterFile:
         FileError: they are corrupted, hold NaN or infinity, do not fit each other, or are a variant
             of LoRA that LoHa has no counterpart of.
     """
-    try:
-        file = lora_file(*read_folder(Path(folder), check_lora_config))
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, folder, "load_lora") from error
-    check_finite(file.arrays, folder)
-    return file
+    with hints(folder, "load_lora"):
+        values, state, path = read_folder(Path(folder), check_lora_config)
+        check_finite(state, path)
+        return lora_file(values, state, path)
 
 
 def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Path) -> AdapterFile:
@@ -57,14 +56,15 @@ def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Pat
     others: dict[str, np.ndarray] = {}
     keys: dict[str, str] = {}
     for key, tensor in state.items():
-        name = key.removeprefix(PREFIX)
+        name = torch_name(key)
         if found := _KEYS.fullmatch(name):
             part = found["factor"] or found["norms"]
             parts_of.setdefault(found["module"], {})[part] = tensor
             keys[f"{found['module']}.{part}{'.weight' if found['factor'] else ''}"] = key
         elif other := _OTHER_PART.search(name):
             raise FileError(
-                f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no counterpart of"
+                f"{path}: {key} ({other[1]}) belongs to a variant of LoRA that LoHa has no "
+                "counterpart of"
             )
         else:
             others[name], keys[name] = tensor, key
@@ -84,26 +84,23 @@ def _module(
     name: str, parts: dict[str, np.ndarray], r: int, alpha: float, use_dora: bool
 ) -> AdapterModule:
     wanted = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if use_dora else ()))
-    if missing := [part for part in wanted if part not in parts]:
-        raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
+    check_present(name, parts, wanted)
     if len(parts) > len(wanted):
         raise FileError(
             f"{name} has a lora_magnitude_vector, and adapter_config.json does not say use_dora"
         )
-    for part, tensor in parts.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise FileError(f"{name}.{part} is {tensor.dtype}; factors hold floating-point numbers")
-    a, b = parts["lora_A"].shape, parts["lora_B"].shape
-    shown = f"lora_A {list(a)}, lora_B {list(b)}"
+    check_floating(name, parts)
+    tensors = {part: parts[part] for part in ("lora_A", "lora_B")}
+    a, b = (tensor.shape for tensor in tensors.values())
+    shown = shown_shapes(tensors)
     fits = len(a) == len(b) >= 2 and 0 not in (*a, *b) and set(b[2:]) <= {1} and a[0] % b[1] == 0
     groups = a[0] // b[1] if fits else 0
     if not fits or b[0] % groups or a[1] % groups or (groups > 1 and len(a) == 2):
-        raise FileError(f"the factors of {name} do not fit each other: {shown}")
+        raise misfit(name, tensors)
     if a[0] != r:
         raise FileError(
             f"the factors of {name} have rank {a[0]} ({shown}), adapter_config.json says {r}"
         )
-    tensors = {part: parts[part] for part in ("lora_A", "lora_B")}
     if not use_dora:
         return AdapterModule(name, "lora", r, alpha, tensors)
     norms = parts["lora_magnitude_vector"]

@@ -12,10 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
@@ -23,7 +24,7 @@ from loha_jax.runtime.untrusted import FileError
 from ..disk.tensor_files import safetensors_bytes
 from .adapter_file import AdapterModule
 from .lycoris_keys import group_keys
-from .ranks import most_common, rank_of
+from .ranks import check_floating, misfit, most_common, rank_of
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"
@@ -31,11 +32,13 @@ NORM_PARTS: Mapping[str, str] = {"weight": "w_norm", "bias": "b_norm"}
 """LyCORIS' differences of a normalisation layer's parameters (`train_norm=True`)."""
 
 _PREFIX = re.compile(
-    r"lycoris_|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # LyCORIS; kohya, sd-scripts, OneTrainer
-    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model)\."  # ComfyUI, and what diffusers calls its parts
+    r"lycoris_"
+    r"|lora_(?:prior_)?(?:unet|te\d*|transformer)_"  # kohya, sd-scripts, OneTrainer
+    r"|(?:lycoris|unet|transformer|(?:model\.)?diffusion_model)\."  # ComfyUI, diffusers' parts
     r"|text_encoder(?:_\d+)?\.|text_encoders\.[^.]+\.(?:transformer\.)?"
 )
-_CLIP = "text_model"  # a child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own
+# A child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own.
+_CLIP = "text_model"
 _LORA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -92,7 +95,7 @@ def read_module(name: str, parts: Mapping[str, np.ndarray]) -> AdapterModule:
 def _loha_tensors(
     name: str, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
-    """The factors in PEFT's shapes, and `(in, *spatial)` where those of the file show it."""
+    """Return the factors in PEFT's shapes, and `(in, *spatial)` where those of the file show it."""
     result: dict[str, np.ndarray] = {}
     in_shapes: dict[str, tuple[int, ...]] = {}
     has_cores = "hada_t1" in tensors or "hada_t2" in tensors
@@ -107,35 +110,23 @@ def _loha_tensors(
             in_shapes[part] = tensor.shape[1:]
             result[part] = tensor.reshape(tensor.shape[0], -1)
     if len(set(in_shapes.values())) > 1:
-        found = ", ".join(f"{part} {list(tensors[part].shape)}" for part in in_shapes)
-        raise FileError(f"the factors of {name} do not fit each other: {found}")
+        raise misfit(name, {part: tensors[part] for part in in_shapes})
     return result, next(iter(in_shapes.values()), None)
 
 
 def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`lora_A [r, in, *spatial]` and `lora_B [out, r, 1, ...]` of a LoRA in kohya's, LyCORIS' or diffusers' names."""
+    """Return `lora_A [r, in, *spatial]` and `lora_B [out, r, 1, ...]` of a LoRA."""
     if missing := [f"{part} ({other})" for part, other in _LORA_NAMES.items() if part not in parts]:
         raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
     tensors = {part: parts[part] for part in (*_LORA_NAMES, "lora_mid") if part in parts}
-    shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
-    if odd := [
-        part for part, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)
-    ]:
-        raise FileError(
-            f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers"
-        )
+    check_floating(name, tensors)
     a, b, core = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_mid")
     fits = a.ndim >= 2 and b.ndim >= 2 and set(b.shape[2:]) <= {1} and a.shape[0] == b.shape[1]
     fits = fits and all(0 not in tensor.shape for tensor in tensors.values())
-    if core is not None:
-        fits = (
-            fits
-            and set(a.shape[2:]) <= {1}
-            and core.ndim >= 3
-            and core.shape[:2] == (a.shape[0],) * 2
-        )
+    if core is not None and fits:
+        fits = core.ndim >= 3 and core.shape[:2] == (len(a), len(a)) and set(a.shape[2:]) <= {1}
     if not fits:
-        raise FileError(f"the factors of {name} do not fit each other: {shown}")
+        raise misfit(name, tensors)
     if core is not None:
         wide = np.float64 if a.dtype == np.float64 else np.float32
         flat = a.reshape(a.shape[:2]).astype(wide)
@@ -190,20 +181,14 @@ def lycoris_state(
 
 
 def _module_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
-    """One module's tensors by LyCORIS' names: `read_module` the other way."""
-    one_axis = (
-        module.in_shape is not None and len(module.in_shape) == 2
-    )  # a Conv1d's core has no trailing axis
-    tensors = {
-        part: tensor[..., 0] if one_axis and part.startswith("hada_t") else tensor
-        for part, tensor in module.tensors.items()
-    }
-    if module.dora_scale is not None:
-        tensors["dora_scale"] = module.dora_scale
-    return {"alpha": np.array(module.alpha, np.float32), **tensors}
+    """Return one module's tensors by LyCORIS' names: `read_module` the other way."""
+    tensors = {"alpha": np.array(module.alpha, np.float32), **module.arrays}
+    if len(module.in_shape or ()) == 2:  # a Conv1d's core has no trailing axis
+        tensors |= {part: t[..., 0] for part, t in tensors.items() if part.startswith("hada_t")}
+    return tensors
 
 
-def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+def in_dtype(state: Mapping[str, np.ndarray], dtype: DTypeLike | None) -> dict[str, np.ndarray]:
     """Return the tensors in another dtype; alphas stay float32, since rounding changes the scale.
 
     Args:
@@ -221,7 +206,7 @@ def in_dtype(state: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarra
         wanted = None
     if wanted is None or wanted.name not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: LyCORIS' files hold {', '.join(_DTYPES)}")
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for key, tensor in state.items():
         with np.errstate(over="ignore"):
             result[key] = tensor if key.endswith(".alpha") else tensor.astype(wanted)
@@ -259,17 +244,16 @@ def file_bytes(
         convolutions: the modules, as the file names them, that have a `conv_dim` of their own in
             kohya's scripts.
     """
-    kept = {
-        key: value for key, value in metadata.items() if not key.startswith("sshs_")
-    }  # stale, whatever they were
+    # Earlier hashes are stale.
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
     data = safetensors_bytes(state, kept)
     if any(key.startswith(KOHYA_PREFIX) for key in state):
         body = data[8 + int.from_bytes(data[:8], "little") :]
-        # As sd-scripts and A1111 hash a file. LyCORIS' own depends on an order of the tensors that it does not store.
+        # As sd-scripts and A1111 hash a file. LyCORIS' own hash depends on an order of the tensors
+        # that it does not store.
         hashed = {"sshs_model_hash": hashlib.sha256(body).hexdigest()}
-        data = safetensors_bytes(
-            state, {**_network_metadata(state, frozenset(convolutions)), **kept, **hashed}
-        )
+        network = _network_metadata(state, frozenset(convolutions))
+        data = safetensors_bytes(state, {**network, **kept, **hashed})
     return data
 
 
@@ -329,27 +313,18 @@ class ModuleNames:
             ValueError: two modules have that name when their dots are underscores.
         """
         dotted = not prefix.endswith("_")
-        for candidate in (name, *self._with_or_without_clip(name)):
-            if dotted and (
-                found := next(
-                    (n for n in (candidate, prefix + candidate) if n in self._names), None
-                )
-            ):
-                return found
+        other = name[len(_CLIP) + 1 :] if re.match(rf"{_CLIP}[._]", name) else f"{_CLIP}.{name}"
+        for candidate in (name, other):
+            if dotted and (own := self._names & {candidate, prefix + candidate}):
+                return candidate if candidate in own else prefix + candidate
             if dotted and prefix:
                 continue
             found = self._underscored.get(candidate.replace(".", "_"), ())
             if len(found) > 1:
                 raise ValueError(
-                    f"{prefix}{name} could be {' or '.join(found)}: the file writes their dots as underscores"
+                    f"{prefix}{name} could be {' or '.join(found)}: the file writes their dots as "
+                    "underscores"
                 )
             if found:
                 return found[0]
         return None
-
-    @staticmethod
-    def _with_or_without_clip(name: str) -> tuple[str, ...]:
-        for separator in "._":
-            if name.startswith(_CLIP + separator):
-                return (name[len(_CLIP) + 1 :],)
-        return (f"{_CLIP}.{name}",)

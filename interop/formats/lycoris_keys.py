@@ -18,20 +18,19 @@ from loha_jax.runtime.untrusted import FileError
 
 from .adapter_file import Foreign
 
-PARAMETER_OF: Mapping[str, str] = {
-    "w_norm": "weight",
-    "b_norm": "bias",
-    "diff": "weight",
-    "diff_b": "bias",
-}
-"""The parameter that each difference is added to; `diff` and `diff_b` are those of a whole layer (`algo=full`)."""
+PARAMETER_OF = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
+"""The parameter that each difference is added to.
+
+`diff` and `diff_b` are those of a whole layer (`algo=full`).
+"""
 
 EMBEDDINGS = "bundle_emb."
 """The prefix of token embeddings, which A1111 and OneTrainer put into an adapter's file."""
 
 _PEFT = re.compile(r"base_model\.model\.")
 _KEY = re.compile(
-    rf"(?P<module>.+)\.(?:(?P<part>{'|'.join((*FACTOR_NAMES, 'alpha', 'dora_scale', *PARAMETER_OF))})"
+    r"(?P<module>.+)\.(?:"
+    rf"(?P<part>{'|'.join((*FACTOR_NAMES, 'alpha', 'dora_scale', *PARAMETER_OF))})"
     r"|(?P<b>lora_up|lora_B(?:\.default)?|lora\.up)\.weight"
     r"|(?P<a>lora_down|lora_A(?:\.default)?|lora\.down)\.weight"
     r"|(?P<mid>lora_mid)\.weight)"
@@ -71,14 +70,15 @@ def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
             none.
 
     Example:
-        >>> groups = group_keys({"lora_unet_q.lora_up.weight": np.ones((3, 1)), "lora_unet_k.lokr_w1": np.ones(2)})
+        >>> one = np.ones((3, 1))
+        >>> groups = group_keys({"lora_unet_q.lora_up.weight": one, "lora_unet_k.lokr_w1": one})
         >>> list(groups.modules["lora_unet_q"]), groups.foreign["lora_unet_k"].kind
         (['lora_B'], 'LoKr')
     """
     if any(_PEFT.match(key) for key in state):
         raise FileError(
-            "these are PEFT's keys, whose settings are in an adapter_config.json; give the folder that holds both "
-            "(in Python to `load_peft` or, of a LoRA, `load_lora`)"
+            "these are PEFT's keys, whose settings are in an adapter_config.json; give the folder "
+            "that holds both (in Python to `load_peft` or, of a LoRA, `load_lora`)"
         )
     groups = Groups({}, {}, {})
     foreign_of: dict[str, dict[str, np.ndarray]] = {}
@@ -105,7 +105,7 @@ def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """A key's module, and which of its parts it is; None for one that is not known."""
+    """Return a key's module, and which of its parts it is; None for one that is not known."""
     if found := _KEY.fullmatch(key):
         part = found["part"] or next(name for name in ("a", "b", "mid") if found[name])
         return found["module"], {"a": "lora_A", "b": "lora_B", "mid": "lora_mid"}.get(part, part)
@@ -124,17 +124,12 @@ def _kind_of(keys: Iterable[str]) -> str:
 def are_adapters(keys: Iterable[str]) -> bool:
     """Return whether keys are those of an adapter of any kind, and not of a model's checkpoint."""
     keys = list(keys)
-    own = [key for key in keys if re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key)]
-    small = (
-        "on_input",
-        "lambda_layer",
-        "alpha",
-        "dora_scale",
-        *PARAMETER_OF,
-    )  # which a model could have too
-    return bool(own) or (
-        bool(keys) and all(key.rpartition(".")[2] in small or EMBEDDINGS in key for key in keys)
-    )
+    if any(re.search(r"\.(?:hada_|lora[._]|lokr_|oft_)", key) for key in keys):
+        return True
+    # A model could have these too.
+    small = ("on_input", "lambda_layer", "alpha", "dora_scale", *PARAMETER_OF)
+    known = [key for key in keys if key.rpartition(".")[2] in small or EMBEDDINGS in key]
+    return bool(keys) and len(known) == len(keys)
 
 
 def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str:
@@ -146,11 +141,9 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
     """
     unknown = [f.key for f in foreign.values() if not f.kind]
     named = [f"{own} is a {f.kind} adapter ({f.key!r})" for own, f in foreign.items() if f.kind]
-    parts = (
-        [f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}"]
-        if unknown
-        else []
-    )
+    parts: list[str] = []
+    if unknown:
+        parts.append(f"keys that are not those of a LoHa ({len(unknown)}): {_shown(unknown)}")
     if named:
         parts.append(f"modules that a LoHa cannot hold ({len(named)}): {_shown(named)}")
     known = list(known)
@@ -161,8 +154,8 @@ def foreign_message(foreign: Mapping[str, Foreign], known: Iterable[str]) -> str
     pattern = pattern if names is known else f"(?!({pattern})$).*"
     more = f", which names the first {_SHOWN} of {len(names)}" if len(names) > _SHOWN else ""
     return (
-        f"{'; '.join(parts)}. Nothing is left out unasked: choose the modules to read by a regular expression of their "
-        f"whole names in the file, `only=` {pattern!r}{more}"
+        f"{'; '.join(parts)}. Nothing is left out unasked: choose the modules to read by a regular "
+        f"expression of their whole names in the file, `only=` {pattern!r}{more}"
     )
 
 
@@ -174,6 +167,7 @@ def embeddings_note(embeddings: Mapping[str, np.ndarray]) -> str:
     """Return a note on the token embeddings that a file holds besides weights."""
     names = dict.fromkeys(key.removeprefix(EMBEDDINGS).partition(".")[0] for key in embeddings)
     return (
-        f"the file also holds token embeddings ({_shown(list(embeddings))}). They are no weights of the model, and are "
-        f"left out: prompts with {', '.join(map(repr, names))} need them loaded beside the text encoder"
+        f"the file also holds token embeddings ({_shown(list(embeddings))}). They are no weights "
+        f"of the model, and are left out: prompts with {', '.join(map(repr, names))} need them "
+        "loaded beside the text encoder"
     )

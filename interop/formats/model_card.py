@@ -41,5 +41,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     front.append("---")
     on = f" of `{base}`" if base else ""
     kind = "LoRA" if is_lora else "LoHa"
-    text = f"# {kind} adapter{on}\n\nTrained with loha-jax; `PeftModel.from_pretrained` opens this folder.\n"
-    return "\n".join(front) + f"\n\n{text}\n### Framework versions\n\n- PEFT {PEFT_VERSION}\n"
+    front += ["", f"# {kind} adapter{on}", ""]
+    front += ["Trained with loha-jax; `PeftModel.from_pretrained` opens this folder."]
+    front += ["", "### Framework versions", "", f"- PEFT {PEFT_VERSION}", ""]
+    return "\n".join(front)

@@ -1,4 +1,7 @@
-"""`ModuleLookup`: an adapter's modules among those of a checkpoint, where one has a prefix that the other lacks."""
+"""`ModuleLookup`: an adapter's modules among those of a checkpoint.
+
+One of the two may have a prefix that the other lacks.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,8 @@ class _Change(NamedTuple):
     added: str
 
     def __call__(self, name: str) -> str | None:
-        return (
-            self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
-        )
+        found = name.startswith(self.removed)
+        return self.added + name.removeprefix(self.removed) if found else None
 
 
 class ModuleLookup:
@@ -68,25 +70,23 @@ class ModuleLookup:
             known = frozenset(self._underscored)
         separator = "_" if prefix.endswith("_") else "."
         first = wanted[0]
-        candidates = [
-            _Change("", n.removesuffix(first)) for n in known if n.endswith(separator + first)
-        ]
-        candidates += [
-            _Change(first.removesuffix(n), "") for n in known if first.endswith(separator + n)
-        ]
+        added = [n.removesuffix(first) for n in known if n.endswith(separator + first)]
+        removed = [first.removesuffix(n) for n in known if first.endswith(separator + n)]
+        candidates = [*(_Change("", name) for name in added), *(_Change(n, "") for n in removed)]
         good = sorted(c for c in candidates if all(c(name) in known for name in wanted))
         if len(good) > 1:
             said = " or ".join(repr(change.added or change.removed) for change in good)
             raise ValueError(
-                f"The adapter's modules, such as {first}, could be the checkpoint's with the prefix {said}. Use one "
-                "that has only one of them"
+                f"The adapter's modules, such as {first}, could be the checkpoint's with the "
+                f"prefix {said}. Use one that has only one of them"
             )
         if good:
             self._changes[prefix] = good[0]
-            verb = "got" if good[0].added else "lost"
-            said = good[0].added or good[0].removed
+            old, new = good[0]
             self.notes.append(
-                f"names {verb} the prefix {said!r} of the {'checkpoint' if verb == 'got' else 'adapter'}"
+                f"names got the prefix {new!r} of the checkpoint"
+                if new
+                else f"names lost the prefix {old!r} of the adapter"
             )
 
     def find(self, name: str, prefix: str) -> str:

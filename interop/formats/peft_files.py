@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.runtime.untrusted import FileError, json_object, read_json
+from loha_jax.runtime.untrusted import FileError, read_json
 from loha_jax.targets.config import CONFIG_NAME, LoHaConfig
 from loha_jax.targets.matching import match_pattern
 
@@ -26,7 +26,7 @@ from ..disk.tensor_files import (
 )
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .ranks import rank_of
-from .wrong_loader import DIFFUSERS_CONFIG_KEY, with_hint
+from .wrong_loader import DIFFUSERS_CONFIG_KEY, header_config, hints
 
 C = TypeVar("C")
 
@@ -47,42 +47,34 @@ def read_folder(
         config_of: makes the config of its fields, as `LoHaConfig.from_dict` does, and raises
             ValueError.
     """
-    config_path, diffusers = pending_or_own(folder, CONFIG_NAME), folder / DIFFUSERS_NAME
-    has_config = config_path.is_file()
-    if not has_config and diffusers.is_file():
-        text = read_metadata(diffusers).get(DIFFUSERS_CONFIG_KEY)
-        if text is None:
-            raise FileError(
-                f"{diffusers} has no adapter configuration in its header ({DIFFUSERS_CONFIG_KEY!r}): read its tensors, "
-                "and give a config to `from_peft_state_dict`."
-            )
-        try:
-            config = config_of(json_object(text, "the adapter configuration"))
-        except ValueError as error:
-            raise FileError(f"{diffusers}: {error}") from error
-        return config, read_safetensors(diffusers), diffusers
-    if not has_config:
-        inside = (
-            sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-            if folder.is_dir()
-            else []
-        )
-        hint = (
-            f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{folder / inside[0]}'"
-            if inside
-            else ""
-        )
-        raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
-    values = read_json(config_path)
-    try:
+    values, origin = _config_values(folder)
+    with errors_about(origin):
         config = config_of(values)
-    except ValueError as error:
-        raise FileError(f"{config_path}: {error}") from error
+    if origin.name == DIFFUSERS_NAME:
+        return config, read_safetensors(origin), origin
     if (path := pending_or_own(folder, SAFETENSORS_NAME)).is_file():
         return config, read_safetensors(path), path
     if (path := folder / BIN_NAME).is_file():
         return config, read_torch_pickle(path), path
     raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
+
+
+def _config_values(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return the fields of an adapter's config, and the file that holds them."""
+    if (path := pending_or_own(folder, CONFIG_NAME)).is_file():
+        return read_json(path), path
+    if (path := folder / DIFFUSERS_NAME).is_file():
+        if values := header_config(path):
+            return values, path
+        raise FileError(
+            f"{path} has no adapter configuration in its header ({DIFFUSERS_CONFIG_KEY!r}): read "
+            "its tensors, and give a config to `from_peft_state_dict`."
+        )
+    hint = ""
+    if inside := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")):
+        first = folder / inside[0]
+        hint = f"; there is one in its sub-folder(s) {', '.join(inside)}: load '{first}'"
+    raise FileNotFoundError(f"Can't find '{CONFIG_NAME}' at '{folder}'{hint}")
 
 
 def torch_name(key: str) -> str:
@@ -102,10 +94,8 @@ def read_peft(folder: str | Path) -> AdapterFile:
         FileError: they are corrupted, hold NaN or infinity, or are those of another kind of
             adapter.
     """
-    try:
+    with hints(folder, "load_peft"):
         config, state, path = read_folder(Path(folder), LoHaConfig.from_dict)
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, folder, "load_peft") from error
     check_finite(state, path)
     with errors_about(path):
         return peft_file(config, state, path)
@@ -122,25 +112,19 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
         state: arrays by PEFT's keys, with or without the prefix.
         path: of the file that held them.
     """
-    tensors_of: dict[str, dict[str, Any]] = {}
-    others: dict[str, Any] = {}
+    modules: dict[str, AdapterModule] = {}
+    others: dict[str, np.ndarray] = {}
     keys = {torch_name(key): key for key in state}
     for name, key in keys.items():
         module, _, part = name.rpartition(".")
-        if part in FACTOR_NAMES:
-            tensors_of.setdefault(module, {})[part] = state[key]
-        else:
+        if part not in FACTOR_NAMES:
             others[name] = state[key]
-    modules = {
-        name: AdapterModule(
-            name,
-            "loha",
-            match_pattern(name, config.rank_pattern, config.r),
-            float(match_pattern(name, config.alpha_pattern, config.alpha)),
-            tensors,
-        )
-        for name, tensors in tensors_of.items()
-    }
+            continue
+        if module not in modules:
+            r = match_pattern(module, config.rank_pattern, config.r)
+            alpha = float(match_pattern(module, config.alpha_pattern, config.alpha))
+            modules[module] = AdapterModule(module, "loha", r, alpha, {})
+        modules[module].tensors[part] = state[key]
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     return AdapterFile(path, "peft", modules, others, config.to_dict(), metadata, keys=keys)
 
@@ -148,8 +132,7 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
 def check_peft_file(file: AdapterFile) -> None:
     """Raise FileError where a module's factors do not fit each other, or not the config."""
     for name, module in file.modules.items():
-        r = rank_of(name, module.tensors)
-        if r != module.r:
+        if (r := rank_of(name, module.tensors)) != module.r:
             raise FileError(
                 f"the factors of {name} have rank {r}, adapter_config.json says {module.r}"
             )
@@ -167,9 +150,8 @@ def peft_tensors(module: AdapterModule) -> dict[str, np.ndarray]:
     tensors = {f"{module.name}.{part}{suffix}": tensor for part, tensor in module.tensors.items()}
     if module.kind == "lora" and module.dora_scale is not None:
         spatial = module.tensors["lora_A"].ndim - 2
-        shape = (
-            (1, -1, *(1,) * spatial) if spatial else (-1,)
-        )  # [out], or [1, out, 1, ...] of a convolution
+        # [out], or [1, out, 1, ...] of a convolution
+        shape = (1, -1, *(1,) * spatial) if spatial else (-1,)
         tensors[f"{module.name}.lora_magnitude_vector"] = module.dora_scale.reshape(shape)
     return tensors
 

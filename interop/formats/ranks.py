@@ -35,10 +35,8 @@ def plain_number(alpha: float) -> float:
 
 def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
     """Return the fields of a config that give each module its rank and alpha."""
-    r, alpha = (
-        most_common(m.r for m in modules.values()),
-        most_common(m.alpha for m in modules.values()),
-    )
+    r = most_common(m.r for m in modules.values())
+    alpha = most_common(m.alpha for m in modules.values())
     return {
         "r": r,
         "alpha": plain_number(alpha),
@@ -59,35 +57,43 @@ def rank_of(name: str, tensors: Mapping[str, np.ndarray]) -> int:
     Raises:
         FileError: some are missing, do not fit each other, or do not hold floating-point numbers.
     """
-    cores = [part for part in FACTOR_NAMES if part.startswith("hada_t")]
-    wanted = [
-        part for part in FACTOR_NAMES if part not in cores or any(core in tensors for core in cores)
-    ]
-    if missing := [part for part in wanted if part not in tensors]:
-        raise FileError(
-            f"{name} lacks {', '.join(missing)}; it has {', '.join(tensors) or 'no factor'}"
-        )
+    has_cores = any(part.startswith("hada_t") for part in tensors)
+    wanted = [part for part in FACTOR_NAMES if has_cores or not part.startswith("hada_t")]
+    check_present(name, tensors, wanted)
     shapes = {part: tensors[part].shape for part in wanted}
-    r = shapes["hada_w1_b"][0] if shapes["hada_w1_b"] else 0
-    rank_axis = 0 if cores[0] in wanted else 1
-    fits = (
-        r > 0
-        and all(0 not in shape for shape in shapes.values())
-        and all(shapes[f"hada_w1_{part}"] == shapes[f"hada_w2_{part}"] for part in "ab")
-        and all(len(shapes[part]) == 2 for part in wanted if part not in cores)
-        and shapes["hada_w1_a"][rank_axis] == r
-        and all(
-            len(shapes[core]) >= 4 and shapes[core][:2] == (r, r)
-            for core in cores
-            if core in wanted
-        )
-        and (cores[0] not in wanted or shapes[cores[0]] == shapes[cores[1]])
-    )
-    if not fits:
-        found = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
-        raise FileError(f"the factors of {name} do not fit each other: {found}")
-    if odd := [part for part in wanted if not jnp.issubdtype(tensors[part].dtype, jnp.floating)]:
-        raise FileError(
-            f"{name}.{odd[0]} is {tensors[odd[0]].dtype}; factors hold floating-point numbers"
-        )
-    return r
+    a, b, core = shapes["hada_w1_a"], shapes["hada_w1_b"], shapes.get("hada_t1")
+    if (
+        len(a) != 2
+        or len(b) != 2
+        or any(0 in shape for shape in shapes.values())
+        or any(shapes[part] != shapes[part.replace("1", "2")] for part in wanted if "1" in part)
+        or b[0] != a[1 if core is None else 0]
+        or (core is not None and (len(core) < 4 or core[:2] != (b[0], b[0])))
+    ):
+        raise misfit(name, {part: tensors[part] for part in wanted})
+    check_floating(name, {part: tensors[part] for part in wanted})
+    return b[0]
+
+
+def check_present(name: str, tensors: Mapping[str, np.ndarray], wanted: Iterable[str]) -> None:
+    """Raise FileError if a module lacks some tensors."""
+    if missing := [part for part in wanted if part not in tensors]:
+        have = ", ".join(tensors) or "no factor"
+        raise FileError(f"{name} lacks {', '.join(missing)}; it has {have}")
+
+
+def check_floating(name: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise FileError for a factor of a module that does not hold floating-point numbers."""
+    for part, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise FileError(f"{name}.{part} is {tensor.dtype}; factors hold floating-point numbers")
+
+
+def misfit(name: str, tensors: Mapping[str, np.ndarray]) -> FileError:
+    """Return the error of factors of a module that do not fit each other."""
+    return FileError(f"the factors of {name} do not fit each other: {shown_shapes(tensors)}")
+
+
+def shown_shapes(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return names and shapes for a message: "lora_A [2, 4], lora_B [3, 2]"."""
+    return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())

@@ -21,9 +21,14 @@ from .lora_files import lora_file
 from .lycoris_files import KOHYA_PREFIX, NORM_PARTS, ModuleNames, read_module, split_prefix
 from .lycoris_keys import PARAMETER_OF, foreign_message, group_keys
 from .peft_files import check_peft_file, peft_file, read_folder
-from .wrong_loader import DIFFUSERS_CONFIG_KEY, has_peft_config, header_config, with_hint
+from .wrong_loader import (
+    DIFFUSERS_CONFIG_KEY,
+    TORCH_SUFFIXES,
+    has_peft_config,
+    header_config,
+    hints,
+)
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, in the same folder
 _ALPHAS = ("alpha", "lora_alpha", "linear_alpha", "conv_alpha")
 _BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
@@ -66,26 +71,26 @@ def read_adapter(
     Example:
         >>> import tempfile, jax, loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> params = loha_jax.inject({"a": {"q": {"kernel": jax.numpy.ones((3, 3))}}}, config, key=jax.random.key(0))
+        >>> base = {"a": {"q": {"kernel": jax.numpy.ones((3, 3))}}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     loha_jax.interop.save_lycoris(f"{folder}/adapter.safetensors", params)
-        ...     read_adapter(f"{folder}/adapter.safetensors", modules=["a.q"]).modules["lycoris_a_q"].name
+        ...     path = f"{folder}/adapter.safetensors"
+        ...     loha_jax.interop.save_lycoris(path, params)
+        ...     read_adapter(path, modules=["a.q"]).modules["lycoris_a_q"].name
         'a.q'
     """
-    adapter = read_everything(path, modules=modules, loader=loader)
-    if only is not None:
-        adapter = _chosen(adapter, only)
-    foreign = {own: f for own, f in adapter.foreign.items() if own.startswith(prefix)}
-    known = dict.fromkeys((*adapter.modules, *(module_of(key) for key in adapter.others)))
-    if foreign:
-        raise with_hint(FileError(f"{path}: {foreign_message(foreign, known)}"), path, loader)
-    if not known:
-        held = (
-            f"only token embeddings ({', '.join(adapter.embeddings)})"
-            if adapter.embeddings
-            else "no adapter"
-        )
-        raise FileError(f"{path}: the file holds {held}")
+    with hints(path, loader):
+        adapter = _read(Path(path), None if modules is None else ModuleNames(modules))
+        if only is not None:
+            adapter = _chosen(adapter, only)
+        foreign = {own: f for own, f in adapter.foreign.items() if own.startswith(prefix)}
+        known = dict.fromkeys((*adapter.modules, *(module_of(key) for key in adapter.others)))
+        if foreign:
+            raise FileError(f"{path}: {foreign_message(foreign, known)}")
+        if not known:
+            bundled = f"only token embeddings ({', '.join(adapter.embeddings)})"
+            held = bundled if adapter.embeddings else "no adapter"
+            raise FileError(f"{path}: the file holds {held}")
     return adapter
 
 
@@ -98,20 +103,17 @@ def read_lycoris(
         FileNotFoundError: there is no such file.
         FileError: see `read_adapter`; or it is an adapter of another format.
     """
-    adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
-    if adapter.form not in ("lycoris", "kohya"):
-        raise with_hint(FileError(f"{path} is no file of LyCORIS or kohya"), path, "load_lycoris")
+    with hints(path, "load_lycoris"):
+        adapter = read_adapter(path, only=only, prefix=prefix or "", loader="load_lycoris")
+        if adapter.form not in ("lycoris", "kohya"):
+            raise FileError(f"{path} is no file of LyCORIS or kohya")
     return adapter
 
 
-def read_everything(
-    path: str | Path, *, modules: Iterable[str] | None = None, loader: str = ""
-) -> AdapterFile:
+def read_everything(path: str | Path, *, modules: Iterable[str] | None = None) -> AdapterFile:
     """Read everything in a file, also modules that LoHa cannot hold; see `read_adapter`."""
-    try:
+    with hints(path):
         return _read(Path(path), None if modules is None else ModuleNames(modules))
-    except (FileError, FileNotFoundError) as error:
-        raise with_hint(error, path, loader) from error
 
 
 def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
@@ -120,7 +122,7 @@ def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
     file = find_adapter_file(path) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"There is no adapter at '{path}'")
-    if file.suffix in _TORCH_SUFFIXES:
+    if file.suffix in TORCH_SUFFIXES:
         state, metadata = read_torch_pickle(file), {}
     else:
         state, metadata = read_safetensors(file), read_metadata(file)
@@ -141,55 +143,47 @@ def _check_scale(file: Path, ranks: set[int], example: str) -> None:
         ranks: of its modules without alpha.
         example: the name of one of these.
     """
-    said, place = (
-        (header_config(file), f"its header ({DIFFUSERS_CONFIG_KEY})")
-        if _has_header(file)
-        else ({}, "")
-    )
-    beside = file.parent / _LYCORIS_CONFIG
+    said = {} if file.suffix in TORCH_SUFFIXES else header_config(file)
+    place, beside = f"its header ({DIFFUSERS_CONFIG_KEY})", file.parent / _LYCORIS_CONFIG
     if not said and file.name == DIFFUSERS_NAME and beside.is_file():
         said, place = read_json(beside), str(beside)
-    last = {key: key.rpartition(".")[2] for key in said}
-    alphas = {
-        key: value for key, value in said.items() if last[key] in _ALPHAS and value is not None
-    }
-    odd = [
-        key for key, value in said.items() if last[key] in ("alpha_pattern", "use_rslora") and value
-    ]
-    odd += [key for key, value in alphas.items() if not isinstance(value, int | float)]
+    alphas: dict[str, object] = {}
+    odd: list[str] = []
+    for key, value in said.items():
+        last = key.rpartition(".")[2]
+        if last in _ALPHAS and value is not None:
+            alphas[key] = value
+            odd += [key] * (not isinstance(value, int | float))
+        elif last in ("alpha_pattern", "use_rslora") and value:
+            odd.append(key)
     if odd or (alphas and set(alphas.values()) != ranks):
         shown = ", ".join(f"{key}={said[key]!r}" for key in dict.fromkeys((*alphas, *odd)))
         raise FileError(
             f"{example} has no alpha of its own, and {place} says {shown} for modules of rank "
-            f"{', '.join(map(str, sorted(ranks)))}: how the updates are scaled cannot be told from the file. Add a "
-            "tensor `<module>.alpha` for each module, or give PEFT's folder with its adapter_config.json"
+            f"{', '.join(map(str, sorted(ranks)))}: how the updates are scaled cannot be told from "
+            "the file. Add a tensor `<module>.alpha` for each module, or give PEFT's folder with "
+            "its adapter_config.json"
         )
 
 
-def _has_header(file: Path) -> bool:
-    return file.suffix not in _TORCH_SUFFIXES
-
-
 def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
-    """The modules whose whole name in the file matches a regular expression, and what belongs to them."""
+    """Return the modules whose whole names match a pattern, with what belongs to them."""
     try:
-        pattern = re.compile(only)
+        matches = re.compile(only).fullmatch
     except re.error as error:
         raise ValueError(f"`only=` {only!r} is not a regular expression: {error}") from error
     chosen = dataclasses.replace(
         adapter,
-        modules={own: m for own, m in adapter.modules.items() if pattern.fullmatch(own)},
-        others={
-            key: value for key, value in adapter.others.items() if pattern.fullmatch(module_of(key))
-        },
-        foreign={own: f for own, f in adapter.foreign.items() if pattern.fullmatch(own)},
+        modules={own: m for own, m in adapter.modules.items() if matches(own)},
+        others={key: value for key, value in adapter.others.items() if matches(module_of(key))},
+        foreign={own: f for own, f in adapter.foreign.items() if matches(own)},
         embeddings={},
     )
     if not (chosen.modules or chosen.others or chosen.foreign):
         own = list(adapter.modules)
         raise ValueError(
-            f"{adapter.path} has no module whose whole name in the file matches `only=` {only!r}; it has "
-            f"{', '.join(own[:5])}{', …' if len(own) > 5 else ''}"
+            f"{adapter.path} has no module whose whole name in the file matches `only=` {only!r}; "
+            f"it has {', '.join(own[:5])}{', …' if len(own) > 5 else ''}"
         )
     return chosen
 
@@ -207,14 +201,11 @@ def _lycoris(
     others: dict[str, np.ndarray] = {}
     groups = group_keys(state)
     for own, parts in groups.modules.items():
-        others.update(
-            {f"{own}.{part}": tensor for part, tensor in parts.items() if part in PARAMETER_OF}
-        )
+        others |= {f"{own}.{part}": t for part, t in parts.items() if part in PARAMETER_OF}
         factors = {part: tensor for part, tensor in parts.items() if part not in PARAMETER_OF}
-        whole = any(part in parts for part in ("diff", "diff_b"))
-        if len(factors) < len(parts) and factors.keys() <= (
-            {"alpha"} if whole else set()
-        ):  # which has no effect
+        # The alpha of a whole layer's difference has no effect.
+        without_effect = {"alpha"} if "diff" in parts or "diff_b" in parts else set[str]()
+        if len(factors) < len(parts) and factors.keys() <= without_effect:
             continue
         if mixed := [part for part in ("w_norm", "b_norm") if part in parts]:
             odd = sorted(parts.keys() - {*NORM_PARTS.values()})[0]
@@ -224,19 +215,16 @@ def _lycoris(
         if "diff" in parts and "dora_scale" in parts:
             raise FileError(f"{own} has a dora_scale and the difference of its whole weight (diff)")
         prefix, name = split_prefix(own)
-        name = (names.find(prefix, name) if names else None) or name
+        name = (names and names.find(prefix, name)) or name
         found[own] = dataclasses.replace(read_module(own, factors), name=name, prefix=prefix)
     form = "kohya" if any(own.startswith(KOHYA_PREFIX) for own in groups.modules) else "lycoris"
     return AdapterFile(path, form, found, others, {}, metadata, groups.foreign, groups.embeddings)
 
 
 def _config(values: Mapping[str, Any]) -> LoHaConfig | dict[str, Any]:
-    """The config of a LoHa, or the fields of one of a LoRA."""
-    return (
-        check_lora_config(values)
-        if values.get("peft_type") == "LORA"
-        else LoHaConfig.from_dict(values)
-    )
+    """Return the config of a LoHa, or the fields of one of a LoRA."""
+    is_lora = values.get("peft_type") == "LORA"
+    return check_lora_config(values) if is_lora else LoHaConfig.from_dict(values)
 
 
 def _read_peft(folder: Path) -> AdapterFile:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
-from loha_jax.runtime.untrusted import json_object, read_json
+from loha_jax.runtime.untrusted import FileError, json_object, read_json
 from loha_jax.targets.config import CONFIG_NAME
 
 from ..disk.base_checkpoint import Checkpoint
@@ -14,7 +16,7 @@ from ..disk.tensor_files import read_metadata
 from .lycoris_keys import are_adapters
 
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class Kind(NamedTuple):
@@ -47,25 +49,18 @@ def kind_of(path: str | Path) -> Kind | None:
         return None
 
 
-def with_hint(error: Exception, path: str | Path, loader: str = "") -> Exception:
-    """Return the error, with a description of the path added if another function opens it.
+@contextlib.contextmanager
+def hints(path: str | Path, loader: str = "") -> Generator[None]:
+    """Add a description of the path to errors from the block, if another function opens it.
 
     Args:
-        error: one with a message and no other argument.
         path: what was given.
         loader: the function that it was given to; "" for a command, whose user knows no functions.
     """
-    kind = kind_of(path)
-    if kind is None or (loader and kind.loader == loader and not kind.advice):
-        return error
-    if not loader and kind.loader not in ("", "load_base"):
-        return error  # every command opens every adapter
-    advice = kind.advice or (
-        f"`{kind.loader}` opens it" if kind.loader else "loha_jax does not read it"
-    )
-    said = f"'{path}' is {kind.name}" + (f"; {advice}" if loader or kind.advice else "")
-    text = str(error).rstrip(".")
-    return error if said in text else type(error)(f"{text}. {said}")
+    try:
+        yield
+    except (FileError, FileNotFoundError) as error:
+        raise _with_hint(error, path, loader) from error
 
 
 def has_peft_config(folder: Path) -> bool:
@@ -86,14 +81,26 @@ def header_config(file: Path) -> dict[str, object]:
     return {} if text is None else json_object(text, f"{file}: the adapter configuration")
 
 
+def _with_hint(error: Exception, path: str | Path, loader: str) -> Exception:
+    kind = kind_of(path)
+    if kind is None or (loader and kind.loader == loader and not kind.advice):
+        return error
+    if not loader and kind.loader not in ("", "load_base"):
+        return error  # every command opens every adapter
+    advice = kind.advice or (
+        f"`{kind.loader}` opens it" if kind.loader else "loha_jax does not read it"
+    )
+    said = f"'{path}' is {kind.name}" + (f"; {advice}" if loader or kind.advice else "")
+    text = str(error).rstrip(".")
+    return error if said in text else type(error)(f"{text}. {said}")
+
+
 def _folder_kind(folder: Path) -> Kind | None:
     if has_peft_config(folder):
         config = pending_or_own(folder, CONFIG_NAME)
         values = read_json(config) if config.is_file() else header_config(folder / DIFFUSERS_NAME)
-        return _PEFT_KINDS.get(
-            str(values.get("peft_type")),
-            Kind(f"an adapter of PEFT's {values.get('peft_type')!r}", ""),
-        )
+        kind = values.get("peft_type")
+        return _PEFT_KINDS.get(str(kind)) or Kind(f"an adapter of PEFT's {kind!r}", "")
     if any(folder.glob("*.safetensors.index.json")):
         return _CHECKPOINT
     return _file_kind(find_adapter_file(folder))
@@ -102,12 +109,9 @@ def _folder_kind(folder: Path) -> Kind | None:
 def _file_kind(file: Path) -> Kind | None:
     if file.name in ("adapter_model.bin", "adapter_model.safetensors"):
         return _peft_file(file)
-    if file.suffix in _PICKLES:
-        return Kind(
-            "a torch pickle",
-            "load_lycoris",
-            "`load_lycoris` opens it if it holds only an adapter's tensors",
-        )
+    if file.suffix in TORCH_SUFFIXES:
+        advice = "`load_lycoris` opens it if it holds only an adapter's tensors"
+        return Kind("a torch pickle", "load_lycoris", advice)
     keys = list(Checkpoint(file).shapes)
     if any(key.startswith("base_model.model.") for key in keys):
         return _peft_file(file)

@@ -14,6 +14,7 @@ from loha_jax.targets.module_names import Names
 
 from ..disk.base_checkpoint import Checkpoint, is_floating, read_config
 from ..disk.tensor_files import check_finite
+from ..exchange.mismatch import Mismatch
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from ..formats.module_lookup import ModuleLookup
@@ -50,6 +51,11 @@ class TensorUpdate:
     norms: np.ndarray | None
     transposed: bool
 
+    @property
+    def column_norms(self) -> np.ndarray | None:
+        """The norms if there is one per column, or None."""
+        return self.norms if self.norms is not None and self.norms.shape[0] == 1 else None
+
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
@@ -59,15 +65,15 @@ class MergePlan:
         updates: `W + Σ weight·ΔW`.
         replaced: new values (`modules_to_save`, base layers that came with the adapter).
         added: LyCORIS' differences of whole parameters, with their weights.
-        notes: what a user should know, one sentence each.
         resized: shapes of replaced tensors that are not those of the base: of a resized vocabulary.
+        notes: what a user should know, one sentence each.
     """
 
-    updates: dict[str, list[TensorUpdate]]
-    replaced: dict[str, np.ndarray]
-    added: dict[str, list[tuple[np.ndarray, float]]]
-    notes: tuple[str, ...]
+    updates: dict[str, list[TensorUpdate]] = dataclasses.field(default_factory=dict)
+    replaced: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    added: dict[str, list[tuple[np.ndarray, float]]] = dataclasses.field(default_factory=dict)
     resized: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def keys(self) -> set[str]:
@@ -106,43 +112,44 @@ def plan_merge(
 
 
 class _Planner:
-    def __init__(self, checkpoint: Checkpoint, only: str | None, names: Names | None):
-        self._checkpoint = checkpoint
-        self._names = names
-        self._only = only
-        self._modules = checkpoint.modules
-        self._config = read_config(checkpoint.folder) if checkpoint.is_whole_folder else {}
-        self._updates: dict[str, list[TensorUpdate]] = {}
-        self._replaced: dict[str, np.ndarray] = {}
+    """A plan in the making, with everything that does not fit the base."""
+
+    def __init__(self, base: Checkpoint, only: str | None, names: Names | None):
+        self._base, self._only, self._names = base, only, names
+        self._modules = base.modules
+        self._config = read_config(base.folder) if base.is_whole_folder else {}
+        self._plan = MergePlan()
         self._replaced_by: dict[str, Path] = {}
-        self._added: dict[str, list[tuple[np.ndarray, float]]] = {}
-        self._missing: list[str] = []
-        self._problems: list[str] = []
-        self._notes: list[str] = []
-        self._resized: dict[str, tuple[int, ...]] = {}
+        self._mismatch = Mismatch(
+            titles=("", "tensors that the base does not have", "tensors that do not fit"),
+            separator="; ",
+        )
+        self._unknown: list[str] = []  # missing for no known reason
 
     def add(self, path: str | Path, weight: float) -> AdapterFile:
         read = read_adapter(path, modules=self._modules, only=self._only)
         adapter = renamed(read, self._names, self._modules)
         check_finite(adapter.arrays, adapter.path)
-        chosen, others = adapter.modules, adapter.others
-        if adapter.embeddings:
-            self._notes.append(f"{adapter.path}: {embeddings_note(adapter.embeddings)}")
-        lookup = ModuleLookup(self._modules, chosen.values())
-        self._notes += [f"{adapter.path}: {note}" for note in lookup.notes]
+        lookup = ModuleLookup(self._modules, adapter.modules.values())
+        notes = [embeddings_note(adapter.embeddings)] if adapter.embeddings else []
+        self._plan.notes.extend(f"{adapter.path}: {note}" for note in [*notes, *lookup.notes])
         found: list[_Found] = []
         owners: dict[str, str] = {}
-        for own, module in chosen.items():
+        for own, module in adapter.modules.items():
             key = f"{lookup.find(module.name, module.prefix)}.weight"
-            if key not in self._checkpoint.shapes:
-                self._missing.append(self._say_missing(key))
-                continue
-            if self._is_taken(key, own, owners):
-                continue
-            found.append((module, key, LowRankUpdate.of(module)))
+            if key not in self._base.shapes:
+                self._miss(key)
+            elif not self._is_taken(key, own, owners):
+                found.append((module, key, LowRankUpdate.of(module)))
         # Resized tensors come before updates of them, an output head after what it may be tied to.
-        for key, value in sorted(others.items(), key=lambda item: item[0].endswith(_HEAD)):
-            self._add_other(adapter, lookup, key, value, weight, owners)
+        for key, value in sorted(adapter.others.items(), key=lambda item: item[0].endswith(_HEAD)):
+            owner, _, part = key.rpartition(".")
+            if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
+                target = f"{lookup.find_own(owner)}.{PARAMETER_OF[part]}"
+                if self._fits(target, value, owner) and not self._is_taken(target, owner, owners):
+                    self._plan.added.setdefault(target, []).append((value, weight))
+            else:
+                self._replace(adapter.path, lookup, key, value)
         self._add_updates(adapter, found, weight)
         return adapter
 
@@ -150,169 +157,135 @@ class _Planner:
         """Note a tensor that another module of the adapter changes already (two text encoders)."""
         other = owners.setdefault(key, own)
         if other != own:
-            self._problems.append(
-                f"{other} and {own} are both {key} in the base, which has one of the two models: choose with `only=`"
+            self._mismatch.misshapen.append(
+                f"{other} and {own} are both {key} in the base, which has one of the two models: "
+                "choose with `only=`"
             )
         return other != own
 
     def _add_updates(self, adapter: AdapterFile, found: list[_Found], weight: float) -> None:
         is_conv1d = self._is_conv1d(adapter, found)
         for module, key, update in found:
-            shape, dtype = (
-                self._resized.get(key, self._checkpoint.shapes[key]),
-                self._checkpoint.dtypes[key],
-            )
-            fits = update.fits(shape)
+            if problem := self._problem_of(module, key, update):
+                self._mismatch.misshapen.append(problem)
+                continue
+            shape = self._shape(key)
             turned = len(shape) == 2 and update.fits(shape[::-1])
-            if key in self._checkpoint.quantisation.problems:
-                self._problems.append(self._checkpoint.quantisation.problems[key])
-            elif not is_floating(dtype):
-                self._problems.append(f"{key} holds {dtype}: no weights that can be merged into")
-            elif not fits and not turned:
-                need = [update.rows, *(update.in_shape or (update.columns,))]
-                self._problems.append(
-                    f"{key} is {list(shape)}, the adapter's {module.name} is for {need}"
+            transposed = turned and (not update.fits(shape) or is_conv1d(module.name))
+            if transposed:
+                self._plan.notes.append(
+                    f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)"
                 )
-            elif key == "lm_head.weight" and self._config.get("tie_word_embeddings"):
-                self._problems.append(
-                    f"{key} is tied to the embeddings (tie_word_embeddings in config.json): what is merged into it is "
-                    "lost when the model is loaded. Set tie_word_embeddings to false in a copy of the base first"
-                )
-            else:
-                transposed = turned and (not fits or is_conv1d(module.name))
-                if transposed:
-                    self._notes.append(
-                        f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)"
-                    )
-                norms = _norms(module, update, transposed)
-                own = TensorUpdate(
-                    module, update.T if transposed else update, weight, norms, transposed
-                )
-                self._updates.setdefault(key, []).append(own)
+            norms = _norms(module, update, transposed)
+            own = update.T if transposed else update
+            self._plan.updates.setdefault(key, []).append(
+                TensorUpdate(module, own, weight, norms, transposed)
+            )
+
+    def _problem_of(self, module: AdapterModule, key: str, update: LowRankUpdate) -> str | None:
+        """Return why an update cannot be merged into a tensor; None if it can."""
+        shape, dtype = self._shape(key), self._base.dtypes[key]
+        if key in self._base.quantisation.problems:
+            return self._base.quantisation.problems[key]
+        if not is_floating(dtype):
+            return f"{key} holds {dtype}: no weights that can be merged into"
+        if not update.fits(shape) and not (len(shape) == 2 and update.fits(shape[::-1])):
+            need = [update.rows, *(update.in_shape or (update.columns,))]
+            return f"{key} is {list(shape)}, the adapter's {module.name} is for {need}"
+        if key == _HEAD and self._config.get("tie_word_embeddings"):
+            return (
+                f"{key} is tied to the embeddings (tie_word_embeddings in config.json): what is "
+                "merged into it is lost when the model is loaded. Set tie_word_embeddings to "
+                "false in a copy of the base first"
+            )
+        return None
 
     def _is_conv1d(self, adapter: AdapterFile, found: list[_Found]) -> Callable[[str], bool]:
         """Return a test by name for GPT-2's projections, stored as [in, out], also square ones."""
         named = [
-            (update, self._checkpoint.shapes[key])
+            (update, self._base.shapes[key])
             for m, key, update in found
             if re.fullmatch(GPT2_CONV1D, m.name)
         ]
         shown = {update.fits(shape) for update, shape in named if len(set(shape)) > 1}
-        told = adapter.config.get("fan_in_fan_out") or self._config.get("model_type") in (
-            "gpt2",
-            "openai-gpt",
-        )
+        gpt2 = self._config.get("model_type") in ("gpt2", "openai-gpt")
+        told = adapter.config.get("fan_in_fan_out") or gpt2
         if shown == {False} or (told and True not in shown):
             return lambda name: re.fullmatch(GPT2_CONV1D, name) is not None
         return lambda name: False
 
-    def _add_other(
-        self,
-        adapter: AdapterFile,
-        lookup: ModuleLookup,
-        key: str,
-        value: np.ndarray,
-        weight: float,
-        owners: dict[str, str],
-    ) -> None:
-        module, _, part = key.rpartition(".")
-        if adapter.form in ("lycoris", "kohya") and part in PARAMETER_OF:
-            target = f"{lookup.find_own(module)}.{PARAMETER_OF[part]}"
-            if self._check_shape(target, value, module) and not self._is_taken(
-                target, module, owners
-            ):
-                self._added.setdefault(target, []).append((value, weight))
-            return
-        if base_layer := _PREFIX_OF_BASE_LAYER.fullmatch(key):
-            module, part = base_layer[1], base_layer[2]
+    def _replace(self, path: Path, lookup: ModuleLookup, key: str, value: np.ndarray) -> None:
+        """Put the values of a saved module, or of an adapted module's base layer, into the plan."""
+        base_layer = _PREFIX_OF_BASE_LAYER.fullmatch(key)
+        module, part = base_layer.groups() if base_layer else key.rpartition(".")[::2]
         target = f"{lookup.find(module, '')}.{part}"
-        if target not in self._checkpoint.shapes:  # a head beside the model that has the prefix
+        if target not in self._base.shapes:  # a head beside the model that has the prefix
             target = f"{module}.{part}"
-        if target not in self._checkpoint.shapes and (
-            part == _COUNTER or self._is_tied_copy(target, value)
-        ):
+        old = self._base.shapes.get(target)
+        if old is None and (part == _COUNTER or self._is_tied_copy(target, value)):
             return
-        old = self._checkpoint.shapes.get(target)
+        problems = self._mismatch.misshapen
         if old is not None and is_resized(target, old, value.shape):
-            if scale := self._checkpoint.quantisation.scales.get(target):
+            if scale := self._base.quantisation.scales.get(target):
                 rows = f"{key} has {value.shape[0]} rows, {target} {old[0]}"
-                self._problems.append(
-                    f"{rows} and a scale ({scale.key}): merge into the float base"
-                )
-            elif self._resized.setdefault(target, value.shape) != value.shape:
-                self._problems.append(
-                    f"{target} has {self._resized[target][0]} rows, {key} has {value.shape[0]}"
-                )
-        elif not self._check_shape(target, value, key):
+                problems.append(f"{rows} and a scale ({scale.key}): merge into the float base")
+            elif (new := self._plan.resized.setdefault(target, value.shape)) != value.shape:
+                problems.append(f"{target} has {new[0]} rows, {key} has {value.shape[0]}")
+        elif not self._fits(target, value, key):
             return
-        if target in self._replaced and not np.array_equal(self._replaced[target], value):
-            self._problems.append(
-                f"{self._replaced_by[target]} and {adapter.path} each hold values for {target}"
-            )
-        self._replaced[target], self._replaced_by[target] = value, adapter.path
+        held = self._plan.replaced.get(target)
+        if held is not None and not np.array_equal(held, value):
+            first = self._replaced_by[target]
+            problems.append(f"{first} and {path} each hold values for {target}")
+        self._plan.replaced[target], self._replaced_by[target] = value, path
 
     def _is_tied_copy(self, key: str, value: np.ndarray) -> bool:
         """Return whether an output head missing in the base is a copy of its tied embedding."""
         if not key.endswith(_HEAD) or not self._config.get("tie_word_embeddings", True):
             return False
-        return any(
-            _EMBEDDING.search(own) and np.array_equal(v, value) for own, v in self._replaced.items()
-        )
+        replaced = self._plan.replaced.items()
+        return any(_EMBEDDING.search(own) and np.array_equal(v, value) for own, v in replaced)
 
-    def _check_shape(self, key: str, value: np.ndarray, name: str) -> bool:
-        if key not in self._checkpoint.shapes:
-            self._missing.append(self._say_missing(key))
-        elif key in self._checkpoint.quantisation.problems:
-            self._problems.append(self._checkpoint.quantisation.problems[key])
-        elif self._checkpoint.shapes[key] != value.shape:
-            self._problems.append(
-                f"{key} is {list(self._checkpoint.shapes[key])}, {name} is {list(value.shape)}"
-            )
+    def _fits(self, key: str, value: np.ndarray, name: str) -> bool:
+        """Return whether a tensor can take values; note why not."""
+        shape = self._base.shapes.get(key)
+        if shape is None:
+            self._miss(key)
+        elif key in self._base.quantisation.problems:
+            self._mismatch.misshapen.append(self._base.quantisation.problems[key])
+        elif shape != value.shape:
+            said = f"{key} is {list(shape)}, {name} is {list(value.shape)}"
+            self._mismatch.misshapen.append(said)
         else:
             return True
         return False
 
-    def _say_missing(self, key: str) -> str:
-        if key.endswith(_HEAD):
-            tied = [k for k in self._checkpoint.shapes if _EMBEDDING.search(k)]
-            if tied:
-                return (
-                    f"{key} (tied: the base has {tied[0]} for both, which a merge would change too)"
-                )
-        return key + self._checkpoint.quantisation.why_missing(key)
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self._plan.resized.get(key, self._base.shapes[key])
+
+    def _miss(self, key: str) -> None:
+        """Note a tensor that the base does not have, with the reason if there is one."""
+        why = self._base.quantisation.why_missing(key)
+        tied = [k for k in self._base.shapes if _EMBEDDING.search(k)] if key.endswith(_HEAD) else []
+        if tied:
+            why = f" (tied: the base has {tied[0]} for both, which a merge would change too)"
+        elif not why:
+            self._unknown.append(key.removesuffix(".weight"))
+        self._mismatch.missing.append(key + why)
 
     def finish(self) -> MergePlan:
-        shapes = self._checkpoint.shapes
-        self._problems += resizing_problems(shapes, self._resized, self._config)
-        if self._resized and not self._problems:
-            self._notes.append(resizing_note(shapes, self._resized, self._config))
-        if self._missing or self._problems:
-            parts = []
-            if self._missing:
-                parts.append(
-                    f"tensors that the base does not have ({len(self._missing)}): {'; '.join(self._missing)}"
-                )
-            if self._problems:
-                parts.append(
-                    f"tensors that do not fit ({len(self._problems)}): {'; '.join(self._problems)}"
-                )
-            some = ", ".join(list(shapes)[:3])
-            lost = [
-                key.split(" ")[0].removesuffix(".weight") for key in self._missing if ":" not in key
-            ]
-            raise ValueError(
-                f"{self._checkpoint.path} and the adapter do not fit; nothing was written. {'. '.join(parts)}. The "
-                f"base has {len(shapes)} tensors, such as {some}.{rename_hint(lost, self._modules)}"
-            )
-        if both := sorted(key for key in self._replaced if key in self._added):
-            raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
-        return MergePlan(
-            self._updates,
-            self._replaced,
-            self._added,
-            tuple(dict.fromkeys(self._notes)),
-            self._resized,
+        plan, shapes = self._plan, self._base.shapes
+        self._mismatch.misshapen += resizing_problems(shapes, plan.resized, self._config)
+        some, hint = ", ".join(list(shapes)[:3]), rename_hint(self._unknown, self._modules)
+        self._mismatch.check(
+            f"{self._base.path} and the adapter do not fit; nothing was written",
+            f"The base has {len(shapes)} tensors, such as {some}.{hint}",
         )
+        if both := sorted(plan.replaced.keys() & plan.added):
+            raise ValueError(f"One adapter replaces and another one changes {', '.join(both)}")
+        if plan.resized:
+            plan.notes.append(resizing_note(shapes, plan.resized, self._config))
+        return dataclasses.replace(plan, notes=list(dict.fromkeys(plan.notes)))
 
 
 def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np.ndarray | None:
@@ -326,6 +299,7 @@ def _norms(module: AdapterModule, update: LowRankUpdate, transposed: bool) -> np
         norms = scale.reshape(1, -1)
     else:
         raise FileError(
-            f"dora_scale of {module.name} is {list(scale.shape)}: neither one per out feature nor per in"
+            f"dora_scale of {module.name} is {list(scale.shape)}: "
+            "neither one per output feature nor one per input feature"
         )
     return norms.T if transposed else norms

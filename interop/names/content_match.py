@@ -14,114 +14,54 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from loha_jax.lowrank.layout import Layout
-from loha_jax.targets.module_names import is_kernel_leaf, torch_parameter
+from loha_jax.targets.module_names import is_kernel_leaf, path_parts, torch_parameter
+from loha_jax.tree.leaves import base_of, is_whole
+from loha_jax.tree.quantised import wrapped
 
 from ..disk.base_checkpoint import Checkpoint
+from .leaf_options import Correspondence, Options
 from .leaf_source import Source, make_source
+from .settled_names import SettledNames, leaf_path
 from .value_hashes import coarser, fingerprint, value_bits
 
+Array = np.ndarray | jax.Array
 Groups = tuple[tuple[int, ...], ...]
+Shape = tuple[int, ...]
 Stack = tuple[int, ...]  # axes of a leaf
+Slots = dict[tuple[np.dtype, int, int], list[tuple[int, Stack, tuple[int, ...]]]]
+"""By dtype, size and fingerprint the parts of leaves: leaf number, stack axes, index."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class _Leaf:
     """A leaf to be found: its dotted path, the parts of that, and its values."""
 
     path: str
     parts: tuple[str, ...]
-    array: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Correspondence:
-    """One way in which a leaf may be made of torch tensors.
-
-    Attributes:
-        keys: for each index of the leaf's stack the tensors that have its contents.
-        forms: the ways in which axes may correspond, as sources without names.
-        constant: whether all values of an index are the same.
-    """
-
-    keys: tuple[tuple[str, ...], ...]
-    forms: tuple[Source, ...]
-    constant: bool
-
-    @property
-    def words(self) -> Iterator[str]:
-        """One text per option."""
-        if len(self.keys) > 1:
-            layouts = " or ".join(str(form.layout or form.axes) for form in self.forms)
-            yield f"{', '.join(' or '.join(keys) for keys in self.keys)} ({layouts})"
-            return
-        for key, form in itertools.product(itertools.chain(*self.keys), self.forms):
-            yield f"{key} ({form.layout})" if form.layout else key
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of a leaf that contents do not settle."""
-
-    ways: tuple[Correspondence, ...]
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """One text per option."""
-        return tuple(dict.fromkeys(word for way in self.ways for word in way.words))
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All torch names that occur."""
-        return tuple(dict.fromkeys(key for way in self.ways for own in way.keys for key in own))
-
-    def choose(self, keys: Sequence[str], layout: Layout | None) -> Source:
-        """Return the source with these names and this layout.
-
-        Raises:
-            ValueError: they are no option, or leave several.
-        """
-        ways = [way for way in self.ways if _holds(way, keys)]
-        if not ways:
-            raise ValueError(f"{', '.join(keys)} is none of {'; '.join(self.words)}")
-        forms = [
-            form for way in ways for form in way.forms if layout is None or form.layout == layout
-        ]
-        if len(forms) != 1:
-            known = ", ".join(str(form.layout) for way in ways for form in way.forms)
-            raise ValueError(f"the layout is one of {known}; give (name, layout)")
-        return dataclasses.replace(forms[0], keys=tuple(keys))
-
-
-def _holds(way: Correspondence, keys: Sequence[str]) -> bool:
-    return len(keys) == len(way.keys) and all(
-        key in own for key, own in zip(keys, way.keys, strict=True)
-    )
-
-
-@dataclasses.dataclass
-class Found:
-    """The result: by leaf path the sources, the options of what is ambiguous, and why others are unmatched."""
-
-    sources: dict[str, Source]
-    ambiguous: dict[str, Options]
-    unmatched: dict[str, str]
-    unused: list[str]
+    array: Array
 
 
 class _Hits:
-    """By index of one way of stacking a leaf, the tensors of one shape that fit, each with the axes that correspond."""
+    """The tensors of one shape that fit one way of stacking a leaf.
+
+    Attributes:
+        found: for each index of the stack the tensors, each with the axes that correspond.
+        constant: whether all values of an index are the same.
+    """
 
     def __init__(self, count: int):
         self.found: list[dict[str, set[Groups]]] = [{} for _ in range(count)]
         self.constant = True
 
     def ways(self) -> dict[tuple[tuple[str, ...], ...], list[Groups]]:
-        """By the tensors at each index the correspondences under which all of them hold."""
+        """Return, by the tensors at each index, the correspondences that hold for all of them."""
         result: dict[tuple[tuple[str, ...], ...], list[Groups]] = defaultdict(list)
         for groups in sorted({g for index in self.found for own in index.values() for g in own}):
             keys = tuple(
@@ -132,29 +72,36 @@ class _Hits:
         return result
 
 
-def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
-    """Find every leaf; see `NameMap.infer`."""
+Hits = dict[tuple[int, Stack, Shape], _Hits]
+"""By leaf number, stack axes and the tensors' shape."""
+
+
+def match_contents(params: PyTree, base: str | Path) -> SettledNames:
+    """Find each leaf among the tensors of a checkpoint; see `NameMap.infer`."""
+    leaves = _leaves(params)
+    checkpoint = Checkpoint(base)
+    if checkpoint.quantisation.scales or checkpoint.quantisation.packed:
+        raise ValueError(
+            f"NameMap.infer compares values, and {base} is quantised "
+            f"({checkpoint.quantisation.example}). Give it the float checkpoint of the same model"
+        )
     slots = _slots(leaves, checkpoint)
-    hits: dict[tuple[int, Stack, tuple[int, ...]], _Hits] = {}
+    hits: Hits = {}
     wanted = {(dtype, size) for dtype, size, _ in slots}
+    dtypes = {np.dtype(leaf.array.dtype) for leaf in leaves}
     for key, shape in checkpoint.shapes.items():
         size = math.prod(shape)
-        kinds = {
-            (own, common)
-            for own, common, n in _kinds(leaves, checkpoint, key)
-            if (common, n) in wanted
-        }
-        if not kinds:
-            continue
-        tensor = checkpoint.read(key)
-        for common in sorted({common for _, common in kinds}, key=str):
+        found = {coarser(dtype, checkpoint.dtypes[key]) for dtype in dtypes}
+        commons = [dtype for dtype in found if dtype is not None and (dtype, size) in wanted]
+        tensor = checkpoint.read(key) if commons else np.zeros(0)
+        for common in sorted(commons, key=str):
             bits = value_bits(tensor, common)
             for n, stack, index in slots.get((common, size, fingerprint(bits)), ()):
                 leaf = leaves[n].array
                 if coarser(leaf.dtype, tensor.dtype) != common:
                     continue
-                groups = _verify(_slice(leaf, stack, index), common, bits, leaf.shape, stack, shape)
-                if groups:
+                part = _slice(leaf, stack, index)
+                if groups := _verify(part, common, bits, leaf.shape, stack, shape):
                     sizes = [leaf.shape[axis] for axis in stack]
                     own = hits.setdefault((n, stack, shape), _Hits(math.prod(sizes)))
                     own.found[int(np.ravel_multi_index(index, sizes)) if stack else 0][key] = groups
@@ -162,19 +109,34 @@ def match_contents(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> Found:
     return _resolve(leaves, hits, checkpoint)
 
 
-def _kinds(
-    leaves: Sequence[Leaf], checkpoint: Checkpoint, key: str
-) -> Iterator[tuple[Any, Any, int]]:
-    size = math.prod(checkpoint.shapes[key])
-    for dtype in {np.dtype(leaf.array.dtype) for leaf in leaves}:
-        if (common := coarser(dtype, checkpoint.dtypes[key])) is not None:
-            yield dtype, common, size
+def _leaves(params: PyTree) -> list[_Leaf]:
+    """Return the leaves of a tree that have values to compare.
+
+    Raises:
+        TypeError: the tree holds shapes.
+    """
+    leaves: list[_Leaf] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)[0]:
+        leaf = wrapped(base_of(leaf))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                "NameMap.infer compares values, and the tree holds shapes (jax.ShapeDtypeStruct). "
+                "Give it the parameters that were loaded from this checkpoint."
+            )
+        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if is_array and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            parts = path_parts(path)
+            leaves.append(_Leaf(leaf_path(parts), parts, leaf))
+    return leaves
 
 
-def _slots(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> dict[Any, list[Any]]:
-    """Fingerprints of every leaf and of every index of every way to stack it that the sizes of the tensors allow."""
+def _slots(leaves: Sequence[_Leaf], checkpoint: Checkpoint) -> Slots:
+    """Fingerprint every leaf, and every index of every way to stack it.
+
+    Only stacks that the sizes of the tensors allow are tried.
+    """
     sizes = Counter(math.prod(shape) for shape in checkpoint.shapes.values())
-    slots: dict[Any, list[Any]] = defaultdict(list)
+    slots: Slots = defaultdict(list)
     for n, leaf in enumerate(leaves):
         shape = tuple(leaf.array.shape)
         found = (coarser(leaf.array.dtype, dtype) for dtype in set(checkpoint.dtypes.values()))
@@ -188,8 +150,8 @@ def _slots(leaves: Sequence[Leaf], checkpoint: Checkpoint) -> dict[Any, list[Any
     return slots
 
 
-def _stacks(shape: tuple[int, ...], sizes: Mapping[int, int]) -> Iterator[Stack]:
-    """No axis, each axis and each pair, where the checkpoint has enough tensors of the remaining size."""
+def _stacks(shape: Shape, sizes: Mapping[int, int]) -> Iterator[Stack]:
+    """Yield no axis, each axis and each pair for which there are enough tensors."""
     total = math.prod(shape)
     for length in range(3):
         for stack in itertools.combinations(range(len(shape)), length):
@@ -200,8 +162,8 @@ def _stacks(shape: tuple[int, ...], sizes: Mapping[int, int]) -> Iterator[Stack]
                 yield stack
 
 
-def _slice(leaf: Any, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
-    where: list[Any] = [slice(None)] * len(leaf.shape)
+def _slice(leaf: Array, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
+    where: list[int | slice] = [slice(None)] * len(leaf.shape)
     for axis, n in zip(stack, index, strict=True):
         where[axis] = n
     return np.asarray(leaf)[tuple(where)]
@@ -215,7 +177,7 @@ def _verify(
     stack: Stack,
     torch_shape: Sequence[int],
 ) -> set[Groups]:
-    """All correspondences of axes under which a part of a leaf is the tensor."""
+    """Return all correspondences of axes under which a part of a leaf is the tensor."""
     own = value_bits(part, dtype)
     axes = [axis for axis in range(len(shape)) if axis not in stack]
     verified = set()
@@ -237,7 +199,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _correspondences(axes: list[tuple[int, int]], torch_shape: Sequence[int]) -> Iterator[Groups]:
-    """Every way to make each torch axis out of some axes of the leaf, in some order, using each once."""
+    """Yield every way to make each torch axis out of some axes of the leaf, in any order."""
     if not torch_shape:
         if not axes:
             yield ()
@@ -259,59 +221,62 @@ def _products(
                 yield (axis, *group), rest
 
 
-def _resolve(
-    leaves: Sequence[Leaf],
-    hits: Mapping[tuple[int, Stack, tuple[int, ...]], _Hits],
-    checkpoint: Checkpoint,
-) -> Found:
+def _resolve(leaves: Sequence[_Leaf], hits: Hits, checkpoint: Checkpoint) -> SettledNames:
     """Settle leaves by contents, then by a settled neighbour in the same module; list the rest."""
+    ways = _ways(leaves, hits)
+    claims = Counter(
+        key for own in ways.values() for way in own for index in way.keys for key in index
+    )
+    settled: dict[int, Source] = {}
+    modules: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+    for n, own in ways.items():
+        keys, also = _keys(own[0], claims)
+        if len(own) == 1 and len(own[0].forms) == 1 and keys is not None:
+            settled[n] = dataclasses.replace(own[0].forms[0], keys=keys, also=also)
+            if not also:
+                modules[leaves[n].parts[:-1]].add(tuple(key.rpartition(".")[0] for key in keys))
+    sources: dict[str, Source] = {}
+    options: dict[str, Options] = {}
+    unmatched: dict[str, str] = {}
+    for n, leaf in enumerate(leaves):
+        if n not in ways:
+            unmatched[leaf.path] = _why(
+                leaf, [h for (m, stack, _), h in hits.items() if m == n and stack]
+            )
+            continue
+        owners = modules.get(leaf.parts[:-1], set())
+        source = settled.get(n) or _of_neighbour(leaf, ways[n], owners, claims)
+        if source is not None:
+            sources[leaf.path] = source
+        else:
+            options[leaf.path] = Options(tuple(ways[n]))
+    used = {key for own in hits.values() for index in own.found for key in index}
+    return SettledNames(
+        sources,
+        unmatched,
+        tuple(key for key in checkpoint.shapes if key not in used),
+        options,
+        frozenset(path for path, source in sources.items() if source.also),
+        {leaf.path: tuple(leaf.array.shape) for leaf in leaves},
+    )
+
+
+def _ways(leaves: Sequence[_Leaf], hits: Hits) -> dict[int, list[Correspondence]]:
+    """Return the ways in which each leaf may be made of tensors, by leaf number."""
     ways: dict[int, list[Correspondence]] = defaultdict(list)
     for (n, stack, _), own in hits.items():
         for keys, groups in own.ways().items():
             shape, names = tuple(leaves[n].array.shape), tuple(itertools.chain(*keys))
             forms = (make_source(names, shape, stack, group) for group in groups)
-            ways[n].append(
-                Correspondence(
-                    keys, tuple(dataclasses.replace(form, keys=()) for form in forms), own.constant
-                )
-            )
-    claims = Counter(
-        key for own in ways.values() for way in own for index in way.keys for key in index
-    )
-    result = Found({}, {}, {}, [])
-    for n, own in ways.items():
-        keys, also = _keys(own[0], claims)
-        if len(own) == 1 and len(own[0].forms) == 1 and keys is not None:
-            result.sources[leaves[n].path] = dataclasses.replace(
-                own[0].forms[0], keys=keys, also=also
-            )
-    modules: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
-    for leaf in leaves:
-        if (source := result.sources.get(leaf.path)) and not source.also:
-            modules[leaf.parts[:-1]].add(tuple(key.rpartition(".")[0] for key in source.keys))
-    for n, leaf in enumerate(leaves):
-        if leaf.path in result.sources:
-            continue
-        if n not in ways:
-            result.unmatched[leaf.path] = _why(
-                leaf, [own for (m, stack, _), own in hits.items() if m == n and stack]
-            )
-        elif source := _of_neighbour(leaf, ways[n], modules.get(leaf.parts[:-1], set()), claims):
-            result.sources[leaf.path] = source
-        else:
-            result.ambiguous[leaf.path] = Options(tuple(ways[n]))
-    result.sources = {
-        leaf.path: result.sources[leaf.path] for leaf in leaves if leaf.path in result.sources
-    }
-    used = {key for own in hits.values() for index in own.found for key in index}
-    result.unused = [key for key in checkpoint.shapes if key not in used]
-    return result
+            nameless = tuple(dataclasses.replace(form, keys=()) for form in forms)
+            ways[n].append(Correspondence(keys, nameless, own.constant))
+    return ways
 
 
 def _keys(
     way: Correspondence, claims: Mapping[str, int]
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """The torch names of a leaf where contents settle them, and further names of the same values."""
+    """Return the torch names of a leaf if contents settle them, and others of the same values."""
     contested = any(claims[key] > 1 for own in way.keys for key in own)
     several = any(len(own) > 1 for own in way.keys)
     if (way.constant and (contested or several)) or (several and (contested or len(way.keys) > 1)):
@@ -322,16 +287,16 @@ def _keys(
 
 
 def _of_neighbour(
-    leaf: Leaf,
+    leaf: _Leaf,
     ways: Sequence[Correspondence],
     owners: set[tuple[str, ...]],
     claims: Mapping[str, int],
 ) -> Source | None:
-    """The source of a parameter whose contents fit, among others, the module that holds its neighbour."""
+    """Return the source of a parameter whose contents fit the module that holds its neighbour."""
     keys = None
     if len(owners) == 1:
         keys = tuple(f"{module}.{torch_parameter(leaf.parts)}" for module in next(iter(owners)))
-        ways = [way for way in ways if _holds(way, keys)]
+        ways = [way for way in ways if way.holds(keys)]
     elif len(ways) == 1:
         keys, _ = _keys(ways[0], claims)
     if keys is None or len(ways) != 1:
@@ -339,13 +304,13 @@ def _of_neighbour(
     form, *others = ways[0].forms
     if others and (is_kernel_leaf(leaf.parts) or len(form.axes) != 1):
         return None
-    return dataclasses.replace(
-        form, keys=keys
-    )  # of a bias that is equal in any order of its axes, the natural one
+    # A bias that is equal in any order of its axes has the natural one.
+    return dataclasses.replace(form, keys=keys)
 
 
-def _why(leaf: Leaf, stacked: Sequence[_Hits]) -> str:
+def _why(leaf: _Leaf, stacked: Sequence[_Hits]) -> str:
     best = max(stacked, key=lambda own: sum(map(bool, own.found)), default=None)
     if best is not None and (lost := [str(n) for n, index in enumerate(best.found) if not index]):
         return f"of its stack no tensor holds index {', '.join(lost)}"
-    return f"no tensor of the checkpoint has its {math.prod(leaf.array.shape)} values in any order of its axes"
+    size = math.prod(leaf.array.shape)
+    return f"no tensor of the checkpoint has its {size} values in any order of its axes"

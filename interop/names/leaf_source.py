@@ -27,7 +27,7 @@ class Source:
             twice).
 
     Example:
-        >>> q = Source.of_layout(("q.weight",), Layout("ioo"))  # [in, heads, head] from torch's [out, in]
+        >>> q = Source.of_layout(("q.weight",), Layout("ioo"))  # [in, heads, head]
         >>> q.torch_shape((6, 2, 4)), q.axes
         ((8, 6), ((1, 2), (0,)))
     """

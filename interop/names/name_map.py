@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, all_names
 
+from .content_match import match_contents
 from .leaf_source import Source
-from .settled_names import SettledNames
-from .torch_mapping import is_torch_mapping
+from .settled_names import Choice, SettledNames
+from .torch_mapping import Preprocess, TorchMapping, is_torch_mapping, map_sources
 
 GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
-"""GPT-2's projections, which are no Linear in torch: transformers' own `Conv1D`, with weights [in, out]."""
+"""GPT-2's projections: in torch transformers' own `Conv1D`, with weights [in, out]."""
 
 _TRANSFORMERS_NAMES = {
     r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
@@ -27,12 +31,8 @@ _TRANSFORMERS_LAYOUTS = {
     r"(.*\.)?encoder\.conv[12]": "kio",
     r"(.*\.)?conv_layers\.\d+\.conv": "kio",
 }
-_DIFFUSERS_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # of an autoencoder
+# Of an autoencoder.
+_DIFFUSERS_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class NameMap:
@@ -61,7 +61,8 @@ class NameMap:
             `base` without a mapping.
 
     Example:
-        >>> mapping = {r"model\\.layers\\.(\\d+)\\.q_proj\\.weight": (r"layers.\\1.q.w", ((1, 0), (6, 2, 4)))}
+        >>> pattern = r"model\\.layers\\.(\\d+)\\.q_proj\\.weight"
+        >>> mapping = {pattern: (r"layers.\\1.q.w", ((1, 0), (6, 2, 4)))}
         >>> names = NameMap(mapping, base={"model.layers.0.q_proj.weight": (8, 6)})
         >>> names("layers.0.q"), names.layouts["layers.0.q"].word
         ('model.layers.0.q_proj', 'ioo')
@@ -69,56 +70,62 @@ class NameMap:
 
     def __init__(
         self,
-        names: Names | Mapping[str, Any] | None = None,
+        names: Names | TorchMapping | None = None,
         *,
         base: str | Path | Mapping[str, Sequence[int]] | None = None,
-        preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        preprocess: Preprocess | None = None,
         layouts: Layouts | None = None,
     ):
-        self._names: Any = names
+        self._names: Names | None = None
         self._settled: SettledNames | None = None
         self._given = dict(layouts or {})
         self._after: tuple[Names, ...] = ()
-        self._conv1d: re.Pattern[str] | None = None
-        if isinstance(names, Mapping) and is_torch_mapping(names):
+        self._is_gpt2 = False
+        if is_torch_mapping(names):
             if base is None:
                 raise ValueError(
-                    "The patterns of a mapping {torch_regex: (jax_path, transform)} are run on torch's names: give the "
-                    "checkpoint, or {name: shape}, as `base=`"
+                    "The patterns of a mapping {torch_regex: (jax_path, transform)} are run on "
+                    "torch's names: give the checkpoint, or {name: shape}, as `base=`"
                 )
-            self._settled = SettledNames.of_mapping(names, base, preprocess)
-        elif base is not None or preprocess is not None:
+            self._settled = map_sources(names, base, preprocess)
+            return
+        self._names = cast("Names | None", names)
+        if base is not None or preprocess is not None:
             raise ValueError(
                 "`base` and `preprocess` belong to a mapping {torch_regex: (jax_path, transform)}"
             )
 
     @property
+    def _leaves(self) -> SettledNames:
+        return self._settled or SettledNames()
+
+    @property
     def sources(self) -> dict[str, Source]:
         """`Source` by leaf path ("layers.0.attn.q_proj.w"), where a checkpoint settled it."""
-        return self._settled.sources if self._settled else {}
+        return self._leaves.sources
 
     @property
     def unmatched(self) -> dict[str, str]:
         """Leaf paths with no torch name, and why."""
-        return self._settled.unmatched if self._settled else {}
+        return self._leaves.unmatched
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Torch names that no leaf has."""
-        return self._settled.unused if self._settled else ()
+        return self._leaves.unused
 
     @property
     def ambiguous(self) -> dict[str, tuple[str, ...]]:
         """Leaf paths with the torch names, and layouts where these differ, that each could have."""
-        return self._settled.ambiguous if self._settled else {}
+        return self._leaves.ambiguous
 
     @property
-    def layouts(self) -> dict[str, Any]:
+    def layouts(self) -> dict[str, str | Layout | None]:
         """Layouts by default module name, which `inject` uses where it is given none.
 
         None for a leaf called like a kernel that is a vector in torch.
         """
-        return {**(self._settled.layouts if self._settled else {}), **self._given}
+        return {**self._leaves.layouts, **self._given}
 
     @classmethod
     def transformers(cls, model_type: str | None = None) -> NameMap:
@@ -140,7 +147,7 @@ class NameMap:
         result = cls(_TRANSFORMERS_NAMES, layouts=_TRANSFORMERS_LAYOUTS)
         if model_type == "gpt2":
             result._given[GPT2_CONV1D] = "oi"
-            result._conv1d = re.compile(GPT2_CONV1D)
+            result._is_gpt2 = True
         return result
 
     @classmethod
@@ -151,13 +158,13 @@ class NameMap:
         `proj_attn` are `to_q`, `to_k`, `to_v` and `to_out.0`.
 
         Example:
-            >>> NameMap.diffusers()("down_blocks_0.attentions_1.transformer_blocks_0.attn1.to_out_0")
-            'down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0'
+            >>> NameMap.diffusers()("down_blocks_0.attentions_1.attn1.to_out_0")
+            'down_blocks.0.attentions.1.attn1.to_out.0'
         """
         return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
-    def infer(cls, params: Any, base: str | Path) -> NameMap:
+    def infer(cls, params: PyTree, base: str | Path) -> NameMap:
         """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
         Found are permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
@@ -188,13 +195,14 @@ class NameMap:
             >>> w = np.arange(48, dtype=np.float32).reshape(8, 6)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     save_file({"model.q_proj.weight": w}, f"{folder}/model.safetensors")
-            ...     names = NameMap.infer({"attn": {"q": jnp.asarray(w.T.reshape(6, 2, 4))}}, folder)
+            ...     params = {"attn": {"q": jnp.asarray(w.T.reshape(6, 2, 4))}}
+            ...     names = NameMap.infer(params, folder)
             >>> print(names.table())
             leaf    shape    torch                layout
             attn.q  [6,2,4]  model.q_proj.weight  ioo
         """
         result = cls()
-        result._settled = SettledNames.of_contents(params, base)
+        result._settled = match_contents(params, base)
         return result
 
     def then(self, names: Names) -> NameMap:
@@ -207,16 +215,14 @@ class NameMap:
             >>> NameMap({r"h\\.(.*)": r"layers.\\1"}).then({r"(.*)": r"model.\\1"})("h.0.q")
             'model.layers.0.q'
         """
-        result = self._copy()
+        result = copy.copy(self)
         if result._settled is not None:
             result._settled = result._settled.renamed(names)
         else:
             result._after = (*self._after, names)
         return result
 
-    def settle(
-        self, choices: Mapping[str, str | Sequence[str] | tuple[Any, str | Layout]]
-    ) -> NameMap:
+    def settle(self, choices: Mapping[str, Choice]) -> NameMap:
         """Return this map with some leaves settled by hand.
 
         Args:
@@ -233,13 +239,8 @@ class NameMap:
             >>> names.settle({"q.w": ("other.weight", "io")})("q")
             'other'
         """
-        result = self._copy()
-        result._settled = (self._settled or SettledNames()).settle(choices)
-        return result
-
-    def _copy(self) -> NameMap:
-        result = NameMap()
-        result.__dict__.update(self.__dict__)
+        result = copy.copy(self)
+        result._settled = self._leaves.settle(choices)
         return result
 
     def __call__(self, name: str) -> str | Sequence[str]:
@@ -261,7 +262,7 @@ class NameMap:
         Raises:
             ValueError: the map does not know it; the message says why.
         """
-        return (self._settled or SettledNames()).source(path)
+        return self._leaves.source(path)
 
     @property
     def is_settled(self) -> bool:
@@ -270,22 +271,18 @@ class NameMap:
 
     def is_conv1d(self, name: str) -> bool:
         """Return whether torch stores the weight of a module (by default name) as [in, out]."""
-        return self._conv1d is not None and self._conv1d.fullmatch(name) is not None
+        return self._is_gpt2 and re.fullmatch(GPT2_CONV1D, name) is not None
 
     def table(self) -> str:
         """Return the map as text: leaf, shape, torch name and layout; then what is not settled."""
-        return (self._settled or SettledNames()).table()
+        return self._leaves.table()
 
     def __repr__(self) -> str:
         if self._settled is not None:
             return f"NameMap({self._settled})"
-        names = self._names
-        shown = (
-            f"{len(names)} patterns"
-            if isinstance(names, Mapping)
-            else getattr(names, "__qualname__", repr(names))
-        )
-        return f"NameMap({shown})"
+        if isinstance(self._names, Mapping):
+            return f"NameMap({len(self._names)} patterns)"
+        return f"NameMap({getattr(self._names, '__qualname__', repr(self._names))})"
 
 
 def _diffusers_part(name: str) -> str:

@@ -1,4 +1,7 @@
-"""Other names for an adapter's modules, where a model's were changed since (vision-language models of transformers)."""
+"""Other names for an adapter's modules, where those of its model have changed since.
+
+Vision-language models of transformers are an example.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,8 @@ def renamed(adapter: AdapterFile, names: Names | None, modules: Iterable[str]) -
     others = {}
     for key, value in adapter.others.items():
         owner, _, part = key.rpartition(".")
-        base, suffix = (
-            owner.removesuffix(".base_layer"),
-            ".base_layer" if owner.endswith(".base_layer") else "",
-        )
+        base = owner.removesuffix(".base_layer")
+        suffix = owner[len(base) :]
         prefix, rest = split_prefix(base) if adapter.form in ("lycoris", "kohya") else ("", base)
         new = _new_name(names, base, rest)
         others[key if new is None else f"{prefix}{new}{suffix}.{part}"] = value
@@ -79,10 +80,7 @@ def rename_hint(missing: Sequence[str], modules: Sequence[str]) -> str:
         if not length or [n for n, _ in lengths].count(length) > 1:
             continue
         near.append(f"{best} for {name}")
-        old, new = (
-            ".".join(parts[:-length]),
-            best[: -len(".".join(parts[-length:]))].removesuffix("."),
-        )
+        old, new = (".".join(own[:-length]) for own in (parts, best.split(".")))
         start = re.escape(f"{old}.") if old else ""
         option = option or str({f"{start}(.*)": f"{new}.\\1" if new else "\\1"})
         if len(near) == _SHOWN:

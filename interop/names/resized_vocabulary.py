@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _NAMES = re.compile(
-    r"(?:.*\.)?(?:embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|shared|lm_head|embed_out|output_projection"
-    r"|predictions(?:\.decoder)?)\.(?:weight|bias)"
+    r"(?:.*\.)?(?:embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|shared|lm_head|embed_out"
+    r"|output_projection|predictions(?:\.decoder)?)\.(?:weight|bias)"
 )
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,15 +23,13 @@ def is_resized(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """Return whether an embedding or output head differs only in the size of the vocabulary.
 
     Example:
-        >>> is_resized("model.embed_tokens.weight", (10, 4), (12, 4)), is_resized("q_proj.weight", (10, 4), (12, 4))
-        (True, False)
+        >>> is_resized("model.embed_tokens.weight", (10, 4), (12, 4))
+        True
+        >>> is_resized("q_proj.weight", (10, 4), (12, 4))
+        False
     """
-    return (
-        _NAMES.fullmatch(key) is not None
-        and len(old) == len(new)
-        and old[1:] == new[1:]
-        and old != new
-    )
+    same_but_rows = len(old) == len(new) and old[1:] == new[1:] and old != new
+    return same_but_rows and _NAMES.fullmatch(key) is not None
 
 
 def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> list[str]:
@@ -50,35 +48,30 @@ def resizing_problems(base: Shapes, resized: Shapes, config: Mapping[str, Any]) 
         return [f"the vocabulary was resized to different sizes: {shown}"]
     (old,) = before
     problems = []
-    if left := [
-        k for k, s in base.items() if k not in resized and _NAMES.fullmatch(k) and s[0] == old
-    ]:
+    others = (key for key in base if key not in resized and _NAMES.fullmatch(key))
+    if left := [key for key in others if base[key][0] == old]:
         problems.append(
-            f"the adapter resized the vocabulary ({shown}) and does not hold {', '.join(left)}, which must have as "
-            "many rows. Save both in PEFT, such as with modules_to_save=['embed_tokens', 'lm_head']"
+            f"the adapter resized the vocabulary ({shown}) and does not hold {', '.join(left)}, "
+            "which must have as many rows. Save both in PEFT, such as with "
+            "modules_to_save=['embed_tokens', 'lm_head']"
         )
     said = vocabulary_sizes(config)
     if said and old not in said.values():
         problems.append(
-            f"the adapter resized the vocabulary ({shown}), and config.json says {said}, which is not the base's {old}"
+            f"the adapter resized the vocabulary ({shown}), and config.json says {said}, "
+            f"which is not the base's {old}"
         )
     return problems
 
 
 def vocabulary_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes of the vocabulary in a config, of the model or of its language model."""
-    nested = {
-        f"{name}.vocab_size": part for name, part in config.items() if isinstance(part, Mapping)
-    }
-    found = {
-        "vocab_size": config,
-        **{place: part for place, part in nested.items() if "text" in place or "llm" in place},
-    }
-    return {
-        place: part["vocab_size"]
-        for place, part in found.items()
-        if isinstance(part.get("vocab_size"), int)
-    }
+    found: dict[str, Mapping[str, Any]] = {"vocab_size": config}
+    for name, part in config.items():
+        if isinstance(part, Mapping) and ("text" in name or "llm" in name):
+            found[f"{name}.vocab_size"] = part
+    sizes = {place: part.get("vocab_size") for place, part in found.items()}
+    return {place: size for place, size in sizes.items() if isinstance(size, int)}
 
 
 def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -96,14 +89,12 @@ def with_vocabulary_size(config: Mapping[str, Any], old: int, new: int) -> dict[
 def resizing_note(base: Shapes, resized: Shapes, config: Mapping[str, Any]) -> str:
     """Write the note about a merge that resizes the vocabulary."""
     (key, new), *_ = resized.items()
-    said = (
-        "as config.json says now"
-        if vocabulary_sizes(config)
-        else "which the config has to say (vocab_size)"
-    )
+    said = "which the config has to say (vocab_size)"
+    if vocabulary_sizes(config):
+        said = "as config.json says now"
     return (
-        f"the vocabulary has {new[0]} rows instead of {base[key][0]} ({', '.join(resized)}), {said}. The tokenizer is "
-        "still the base's: put the one of the training into the folder"
+        f"the vocabulary has {new[0]} rows instead of {base[key][0]} ({', '.join(resized)}), "
+        f"{said}. The tokenizer is still the base's: put the one of the training into the folder"
     )
 
 
@@ -121,7 +112,8 @@ def resizing_hint(wanted: Shapes, given: Shapes) -> str:
     old, new = wanted[name][0], given[name][0]
     how = f"cut the {old - new} rows off" if new < old else f"append {new - old} rows of zeros to"
     return (
-        f"The adapter was trained with a vocabulary of {new}, the model has {old}: load it onto a base of the new "
-        f"size. In transformers, `model.resize_token_embeddings({new})` and save; in JAX, {how} the vocabulary's axis "
-        f"of {', '.join(resized)} (the file's own rows replace all of them). "
+        f"The adapter was trained with a vocabulary of {new}, the model has {old}: load it onto a "
+        f"base of the new size. In transformers, `model.resize_token_embeddings({new})` and save; "
+        f"in JAX, {how} the vocabulary's axis of {', '.join(resized)} (the file's own rows replace "
+        "all of them). "
     )

@@ -17,24 +17,30 @@ from ..updates.rounding import Loss, overall
 def quantised_problem(
     quantisation: Quantisation, taken: Collection[str], key: str, target: np.dtype
 ) -> str | None:
-    """Why a leaf cannot get a tensor's values; a tree that holds the scale too takes them as they are stored."""
+    """Return why a leaf cannot get a tensor's values, or None.
+
+    A tree that holds the scale too takes the values as they are stored.
+    """
     if key in quantisation.scales:
         scale = quantisation.scales[key].key
         if scale in taken or not is_float8(target):
             return None
-        return f"{key} is multiplied by {scale}, for which a {target} leaf has no place: give dtype= or a wider leaf"
+        return (
+            f"{key} is multiplied by {scale}, for which a {target} leaf has no place: "
+            "give dtype= or a wider leaf"
+        )
     return quantisation.problems.get(key) if is_floating(target) else None
 
 
 def requantised(
     checkpoint: Checkpoint, key: str, value: np.ndarray, losses: dict[str, Loss]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a tensor in the base's scaled float8, and its scale; unchanged values keep their bits."""
-    scale, raw, old = (
-        checkpoint.quantisation.scales[key],
-        checkpoint.read(key),
-        checkpoint.read_scale(key),
-    )
+    """Return a tensor in the base's scaled float8, and its scale.
+
+    Values that have not changed keep their bits.
+    """
+    scale = checkpoint.quantisation.scales[key]
+    raw, old = checkpoint.read(key), checkpoint.read_scale(key)
     base = dequantised(raw, scale.rows(old, raw.shape))
     if np.array_equal(base.astype(value.dtype), value):
         return raw, old
@@ -54,7 +60,8 @@ def warn_of_losses(losses: Mapping[str, Loss]) -> None:
     if losses and (share := overall(list(losses.values()))) > LOSS_LIMIT:
         worst = max(losses, key=lambda key: losses[key].share)
         warn_caller(
-            f"Quantising the merged weights to float8 again loses {share:.0%} of the update, most in {worst} "
-            f"({losses[worst].share:.0%}; relative error of the weight {losses[worst].relative:.1%}). Save without "
-            "base=, or onto a base of more bits, to keep it.",
+            f"Quantising the merged weights to float8 again loses {share:.0%} of the update, most "
+            f"in {worst} ({losses[worst].share:.0%}; relative error of the weight "
+            f"{losses[worst].relative:.1%}). Save without base=, or onto a base of more bits, to "
+            "keep it."
         )

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping, Sequence
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.module_names import (
@@ -18,16 +13,14 @@ from loha_jax.targets.module_names import (
     UnknownNameError,
     all_names,
     module_name,
-    path_parts,
 )
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
-from loha_jax.tree.quantised import wrapped
 from loha_jax.tree.text_table import text_table
 
-from ..disk.base_checkpoint import Checkpoint
-from .content_match import Leaf, Options, match_contents
+from .leaf_options import Options
 from .leaf_source import Source
-from .torch_mapping import map_sources
+
+Choice = str | Sequence[str] | tuple[str | Sequence[str], str | Layout]
+"""What settles a leaf: torch's name (several for a stack), or names and a layout."""
 
 _COLLECTION = re.compile(r"(params|batch_stats)\.")
 
@@ -46,7 +39,7 @@ class SettledNames:
         unmatched: leaves with no torch name, and why.
         unused: torch names that no leaf has.
         options: of leaves whose contents leave several.
-        tied: the torch names of leaves whose tensor is there more than once.
+        tied: the leaves whose tensor is in the file more than once, and which none was chosen for.
         shapes: of the leaves, for the table.
     """
 
@@ -54,49 +47,19 @@ class SettledNames:
     unmatched: dict[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     options: dict[str, Options] = dataclasses.field(default_factory=dict)
-    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of_mapping(
-        cls,
-        mapping: Mapping[str, Any],
-        base: str | Path | Mapping[str, Sequence[int]],
-        preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None,
-    ) -> SettledNames:
-        """Run a mapping on a checkpoint's names; see `NameMap`."""
-        shapes = base if isinstance(base, Mapping) else Checkpoint(base).shapes
-        mapped = map_sources(
-            mapping, {key: tuple(shape) for key, shape in shapes.items()}, preprocess
-        )
-        return cls(
-            {_without_box(path): source for path, source in mapped.sources.items()},
-            {_without_box(path): reason for path, reason in mapped.problems.items()},
-            tuple(mapped.unused),
-        )
-
-    @classmethod
-    def of_contents(cls, params: Any, base: str | Path) -> SettledNames:
-        """Find each leaf among the tensors of a checkpoint; see `NameMap.infer`."""
-        leaves = _leaves(params)
-        checkpoint = Checkpoint(base)
-        if checkpoint.quantisation.scales or checkpoint.quantisation.packed:
-            raise ValueError(
-                f"NameMap.infer compares values, and {base} is quantised ({checkpoint.quantisation.example}). Give it "
-                "the float checkpoint of the same model"
-            )
-        found = match_contents(leaves, checkpoint)
-        tied = {path: (*s.keys, *s.also) for path, s in found.sources.items() if s.also}
-        shapes = {leaf.path: tuple(leaf.array.shape) for leaf in leaves}
-        return cls(
-            found.sources, found.unmatched, tuple(found.unused), found.ambiguous, tied, shapes
-        )
 
     @property
     def ambiguous(self) -> dict[str, tuple[str, ...]]:
         """See `NameMap.ambiguous`."""
-        tied = {path: keys for path, keys in self.tied.items() if path in self.sources}
-        return {**tied, **{path: options.words for path, options in self.options.items()}}
+        tied = {path: self._all_keys(path) for path in self.sources if path in self.tied}
+        return tied | {path: options.words for path, options in self.options.items()}
+
+    def _all_keys(self, path: str) -> tuple[str, ...]:
+        """Return the names of all tensors that have the values of a leaf that is settled."""
+        source = self.sources[path]
+        return (*source.keys, *source.also)
 
     @property
     def layouts(self) -> dict[str, Layout | None]:
@@ -125,10 +88,11 @@ class SettledNames:
             f"{name}.bias",
         ):
             if path in self.tied or path in self.options:
-                keys = self.options[path].keys if path in self.options else self.tied[path]
+                options = self.options.get(path)
+                keys = options.keys if options else self._all_keys(path)
                 raise UnknownNameError(
-                    f"{path} could be {', '.join(self.ambiguous[path])}: their contents do not tell them apart. Say "
-                    f"which with names.settle({{{path!r}: ...}}).",
+                    f"{path} could be {', '.join(self.ambiguous[path])}: their contents do not "
+                    f"tell them apart. Say which with names.settle({{{path!r}: ...}}).",
                     [_module(key) for key in keys],
                 )
             if path in self.sources:
@@ -157,49 +121,43 @@ class SettledNames:
             path: dataclasses.replace(s, keys=_renamed(s.keys, names), also=_renamed(s.also, names))
             for path, s in self.sources.items()
         }
-        tied = {path: _renamed(keys, names) for path, keys in self.tied.items()}
-        return dataclasses.replace(self, sources=sources, tied=tied)
+        return dataclasses.replace(self, sources=sources)
 
-    def settle(self, choices: Mapping[str, Any]) -> SettledNames:
+    def settle(self, choices: Mapping[str, Choice]) -> SettledNames:
         """Return these with some leaves settled by hand; see `NameMap.settle`."""
-        copies = {
-            name: dict(getattr(self, name)) for name in ("sources", "unmatched", "options", "tied")
-        }
-        result = dataclasses.replace(self, **copies)
-        known = [*self.sources, *self.options, *self.unmatched]
+        chosen: dict[str, Source] = {}
         for name, choice in choices.items():
-            paths = (
-                [name] if name in known else [p for p in known if module_name(p.split(".")) == name]
-            )
-            if len(paths) > 1:
-                paths = [p for p in paths if p.rpartition(".")[2] in KERNEL_LEAVES] or paths
-            if len(paths) != 1:
-                raise KeyError(
-                    f"settle: {name!r} is no leaf of this map; it has {', '.join(known)}"
-                )
-            result.sources[paths[0]] = result._chosen(paths[0], choice)
-            for table in (result.options, result.unmatched, result.tied):
-                table.pop(paths[0], None)
-        return result
+            path = self._path(name)
+            chosen[path] = self._chosen(path, choice)
+        return dataclasses.replace(
+            self,
+            sources={**self.sources, **chosen},
+            unmatched={p: why for p, why in self.unmatched.items() if p not in chosen},
+            options={p: options for p, options in self.options.items() if p not in chosen},
+            tied=self.tied - chosen.keys(),
+        )
 
-    def _chosen(self, path: str, choice: Any) -> Source:
-        """The source of one leaf with a name, or a name and a layout, that is given by hand."""
-        layout = None
-        if isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Layout):
-            choice, layout = choice
-        elif (
-            isinstance(choice, tuple)
-            and len(choice) == 2
-            and re.fullmatch(r"[siok\d ]+", str(choice[1]))
-        ):
-            choice, layout = choice[0], Layout(choice[1])
-        names = [choice] if isinstance(choice, str) else list(choice)
+    def _path(self, name: str) -> str:
+        """Return the path of the leaf that a path or a default module name means."""
+        known = [*self.sources, *self.options, *self.unmatched]
+        paths = [p for p in known if module_name(p.split(".")) == name]
+        if len(paths) > 1:
+            paths = [p for p in paths if p.rpartition(".")[2] in KERNEL_LEAVES] or paths
+        if name in known:
+            return name
+        if len(paths) != 1:
+            raise KeyError(f"settle: {name!r} is no leaf of this map; it has {', '.join(known)}")
+        return paths[0]
+
+    def _chosen(self, path: str, choice: Choice) -> Source:
+        """Return the source of one leaf with the name, or name and layout, given by hand."""
+        names, layout = _split_choice(choice)
         try:
             if (options := self.options.get(path)) is not None:
                 return options.choose(
                     [n if n in options.keys else _parameter(n) for n in names], layout
                 )
-            tied = self.tied.get(path, ())
+            tied = self._all_keys(path) if path in self.tied else ()
             keys = tuple(name if name in tied else _parameter(name) for name in names)
             source = self.sources.get(path)
             if layout is not None:
@@ -222,48 +180,28 @@ class SettledNames:
                 (path, shape, ", ".join(keys) + also, source.layout.word if source.layout else "-")
             )
         lines = text_table(rows)
-        lines += [
-            f"ambiguous: {path}: {', '.join(options)}" for path, options in self.ambiguous.items()
-        ]
+        lines += [f"ambiguous: {p}: {', '.join(words)}" for p, words in self.ambiguous.items()]
         lines += [f"unmatched: {path}: {reason}" for path, reason in self.unmatched.items()]
         lines += [f"unused: {key}" for key in self.unused]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return (
-            f"{len(self.sources)} leaves, {len(self.ambiguous)} ambiguous, {len(self.unmatched)} unmatched, "
-            f"{len(self.unused)} unused torch tensors"
+            f"{len(self.sources)} leaves, {len(self.ambiguous)} ambiguous, "
+            f"{len(self.unmatched)} unmatched, {len(self.unused)} unused torch tensors"
         )
 
 
-def _leaves(params: Any) -> list[Leaf]:
-    """The leaves of a tree that have values to compare.
-
-    Raises:
-        TypeError: the tree holds shapes.
-    """
-    leaves = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)[0]:
-        if isinstance(leaf, LoHaWeight):
-            leaf = leaf.kernel
-        elif isinstance(leaf, SavedWeight):
-            leaf = leaf.original
-        leaf = wrapped(leaf)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
-                "NameMap.infer compares values, and the tree holds shapes (jax.ShapeDtypeStruct). Give it the "
-                "parameters that were loaded from this checkpoint."
-            )
-        is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        if is_array and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            parts = path_parts(path)
-            leaves.append(Leaf(leaf_path(parts), parts, leaf))
-    return leaves
-
-
-def _without_box(path: str) -> str:
-    """A JAX path as `path_parts` gives it: without the attribute that boxes the array, as tunix' gemma4 writes it."""
-    return leaf_path(path.removesuffix(".value").removesuffix(".raw_value").split("."))
+def _split_choice(choice: Choice) -> tuple[list[str], Layout | None]:
+    """Split what was given for a leaf into names and a layout."""
+    layout = None
+    if isinstance(choice, tuple) and len(choice) == 2:
+        names, last = choice
+        if isinstance(last, Layout):
+            choice, layout = names, last
+        elif re.fullmatch(r"[siok\d ]+", last):
+            choice, layout = names, Layout(last)
+    return [choice] if isinstance(choice, str) else [str(name) for name in choice], layout
 
 
 def _renamed(keys: Sequence[str], names: Names) -> tuple[str, ...]:
@@ -271,7 +209,7 @@ def _renamed(keys: Sequence[str], names: Names) -> tuple[str, ...]:
 
 
 def _module(key: str) -> str:
-    """The module of a torch parameter: all but the last part of its name, where that is a usual one."""
+    """Return a torch parameter's name without its last part, if that is a usual one."""
     module, _, last = key.rpartition(".")
     return module if last in ("weight", "bias", "running_mean", "running_var") and module else key
 

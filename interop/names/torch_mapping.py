@@ -13,7 +13,8 @@ import enum
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,19 @@ import numpy as np
 
 from loha_jax.runtime._compat import Literal
 
+from ..disk.base_checkpoint import Checkpoint
 from .leaf_source import Source, make_source
+from .settled_names import SettledNames, leaf_path
 
 Shape = tuple[int, ...]
+TorchMapping = Mapping[str, tuple[str, object]]
+"""`{torch_regex: (jax_path, transform)}`; see `Transform.of`."""
+
+Preprocess = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+"""The function that a model's loader runs on the transformed tensors."""
 
 
-def is_torch_mapping(names: Any) -> bool:
+def is_torch_mapping(names: object) -> TypeGuard[TorchMapping]:
     """Return whether a table is a mapping, and not `{regex: template}`."""
     return isinstance(names, Mapping) and any(
         isinstance(v, tuple) and len(v) == 2 and not isinstance(v[1], str) for v in names.values()
@@ -42,7 +50,7 @@ class Transform:
     reshape_first: bool = False
 
     @classmethod
-    def of(cls, value: Any, pattern: str) -> Transform:
+    def of(cls, value: object, pattern: str) -> Transform:
         """Parse None, `(permute, reshape[, reshape_first])` or an enum member of such a value."""
         if isinstance(value, enum.Enum):
             value = value.value
@@ -50,8 +58,8 @@ class Transform:
             return cls()
         if not isinstance(value, tuple) or len(value) not in (2, 3):
             raise ValueError(
-                f"The transform of {pattern!r} is None, (permute, reshape) or (permute, reshape, reshape_first), got "
-                f"{value!r}"
+                f"The transform of {pattern!r} is None, (permute, reshape) or "
+                f"(permute, reshape, reshape_first), got {value!r}"
             )
         permute, reshape, *first = value
         return cls(
@@ -62,13 +70,11 @@ class Transform:
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
         """Return the tensor with its axes as the JAX model has them."""
-        if self.reshape_first and self.reshape is not None:
-            tensor = tensor.reshape(self.reshape)
-        if self.permute:
-            tensor = tensor.transpose(self.permute)
-        if not self.reshape_first and self.reshape is not None:
-            tensor = tensor.reshape(self.reshape)
-        return tensor
+        reshape = self.reshape
+        if self.reshape_first and reshape is not None:
+            tensor, reshape = tensor.reshape(reshape), None
+        tensor = tensor.transpose(self.permute) if self.permute else tensor
+        return tensor if reshape is None else tensor.reshape(reshape)
 
     def source(self, key: str, torch_shape: Shape) -> Source:
         """Return which axis is which, from the strides of an array that is transformed as a view.
@@ -84,11 +90,11 @@ class Transform:
             raise ValueError(
                 f"{key} of shape {list(torch_shape)} does not take {self}: {error}"
             ) from error
-        if moved.size and not np.may_share_memory(
-            probe, moved
-        ):  # numpy had to copy: no strides describe the result
+        # Where numpy had to copy, no strides describe the result.
+        if moved.size and not np.may_share_memory(probe, moved):
             raise ValueError(
-                f"{key}: {self} merges axes of the torch tensor in another order; no layout can say so"
+                f"{key}: {self} merges axes of the torch tensor in another order; "
+                "no layout can say so"
             )
         source = _source_of_strides((key,), moved.shape, torch_shape, moved.strides)
         if source is None:
@@ -99,7 +105,7 @@ class Transform:
 def _source_of_strides(
     keys: tuple[str, ...], shape: Sequence[int], torch_shape: Shape, strides: Sequence[int]
 ) -> Source | None:
-    """A source from the distance that one step along each axis of the leaf makes in the (stacked) torch tensors."""
+    """Return a source from how far apart neighbours along each axis of the leaf are in torch."""
     size = math.prod(torch_shape)
     steps = [math.prod(torch_shape[n + 1 :]) for n in range(len(torch_shape))]
     stack: list[int] = []
@@ -122,99 +128,87 @@ def _source_of_strides(
     return make_source(keys, shape, sorted(stack), groups)
 
 
-@dataclasses.dataclass
-class MappedSources:
-    """The result of a mapping that was run on a checkpoint.
+class _Tensor(NamedTuple):
+    """A tensor of the checkpoint that becomes one leaf of the model's loader."""
 
-    Attributes:
-        sources: by JAX path.
-        problems: why a JAX path that the mapping names has no source.
-        unused: torch names that no pattern matches, or more than one.
-    """
-
-    sources: dict[str, Source]
-    problems: dict[str, str]
-    unused: list[str]
+    key: str
+    shape: Shape
+    transform: Transform
 
 
 def map_sources(
-    mapping: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> MappedSources:
-    """Apply a mapping to the names and shapes of a checkpoint.
+    mapping: TorchMapping,
+    base: str | Path | Mapping[str, Sequence[int]],
+    preprocess: Preprocess | None = None,
+) -> SettledNames:
+    """Apply a mapping to the names and shapes of a checkpoint; see `NameMap`.
 
     Args:
         mapping: `{torch_regex: (jax_path, transform)}`.
-        shapes: torch shapes by name.
+        base: the checkpoint, or torch shapes by name.
         preprocess: the function that the model's loader runs on the transformed tensors (tunix'
             `preprocess_fn`, which stacks q, k and v or experts). It is run on index numbers, which
             show where each element comes from.
     """
+    shapes = base if isinstance(base, Mapping) else Checkpoint(base).shapes
     parsed = [(re.compile(p), path, Transform.of(t, p)) for p, (path, t) in mapping.items()]
-    found: dict[str, list[tuple[str, Transform]]] = {}
+    found: dict[str, list[_Tensor]] = {}
     unused: list[str] = []
-    for key in shapes:
-        hits = [
-            (pattern.sub(path, key), transform)
-            for pattern, path, transform in parsed
-            if pattern.match(key)
-        ]
-        if len(hits) == 1:
-            found.setdefault(hits[0][0], []).append((key, hits[0][1]))
-        else:
+    for key, shape in shapes.items():
+        hits = [(pattern, path, t) for pattern, path, t in parsed if pattern.match(key)]
+        if len(hits) != 1:
             unused.append(key)
-    result = MappedSources({}, {}, unused)
-    single: dict[str, tuple[str, Transform]] = {}
-    for path, entries in found.items():
-        if len(entries) == 1:
-            single[path] = entries[0]
-        else:
-            result.problems[path] = (
-                f"the mapping gives it several tensors: {', '.join(k for k, _ in entries)}"
-            )
-    if preprocess is None:
-        for path, (key, transform) in single.items():
-            try:
-                result.sources[path] = transform.source(key, shapes[key])
-            except ValueError as error:
-                result.problems[path] = str(error)
-        return result
-    for path, inputs in _dependencies(preprocess, single, shapes).items():
+            continue
+        ((pattern, path, transform),) = hits
+        tensor = _Tensor(key, tuple(shape), transform)
+        found.setdefault(pattern.sub(path, key), []).append(tensor)
+    keys_of = {path: [tensor.key for tensor in own] for path, own in found.items()}
+    problems = {
+        _without_box(path): f"the mapping gives it several tensors: {', '.join(own)}"
+        for path, own in keys_of.items()
+        if len(own) > 1
+    }
+    single = {path: own[0] for path, own in found.items() if len(own) == 1}
+    sources: dict[str, Source] = {}
+    for path, inputs in _dependencies(preprocess, single).items():
         try:
-            if inputs == [path]:
-                result.sources[path] = single[path][1].source(
-                    single[path][0], shapes[single[path][0]]
-                )
+            if preprocess is None or inputs == [path]:
+                tensor = single[path]
+                source = tensor.transform.source(tensor.key, tensor.shape)
             else:
-                result.sources[path] = _preprocessed(
-                    preprocess, path, {p: single[p] for p in inputs}, shapes
-                )
+                source = _preprocessed(preprocess, path, {p: single[p] for p in inputs})
+            sources[_without_box(path)] = source
         except ValueError as error:
-            result.problems[path] = str(error)
-    return result
+            problems[_without_box(path)] = str(error)
+    return SettledNames(sources, problems, tuple(unused))
+
+
+def _without_box(path: str) -> str:
+    """Return a JAX path without the attribute that boxes the array, as tunix' gemma4 has it."""
+    return leaf_path(path.removesuffix(".value").removesuffix(".raw_value").split("."))
 
 
 def _dependencies(
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]],
-    entries: Mapping[str, tuple[str, Transform]],
-    shapes: Mapping[str, Shape],
+    preprocess: Preprocess | None, tensors: Mapping[str, _Tensor]
 ) -> dict[str, list[str]]:
-    """The inputs that each output of `preprocess` is made of; one that is handed on depends only on itself."""
+    """Return the inputs that each output of `preprocess` is made of.
 
-    def shape(key: str, transform: Transform) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            transform.apply(np.zeros(shapes[key], np.uint8)).shape, jnp.uint32
-        )
+    An output that only hands on an input depends on this one alone, and has its name.
+    """
+    if preprocess is None:
+        return {path: [path] for path in tensors}
 
-    inputs = {path: shape(*entry) for path, entry in entries.items()}
+    def shape(tensor: _Tensor) -> jax.ShapeDtypeStruct:
+        moved = tensor.transform.apply(np.zeros(tensor.shape, np.uint8))
+        return jax.ShapeDtypeStruct(moved.shape, jnp.uint32)
+
+    inputs = {path: shape(tensor) for path, tensor in tensors.items()}
     closed, outputs = jax.make_jaxpr(preprocess, return_shape=True)(inputs)
     names = sorted(inputs)  # as jax flattens a dict
     depends = {var: {name} for var, name in zip(closed.jaxpr.invars, names, strict=True)}
     for equation in closed.jaxpr.eqns:
-        united = set().union(
-            *(depends.get(v, set()) for v in equation.invars if not isinstance(v, Literal))
-        )
+        variables = [v for v in equation.invars if not isinstance(v, Literal)]
+        united = set().union(*(depends.get(v, set()) for v in variables))
         depends.update(dict.fromkeys(equation.outvars, united))
     return {
         name: sorted(depends.get(var, ())) if not isinstance(var, Literal) else []
@@ -222,57 +216,53 @@ def _dependencies(
     }
 
 
-def _preprocessed(
-    preprocess: Callable[[dict[str, Any]], dict[str, Any]],
-    path: str,
-    entries: Mapping[str, tuple[str, Transform]],
-    shapes: Mapping[str, Shape],
-) -> Source:
-    """The source of an output of `preprocess`, from where the elements of its inputs go."""
-    keys = [key for key, _ in entries.values()]
-    torch_shape = shapes[keys[0]] if keys else ()
-    size = math.prod(torch_shape)
-    if not keys or len({shapes[key] for key in keys}) != 1:
+def _preprocessed(preprocess: Preprocess, path: str, tensors: Mapping[str, _Tensor]) -> Source:
+    """Return the source of an output of `preprocess`, from where the elements of its inputs go."""
+    keys = tuple(tensor.key for tensor in tensors.values())
+    shapes = {tensor.shape for tensor in tensors.values()}
+    if len(shapes) != 1:
         raise ValueError(
             f"it is made of tensors of different shapes, {', '.join(keys)}; no layout can say so"
         )
-    if size * len(keys) > np.iinfo(np.uint32).max:
+    shape = (len(keys), *shapes.pop())
+    if (size := math.prod(shape)) > np.iinfo(np.uint32).max:
+        raise ValueError(f"it has {size} elements, more than can be followed through `preprocess`")
+    numbers = np.arange(size, dtype=np.uint32).reshape(shape)  # a different one for every element
+    moved = (t.transform.apply(own) for t, own in zip(tensors.values(), numbers, strict=True))
+    outputs = preprocess(dict(zip(tensors, map(jnp.asarray, moved), strict=True)))
+    source = _source_of_numbers(keys, np.asarray(outputs.get(path, ())), numbers)
+    if source is None:
         raise ValueError(
-            f"it has {size * len(keys)} elements, more than can be followed through `preprocess`"
+            f"`preprocess` does more with {', '.join(keys)} than permute and stack; "
+            "no layout can say so"
         )
-    tensors = [
-        np.arange(n * size, (n + 1) * size, dtype=np.uint32).reshape(torch_shape)
-        for n in range(len(keys))
-    ]
-    inputs = {p: jnp.asarray(t.apply(tensors[n])) for n, (p, (_, t)) in enumerate(entries.items())}
-    outputs = preprocess(inputs)
-    leaf = np.asarray(outputs[path]) if path in outputs else np.zeros(0, np.uint32)
-    error = ValueError(
-        f"`preprocess` does more with {', '.join(keys)} than permute and stack; no layout can say so"
-    )
-    if leaf.dtype != np.uint32 or leaf.size != size * len(keys):
-        raise error
-    corner = (0,) * leaf.ndim
-    first = int(leaf[corner])
-    strides = []
+    return source
+
+
+def _source_of_numbers(
+    keys: tuple[str, ...], leaf: np.ndarray, numbers: np.ndarray
+) -> Source | None:
+    """Return the source of a leaf that holds the numbers of stacked tensors, or None."""
+    if leaf.dtype != numbers.dtype or leaf.size != numbers.size or not leaf.size:
+        return None
+    size = numbers[0].size
+    strides: list[int] = []
     for axis, n in enumerate(leaf.shape):
-        step = int(leaf[(*corner[:axis], 1, *corner[axis + 1 :])]) - first if n > 1 else 0
-        # the inputs come in any order, so that a step between two of them may be negative
+        after = leaf[tuple(int(n > 1 and other == axis) for other in range(leaf.ndim))]
+        step = int(after) - int(leaf.flat[0])
+        # The inputs come in any order, so a step between two of them may be negative.
         strides.append(size if n > 1 and abs(step) >= size and step % size == 0 else step)
-    source = (
-        _source_of_strides(tuple(keys), leaf.shape, torch_shape, strides)
-        if min(strides, default=0) >= 0
-        else None
-    )
+    if min(strides, default=0) < 0:
+        return None
+    source = _source_of_strides(keys, leaf.shape, numbers.shape[1:], strides)
     if source is None or math.prod(leaf.shape[a] for a in source.stack) != len(keys):
-        raise error
-    heads = [int(source.part(leaf, n).reshape(-1)[0]) for n in range(len(keys))]
-    if any(head % size for head in heads):
-        raise error
-    order = [head // size for head in heads]
+        return None
+    order = [int(source.part(leaf, n).flat[0]) // size for n in range(len(keys))]
+    if sorted(order) != list(range(len(keys))):
+        return None
     expected = np.empty_like(leaf)
     for n, k in enumerate(order):
-        source.put(tensors[k], expected, n)
-    if sorted(order) != list(range(len(keys))) or not np.array_equal(expected, leaf):
-        raise error
+        source.put(numbers[k], expected, n)
+    if not np.array_equal(expected, leaf):
+        return None
     return dataclasses.replace(source, keys=tuple(keys[k] for k in order))

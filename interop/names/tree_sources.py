@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.model_layouts import Layouts
@@ -19,9 +19,11 @@ from .leaf_source import Source, convolution_source
 from .name_map import NameMap
 from .settled_names import leaf_path
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 def find_sources_in(
-    checkpoint: Checkpoint | None, params: Any, names: Names | None, layouts: Layouts | None
+    checkpoint: Checkpoint | None, params: PyTree, names: Names | None, layouts: Layouts | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
     """Return the tree, the sources of its leaves by flat position, and why others have none.
 
@@ -37,143 +39,143 @@ def find_sources_in(
 
 
 def _find_sources(
-    params: Any,
-    names: Names | None,
-    layouts: Layouts | None,
-    shapes: Mapping[str, tuple[int, ...]] | None,
+    params: PyTree, names: Names | None, layouts: Layouts | None, shapes: Shapes | None
 ) -> tuple[NamedTree, dict[int, Source], list[str]]:
-    """The same for a checkpoint whose names are as they are."""
-    in_file = {
-        key.removesuffix(".weight"): shape
-        for key, shape in (shapes or {}).items()
-        if len(shape) > 2
-    }
+    """Return the same for a checkpoint whose names are as they are."""
+    convolutions = {key: shape for key, shape in (shapes or {}).items() if len(shape) > 2}
+    in_file = {key.removesuffix(".weight"): shape for key, shape in convolutions.items()}
     tree = NamedTree(params, names, layouts, in_file)
+    finder = _Finder(tree, names, shapes)
     sources: dict[int, Source] = {}
     problems: list[str] = []
     for position in tree.names:
-        if jax.numpy.issubdtype(tree.leaves[position].dtype, jax.dtypes.extended):
+        leaf = tree.leaves[position]
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue  # a PRNG key: no weight
         try:
-            sources[position] = _source(tree, position, names, shapes)
+            sources[position] = finder.source(position)
         except ValueError as error:
-            problems.append(
-                f"{'.'.join(tree.paths[position])} {list(tree.leaves[position].shape)}: {error}"
-            )
+            problems.append(f"{'.'.join(tree.paths[position])} {list(leaf.shape)}: {error}")
     return tree, sources, problems
 
 
-def _source(
-    tree: NamedTree,
-    position: int,
-    names: Names | None,
-    shapes: Mapping[str, tuple[int, ...]] | None,
-) -> Source:
-    leaf, parts = tree.leaves[position], tree.paths[position]
-    given = tree.layout_pattern(position) is not None and position in tree.kernels
-    if isinstance(names, NameMap) and names.is_settled:
-        source = names.source(leaf_path(parts))
-        return Source.of_layout(source.keys, tree.layout(position)) if given else source
-    if isinstance(leaf, SavedWeight):
-        if leaf.layout is not None:
-            return Source.of_layout((leaf.name,), leaf.layout)
-        return Source((leaf.name,), (), _axes(leaf.shape, (shapes or {}).get(leaf.name)))
-    if tree.is_transposed_convolution(position) and position in tree.kernels:
-        raise ValueError(
-            "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with the taps reversed, which "
-            "no layout says: convert it by hand"
-        )
-    if isinstance(leaf, LoHaWeight):
-        return _kernel_source(tree, position, leaf.names, names)
-    if parts[-1] in KERNEL_LEAVES and position in tree.kernels:
-        source = _kernel_source(tree, position, None, names, shapes)
-        if shapes is not None and not given and source.keys[0] not in shapes:
-            vectors = _vector_source(
-                tree, position, shapes
-            )  # Llama's stacked norms are called weight too
-            return vectors if all(key in shapes for key in vectors.keys) else source
-        return source
-    if (
-        is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES
-    ):  # a parameter of its own, such as a class token
-        (name,) = tree.module_names(position, ())
-        if is_torch_oriented(parts[-1]) and not given:  # a recurrent cell's weight_ih
-            return Source((name,), (), tuple((axis,) for axis in range(len(leaf.shape))))
-        if given or (
-            position in tree.kernels
-            and shapes
-            and name not in shapes
-            and f"{name}.weight" in shapes
-        ):
-            return _kernel_source(tree, position, None, names)
-        if shapes is None:
+@dataclasses.dataclass(frozen=True)
+class _Finder:
+    """Where the leaves of a tree are in a checkpoint.
+
+    Attributes:
+        tree: the leaves with their names.
+        names: a `NameMap` knows more than names.
+        shapes: of the checkpoint's tensors, or None where there is no checkpoint.
+    """
+
+    tree: NamedTree
+    names: Names | None
+    shapes: Shapes | None
+
+    def _shape(self, key: str) -> tuple[int, ...] | None:
+        return (self.shapes or {}).get(key)
+
+    def source(self, position: int) -> Source:
+        """Return the source of a leaf.
+
+        Raises:
+            ValueError: it has none; the message says why.
+        """
+        tree, shapes = self.tree, self.shapes
+        leaf, parts = tree.leaves[position], tree.paths[position]
+        is_kernel = position in tree.kernels
+        given = is_kernel and tree.layout_pattern(position) is not None
+        if isinstance(self.names, NameMap) and self.names.is_settled:
+            source = self.names.source(leaf_path(parts))
+            return Source.of_layout(source.keys, tree.layout(position)) if given else source
+        if isinstance(leaf, SavedWeight):
+            if leaf.layout is not None:
+                return Source.of_layout((leaf.name,), leaf.layout)
+            return Source((leaf.name,), (), _axes(leaf.shape, self._shape(leaf.name)))
+        if is_kernel and tree.is_transposed_convolution(position):
             raise ValueError(
-                "only a torch checkpoint says whether it is a parameter or a weight; give `base=`"
+                "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with "
+                "the taps reversed, which no layout says: convert it by hand"
             )
-        return Source((name,), (), _axes(leaf.shape, shapes.get(name)))
-    return _vector_source(tree, position, shapes)
+        if isinstance(leaf, LoHaWeight):
+            return self._kernel(position, leaf.names)
+        if is_kernel and parts[-1] in KERNEL_LEAVES:
+            source = self._kernel(position)
+            if shapes is not None and not given and source.keys[0] not in shapes:
+                # Llama's stacked norms are called weight too.
+                vectors = self._vector(position)
+                return vectors if all(key in shapes for key in vectors.keys) else source
+            return source
+        if is_kernel_leaf(parts) and parts[-1] not in KERNEL_LEAVES:
+            # A parameter of its own, such as a class token.
+            (name,) = tree.module_names(position, ())
+            if is_torch_oriented(parts[-1]) and not given:  # a recurrent cell's weight_ih
+                return Source((name,), (), tuple((axis,) for axis in range(len(leaf.shape))))
+            is_weight = shapes and name not in shapes and f"{name}.weight" in shapes
+            if given or (is_weight and is_kernel):
+                return self._kernel(position)
+            if shapes is None:
+                raise ValueError(
+                    "only a torch checkpoint says whether it is a parameter or a weight; give "
+                    "`base=`"
+                )
+            return Source((name,), (), _axes(leaf.shape, shapes.get(name)))
+        return self._vector(position)
 
-
-def _kernel_source(
-    tree: NamedTree,
-    position: int,
-    modules: Sequence[str] | None,
-    names: Names | None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> Source:
-    try:
-        layout = tree.layout(position)
-    except ValueError:
-        shape, key = (
-            tuple(tree.leaves[position].shape),
-            f"{tree.module_names(position, ())[0]}.weight",
-        )
-        torch = is_torch_oriented(tree.paths[position][-1])
-        if (source := convolution_source(key, shape, (shapes or {}).get(key, ()), torch)) is None:
-            raise
-        return source
-    modules = modules or tree.module_names(position, layout.sizes("s", tree.leaves[position].shape))
-    source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
-    if isinstance(names, NameMap) and names.is_conv1d(tree.names[position]):
-        out, in_ = source.axes
-        return dataclasses.replace(source, axes=(in_, out))
-    return source
-
-
-def _vector_source(
-    tree: NamedTree, position: int, shapes: Mapping[str, tuple[int, ...]] | None
-) -> Source:
-    """A bias, scale or statistic, stacked like its module's kernel or as the names show."""
-    parts, shape = tree.paths[position], tuple(tree.leaves[position].shape)
-    stacks = [0]
-    for other in tree.kernels:
-        beside = tree.paths[other]
-        if other != position and beside[:-1] == parts[:-1] and beside[-1] in KERNEL_LEAVES:
-            stack = tree.layout(other).sizes("s", tree.leaves[other].shape)
-            stacks = [len(stack)] if shape[: len(stack)] == stack else stacks
-            break
-    else:
-        stacks = list(range(max(len(shape), 1))) if shapes is not None else stacks
-    first = None
-    for count in stacks:
+    def _kernel(self, position: int, modules: Sequence[str] = ()) -> Source:
+        """Return the source of a kernel; `modules` are its torch names, where they are known."""
+        tree, shape = self.tree, tuple(self.tree.leaves[position].shape)
         try:
-            modules = tree.module_names(position, shape[:count])
+            layout = tree.layout(position)
         except ValueError:
-            if count == stacks[-1] and first is None:
+            key = f"{tree.module_names(position, ())[0]}.weight"
+            torch = is_torch_oriented(tree.paths[position][-1])
+            source = convolution_source(key, shape, self._shape(key) or (), torch)
+            if source is None:
                 raise
-            continue
-        keys = tuple(f"{module}.{torch_parameter(parts)}" for module in modules)
-        torch_shape = (shapes or {}).get(keys[0])
-        axes = tuple(tuple(count + a for a in group) for group in _axes(shape[count:], torch_shape))
-        first = first or Source(keys, tuple(range(count)), axes)
-        if shapes is None or all(key in shapes for key in keys):
-            return Source(keys, tuple(range(count)), axes)
-    assert first is not None
-    return first
+            return source
+        modules = modules or tree.module_names(position, layout.sizes("s", shape))
+        source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
+        if isinstance(self.names, NameMap) and self.names.is_conv1d(tree.names[position]):
+            return dataclasses.replace(source, axes=source.axes[::-1])  # [out, in] -> [in, out]
+        return source
+
+    def _vector(self, position: int) -> Source:
+        """Return the source of a bias, scale or statistic, stacked like its kernel or its names."""
+        parts, shape = self.tree.paths[position], tuple(self.tree.leaves[position].shape)
+        first = None
+        for count in (stacks := self._stacks(position)):
+            try:
+                modules = self.tree.module_names(position, shape[:count])
+            except ValueError:
+                if count == stacks[-1] and first is None:
+                    raise
+                continue
+            keys = tuple(f"{module}.{torch_parameter(parts)}" for module in modules)
+            groups = _axes(shape[count:], self._shape(keys[0]))
+            axes = tuple(tuple(count + axis for axis in group) for group in groups)
+            source = Source(keys, tuple(range(count)), axes)
+            if self.shapes is None or all(key in self.shapes for key in keys):
+                return source
+            first = first or source
+        assert first is not None
+        return first
+
+    def _stacks(self, position: int) -> Sequence[int]:
+        """Return how many leading axes of a vector may be those of a stack, most likely first."""
+        tree, shape = self.tree, tuple(self.tree.leaves[position].shape)
+        module = tree.paths[position][:-1]
+        for other in tree.kernels - {position}:
+            path = tree.paths[other]
+            if path[:-1] == module and path[-1] in KERNEL_LEAVES:
+                stack = tree.layout(other).sizes("s", tree.leaves[other].shape)
+                return [len(stack)] if shape[: len(stack)] == stack else [0]
+        return [0] if self.shapes is None else range(max(len(shape), 1))
 
 
 def _axes(shape: Sequence[int], torch_shape: Sequence[int] | None) -> tuple[tuple[int, ...], ...]:
-    """Axis by axis, or all in one for a torch tensor with a single axis (the bias of several heads)."""
+    """Group axes: each for itself, or all in one for a torch vector (the bias of several heads)."""
     if len(shape) > 1 and (torch_shape is None or len(torch_shape) == 1):
         return (tuple(range(len(shape))),)
     return tuple((axis,) for axis in range(len(shape)))

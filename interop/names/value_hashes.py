@@ -1,18 +1,20 @@
-"""Sums of hashed values: equal for arrays that hold the same values, in whatever order and shape."""
+"""Sums of hashed values.
+
+They are equal for arrays that hold the same values, in whatever order and shape.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 _CHUNK = 1 << 18
 _TABLE = np.random.default_rng(0).integers(0, 2**64, 1 << 16, dtype=np.uint64)
 _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
-def coarser(a: Any, b: Any) -> np.dtype | None:
+def coarser(a: DTypeLike, b: DTypeLike) -> np.dtype | None:
     """Return the dtype to compare in: that with fewer digits; int64 for integers; else None.
 
     Example:
@@ -35,7 +37,7 @@ def _digits(dtype: np.dtype) -> int | None:
         return None
 
 
-def value_bits(array: Any, dtype: np.dtype) -> np.ndarray:
+def value_bits(array: ArrayLike, dtype: np.dtype) -> np.ndarray:
     """Return an array's values in `dtype`, as unsigned integers."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.ascontiguousarray(np.asarray(array).astype(dtype, copy=False)).reshape(

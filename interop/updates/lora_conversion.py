@@ -10,17 +10,16 @@ rank", Psychometrika 1936).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from loha_jax.lowrank.hadamard import khatri_rao_rows
 from loha_jax.runtime.scalars import plain_scalar
 
 from ..formats.adapter_file import AdapterModule
+from .best_factors import best_factors, over_all_channels
 from .low_rank_update import LowRankUpdate
 
 
@@ -58,7 +57,8 @@ def lora_of(
             `groups` do not fit, or a factor is not finite.
 
     Example:
-        >>> one = {f"hada_w{n}_a": np.ones((3, 2)) for n in "12"} | {f"hada_w{n}_b": np.ones((2, 4)) for n in "12"}
+        >>> one = {f"hada_w{n}_a": np.ones((3, 2)) for n in "12"}
+        >>> one |= {f"hada_w{n}_b": np.ones((2, 4)) for n in "12"}
         >>> lora, error = lora_of(AdapterModule("q", "loha", 2, 2.0, one), rank=1)
         >>> lora.r, lora.tensors["lora_A"].shape, bool(error < 1e-12)
         (1, (1, 4), True)
@@ -86,9 +86,9 @@ def lora_of(
             )
     if module.dora_scale is not None:
         _check_norms(module, update.rows, groups)
-    left, right, error = _factors(update, rank, energy, groups)
+    left, right, error = best_factors(update, rank, energy, groups)
     slots = left.shape[1]
-    lora_a = right if groups == 1 else _over_all_channels(right, in_shape)
+    lora_a = right if groups == 1 else over_all_channels(right, in_shape)
     ones = (1,) * (len(in_shape) - 1)
     tensors = {
         "lora_A": lora_a.reshape(groups * slots, groups * in_shape[0], *in_shape[1:]),
@@ -103,7 +103,9 @@ def lora_of(
     return dataclasses.replace(module, kind="lora", r=r, alpha=float(r), tensors=tensors), error
 
 
-def cast_tensors(name: str, tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+def cast_tensors(
+    name: str, tensors: Mapping[str, np.ndarray], dtype: DTypeLike
+) -> dict[str, np.ndarray]:
     """Return the tensors of a module in another dtype.
 
     Raises:
@@ -133,83 +135,39 @@ def check_limits(rank: int | None, energy: float | None) -> None:
         isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1
     ):  # fmt: skip
         raise ValueError(
-            f"`energy` should be a share in (0, 1] of the squared singular values but the value passed is {energy!r}"
+            "`energy` should be a share in (0, 1] of the squared singular values but the value "
+            f"passed is {energy!r}"
         )
 
 
 def _in_shape(
     module: AdapterModule, update: LowRankUpdate, shape: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """`(in, *spatial)` of the weight."""
+    """Return `(in, *spatial)` of the weight."""
     if shape is None:
         return update.in_shape or (update.columns,)
     if not update.fits(tuple(shape)):
         raise ValueError(
-            f"The update of {module.name} has {update.rows} rows and {update.columns} columns; the weight's shape "
-            f"{list(shape)} does not fit"
+            f"The update of {module.name} has {update.rows} rows and {update.columns} columns; the "
+            f"weight's shape {list(shape)} does not fit"
         )
     return tuple(shape[1:])
 
 
 def _check_norms(module: AdapterModule, out: int, groups: int) -> None:
+    """Raise ValueError for norms that PEFT's DoRA cannot have."""
     assert module.dora_scale is not None
     if module.dora_scale.shape[0] != out or module.dora_scale.size != out:
         raise ValueError(
             f"The weight decomposition of {module.name} has norms per input feature "
-            f"{list(module.dora_scale.shape)}, and PEFT's DoRA has only norms per output feature. Merge the "
-            "adapter instead."
+            f"{list(module.dora_scale.shape)}, and PEFT's DoRA has only norms per output feature. "
+            "Merge the adapter instead."
         )
     if groups > 1:
         raise ValueError(
-            f"{module.name} is a convolution in {groups} groups with a weight decomposition, and PEFT's DoRA cannot "
-            "compute the norms of one. Merge the adapter instead."
+            f"{module.name} is a convolution in {groups} groups with a weight decomposition, and "
+            "PEFT's DoRA cannot compute the norms of one. Merge the adapter instead."
         )
-
-
-def _factors(
-    update: LowRankUpdate, rank: int | None, energy: float | None, groups: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """`left [out, k]`, `right [groups, k, columns]` and the relative error; each group of rows has a `right`."""
-    ka = (
-        functools.reduce(khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs))
-        * update.scale
-    )
-    kb = functools.reduce(
-        khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)
-    ).T
-    kept = ka.any(0) & kb.any(
-        1
-    )  # a pair that makes a matrix of ones has one column that is not zero
-    if not kept.any():
-        return np.zeros((update.rows, 1)), np.zeros((groups, 1, update.columns)), 0.0
-    ka, kb = np.ascontiguousarray(ka[:, kept]), np.ascontiguousarray(kb[kept])
-    inner, out = ka.shape[1], update.rows // groups
-    most = min(inner, out, update.columns)
-    slots = most if rank is None else min(math.ceil(rank / groups), most)
-    if slots == inner and energy is None:
-        return ka, np.broadcast_to(kb, (groups, *kb.shape)), 0.0
-    qa, ra = np.linalg.qr(ka.reshape(groups, out, inner))
-    qb, rb = np.linalg.qr(kb.T)
-    u, values, vt = np.linalg.svd(ra @ rb.T, full_matrices=False)
-    energies = np.sum(values**2, 0)
-    if energy is not None:
-        kept_energies = np.cumsum(energies)
-        slots = min(int(np.searchsorted(kept_energies, energy * kept_energies[-1])) + 1, most)
-    roots = np.sqrt(values[:, :slots])
-    left = qa @ (u[:, :, :slots] * roots[:, None, :])
-    right = (roots[:, :, None] * vt[:, :slots]) @ qb.T
-    total = energies.sum()
-    error = math.sqrt(energies[slots:].sum() / total) if total else 0.0
-    return left.reshape(update.rows, slots), right, error
-
-
-def _over_all_channels(right: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
-    """`[groups, k, in/groups·spatial]` with zeros at the channels of the other groups."""
-    groups, slots = right.shape[:2]
-    whole = np.zeros((groups, slots, groups, math.prod(in_shape)))
-    for group in range(groups):
-        whole[group, :, group] = right[group]
-    return whole
 
 
 def loha_of(module: AdapterModule, spare: np.ndarray | None = None) -> AdapterModule:
@@ -231,8 +189,9 @@ def loha_of(module: AdapterModule, spare: np.ndarray | None = None) -> AdapterMo
     for group in range(groups):
         if np.delete(columns[group], group, axis=1).any():
             raise ValueError(
-                f"{module.name} is a convolution in {groups} groups, and lora_A of group {group} reads channels of "
-                "another one. No change of the convolution's weight does that, so LoHa has no such update."
+                f"{module.name} is a convolution in {groups} groups, and lora_A of group {group} "
+                "reads channels of another one. No change of the convolution's weight does that, "
+                "so LoHa has no such update."
             )
     w1_a = np.zeros((groups, out // groups, groups, slots), lora_b.dtype)
     w1_b = np.stack([columns[group, :, group] for group in range(groups)])

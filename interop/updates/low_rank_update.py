@@ -6,10 +6,12 @@ import dataclasses
 import math
 
 import numpy as np
+from jaxtyping import Float
 
 from ..formats.adapter_file import AdapterModule
 
-Pair = tuple[np.ndarray, np.ndarray]
+Left = Float[np.ndarray, "rows r"]
+Right = Float[np.ndarray, "r columns"]
 
 
 def accumulator(*dtypes: np.dtype) -> np.dtype:
@@ -25,12 +27,12 @@ class LowRankUpdate:
     """ΔW as a matrix: scale · (left₁ @ right₁) ⊙ (left₂ @ right₂), or with one pair only (LoRA).
 
     Attributes:
-        pairs: `(left [rows, r], right [r, columns])`, in float32 or wider.
+        pairs: `(left, right)`, in float32 or wider.
         scale: alpha/r.
         in_shape: `(in, *spatial)` where the factors show it; flat factors of a convolution do not.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[tuple[Left, Right], ...]
     scale: float
     in_shape: tuple[int, ...] | None = None
 
@@ -52,7 +54,8 @@ class LowRankUpdate:
             a, b = tensors["lora_A"], tensors["lora_B"]
             if b.shape[1] != a.shape[0]:
                 raise ValueError(
-                    f"{module.name} is the LoRA of a convolution in groups, which is not supported here"
+                    f"{module.name} is the LoRA of a convolution in groups, which is not supported "
+                    "here"
                 )
             spatial = a.shape[1:] if a.ndim > 2 else None
             return cls(((b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)),), scale, spatial)
@@ -104,7 +107,7 @@ class LowRankUpdate:
         """The update of a weight that is stored as `[in, out]`."""
         return LowRankUpdate(tuple((right.T, left.T) for left, right in self.pairs), self.scale)
 
-    def block(self, start: int, stop: int) -> np.ndarray:
+    def block(self, start: int, stop: int) -> Float[np.ndarray, "rows {self.columns}"]:
         """Return rows of ΔW, in float64."""
         result = np.float64(self.scale)
         for left, right in self.pairs:

@@ -11,6 +11,7 @@ import functools
 import math
 
 import numpy as np
+from jaxtyping import Float
 
 from loha_jax.lowrank.hadamard import khatri_rao_rows
 
@@ -43,7 +44,7 @@ def difference_norm(first: LowRankUpdate, second: LowRankUpdate) -> float:
 
 
 def _norm_of_sum(terms: list[tuple[float, LowRankUpdate]]) -> float:
-    """‖Σ sign · ΔW‖."""
+    """Return ‖Σ sign · ΔW‖."""
     first = terms[0][1]
     if any((u.rows, u.columns) != (first.rows, first.columns) for _, u in terms):
         raise ValueError(
@@ -71,27 +72,26 @@ def _norm_of_sum(terms: list[tuple[float, LowRankUpdate]]) -> float:
 
 
 def _inner(a: LowRankUpdate, b: LowRankUpdate) -> tuple[float, float]:
-    """⟨ΔW_A, ΔW_B⟩, and the sum of its terms' sizes."""
+    """Return ⟨ΔW_A, ΔW_B⟩, and the sum of its terms' sizes."""
     turned = a.T
     left, right = _gram(a, b), _gram(turned, turned if a is b else b.T)
     products = left * right * (a.scale * b.scale)
     return float(products.sum()), float(np.abs(products).sum())
 
 
-def _gram(a: LowRankUpdate, b: LowRankUpdate) -> np.ndarray:
-    """The inner products of the columns of the left Khatri-Rao factors."""
+def _gram(a: LowRankUpdate, b: LowRankUpdate) -> Float[np.ndarray, "{a.inner} {b.inner}"]:
+    """Return the inner products of the columns of the left Khatri-Rao factors."""
     step = max(1, _GRAM_BLOCK // max(a.inner, b.inner))
     total = np.zeros((a.inner, b.inner))
     for start in range(0, a.rows, step):
         first = _left(a, start, start + step)
-        total += first.T @ (
-            first if a is b else _left(b, start, start + step)
-        )  # of one array, BLAS does half the work
+        # of one array, BLAS does half the work
+        total += first.T @ (first if a is b else _left(b, start, start + step))
     return total
 
 
-def _left(update: LowRankUpdate, start: int, stop: int) -> np.ndarray:
-    """Rows of the Khatri-Rao factor, in float64."""
+def _left(update: LowRankUpdate, start: int, stop: int) -> Float[np.ndarray, "rows {update.inner}"]:
+    """Return rows of the Khatri-Rao factor, in float64."""
     return functools.reduce(
         khatri_rao_rows, (left[start:stop].astype(np.float64) for left, _ in update.pairs)
     )

@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Losses:
         self._lock = threading.Lock()
         self.tensors: dict[str, Loss] = {}
 
-    def add(self, key: str, dtype: np.dtype, scaled: bool, sums: Sequence[Any]) -> None:
+    def add(self, key: str, dtype: np.dtype, scaled: bool, sums: Sequence[SupportsFloat]) -> None:
         """Add a block's sums of squares: lost, update, size."""
         lost, update, size = (float(s) for s in sums)
         with self._lock:
@@ -90,9 +90,9 @@ def loss_notes(losses: dict[str, Loss]) -> list[str]:
             worst = max(own, key=lambda key: own[key].share)
             many = sum(t.share > LOSS_LIMIT for t in own.values())
             notes.append(
-                f"rounding to {'scaled ' * scaled}{dtype} loses {share:.0%} of the update (‖stored − (W + ΔW)‖/‖ΔW‖); "
-                f"more than {LOSS_LIMIT:.0%} in {many} of {len(own)} tensors, most in {worst}, {own[worst].share:.0%}. "
-                "A base of more bits keeps it"
+                f"rounding to {'scaled ' * scaled}{dtype} loses {share:.0%} of the update (‖stored "
+                f"− (W + ΔW)‖/‖ΔW‖); more than {LOSS_LIMIT:.0%} in {many} of {len(own)} tensors, "
+                f"most in {worst}, {own[worst].share:.0%}. A base of more bits keeps it"
             )
     return notes
 
@@ -104,7 +104,8 @@ def check_losses(losses: dict[str, Loss], force: bool) -> None:
         return
     worst = max(own, key=lambda key: own[key].share)
     raise ValueError(
-        f"Rounding to {own[worst].dtype}, which has no scales here, loses {share:.0%} of the update "
-        f"(‖round(W + ΔW) − (W + ΔW)‖/‖ΔW‖), most in {worst} ({own[worst].share:.0%}); nothing was written. Merge into "
-        "a base of more bits, choose bfloat16 with `dtype=`, or accept it with `force=True`"
+        f"Rounding to {own[worst].dtype}, which has no scales here, loses {share:.0%} of the "
+        f"update (‖round(W + ΔW) − (W + ΔW)‖/‖ΔW‖), most in {worst} ({own[worst].share:.0%}); "
+        "nothing was written. Merge into a base of more bits, choose bfloat16 with `dtype=`, or "
+        "accept it with `force=True`"
     )

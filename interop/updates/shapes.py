@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+import numpy as np
 
 from ..formats.adapter_file import AdapterModule
 
 
-def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def update_shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the updates in a state dict, by module.
 
     They are `[out, in, *spatial]`, or `[out, in * prod(spatial)]`.
@@ -19,7 +20,8 @@ def update_shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     Example:
         >>> import numpy as np
-        >>> update_shapes({"conv.lora_A": np.ones((2, 4, 3, 3)), "conv.lora_B": np.ones((6, 2, 1, 1))})
+        >>> a, b = np.ones((2, 4, 3, 3)), np.ones((6, 2, 1, 1))
+        >>> update_shapes({"conv.lora_A": a, "conv.lora_B": b})
         {'conv': (6, 4, 3, 3)}
     """
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -41,7 +43,7 @@ def module_shapes(modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, 
 
 
 def _update_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape that the factors multiply to, or None where they are not all there or misshapen."""
+    """Return the shape of the factors' product; None where one is missing or misshapen."""
     if "lora_B" in shapes and "lora_A" in shapes:
         left, right = shapes["lora_B"], shapes["lora_A"]
         return (left[0], *right[1:]) if left and right else None

@@ -1,65 +1,35 @@
-"""`Checkpoints`: the checkpoints of one training run in a folder; `save` and `restore` for a single one."""
+"""`Checkpoints` of a training run in one folder; `save` and `restore` for a single one."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.checkpoint import description_file
+from loha_jax.checkpoint.contents import STATE, Restored, arrays_to_save, read_checkpoint
 from loha_jax.checkpoint.description import (
-    KEY,
     State,
     describe_leaf,
-    differences,
     plain_json,
     plain_numbers,
     take_apart,
 )
 from loha_jax.checkpoint.fingerprint import Fingerprints
 from loha_jax.checkpoint.folders import remove, steps_on_disk, unfinished
-from loha_jax.checkpoint.orbax_arrays import as_given, read_arrays, storable
 from loha_jax.checkpoint.retention import Retention
 from loha_jax.runtime.caller import warn_caller
-from loha_jax.runtime.digests import digests
-from loha_jax.runtime.processes import raise_together, same_everywhere
+from loha_jax.runtime.processes import same_everywhere
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.before_saving import warn_of_changed_base
 
-_STATE = "state"
 _LARGEST_STEP = 2**31 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A restored checkpoint.
-
-    Attributes:
-        step: the step of the checkpoint.
-        params: the given tree with the checkpoint's adapters. Its base leaves are the given ones.
-        opt_state: the optimizer's state, or None if none was given.
-        key: the random key, or None if none was saved.
-        data: the data position as JSON gives it (a tuple is a list), or None.
-        metrics: numbers by name.
-
-    Example:
-        >>> Restored(step=3, params={}, opt_state=None, key=None, data=None, metrics={}).step
-        3
-    """
-
-    step: int
-    params: Any
-    opt_state: Any
-    key: Any
-    data: Any
-    metrics: dict[str, float]
 
 
 class Checkpoints:
@@ -106,15 +76,13 @@ class Checkpoints:
 
         name = os.fspath(folder)
         self.folder: Any = epath.Path(name if "://" in name else os.path.abspath(name))
-        self._retention = Retention(
-            keep, best, best_mode, keep_best, lambda step: self._description(step)["metrics"]
-        )
+        self._retention = Retention(keep, best, best_mode, keep_best, self._metrics)
         self._fingerprints = Fingerprints()
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=(_STATE, description_file.ITEM),
+            item_names=(STATE, description_file.ITEM),
             item_handlers={
-                _STATE: ocp.PyTreeCheckpointHandler(),
+                STATE: ocp.PyTreeCheckpointHandler(),
                 description_file.ITEM: ocp.JsonCheckpointHandler(description_file.NAME),
             },
             options=ocp.CheckpointManagerOptions(
@@ -163,12 +131,12 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        params: Any,
-        opt_state: Any = None,
+        params: PyTree,
+        opt_state: PyTree = None,
         *,
         key: jax.Array | None = None,
-        data: Any = None,
-        metrics: Mapping[str, Any] | None = None,
+        data: object = None,
+        metrics: Mapping[str, float | jax.Array] | None = None,
     ) -> None:
         """Save a checkpoint in the background.
 
@@ -200,20 +168,14 @@ class Checkpoints:
         numbers = plain_numbers(metrics or {}, "metrics")
         if not same_everywhere({"step": step, "data": data, "metrics": numbers}):
             raise ValueError(
-                f"The processes give different steps, data or metrics; this one gives {step}, {data!r}, {numbers!r}. A "
-                "checkpoint holds those of one process: make them the same everywhere."
+                f"The processes give different steps, data or metrics; this one gives {step}, "
+                f"{data!r}, {numbers!r}. A checkpoint holds those of one process: make them the "
+                "same everywhere."
             )
         state = take_apart(params, opt_state, key)
         warn_of_changed_base(params)
-        arrays, leaves = _arrays_to_save(state)
-        described = {
-            "adapters": state.adapters,
-            "optimizer": state.optimizer,
-            "leaves": leaves,
-            "base": self._fingerprints.of(state.base),
-            "data": data,
-            "metrics": numbers,
-        }
+        arrays, leaves = arrays_to_save(state)
+        described = self._described(state, leaves) | {"data": data, "metrics": numbers}
         if jax.process_index() == 0:
             for name in unfinished(self.folder):
                 remove(self.folder / name)
@@ -222,13 +184,13 @@ class Checkpoints:
         self._retention.corrupted.pop(step, None)
         self._retention.metrics[step] = numbers
         items = {
-            _STATE: ocp.args.PyTreeSave(arrays),
+            STATE: ocp.args.PyTreeSave(arrays),
             description_file.ITEM: ocp.args.JsonSave(description_file.content(step, described)),
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
-        self, params: Any, opt_state: Any = None, step: int | None = None
+        self, params: PyTree, opt_state: PyTree = None, step: int | None = None
     ) -> Restored | None:
         """Restore the latest intact checkpoint, or that of a step.
 
@@ -255,14 +217,8 @@ class Checkpoints:
         """
         self.wait()
         state = take_apart(params, opt_state)
-        base = self._fingerprints.of(state.base)
         leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
-        given = {
-            "adapters": state.adapters,
-            "optimizer": state.optimizer,
-            "leaves": leaves,
-            "base": base,
-        }
+        given = self._described(state, leaves)
         steps = steps_on_disk(self.folder)
         if step is not None and step not in steps:
             raise FileNotFoundError(
@@ -275,7 +231,7 @@ class Checkpoints:
                 )
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
-                restored = self._restore_step(candidate, state, given)
+                restored = read_checkpoint(self.folder, candidate, state, given)
                 self._retention.corrupted.pop(candidate, None)
                 return restored
             except FileError as error:
@@ -290,39 +246,15 @@ class Checkpoints:
             raise FileError(f"{self.folder} holds no intact checkpoint:{reasons}")
         return None
 
-    def _restore_step(self, step: int, state: State, given: Mapping[str, Any]) -> Restored:
-        """Raise FileError if the checkpoint is corrupted, ValueError if it does not match."""
-        origin = f"The checkpoint of step {step} ({self.folder / str(step)})"
-        held = raise_together(functools.partial(self._description, step), f"{origin} is corrupted")
-        if lines := differences(given, held):
-            listed = "".join(f"\n  - {line}" for line in lines)
-            raise ValueError(
-                f"{origin} belongs to something else than what was given:{listed}\nGive the base weights, the config "
-                "(loha_jax.inject) and the optimizer that it was saved with; adapters can be activated with "
-                "loha_jax.set_adapter. To train something else, choose another folder."
-            )
-        names = [*state.saved, *([KEY] if KEY in held["leaves"] else [])]
-        values = {name: x["value"] for name in names if "value" in (x := held["leaves"][name])}
-        wanted = {name: held["leaves"][name] for name in names if name not in values}
-        read = functools.partial(read_arrays, self.folder / str(step) / _STATE, wanted, state.saved)
-        arrays = raise_together(read, f"{origin} is corrupted")
-        found = digests(arrays)
-        if changed := [name for name, digest in found.items() if digest != wanted[name]["digest"]]:
-            raise FileError(
-                f"{origin} is corrupted: the values of {', '.join(changed)} are not those that were saved"
-            )
-        for name, array in arrays.items():
-            # Not the optimizer state: optax may change a dtype in its first update.
-            values[name] = as_given(
-                array, state.saved.get(name), wanted[name], cast=name.startswith("params")
-            )
-        params, opt_state = state.with_values(values)
-        return Restored(step, params, opt_state, values.get(KEY), held["data"], held["metrics"])
+    def _described(self, state: State, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        base = self._fingerprints.of(state.base)
+        described = {"adapters": state.adapters, "optimizer": state.optimizer}
+        return {**described, "leaves": leaves, "base": base}
 
-    def _description(self, step: int) -> dict[str, Any]:
-        return description_file.read(self.folder / str(step), step)
+    def _metrics(self, step: int) -> dict[str, float]:
+        return description_file.read(self.folder / str(step), step)["metrics"]
 
-    def _checked_step(self, step: Any) -> int:
+    def _checked_step(self, step: SupportsIndex) -> int:
         try:
             number = -1 if isinstance(step, bool) else operator.index(step)
         except TypeError:
@@ -335,41 +267,21 @@ class Checkpoints:
             n for n in self.all_steps if n >= number and n not in self._retention.corrupted
         ]:
             raise ValueError(
-                f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which would be taken for "
-                "the newer ones. Choose another folder, or delete those."
+                f"Step {number} cannot be saved: {self.folder} holds checkpoints of {later}, which "
+                "would be taken for the newer ones. Choose another folder, or delete those."
             )
         return number
 
 
-def _arrays_to_save(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays by number, as they are saved, and the description of all leaves by name."""
-    if abstract := [
-        name for name, leaf in state.saved.items() if isinstance(leaf, jax.ShapeDtypeStruct)
-    ]:
-        raise ValueError(f"These have a shape, but no values to save: {', '.join(abstract)}")
-    arrays = {name: storable(leaf) for name, leaf in state.saved.items() if hasattr(leaf, "dtype")}
-    leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
-    found = digests(arrays)
-    if differ := [name for name, digest in found.items() if not digest]:
-        raise ValueError(
-            f"The processes hold different values of {', '.join(differ)}, of which a checkpoint holds one. Make it "
-            "the same everywhere (fold jax.process_index() into a key after it is restored), or one global array."
-        )
-    for number, (name, digest) in enumerate(found.items()):
-        leaves[name] |= {"digest": digest, "item": str(number)}
-    # Orbax refuses empty arrays.
-    return {leaves[name]["item"]: array for name, array in arrays.items() if array.size}, leaves
-
-
 def save(
     folder: str | os.PathLike[str],
-    params: Any,
-    opt_state: Any = None,
+    params: PyTree,
+    opt_state: PyTree = None,
     *,
     step: int = 0,
     key: jax.Array | None = None,
-    data: Any = None,
-    metrics: Mapping[str, Any] | None = None,
+    data: object = None,
+    metrics: Mapping[str, float | jax.Array] | None = None,
 ) -> None:
     """Save one checkpoint, and wait for it. Arguments and errors are those of `Checkpoints.save`.
 
@@ -388,7 +300,10 @@ def save(
 
 
 def restore(
-    folder: str | os.PathLike[str], params: Any, opt_state: Any = None, step: int | None = None
+    folder: str | os.PathLike[str],
+    params: PyTree,
+    opt_state: PyTree = None,
+    step: int | None = None,
 ) -> Restored:
     """Restore one checkpoint, as `Checkpoints.restore` does; see `save` for an example.
 

@@ -1,8 +1,8 @@
 """A training state by name: the leaves that a checkpoint holds, and a description of all.
 
-A checkpoint holds the adapters' arrays, the copies of `modules_to_save`, the optimizer state and the
-random key. Its description, as JSON, has the shapes and dtypes of these, the adapters' configs and a
-fingerprint of the base. `differences` compares a description with that of another state.
+A checkpoint holds the adapters' arrays, the copies of `modules_to_save`, the optimizer state and
+the random key. Its description, as JSON, has the shapes and dtypes of these, the adapters' configs
+and a fingerprint of the base. `differences` compares a description with that of another state.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.factors import Factors
@@ -23,22 +24,9 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 KEY = "key"
 
 PROVENANCE = (
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "task_type",
-    ),
-    *(
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-    ),
-    *("init_weights", "metadata"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("task_type", "target_modules", "exclude_modules", "modules_to_save", "init_weights"),
+    *("layers_to_transform", "layers_pattern", "metadata"),
 )
 """Fields of a config that are not compared: origins, and choices of modules, compared by name."""
 
@@ -75,7 +63,7 @@ class State:
         return new, opt_state.unflatten([values[next(names)] for _ in range(opt_state.num_leaves)])
 
 
-def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
+def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None = None) -> State:
     """Take a training state apart; arrays may be `jax.ShapeDtypeStruct`.
 
     Raises:
@@ -84,25 +72,24 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
     """
     refuse_model(
         params,
-        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) afterwards.",
+        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) "
+        "afterwards.",
     )
     adapters: dict[str, Any] = {}
 
-    def mark(path: Any, leaf: Any) -> Any:
+    def mark(path: tuple[Any, ...], leaf: object) -> object:
         if not is_adapted(leaf):
             return False
         adapters[_name("params", path)] = _describe_adapted(leaf)
-        marked = jax.tree.map(lambda _: True, leaf)
-        frozen = "kernel" if isinstance(leaf, LoHaWeight) else "original"
-        return dataclasses.replace(
-            marked, **{frozen: jax.tree.map(lambda _: False, getattr(leaf, frozen))}
+        return jax.tree_util.tree_map_with_path(
+            lambda inside, _: inside[0].name in ("adapters", "copies"), leaf
         )
 
     is_saved = jax.tree.leaves(jax.tree_util.tree_map_with_path(mark, params, is_leaf=is_adapted))
     if not any(is_saved):
         raise ValueError(
-            "This tree holds no adapter, so there is nothing to save or restore. Call `loha_jax.inject(params, config, "
-            "key=...)` first."
+            "This tree holds no adapter, so there is nothing to save or restore. Call "
+            "`loha_jax.inject(params, config, key=...)` first."
         )
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     named = [(_name("params", path), leaf) for path, leaf in paths]
@@ -124,7 +111,7 @@ def take_apart(params: Any, opt_state: Any = None, key: Any = None) -> State:
     return State(saved, base, adapters, None if optimizer is None else _types(optimizer), flat)
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Return whether a leaf is an array, or the shape of one."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype == np.bool_ or bool(jnp.issubdtype(leaf.dtype, np.number))
@@ -137,18 +124,14 @@ def describe_leaf(leaf: Any) -> dict[str, Any]:
         return {"kind": kind, "value": leaf}
     shape = list(leaf.shape)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return {
-            "kind": "key",
-            "shape": shape,
-            "dtype": str(leaf.dtype),
-            "impl": str(jax.random.key_impl(leaf)),
-        }
+        impl = str(jax.random.key_impl(leaf))
+        return {"kind": "key", "shape": shape, "dtype": str(leaf.dtype), "impl": impl}
     kind = "numpy" if isinstance(leaf, np.ndarray | np.generic) else "array"
     weak = {"weak_type": True} if getattr(leaf, "weak_type", False) else {}
     return {"kind": kind, "shape": shape, "dtype": str(leaf.dtype), **weak}
 
 
-def plain_json(value: Any, where: str) -> Any:
+def plain_json(value: object, where: str) -> Any:
     """Return the value as JSON gives it back; ValueError, with the place, if JSON cannot hold it.
 
     Example:
@@ -162,12 +145,12 @@ def plain_json(value: Any, where: str) -> Any:
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {name: plain_json(x, f"{where}[{name!r}]") for name, x in value.items()}
     raise ValueError(
-        f"{where} should be what JSON holds (dicts with strings as keys, lists, strings, numbers, None) and is a "
-        f"{type(value).__name__}: {value!r:.100}"
+        f"{where} should be what JSON holds (dicts with strings as keys, lists, strings, numbers, "
+        f"None) and is a {type(value).__name__}: {value!r:.100}"
     )
 
 
-def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
+def plain_numbers(values: Mapping[str, float | jax.Array], where: str) -> dict[str, float]:
     """Return numbers, or arrays of one element, as floats by name; ValueError for anything else.
 
     Example:
@@ -183,7 +166,7 @@ def plain_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
     return numbers
 
 
-def _name(root: str, path: Any) -> str:
+def _name(root: str, path: tuple[Any, ...]) -> str:
     return root + jax.tree_util.keystr(path)
 
 
@@ -243,7 +226,8 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
         lines.append(
-            "an earlier version wrote it, with norms of modules that are not adapted; load the adapter's files"
+            "an earlier version wrote it, with norms of modules that are not adapted; load the "
+            "adapter's files"
         )
     arrays = ".scaling", ".multiplier"
     wanted = {
@@ -261,11 +245,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
         if ours is None or theirs is None or _as_shape(ours) != _as_shape(theirs):
             lines.append(f"{name}: given {_shown(ours)}, the checkpoint has {_shown(theirs)}")
     for name, ours, theirs in _pairs(given["base"], held["base"]):
-        if (
-            ours is not None
-            and theirs is not None
-            and not ("digest" in ours and "digest" in theirs)
-        ):
+        if ours and theirs and not ("digest" in ours and "digest" in theirs):
             ours, theirs = ({k: v for k, v in x.items() if k != "digest"} for x in (ours, theirs))
         if not _same(ours, theirs):
             what = "other values" if _shown(ours) == _shown(theirs) else _shown(ours)
@@ -275,7 +255,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _structure(described: Any) -> Any:
+def _structure(described: object) -> Any:
     """Return the part of an adapted leaf's description that must be equal, without `PROVENANCE`."""
     if not isinstance(described, dict):
         return described
@@ -291,22 +271,22 @@ def _pairs(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[tuple[str,
     return [(name, given.get(name), held.get(name)) for name in {**given, **held}]
 
 
-def _fields(name: str, given: Any, held: Any) -> list[str]:
+def _fields(name: str, given: object, held: object) -> list[str]:
     """Return a line for each field that differs, those of a config too."""
-    if not all(
-        isinstance(x, dict) and {"layout", "ranks", "class"} & x.keys() for x in (given, held)
-    ):
-        return (
-            []
-            if _same(given, held)
-            else [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
-        )
-    return [
-        line for field, *both in _pairs(given, held) for line in _fields(f"{name}, {field}", *both)
-    ]
+    if _has_fields(given) and _has_fields(held):
+        pairs = _pairs(given, held)
+        return [line for field, *two in pairs for line in _fields(f"{name}, {field}", *two)]
+    if _same(given, held):
+        return []
+    return [f"{name}: given {_shown(given)}, the checkpoint has {_shown(held)}"]
 
 
-def _same(given: Any, held: Any) -> bool:
+def _has_fields(described: object) -> TypeGuard[dict[str, object]]:
+    """Say whether this describes an adapted leaf, an adapter or a config."""
+    return isinstance(described, dict) and bool({"layout", "ranks", "class"} & described.keys())
+
+
+def _same(given: object, held: object) -> bool:
     """Return whether two JSON values are equal: NaN equals NaN, and the order of keys counts."""
     return json.dumps(given) == json.dumps(held)
 
@@ -321,15 +301,12 @@ def _as_shape(described: Mapping[str, Any]) -> Any:
     return described["shape"], "floating" if floating else described["dtype"]
 
 
-def _shown(described: Any) -> str:
-    if described is None:
-        return "nothing"
-    if isinstance(described, dict) and "shape" in described:
+def _shown(described: object) -> str:
+    if not isinstance(described, dict):
+        return "nothing" if described is None else repr(described)
+    if "shape" in described:
         return f"{described['dtype']}[{','.join(map(str, described['shape']))}]"
-    if isinstance(described, dict) and "kind" in described:
+    if "kind" in described:
         return f"a number ({described['kind']})"
-    if isinstance(described, dict) and "layout" in described:
-        return "an adapted leaf"
-    if isinstance(described, dict) and "ranks" in described:
-        return "an adapter"
-    return f"{described!r}"
+    kinds = {"layout": "an adapted leaf", "ranks": "an adapter"}
+    return next((said for field, said in kinds.items() if field in described), repr(described))

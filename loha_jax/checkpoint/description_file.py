@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loha_jax.runtime.untrusted import FileError, json_object
+
+if TYPE_CHECKING:
+    from etils.epath import Path as EPath
 
 ITEM, NAME = "description", "description.json"
 """Orbax' name of the item, and the name of the file in the item's folder."""
@@ -21,14 +24,14 @@ def content(step: int, described: Mapping[str, Any]) -> dict[str, Any]:
     return {"digest": _digest(body), "content": body}
 
 
-def read(folder: Any, step: int) -> dict[str, Any]:
+def read(folder: EPath, step: int) -> dict[str, Any]:
     """Return the description in the folder of a checkpoint.
 
     Raises:
         FileError: the file is corrupted, or of another format or step.
     """
     path = folder / ITEM / NAME
-    written = json_object(path.read_text(), path)
+    written = json_object(path.read_text(), str(path))
     body = written.get("content")
     if not isinstance(body, dict) or written.get("digest") != _digest(body):
         raise FileError(f"{path} is not as it was written")
@@ -39,5 +42,5 @@ def read(folder: Any, step: int) -> dict[str, Any]:
     return body
 
 
-def _digest(body: Any) -> str:
+def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loha_jax.runtime.processes import of_first_process
 
+if TYPE_CHECKING:
+    from etils.epath import Path as EPath
 
-def steps_on_disk(folder: Any) -> list[int]:
+
+def steps_on_disk(folder: EPath) -> list[int]:
     """Return the steps of the finished checkpoints, as the first process sees them."""
     import orbax.checkpoint as ocp
 
     return of_first_process([x.step for x in ocp.path.step.standard_name_format().find_all(folder)])
 
 
-def unfinished(folder: Any) -> list[str]:
+def unfinished(folder: EPath) -> list[str]:
     """Return the names of folders that an interrupted save has left. No save may be going on."""
     import orbax.checkpoint as ocp
 
@@ -25,7 +28,7 @@ def unfinished(folder: Any) -> list[str]:
     )
 
 
-def remove(folder: Any) -> None:
+def remove(folder: EPath) -> None:
     """Remove an unfinished folder; writes of a save that just failed may go on for a moment."""
     for _ in range(50):
         try:

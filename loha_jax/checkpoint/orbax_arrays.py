@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,24 @@ import numpy as np
 
 from loha_jax.runtime.untrusted import FileError
 
+if TYPE_CHECKING:
+    from etils.epath import Path as EPath
 
-def storable(leaf: Any) -> Any:
+Array = jax.Array | np.ndarray
+
+
+def storable(leaf: Array | np.generic) -> Array:
     """Return an array as Orbax takes it: no typed key; numpy if only this process holds it."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
     return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
 
 
-def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def read_arrays(
+    folder: EPath, wanted: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Read arrays in the dtypes that they were saved in; sharded arrays are read in parts.
 
     Args:
@@ -59,19 +66,20 @@ def read_arrays(folder: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]
     arrays = {}
     for name, described in wanted.items():
         item = described["item"]
-        array = arrays[name] = read[item] if item in read else _empty(described)
-        if described["kind"] != "key" and _word(array) != _word(described):
-            raise FileError(f"{name} has become {_word(array)}")
+        shape, dtype = described["shape"], described["dtype"]
+        array = arrays[name] = read[item] if item in read else np.zeros(shape, jnp.dtype(dtype))
+        if described["kind"] != "key" and (list(array.shape), str(array.dtype)) != (shape, dtype):
+            raise FileError(f"{name} has become {array.dtype}{list(array.shape)}")
     return arrays
 
 
-def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -> Any:
+def as_given(value: Array, given: Any, described: Mapping[str, Any], cast: bool) -> Any:
     """Return a restored array with the sharding of the given leaf, and with its dtype if `cast`.
 
     `given` is None for the random key.
     """
     if described["kind"] == "key":
-        value = jax.random.wrap_key_data(value, impl=described["impl"])
+        value = jax.random.wrap_key_data(jnp.asarray(value), impl=described["impl"])
     elif cast and value.dtype != given.dtype:
         value = value.astype(given.dtype)
     if isinstance(given, np.ndarray | np.generic):
@@ -85,22 +93,20 @@ def as_given(value: Any, given: Any, described: Mapping[str, Any], cast: bool) -
     return value if sharding is None else jax.device_put(value, sharding)
 
 
-def wanted_sharding(given: Any) -> Any:
+def wanted_sharding(given: object) -> Any:
     """Return the sharding of a leaf; None if it is uncommitted, so that JAX may move it."""
     if isinstance(given, jax.ShapeDtypeStruct):
         return given.sharding
     return given.sharding if isinstance(given, jax.Array) and given.committed else None
 
 
-def _sharding_to_read(given: Any, described: Mapping[str, Any]) -> Any:
+def _sharding_to_read(given: object, described: Mapping[str, Any]) -> Any:
     """Return the sharding in which Orbax reads an array; None to read it whole, as numpy."""
     sharding = wanted_sharding(given)
     if sharding is None or described["kind"] == "key" or described.get("weak_type"):
         return None
-    if (
-        jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]
-    ):  # float64 while it is disabled
-        return None
+    if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:
+        return None  # float64 while it is disabled
     return None if jax.process_count() > 1 and sharding.is_fully_addressable else sharding
 
 
@@ -129,13 +135,3 @@ def _patient_handlers() -> Any:
     return handlers.create_type_handler_registry(
         (np.ndarray, patient(handlers.NumpyHandler)), (jax.Array, patient(handlers.ArrayHandler))
     )
-
-
-def _empty(described: Mapping[str, Any]) -> np.ndarray:
-    return np.zeros(described["shape"], jnp.dtype(described["dtype"]))
-
-
-def _word(array: Any) -> str:
-    described = isinstance(array, Mapping)
-    shape, dtype = (array["shape"], array["dtype"]) if described else (array.shape, array.dtype)
-    return f"{dtype}{list(shape)}"

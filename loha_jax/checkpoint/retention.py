@@ -14,8 +14,8 @@ from loha_jax.runtime.scalars import plain_scalar
 class Retention:
     """A preservation policy of Orbax: the latest `keep` checkpoints, and the best `keep_best`.
 
-    Orbax' own policies do not know of corrupted checkpoints, nor of NaN. So they see only the intact
-    checkpoints, and a metric that is NaN as a missing one.
+    Orbax' own policies do not know of corrupted checkpoints, nor of NaN. So they see only the
+    intact checkpoints, and a metric that is NaN as a missing one.
 
     Args:
         keep: the number of latest checkpoints, or None for all.

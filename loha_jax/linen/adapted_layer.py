@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from loha_jax.linen.described import Described, describing
 from loha_jax.linen.initial_factors import boxed_factor, initial_factor
-from loha_jax.linen.layer_trees import Described, describing, loha_weight, make_target, product
+from loha_jax.linen.layer_adapter import loha_weight, make_target, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
@@ -178,7 +179,8 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
     """Return what the layer adapts and its settings as a config; ValueError if they are invalid."""
     if len(kernel.shape) != layout.ndim:
         raise ValueError(
-            f"{where(layer)}: layout={layout.word!r} is for {layout.ndim} axes, the kernel has {kernel.shape}"
+            f"{where(layer)}: layout={layout.word!r} is for {layout.ndim} axes, the kernel has "
+            f"{kernel.shape}"
         )
     alpha = layer.alpha
     if layer.fedpara:
@@ -189,8 +191,9 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
         wrong += ["alpha"] * (alpha == 0) + ["variance_scale"] * (not layer.variance_scale > 0)
         if wrong:
             raise ValueError(
-                f"{where(layer)}: with fedpara=True there is no kernel, and the weight is the product of the factors. "
-                f"Got {', '.join(f'{name}={getattr(layer, name)!r}' for name in wrong)}: leave out "
+                f"{where(layer)}: with fedpara=True there is no kernel, and the weight is the "
+                "product of the factors. Got "
+                f"{', '.join(f'{name}={getattr(layer, name)!r}' for name in wrong)}: leave out "
                 f"{', '.join(_NOT_FOR_FEDPARA)}; alpha is not 0, and variance_scale positive."
             )
     try:

@@ -41,21 +41,21 @@ def _fedpara_std(layer: Any, target: Target, config: LoHaConfig) -> float:
     variance is r·σ⁴. The two pairs are independent: the variance of their product is r²·σ⁸. With
     cores the sums have r² terms of three numbers: r⁴·σ¹². The scaling alpha/r enters squared.
     """
-    _, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
-    variance = layer.variance_scale / (in_ * math.prod(spatial)) / (config.alpha / config.r) ** 2
+    fan_in = math.prod(target.module_shape[1:])
+    variance = layer.variance_scale / fan_in / (config.alpha / config.r) ** 2
     terms, numbers = (config.r**4, 12) if target.cp else (config.r**2, 8)
     return (variance / terms) ** (1 / numbers)
 
 
-def boxed_factor(box: Any, target: Target, name: str, factor: jax.Array) -> Any:
+def boxed_factor(box: object, target: Target, name: str, factor: jax.Array) -> Any:
     """Put a factor into the kernel's partitioning box, with the names of its own axes."""
     if not isinstance(box, nn.Partitioned):
         return factor
     names = tuple(box.names)
     if len(names) != target.layout.ndim:
         raise ValueError(
-            f"The kernel of {target.names[0]} has shape {target.shape}, but its partitioning names {names}: give one "
-            "name, or None, per axis."
+            f"The kernel of {target.names[0]} has shape {target.shape}, but its partitioning names "
+            f"{names}: give one name, or None, per axis."
         )
     axes = factor_axes(target.layout, target.shape, names, {name: factor}, cp=target.cp)
     return box.replace(value=factor, names=axes[name])

@@ -1,14 +1,10 @@
 """Conversion of the parameters of LoHa layers to `loha_jax`'s trees, and back.
 
-The model's `init` is evaluated abstractly. Each layer then boxes one of its factors with its layout
-and settings, and Flax's own `add_axis` tells the box which axes `nn.scan` and `nn.vmap` add.
+`linen.described` finds the layers of the model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,190 +13,49 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
+from loha_jax.linen.common_config import Path, common_config
+from loha_jax.linen.described import Described, describe
+from loha_jax.linen.layer_adapter import loha_weight, make_target, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.lowrank.layout import Layout
-from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import Names, module_name, stack_names
-from loha_jax.tree.factors import EXTRA_NAMES, Factors
+from loha_jax.targets.module_names import Names, module_name
+from loha_jax.tree.factors import EXTRA_NAMES
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.plan import Target
 
-describing = jax.make_user_context(False)  # part of jit's cache key: a jitted init is traced again
 
-
-def make_target(
-    path: tuple[str, ...],
-    name: str,
-    layout: Layout,
-    kernel: Any,
-    config: LoHaConfig,
-    names: Names | None,
-) -> Target:
-    """Return what a layer adapts, with its module names in the model."""
-    module_names = stack_names(name, layout.sizes("s", kernel.shape), names)
-    return Target(
-        path=path,
-        names=module_names,
-        layout=layout,
-        shape=tuple(kernel.shape),
-        dtype=jnp.dtype(kernel.dtype),
-        ranks=(config.r,) * len(module_names),
-        alphas=(config.alpha,) * len(module_names),
-        cp=config.use_effective_conv2d
-        and any(size != 1 for size in layout.sizes("k", kernel.shape)),
-    )
-
-
-def loha_weight(
-    target: Target, config: LoHaConfig, kernel: Any, tensors: Mapping[str, Any], adapter_name: str
-) -> LoHaWeight:
-    """Return the kernel with its factors as a leaf of a tree."""
-    return LoHaWeight(
-        kernel,
-        {adapter_name: _factors(target, config, tensors)},
-        target.layout,
-        target.names,
-        (adapter_name,),
-    )
-
-
-def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> Factors:
-    w1_a, w1_b, w2_a, w2_b, t1, t2 = (tensors.get(name) for name in FACTOR_NAMES)
-    return Factors(
-        hada_w1_a=w1_a,
-        hada_w1_b=w1_b,
-        hada_w2_a=w2_a,
-        hada_w2_b=w2_b,
-        hada_t1=t1,
-        hada_t2=t2,
-        ranks=target.ranks,
-        alphas=target.alphas,
-        config=config,
-    )
-
-
-def product(
-    target: Target, config: LoHaConfig, tensors: Mapping[str, Any], forward_mode: bool = False
-) -> jax.Array:
-    """Return FedPara's weight, in the kernel's shape and dtype."""
-    delta = _factors(target, config, tensors).delta(forward_mode=forward_mode)
-    return target.layout.fold(delta, target.shape).astype(target.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Described(meta.AxisMetadata):
-    """A box around a layer's `hada_w1_a`: what the layer adapts, and the axes that transforms add.
-
-    Only while `describing`.
-    """
-
-    value: Any
-    kernel_name: str = dataclasses.field(metadata={"static": True})
-    target: Target = dataclasses.field(metadata={"static": True})
-    config: LoHaConfig = dataclasses.field(metadata={"static": True})
-    fedpara: bool = dataclasses.field(metadata={"static": True})
-    added: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    def unbox(self) -> Any:
-        """Return the factor itself."""
-        return self.value
-
-    def replace_boxed(self, val: Any) -> Any:
-        """Return the same description of another array."""
-        return dataclasses.replace(self, value=val)
-
-    def add_axis(self, index: int, params: Any) -> Any:
-        """Note the position of an axis that `nn.scan` or `nn.vmap` adds."""
-        return dataclasses.replace(self, added=(*self.added, index))
-
-    def remove_axis(self, index: int, params: Any) -> Any:
-        """Forget the last axis that was noted."""
-        return dataclasses.replace(self, added=self.added[:-1])
-
-    def _axes(self, axes: Sequence[Any]) -> list[Any]:
-        """Return an array's axes: its own, and between them "+0", "+1", … added by transforms."""
-        axes = list(axes)
-        for n, index in enumerate(self.added):
-            axes.insert(index if index >= 0 else len(axes) + 1 + index, f"+{n}")
-        return axes
-
-    @property
-    def kernel_axes(self) -> list[Any]:
-        """The kernel's axes: its own by number, and those added."""
-        return self._axes(range(self.target.layout.ndim))
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of the whole kernel."""
-        tokens = re.findall(r"[a-z]\d*", self.target.layout.word)
-        return Layout(
-            " ".join("s" if isinstance(axis, str) else tokens[axis] for axis in self.kernel_axes)
-        )
-
-    def order(self, ndim: int) -> tuple[int, ...]:
-        """Return a factor's axes in the order of `Factors`: the kernel's stack axes, then the rest."""
-        own_stack = self.target.layout.axes("s")
-        rest = [f".{n}" for n in range(ndim - len(own_stack) - len(self.added))]
-        axes = self._axes([*own_stack, *rest])
-        kernel_axes = self.kernel_axes
-        stack = [kernel_axes[axis] for axis in self.layout.axes("s")]
-        return tuple(axes.index(axis) for axis in (*stack, *rest))
-
-
-def _describe(
-    init: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-) -> dict[tuple[str, ...], Any]:
-    """Evaluate `init` abstractly; return its flat params, with `Described` leaves."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    dynamic = [
-        n
-        for n, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-    ]
-
-    def run(arrays):
-        filled = list(leaves)
-        for n, array in zip(dynamic, arrays, strict=True):
-            filled[n] = array
-        args, kwargs = treedef.unflatten(filled)
-        return init(*args, **kwargs)
-
-    with describing(True):
-        variables = jax.eval_shape(run, [leaves[n] for n in dynamic])
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError(
-            f"{init!r} is not the init of a Linen model: it gives no dict with 'params'"
-        )
-    flat = flatten_dict(variables["params"])
-    if not any(isinstance(leaf, Described) for leaf in flat.values()):
-        raise ValueError(f"The model of {init!r} has no layer of loha_jax.linen")
-    return {
-        path: leaf if isinstance(leaf, Described) else meta.unbox(leaf)
-        for path, leaf in flat.items()
-    }
-
-
-def _layers(described: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Described]:
+def _layers(described: Mapping[Path, object]) -> dict[Path, Described]:
     return {path[:-1]: leaf for path, leaf in described.items() if isinstance(leaf, Described)}
 
 
-def _own_leaves(
-    described: Mapping[tuple[str, ...], Any], path: tuple[str, ...], d: Described
-) -> dict[str, Any]:
+def _own_leaves(described: Mapping[Path, Any], path: Path, d: Described) -> dict[str, Any]:
     """Return the shapes of a layer's kernel and factors by leaf name."""
     names = (*FACTOR_NAMES, *(() if d.fedpara else (d.kernel_name,)))
     leaves = {name: described[(*path, name)] for name in names if (*path, name) in described}
     return {name: d.value if isinstance(leaf, Described) else leaf for name, leaf in leaves.items()}
 
 
-def _flat_params(params: Any) -> tuple[dict[tuple[str, ...], Any], Callable[[dict], Any]]:
+def _flat_params(params: PyTree) -> tuple[dict[Path, Any], Callable[[dict[Path, Any]], Any]]:
     """Return the flat params of `params` or a dict of variables, and a function to rebuild it."""
     if isinstance(params, Mapping) and "params" in params:
         flat = flatten_dict(params["params"], keep_empty_nodes=True)
         return flat, lambda new: {**params, "params": unflatten_dict(new)}
     return flatten_dict(params, keep_empty_nodes=True), unflatten_dict
+
+
+def _misshapen(
+    path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], held: Mapping[str, Any]
+) -> list[str]:
+    """Return a line for each array of a layer that is missing or has another shape."""
+    problems = []
+    for name, want in wanted.items():
+        place, shape = _show((*path, name)), np.shape(held[name])
+        if held[name] is None:
+            problems.append(f"{place} is missing")
+        elif shape != want.shape:
+            problems.append(f"{place} has shape {shape}, in the model {want.shape}")
+    return problems
 
 
 def _refuse(problems: Sequence[str], what: str) -> None:
@@ -213,18 +68,18 @@ def _show(path: Sequence[str]) -> str:
 
 
 def to_adapted(
-    params: Any,
-    init: Callable[..., Any],
-    *args: Any,
+    params: PyTree,
+    init: Callable[..., PyTree],
+    *args: object,
     adapter_name: str = "default",
     names: Names | None = None,
-    **kwargs: Any,
-) -> Any:
+    **kwargs: object,
+) -> PyTree:
     """Convert the params of a model with LoHa layers to a tree as made by `loha_jax.inject`.
 
-    Each `kernel` becomes one `LoHaWeight` with its `hada_*`. `interop.save_peft` writes such a tree,
-    `loha_jax.merge` returns the plain Flax model's params, and `loha_jax.adapt(plain_model.apply)`
-    runs it. To load an adapter of PEFT's:
+    Each `kernel` becomes one `LoHaWeight` with its `hada_*`. `interop.save_peft` writes such a
+    tree, `loha_jax.merge` returns the plain Flax model's params, and
+    `loha_jax.adapt(plain_model.apply)` runs it. To load an adapter of PEFT's:
 
         tree = linen.to_adapted(params, model.init, key, x)
         tree = interop.load_peft(folder, tree, adapter_name="loaded")
@@ -234,8 +89,9 @@ def to_adapted(
         params: the model's params or variables (`{"params": …}`). Boxes of partitioning metadata
             are removed.
         init, args, kwargs: the model's `init` and its arguments, with which `params` were, or could
-            have been, made. It is evaluated abstractly to learn each layer's layout, rank and alpha,
-            and the axes that `nn.scan` and `nn.vmap` add; arrays may be `jax.ShapeDtypeStruct`s.
+            have been, made. It is evaluated abstractly to learn each layer's layout, rank and
+            alpha, and the axes that `nn.scan` and `nn.vmap` add; arrays may be
+            `jax.ShapeDtypeStruct`s.
         adapter_name: the name of the adapter in the tree.
         names: torch module names if they differ from the tree's, as for `loha_jax.inject`.
 
@@ -259,107 +115,52 @@ def to_adapted(
         >>> loha_jax.merge(adapted)["params"]["kernel"].shape
         (3, 4)
     """
-    described = _describe(init, args, kwargs)
+    described = describe(init, args, kwargs)
     flat, rebuild = _flat_params(meta.unbox(params))
-    layers, problems, shapes = _layers(described), [], {}
+    layers, problems = _layers(described), []
     for path, d in layers.items():
-        for name, want in _own_leaves(described, path, d).items():
-            have = flat.get((*path, name))
-            if have is None:
-                problems.append(f"{_show((*path, name))} is missing")
-            elif np.shape(have) != want.shape:
-                problems.append(
-                    f"{_show((*path, name))} has shape {np.shape(have)}, in the model {want.shape}"
-                )
+        wanted = _own_leaves(described, path, d)
+        problems += _misshapen(path, wanted, {name: flat.get((*path, name)) for name in wanted})
     problems += [
         f"{_show(path)}: the model has no LoHa layer there"
         for path in flat
         if path and path[-1] in FACTOR_NAMES and path not in described
     ]
     _refuse(problems, "The params and the model do not fit")
-    for path, d in layers.items():
-        axes = d.kernel_axes
-        first = flat[(*path, FACTOR_NAMES[0])]
-        sizes = dict(
-            zip(d._axes([*d.target.layout.axes("s"), ".0", ".1"]), first.shape, strict=True)
-        )
-        shape = tuple(
-            d.target.shape[axis] if isinstance(axis, int) else sizes[axis] for axis in axes
-        )
-        shapes[path] = jax.ShapeDtypeStruct(shape, d.target.dtype)
     targets = {
-        path: make_target(
-            path, module_name((*path, d.kernel_name)), d.layout, shapes[path], d.config, names
-        )
+        path: _target(path, d, flat[(*path, FACTOR_NAMES[0])].shape, names)
         for path, d in layers.items()
     }
     adapted = {path: target for path, target in targets.items() if not layers[path].fedpara}
-    config = _common_config(adapted, {path: layers[path].config for path in adapted})
+    config = common_config(adapted, {path: layers[path].config for path in adapted})
     result = {path: leaf for path, leaf in flat.items() if path[-1] not in FACTOR_NAMES}
     for path, d in layers.items():
         tensors = {n: flat[(*path, n)] for n in FACTOR_NAMES if (*path, n) in flat}
         tensors = {n: jnp.transpose(tensor, d.order(tensor.ndim)) for n, tensor in tensors.items()}
         position = (*path, d.kernel_name)
-        if d.fedpara:
-            result[position] = product(targets[path], d.config, tensors)
-        else:
-            result[position] = loha_weight(
-                targets[path], config, flat[position], tensors, adapter_name
-            )
+        result[position] = (
+            product(targets[path], d.config, tensors)
+            if d.fedpara
+            else loha_weight(targets[path], config, flat[position], tensors, adapter_name)
+        )
     return rebuild(result)
 
 
-def _common_config(targets: Mapping[Any, Target], configs: Mapping[Any, LoHaConfig]) -> LoHaConfig:
-    """Return one config for all layers, as PEFT has it."""
-    if not targets:
-        return LoHaConfig()
-    counted = Counter(name for target in targets.values() for name in target.names)
-    if twice := [name for name, count in counted.items() if count > 1]:
-        raise ValueError(
-            f"Two layers have the module name {twice[0]!r}: give names= that tell them apart"
-        )
-
-    def common(field: str, paths: Sequence[Any]) -> Any:
-        values = {path: getattr(configs[path], field) for path in paths}
-        if len(set(values.values())) > 1:
-            shown = ", ".join(
-                f"{targets[path].names[0]}: {value!r}" for path, value in values.items()
-            )
-            raise ValueError(
-                f"The layers differ in {field}, of which an adapter's config holds one: {shown}"
-            )
-        return next(iter(values.values()), getattr(LoHaConfig, field))
-
-    r, alpha = (
-        Counter(getattr(c, f) for c in configs.values()).most_common(1)[0][0]
-        for f in ("r", "alpha")
+def _target(path: Path, d: Described, factor: tuple[int, ...], names: Names | None) -> Target:
+    """Return what a layer adapts, with the axes that transforms add; `factor` has them too."""
+    axes = d.axes_of([*d.target.layout.axes("s"), ".0", ".1"])
+    sizes = dict(zip(axes, factor, strict=True))
+    shape = tuple(
+        d.target.shape[axis] if isinstance(axis, int) else sizes[axis] for axis in d.kernel_axes
     )
-    large = [
-        path
-        for path, t in targets.items()
-        if any(size != 1 for size in t.layout.sizes("k", t.shape))
-    ]
-
-    def patterns(field: str, default: Any) -> dict[str, Any]:
-        values = {
-            name: getattr(configs[path], field) for path, t in targets.items() for name in t.names
-        }
-        return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
-
-    return LoHaConfig(
-        r=r,
-        alpha=alpha,
-        rank_pattern=patterns("r", r),
-        alpha_pattern=patterns("alpha", alpha),
-        rank_dropout=common("rank_dropout", list(targets)),
-        module_dropout=common("module_dropout", list(targets)),
-        init_weights=common("init_weights", list(targets)),
-        use_effective_conv2d=common("use_effective_conv2d", large),
-        target_modules=list(counted),
-    )
+    kernel = jax.ShapeDtypeStruct(shape, d.target.dtype)
+    name = module_name((*path, d.kernel_name))
+    return make_target(path, name, d.layout, kernel, d.config, names)
 
 
-def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def from_adapted(
+    adapted: PyTree, init: Callable[..., PyTree], *args: object, **kwargs: object
+) -> PyTree:
     """Convert an adapted tree to the params of LoHa layers: the inverse of `to_adapted`.
 
     Args:
@@ -374,8 +175,8 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
     Raises:
         ValueError: the tree and the model do not match, all problems in one error: a LoHa layer
             without a `LoHaWeight` or the reverse; no or several active adapters; another layout,
-            rank, alpha, scaling or form (with or without cores); FedPara layers, which no kernel can
-            be converted to.
+            rank, alpha, scaling or form (with or without cores); FedPara layers, which no kernel
+            can be converted to.
 
     Example:
         >>> from loha_jax.linen import LoHaDense
@@ -385,7 +186,7 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
         >>> all((back[name] == value).all() for name, value in params.items())
         True
     """
-    described = _describe(init, args, kwargs)
+    described = describe(init, args, kwargs)
     flat, rebuild = _flat_params(adapted)
     layers, problems, result = _layers(described), [], {}
     expected = {(*path, d.kernel_name): path for path, d in layers.items()}
@@ -405,24 +206,23 @@ def from_adapted(adapted: Any, init: Callable[..., Any], *args: Any, **kwargs: A
             for name, tensor in leaf.active_adapters[0].tensors.items()
         }
         have = {**tensors, d.kernel_name: leaf.kernel}
-        for name, want in _own_leaves(described, path, d).items():
-            if have[name].shape != want.shape:
-                problems.append(
-                    f"{_show((*path, name))} has shape {have[name].shape}, in the model {want.shape}"
-                )
+        problems += _misshapen(path, _own_leaves(described, path, d), have)
         result.update({(*path, name): value for name, value in have.items()})
     _refuse(problems, "The adapted tree and the model do not fit")
     return rebuild(result)
 
 
-def _misfit(leaf: Any, d: Described) -> str | None:
+def _misfit(leaf: object, d: Described) -> str | None:
     """Return why a leaf cannot be the weight of a layer, or None."""
     if d.fedpara:
         return "is the weight of a FedPara layer, which has no kernel"
     if not isinstance(leaf, LoHaWeight):
         return f"is a {type(leaf).__name__}, the model has a LoHa layer there"
     if len(leaf.active_adapters) != 1:
-        return f"has the active adapters {list(leaf.active)}, of which it holds {sorted(leaf.adapters)}; one is needed"
+        return (
+            f"has the active adapters {list(leaf.active)}, of which it holds "
+            f"{sorted(leaf.adapters)}; one is needed"
+        )
     (factors,) = leaf.active_adapters
     if leaf.kernel is None or not factors.tensors:
         return "comes from one half of `partition`: put the halves together with `loha_jax.combine`"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from opt_einsum.parser import parse_einsum_input
 
 from loha_jax.linen.adapted_layer import LoHaLayer, adapted_call, compute, declare, where
@@ -23,8 +23,9 @@ class LoHaDense(LoHaLayer, nn.Dense):
         features, …: as for `nn.Dense`.
         r, alpha, …: see `LoHaLayer`.
 
-    Parameters: `kernel` `[in, features]` (frozen), `bias`, `hada_w1_a`, `hada_w2_a` `[features, r]`,
-    `hada_w1_b`, `hada_w2_b` `[r, in]`. Factors are float64 for a float64 kernel, otherwise float32.
+    Parameters: `kernel` `[in, features]` (frozen), `bias`, `hada_w1_a` and `hada_w2_a`
+    `[features, r]`, `hada_w1_b` and `hada_w2_b` `[r, in]`. Factors are float64 for a float64
+    kernel, otherwise float32.
 
     If `kernel_init` is wrapped by `nn.with_partitioning` or `nn.with_logical_partitioning`, the
     factors are boxed too. The output axis of w*_a and the input axis of w*_b take the name of the
@@ -47,7 +48,7 @@ class LoHaDense(LoHaLayer, nn.Dense):
     """
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.Dense` does: `[..., in]` to `[..., features]`."""
         return adapted_call(self, nn.Dense, (inputs,), lambda shape: Layout("io"), deterministic)
 
@@ -56,7 +57,8 @@ class LoHaDenseGeneral(LoHaLayer, nn.DenseGeneral):
     """`flax.linen.DenseGeneral` with a LoHa adapter, computed without materialising ΔW.
 
     The contracted axes are flattened to the input features of the factors, the features to their
-    output features. `batch_dims` are stack axes: one adapter per index, the factors stacked in front.
+    output features. `batch_dims` are stack axes: one adapter per index, the factors stacked in
+    front.
 
     Args:
         features, axis, batch_dims, …: as for `nn.DenseGeneral`.
@@ -70,7 +72,7 @@ class LoHaDenseGeneral(LoHaLayer, nn.DenseGeneral):
     """
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.DenseGeneral` does."""
 
         def layout(shape: Sequence[int]) -> Layout:
@@ -106,7 +108,7 @@ class LoHaConv(LoHaLayer, nn.Conv):
     use_effective_conv2d: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Apply the adapted kernel, as `nn.Conv` does."""
 
         def layout(shape: Sequence[int]) -> Layout:
@@ -141,7 +143,7 @@ class LoHaEinsum(LoHaLayer, nn.Einsum):
 
     @nn.compact
     def __call__(
-        self, inputs: Any, einsum_str: str | None = None, deterministic: bool | None = None
+        self, inputs: ArrayLike, einsum_str: str | None = None, deterministic: bool | None = None
     ) -> jax.Array:
         """Apply the adapted kernel, as `nn.Einsum` does."""
         layout = functools.partial(_einsum_layout, self, inputs)
@@ -152,13 +154,14 @@ class LoHaEmbed(LoHaLayer, nn.Embed):
     """`flax.linen.Embed` with a LoHa adapter.
 
     A lookup materialises only the rows of ΔW that it reads, `attend` none. The output features are
-    the vocabulary, the input features the embedding's: the orientation of an output head tied to the
-    embedding. The attribute `embedding` is the adapted weight without dropout, as an array-like.
-    With `fedpara` it is the whole table, which is materialised for a lookup too.
+    the vocabulary, the input features the embedding's: the orientation of an output head tied to
+    the embedding. The attribute `embedding` is the adapted weight without dropout, as an
+    array-like. With `fedpara` it is the whole table, which is materialised for a lookup too.
 
     Args:
         num_embeddings, features, …: as for `nn.Embed`.
-        r, alpha, …: see `LoHaLayer`; `hada_w1_a` is `[num_embeddings, r]`, `hada_w1_b` `[r, features]`.
+        r, alpha, …: see `LoHaLayer`; `hada_w1_a` is `[num_embeddings, r]`, and `hada_w1_b`
+            is `[r, features]`.
 
     Example:
         >>> layer = LoHaEmbed(10, 4, r=2)
@@ -173,32 +176,33 @@ class LoHaEmbed(LoHaLayer, nn.Embed):
         weight, _ = declare(self, nn.Embed, "embedding", (index,), lambda shape: Layout("oi"))
         self.embedding = weight
 
-    def __call__(self, inputs: Any, deterministic: bool | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Return rows of the adapted table: `[...]` integers to `[..., features]`."""
         return compute(self, nn.Embed, "embedding", self.embedding, {}, (inputs,), deterministic)
 
-    def attend(self, query: Any, deterministic: bool | None = None) -> jax.Array:
+    def attend(self, query: ArrayLike, deterministic: bool | None = None) -> jax.Array:
         """Compute `query @ embeddingᵀ`: `[..., features]` to `[..., num_embeddings]`."""
         return compute(
             self, nn.Embed, "embedding", self.embedding, {}, (query,), deterministic, "attend"
         )
 
 
-def _einsum_layout(layer: LoHaEinsum, inputs: Any, shape: Sequence[int]) -> Layout:
+def _einsum_layout(layer: LoHaEinsum, inputs: ArrayLike, shape: Sequence[int]) -> Layout:
     if layer.layout is not None:
         return Layout(layer.layout)
     if layer.einsum_str is None:
         raise ValueError(
-            f"{where(layer)}: the einsum string comes with the call, so it does not settle what the axes of the "
-            f"kernel {tuple(shape)} are. Pass layout= to the layer, e.g. layout='io' (s stack, i in, o out)."
+            f"{where(layer)}: the einsum string comes with the call, so it does not settle what "
+            f"the axes of the kernel {tuple(shape)} are. Pass layout= to the layer, e.g. "
+            "layout='io' (s stack, i in, o out)."
         )
     kernel = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     operands, result, _ = parse_einsum_input((layer.einsum_str.replace(" ", ""), inputs, kernel))
     word = einsum_layout(f"{operands}->{result}")
     if word is None:
         raise ValueError(
-            f"{where(layer)}: {layer.einsum_str!r} is no product that LoHa can adapt: the kernel needs axes that the "
-            "input has and the result has not (in), axes the other way round (out), and otherwise only axes that both "
-            "have (stack), each once. Use nn.Einsum."
+            f"{where(layer)}: {layer.einsum_str!r} is no product that LoHa can adapt: the kernel "
+            "needs axes that the input has and the result has not (in), axes the other way round "
+            "(out), and otherwise only axes that both have (stack), each once. Use nn.Einsum."
         )
     return Layout(word)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.targets.module_names import path_parts
 
 
-def trainable_mask(params: Any) -> Any:
+def trainable_mask(params: PyTree) -> PyTree:
     """Return the tree with True for the factors (leaves called `hada_*`) and False for the rest.
 
     For optax. `loha_jax.trainable_mask` does the same for trees made by `inject`. Biases and other
@@ -39,7 +38,7 @@ def trainable_mask(params: Any) -> Any:
     )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "These params hold no leaf called hada_*: no layer of loha_jax.linen made them. For trees made by "
-            "`loha_jax.inject` there is `loha_jax.trainable_mask`."
+            "These params hold no leaf called hada_*: no layer of loha_jax.linen made them. For "
+            "trees made by `loha_jax.inject` there is `loha_jax.trainable_mask`."
         )
     return mask

@@ -23,36 +23,44 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.xla_hints import isolated
 
-Scale = jax.Array | float
+Scale = Float[Array | np.ndarray, "*#stack"] | float
+"""alpha/r: one number, or an array that broadcasts against the stack axes."""
+
 A = TypeVar("A", jax.Array, np.ndarray)
 
 
 @standard_promotion()
-def float32_or_wider(*dtypes: Any) -> jnp.dtype:
+def float32_or_wider(*dtypes: DTypeLike) -> jnp.dtype:
     """Return the dtype to compute in: the common dtype of these, at least float32.
 
     Float8 counts as float32: JAX does not promote it.
     """
-    return jnp.result_type(jnp.float32, *(d for d in map(jnp.dtype, dtypes) if d.itemsize > 1))
+    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 1))
 
 
 def _accumulator(*arrays: jax.Array) -> jnp.dtype:
     return float32_or_wider(*(array.dtype for array in arrays))
 
 
-def _scaled(product: jax.Array, scale: Scale) -> jax.Array:
+def _scaled(product: Float[Array, "*shape"], scale: Scale) -> Float[Array, "*shape"]:
     scale = jnp.asarray(scale, product.dtype)
     return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
 
 
 def _plain_weight(
-    w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scale: Scale
-) -> jax.Array:
+    w1_a: Float[Array, "*stack out r1"],
+    w1_b: Float[Array, "*stack r1 in"],
+    w2_a: Float[Array, "*stack out r2"],
+    w2_b: Float[Array, "*stack r2 in"],
+    scale: Scale,
+) -> Float[Array, "*stack out in"]:
     dtype = _accumulator(w1_a, w1_b, w2_a, w2_b)
     # [*stack, out, r] @ [*stack, r, in] -> [*stack, out, in]
     first = jnp.matmul(w1_a, w1_b, preferred_element_type=dtype)
@@ -60,23 +68,29 @@ def _plain_weight(
     return _scaled(first * second, scale).astype(jnp.result_type(w1_a, w1_b, w2_a, w2_b))
 
 
-def _cp_matrix(t: jax.Array, w_a: jax.Array, w_b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return `w_aᵀ @ t @ w_b` at every position: `[out, in, *spatial]`."""
+def _cp_matrix(
+    t: Float[Array, "r r *spatial"],
+    w_a: Float[Array, "r out"],
+    w_b: Float[Array, "r in"],
+    dtype: jnp.dtype,
+) -> Float[Array, "out in *spatial"]:
+    """Return `w_aᵀ @ t @ w_b` at every position."""
     # [r, r, *spatial] · [r, in] -> [r, in, *spatial] -> [out, in, *spatial]
     inner = jnp.einsum("ij...,jq->iq...", t, w_b, preferred_element_type=dtype)
     return jnp.einsum("iq...,ip->pq...", inner, w_a, preferred_element_type=dtype)
 
 
 def _plain_weight_cp(
-    t1: jax.Array,
-    w1_a: jax.Array,
-    w1_b: jax.Array,
-    t2: jax.Array,
-    w2_a: jax.Array,
-    w2_b: jax.Array,
+    t1: Float[Array, "*core1"],
+    w1_a: Float[Array, "*stack r1 out"],
+    w1_b: Float[Array, "*stack r1 in"],
+    t2: Float[Array, "*core2"],
+    w2_a: Float[Array, "*stack r2 out"],
+    w2_b: Float[Array, "*stack r2 in"],
     scale: Scale,
-) -> jax.Array:
-    dtype = _accumulator(t1, w1_a, w1_b, t2, w2_a, w2_b)
+) -> Float[Array, "*shape"]:
+    factors = (t1, w1_a, w1_b, t2, w2_a, w2_b)
+    dtype = _accumulator(*factors)
 
     def one(
         t1: jax.Array,
@@ -88,11 +102,10 @@ def _plain_weight_cp(
     ) -> jax.Array:
         return _cp_matrix(t1, w1_a, w1_b, dtype) * _cp_matrix(t2, w2_a, w2_b, dtype)
 
-    for _ in range(w1_a.ndim - 2):
+    for _ in range(w1_a.ndim - 2):  # each takes one stack axis away
         one = jax.vmap(one)
-    return _scaled(one(t1, w1_a, w1_b, t2, w2_a, w2_b), scale).astype(
-        jnp.result_type(t1, w1_a, w1_b, t2, w2_a, w2_b)
-    )
+    # [*stack, out, in, *spatial]
+    return _scaled(one(*factors), scale).astype(jnp.result_type(*factors))
 
 
 def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -100,17 +113,17 @@ def _recompute_vjp(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     fn = standard_promotion()(fn)  # derivatives are traced later, where the caller's settings hold
     wrapped = cast(Any, jax.custom_vjp(fn))
 
-    def forward(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    def forward(*args: object) -> tuple[jax.Array, tuple[object, ...]]:
         return fn(*args), args
 
-    def recompute(args: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
-        return cast(tuple[Any, ...], jax.vjp(fn, *args)[1](cotangent))
+    def recompute(args: tuple[object, ...], cotangent: jax.Array) -> tuple[object, ...]:
+        return cast(tuple[object, ...], jax.vjp(fn, *args)[1](cotangent))
 
     @standard_promotion()
-    def backward(args: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
-        return isolated(recompute, (args, cotangent), args[0])
+    def backward(args: tuple[object, ...], cotangent: jax.Array) -> tuple[object, ...]:
+        return isolated(recompute, (args, cotangent), cast(jax.Array, args[0]))
 
-    def recomputing(*args: Any) -> jax.Array:
+    def recomputing(*args: object) -> jax.Array:
         return wrapped(*vary_alike(args))
 
     wrapped.defvjp(forward, backward)
@@ -208,8 +221,8 @@ def hada_weight_cp(
             and t.shape[: n + 2] == (*w_a.shape[: n + 1], w_b.shape[n])
         ):
             raise ValueError(
-                f"hada_t{name} {t.shape}, hada_w{name}_a {w_a.shape} and hada_w{name}_b {w_b.shape} do not fit: "
-                "expected [r, r, *spatial], [r, out] and [r, in]"
+                f"hada_t{name} {t.shape}, hada_w{name}_a {w_a.shape} and hada_w{name}_b "
+                f"{w_b.shape} do not fit: expected [r, r, *spatial], [r, out] and [r, in]"
             )
     if (
         w1_a.shape[-1] != w2_a.shape[-1]
@@ -217,24 +230,22 @@ def hada_weight_cp(
         or t1.shape[w1_a.ndim :] != t2.shape[w1_a.ndim :]
     ):
         raise ValueError(
-            f"The two factors differ in shape: out {w1_a.shape[-1]} and {w2_a.shape[-1]}, in {w1_b.shape[-1]} and "
-            f"{w2_b.shape[-1]}, spatial {t1.shape[w1_a.ndim :]} and {t2.shape[w1_a.ndim :]}"
+            f"The two factors differ in shape: out {w1_a.shape[-1]} and {w2_a.shape[-1]}, in "
+            f"{w1_b.shape[-1]} and {w2_b.shape[-1]}, spatial {t1.shape[w1_a.ndim :]} and "
+            f"{t2.shape[w1_a.ndim :]}"
         )
     return (_plain_weight_cp if forward_mode else _weight_cp)(t1, w1_a, w1_b, t2, w2_a, w2_b, scale)
 
 
-def khatri_rao_rows(w1_a: A, w2_a: A) -> A:
+def khatri_rao_rows(
+    w1_a: Float[A, "*stack out r1"], w2_a: Float[A, "*stack out r2"]
+) -> Float[A, "*stack out r1*r2"]:
     """Return the row-wise Khatri-Rao product.
 
     With `khatri_rao_columns` it is the exact low-rank form of the update:
     `(w1_a @ w1_b) * (w2_a @ w2_b) == khatri_rao_rows(w1_a, w2_a) @ khatri_rao_columns(w1_b, w2_b)`.
 
-    Args:
-        w1_a: `[*stack, out, r1]`.
-        w2_a: `[*stack, out, r2]`.
-
-    Returns:
-        `[*stack, out, r1·r2]`; a numpy array for numpy arrays.
+    The result of numpy arrays is one.
 
     Example:
         >>> khatri_rao_rows(jnp.ones((5, 2)), jnp.ones((5, 3))).shape
@@ -244,15 +255,10 @@ def khatri_rao_rows(w1_a: A, w2_a: A) -> A:
     return product.reshape(*product.shape[:-2], -1)
 
 
-def khatri_rao_columns(w1_b: jax.Array, w2_b: jax.Array) -> jax.Array:
+def khatri_rao_columns(
+    w1_b: Float[Array, "*stack r1 in"], w2_b: Float[Array, "*stack r2 in"]
+) -> Float[Array, "*stack r1*r2 in"]:
     """Return the column-wise Khatri-Rao product; see `khatri_rao_rows`.
-
-    Args:
-        w1_b: `[*stack, r1, in]`.
-        w2_b: `[*stack, r2, in]`.
-
-    Returns:
-        `[*stack, r1·r2, in]`.
 
     Example:
         >>> khatri_rao_columns(jnp.ones((2, 5)), jnp.ones((3, 5))).shape
@@ -262,7 +268,9 @@ def khatri_rao_columns(w1_b: jax.Array, w2_b: jax.Array) -> jax.Array:
     return product.reshape(*product.shape[:-3], -1, product.shape[-1])
 
 
-def multiply_core(core: Any, w_b: Any, dtype: Any) -> jax.Array:
+def multiply_core(
+    core: Float[Array, "*core"], w_b: Float[Array, "*stack r in"], dtype: DTypeLike
+) -> Float[Array, "*stack r flat"]:
     """Return w_b of the flat form that equals one with cores, of the same rank: t times w_b.
 
     Args:
@@ -287,7 +295,8 @@ def _check_shapes(*, w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: ja
             or a.shape[:-2] != b.shape[:-2]
         ):
             raise ValueError(
-                f"hada_w{name}_a {a.shape} and hada_w{name}_b {b.shape} do not fit: expected [out, r] and [r, in]"
+                f"hada_w{name}_a {a.shape} and hada_w{name}_b {b.shape} do not fit: "
+                "expected [out, r] and [r, in]"
             )
     if w1_a.shape[:-1] != w2_a.shape[:-1] or w1_b.shape[-1] != w2_b.shape[-1]:
         raise ValueError(

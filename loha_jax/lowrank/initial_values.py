@@ -13,12 +13,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt32
 
 INIT_SCHEMES = ("lycoris",)
 """Named values that `LoHaConfig.init_weights` takes besides True and False."""
@@ -62,11 +64,11 @@ def factor_shapes(
 
 
 def init_factors(
-    key: jax.Array,
+    key: jax.Array | np.ndarray,
     module_names: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     init_weights: bool | str,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     stack: Sequence[int] | None = None,
 ) -> dict[str, jax.Array]:
     """Draw the factors of several modules of equal shape, stacked: `[*stack, *shape]` each.
@@ -146,28 +148,26 @@ def _put(array: np.ndarray, key: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("size", "dtype", "std", "at_once"))
 def _draw(
     key: jax.Array,
-    seeds: np.ndarray,
-    index: np.uint32,
-    bound: np.ndarray,
+    seeds: UInt32[Array, "modules 2"],
+    index: UInt32[Array, ""],
+    bound: Float[Array, ""],
     *,
     size: int,
     dtype: jnp.dtype,
     std: float | None,
     at_once: bool,
-) -> jax.Array:
-    """Draw one factor of each module, `[modules, size]`.
-
-    It is normal, or uniform in ±bound if `std` is None.
+) -> Float[Array, "modules {size}"]:
+    """Draw one factor of each module: normal, or uniform in ±bound if `std` is None.
 
     `std` is static because XLA rounds its product otherwise where it is not a constant.
     """
 
-    def one(seed: Any) -> jax.Array:
+    def one(seed: UInt32[Array, "2"]) -> Float[Array, "values"]:
         module_key = jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1])
         factor_key = jax.random.fold_in(module_key, index)
         if std is not None:
             return std * jax.random.normal(factor_key, (size,), dtype)
         return jax.random.uniform(factor_key, (size,), dtype, -bound, bound)
 
-    # [modules, size]; the values of other kinds of keys depend on what is drawn besides them.
+    # The values of other kinds of keys depend on what is drawn besides them.
     return cast(jax.Array, jax.vmap(one)(seeds) if at_once else jax.lax.map(one, seeds))

@@ -48,8 +48,9 @@ class Layout:
         tokens = _TOKEN.findall(word)
         if "".join(a + b for a, b in tokens) != word or not tokens:
             raise ValueError(
-                f"{self.word!r} is not a layout: write one letter per axis out of s (stack), i (in), o (out) and "
-                "k (spatial), each with an index if need be, e.g. 'io', 'kkio', 'sio' or 'i1 i0 o'"
+                f"{self.word!r} is not a layout: write one letter per axis out of s (stack), i "
+                "(in), o (out) and k (spatial), each with an index if need be, e.g. 'io', 'kkio', "
+                "'sio' or 'i1 i0 o'"
             )
         kinds = [a for a, _ in tokens]
         for kind, name in (("i", "in"), ("o", "out")):
@@ -103,7 +104,8 @@ class Layout:
         """
         if len(shape) != self.ndim:
             raise ValueError(
-                f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape {tuple(shape)}"
+                f"The layout {self.word!r} describes {self.ndim} axes, the kernel has shape "
+                f"{tuple(shape)}"
             )
         return (
             *self.sizes("s", shape),
@@ -140,9 +142,9 @@ class Layout:
             or not set(range(missing)) <= set(self.axes("s"))
         ):
             raise ValueError(
-                f"A kernel with the layout {self.word!r} has {ndim} axes here. Only leading stack axes ('s') can be "
-                "taken away by a scan or vmap over an adapted tree; scan over another axis inside the function given "
-                "to `loha_jax.adapt`."
+                f"A kernel with the layout {self.word!r} has {ndim} axes here. Only leading stack "
+                "axes ('s') can be taken away by a scan or vmap over an adapted tree; scan over "
+                "another axis inside the function given to `loha_jax.adapt`."
             )
         kept = self._tokens[missing:]
         stack = sorted(int(index) for kind, index in kept if kind == "s" and index)

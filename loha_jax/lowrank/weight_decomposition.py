@@ -19,13 +19,17 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.lowrank.layout import Layout
+
+A = TypeVar("A", Array, np.ndarray)
 
 
 def is_on_out(dora_shape: Sequence[int], kernel_shape: Sequence[int], stack: int) -> bool:
@@ -65,13 +69,13 @@ def _squares(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
 
 
 def adapted_norms(
-    kernel: jax.Array,
+    kernel: Float[Array, "*kernel"],
     layout: Layout,
-    w1_a: Any,
-    w1_b: Any,
-    w2_a: Any,
-    w2_b: Any,
-    scale: Any,
+    w1_a: Float[Array, "*stack out r1"],
+    w1_b: Float[Array, "*stack r1 columns"],
+    w2_a: Float[Array, "*stack out r2"],
+    w2_b: Float[Array, "*stack r2 columns"],
+    scale: Float[Array | np.ndarray, "*stack"] | float,
     *,
     on_out: bool,
 ) -> jax.Array:
@@ -83,9 +87,8 @@ def adapted_norms(
     Args:
         kernel: as its layout says.
         layout: of the kernel.
-        w1_a, w2_a: `[*stack, out, r]`.
-        w1_b, w2_b: `[*stack, r, in·prod(spatial)]`.
-        scale: `[*stack]`.
+        w1_a, w1_b, w2_a, w2_b: flat factors: columns = in·prod(spatial).
+        scale: of ΔW.
         on_out: per output feature.
 
     Returns:
@@ -119,12 +122,14 @@ def adapted_norms(
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)
 
 
-def gain(norms: jax.Array, dora_scale: Any) -> jax.Array:
+def gain(norms: Float[A, "*norms"], dora_scale: Float[A, "*norms"]) -> Float[A, "*norms"]:
     """Return the multiple of the rows (or columns) of W + ΔW, with the ε of LyCORIS."""
-    eps = float(cast(Any, jnp.finfo(norms.dtype).eps))
+    eps = float(cast(float, jnp.finfo(norms.dtype).eps))
     return dora_scale.astype(norms.dtype) / (norms + eps)
 
 
-def on_flat(gains: jax.Array, stack: int, spatial: Sequence[int]) -> jax.Array:
-    """Repeat `[*stack, 1, in, 1, ...]` for flat factors: `[*stack, 1, in·prod(spatial)]`."""
+def on_flat(
+    gains: Float[Array, "*gains"], stack: int, spatial: Sequence[int]
+) -> Float[Array, "*stack 1 columns"]:
+    """Repeat gains `[*stack, 1, in, 1, ...]` for flat factors: columns = in·prod(spatial)."""
     return jnp.repeat(gains.reshape(*gains.shape[:stack], 1, -1), math.prod(spatial), -1)

@@ -1,7 +1,8 @@
 """Changes that a call makes to attributes of its models that are neither variables nor arrays.
 
 A call is traced. The value of an attribute set there may hold traced values, which are invalid
-afterwards (`functools.cached_property` keeps them). So only plain data is set in the caller's model.
+afterwards (`functools.cached_property` keeps them). So only plain data is set in the caller's
+model.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
+
+from loha_jax.nnx.graph import Path
+
+T = TypeVar("T")
 
 _PLAIN = (
     bool,
@@ -30,7 +36,7 @@ _PLAIN = (
 )
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Return whether a value cannot hold traced ones: numbers, strings, containers of them."""
     if isinstance(value, Mapping):
         return all(is_plain(key) and is_plain(item) for key, item in value.items())
@@ -52,28 +58,31 @@ def detach_attributes(clone: nnx.Pytree) -> None:
             vars(clone)[name] = copy
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: T) -> T:
     """Copy lists, dicts and sets, and those inside them; return anything else as it is."""
+    copy: object = value
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) is list:
-        return [_copied(item) for item in value]
-    return set(value) if type(value) is set else value
+        copy = {key: _copied(item) for key, item in value.items()}
+    elif type(value) is list:
+        copy = [_copied(item) for item in value]
+    elif type(value) is set:
+        copy = set(value)
+    return cast(T, copy)
 
 
 def changed_attributes(
-    clones: Mapping[Any, Any], originals: Mapping[Any, Any]
-) -> Iterator[tuple[Any, str, Any]]:
+    clones: Mapping[Path, object], originals: Mapping[Path, object]
+) -> Iterator[tuple[nnx.Pytree, str, object]]:
     """Yield the attributes set to plain data in the clones: original node, name and value."""
     for path, clone in clones.items():
         if not isinstance(clone, nnx.Pytree):
             continue
         if path not in originals:
             raise ValueError(
-                f"A call of an adapted module adds the module {'.'.join(map(str, path[1:]))}. Make modules in "
-                "`__init__`, or before `inject`."
+                f"A call of an adapted module adds the module {'.'.join(map(str, path[1:]))}. Make "
+                "modules in `__init__`, or before `inject`."
             )
-        original = originals[path]
+        original = cast(nnx.Pytree, originals[path])
         for name, value in vars(clone).items():
             if (
                 name.startswith("_pytree__")
@@ -89,8 +98,8 @@ def changed_attributes(
 
 
 def new_data_attributes(
-    clones: Mapping[Any, Any], originals: Mapping[Any, Any]
-) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    clones: Mapping[Path, object], originals: Mapping[Path, object]
+) -> Iterator[tuple[Path, PyTree]]:
     """Yield the attributes with arrays that were added to the clones: path and value."""
     for path, clone in clones.items():
         if isinstance(clone, nnx.Pytree) and path in originals:
@@ -99,9 +108,9 @@ def new_data_attributes(
                     yield (*path, name), value
 
 
-def set_attribute(node: Any, name: str, value: Any) -> None:
+def set_attribute(node: nnx.Pytree, name: str, value: object) -> None:
     """Set an attribute. A list, dict or set, which others may hold too, is changed in place."""
-    old = vars(node).get(name)
+    old: Any = vars(node).get(name)
     if type(old) is type(value) is list:
         old[:] = value
     elif type(old) is type(value) in (dict, set):

@@ -8,29 +8,30 @@ notes the changes that the function makes to them. These are then made to the ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from loha_jax.nnx.clones import Changes, Clones, Originals, Returned
-from loha_jax.nnx.variables import AdaptedVariable, is_node
+from loha_jax.nnx.graph import is_node
+from loha_jax.nnx.siblings import AdaptedVariable, called_among
 
 
-def nodes_among(args: Any) -> Iterator[AdaptedVariable]:
+def nodes_among(args: PyTree) -> Iterator[AdaptedVariable]:
     """Yield the adapted variables of all models among the leaves of `args`."""
     nodes = [leaf for leaf in jax.tree.leaves(args, is_leaf=is_node) if is_node(leaf)]
-    return (node for _, node in nnx.iter_graph(nodes) if isinstance(node, AdaptedVariable))
+    return iter(called_among(nnx.iter_graph(nodes)).values())
 
 
 def call(
-    run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
-    fn: Callable[..., Any],
+    run: Callable[[Callable[..., PyTree], tuple, dict], PyTree],
+    fn: Callable[..., PyTree],
     args: tuple,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, PyTree],
     *,
     changes: bool = True,
-) -> Any:
+) -> PyTree:
     """Call `fn` with the models among its arguments in their original form.
 
     Args:
@@ -47,7 +48,7 @@ def call(
     originals = Originals(args, kwargs)
     made = Changes()
 
-    def pure(arrays: tuple[list[Any], list[Any]], others: list[Any]) -> Any:
+    def pure(arrays: tuple[list[PyTree], list[PyTree]], others: list[PyTree]) -> PyTree:
         nonlocal made
         clones = Clones(originals, *arrays)
         inner_args, inner_kwargs = originals.arguments(clones.nodes, others)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from loha_jax.nnx.adapted_classes import base_class, set_class
 from loha_jax.nnx.attributes import (
@@ -17,7 +18,8 @@ from loha_jax.nnx.attributes import (
     new_data_attributes,
     set_attribute,
 )
-from loha_jax.nnx.variables import AdaptedCopy, Path, adapted_among, below, is_node, replace_nodes
+from loha_jax.nnx.graph import Path, is_node
+from loha_jax.nnx.siblings import called_among, called_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Changes:
         removed: the paths of variables that are gone.
     """
 
-    variables: dict[Path, Any] = dataclasses.field(default_factory=dict)
-    attributes: list[tuple[Any, str, Any]] = dataclasses.field(default_factory=list)
-    added: dict[Path, Any] = dataclasses.field(default_factory=dict)
+    variables: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
+    attributes: list[tuple[nnx.Pytree, str, object]] = dataclasses.field(default_factory=list)
+    added: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
     removed: set[Path] = dataclasses.field(default_factory=set)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[PyTree]:
         """The new values, in order."""
         return [_value(variable) for variable in self.variables.values()]
 
@@ -53,13 +55,13 @@ class Originals:
 
     Attributes:
         graph: the parts of the models by path. A path begins with the model's number.
-        adapted: the adapted variables among them.
+        adapted: the adapted variables among them, by the paths of their bases.
         weights: the adapted leaves, with dropout's masks.
         values: the values of the other variables.
         others: the leaves of the arguments that are no models.
     """
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, args: tuple, kwargs: dict[str, PyTree]):
         self._leaves, self._treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
         self._are_nodes = [is_node(leaf) for leaf in self._leaves]
         self._nodes = [
@@ -69,35 +71,42 @@ class Originals:
             leaf for leaf, node in zip(self._leaves, self._are_nodes, strict=True) if not node
         ]
         self.graph: dict[Path, Any] = dict(nnx.iter_graph(self._nodes))
-        self.adapted = adapted_among(self.graph.items())
-        self.weights = [node.leaf_for_call() for node in self.adapted.values()]
+        self.adapted = called_among(self.graph.items())
+        self.weights = [adapted.leaf_for_call() for adapted in self.adapted.values()]
         self.graphdef, state = nnx.split(self._nodes)
         self.variables = dict(nnx.to_flat_state(state))
+        siblings = {
+            id(variable) for adapted in self.adapted.values() for variable in adapted.variables
+        }
         # numpy arrays stay what they are: a model may compute shapes with them.
         self.value_paths = [
             path
             for path, variable in self.variables.items()
-            if not isinstance(variable, np.ndarray) and not below(path, self.adapted)
+            if not isinstance(variable, np.ndarray)
+            and path not in self.adapted
+            and id(self.graph[path]) not in siblings
         ]
         self.values = [_value(self.variables[path]) for path in self.value_paths]
 
-    def arguments(self, nodes: Sequence[Any], others: Sequence[Any]) -> Any:
+    def arguments(
+        self, nodes: Sequence[nnx.Pytree | nnx.Variable], others: Sequence[PyTree]
+    ) -> tuple[tuple, dict[str, PyTree]]:
         """Return the arguments of the call with other models, and other leaves."""
         models, rest = iter(nodes), iter(others)
         return self._treedef.unflatten([next(models if node else rest) for node in self._are_nodes])
 
-    def change(self, made: Changes, values: Sequence[Any]) -> None:
+    def change(self, made: Changes, values: Sequence[PyTree]) -> None:
         """Make the changes of a call, with these values of its variables."""
         traced, computed = jax.tree.leaves(made.values()), jax.tree.leaves(list(values))
         results = {id(old): array for old, array in zip(traced, computed, strict=True)}
         for path, container in made.added.items():
             filled = jax.tree.map(lambda leaf: results.get(id(leaf), leaf), container)
-            setattr(self.graph[path[:-1]], path[-1], nnx.data(filled))
+            setattr(self.graph[path[:-1]], str(path[-1]), nnx.data(filled))
         updates: dict[Path, Any] = {}
         for (path, variable), value in zip(made.variables.items(), values, strict=True):
-            if isinstance(node := self.adapted.get(path), AdaptedCopy):
-                node.current.set_value(value)
-            elif not below((*path, None), made.added):
+            if path in self.adapted:  # statistics of a BatchNorm in modules_to_save
+                self.adapted[path].current_copy().set_value(value)
+            elif not any(path[: n + 1] in made.added for n in range(len(path))):
                 updates[path] = _with_value(variable, value)
         if updates:
             nnx.update(self._nodes, nnx.from_flat_state(updates))
@@ -118,7 +127,7 @@ class Clones:
         nodes: the copies.
     """
 
-    def __init__(self, originals: Originals, weights: Sequence[Any], values: Sequence[Any]):
+    def __init__(self, originals: Originals, weights: Sequence[PyTree], values: Sequence[PyTree]):
         self._originals = originals
         self._before: dict[Path, Any] = dict(zip(originals.value_paths, values, strict=True))
         inside = {
@@ -126,21 +135,17 @@ class Clones:
             for path, variable in originals.variables.items()
         }
         self.nodes: list[Any] = nnx.merge(originals.graphdef, nnx.from_flat_state(inside))
-        graph = dict(nnx.iter_graph(self.nodes))
-        variables: dict[Path, Any] = {path: graph[path].base for path in originals.adapted}
-        for (path, variable), array in zip(variables.items(), weights, strict=True):
-            variable.set_raw_value(array)
-            self._before[path] = array
-        replace_nodes(
-            graph.items(), {id(graph[path]): variable for path, variable in variables.items()}
-        )
-        self._paths: dict[int, Path] = {id(variable): path for path, variable in variables.items()}
-        for path, node in graph.items():
-            if is_node(node) and path not in variables and not below(path, variables):
-                self._paths[id(node)] = path
-                if isinstance(node, nnx.Pytree):
-                    set_class(node, base_class(node))
-                    detach_attributes(node)
+        for _, node in nnx.iter_graph(self.nodes):
+            for adapted in called_in(node):
+                adapted.remove()
+            if isinstance(node, nnx.Pytree):
+                set_class(node, base_class(node))
+                detach_attributes(node)
+        graph: dict[Path, Any] = {p: x for p, x in nnx.iter_graph(self.nodes) if is_node(x)}
+        for path, weight in zip(originals.adapted, weights, strict=True):
+            graph[path].set_raw_value(weight)
+            self._before[path] = weight
+        self._paths: dict[int, Path] = {id(node): path for path, node in graph.items()}
 
     def changes(self) -> Changes:
         """Return the changes made to the copies since."""
@@ -171,30 +176,30 @@ class Clones:
                 changed[path] = variable
         return changed
 
-    def mark(self, result: Any) -> Any:
+    def mark(self, result: PyTree) -> PyTree:
         """Return the result of the call with `Returned` in place of parts of the copies."""
         return jax.tree.map(
             lambda x: self._returned(x) if is_node(x) else x, result, is_leaf=is_node
         )
 
-    def _returned(self, node: Any) -> Returned:
+    def _returned(self, node: object) -> Returned:
         if id(node) not in self._paths:
             raise ValueError(
-                "A method of an adapted module returns a module or variable that it made or copied. Return arrays, or "
-                "the module's own parts."
+                "A method of an adapted module returns a module or variable that it made or "
+                "copied. Return arrays, or the module's own parts."
             )
         return Returned(self._paths[id(node)])
 
 
-def _value(variable: Any) -> Any:
+def _value(variable: PyTree) -> PyTree:
     """Return the value of a leaf of an NNX state, which is a variable or an array."""
     return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
 
 
-def _with_value(variable: Any, value: Any) -> Any:
+def _with_value(variable: PyTree, value: PyTree) -> PyTree:
     return variable.replace(value) if isinstance(variable, nnx.Variable) else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: PyTree, b: PyTree) -> bool:
     one, other = jax.tree.leaves(a), jax.tree.leaves(b)
     return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
-from loha_jax.nnx.variables import AdaptedKernel, adapted_nodes
+from loha_jax.nnx.siblings import DropoutStream, adapted_in
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.inject import inject as inject_tree
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -28,9 +29,11 @@ def inject(
 ) -> M:
     """Add a LoHa adapter to an NNX model, in place.
 
-    Each targeted kernel is replaced in its attribute by an `AdaptedKernel`: the model's own variable
-    as `base`, and a `LoHaParam` per factor. The modules that hold one are called as before, and
-    compute on the factors. Adding another adapter makes it the active one.
+    Each targeted kernel stays where it is, and gets an `nnx.LoRAParam` (alias `LoHaParam`) per
+    factor beside it: `kernel_lora_hada_w1_a`, … The modules are called as before, and compute on
+    the factors. Code that reads `model.up.kernel` itself, outside of any call of the model, gets
+    the base weight; `loha_jax.adapt(fn)(model, …)` gives it the adapted one. Adding another adapter
+    makes it the active one.
 
     Args:
         model: any `nnx.Module`. Its layers may be stacked by `nnx.vmap`, and may be the model's own
@@ -48,7 +51,9 @@ def inject(
         The model.
 
     Raises:
-        ValueError: as `loha_jax.inject`, or a variable is in a tuple; nothing is changed then.
+        ValueError: as `loha_jax.inject`, or there is no place beside a kernel: its module has an
+            attribute of that name, or it is in a list that no module holds. Nothing is changed
+            then.
         TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
 
     Example:
@@ -60,8 +65,7 @@ def inject(
         >>> config = LoHaConfig(r=2, target_modules=["layers.0", "layers.2"])
         >>> inject(model, config, rngs=rngs)(jnp.ones((3, 4))).shape
         (3, 2)
-        >>> kernel = nnx.state(model, loha_jax.nnx.LoHaParam)["layers"][0]["kernel"]
-        >>> kernel["adapters"]["default"]["hada_w1_a"].shape
+        >>> nnx.state(model, nnx.LoRAParam)["layers"][0]["kernel_lora_hada_w1_a"].shape
         (8, 2)
     """
     _check("inject", model, rngs)
@@ -80,8 +84,8 @@ def inject(
 def set_dropout(model: M, rngs: nnx.Rngs) -> M:
     """Give each adapted kernel with a dropout a random stream, and put it into training mode.
 
-    `inject` calls this. A model whose adapter was read by `interop.load_peft` has no stream until it
-    is called.
+    `inject` calls this. A model whose adapter was read by `interop.load_peft` has no stream until
+    it is called.
 
     Args:
         model: an adapted model; changed in place.
@@ -97,26 +101,33 @@ def set_dropout(model: M, rngs: nnx.Rngs) -> M:
         >>> from flax import nnx
         >>> from loha_jax.nnx import LoHaLinear
         >>> model = LoHaLinear(4, 4, rngs=nnx.Rngs(0))
-        >>> set_dropout(model, nnx.Rngs(1)).kernel.rngs is None  # its config has no dropout
-        True
+        >>> hasattr(set_dropout(model, nnx.Rngs(1)), "kernel_lora_rngs")  # there is no dropout
+        False
     """
     _check("set_dropout", model, rngs)
-    for node in adapted_nodes(model).values():
-        if isinstance(node, AdaptedKernel) and node.drops:
-            stack = node.layout.sizes("s", node.base.get_value().shape)
-            stream = rngs.dropout
-            node.rngs = nnx.RngStream(
-                jax.random.split(stream(), stack) if stack else stream(), tag="dropout"
-            )
-            node.deterministic = False
+    streams: dict[int, DropoutStream] = {}
+    for _, node in nnx.iter_graph(model):
+        for adapted in adapted_in(node):
+            if adapted.settings.drops:
+                if id(adapted.base) not in streams:
+                    streams[id(adapted.base)] = _new_stream(adapted.leaf(), rngs)
+                adapted.set_mode(streams[id(adapted.base)])
     return model
 
 
-def _check(function: str, model: Any, rngs: Any) -> None:
+def _new_stream(leaf: LoHaWeight | SavedWeight, rngs: nnx.Rngs) -> DropoutStream:
+    stack = leaf.layout.sizes("s", leaf.shape) if leaf.layout else ()
+    key = rngs.dropout()
+    stream = DropoutStream(jax.random.split(key, stack) if stack else key, tag="dropout")
+    stream.deterministic = False
+    return stream
+
+
+def _check(function: str, model: object, rngs: object) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree of parameters there "
-            f"is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
+            f"loha_jax.nnx.{function} takes an nnx.Module, got {type(model).__name__}. For a tree "
+            f"of parameters there is loha_jax.{'inject' if function == 'inject' else 'dropout'}."
         )
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs should be an nnx.Rngs, e.g. nnx.Rngs(0), got {type(rngs).__name__}")

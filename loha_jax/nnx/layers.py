@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from loha_jax.nnx.adapted_classes import adapted_class
+from loha_jax.nnx.adapted_classes import adapted_class, base_class
 from loha_jax.nnx.inject import set_dropout
 from loha_jax.nnx.model_tree import layer_layout
-from loha_jax.nnx.variables import AdaptedKernel
+from loha_jax.nnx.siblings import Siblings
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.inject import inject
 
 
-class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
+def _constructor(kernel: str = "kernel", *more_options: str) -> Callable[..., None]:
+    """Return the constructor of a layer: that of the Flax layer, with the adapter's options."""
+    names = ("rank_dropout", "module_dropout", "init_weights", *more_options)
+
+    def __init__(
+        self: nnx.Module,
+        *args: object,
+        r: int = 8,
+        alpha: float = 8,
+        rngs: nnx.Rngs,
+        **kwargs: object,
+    ) -> None:
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        flax_layer: Any = base_class(self)
+        flax_layer.__init__(self, *args, rngs=rngs, **kwargs)
+        _adapt(self, kernel, LoHaConfig(r=r, alpha=alpha, **options), rngs)
+
+    return __init__
+
+
+class LoHaLinear(adapted_class(nnx.Linear)):
     """`nnx.Linear` with a LoHa adapter on its kernel.
 
     Args:
-        in_features, out_features: as for `nnx.Linear`, as are further keyword arguments. The initial
-            values are those of `nnx.Linear` too.
+        in_features, out_features: as for `nnx.Linear`, as are further keyword arguments. The
+            initial values are those of `nnx.Linear` too.
         r, alpha: the rank of the factors; the update is scaled by alpha/r.
         rank_dropout, module_dropout, init_weights: as in `LoHaConfig`.
         rngs: streams for the parameters and for dropout.
 
-    The kernel is `self.kernel.base`, frozen; the factors are `LoHaParam`s. In a model, the layer's
-    name for `interop.save_peft(folder, model)` is its path. `loha_jax.merge(model)` makes it an
-    `nnx.Linear`.
+    The kernel is `self.kernel`, frozen; the factors are `nnx.LoRAParam`s beside it. In a model, the
+    layer's name for `interop.save_peft(folder, model)` is its path. `loha_jax.merge(model)` makes
+    it an `nnx.Linear`.
 
     Example:
         >>> from flax import nnx
@@ -37,24 +58,11 @@ class LoHaLinear(adapted_class(nnx.Linear, owner=True)):
         ((3, 8), 4)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
-
-class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, owner=True)):
+class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral)):
     """`nnx.LinearGeneral` with a LoHa adapter on its kernel; batch axes hold one adapter per index.
 
     Args:
@@ -67,24 +75,11 @@ class LoHaLinearGeneral(adapted_class(nnx.LinearGeneral, owner=True)):
         (5, 2, 3)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
-
-class LoHaConv(adapted_class(nnx.Conv, owner=True)):
+class LoHaConv(adapted_class(nnx.Conv)):
     """`nnx.Conv` with a LoHa adapter on its kernel.
 
     Args:
@@ -99,25 +94,11 @@ class LoHaConv(adapted_class(nnx.Conv, owner=True)):
         (1, 5, 5, 8)
     """
 
+    __init__ = _constructor("kernel", "use_effective_conv2d")
     __reduce__ = object.__reduce__
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        kernel_size,
-        *args,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs, "use_effective_conv2d")
-        super().__init__(in_features, out_features, kernel_size, *args, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
-
-class LoHaEinsum(adapted_class(nnx.Einsum, owner=True)):
+class LoHaEinsum(adapted_class(nnx.Einsum)):
     """`nnx.Einsum` with a LoHa adapter on its kernel; the equation determines the kernel's layout.
 
     Args:
@@ -133,28 +114,16 @@ class LoHaEinsum(adapted_class(nnx.Einsum, owner=True)):
         (1, 5, 2, 3)
     """
 
+    __init__ = _constructor()
     __reduce__ = object.__reduce__
 
-    def __init__(
-        self,
-        einsum_str,
-        kernel_shape,
-        *args,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(einsum_str, kernel_shape, *args, rngs=rngs, **kwargs)
-        _adapt(self, "kernel", config, rngs)
 
-
-class LoHaEmbed(adapted_class(nnx.Embed, owner=True)):
+class LoHaEmbed(adapted_class(nnx.Embed)):
     """`nnx.Embed` with a LoHa adapter on its table.
 
     Lookups materialise only the rows of ΔW that they read; `attend` is factored. The adapter has
-    `num_embeddings` output and `features` input features, as that of an output head tied to the table.
+    `num_embeddings` output and `features` input features, as that of an output head tied to the
+    table.
 
     Args:
         num_embeddings, features: as for `nnx.Embed`, as are further keyword arguments.
@@ -166,29 +135,8 @@ class LoHaEmbed(adapted_class(nnx.Embed, owner=True)):
         (2, 4)
     """
 
+    __init__ = _constructor("embedding")
     __reduce__ = object.__reduce__
-
-    def __init__(
-        self,
-        num_embeddings,
-        features,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        config = _config(r, alpha, kwargs)
-        super().__init__(num_embeddings, features, rngs=rngs, **kwargs)
-        _adapt(self, "embedding", config, rngs)
-
-
-def _config(r: int, alpha: float, kwargs: dict[str, Any], *more: str) -> LoHaConfig:
-    """Return the adapter's config, taking its options out of a layer's keyword arguments."""
-    names = ("rank_dropout", "module_dropout", "init_weights", *more)
-    return LoHaConfig(
-        r=r, alpha=alpha, **{name: kwargs.pop(name) for name in names if name in kwargs}
-    )
 
 
 def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -> None:
@@ -198,12 +146,13 @@ def _adapt(layer: nnx.Module, kernel: str, config: LoHaConfig, rngs: nnx.Rngs) -
     word = layer_layout(layer, kernel, array.shape) or ("oi" if kernel == "embedding" else None)
     if word is None:
         raise ValueError(
-            f"The kernel of shape {array.shape} has no letter that {getattr(layer, 'einsum_str', layer)!r} contracts, "
-            "or none that only the kernel and the result have: there is nothing to factor."
+            f"The kernel of shape {array.shape} has no letter that "
+            f"{getattr(layer, 'einsum_str', layer)!r} contracts, or none that only the kernel and "
+            "the result have: there is nothing to factor."
         )
     everything = dataclasses.replace(config, target_modules=".*")
     leaf = inject({kernel: array}, everything, key=rngs.params(), layouts={".*": word})[kernel]
     factors = {n: dataclasses.replace(f, config=config) for n, f in leaf.adapters.items()}
     leaf = dataclasses.replace(leaf, adapters=factors, names=("",) * len(leaf.names))
-    setattr(layer, kernel, AdaptedKernel(variable, leaf))
+    Siblings.of(leaf, variable).put(layer, (kernel,))
     set_dropout(layer, rngs)

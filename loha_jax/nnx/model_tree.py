@@ -1,52 +1,94 @@
 """An NNX model as a tree of parameters, and back.
 
-An adapted `nnx.Param` is replaced in its module by an `AdaptedKernel` (`variables.py`): a small
-module with the Param itself, untouched, and a `LoHaParam` for every factor. Read as an array it is
-`W + ΔW`, so code that reads the kernel is right, if slow. Calls are fast: the modules that hold
-adapted kernels get a subclass (`adapted_classes.py`) whose methods run through `loha_jax.adapt`
-(`calls.py`). Nothing is shared and no array is closed over, so NNX's own functions (split, merge,
-clone, jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and in tree mode.
+An adapted `nnx.Param` stays in its module, and the factors stand beside it (`siblings.py`). The
+modules that hold adapted kernels get a subclass (`adapted_classes.py`) whose methods run through
+`loha_jax.adapt` (`calls.py`). No array is closed over, so NNX's own functions (split, merge, clone,
+jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and in tree mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout, einsum_layout
 from loha_jax.nnx.adapted_classes import dress
 from loha_jax.nnx.calls import call, nodes_among
-from loha_jax.nnx.variables import (
-    AdaptedCopy,
-    AdaptedKernel,
+from loha_jax.nnx.graph import Key, Path, held_variables, is_node, is_owner, is_variable
+from loha_jax.nnx.siblings import (
     AdaptedVariable,
-    Path,
-    adapted_nodes,
-    below,
-    is_node,
-    replace_nodes,
-    slots,
+    Siblings,
+    adapted_in,
+    set_values,
+    variables_of,
 )
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 # With `call`, `is_node` and `nodes_among`, this module is a `loha_jax.tree.containers.Container`.
 __all__ = ["call", "is_node", "layer_layout", "layouts_of", "nodes_among", "tree_of", "write_back"]
 
 
-def tree_of(model: nnx.Module) -> dict[Any, Any]:
+@dataclasses.dataclass
+class _Weight:
+    """A variable that can hold weights; for a quantised kernel, the tree of its variables.
+
+    Attributes:
+        base: the variable.
+        holders: the modules that hold it, and the way from each to it.
+        adapted: one entry per holder if it is adapted.
+    """
+
+    base: PyTree[nnx.Variable]
+    holders: list[tuple[nnx.Pytree, Path]] = dataclasses.field(default_factory=list)
+    adapted: list[AdaptedVariable] = dataclasses.field(default_factory=list)
+
+
+def _weights(model: nnx.Module) -> dict[Path, _Weight]:
+    """Return the variables that can hold weights, by path."""
+    graph = list(nnx.iter_graph(model))
+    adapted = [(path, of) for path, node in graph for of in adapted_in(node)]
+    siblings = {id(variable) for _, of in adapted for variable in of.arrays}
+    bases = {id(v): of.base for _, of in adapted for v in variables_of(of.base)}
+    found: dict[Path, _Weight] = {}
+    by_id: dict[int, _Weight] = {}
+    for path, node in graph:
+        if not is_variable(node) or bases.get(id(node), node) is not node:
+            continue
+        if id(node) in bases or (id(node) not in siblings and _can_hold_weights(node)):
+            found[path] = by_id[id(node)] = _Weight(node)
+    for path, of in adapted:
+        if id(of.base) not in by_id:  # a tree of variables
+            place = (of.owner, of.settings.path)
+            found[(*path, *of.settings.path)] = by_id[id(of.base)] = _Weight(of.base, [place])
+        by_id[id(of.base)].adapted.append(of)
+    for _, node in graph:
+        for path, variable in held_variables(node) if is_owner(node) else ():
+            if id(variable) in by_id:
+                by_id[id(variable)].holders.append((node, path))
+    return found
+
+
+def _can_hold_weights(variable: nnx.Variable) -> bool:
+    return not isinstance(variable, nnx.RngState | nnx.Intermediate | nnx.Cache) and isinstance(
+        variable.get_value(), jax.Array | jax.ShapeDtypeStruct
+    )
+
+
+def tree_of(model: nnx.Module) -> dict[Key, PyTree]:
     """Return the model's parameters and statistics as nested dicts, with adapted leaves."""
     return unflatten_dict(
         {
-            path: _named(node.leaf(), path)
-            if isinstance(node, AdaptedVariable)
-            else node.get_value()
-            for path, node in _weights(model).items()
+            path: _named(weight.adapted[0].leaf(), path)
+            if weight.adapted
+            else weight.base.get_value()
+            for path, weight in _weights(model).items()
         }
     )
 
@@ -61,78 +103,72 @@ def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeig
     )
 
 
-def write_back(model: nnx.Module, tree: Any) -> nnx.Module:
-    """Write a changed `tree_of(model)` into the model, and return the model."""
-    old = _weights(model)
-    new = _flat_leaves(tree)
-    if old.keys() != new.keys():
-        raise ValueError(
-            f"The tree holds other variables than the model: {sorted(map(str, old.keys() ^ new.keys()))}"
-        )
-    replacements: dict[int, Any] = {}
-    values: list[tuple[nnx.Variable, jax.Array]] = []
-    for path, node in old.items():
-        leaf = new[path]
-        base = node.base if isinstance(node, AdaptedVariable) else node
-        if isinstance(leaf, LoHaWeight):
-            values.append((base, leaf.kernel))
-            replacements[id(node)] = AdaptedKernel(
-                base, leaf, node if isinstance(node, AdaptedKernel) else None
-            )
-        elif isinstance(leaf, SavedWeight):
-            values.append((base, leaf.original))
-            replacements[id(node)] = AdaptedCopy(base, leaf)
-        else:
-            values.append((base, leaf))
-            if base is not node:
-                replacements[id(node)] = base
-    replace_nodes(nnx.iter_graph(model), replacements)
-    for variable, value in values:
-        if variable.get_value() is not value:
-            variable.set_value(value)
+def write_back(model: nnx.Module, tree: Mapping[Key, PyTree]) -> nnx.Module:
+    """Write a changed `tree_of(model)` into the model, and return the model.
+
+    Raises:
+        ValueError: the tree holds other variables than the model, or there is no place beside an
+            adapted one; nothing is changed then.
+    """
+    weights = _weights(model)
+    leaves: dict[Path, PyTree] = flatten_dict(tree, is_leaf=lambda _, x: not isinstance(x, dict))
+    if weights.keys() != leaves.keys():
+        different = sorted(map(str, weights.keys() ^ leaves.keys()))
+        raise ValueError(f"The tree holds other variables than the model: {different}")
+    siblings = {
+        path: _siblings(path, weights[path], leaf)
+        for path, leaf in leaves.items()
+        if is_adapted(leaf)
+    }
+    for path, weight in weights.items():
+        for adapted in weight.adapted:
+            adapted.remove()
+        if path in siblings:
+            for owner, way in weight.holders:
+                siblings[path].put(owner, way)
+        leaf = leaves[path]
+        set_values(weight.base, leaf.original if is_adapted(leaf) else leaf)
     dress(model)
     return model
 
 
-def _weights(model: nnx.Module) -> dict[Path, nnx.Variable | AdaptedVariable]:
-    """Return the variables that can hold weights, and the adapted ones, by path."""
-    found: dict[Path, Any] = {}
-    adapted = adapted_nodes(model)
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, AdaptedVariable) or (
-            isinstance(node, nnx.Variable)
-            and not isinstance(node, nnx.RngState | nnx.Intermediate | nnx.Cache)
-            and isinstance(node.get_value(), jax.Array | jax.ShapeDtypeStruct)
-            and not below(path, adapted)
-        ):
-            found[path] = node
-    return found
-
-
-def _flat_leaves(tree: Any) -> dict[Path, Any]:
-    return dict(flatten_dict(tree, is_leaf=lambda _, x: not isinstance(x, dict)))
+def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Siblings:
+    """Return the new variables beside an adapted one, for which there is a place."""
+    name = ".".join(map(str, path))
+    if not weight.holders:
+        raise ValueError(
+            f"The variable {name} sits in a list that no module holds: there is no place beside it."
+            " Keep it in an attribute of a module."
+        )
+    if weight.adapted:
+        old = weight.adapted[0]
+        return Siblings.of(leaf, weight.base, mode=old.mode, intercepted=old.settings.intercepted)
+    siblings = Siblings.of(leaf, weight.base)
+    for owner, way in weight.holders:
+        if taken := [n for n in siblings.attributes(way) if n in vars(owner)]:
+            raise ValueError(
+                f"Beside the variable {name} the module has the attribute {taken[0]} already: "
+                "there is no place for an adapter. Rename it."
+            )
+    return siblings
 
 
 def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     """Return the given layouts, and those of the model's own layers, by module name."""
     found: dict[str, Layout] = {}
     transposed: set[str] = set()
-    owners = {
-        id(value): (node, key) for _, node in nnx.iter_graph(model) for key, value in slots(node)
-    }
-    for path, variable in _weights(model).items():
-        if not isinstance(variable, nnx.Variable) or id(variable) not in owners:
-            continue
-        owner, key = owners[id(variable)]
-        if word := layer_layout(owner, key, variable.get_value().shape):
-            name = module_name(tuple(map(str, path)))
-            found[name] = Layout(word)
-            if isinstance(owner, nnx.ConvTranspose):
-                transposed.add(name)
+    for path, weight in _weights(model).items():
+        for owner, way in () if weight.adapted else weight.holders:
+            word = layer_layout(owner, str(way[0]), weight.base.get_value().shape)
+            if word and len(way) == 1:
+                name = module_name(tuple(map(str, path)))
+                found[name] = Layout(word)
+                if isinstance(owner, nnx.ConvTranspose):
+                    transposed.add(name)
     return ModelLayouts(given or {}, found, transposed)
 
 
-def layer_layout(layer: Any, key: str, shape: tuple[int, ...]) -> str | None:
+def layer_layout(layer: object, key: str, shape: tuple[int, ...]) -> str | None:
     """Return the layout of a layer's kernel by the layer's fields, or None.
 
     Axes in front, added by `nnx.vmap`, are stack axes.

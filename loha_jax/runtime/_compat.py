@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,11 @@ from jax.interpreters.partial_eval import dce_jaxpr
 Literal = jex.Literal
 
 
-def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
+def bind_equation(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation of a jaxpr on `values`, with its name stack and context.
 
-    A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params` returns has changed
-    (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
+    A one-equation jaxpr is evaluated by JAX itself, because what `Primitive.get_bind_params`
+    returns has changed (a pair before 0.5, a dict in 0.10, a smaller one in 0.12).
     """
     variables, inputs = [], []
     for var, value in zip(eqn.invars, values, strict=True):
@@ -29,11 +30,11 @@ def bind_equation(eqn: Any, values: list[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(jaxpr, (), *inputs)
 
 
-def _debug_info(inputs: list[Any], outputs: list[Any]) -> Any:
+def _debug_info(inputs: Sequence[object], outputs: Sequence[object]) -> Any:
     return jex.DebugInfo("loha_jax", "loha_jax", ("",) * len(inputs), ("",) * len(outputs))
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, list[Any]]:
     """Return `(jaxpr, consts)` of a ClosedJaxpr (0.10) or a Jaxpr with its constants (0.12)."""
     return jaxpr.jaxpr, list(jaxpr.consts)
 
@@ -46,7 +47,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def without_dead_code(closed: Any) -> Any:
+def without_dead_code(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """Remove what the outputs of a closed jaxpr do not need, also in loops; its inputs stay."""
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)

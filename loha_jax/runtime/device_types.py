@@ -8,14 +8,20 @@ branches of a choice have to agree.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+T = TypeVar("T")
+
+Typed = ArrayLike | jax.ShapeDtypeStruct
+"""An array, or a shape with the type of one."""
 
 
-def explicit_sharding(x: Any) -> NamedSharding | None:
+def explicit_sharding(x: Typed) -> NamedSharding | None:
     """Return the sharding in the type of an array or a shape; None without explicit axes."""
     sharding = getattr(
         x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None
@@ -25,7 +31,7 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def result_sharding(
-    labels: Iterable[str], sources: Iterable[tuple[Any, Iterable[str]]]
+    labels: Iterable[str], sources: Iterable[tuple[Typed, Iterable[str]]]
 ) -> NamedSharding | None:
     """Return the sharding of a product's result; None without explicit axes.
 
@@ -52,13 +58,13 @@ def result_sharding(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def split_as(array: jax.Array, other: Any) -> jax.Array:
+def split_as(array: jax.Array, other: Typed) -> jax.Array:
     """Split an array over explicit mesh axes like another array, or a shape, of its shape."""
     sharding = explicit_sharding(other)
     return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
-def varying(x: Any) -> frozenset[Any]:
+def varying(x: Typed) -> frozenset[str]:
     """Return the mesh axes over which an array or a shape varies inside a `shard_map`."""
     kind = getattr(
         x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None
@@ -66,13 +72,13 @@ def varying(x: Any) -> frozenset[Any]:
     return frozenset() if kind is None else kind.varying
 
 
-def vary_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Return an array typed as varying over some more mesh axes."""
     missing = tuple(sorted(axes - varying(x), key=str))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_alike(tree: Any) -> Any:
+def vary_alike(tree: T) -> T:
     """Type each array of a tree as varying over all mesh axes that one of them varies over.
 
     A `custom_vjp` inside a `shard_map` requires it. An array that is equal everywhere then gets the

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from loha_jax.runtime.untrusted import FileError
+
+T = TypeVar("T")
 
 
 def gather(array: np.ndarray) -> np.ndarray:
@@ -27,7 +30,7 @@ def gather(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array))
 
 
-def same_everywhere(value: Any) -> bool:
+def same_everywhere(value: object) -> bool:
     """Return whether all processes give the same JSON.
 
     Example:
@@ -51,7 +54,7 @@ def of_first_process(numbers: Sequence[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(padded).tolist()
 
 
-def raise_together(read: Callable[[], Any], failed: str) -> Any:
+def raise_together(read: Callable[[], T], failed: str) -> T:
     """Return the result of `read`; if it fails in one process, raise FileError in all.
 
     Args:
@@ -73,10 +76,10 @@ def raise_together(read: Callable[[], Any], failed: str) -> Any:
     if len(failures):
         problem = problem or f"process {failures[0]} cannot read it"
         raise FileError(f"{failed}: {problem:.1000}")
-    return result
+    return cast(T, result)
 
 
-def on_host(array: Any) -> np.ndarray:
+def on_host(array: ArrayLike) -> np.ndarray:
     """Return an array as numpy, in every process; parts that other processes hold are sent.
 
     Example:
@@ -90,10 +93,10 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(array))
 
 
-def in_first_process(write: Callable[[], Any], failed: str) -> None:
-    """Let the first process write to disk while the others wait; if it fails, raise FileError in all.
+def in_first_process(write: Callable[[], object], failed: str) -> None:
+    """Let the first process write to disk while the others wait.
 
-    It does not start JAX.
+    If it fails, raise FileError in all. It does not start JAX.
 
     Args:
         write: the function that writes.

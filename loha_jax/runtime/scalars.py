@@ -1,4 +1,4 @@
-"""Numbers and keys as people pass them: numpy's scalars, arrays without axes, and an integer in the place of a key."""
+"""Numbers and random keys as people pass them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def plain_scalar(value: Any) -> Any:
+def plain_scalar(value: object) -> Any:
     """Return Python's own number or string for a scalar; other values as they are.
 
     Scalars are numpy's, and concrete arrays without axes.
@@ -21,13 +21,10 @@ def plain_scalar(value: Any) -> Any:
     """
     if isinstance(value, np.generic):
         return value.item()
-    if (
-        isinstance(value, np.ndarray | jax.Array)
-        and not isinstance(value, jax.core.Tracer)
-        and value.ndim == 0
-    ):
-        return value if jnp.issubdtype(value.dtype, jax.dtypes.extended) else value.item()
-    return value
+    if not isinstance(value, np.ndarray | jax.Array) or isinstance(value, jax.core.Tracer):
+        return value
+    extended = jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    return value if value.ndim or extended else value.item()
 
 
 def check_key(key: Any) -> None:
@@ -40,5 +37,6 @@ def check_key(key: Any) -> None:
     raw = 0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1  # a raw key is a row of numbers
     if key.ndim != raw:
         raise TypeError(
-            f"key is one JAX PRNG key, got an array of shape {tuple(key.shape)}: pass one of them, such as key[0]"
+            f"key is one JAX PRNG key, got an array of shape {tuple(key.shape)}: pass one of them, "
+            "such as key[0]"
         )

@@ -24,7 +24,9 @@ _SECONDS_PER_MATCH = 1.0
 
 
 class FileError(ValueError):
-    """A file is broken, hostile, or not of the kind that it should be; the message names it and says what is wrong.
+    """A file is broken, hostile, or not of the kind that it should be.
+
+    The message names the file and says what is wrong.
 
     Example:
         >>> import tempfile, loha_jax
@@ -155,6 +157,6 @@ def _timed(method: str, pattern: str, name: str) -> Any:
     except TimeoutError:
         shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}…"
         raise ValueError(
-            f"Matching {shown!r} against {name!r} takes more than a second: the pattern repeats what is repeated "
-            "already. Write it without nested repetition."
+            f"Matching {shown!r} against {name!r} takes more than a second: the pattern repeats "
+            "what is repeated already. Write it without nested repetition."
         ) from None

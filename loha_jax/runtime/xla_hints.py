@@ -9,13 +9,15 @@ Numbers whose values it cannot know prevent both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from loha_jax.runtime.device_types import zeros_of_type
+
+T = TypeVar("T")
 
 
 def _unknown_zero(source: jax.Array) -> jax.Array:
@@ -53,12 +55,12 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
     return _divided_by_ones(*primals), tangents[0]
 
 
-def wait_for(pending: jax.Array, values: Any) -> Any:
+def wait_for(pending: jax.Array, values: T) -> T:
     """Return `values` as arrays that are computed after `pending` and merged with no others."""
     return jax.tree.map(lambda x: x + _unknown_zero(pending).astype(x.dtype), values)
 
 
-def isolated(fn: Callable[..., Any], args: tuple[Any, ...], source: jax.Array) -> Any:
+def isolated(fn: Callable[..., T], args: tuple[Any, ...], source: jax.Array) -> T:
     """Compute `fn(*args)` when all of `args` are computed, sharing nothing with the rest.
 
     XLA:CPU starts everything that does not depend on a pending result, at the price of memory: it

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+from jax.typing import DTypeLike
 
 from loha_jax.lowrank.initial_values import INIT_SCHEMES
 from loha_jax.lowrank.layout import Layout
@@ -96,7 +97,7 @@ class LoHaConfig:
     layers_pattern: str | Iterable[str] | None = None
     modules_to_save: Iterable[str] | None = None
 
-    def __new__(cls, *args: Any, **fields: Any) -> Self:
+    def __new__(cls, *args: object, **fields: object) -> Self:
         """Refuse LoRA's names for LoHa's fields."""
         for name in fields:
             if name in _LORA_NAMES:
@@ -157,7 +158,9 @@ class LoHaConfig:
         """
         return alpha
 
-    def extra_arrays(self, kernel: jax.Array, layout: Layout, dtype: Any) -> dict[str, jax.Array]:
+    def extra_arrays(
+        self, kernel: jax.Array, layout: Layout, dtype: DTypeLike
+    ) -> dict[str, jax.Array]:
         """Return the trained arrays besides the factors, by their names in `Factors`: none here."""
         return {}
 
@@ -185,7 +188,7 @@ class LoHaConfig:
         Sets become sorted lists; in PEFT their order depends on the hash seed.
         """
 
-        def plain(value: Any) -> Any:
+        def plain(value: object) -> object:
             if isinstance(value, frozenset):
                 return sorted(value)
             if isinstance(value, tuple):
@@ -221,21 +224,15 @@ class LoHaConfig:
                 f"This is the configuration of a {peft_type!r} adapter; loha_jax reads 'LOHA' only."
             )
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(values.keys() - known):
             warn_caller(
-                f"Unexpected keys {unknown} in the LoHa configuration are ignored; they may come from "
-                f"a newer PEFT than {PEFT_VERSION}.",
+                f"Unexpected keys {unknown} in the LoHa configuration are ignored; they may come "
+                f"from a newer PEFT than {PEFT_VERSION}.",
             )
         given = {k: v for k, v in values.items() if k in known}
-        for name in ("rank_pattern", "alpha_pattern"):
-            if given.get(name) is None:
-                given.pop(name, None)
         scheme = given.get("init_weights", True)
-        if (
-            not isinstance(scheme, bool) and scheme not in INIT_SCHEMES
-        ):  # PEFT uses it for its truth only
-            given["init_weights"] = bool(given["init_weights"])
+        if not isinstance(scheme, bool) and scheme not in INIT_SCHEMES:
+            given["init_weights"] = bool(scheme)  # PEFT uses it for its truth only
         return cls(**given)
 
     @classmethod
@@ -261,14 +258,10 @@ class LoHaConfig:
             raise FileError(f"{path}: {error}") from error
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> Hashable:
     """Return a field's value with tuples in place of dicts and lists."""
     if isinstance(value, Mapping):
         return ("a mapping", *((key, _hashable(x)) for key, x in value.items()))
     if isinstance(value, list | tuple):
         return tuple(_hashable(x) for x in value)
-    try:
-        hash(value)
-    except TypeError:
-        return str(value)
-    return value
+    return value if isinstance(value, Hashable) else str(value)

@@ -17,7 +17,8 @@ _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
 _CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
 _TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
-    r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|relative_attention_bias"
+    r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|"
+    r"relative_attention_bias"
 )
 _STACK = re.compile(r"layers|blocks|h|resblocks|.*([Ss]can|[Vv]map).*")
 _VECTORS = {"bias", "b", "scale", "offset", "mean", "var", "running_mean", "running_var"}
@@ -132,7 +133,8 @@ def default_layout(
         ValueError: several layouts are possible. The message names them and how to choose one.
 
     Example:
-        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), {("BatchNorm_0", "scale"): (8,)}).word
+        >>> norm = {("BatchNorm_0", "scale"): (8,)}
+        >>> default_layout((3, 3, 6, 8), ("Conv_0", "kernel"), norm).word
         'kkio'
         >>> default_layout((8, 6), ("q", "weight"), {}).word
         'oi'
@@ -172,8 +174,8 @@ def default_layout(
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:
     return ValueError(
         f"The kernel {'.'.join(path)} of shape {shape} could be several things: "
-        f"{candidates or 'any order of s (stack), i (in), o (out) and k (spatial)'}. Settle it with "
-        f"layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
+        f"{candidates or 'any order of s (stack), i (in), o (out) and k (spatial)'}. Settle it "
+        f"with layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
         "layouts=loha_jax.infer_layouts(fn, params, *args)."
     )
 
@@ -204,11 +206,8 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
     if layout.axes("s"):
         return False
     out, *rest = layout.torch_shape(shape)
-    return tuple(torch_shape) in (
-        (out, *rest),
-        (out, *rest, 1),
-        (out, math.prod(rest)),
-    )  # PEFT's Conv1d ends in 1
+    # PEFT's Conv1d ends in 1.
+    return tuple(torch_shape) in ((out, *rest), (out, *rest, 1), (out, math.prod(rest)))
 
 
 def _is_convolution(
@@ -217,9 +216,7 @@ def _is_convolution(
     """Say whether names and neighbours prove a kernel without a bias to be one convolution's."""
     parent = path[:-2]
     vectors = {
-        p: s
-        for p, s in shape_at.items()
-        if p[-1] in _VECTORS or (p[-1] == "weight" and len(s) == 1)
+        p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1], len(s)) == ("weight", 1)
     }
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
@@ -262,11 +259,8 @@ def _attention_layout(
 
     It is `ioo` or `iio`, and `sioo` or `siio` if a scan stacks it.
     """
-    if (
-        len(path) < 2
-        or path[-2] not in ("query", "key", "value", "out")
-        or len(shape) not in (3, 4)
-    ):
+    kinds = ("query", "key", "value", "out")
+    if len(path) < 2 or path[-2] not in kinds or len(shape) not in (3, 4):
         return None
     parent, leaf = path[:-2], path[-1]
     query, out = shape_at.get((*parent, "query", leaf)), shape_at.get((*parent, "out", leaf))

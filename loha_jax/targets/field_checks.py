@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -20,7 +20,7 @@ _LARGEST_RANK = 2**31 - 1
 _LARGEST_ALPHA = 3.4e38  # float32
 
 
-def checked_field(name: str, value: Any) -> Any:
+def checked_field(name: str, value: object) -> Any:
     """Return a field's value as `LoHaConfig` stores it: Python's numbers, tuples and frozensets.
 
     Raises:
@@ -46,41 +46,46 @@ def _plain(value: Any) -> Any:
     return plain_scalar(value)
 
 
-def _wrong(name: str, expected: str, value: Any) -> ValueError:
+def _wrong(name: str, expected: str, value: object) -> ValueError:
     return ValueError(f"`{name}` should {expected} but the value passed is {value!r}")
 
 
-def _task_type(name: str, value: Any) -> Any:
+def _task_type(name: str, value: object) -> Any:
     if value is not None and value not in TASK_TYPES:
         raise ValueError(
-            f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(TASK_TYPES)}."
+            f"Invalid task type: {value!r}. Must be one of the following task types: "
+            f"{', '.join(TASK_TYPES)}."
         )
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _rank(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_RANK:
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _rank(name: str, value: object) -> int:
+    if not _is_integer(value) or not 1 <= value <= _LARGEST_RANK:
         raise _wrong(name, "be a positive integer value", value)
     return value
 
 
-def _alpha(name: str, value: Any) -> float:
+def _alpha(name: str, value: object) -> float:
     if not _is_number(value) or not abs(value) <= _LARGEST_ALPHA:
         raise _wrong(name, "be a finite number", value)
     return value
 
 
-def _probability(name: str, value: Any) -> float:
+def _probability(name: str, value: object) -> float:
     if not _is_number(value) or not 0 <= value < 1:
         raise _wrong(name, "be a probability in [0, 1)", value)
     return value
 
 
-def _regex(name: str, pattern: Any) -> str:
+def _regex(name: str, pattern: object) -> str:
     if not isinstance(pattern, str):
         raise ValueError(f"`{name}` should hold strings but holds {pattern!r}")
     try:
@@ -95,7 +100,7 @@ def _regex(name: str, pattern: Any) -> str:
 def _pattern_table(check: Callable[[str, Any], Any]) -> Callable[[str, Any], dict[str, Any]]:
     """Return the check of a `{pattern: value}` field whose values pass `check`."""
 
-    def table(name: str, value: Any) -> dict[str, Any]:
+    def table(name: str, value: object) -> dict[str, Any]:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
@@ -105,39 +110,40 @@ def _pattern_table(check: Callable[[str, Any], Any]) -> Callable[[str, Any], dic
     return table
 
 
-def _strings(name: str, values: Any) -> list[str]:
+def _strings(name: str, values: object) -> list[str]:
     held = list(values) if isinstance(values, Iterable) else None
     if held is None or not all(isinstance(value, str) for value in held):
         raise _wrong(name, "be a list of strings", values if held is None else held)
     return held
 
 
-def _module_names(name: str, value: Any) -> str | frozenset[str] | None:
+def _module_names(name: str, value: object) -> str | frozenset[str] | None:
     if isinstance(value, str):
         return _regex(name, value) if value else value
     return None if value is None else frozenset(_strings(name, value))
 
 
-def _modules_to_save(name: str, value: Any) -> tuple[str, ...] | None:
+def _modules_to_save(name: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
         raise ValueError(
-            f"`{name}` should be a list of module names but the value passed is the string {value!r}; write [{value!r}]"
+            f"`{name}` should be a list of module names but the value passed is the string "
+            f"{value!r}; write [{value!r}]"
         )
     return tuple(_regex(name, entry) for entry in dict.fromkeys(_strings(name, value)))
 
 
-def _layers_to_transform(name: str, value: Any) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
+def _layers_to_transform(name: str, value: object) -> object:
+    if value is None or _is_integer(value):
+        return value
     indices = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+    if not all(map(_is_integer, indices)):
         raise _wrong(name, "hold integers", value)
-    return indices if isinstance(value, Iterable) else value
+    return indices
 
 
-def _layers_pattern(name: str, value: Any) -> str | tuple[str, ...] | None:
+def _layers_pattern(name: str, value: object) -> str | tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
@@ -145,7 +151,7 @@ def _layers_pattern(name: str, value: Any) -> str | tuple[str, ...] | None:
     return tuple(_regex(name, pattern) for pattern in _strings(name, value))
 
 
-def _init_weights(name: str, value: Any) -> bool | str:
+def _init_weights(name: str, value: object) -> object:
     if isinstance(value, str) and value not in INIT_SCHEMES:
         raise _wrong(name, f"be True, False or one of {sorted(INIT_SCHEMES)}", value)
     return value

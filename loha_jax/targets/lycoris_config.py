@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import weight_norms
 from loha_jax.targets.config import LoHaConfig
+
+_FLAGS = ("rs_lora", "use_scalar", "weight_decompose", "wd_on_out", "rank_dropout_scale")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,13 +55,7 @@ class LycorisConfig(LoHaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "rs_lora",
-            "use_scalar",
-            "weight_decompose",
-            "wd_on_out",
-            "rank_dropout_scale",
-        ):
+        for name in _FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(
                     f"`{name}` should be True or False but the value passed is {value!r}"
@@ -77,7 +74,7 @@ class LycorisConfig(LoHaConfig):
 
     @property
     def initial_values(self) -> bool | str:
-        """The factors' distribution: with a scalar, which starts at zero, all of them are random."""
+        """The factors' distribution: with a scalar, which starts at zero, all are random."""
         if not self.use_scalar:
             return self.init_weights
         return "lycoris, all random" if self.init_weights == "lycoris" else False
@@ -91,7 +88,9 @@ class LycorisConfig(LoHaConfig):
         """Return alpha with rank stabilisation folded in, so that alpha/r becomes alpha/√r."""
         return alpha * max(r, 1) ** 0.5 if self.rs_lora else alpha
 
-    def extra_arrays(self, kernel: jax.Array, layout: Layout, dtype: Any) -> dict[str, jax.Array]:
+    def extra_arrays(
+        self, kernel: jax.Array, layout: Layout, dtype: DTypeLike
+    ) -> dict[str, jax.Array]:
         """Return the scalar, `[*stack]`, and the norms of the kernel, as far as the config asks.
 
         Args:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from loha_jax.runtime.untrusted import fullmatch, match
 from loha_jax.targets.config import LoHaConfig
@@ -56,20 +57,10 @@ DEFAULT_TARGET_MODULES: Mapping[str, tuple[str, ...] | str] = {
 
 ALL_LINEAR = "all-linear"
 _OUTPUT_HEADS = (
-    *(
-        "lm_head",
-        "lm_head.decoder",
-        "embed_out",
-        "predictions.decoder",
-        "output_projection",
-    ),  # transformers
-    *(
-        "logits_dense",
-        "logits",
-        "to_logits",
-        "unembed",
-        "unembedding",
-    ),  # MaxText and other JAX models
+    # transformers
+    *("lm_head", "lm_head.decoder", "embed_out", "predictions.decoder", "output_projection"),
+    # MaxText and other JAX models
+    *("logits_dense", "logits", "to_logits", "unembed", "unembedding"),
 )
 _CONDENSE_FROM = 20
 
@@ -78,6 +69,11 @@ def name_endings(name: str) -> frozenset[str]:
     """Return a dotted name and its endings: a.b.c, b.c and c."""
     parts = name.split(".")
     return frozenset(".".join(parts[n:]) for n in range(len(parts)))
+
+
+def name_beginnings(name: str) -> list[str]:
+    """Return the modules above a module and itself: a, a.b and a.b.c."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def match_target(name: str, config: LoHaConfig) -> Match:
@@ -132,7 +128,8 @@ def _is_targeted(name: str, config: LoHaConfig) -> bool:
 
 def _layer_index(name: str, layers_pattern: str | Iterable[str] | None) -> int | None:
     if not layers_pattern:
-        # PEFT wants a dot before the container's name here: "layers.0.q" has no layer index, "model.layers.0.q" has.
+        # PEFT wants a dot before the container's name here: "layers.0.q" has no layer index,
+        # "model.layers.0.q" has.
         patterns = [r".*?\.[^.]*\.(?P<index>\d+)\."]
     else:
         containers = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
@@ -225,20 +222,14 @@ def find_minimal_target_modules(targets: Iterable[str], others: Iterable[str]) -
     """Return the shortest name endings that match all `targets` and none of `others`, as in PEFT.
 
     Example:
-        >>> sorted(find_minimal_target_modules(["layers.0.q", "layers.1.q"], ["layers.0.k", "layers.1.k"]))
-        ['q']
+        >>> find_minimal_target_modules(["layers.0.q", "layers.1.q"], ["layers.0.k"])
+        {'q'}
     """
-
-    def endings(name: str) -> list[str]:
-        parts = name.split(".")
-        return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-
-    other_endings = {ending for name in others for ending in endings(name)}
+    other_endings = {ending for name in others for ending in name_endings(name)}
     chosen: set[str] = set()
     for name in sorted(set(targets)):
-        if name_endings(name) & set(chosen):
-            continue
-        chosen.add(next((ending for ending in endings(name) if ending not in other_endings), name))
+        if not name_endings(name) & chosen:
+            chosen.add(min(name_endings(name) - other_endings, key=len, default=name))
     return chosen
 
 
@@ -251,32 +242,32 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
         excluded: those of them that the config excludes.
     """
     targets = config.target_modules
-    shown = (
-        repr(targets)
-        if isinstance(targets, str)
-        else "{" + ", ".join(map(repr, sorted(targets or ()))) + "}"
-    )
+    shown = ", ".join(map(repr, sorted(targets or ())))
+    shown = repr(targets) if isinstance(targets, str) else f"{{{shown}}}"
     if excluded and len(excluded) == len(names):
         return (
-            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
-            "`modules_to_save` configuration."
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, "
+            "`exclude_modules` and `modules_to_save` configuration."
         )
     message = (
-        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
-        "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
-        "have only targeted modules that are marked to be saved (`modules_to_save`)."
+        "No modules were targeted for adaptation. This might be caused by a combination of "
+        "mismatched target modules and excluded modules. Please check your `target_modules` and "
+        "`exclude_modules` configuration. You may also have only targeted modules that are marked "
+        "to be saved (`modules_to_save`)."
         if excluded
-        else f"Target modules {shown} not found in the base model. Please check the target modules and try again."
+        else f"Target modules {shown} not found in the base model. Please check the target "
+        "modules and try again."
     )
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform
-        message += f" Note: You specified 'layers_to_transform': {list(layers) if isinstance(layers, tuple) else layers}."
+        layers = list(layers) if isinstance(layers, tuple) else layers
+        message += f" Note: You specified 'layers_to_transform': {layers}."
         if config.layers_pattern is not None:
             message += f" You also specified 'layers_pattern': {config.layers_pattern}."
     return message + (spelling_advice(targets, names) or near_misses(targets, names))
 
 
-def near_misses(targets: Any, names: Sequence[str]) -> str:
+def near_misses(targets: str | Iterable[str] | None, names: Sequence[str]) -> str:
     """Return a sentence with the module names nearest to `targets`; "" if there are no names."""
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
     lasts = sorted({name.rsplit(".", 1)[-1] for name in names})

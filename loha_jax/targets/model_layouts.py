@@ -42,11 +42,13 @@ class ModelLayouts(dict[str, "str | Layout"]):
         vectors: Collection[str] = (),
     ):
         super().__init__(given or {})
-        known = given if isinstance(given, ModelLayouts) else None
-        self.own = {**(own or {}), **(known.own if known is not None else {})}
-        self.lookups = frozenset(lookups) | (known.lookups if known is not None else frozenset())
-        self.heads = frozenset(heads) | (known.heads if known is not None else frozenset())
-        self.transposed = frozenset(transposed) | (
-            known.transposed if known is not None else frozenset()
-        )
-        self.vectors = frozenset(vectors) | (known.vectors if known is not None else frozenset())
+        self.own = {**(own or {}), **(given.own if isinstance(given, ModelLayouts) else {})}
+
+        def with_known(name: str, modules: Collection[str]) -> frozenset[str]:
+            known = getattr(given, name) if isinstance(given, ModelLayouts) else ()
+            return frozenset(modules).union(known)
+
+        self.lookups = with_known("lookups", lookups)
+        self.heads = with_known("heads", heads)
+        self.transposed = with_known("transposed", transposed)
+        self.vectors = with_known("vectors", vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,10 +41,7 @@ _OTHER_LEAVES = {
     *("bias", "b", "scale", "offset", "mean", "var"),  # Flax, Haiku
     *("running_mean", "running_var", "num_batches_tracked"),  # torch
 }
-_WRAPPERS = (
-    "value",
-    "raw_value",
-)  # what holds the array inside an nnx.Variable or an nn.Partitioned box
+_WRAPPERS = ("value", "raw_value")  # they hold the array of an nnx.Variable or nn.Partitioned
 _BOXED = ("weight", "bias")
 _BOXES = (FlattenedIndexKey(0), GetAttrKey("array"))  # haliax' NamedArray
 _COLLECTIONS = ("params", "batch_stats")
@@ -54,7 +51,8 @@ _CONTAINER = re.compile(r"layers?|blocks?|h|resblocks|.*[Ss]can.*")
 class UnknownNameError(ValueError):
     """The error of a `names` function that cannot tell a kernel's torch name.
 
-    `inject` passes it on if the config may target that kernel, and leaves the kernel alone otherwise.
+    `inject` passes it on if the config may target that kernel, and leaves the kernel alone
+    otherwise.
 
     Attributes:
         candidates: torch module names that it could be.
@@ -93,7 +91,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _key_parts(key: Any) -> list[str]:
+def _key_parts(key: object) -> list[str]:
     """Return the parts of one key: several if the dictionary is flat."""
     if isinstance(key, tuple):
         return [part for inner in key for part in _key_parts(inner)]
@@ -136,9 +134,8 @@ def torch_parameter(parts: Sequence[str]) -> str:
     last = parts[-1]
     if last in KERNEL_LEAVES or last == "scale":
         return "weight"
-    return {"b": "bias", "offset": "bias", "mean": "running_mean", "var": "running_var"}.get(
-        last, last
-    )
+    others = {"b": "bias", "offset": "bias", "mean": "running_mean", "var": "running_var"}
+    return others.get(last, last)
 
 
 def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
@@ -165,23 +162,19 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
     given = _given_name(name, names)
     count = int(np.prod(stack, dtype=int))
     if given is None:
-        if not stack:
-            return (name,)
-        parts = name.split(".")
-        at = next((n for n, part in enumerate(parts[:-1]) if _CONTAINER.fullmatch(part)), 0)
-        if len(parts) == 1:
-            return tuple(".".join([*_indices(index), name]) for index in np.ndindex(*stack))
-        return tuple(
-            ".".join([*parts[: at + 1], *_indices(i), *parts[at + 1 :]]) for i in np.ndindex(*stack)
-        )
+        *above, last = name.split(".")
+        at = next((n for n, part in enumerate(above, 1) if _CONTAINER.fullmatch(part)), 1)
+        indices = (map(str, index) for index in np.ndindex(*stack))
+        return tuple(".".join([*above[:at], *i, *above[at:], last]) for i in indices)
     if isinstance(given, str):
         result = tuple(given.format(*index) for index in np.ndindex(*stack)) if stack else (given,)
     else:
         result = tuple(given)
     if len(result) != count or len(set(result)) != count:
         raise ValueError(
-            f"`names` gives {name} {given!r}, but its kernel holds {count} module(s), one per index of its stack axes "
-            f"{tuple(stack)}: give a list of {count} names, or one name with {{}} where the index goes"
+            f"`names` gives {name} {given!r}, but its kernel holds {count} module(s), one per "
+            f"index of its stack axes {tuple(stack)}: give a list of {count} names, or one name "
+            "with {} where the index goes"
         )
     return result
 
@@ -190,10 +183,6 @@ def all_names(name: str, names: Names | None) -> tuple[str, ...]:
     """Return the torch module names of a leaf that is no kernel, stacked or not."""
     given = _given_name(name, names)
     return (given,) if isinstance(given, str) else tuple(given or (name,))
-
-
-def _indices(index: Sequence[int]) -> Iterator[str]:
-    return (str(n) for n in index)
 
 
 def _given_name(name: str, names: Names | None) -> str | Sequence[str] | None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.runtime.untrusted import fullmatch
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.module_names import KERNEL_LEAVES
 
 
-def spelling_advice(targets: Any, names: Sequence[str]) -> str:
+def spelling_advice(targets: str | Iterable[str] | None, names: Sequence[str]) -> str:
     """Return the rule that entries of `target_modules` break, with the right spelling.
 
     Example:
         >>> spelling_advice(["q_proj.kernel"], ["layers.0.q_proj"])
         " 'q_proj.kernel': name the module, not the array in it: 'q_proj'."
-        >>> spelling_advice([".*q_proj"], ["layers.0.q_proj"])
-        " '.*q_proj' is a regular expression, and a list holds names or their endings: pass target_modules='.*q_proj'."
+        >>> "pass target_modules='.*q_proj'" in spelling_advice([".*q_proj"], ["layers.0.q_proj"])
+        True
     """
     said = ""
     for target in [targets] if isinstance(targets, str) else sorted(targets or ()):
@@ -32,12 +33,11 @@ def spelling_advice(targets: Any, names: Sequence[str]) -> str:
         if rules:
             said += f" {target!r}: {' and '.join(rules)}: {right!r}."
         elif not isinstance(targets, str) and re.search(r"[*+?^$|()\[\]\\]", target):
-            whole = (
-                target if _matches(target, names) else f".*{target.lstrip('^')}"
-            )  # a string matches whole names
+            # A string matches whole names.
+            whole = target if _matches(target, names) else f".*{target.lstrip('^')}"
             said += (
-                f" {target!r} is a regular expression, and a list holds names or their endings: pass "
-                f"target_modules={(whole if _matches(whole, names) else target)!r}."
+                f" {target!r} is a regular expression, and a list holds names or their endings: "
+                f"pass target_modules={(whole if _matches(whole, names) else target)!r}."
             )
     return said
 
@@ -49,7 +49,7 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
         return False
 
 
-def require_named_leaves(params: Any) -> None:
+def require_named_leaves(params: PyTree) -> None:
     """Raise TypeError for an object that is no tree of named arrays.
 
     Such are a bare array, and a model of a framework whose models are no pytrees.
@@ -59,43 +59,40 @@ def require_named_leaves(params: Any) -> None:
     """
     if any("penzai" in _packages(node) for node in (params, *jax.tree.leaves(params))):
         raise TypeError(
-            f"This takes a tree of arrays, got a penzai model ({type(params).__name__}). Unbind its parameters with "
-            "`pz.unbind_params`, give a dictionary of their arrays by label, and bind the result with "
-            "`pz.bind_variables`"
+            f"This takes a tree of arrays, got a penzai model ({type(params).__name__}). Unbind "
+            "its parameters with `pz.unbind_params`, give a dictionary of their arrays by label, "
+            "and bind the result with `pz.bind_variables`"
         )
     if not jax.tree_util.all_leaves([params]):
         if any("torch" in _packages(leaf) for leaf in jax.tree.leaves(params)):
             raise TypeError(
-                "This takes a tree of JAX arrays, got torch tensors: pass {name: jnp.asarray(t.detach().numpy()) for "
-                "name, t in state_dict.items()}"
+                "This takes a tree of JAX arrays, got torch tensors: pass {name: "
+                "jnp.asarray(t.detach().numpy()) for name, t in state_dict.items()}"
             )
         return
     kind = type(params).__name__
     if hasattr(params, "shape") and hasattr(params, "dtype"):
         raise TypeError(
-            f"This takes a tree of arrays, got one array of shape {tuple(params.shape)}, which has no name to target. "
+            f"This takes a tree of arrays, got one array of shape {tuple(params.shape)}, which has "
+            "no name to target. "
             'Give it one: {"name": {"kernel": array}}'
         )
     if "keras" in _packages(params):
         raise TypeError(
-            f"This takes a tree of arrays, got a Keras model ({kind}). Pass {{v.path: v.value for v in "
-            "model.trainable_variables}, and compute with `model.stateless_call`"
+            f"This takes a tree of arrays, got a Keras model ({kind}). Pass {{v.path: v.value for "
+            "v in model.trainable_variables}, and compute with `model.stateless_call`"
         )
     if params is not None:
-        hint = (
-            ": pass its `params`"
-            if hasattr(params, "params") or "flax" in _packages(params)
-            else ""
-        )
+        hint = ""
+        if hasattr(params, "params") or "flax" in _packages(params):
+            hint = ": pass its `params`"
         if "torch" in _packages(params):
-            kind, hint = (
-                f"torch module ({kind})",
-                ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}",
-            )
+            kind = f"torch module ({kind})"
+            hint = ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
         raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
 
 
-def require_config(config: Any) -> None:
+def require_config(config: object) -> None:
     """Refuse what is no config of this library.
 
     Raises:
@@ -112,7 +109,7 @@ def require_config(config: Any) -> None:
     raise TypeError(f"config should be a loha_jax.LoHaConfig, got a {kind}: pass loha_jax.{how}")
 
 
-def _packages(node: Any) -> set[str]:
+def _packages(node: object) -> set[str]:
     return {kind.__module__.split(".")[0] for kind in type(node).__mro__}
 
 
@@ -120,7 +117,7 @@ _SCALE = re.compile(r"(kernel_|weight_|w_|input_)?scales?(_inv|_weight)?")
 
 
 def scaled_kernel(
-    path: Sequence[str], dtype: Any, shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
+    path: Sequence[str], dtype: DTypeLike, shape_at: Mapping[tuple[str, ...], tuple[int, ...]]
 ) -> str | None:
     """Describe a float8 kernel that an array beside it multiplies, or return None.
 
@@ -145,6 +142,6 @@ def scaled_kernel(
 
 
 QUANTISED_ADVICE = (
-    "A quantised kernel is one leaf that holds its scale: loha_jax.ScaledArray(values, scale), an array of qwix or "
-    "AQT, or one of your own type that loha_jax.register_quantised knows."
+    "A quantised kernel is one leaf that holds its scale: loha_jax.ScaledArray(values, scale), an "
+    "array of qwix or AQT, or one of your own type that loha_jax.register_quantised knows."
 )

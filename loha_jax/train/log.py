@@ -24,7 +24,7 @@ class Log:
         self,
         advance: Callable[[int, float], None],
         every: int,
-        on_metrics: Callable[..., Any] | None,
+        on_metrics: Callable[[int, dict[str, float]], object] | None,
     ):
         self.history: list[dict[str, float]] = []
         self.failure: tuple[int, dict[str, float]] | None = None  # last good step, next metrics

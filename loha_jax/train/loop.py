@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.runtime.caller import warn_caller
@@ -19,7 +21,7 @@ from loha_jax.runtime.scalars import check_key
 from loha_jax.train.log import Clock, Log, progress_bar
 from loha_jax.train.placement import commit, default_sharding, placed_batches
 from loha_jax.train.preemption import sigterm_handler
-from loha_jax.train.step import TrainStep
+from loha_jax.train.step import LossFunction, TrainStep
 from loha_jax.tree.containers import refuse_model
 from loha_jax.tree.partition import combine, partition
 from loha_jax.tree.placement import place
@@ -42,8 +44,8 @@ class Result:
         seconds: of this call, by "compile", "train", "evaluate" and "save".
     """
 
-    params: Any
-    opt_state: Any
+    params: PyTree
+    opt_state: PyTree
     step: int
     history: list[dict[str, float]]
     stopped: Stopped
@@ -51,23 +53,23 @@ class Result:
 
 
 def fit(
-    loss_fn: Callable[[Any, Any, jax.Array], Any],
-    params: Any,
+    loss_fn: LossFunction,
+    params: PyTree,
     tx: optax.GradientTransformation,
-    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+    batches: Iterable[PyTree] | Callable[[int], Iterable[PyTree]],
     *,
     key: jax.Array,
     steps: int | None = None,
     accumulate: int = 1,
-    dtype: Any = None,
-    sharding: Any = None,
-    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
+    dtype: DTypeLike | None = None,
+    sharding: PyTree = None,
+    evaluate: Callable[[PyTree], Mapping[str, float | jax.Array]] | None = None,
     eval_every: int | None = None,
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     log_every: int = 1,
     progress: bool = True,
-    on_metrics: Callable[[int, dict[str, float]], Any] | None = None,
+    on_metrics: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Result:
     """Train the active adapters of a tree.
 
@@ -136,18 +138,10 @@ def fit(
         >>> result.step, result.stopped, result.history[-1]["loss"] < result.history[0]["loss"]
         (20, 'finished', True)
     """
-    _check(
-        params,
-        key,
-        steps,
-        accumulate,
-        dtype,
-        evaluate,
-        eval_every,
-        checkpoints,
-        checkpoint_every,
-        log_every,
-    )
+    counts = {"accumulate": accumulate, "log_every": log_every}
+    _check(params, key, steps, dtype, counts)
+    pauses = _Pauses(evaluate, eval_every, checkpoint_every)
+    pauses.check(with_checkpoints=checkpoints is not None)
     clock = Clock()
     with contextlib.ExitStack() as stack:
         to_stop = stack.enter_context(sigterm_handler())
@@ -162,69 +156,68 @@ def fit(
         bar = progress_bar(progress, step, steps if steps is not None else _length(batches))
         log = Log(stack.enter_context(bar), log_every, on_metrics)
         train_step = TrainStep(loss_fn, tx, state, frozen, key, accumulate, dtype)
-        run = _Run(
-            step,
-            state,
-            frozen,
-            key,
-            evaluate,
-            eval_every,
-            checkpoints,
-            checkpoint_every,
-            log,
-            clock,
-        )
+        run = _Run(step, state, frozen, key, pauses, checkpoints, log, clock)
         stopped = run.train(train_step, itertools.chain(first, stream), to_stop)
     return Result(run.params, run.state[1], run.step, log.history, stopped, clock.seconds())
 
 
 def _check(
-    params,
-    key,
-    steps,
-    accumulate,
-    dtype,
-    evaluate,
-    eval_every,
-    checkpoints,
-    checkpoint_every,
-    log_every,
+    params: PyTree,
+    key: jax.Array,
+    steps: int | None,
+    dtype: DTypeLike | None,
+    counts: Mapping[str, int | None],
 ) -> None:
-    """Raise ValueError for arguments that are wrong or contradict each other."""
+    """Raise ValueError for wrong arguments."""
     check_key(key)
     refuse_model(
         params, "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam)."
     )
     if steps is not None and steps < 0:
         raise ValueError(f"steps is a number of steps or None, got {steps}")
-    counts = {
-        "accumulate": accumulate,
-        "eval_every": eval_every,
-        "checkpoint_every": checkpoint_every,
-        "log_every": log_every,
-    }
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is 1 or more, got {count}")
-    if eval_every is not None and evaluate is None:
-        raise ValueError(
-            "eval_every needs evaluate=, a function of the parameters that returns {name: number}"
-        )
-    if checkpoint_every is not None and checkpoints is None:
-        raise ValueError(
-            "checkpoint_every needs checkpoints=, a folder or loha_jax.checkpoint.Checkpoints"
-        )
+    _check_counts(counts)
     if dtype is not None and (
         not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.float16
     ):
         raise ValueError(
-            f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: gradients in float16 would "
-            "need a scaled loss, which this loop does not have"
+            f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: "
+            "gradients in float16 would need a scaled loss, which this loop does not have"
         )
 
 
+def _check_counts(counts: Mapping[str, int | None]) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is 1 or more, got {count}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pauses:
+    """The evaluations and checkpoints between the steps of a run."""
+
+    evaluate: Callable[[PyTree], Mapping[str, float | jax.Array]] | None
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    def check(self, *, with_checkpoints: bool) -> None:
+        """Raise ValueError for numbers that are wrong or have no use."""
+        _check_counts({"eval_every": self.eval_every, "checkpoint_every": self.checkpoint_every})
+        if self.eval_every is not None and self.evaluate is None:
+            raise ValueError(
+                "eval_every needs evaluate=, a function of the parameters that returns "
+                "{name: number}"
+            )
+        if self.checkpoint_every is not None and not with_checkpoints:
+            raise ValueError(
+                "checkpoint_every needs checkpoints=, a folder or loha_jax.checkpoint.Checkpoints"
+            )
+
+
 def _start(
-    params: Any, tx: optax.GradientTransformation, key: jax.Array, checkpoints: Checkpoints | None
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    checkpoints: Checkpoints | None,
 ) -> Any:
     """Return the step, the state, the frozen arrays and the key that the run starts with."""
     trainable, frozen = partition(params)
@@ -243,10 +236,8 @@ class _Run:
     state: Any  # (trainable, opt_state, good), see `TrainStep`
     frozen: Any
     key: jax.Array
-    evaluate: Callable[[Any], Mapping[str, Any]] | None
-    eval_every: int | None
+    pauses: _Pauses
     checkpoints: Checkpoints | None
-    checkpoint_every: int | None
     log: Log
     clock: Clock
 
@@ -259,7 +250,7 @@ class _Run:
         return combine(self.state[0], self.frozen)
 
     def train(
-        self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]
+        self, train_step: TrainStep, batches: Iterable[PyTree], to_stop: Callable[[int], bool]
     ) -> Stopped:
         """Run the steps, evaluate and save between them and at the end; return why it ended."""
         stopped = self._steps(train_step, batches, to_stop)
@@ -278,7 +269,7 @@ class _Run:
         return stopped
 
     def _steps(
-        self, train_step: TrainStep, batches: Iterable[Any], to_stop: Callable[[int], bool]
+        self, train_step: TrainStep, batches: Iterable[PyTree], to_stop: Callable[[int], bool]
     ) -> Stopped:
         for batch in batches:
             with self.clock.measure("compile"):
@@ -287,9 +278,8 @@ class _Run:
             self.step += 1
             self.log.add(self.step, metrics)
             stop = to_stop(self.step)
-            evaluate, save = (
-                self._is_due(every) for every in (self.eval_every, self.checkpoint_every)
-            )
+            evaluate = self._is_due(self.pauses.eval_every)
+            save = self._is_due(self.pauses.checkpoint_every)
             if stop or evaluate or save:
                 self.log.read_all()
             if self.log.failure is not None:
@@ -306,12 +296,13 @@ class _Run:
         return every is not None and self.step % every == 0
 
     def _measure(self) -> None:
-        if self.evaluate is None or self.step <= self._evaluated:
+        evaluate = self.pauses.evaluate
+        if evaluate is None or self.step <= self._evaluated:
             return
         with self.clock.measure("evaluate"):
             # A copy, which `evaluate` may keep: the next step donates the state.
             trainable = jax.tree.map(lambda x: place(x, x.sharding, may_alias=False), self.state[0])
-            found = self.evaluate(combine(trainable, self.frozen))
+            found = evaluate(combine(trainable, self.frozen))
         self.log.record(self.step, {f"eval_{name}": float(value) for name, value in found.items()})
         self._evaluated = self.step
 
@@ -326,5 +317,5 @@ class _Run:
         self._saved = self.step
 
 
-def _length(batches: Any) -> int | None:
-    return len(batches) if hasattr(batches, "__len__") else None
+def _length(batches: object) -> int | None:
+    return len(batches) if isinstance(batches, Sized) else None

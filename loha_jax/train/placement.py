@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from loha_jax.tree.placement import place
 
+T = TypeVar("T")
 
-def placed_batches(batches: Any, used: int, steps: int | None, sharding: Any) -> Iterator[Any]:
+
+def placed_batches(
+    batches: Iterable[PyTree] | Callable[[int], Iterable[PyTree]],
+    used: int,
+    steps: int | None,
+    sharding: PyTree,
+) -> Iterator[PyTree]:
     """Yield the batches after the first `used` ones, up to step `steps`, sharded as asked for."""
-    rest: Iterable[Any] = (
-        batches(used) if callable(batches) else itertools.islice(batches, used, None)
-    )  # type: ignore[assignment]
+    rest = batches(used) if callable(batches) else itertools.islice(batches, used, None)
     for batch in itertools.islice(rest, None if steps is None else max(steps - used, 0)):
-        yield (
-            batch
-            if sharding is None
-            else jax.tree.map(_put, batch, jax.tree.broadcast(sharding, batch))
-        )
+        if sharding is not None:
+            batch = jax.tree.map(_put, batch, jax.tree.broadcast(sharding, batch))
+        yield batch
 
 
-def _put(x: Any, sharding: Any) -> jax.Array:
+def _put(x: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
     if isinstance(x, jax.Array):
         return jax.device_put(x, sharding)
     return jax.make_array_from_process_local_data(sharding, x)
 
 
-def default_sharding(tree: Any) -> Any:
+def default_sharding(tree: PyTree) -> Sharding:
     """Return where uncommitted arrays go: to all devices of the first committed one in `tree`."""
     for x in jax.tree.leaves(tree):
         sharding = x if isinstance(x, jax.sharding.Sharding) else _committed(x)
         if sharding is not None:
-            return (
-                NamedSharding(sharding.mesh, PartitionSpec())
-                if isinstance(sharding, NamedSharding)
-                else sharding
-            )
+            if isinstance(sharding, NamedSharding):
+                return NamedSharding(sharding.mesh, PartitionSpec())
+            return sharding
     return jnp.zeros(()).sharding  # the default device
 
 
-def commit(tree: Any, default: Any, *, may_alias: bool | None = None) -> Any:
+def commit(tree: T, default: Sharding, *, may_alias: bool | None = None) -> T:
     """Commit each array to its device, or to `default`.
 
     So no step moves an array, or is compiled again for another place.
@@ -53,5 +56,5 @@ def commit(tree: Any, default: Any, *, may_alias: bool | None = None) -> Any:
     return jax.tree.map(lambda x: place(x, _committed(x) or default, may_alias=may_alias), tree)
 
 
-def _committed(x: Any) -> Any:
-    return x.sharding if getattr(x, "committed", False) else None
+def _committed(x: object) -> Sharding | None:
+    return x.sharding if isinstance(x, jax.Array) and getattr(x, "committed", False) else None

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,7 +28,7 @@ def sigterm_handler() -> Iterator[Callable[[int], bool]]:
     before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     came = told = False
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: object) -> None:
         nonlocal came
         came = True
         signal.signal(signal.SIGTERM, before)

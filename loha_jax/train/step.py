@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.tree.dropout import dropout
@@ -20,6 +22,13 @@ from loha_jax.tree.quantised import is_quantised, wrapped
 
 RESERVED = ("loss", "grad_norm", "good", "step")
 """Names that `loss_fn` cannot give a metric."""
+
+LossFunction = Callable[
+    [PyTree, PyTree, jax.Array], jax.Array | tuple[jax.Array, Mapping[str, jax.Array]]
+]
+"""`(params, batch, key)` to the loss, or to `(loss, {name: scalar})`."""
+
+T = TypeVar("T")
 
 State = tuple[Any, Any, jax.Array]
 """`(trainable, opt_state, good)`: `good` is False once a step was not finite."""
@@ -33,13 +42,13 @@ class TrainStep:
 
     def __init__(
         self,
-        loss_fn: Callable[[Any, Any, jax.Array], Any],
+        loss_fn: LossFunction,
         tx: optax.GradientTransformation,
         state: State,
-        frozen: Any,
+        frozen: PyTree,
         key: jax.Array,
         accumulate: int,
-        dtype: Any,
+        dtype: DTypeLike | None,
     ):
         self._loss_fn, self._tx = loss_fn, optax.with_extra_args_support(tx)
         self._accumulate, self._dtype = accumulate, dtype
@@ -51,13 +60,15 @@ class TrainStep:
         self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
-    def compile(self, batch: Any) -> None:
+    def compile(self, batch: PyTree) -> None:
         """Compile the step for batches of this kind, unless that is done."""
         if (kind := _kind(batch)) not in self._compiled:
             lowered = self._jitted.lower(self._state, self._frozen, batch, self._key, np.uint32(0))
             self._compiled[kind] = lowered.compile()
 
-    def __call__(self, state: State, batch: Any, number: int) -> tuple[State, dict[str, jax.Array]]:
+    def __call__(
+        self, state: State, batch: PyTree, number: int
+    ) -> tuple[State, dict[str, jax.Array]]:
         """Start step `number`, counted from 0; return the state after it and its metrics."""
         return self._compiled[_kind(batch)](
             state, self._frozen, batch, self._key, np.uint32(number)
@@ -116,30 +127,30 @@ class TrainStep:
         parts = jax.tree_util.tree_map_with_path(lambda path, x: _split(path, x, count), batch)
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         total, metrics = jax.lax.scan(add, zeros, (parts, jax.random.split(key, count)))
-        return jax.tree.map(lambda x: x / count, total), jax.tree.map(
-            lambda x: jnp.mean(x, 0), metrics
-        )
+        means = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
+        return jax.tree.map(lambda x: x / count, total), means
 
 
-def _kind(batch: Any) -> Any:
+def _kind(batch: PyTree) -> tuple[Any, ...]:
     leaves, treedef = jax.tree.flatten(batch)
     return treedef, *((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves)
 
 
-def _check_metrics(metrics: Any) -> None:
+def _check_metrics(metrics: object) -> None:
     if not isinstance(metrics, Mapping):
         raise ValueError(
-            f"loss_fn returns the loss, or (loss, {{name: scalar}}); the second was a {type(metrics)}"
+            "loss_fn returns the loss, or (loss, {name: scalar}); the second was a "
+            f"{type(metrics)}"
         )
     for name, value in metrics.items():
         if jnp.shape(value) != () or name in RESERVED:
             raise ValueError(
-                f"The metric {name!r} that loss_fn returns, of shape {jnp.shape(value)}, should be a scalar with "
-                f"another name than {', '.join(RESERVED)}"
+                f"The metric {name!r} that loss_fn returns, of shape {jnp.shape(value)}, should be "
+                f"a scalar with another name than {', '.join(RESERVED)}"
             )
 
 
-def _split(path: Any, x: jax.Array, parts: int) -> jax.Array:
+def _split(path: tuple[Any, ...], x: jax.Array, parts: int) -> jax.Array:
     """Split the rows into parts: `[rows, ...]` to `[parts, rows / parts, ...]`.
 
     Part n holds the rows n, n + parts, …, so that each device keeps its rows of a sharded batch.
@@ -154,16 +165,14 @@ def _split(path: Any, x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def cast_floating(tree: Any, dtype: Any) -> Any:
+def cast_floating(tree: T, dtype: DTypeLike | None) -> T:
     """Cast the floating arrays of a tree, except factors, to `dtype`; None changes nothing."""
 
     def cast(x: Any) -> Any:
         if isinstance(x, LoHaWeight):
             return dataclasses.replace(x, kernel=cast(x.kernel))
         if isinstance(x, SavedWeight):
-            return dataclasses.replace(
-                x, original=cast(x.original), copies=jax.tree.map(cast, x.copies)
-            )
+            return jax.tree.map(cast, x, is_leaf=is_quantised)
         if is_quantised(x):
             return wrapped(x).as_dtype(dtype)
         if x is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -174,7 +183,10 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
 
 
 def taken_by(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments that an update takes; `optax.contrib.sam` takes none, though its type says so."""
+    """Return the keyword arguments that an update takes.
+
+    `optax.contrib.sam` takes none, though its type says so.
+    """
     parameters = inspect.signature(update).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return extra

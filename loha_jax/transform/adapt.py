@@ -5,40 +5,47 @@ views of the adapted kernels instead (`interpreter.evaluate`). A product with a 
 `product_rules`, through `Operation.factored`, as two products with the factors (`product`).
 """
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.typing import ArrayLike
 
-from loha_jax.runtime._compat import Literal, without_dead_code
+from loha_jax.runtime._compat import without_dead_code
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.transform import (  # noqa: F401  # importing them registers the rules
-    control_flow_rules,
-    product_rules,
-    structural_rules,
-)
+from loha_jax.transform import control_flow_rules, product_rules, structural_rules
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
+from loha_jax.transform.arguments import FlatArguments, TreeDef, flatten, is_array
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.interpreter import densify, evaluate
-from loha_jax.transform.kernel_view import KernelView, frozen_kernel
+from loha_jax.transform.kernel_view import KernelView, Value, frozen_kernel
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import PackedKernel, plain
 from loha_jax.transform.rows import mark_rows
 from loha_jax.transform.strategy import Strategy, checked_strategy
+from loha_jax.transform.typed_jax import Operand, array_type
 from loha_jax.tree.containers import on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
-from loha_jax.tree.quantised import is_quantised, wrapped
+from loha_jax.tree.quantised import QuantisedArray, is_quantised, wrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
+
+RULES = (control_flow_rules, product_rules, structural_rules)
+"""The modules whose import registers the rules."""
 
 
 def adapt(
@@ -47,9 +54,9 @@ def adapt(
     strategy: str | Mapping[str, str] = "auto",
     training: bool = True,
     forward_mode: bool = False,
-    adapter_index: Any = None,
-    in_axes: Any = None,
-    out_axes: Any = 0,
+    adapter_index: ArrayLike | Sequence[int] | None = None,
+    in_axes: object = None,
+    out_axes: object = 0,
 ) -> F:
     """Return `fn` with every product of an adapted kernel computed without keeping ΔW.
 
@@ -75,7 +82,8 @@ def adapt(
             `set_adapter`) that the row runs through, -1 for the base model. The adapters have equal
             ranks and targets; one that lacks a module leaves it as it is. Results are those of
             calling `fn` row by row, each a batch of one, concatenated; scalars become one per row.
-            With the strategy "auto" all products are factored. Base products run once for the whole batch.
+            With the strategy "auto" all products are factored. Base products run once for the
+            whole batch.
         in_axes: with `adapter_index`, which arguments have rows and along which axis, as for
             `jax.vmap`. A tuple has an entry for each positional argument: an integer, None (the
             same for all rows) or a tree of them that is a prefix of the argument's. A dict has
@@ -104,26 +112,27 @@ def adapt(
     options = make_options(strategy, training, forward_mode)
 
     @functools.wraps(fn)
-    def adapted(*args, **kwargs):
+    def adapted(*args: object, **kwargs: object) -> object:
         if adapter_index is None:
             return run(fn, args, kwargs, options)
         by_row = dataclasses.replace(
             options, strategy="factored" if strategy == "auto" else options.strategy
         )
-
         index = check_index(adapter_index)
         args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])
 
-        def run_rows(fn, args, kwargs):
-            def run_row(args, kwargs):
+        def run_rows(
+            fn: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> R:
+            def run_row(args: tuple[object, ...], kwargs: dict[str, object]) -> R:
                 return run(fn, args, kwargs, by_row)
 
             return run_per_example(run_row, args, kwargs, index, out_axes)
 
         return on_trees(run_rows, fn, args, kwargs, changes=False)
 
-    adapted.__loha_jax__ = (fn, options, adapter_index is not None)  # type: ignore[attr-defined]  # read by `explain`
-    return adapted  # type: ignore[return-value]
+    vars(adapted)["__loha_jax__"] = (fn, options, adapter_index is not None)  # for `explain`
+    return cast(F, adapted)
 
 
 def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
@@ -136,55 +145,55 @@ def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode
     return Options(tuple(by_name), training, forward_mode)
 
 
-def run(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], options: Options) -> Any:
-    """Call `fn` with the adapted leaves of its arguments, and of NNX models among them, as views."""
+def run(
+    fn: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object], options: Options
+) -> R:
+    """Call `fn` with the adapted leaves of its arguments, and of models among them, as views."""
     return on_trees(functools.partial(_run, options), fn, args, kwargs)
 
 
-def _run(options: Options, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_whole)
+def _run(
+    options: Options, fn: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
+) -> R:
+    """Call `fn` on trees: on its jaxpr with views where an argument is adapted, else as it is."""
+    leaves, treedef = flatten((args, kwargs), is_leaf=is_whole)
     named = options.observer is not None or not isinstance(options.strategy, str)
-    arrays: list[Any] = []  # what fn is traced with
-    values: list[Any] = []  # what its jaxpr is evaluated on
-    positions: list[int] = []
-    originals: dict[int, Any] = {}
+    values: list[Value] = []  # what the jaxpr of fn is evaluated on
+    traced: list[int] = []  # their positions among the leaves
+    originals: dict[int, object] = {}
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, SavedWeight):
             leaf = leaves[position] = leaf.__jax_array__()
         if isinstance(leaf, LoHaWeight):
-            originals[len(arrays)] = leaf
-            value = _view(leaf, options, named)
+            originals[len(values)] = leaf
+            leaf = _view(leaf, options, named)
         elif is_quantised(leaf):
-            originals[len(arrays)] = leaf
-            value = _base_view(wrapped(leaf))
-        elif isinstance(leaf, jax.Array | np.ndarray):
-            value = leaf
-        else:
+            originals[len(values)] = leaf
+            leaf = _base_view(wrapped(leaf))
+        elif not is_array(leaf):
             continue
-        positions.append(position)
-        values.append(value)
-        arrays.append(_traced_as(value.kernel) if isinstance(value, KernelView) else value)
+        traced.append(position)
+        values.append(leaf)
+    arguments = FlatArguments(leaves, treedef, traced)
     if not originals:
         if names := closed_over(fn):
             warn_caller(
-                f"The function that adapt was given closes over adapted kernels ({', '.join(names)}) and takes none as "
-                "an argument: it computes with W + ΔW as an array. Pass the adapted tree as an argument.",
+                f"The function that adapt was given closes over adapted kernels "
+                f"({', '.join(names)}) and takes none as an argument: it computes with W + ΔW as "
+                "an array. Pass the adapted tree as an argument.",
             )
-        args, kwargs = treedef.unflatten(leaves)
+        args, kwargs = arguments.fill(values)
         return fn(*args, **kwargs)
-    return trace_and_evaluate(fn, leaves, treedef, positions, arrays, values, originals, options)
+    return trace_and_evaluate(fn, arguments, values, originals, options)
 
 
 def trace_and_evaluate(
-    fn: Callable[..., Any],
-    leaves: list[Any],
-    treedef: Any,
-    positions: list[int],
-    arrays: list[Any],
-    values: list[Any],
-    originals: Mapping[int, Any],
+    fn: Callable[..., R],
+    arguments: FlatArguments,
+    values: Sequence[Value],
+    originals: Mapping[int, object],
     options: Options,
-) -> Any:
+) -> R:
     """Trace `fn` with plain arrays and evaluate its jaxpr on values, some of which are views.
 
     An output that is one of the adapted inputs is that leaf again, so that a function that returns
@@ -192,57 +201,52 @@ def trace_and_evaluate(
 
     Args:
         fn: the function.
-        leaves, treedef: its flat arguments.
-        positions: of the traced ones among the leaves.
-        arrays: what they are traced with.
-        values: what the jaxpr is evaluated on, one per array.
-        originals: the adapted leaves, by position among `arrays`.
+        arguments: its arguments.
+        values: what the jaxpr is evaluated on, one per traced argument.
+        originals: the adapted and the quantised leaves, by position among the values.
         options: of the evaluation.
     """
-    out_tree: Any = None
-    static_outputs: dict[int, Any] = {}
+    out_trees: list[TreeDef] = []
+    static_outputs: dict[int, object] = {}
 
-    def flat(*arrays):
-        nonlocal out_tree
-        filled = list(leaves)
-        for position, array in zip(positions, arrays, strict=True):
-            filled[position] = array
-        args, kwargs = treedef.unflatten(filled)
-        outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        args, kwargs = arguments.fill(arrays)
+        outputs, out_tree = flatten(fn(*args, **kwargs))
+        out_trees.append(out_tree)
         for n, output in enumerate(outputs):
             if not isinstance(output, jax.Array | np.ndarray | np.generic | float | int | complex):
                 static_outputs[n] = output
         return [o for n, o in enumerate(outputs) if n not in static_outputs]
 
-    closed = without_dead_code(jax.make_jaxpr(flat)(*arrays))
-    returned = {closed.jaxpr.invars[n]: leaf for n, leaf in originals.items()}
+    arrays = [_traced_as(value) for value in values]
+    closed: ClosedJaxpr = without_dead_code(jax.make_jaxpr(flat)(*arrays))
+    jaxpr: Jaxpr = closed.jaxpr
+    returned = {jaxpr.invars[n]: leaf for n, leaf in originals.items()}
     with standard_promotion():
-        results = evaluate(closed.jaxpr, closed.consts, values, options)
-        plain = [
+        results = evaluate(jaxpr, closed.consts, values, options)
+        dense = [
             returned[var]
             if not isinstance(var, Literal) and var in returned
-            else _as_array(densify(value, options, "return", "the function returns it"), var.aval)
-            for var, value in zip(closed.jaxpr.outvars, results, strict=True)
+            else _as_array(densify(value, options, "return", "the function returns it"), var)
+            for var, value in zip(jaxpr.outvars, results, strict=True)
         ]
-    dynamic, count = iter(plain), len(plain) + len(static_outputs)
-    return out_tree.unflatten(
+    dynamic, count = iter(dense), len(dense) + len(static_outputs)
+    return out_trees[0].unflatten(
         [static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)]
     )
 
 
-def _as_array(value: Any, aval: Any) -> jax.Array:
+def _as_array(value: ArrayLike, var: Operand) -> jax.Array:
     """Return an output as `jax.jit` would return it: constants as arrays, arrays as they are."""
     if isinstance(value, jax.Array):
         return value
-    return (
-        jnp.asarray(np.asarray(value).item())
-        if aval.weak_type
-        else jnp.asarray(np.asarray(value), aval.dtype)
-    )
+    kind = array_type(var)
+    constant = np.asarray(value)
+    return jnp.asarray(constant.item()) if kind.weak_type else jnp.asarray(constant, kind.dtype)
 
 
 @standard_promotion()
-def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
+def _view(leaf: LoHaWeight, options: Options, named: bool) -> Value:
     """Return the leaf as a view; the plain kernel where no adapter is active."""
     leaf.require_whole()
     warn_of_forgotten_dropout(leaf.active_adapters)
@@ -251,12 +255,13 @@ def _view(leaf: LoHaWeight, options: Options, named: bool) -> Any:
     return KernelView.of(leaf, leaf.label if named else "")
 
 
-def _base_view(kernel: Any) -> Any:
-    """Return a kernel that no adapter changes: a view of a quantised one, which is never dequantised as a whole."""
-    kernel = frozen_kernel(kernel)
-    return KernelView.unknown(kernel, "") if isinstance(kernel, PackedKernel) else kernel
+def _base_view(kernel: jax.Array | QuantisedArray) -> Value:
+    """Return a kernel that no adapter changes: a view of a quantised one, else the array."""
+    frozen = frozen_kernel(kernel)
+    return KernelView.unknown(frozen, "") if isinstance(frozen, PackedKernel) else frozen
 
 
-def _traced_as(kernel: Any) -> Any:
-    """Return what a function is traced with in the place of a view's kernel."""
+def _traced_as(value: Value) -> jax.Array | jax.ShapeDtypeStruct:
+    """Return what a function is traced with in the place of a value."""
+    kernel = value.kernel if isinstance(value, KernelView) else value
     return jax.eval_shape(plain, kernel) if isinstance(kernel, PackedKernel) else kernel

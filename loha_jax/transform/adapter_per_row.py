@@ -1,24 +1,33 @@
 """Each row of a batch through its own adapter: several LoHa adapters of one model in one call."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.transform.arguments import TreeDef, flatten
 from loha_jax.transform.rows import Rows, spread
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 _ROW = "row"
+R = TypeVar("R")
+
+RowAdapter = dict[str, jax.Array] | jax.Array | None
+"""The arrays of one row's adapter of a kernel (None without one), or its copy of a saved weight."""
 
 
-def check_index(adapter_index: Any) -> jax.Array:
+def check_index(adapter_index: ArrayLike | Sequence[int]) -> jax.Array:
     """Return `adapter_index` as an array, `[batch]`.
 
     Raises:
@@ -27,18 +36,19 @@ def check_index(adapter_index: Any) -> jax.Array:
     index = jnp.asarray(adapter_index)
     if index.ndim != 1 or not (jnp.issubdtype(index.dtype, jnp.integer) or not index.size):
         raise ValueError(
-            f"adapter_index is one integer per row of the batch, got {index.dtype} of shape {index.shape}"
+            f"adapter_index is one integer per row of the batch, got {index.dtype} of shape "
+            f"{index.shape}"
         )
     return index.astype(jnp.int32)
 
 
 def run_per_example(
-    run: Callable[[tuple, dict[str, Any]], Any],
-    args: tuple,
-    kwargs: dict[str, Any],
+    run: Callable[[tuple[object, ...], dict[str, object]], R],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     index: jax.Array,
-    out_axes: Any,
-) -> Any:
+    out_axes: object,
+) -> R:
     """Call `run(args, kwargs)` for every row, vectorised, with the row's adapter as the only one.
 
     Args:
@@ -51,38 +61,42 @@ def run_per_example(
         ValueError: no adapter is active, the index is out of range, the adapters differ in shape,
             or `out_axes` does not fit the results.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    leaves, treedef = flatten((args, kwargs), is_leaf=is_adapted)
     adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
     count = max((len(leaf.active) for leaf in adapted.values()), default=0)
     if not count:
         raise ValueError("adapter_index chooses among active adapters, and the arguments hold none")
-    if not isinstance(index, jax.core.Tracer) and (
-        bad := [i for i in index.tolist() if not -1 <= i < count]
-    ):
+    if bad := [i for i in _known(index) if not -1 <= i < count]:
         raise ValueError(
-            f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to {count - 1}), and -1 "
-            "stands for the base model"
+            f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to "
+            f"{count - 1}), and -1 stands for the base model"
         )
 
     chosen = {n: _choose(leaf, index) for n, leaf in adapted.items()}
     marked = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Rows)}
     rows = {n: leaf.array for n, leaf in marked.items()}
     axes = {n: leaf.axis for n, leaf in marked.items()}
-    structure: Any = None
+    structures: list[TreeDef] = []
 
-    def one(chosen: dict[int, Any], rows: dict[int, Any]) -> list[Any]:
-        nonlocal structure
+    def one(chosen: dict[int, RowAdapter], rows: dict[int, jax.Array]) -> list[jax.Array]:
         filled = list(leaves)
         for n, leaf in adapted.items():
             filled[n] = _with_row(leaf, chosen[n])
         for n, row in rows.items():
             filled[n] = jnp.expand_dims(row, axes[n])
-        outputs, structure = jax.tree.flatten(run(*treedef.unflatten(filled)))
+        outputs, structure = flatten(run(*treedef.unflatten(filled)))
+        structures.append(structure)
         return outputs
 
     outputs = jax.vmap(one, in_axes=(0, axes))(chosen, rows)
+    structure = structures[0]
     places = spread(out_axes, structure.unflatten(outputs), "out_axes")
     return structure.unflatten([_joined(o, axis) for o, axis in zip(outputs, places, strict=True)])
+
+
+def _known(index: jax.Array) -> list[int]:
+    """Return the integers of an array; none of one that is traced."""
+    return [] if isinstance(index, jax.core.Tracer) else index.tolist()
 
 
 def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
@@ -100,7 +114,7 @@ def _joined(outputs: jax.Array, axis: int | None) -> jax.Array:
 
 
 @standard_promotion()
-def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
+def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> RowAdapter:
     """Return the factors, or the trained copy, of each row's adapter, `[batch, ...]`."""
     if isinstance(leaf, SavedWeight):
         copies = jnp.stack(
@@ -115,16 +129,17 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> Any:
         names = [name for name in leaf.active if name in leaf.adapters]
         listed = "; ".join(f"{name}: {s}" for name, s in zip(names, shapes, strict=True))
         raise ValueError(
-            f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: {listed}"
+            f"The adapters of {leaf.names[0]} differ in shape, so they cannot share a batch: "
+            f"{listed}"
         )
 
-    def stacked(values: Sequence[Any]) -> jax.Array:
+    def stacked(*values: jax.Array) -> jax.Array:
         present = iter(values)
         zeros = jnp.zeros_like(values[0])
         rows = [next(present) if name in leaf.adapters else zeros for name in leaf.active]
         return _take(jnp.stack([*rows, zeros]), index)
 
-    return jax.tree.map(lambda *values: stacked(values), *_arrays_of(held))
+    return jax.tree.map(stacked, *_arrays_of(held))
 
 
 def _scalings_differ(held: Sequence[Factors]) -> bool:
@@ -133,12 +148,12 @@ def _scalings_differ(held: Sequence[Factors]) -> bool:
     )
 
 
-def _arrays_of(held: Sequence[Factors]) -> list[dict[str, Any]]:
+def _arrays_of(held: Sequence[Factors]) -> list[dict[str, jax.Array]]:
     """Return the arrays of adapters of one shape, with their scaling as an array where it differs.
 
     A weight decomposition always has its strength as an array, because that of the base model is 0.
     """
-    differ, result = _scalings_differ(held), []
+    differ, result = _scalings_differ(held), list[dict[str, jax.Array]]()
     for f in held:
         arrays = f.trained
         if f.dora_scale is not None:
@@ -161,15 +176,15 @@ def _take(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(table, rows, axis=0, mode="fill")
 
 
-def _with_row(leaf: LoHaWeight | SavedWeight, chosen: Any) -> Any:
+def _with_row(leaf: LoHaWeight | SavedWeight, chosen: RowAdapter) -> object:
     """Return the leaf with the adapter of one row."""
     if isinstance(leaf, SavedWeight):
         return chosen
-    if chosen is None:
+    if not isinstance(chosen, dict):
         return dataclasses.replace(leaf, active=())
     held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
     if _scalings_differ(held) or "gate" in chosen:
-        # One rank for all modules of a stack, and the one alpha/r that holds for those that are adapted.
+        # One rank for all modules of a stack, and the alpha/r of those that are adapted.
         r = max(held[0].ranks)
         ranks = (r,) * len(held[0].ranks)
         ratios = [a / n for a, n in zip(held[0].alphas, held[0].ranks, strict=True) if n]

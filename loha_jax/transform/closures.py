@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
-def closed_over(fn: Callable[..., Any]) -> list[str]:
+def closed_over(fn: Callable[..., object]) -> list[str]:
     """Return the names of variables outside of `fn` through which it reaches adapted kernels."""
     return list(dict.fromkeys(name for name, value in _outside(fn) if _holds_adapted(value)))
 
 
-def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
+def _outside(fn: object) -> Iterator[tuple[str, object]]:
+    """Yield the variables outside of a function that it reads, with their names."""
     if isinstance(fn, functools.partial):
         yield from (
             (f"argument {n} of functools.partial", value) for n, value in enumerate(fn.args)
@@ -30,8 +31,9 @@ def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
     if (owner := getattr(fn, "__self__", None)) is not None:
         yield "self", owner
     function = getattr(fn, "__func__", fn)
-    if (code := getattr(function, "__code__", None)) is None:
+    if not isinstance(function, types.FunctionType):
         return
+    code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, cell.cell_contents
@@ -41,5 +43,5 @@ def _outside(fn: Any) -> Iterator[tuple[str, Any]]:
     yield from ((name, variables[name]) for name in code.co_names if name in variables)
 
 
-def _holds_adapted(value: Any) -> bool:
+def _holds_adapted(value: object) -> bool:
     return any(isinstance(leaf, LoHaWeight) for leaf in jax.tree.leaves(value, is_leaf=is_adapted))

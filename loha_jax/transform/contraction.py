@@ -5,24 +5,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 from jax import lax
+from jaxtyping import Array, Float
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import result_sharding
 
 
 def contract(
-    a: jax.Array,
+    a: Float[Array, "*a"],
     a_labels: str,
-    b: jax.Array,
+    b: Float[Array, "*b"],
     b_labels: str,
     out: str,
-    precision: Any = None,
-    like: Any = None,
-) -> jax.Array:
+    precision: lax.PrecisionLike = None,
+    like: Float[Array, "*result"] | None = None,
+) -> Float[Array, "*result"]:
     """Return a two-operand einsum, accumulated in float32 or wider.
 
     Labels in both operands and in `out` are batch axes; those in both and not in `out` are

@@ -1,53 +1,69 @@
 """Rules for functions and control flow: each is called again with an evaluated body."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.sharding import PartitionSpec
 
 from loha_jax.runtime._compat import bind_equation, open_jaxpr, scan_counts
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.transform.interpreter import Context, densify, densify_all, evaluate, register
-from loha_jax.transform.kernel_view import KernelView, ViewFactors
+from loha_jax.transform.interpreter import (
+    Context,
+    Outputs,
+    densify,
+    densify_all,
+    evaluate,
+    register,
+)
+from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import before_scan, inside_scan, plain
+from loha_jax.transform.typed_jax import Operand, map_arrays
+from loha_jax.transform.view_factors import ViewFactors
 
 
 @register("jit", "pjit")
-def _jit(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _jit(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     if context.options.observer is not None:
         return evaluate(jaxpr, consts, values, context.options)
     # jax.jit caches by jaxpr: layers that share a jitted function share its evaluation too.
-    return _jitted(values, consts, jaxpr=jaxpr, options=context.options)
+    return cast(Outputs, _jitted(values, consts, jaxpr=jaxpr, options=context.options))
 
 
 @functools.partial(jax.jit, static_argnames=("jaxpr", "options"))
-def _jitted(args: list[Any], consts: list[Any], *, jaxpr: Any, options: Options) -> list[Any]:
+def _jitted(
+    args: list[Value], consts: list[jax.Array], *, jaxpr: Jaxpr, options: Options
+) -> list[Value]:
     return evaluate(jaxpr, consts, args, options)
 
 
 @register("checkpoint", "remat", "remat2")
-def _remat(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _remat(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     p, options = eqn.params, context.options
 
     @functools.partial(jax.checkpoint, policy=p["policy"], prevent_cse=p["prevent_cse"])
-    def body(values: list[Any]) -> list[Any]:
+    def body(values: list[Value]) -> list[jax.Array]:
         outputs = evaluate(p["jaxpr"], (), values, options)
         return densify_all(
             outputs, options, "remat", "a rematerialised function returns the weight"
         )
 
-    return body(values)
+    return cast(Outputs, body(values))
 
 
 class _Carry:
@@ -59,18 +75,22 @@ class _Carry:
     """
 
     def __init__(
-        self, values: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], primitive: str
+        self,
+        values: Sequence[Value],
+        inputs: Sequence[Var],
+        outputs: Sequence[Operand],
+        primitive: str,
     ):
         self.fixed = [new is old for old, new in zip(inputs, outputs, strict=True)]
         self.values = list(values)
         self._primitive = primitive
 
-    def changing(self, values: Sequence[Any], options: Options) -> list[Any]:
+    def changing(self, values: Sequence[Value], options: Options) -> list[jax.Array]:
         """Return the parts that change, as plain arrays."""
         moving = [value for value, fixed in zip(values, self.fixed, strict=True) if not fixed]
         return densify_all(moving, options, self._primitive, "a loop's carry")
 
-    def whole(self, changing: Sequence[Any]) -> list[Any]:
+    def whole(self, changing: Sequence[jax.Array]) -> list[Value]:
         """Return all parts, in order."""
         rest = iter(changing)
         return [
@@ -80,7 +100,7 @@ class _Carry:
 
 
 @register("scan")
-def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _scan(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     p, options = eqn.params, context.options
     n_consts, n_carry = scan_counts(p)
     jaxpr, body_consts = open_jaxpr(p["jaxpr"])
@@ -91,42 +111,60 @@ def _scan(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     )
     start = carry.changing(carry.values, options)
 
-    leading: dict[
-        int, int | None
-    ] = {}  # by the number of a view, the atom that the scan takes away
+    scanned: dict[int, _Scanned] = {}
     for n, x in enumerate(xs):
-        if isinstance(x, KernelView):
-            taken = _take_leading(x)
-            if taken is None:
-                xs[n] = densify(x, options, "scan", "a scan over an in or out axis")
-                continue
-            leading[n], xs[n] = taken
-            if options.observer is not None:
-                options.observer.scanned(x, leading[n])
-    # Factors without an axis to scan (a broadcast kernel, a stack of one) come from outside.
-    broadcast = {
-        n: xs[n].factors
-        for n, atom in leading.items()
-        if atom is None or xs[n].atoms[atom].kind != "s"
-    }
-    sliced = [dataclasses.replace(x, factors=()) if n in broadcast else x for n, x in enumerate(xs)]
-    leaves, treedef = jax.tree.flatten(sliced)
+        if not isinstance(x, KernelView):
+            continue
+        taken = _take_leading(x)
+        if taken is None:
+            xs[n] = densify(x, options, "scan", "a scan over an in or out axis")
+            continue
+        atom, view = taken
+        if options.observer is not None:
+            options.observer.scanned(x, atom)
+        outside = None
+        if atom is None or view.atoms[atom].kind != "s":
+            outside, view = view.factors, dataclasses.replace(view, factors=())
+        xs[n], scanned[n] = view, _Scanned(atom, outside)
     inner = options.repeated(p["length"])
 
-    def body(changing: list[Any], leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        items = list(treedef.unflatten(leaves))
-        for n, atom in leading.items():
-            items[n] = _without_leading(items[n], atom)
-            if n in broadcast:
-                items[n] = dataclasses.replace(items[n], factors=broadcast[n])
+    def body(changing: list[jax.Array], xs: list[Value]) -> tuple[list[jax.Array], list[jax.Array]]:
+        items = [_item(x, scanned.get(n)) for n, x in enumerate(xs)]
         outputs = evaluate(jaxpr, body_consts, [*consts, *carry.whole(changing), *items], inner)
         ys = densify_all(outputs[n_carry:], inner, "scan", "a scan returns the weight")
         return carry.changing(outputs[:n_carry], inner), ys
 
     changed, ys = lax.scan(
-        body, start, leaves, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        body, start, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     return [*carry.whole(changed), *ys]
+
+
+class _Scanned(NamedTuple):
+    """A view among the arrays that a scan slices.
+
+    Attributes:
+        atom: the atom that the scan takes away; None for an axis of size 1, which has no atom.
+        outside: factors without an axis to scan (a broadcast kernel, a stack of one), which come
+            from outside the loop; or None.
+    """
+
+    atom: int | None
+    outside: tuple[ViewFactors, ...] | None
+
+
+def _item(x: Value, scanned: _Scanned | None) -> Value:
+    """Return what the body of a scan gets for a slice: of a view, the leading axis is gone."""
+    if scanned is None or not isinstance(x, KernelView):
+        return x
+    atom, outside = scanned
+    x = dataclasses.replace(x, kernel=inside_scan(x.kernel))
+    factors = x.factors if outside is None else outside
+    if atom is None:
+        return dataclasses.replace(x, factors=factors, dims=x.dims[1:])
+    dims = tuple(tuple(n - (n > atom) for n in axis) for axis in x.dims[1:])
+    atoms = x.atoms[:atom] + x.atoms[atom + 1 :]
+    return dataclasses.replace(x, factors=factors, atoms=atoms, dims=dims)
 
 
 def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
@@ -147,21 +185,12 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
     if view.atoms[atom].kind != "s":
         return atom, view
     at = view.of_kind("s").index(atom)
-    factors = jax.tree.map(lambda x: jnp.moveaxis(x, at, 0), view.factors)
+    factors = map_arrays(lambda x: jnp.moveaxis(x, at, 0), view.factors)
     return atom, dataclasses.replace(view, factors=factors)
 
 
-def _without_leading(view: KernelView, atom: int | None) -> KernelView:
-    """Return the view inside the scan: the leading axis and its atom are gone."""
-    view = dataclasses.replace(view, kernel=inside_scan(view.kernel))
-    if atom is None:
-        return dataclasses.replace(view, dims=view.dims[1:])
-    dims = tuple(tuple(n - (n > atom) for n in axis) for axis in view.dims[1:])
-    return dataclasses.replace(view, atoms=view.atoms[:atom] + view.atoms[atom + 1 :], dims=dims)
-
-
 @register("while")
-def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _while(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     p, options = eqn.params, context.options
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_jaxpr, cond_consts = open_jaxpr(p["cond_jaxpr"])
@@ -171,10 +200,10 @@ def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
         values[n_cond + n_body :], body_jaxpr.invars[n_body:], body_jaxpr.outvars, "while"
     )
 
-    def cond(changing: list[Any]) -> Any:
+    def cond(changing: list[jax.Array]) -> Value:
         return evaluate(cond_jaxpr, cond_consts, [*cond_args, *carry.whole(changing)], options)[0]
 
-    def body(changing: list[Any]) -> list[Any]:
+    def body(changing: list[jax.Array]) -> list[jax.Array]:
         outputs = evaluate(body_jaxpr, body_consts, [*body_args, *carry.whole(changing)], options)
         return carry.changing(outputs, options)
 
@@ -182,25 +211,25 @@ def _while(eqn: Any, values: list[Any], context: Context) -> list[Any]:
 
 
 @register("cond")
-def _cond(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+def _cond(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     options, (index, *operands) = context.options, values
     if isinstance(index, KernelView):
         return NoRule("a branch chosen by the weight")
 
-    def branch(closed: Any) -> Callable[[list[Any]], list[Any]]:
+    def branch(closed: ClosedJaxpr) -> Callable[[list[Value]], list[jax.Array]]:
         jaxpr, consts = open_jaxpr(closed)
 
-        def run(operands: list[Any]) -> list[Any]:
+        def run(operands: list[Value]) -> list[jax.Array]:
             outputs = evaluate(jaxpr, consts, operands, options)
             return densify_all(outputs, options, "cond", "a branch returns the weight")
 
         return run
 
-    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
+    return cast(Outputs, lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands))
 
 
 @register("custom_jvp_call", "custom_vjp_call")
-def _custom_derivative(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _custom_derivative(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     """Evaluate the function itself factored, and its own derivative rule on the dense weight.
 
     The user's rule is a function of the weight as an array, and its result for the weight is an
@@ -210,31 +239,29 @@ def _custom_derivative(eqn: Any, values: list[Any], context: Context) -> list[An
     name, options = eqn.primitive.name, context.options
 
     @standard_promotion()  # also where the derivative is taken later
-    def factored(values: list[Any]) -> list[Any]:
+    def factored(values: list[Value]) -> list[jax.Array]:
         outputs = evaluate(jaxpr, consts, values, options)
         return densify_all(
             outputs, options, name, "a function with its own derivative returns the weight"
         )
 
     @standard_promotion()
-    def dense(values: list[Any]) -> list[Any]:
+    def dense(values: list[Value]) -> list[jax.Array]:
         # JAX differentiates a custom_jvp forwards, whatever the user asked for.
         quiet = dataclasses.replace(options, observer=None, forward_mode=name == "custom_jvp_call")
         return bind_equation(eqn, densify_all(values, quiet, name, "its derivative"))
 
     if name == "custom_jvp_call":
-        fn = jax.custom_jvp(factored)
-        fn.defjvp(lambda primals, tangents: jax.jvp(dense, primals, tangents))
-    else:
-        fn = jax.custom_vjp(factored)
-        fn.defvjp(
-            lambda values: jax.vjp(dense, values), lambda pullback, cotangents: pullback(cotangents)
-        )
-    return fn(values)
+        by_jvp = jax.custom_jvp(factored)
+        by_jvp.defjvp(functools.partial(jax.jvp, dense))
+        return by_jvp(values)
+    by_vjp = cast(Any, jax.custom_vjp(factored))
+    by_vjp.defvjp(functools.partial(jax.vjp, dense), operator.call)
+    return by_vjp(values)
 
 
 @register("shard_map")
-def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _shard_map(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     p, options = eqn.params, context.options
     specs = list(p["in_specs"])
     local: dict[int, KernelView] = {}
@@ -249,12 +276,12 @@ def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
             else:
                 specs[n], local[n] = sharded
 
-    def body(*values: Any) -> list[Any]:
+    def body(*values: Value) -> list[jax.Array]:
         shards = list(values)
         for n, view in local.items():
-            shards[n] = dataclasses.replace(
-                view, kernel=values[n].kernel, factors=values[n].factors
-            )
+            arrays = values[n]
+            assert isinstance(arrays, KernelView)
+            shards[n] = dataclasses.replace(view, kernel=arrays.kernel, factors=arrays.factors)
         outputs = evaluate(p["jaxpr"], (), shards, options)
         return densify_all(outputs, options, "shard_map", "a shard_map returns the weight")
 
@@ -269,8 +296,12 @@ def _shard_map(eqn: Any, values: list[Any], context: Context) -> list[Any]:
     return mapped(*values)
 
 
+MeshAxes = str | tuple[str, ...] | None
+"""The mesh axes that one axis of an array is split over."""
+
+
 def shard(
-    view: KernelView, spec: Sequence[Any], mesh_shape: Mapping[str, int]
+    view: KernelView, spec: Sequence[MeshAxes], mesh_shape: Mapping[str, int]
 ) -> tuple[KernelView, KernelView] | None:
     """Shard a view over the devices of a `shard_map`.
 
@@ -285,7 +316,7 @@ def shard(
         factors.
     """
     atoms = list(view.atoms)
-    split: dict[int, Any] = {}  # mesh axes by atom
+    split: dict[int, MeshAxes] = {}  # mesh axes by atom
     for dims, axes in zip(view.dims, spec, strict=False):  # axes that the spec leaves out are whole
         count = math.prod(
             mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name
@@ -299,7 +330,7 @@ def shard(
     sides = {side: [n for n in view.of_side(side) if view.atoms[n].size > 1] for side in "oi"}
     if any(n in split for side in sides.values() for n in side[1:]):
         return None
-    # Only the outermost atom of an in or out axis is split, so that a shard is a block of the factors.
+    # Only the outermost atom of an in or out axis is split: a shard is a block of the factors.
     stack = tuple(split.get(n) for n in view.of_kind("s"))
     out, in_ = (split.get(sides[side][0]) if sides[side] else None for side in "oi")
     by_name = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class BaseScaling(NamedTuple):
     of_input: jax.Array | None = None
 
 
-def base_scaling(operation: Operation, x: Any, view: KernelView) -> BaseScaling | None:
+def base_scaling(operation: Operation, x: jax.Array, view: KernelView) -> BaseScaling | None:
     """Return the gains of a view; None where one can be neither of the result nor of x."""
     scaling = BaseScaling()
     for side in "oi":

@@ -1,17 +1,20 @@
 """`explain`: how `adapt` computes each product of a model, and the cost over the frozen base."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
-import numpy as np
+from jax.extend.core import JaxprEqn
 
 from loha_jax.transform.adapt import make_options, run
+from loha_jax.transform.arguments import flat_arguments
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
@@ -102,7 +105,8 @@ class Explanation:
         if flops:
             extra = sum(use.extra_flops for use in self.uses)
             lines.append(
-                f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: {1 + extra / flops:.3f}"
+                f"adapted products: {len(self.uses)}, FLOPs over the frozen base's: "
+                f"{1 + extra / flops:.3f}"
             )
         lines += [f"never read: {name}" for name in self.unused]
         lines += [self.note] if self.note else []
@@ -116,7 +120,7 @@ class _Recorder:
         self.training = training
         self.uses: list[Use] = []
 
-    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+    def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         pass
 
     def scanned(self, view: KernelView, atom: int | None) -> None:
@@ -154,13 +158,13 @@ class _Recorder:
 
 
 def explain(
-    fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    fn: Callable[..., object],
+    params: object,
+    *args: object,
     strategy: str | Mapping[str, str] = "auto",
     training: bool = True,
     forward_mode: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Explanation:
     """Return the strategy, FLOPs and bytes of each use of an adapted kernel by `adapt(fn)`.
 
@@ -184,36 +188,28 @@ def explain(
     """
     options = make_options(strategy, training, forward_mode)
     if hasattr(fn, "__loha_jax__"):
-        fn, options, by_row = fn.__loha_jax__  # type: ignore[attr-defined]
+        fn, options, by_row = vars(fn)["__loha_jax__"]
         if by_row:
             raise ValueError(
-                "With adapter_index every product is factored, each row with its own adapter. To see the products, "
-                "explain adapt(fn) without adapter_index, with one active adapter."
+                "With adapter_index every product is factored, each row with its own adapter. To "
+                "see the products, explain adapt(fn) without adapter_index, with one active "
+                "adapter."
             )
     recorder = _Recorder(options.training)
     options = dataclasses.replace(options, observer=recorder)
 
-    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))
-    dynamic = [
-        n
-        for n, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray)
-    ]
+    arguments = flat_arguments(params, *args, **kwargs)
 
-    def traced(arrays: list[Any]) -> list[Any]:
-        filled = list(leaves)
-        for n, array in zip(dynamic, arrays, strict=True):
-            filled[n] = array
-        args, kwargs = treedef.unflatten(filled)
-        return [
-            o for o in jax.tree.leaves(run(fn, args, kwargs, options)) if isinstance(o, jax.Array)
-        ]
+    def traced(arrays: list[jax.Array]) -> list[jax.Array]:
+        args, kwargs = arguments.fill(arrays)
+        outputs = jax.tree.leaves(run(fn, args, kwargs, options))
+        return [o for o in outputs if isinstance(o, jax.Array)]
 
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "The function that adapt was given closes over"
         )  # the note says it
-        jax.eval_shape(traced, [leaves[n] for n in dynamic])
+        jax.eval_shape(traced, arguments.arrays)
     seen = {use.module for use in recorder.uses}
     adapted = adapted_leaves((params, args, kwargs))
     names = [
@@ -225,11 +221,12 @@ def explain(
     )
 
 
-def _nothing_adapted(fn: Callable[..., Any]) -> str:
-    closed = closed_over(fn)
-    reason = (
-        f"; the function closes over adapted kernels ({', '.join(closed)}), which are not seen"
-        if closed
-        else ""
+def _nothing_adapted(fn: Callable[..., object]) -> str:
+    reason = ""
+    if closed := closed_over(fn):
+        names = ", ".join(closed)
+        reason = f"; the function closes over adapted kernels ({names}), which are not seen"
+    return (
+        f"No argument holds a kernel with an active adapter{reason}. Pass the adapted tree as an "
+        "argument."
     )
-    return f"No argument holds a kernel with an active adapter{reason}. Pass the adapted tree as an argument."

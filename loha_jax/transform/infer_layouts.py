@@ -1,34 +1,40 @@
 """`infer_layouts`: reads each kernel's layout off the model itself."""
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import numpy as np
+from jax.extend.core import JaxprEqn
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import ModelLayouts
 from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
 from loha_jax.transform.adapt import trace_and_evaluate
+from loha_jax.transform.arguments import flat_arguments, flatten_with_path, has_shape
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
 from loha_jax.transform.options import Options
 from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
-from loha_jax.tree.quantised import is_quantised, wrapped
+from loha_jax.tree.quantised import types_of_quantised
 
 
-def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> ModelLayouts:
-    """The layouts of the kernels of `params`, from how `fn(params, *args, **kwargs)` uses them.
+def infer_layouts(
+    fn: Callable[..., object], params: object, *args: object, **kwargs: object
+) -> ModelLayouts:
+    """Return the layouts of the kernels of `params`, from how `fn` uses them.
 
-    `fn` is traced without computing anything; arrays may be `jax.ShapeDtypeStruct`s. Axes that a product contracts are
-    in axes, batch axes and axes that a scan takes apart are stack axes, the others out axes; a convolution says
-    which are spatial; an embedding lookup reads positions of an out axis (the orientation of a tied output head). The
+    `fn(params, *args, **kwargs)` is traced without computing anything; arrays may be
+    `jax.ShapeDtypeStruct`s. Axes that a product contracts are in axes; batch axes, and axes that a
+    scan takes apart, are stack axes; the others are out axes. A convolution says which are spatial.
+    An embedding lookup reads positions of an out axis (the orientation of a tied output head). The
     first use of a kernel decides.
 
     Args:
@@ -37,9 +43,10 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         args, kwargs: its other arguments.
 
     Returns:
-        `{module name: layout}` for `inject(..., layouts=...)`. Arrays that no product, convolution or lookup reads
-        as they are stored, axis by axis, are left out. `target_modules="all-linear"` then takes the modules in it
-        that are multiplied with, and not those that are looked up or slid.
+        `{module name: layout}` for `inject(..., layouts=...)`. Arrays that no product, convolution
+        or lookup reads as they are stored, axis by axis, are left out.
+        `target_modules="all-linear"` then takes the modules in it that are multiplied with, and not
+        those that are looked up or slid.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,31 +57,25 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     base = unload(
         copy.deepcopy(params) if container_of(params) is not None else params
     )  # unload changes a model in place
-    base = jax.tree.map(
-        lambda leaf: wrapped(leaf).type_of_array if is_quantised(leaf) else leaf,
-        base,
-        is_leaf=is_quantised,
-    )
-    leaves, treedef = jax.tree.flatten(((base, *args), kwargs))
+    base = types_of_quantised(base)
+    arguments = flat_arguments(base, *args, **kwargs)
+    leaves = arguments.leaves
     candidates: dict[int, str] = {}
-    for position, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(base)[0]):
+    for position, (path, leaf) in enumerate(flatten_with_path(base)[0]):
         parts = path_parts(path)
-        if _is_array(leaf) and len(leaf.shape) >= 2 and is_kernel_leaf(parts):
+        if has_shape(leaf) and len(leaf.shape) >= 2 and is_kernel_leaf(parts):
             candidates[position] = module_name(parts)
-    dynamic = [n for n, leaf in enumerate(leaves) if _is_array(leaf)]
     roles = _Roles({name: len(leaves[n].shape) for n, name in candidates.items()})
 
-    def traced(arrays: list[Any]) -> list[Any]:
+    def traced(arrays: list[jax.Array]) -> list[jax.Array]:
         values = [
             KernelView.unknown(array, candidates[n]) if n in candidates else array
-            for n, array in zip(dynamic, arrays, strict=True)
+            for n, array in zip(arguments.traced, arrays, strict=True)
         ]
-        outputs = trace_and_evaluate(
-            fn, leaves, treedef, dynamic, arrays, values, {}, Options(observer=roles)
-        )
+        outputs = trace_and_evaluate(fn, arguments, values, {}, Options(observer=roles))
         return [o for o in jax.tree.leaves(outputs) if isinstance(o, jax.Array)]
 
-    jax.eval_shape(traced, [leaves[n] for n in dynamic])
+    jax.eval_shape(traced, arguments.arrays)
     found = {name: layout for name in candidates.values() if (layout := roles.layout(name))}
     lookups = roles.lookups & found.keys()
     sizes = {
@@ -82,15 +83,12 @@ def infer_layouts(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         for n, name in candidates.items()
         if name in found
     }
-    # The output head: the last product, if it has as many inputs and outputs as a table's features and rows.
+    # The output head: the last product, if it has as many inputs and outputs as a table has
+    # features and rows.
     is_head = roles.last not in lookups and sizes.get(roles.last) in [
         sizes[name] for name in lookups
     ]
     return ModelLayouts(found, lookups=lookups, heads={roles.last} if is_head else ())
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass
@@ -122,7 +120,7 @@ class _Roles:
         elif view.atoms[atom].axis >= 0:
             stacked.add(view.atoms[atom].axis)
 
-    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+    def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         kinds = _operand_kinds(eqn, operand, view)
         if eqn.primitive.name == "dot_general":
             self.last = view.name
@@ -167,7 +165,7 @@ class _Roles:
         pass
 
 
-def _operand_kinds(eqn: Any, operand: int, view: KernelView) -> list[str] | None:
+def _operand_kinds(eqn: JaxprEqn, operand: int, view: KernelView) -> list[str] | None:
     """Return the kind of each axis of the view for this equation, or None if it does not say."""
     primitive, ndim = eqn.primitive.name, len(view.shape)
     if primitive == "dot_general":

@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Literal, Var
 
-from loha_jax.runtime._compat import Literal, bind_equation, open_jaxpr
+from loha_jax.runtime._compat import bind_equation, open_jaxpr
 from loha_jax.runtime.sizes import nominal
+from loha_jax.transform.typed_jax import Operand, array_type
 
 _STRUCTURAL = {
-    "reshape",
-    "transpose",
-    "squeeze",
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "neg",
+    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "neg"),
 }
-# fmt: off
 _ELEMENTWISE = _STRUCTURAL | {
-    "add", "sub", "mul", "div", "max", "min", "sign", "abs", "floor", "select_n", "clamp", "pow", "integer_pow",
-    "square", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "erfc", "sqrt", "rsqrt", "sin", "cos",
-    "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient",
+    *("add", "sub", "mul", "div", "max", "min", "sign", "abs", "floor", "select_n", "clamp"),
+    *("pow", "integer_pow", "square", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh"),
+    *("erf", "erfc", "sqrt", "rsqrt", "sin", "cos", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("and", "or", "not", "is_finite", "stop_gradient"),
 }
-# fmt: on
 _SMALL = 8
 """An array of at most 1/8 of the input's size may be kept besides it."""
 _UNKNOWN = 1024
 """The size that an unknown batch or length counts as."""
+
+
+Producers = Mapping[Var, JaxprEqn]
+"""Equations by their only output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +47,8 @@ class KeptInput:
         recomputed: whether `restore` computes anything.
     """
 
-    arrays: tuple[Any, ...]
-    restore: Callable[[tuple[Any, ...]], jax.Array]
+    arrays: tuple[jax.Array, ...]
+    restore: Callable[[tuple[jax.Array, ...]], jax.Array]
     recomputed: bool
 
     @classmethod
@@ -69,11 +67,11 @@ class Recipe:
         result: the array's variable.
     """
 
-    anchors: tuple[Any, ...]
-    equations: tuple[Any, ...]
-    result: Any
+    anchors: tuple[Var, ...]
+    equations: tuple[JaxprEqn, ...]
+    result: Var
 
-    def recompute(self, values: tuple[Any, ...]) -> jax.Array:
+    def recompute(self, values: tuple[jax.Array, ...]) -> jax.Array:
         """Return the array for the values of the anchors."""
         env = dict(zip(self.anchors, values, strict=True))
         for eqn in self.equations:
@@ -82,7 +80,7 @@ class Recipe:
         return env[self.result]
 
 
-def find_recipe(var: Any, producers: Mapping[Any, Any]) -> Recipe | None:
+def find_recipe(var: Var, producers: Producers) -> Recipe | None:
     """Return a recipe for `var` whose anchors the derivative of the model keeps anyway, or None.
 
     A product or quotient of two computed arrays keeps both for its own derivative, an activation
@@ -115,13 +113,13 @@ class _Search:
         equations: those passed, last one first.
     """
 
-    def __init__(self, producers: Mapping[Any, Any], budget: int):
+    def __init__(self, producers: Producers, budget: int):
         self.producers = producers
         self.budget = budget
-        self.anchors: list[Any] = []
-        self.equations: list[Any] = []
+        self.anchors: list[Var] = []
+        self.equations: list[JaxprEqn] = []
 
-    def walk_back(self, var: Any) -> bool:
+    def walk_back(self, var: Operand) -> bool:
         """Follow the large operand of each equation; return whether the walk ends at anchors."""
         while True:
             var, passed = self._source(var)
@@ -147,9 +145,9 @@ class _Search:
                 return True
             var = large[0]
 
-    def _source(self, operand: Any) -> tuple[Any, list[Any]]:
+    def _source(self, operand: Operand) -> tuple[Operand, list[JaxprEqn]]:
         """Return the array behind structural operations, and those operations, last one first."""
-        passed: list[Any] = []
+        passed: list[JaxprEqn] = []
         while not isinstance(operand, Literal) and (eqn := self.producers.get(operand)) is not None:
             if eqn.primitive.name not in _STRUCTURAL or len(eqn.invars) != 1:
                 break
@@ -157,7 +155,7 @@ class _Search:
             operand = eqn.invars[0]
         return operand, passed
 
-    def _keep(self, operand: Any) -> bool:
+    def _keep(self, operand: Operand) -> bool:
         """Make an operand, as it was before structural operations, an anchor.
 
         Returns:
@@ -174,7 +172,7 @@ class _Search:
             self.anchors.append(origin)
         return origin in self.producers and _is_floating(origin)
 
-    def _is_small(self, operand: Any) -> bool:
+    def _is_small(self, operand: Operand) -> bool:
         """Return whether an operand may be kept besides another: it is narrow, or a mask."""
         origin, _ = self._source(operand)
         return (
@@ -182,27 +180,26 @@ class _Search:
         )
 
 
-def _size(var: Any) -> int:
-    return nominal(var.aval.shape, _UNKNOWN)
+def _size(var: Operand) -> int:
+    return nominal(array_type(var).shape, _UNKNOWN)
 
 
-def _is_floating(var: Any) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.floating)
+def _is_floating(var: Operand) -> bool:
+    return jnp.issubdtype(array_type(var).dtype, jnp.floating)
 
 
-def _activation(eqn: Any) -> Any:
+def _activation(eqn: JaxprEqn | None) -> JaxprEqn | None:
     """Return an equation that calls an elementwise function of one array (silu); else None."""
     if eqn is None or eqn.primitive.name not in ("jit", "pjit", "custom_jvp_call"):
         return None
-    inputs = [var.aval for var in eqn.invars if not isinstance(var, Literal)]
-    (result,) = (var.aval for var in eqn.outvars)
-    one_to_one = [aval.shape for aval in inputs] == [result.shape] and inputs[
-        0
-    ].dtype.itemsize <= result.dtype.itemsize
+    inputs = [array_type(var) for var in eqn.invars if not isinstance(var, Literal)]
+    (result,) = map(array_type, eqn.outvars)
+    narrow = [x.shape for x in inputs if x.dtype.itemsize <= result.dtype.itemsize]
+    one_to_one = len(inputs) == 1 and narrow == [result.shape]
     return eqn if one_to_one and _is_elementwise(eqn) else None
 
 
-def _is_elementwise(eqn: Any) -> bool:
+def _is_elementwise(eqn: JaxprEqn) -> bool:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if inner is None:
         return eqn.primitive.name in _ELEMENTWISE

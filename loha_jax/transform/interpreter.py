@@ -2,40 +2,51 @@
 
 JAX evaluates equations without a view as they are. For the others there is a rule per primitive:
 structural operations return another view (`structural_rules`), products are computed by their
-strategy (`product_rules`), control flow is called again with an evaluated body (`control_flow_rules`).
-An equation without a rule gets the dense weight: slower, never wrong.
+strategy (`product_rules`), control flow is called again with an evaluated body
+(`control_flow_rules`). An equation without a rule gets the dense weight: slower, never wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from loha_jax.runtime._compat import Literal, bind_equation
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from loha_jax.runtime._compat import bind_equation
 from loha_jax.transform.input_recomputation import KeptInput, find_recipe
-from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import dense_kernel
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
+from loha_jax.transform.typed_jax import Operand
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], options: Options) -> list[Any]:
+def evaluate(
+    jaxpr: Jaxpr, consts: Sequence[jax.Array], args: Sequence[Value], options: Options
+) -> list[Value]:
     """Return the outputs of a jaxpr for arguments some of which are views.
 
     An output that is a view stays one.
     """
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env: dict[Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
-    producers: dict[Any, Any] = {}  # equations without a view, by their only output
+    producers: dict[Var, JaxprEqn] = {}  # equations without a view, by their only output
 
-    def read(var: Any) -> Any:
+    def read(var: Operand) -> Value:
         return var.val if isinstance(var, Literal) else env[var]
 
-    def keep(var: Any) -> KeptInput:
+    def read_plain(var: Operand) -> jax.Array:
+        value = read(var)
+        assert not isinstance(value, KernelView)
+        return value
+
+    def keep(var: Operand) -> KeptInput:
         recipe = None if isinstance(var, Literal) else find_recipe(var, producers)
         if recipe is None:
-            return KeptInput.whole(read(var))
-        return KeptInput(tuple(map(read, recipe.anchors)), recipe.recompute, True)
+            return KeptInput.whole(read_plain(var))
+        return KeptInput(tuple(map(read_plain, recipe.anchors)), recipe.recompute, True)
 
     for eqn in jaxpr.eqns:
         values = [read(var) for var in eqn.invars]
@@ -59,10 +70,11 @@ class Context(NamedTuple):
     """
 
     options: Options
-    keep: Callable[[Any], KeptInput]
+    keep: Callable[[Operand], KeptInput]
 
 
-Rule = Callable[[Any, list[Any], Context], "list[Any] | NoRule"]
+Outputs = Sequence[Value] | NoRule
+Rule = Callable[[JaxprEqn, list[Value], Context], Outputs]
 """Takes an equation, its operands (at least one is a view) and the context; returns its outputs."""
 
 _RULES: dict[str, Rule] = {}
@@ -88,7 +100,8 @@ def register(*primitives: str, reads: bool = False) -> Callable[[Rule], Rule]:
     return add
 
 
-def _evaluate_equation(eqn: Any, values: list[Any], context: Context) -> list[Any]:
+def _evaluate_equation(eqn: JaxprEqn, values: list[Value], context: Context) -> Sequence[Value]:
+    """Return the outputs of an equation that reads a view: by its rule, else with dense weights."""
     name, options = eqn.primitive.name, context.options
     rule = _RULES.get(name)
     if options.observer is not None and (rule is None or name in _READERS):
@@ -101,7 +114,7 @@ def _evaluate_equation(eqn: Any, values: list[Any], context: Context) -> list[An
     return result
 
 
-def densify(value: Any, options: Options, primitive: str, reason: str) -> Any:
+def densify(value: Value, options: Options, primitive: str, reason: str) -> jax.Array:
     """Return a plain array for a view; other values as they are.
 
     Args:
@@ -117,6 +130,8 @@ def densify(value: Any, options: Options, primitive: str, reason: str) -> Any:
     return dense_kernel(value, forward_mode=options.forward_mode)
 
 
-def densify_all(values: Sequence[Any], options: Options, primitive: str, reason: str) -> list[Any]:
+def densify_all(
+    values: Sequence[Value], options: Options, primitive: str, reason: str
+) -> list[jax.Array]:
     """Return `densify` of each value."""
     return [densify(value, options, primitive, reason) for value in values]

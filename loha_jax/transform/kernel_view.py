@@ -9,23 +9,30 @@ Example: a query kernel `[768, 12, 64]` with the layout "ioo" has three atoms, i
 Reshaped to `[768, 768]`, its second axis is made of the two out atoms.
 """
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
-from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
-from loha_jax.lowrank.layout import Layout
-from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
 from loha_jax.runtime.sizes import is_empty, is_known
-from loha_jax.transform.packed_kernel import PackedKernel, cut, plain, put_off, scaled
-from loha_jax.tree.factors import Factors
+from loha_jax.transform.packed_kernel import (
+    AxisOperation,
+    PackedKernel,
+    cut,
+    put_off,
+    scaled,
+)
+from loha_jax.transform.typed_jax import map_arrays
+from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.quantised import QuantisedArray
 
@@ -48,78 +55,6 @@ class Atom:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ViewFactors:
-    """One adapter of a view, with one leading axis per stack atom.
-
-    Attributes:
-        w1_a, w2_a: `[*s, out, r]`.
-        w1_b, w2_b: `[*s, r, in·prod(spatial)]`, or `[*s, r, in]` with cores.
-        t1, t2: cores `[*s, r, r, prod(spatial)]` of a convolution in CP form, or None.
-        scaling: `[*s]`.
-        out_gain, in_gain: of a weight decomposition, the multiple of the base weight that is added:
-            `[*s, out, 1]` or `[*s, 1, in]`; or None. ΔW's own multiple is in the factors.
-    """
-
-    w1_a: Any
-    w1_b: Any
-    w2_a: Any
-    w2_b: Any
-    t1: Any
-    t2: Any
-    scaling: Any
-    out_gain: Any = None
-    in_gain: Any = None
-
-    @classmethod
-    def of(cls, f: Factors, kernel: jax.Array, layout: Layout) -> ViewFactors:
-        """Return an adapter of a kernel as it is stored."""
-        shape = kernel.shape
-        stack = layout.sizes("s", shape)
-        a1, a2, t1, t2 = f.hada_w1_a, f.hada_w2_a, f.hada_t1, f.hada_t2
-        if f.is_cp:
-            a1, a2 = jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2)  # [*stack, out, r]
-            r = a1.shape[-1]
-            t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
-        view = cls(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
-        if f.dora_scale is None or (gains := f.gains(plain(kernel), layout)) is None:
-            return view
-        own, base = gains  # [*stack, out, 1, ...] or [*stack, 1, in, 1, ...]
-        if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
-            rows = (*base.shape[: len(stack) + 1], 1)  # [*stack, out, 1]
-            return dataclasses.replace(
-                view, w1_a=a1 * own.reshape(rows), out_gain=base.reshape(rows)
-            )
-        columns = (*stack, 1, base.shape[len(stack) + 1])  # [*stack, 1, in]
-        own = (
-            own.reshape(columns) if f.is_cp else on_flat(own, len(stack), layout.sizes("k", shape))
-        )
-        return dataclasses.replace(view, w1_b=f.hada_w1_b * own, in_gain=base.reshape(columns))
-
-    @property
-    def r(self) -> int:
-        """The rank of both factors."""
-        return self.w1_a.shape[-1]
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the factors' products: float32 or wider."""
-        return float32_or_wider(self.w1_a.dtype)
-
-    def astype(self, dtype: Any) -> ViewFactors:
-        """Return all arrays in another dtype."""
-        return jax.tree.map(lambda w: w.astype(dtype), self)
-
-    def flat(self) -> ViewFactors:
-        """Return the same update without cores, which multiply into w*_b at the same rank."""
-        if self.t1 is None:
-            return self
-        f, dtype = self.astype(self.dtype), self.dtype
-        w1_b, w2_b = multiply_core(f.t1, f.w1_b, dtype), multiply_core(f.t2, f.w2_b, dtype)
-        return dataclasses.replace(f, w1_b=w1_b, w2_b=w2_b, t1=None, t2=None)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class KernelView:
     """A kernel with its adapters, seen through structural operations.
 
@@ -132,7 +67,7 @@ class KernelView:
             traces.
     """
 
-    kernel: Any
+    kernel: jax.Array | PackedKernel
     factors: tuple[ViewFactors, ...]
     atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
     dims: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
@@ -152,16 +87,11 @@ class KernelView:
         return cls(kernel, factors, atoms, dims, name)
 
     @classmethod
-    def unknown(cls, kernel: Any, name: str) -> KernelView:
+    def unknown(cls, kernel: jax.Array | PackedKernel, name: str) -> KernelView:
         """Return the view of a plain array whose layout is to be inferred."""
         atoms = tuple(Atom("?", size, axis) for axis, size in enumerate(kernel.shape))
-        return cls(
-            kernel,
-            (),
-            atoms,
-            tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms)),
-            name,
-        )
+        dims = tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms))
+        return cls(kernel, (), atoms, dims, name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,7 +104,7 @@ class KernelView:
 
         Differentiation rules hold it: they outlive the trace of the arrays.
         """
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
+        return map_arrays(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
 
     def of_kind(self, kind: str) -> list[int]:
         """Return the atoms of one kind, in flattening order."""
@@ -201,7 +131,7 @@ class KernelView:
         kernel = put_off(lax.transpose, self.kernel, tuple(permutation))
         return dataclasses.replace(self, kernel=kernel, dims=dims)
 
-    def convert(self, dtype: Any) -> KernelView | None:
+    def convert(self, dtype: DTypeLike) -> KernelView | None:
         """`lax.convert_element_type`; the factors keep their dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -220,7 +150,8 @@ class KernelView:
         """`lax.broadcast_in_dim`: new axes, and axes of size 1 that grow, get atoms of kind "b"."""
         if not all(map(is_known, shape)):
             return None
-        atoms, dims = list(self.atoms), []
+        atoms = list(self.atoms)
+        dims: list[tuple[int, ...]] = []
         for axis, size in enumerate(shape):
             source = broadcast_dimensions.index(axis) if axis in broadcast_dimensions else None
             if source is not None and self.shape[source] == size:
@@ -231,13 +162,14 @@ class KernelView:
                 dims.append((len(atoms),))
                 atoms.append(Atom("b", size, -1))
         axes = tuple(broadcast_dimensions)
-        kernel = put_off(lax.broadcast_in_dim, self.kernel, tuple(shape), axes)
+        kernel = put_off(_broadcast_in_dim, self.kernel, tuple(shape), axes)
         return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
         """`lax.reshape`: regroup atoms, splitting those within which a new axis ends."""
-        queue = [n for atoms in self.dims for n in atoms]
-        view, dims = self, []
+        queue: list[int] = [n for atoms in self.dims for n in atoms]
+        view: KernelView = self
+        dims: list[tuple[int, ...]] = []
         for size in shape:
             group: list[int] = []
             while size > 1:
@@ -248,9 +180,9 @@ class KernelView:
                     size //= have
                 elif have % size == 0:
                     view = view._split(atom, size)
-                    queue = [atom + 1] + [n + (n > atom) for n in queue]
-                    dims = [tuple(n + (n > atom) for n in d) for d in dims]
-                    group = [n + (n > atom) for n in group] + [atom]
+                    queue = [atom + 1, *_after_split(atom, queue)]
+                    dims = [tuple(_after_split(atom, d)) for d in dims]
+                    group = [*_after_split(atom, group), atom]
                     size = 1
                 else:
                     return None
@@ -262,34 +194,27 @@ class KernelView:
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
     ) -> KernelView | None:
         """`lax.slice`."""
-        strides = strides or (1,) * len(starts)
-        view = self
-        for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
-            if (start, limit, stride) == (0, self.shape[axis], 1):
-                continue
-            cut = view.cut(
-                axis, lambda x, at, a=start, b=limit, c=stride: lax.slice_in_dim(x, a, b, c, at)
-            )
-            if cut is None:
-                return None
-            view = cut
-        return view
 
-    def dynamic_slice(self, starts: Sequence[Any], sizes: Sequence[int]) -> KernelView | None:
+        def take(start: int, limit: int, stride: int) -> AxisOperation:
+            return lambda x, axis: lax.slice_in_dim(x, start, limit, stride, axis)
+
+        axes = zip(self.shape, starts, limits, strides or (1,) * len(starts), strict=True)
+        return self._cut_each(
+            [None if (a, b, c) == (0, size, 1) else take(a, b, c) for size, a, b, c in axes]
+        )
+
+    def dynamic_slice(self, starts: Sequence[ArrayLike], sizes: Sequence[int]) -> KernelView | None:
         """`lax.dynamic_slice`."""
-        view = self
-        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            if size == self.shape[axis]:
-                continue
-            cut = view.cut(
-                axis, lambda x, at, a=start, n=size: lax.dynamic_slice_in_dim(x, a, n, at)
-            )
-            if cut is None:
-                return None
-            view = cut
-        return view
 
-    def scaled(self, factor: Any, operation: Callable[[Any, Any], Any]) -> KernelView:
+        def take(start: ArrayLike, size: int) -> AxisOperation:
+            return lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        axes = zip(self.shape, starts, sizes, strict=True)
+        return self._cut_each([None if n == have else take(at, n) for have, at, n in axes])
+
+    def scaled(
+        self, factor: jax.Array, operation: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> KernelView:
         """Return the view multiplied or divided by a scalar."""
         factors = tuple(
             dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors
@@ -304,7 +229,15 @@ class KernelView:
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
 
-    def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> KernelView | None:
+    def _cut_each(self, operations: Sequence[AxisOperation | None]) -> KernelView | None:
+        """Return `cut` along each axis that has an operation."""
+        view: KernelView | None = self
+        for axis, operation in enumerate(operations):
+            if view is not None and operation is not None:
+                view = view.cut(axis, operation)
+        return view
+
+    def cut(self, axis: int, operation: AxisOperation) -> KernelView | None:
         """Apply `operation(array, axis)`, which changes the positions along an axis.
 
         Returns:
@@ -325,7 +258,7 @@ class KernelView:
 
     # --- atoms ---
 
-    def _map_atom(self, atom: int, operation: Callable[[Any, int], Any], size: int) -> KernelView:
+    def _map_atom(self, atom: int, operation: AxisOperation, size: int) -> KernelView:
         """Apply an operation to the axis of one atom in every factor that has it."""
         kind = self.atoms[atom].kind
         leading = len(self.of_kind("s"))
@@ -340,7 +273,7 @@ class KernelView:
 
         def change(f: ViewFactors) -> ViewFactors:
             if kind == "s":
-                return jax.tree.map(lambda x: operation(x, self.of_kind("s").index(atom)), f)
+                return map_arrays(lambda x: operation(x, self.of_kind("s").index(atom)), f)
             if kind == "o":
                 names, axis, side = ("w1_a", "w2_a"), leading, self.of_kind("o")
             elif kind == "k" and f.t1 is not None:
@@ -372,17 +305,30 @@ class KernelView:
         factors = self.factors
         if old.kind == "s":
             at = self.of_kind("s").index(atom)
-            factors = jax.tree.map(
+            factors = map_arrays(
                 lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors
             )
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
 
 
-def frozen_kernel(kernel: Any) -> Any:
+def _broadcast_in_dim(x: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, axes)
+
+
+def frozen_kernel(kernel: jax.Array | QuantisedArray) -> jax.Array | PackedKernel:
     """Return a leaf's kernel as a view holds it, without a gradient."""
     if isinstance(kernel, QuantisedArray):
-        return PackedKernel.of(lax.stop_gradient(kernel))
+        return PackedKernel.of(map_arrays(lax.stop_gradient, kernel))
     return lax.stop_gradient(kernel)
+
+
+def _after_split(atom: int, atoms: Sequence[int]) -> list[int]:
+    """Return the numbers of some atoms after one was split in two."""
+    return [n + (n > atom) for n in atoms]
+
+
+Value = jax.Array | KernelView
+"""A value while a jaxpr is evaluated."""
 
 
 def size_of(view: KernelView, atoms: Sequence[int]) -> int:

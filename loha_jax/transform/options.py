@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from jax.extend.core import JaxprEqn
 
 from loha_jax.transform.strategy import Strategies, Strategy
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Told of every use of a kernel (`explain`, `infer_layouts`)."""
 
-    def used(self, view: KernelView, eqn: Any, operand: int) -> None:
+    def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         """An equation that is not a structural operation reads the view."""
 
     def scanned(self, view: KernelView, atom: int | None) -> None:
@@ -43,6 +45,7 @@ class Options:
         strategy: one for all modules, or pairs of a pattern of module names and a strategy.
         training: whether costs count the backward pass.
         forward_mode: plain products that `jax.jvp` can differentiate, instead of `custom_vjp`.
+        update_only: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
     """
@@ -50,6 +53,7 @@ class Options:
     strategy: Strategies = "auto"
     training: bool = True
     forward_mode: bool = False
+    update_only: bool = False
     observer: Observer | None = None
     times: int = 1
 

@@ -6,11 +6,15 @@ applied after dequantising, inside the product (`frozen_product`), in each pass 
 axis, such as a scan over layers, cuts the quantised arrays.
 """
 
+# JAX's own functions are only partly typed.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,12 @@ from jax import lax
 
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.xla_hints import isolated, wait_for
+from loha_jax.transform.arguments import flatten
+from loha_jax.transform.typed_jax import is_traced, map_arrays
 from loha_jax.tree.quantised import QuantisedArray
+
+AxisOperation = Callable[[jax.Array, int], jax.Array]
+"""Changes the positions along one axis of an array."""
 
 
 class Step(NamedTuple):
@@ -33,6 +42,11 @@ class Step(NamedTuple):
     operation: Callable[..., jax.Array]
     settings: tuple[Any, ...]
     operand: int | None = None
+
+    def apply(self, kernel: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
+        """Return the result for a kernel and the traced arguments of all steps."""
+        own = () if self.operand is None else (operands[self.operand],)
+        return self.operation(kernel, *own, *self.settings)
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +66,10 @@ class PackedKernel:
     """
 
     stored: QuantisedArray
-    operands: tuple[Any, ...] = ()
+    operands: tuple[jax.Array, ...] = ()
     steps: tuple[Step, ...] = dataclasses.field(default=(), metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    dtype: Any = dataclasses.field(default=None, metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
     scanned: int | None = dataclasses.field(default=None, metadata={"static": True})
     missing: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -78,22 +92,20 @@ class PackedKernel:
         """Return the floating array."""
         kernel = self._complete.stored.__jax_array__()
         for step in self.steps:
-            operand = () if step.operand is None else (self.operands[step.operand],)
-            kernel = step.operation(kernel, *operand, *step.settings)
+            kernel = step.apply(kernel, self.operands)
         return kernel
 
-    def then(self, operation: Callable[..., jax.Array], *settings: Any) -> PackedKernel:
+    def then(self, operation: Callable[..., jax.Array], *settings: Hashable) -> PackedKernel:
         """Return the kernel with one more step."""
         return self._with(Step(operation, settings), self.operands)
 
-    def scaled(self, factor: Any, operation: Callable[..., jax.Array]) -> PackedKernel:
+    def scaled(self, factor: jax.Array, operation: Callable[..., jax.Array]) -> PackedKernel:
         """Return the kernel with `operation(kernel, factor)`, for a scalar, as one more step."""
         return self._with(Step(operation, (), len(self.operands)), (*self.operands, factor))
 
-    def _with(self, step: Step, operands: tuple[Any, ...]) -> PackedKernel:
+    def _with(self, step: Step, operands: tuple[jax.Array, ...]) -> PackedKernel:
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        traced = () if step.operand is None else (operands[step.operand],)
-        result = jax.eval_shape(lambda x, *y: step.operation(x, *y, *step.settings), like, *traced)
+        result = jax.eval_shape(step.apply, like, operands)
         return dataclasses.replace(
             self,
             operands=operands,
@@ -102,7 +114,7 @@ class PackedKernel:
             dtype=result.dtype,
         )
 
-    def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> PackedKernel | None:
+    def cut(self, axis: int, operation: AxisOperation) -> PackedKernel | None:
         """Apply `operation(array, axis)`, which changes the positions along an axis.
 
         Returns:
@@ -121,7 +133,7 @@ class PackedKernel:
         axis = self.missing
         if axis is None:
             return self
-        stored = jax.tree.map(lambda x: jnp.expand_dims(x, axis), self.stored)
+        stored = map_arrays(lambda x: jnp.expand_dims(x, axis), self.stored)
         return dataclasses.replace(self, stored=stored, missing=None)
 
     def _stored_axis(self, axis: int) -> int | None:
@@ -151,7 +163,7 @@ class PackedKernel:
             x = jnp.moveaxis(x, axis, 0)
             return x if x.shape[0] == length else jnp.broadcast_to(x, (length, *x.shape[1:]))
 
-        stored = jax.tree.map(leading, whole.stored)
+        stored = map_arrays(leading, whole.stored)
         return dataclasses.replace(whole, stored=stored, scanned=axis)
 
     def inside_scan(self) -> PackedKernel:
@@ -161,25 +173,32 @@ class PackedKernel:
         return one.then(lax.squeeze, (0,))
 
 
-def plain(kernel: Any) -> Any:
+Kernel = jax.Array | PackedKernel
+"""The base weight of a view."""
+
+
+def plain(kernel: Kernel) -> jax.Array:
     """Return a packed kernel dequantised; others as they are."""
     return kernel.dense() if isinstance(kernel, PackedKernel) else kernel
 
 
-def put_off(operation: Callable[..., jax.Array], kernel: Any, *settings: Any) -> Any:
+def put_off(operation: Callable[..., jax.Array], kernel: Kernel, *settings: Hashable) -> Kernel:
     """Return `operation(kernel, *settings)`; of a packed kernel when it is dequantised."""
     if isinstance(kernel, PackedKernel):
         return kernel.then(operation, *settings)
     return operation(kernel, *settings)
 
 
-def scaled(kernel: Any, factor: Any, operation: Callable[..., jax.Array]) -> Any:
+def scaled(
+    kernel: Kernel, factor: jax.Array, operation: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Kernel:
     """Return `operation(kernel, factor)` for a scalar; put off for a packed kernel."""
-    packed = isinstance(kernel, PackedKernel)
-    return kernel.scaled(factor, operation) if packed else operation(kernel, factor)
+    if isinstance(kernel, PackedKernel):
+        return kernel.scaled(factor, operation)
+    return operation(kernel, factor)
 
 
-def cut(kernel: Any, axis: int, operation: Callable[[Any, int], Any]) -> Any:
+def cut(kernel: Kernel, axis: int, operation: AxisOperation) -> Kernel:
     """Return `operation(kernel, axis)`, which changes the positions along an axis."""
     if isinstance(kernel, PackedKernel):
         packed = kernel.cut(axis, operation)
@@ -187,7 +206,7 @@ def cut(kernel: Any, axis: int, operation: Callable[[Any, int], Any]) -> Any:
     return operation(kernel, axis)
 
 
-def before_scan(kernel: Any) -> Any:
+def before_scan(kernel: Kernel) -> Kernel:
     """Return a kernel to be scanned over its leading axis; `inside_scan` takes its slices."""
     if isinstance(kernel, PackedKernel):
         packed = kernel.before_scan()
@@ -195,7 +214,7 @@ def before_scan(kernel: Any) -> Any:
     return kernel
 
 
-def inside_scan(kernel: Any) -> Any:
+def inside_scan(kernel: Kernel) -> Kernel:
     """Return a slice of what `before_scan` returned as a kernel."""
     return kernel.inside_scan() if isinstance(kernel, PackedKernel) else kernel
 
@@ -203,7 +222,7 @@ def inside_scan(kernel: Any) -> Any:
 def frozen_product(
     apply: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
-    kernel: Any,
+    kernel: Kernel,
     *,
     branches: bool = True,
     forward_mode: bool = False,
@@ -222,9 +241,9 @@ def frozen_product(
     """
     if not isinstance(kernel, PackedKernel):
         return apply(x, kernel)
-    if forward_mode:
+    if forward_mode or not is_traced((x, kernel)):
         return apply(x, kernel.dense())
-    shape = jax.eval_shape(lambda x: x, x)
+    shape = jax.eval_shape(jnp.asarray, x)  # with its explicit sharding
 
     @standard_promotion()
     def forward(x: jax.Array, kernel: PackedKernel) -> jax.Array:
@@ -233,14 +252,23 @@ def frozen_product(
     @standard_promotion()
     def backward(kernel: PackedKernel, g: jax.Array) -> tuple[jax.Array, None]:
         def pull_back(g: jax.Array, kernel: PackedKernel) -> jax.Array:
-            dense = kernel.dense()
-            return jax.linear_transpose(lambda x: apply(x, dense), shape)(g)[0]
+            product = functools.partial(_swapped, apply, kernel.dense())
+            return cast(jax.Array, jax.linear_transpose(product, shape)(g)[0])
 
         return _when_computed(pull_back, g, kernel, branches), None
 
-    product = jax.custom_vjp(forward)
-    product.defvjp(lambda x, kernel: (forward(x, kernel), kernel), backward)
+    def forward_and_residuals(x: jax.Array, kernel: PackedKernel) -> tuple[jax.Array, PackedKernel]:
+        return forward(x, kernel), kernel
+
+    product = cast(Any, jax.custom_vjp(forward))
+    product.defvjp(forward_and_residuals, backward)
     return product(x, kernel)
+
+
+def _swapped(
+    apply: Callable[[jax.Array, jax.Array], jax.Array], kernel: jax.Array, x: jax.Array
+) -> jax.Array:
+    return apply(x, kernel)
 
 
 def _when_computed(
@@ -256,12 +284,12 @@ def _when_computed(
     def tied(pending: jax.Array, kernel: PackedKernel) -> jax.Array:
         return fn(pending, _waiting(pending, kernel))
 
-    def barrier(*args: Any) -> jax.Array:
+    def barrier(*args: jax.Array | PackedKernel) -> jax.Array:
         return fn(*lax.optimization_barrier(args))
 
     # On several devices an element of a sharded array would be sent around.
     cpu = tied if jax.device_count() == 1 else barrier
-    return lax.platform_dependent(pending, kernel, cpu=cpu, default=barrier)
+    return cast(jax.Array, lax.platform_dependent(pending, kernel, cpu=cpu, default=barrier))
 
 
 def _is_float(x: jax.Array) -> bool:
@@ -276,7 +304,7 @@ def _a_float_of(kernel: PackedKernel) -> jax.Array:
 
 def _waiting(pending: jax.Array, kernel: PackedKernel) -> PackedKernel:
     """Return the kernel with its scales computed after `pending`."""
-    arrays, treedef = jax.tree.flatten(kernel.stored)
+    arrays, treedef = flatten(kernel.stored)
     chosen = [_is_float(x) for x in arrays]
     tied = [
         wait_for(pending, x) if own or not any(chosen) else x

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime._compat import bind_equation
@@ -19,22 +19,23 @@ from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.sizes import is_empty, nominal
 from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
-from loha_jax.transform.interpreter import Context, register
-from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.forms import Form, compute
+from loha_jax.transform.interpreter import Context, Outputs, register
+from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import update_rows
 from loha_jax.transform.operation import NoRule, Operation
 from loha_jax.transform.packed_kernel import frozen_product, plain
 from loha_jax.transform.product import Product
 from loha_jax.transform.strategy import strategy_of
+from loha_jax.transform.typed_jax import Operand, array_type
 
 
 @register("dot_general", reads=True)
-def _dot_general(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
-    lhs, rhs = values
-    if isinstance(lhs, KernelView) and isinstance(rhs, KernelView):
+def _dot_general(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
+    kernel_first = isinstance(values[0], KernelView)
+    view, x = values if kernel_first else values[::-1]
+    if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("a product of two adapted weights")
-    kernel_first = isinstance(lhs, KernelView)
-    view, x = (lhs, rhs) if kernel_first else (rhs, lhs)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return NoRule("a product with an operand that is not floating")
     if not view.factors:
@@ -44,17 +45,19 @@ def _dot_general(eqn: Any, values: list[Any], context: Context) -> list[Any] | N
 
 
 @register("conv_general_dilated", reads=True)
-def _conv_general_dilated(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+def _conv_general_dilated(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     x, view = values
     if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("the weight is what a convolution slides over")
     if not view.factors:
         return [_frozen(eqn, x, view, False, context)]
-    convolution = Convolution.of(view, x, eqn.outvars[0].aval.shape, eqn.params)
+    convolution = Convolution.of(view, x, array_type(eqn.outvars[0]).shape, eqn.params)
     return _computed(convolution, view, x, eqn.invars[0], context)
 
 
-def _frozen(eqn: Any, x: Any, view: KernelView, kernel_first: bool, context: Context) -> Any:
+def _frozen(
+    eqn: JaxprEqn, x: jax.Array, view: KernelView, kernel_first: bool, context: Context
+) -> jax.Array:
     """Return a product with a kernel that no active adapter changes."""
 
     def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -66,8 +69,12 @@ def _frozen(eqn: Any, x: Any, view: KernelView, kernel_first: bool, context: Con
 
 
 def _computed(
-    operation: Operation | NoRule, view: KernelView, x: Any, x_var: Any, context: Context
-) -> list[Any] | NoRule:
+    operation: Operation | NoRule,
+    view: KernelView,
+    x: jax.Array,
+    x_var: Operand,
+    context: Context,
+) -> Outputs:
     """Return the result of an operation by the strategy for its module.
 
     Args:
@@ -88,26 +95,23 @@ def _computed(
     kept = dataclasses.replace(kept, arrays=arrays)
     strategy = strategy_of(options.strategy, view.name)
     if strategy == "auto":
-        strategy = operation.choose(view, options.training)
+        strategy = operation.choose(view, options.training, alone=options.update_only)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
         return [operation.apply(x, plain(view.kernel))]
-    if strategy == "factored":
-        return [operation.factored(x, view, options.forward_mode, kept)]
-    if strategy == "fused":
-        return [operation.fused(x, view, kept)]
-    return [operation.dense(x, view, forward_mode=options.forward_mode)]
+    form = Form(strategy, options.forward_mode, options.update_only)
+    return [compute(operation, form, x, view, kept)]
 
 
 @register("gather", reads=True)
-def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule:
+def _gather(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     view, indices = values
     if not isinstance(view, KernelView) or isinstance(indices, KernelView):
         return NoRule("a gather by adapted indices")
-    row = _row_axis(eqn.params, view.shape)
+    row = _row_axis(eqn, view.shape)
     if row is None:
         return NoRule("a gather of other than whole rows")
     if not view.factors:
@@ -140,12 +144,13 @@ def _gather(eqn: Any, values: list[Any], context: Context) -> list[Any] | NoRule
     return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
 
 
-def _row_axis(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int] | None:
+def _row_axis(eqn: JaxprEqn, shape: Sequence[int]) -> tuple[int, int] | None:
     """Return the axis of a gather of single positions, and their column of the indices.
 
     None for any other gather. A vmap of `table[i]` has indices for the other axes too, which are
     read whole: they are clipped to 0.
     """
+    params = eqn.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = [
         axis for axis, (size, have) in enumerate(zip(sizes, shape, strict=True)) if size != have

@@ -8,27 +8,38 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of, map_adapted, map_factors
+from loha_jax.tree.leaves import (
+    AdaptedLeaf,
+    LoHaWeight,
+    SavedWeight,
+    leaves_of,
+    map_adapted,
+    map_factors,
+)
+from loha_jax.tree.provenance import Counters
 from loha_jax.tree.quantised import unwrapped
 
 T = TypeVar("T")
 
 
 @takes_model(changes=False)
-def adapter_names(params: Any) -> tuple[str, ...]:
+def adapter_names(params: PyTree) -> tuple[str, ...]:
     """Return the names of all adapters in a tree, sorted.
 
     Example:
         >>> import loha_jax
-        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> adapter_names(loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0)))
+        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
+        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+        >>> adapter_names(params)
         ('default',)
     """
     factors = (leaf.adapters for leaf in leaves_of(LoHaWeight, params))
@@ -36,7 +47,7 @@ def adapter_names(params: Any) -> tuple[str, ...]:
     return tuple(sorted(set().union(*factors, *copies)))
 
 
-def check_adapters(params: Any, names: Sequence[str]) -> None:
+def check_adapters(params: PyTree, names: Sequence[str]) -> None:
     """Raise ValueError for the first name that no adapter of the tree has."""
     known = adapter_names(params)
     for name in names:
@@ -46,7 +57,7 @@ def check_adapters(params: Any, names: Sequence[str]) -> None:
             )
 
 
-def check_new_adapter(params: Any, name: Any) -> None:
+def check_new_adapter(params: PyTree, name: object) -> None:
     """Raise ValueError for a name that is invalid or taken by an adapter of the tree."""
     if (
         not isinstance(name, str)
@@ -54,7 +65,8 @@ def check_new_adapter(params: Any, name: Any) -> None:
         or re.search(r"[./\\:]|[^\x20-\x7e\x80-\U0010ffff]", name)
     ):
         raise ValueError(
-            f"An adapter's name is a string of 1 to 200 characters, none of them './\\:', got {name!r}"
+            "An adapter's name is a string of 1 to 200 characters, none of them './\\:', got "
+            f"{name!r}"
         )
     if name in adapter_names(params):
         raise ValueError(f"Adapter with name {name!r} already exists.")
@@ -89,7 +101,7 @@ def set_adapter(params: T, names: str | Sequence[str]) -> T:
 
 
 @takes_model
-def scale(params: T, weights: Mapping[str, Any]) -> T:
+def scale(params: T, weights: Mapping[str, float | jax.Array]) -> T:
     """Return the tree with each named adapter's update multiplied by a number: `s · alpha/r · ΔW`.
 
     The numbers count from alpha/r, not from an earlier call: `scale(params, {"style": 1.0})` undoes
@@ -129,7 +141,7 @@ def scale(params: T, weights: Mapping[str, Any]) -> T:
     return map_factors(scaled, params)
 
 
-def _with_multiplier(factors: Factors, weight: Any) -> Factors:
+def _with_multiplier(factors: Factors, weight: float | jax.Array) -> Factors:
     if isinstance(weight, Tracer):
         gate = jnp.broadcast_to(
             jnp.asarray(weight, float32_or_wider(factors.hada_w1_a.dtype)), factors.stack
@@ -167,24 +179,21 @@ def delete_adapter(params: T, name: str) -> T:
     return map_adapted(lambda leaf: without_adapters(leaf, [name]), params)
 
 
-def without_adapters(leaf: LoHaWeight | SavedWeight, names: Sequence[str]) -> Any:
+def without_adapters(leaf: AdaptedLeaf, names: Sequence[str]) -> Any:
     """Return a leaf without some adapters: a plain array if none is left."""
+    active = tuple(n for n in leaf.active if n not in names)
     if isinstance(leaf, LoHaWeight):
         adapters = {n: f for n, f in leaf.adapters.items() if n not in names}
-        if not adapters:
-            return unwrapped(leaf.kernel)
-        active = tuple(n for n in leaf.active if n not in names)
-        return dataclasses.replace(leaf, adapters=adapters, active=active)
+        left = dataclasses.replace(leaf, adapters=adapters, active=active)
+        return left if adapters else unwrapped(leaf.kernel)
     copies = {n: c for n, c in leaf.copies.items() if n not in names}
-    if not copies:
-        return unwrapped(leaf.original)
-    active = tuple(n for n in leaf.active if n not in names)
-    counters = tuple(counter for counter in leaf.counters if counter[0] not in names)
-    return dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
+    counters = Counters(counter for counter in leaf.counters if counter[0] not in names)
+    left = dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
+    return left if copies else unwrapped(leaf.original)
 
 
-def check_number(what: str, value: Any) -> None:
-    """Raise ValueError for a value, called `what`, that is no finite number and no traced scalar."""
+def check_number(what: str, value: object) -> None:
+    """Raise ValueError for a value, called `what`, that is no finite number or traced scalar."""
     if isinstance(value, Tracer):
         if value.shape:
             raise ValueError(f"{what} should be a number but is an array of shape {value.shape}")

@@ -10,51 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+
+def _operators(names: str) -> dict[str, Callable[..., Any]]:
+    return {f"__{name}__": getattr(operator, f"__{name}__") for name in names.split()}
+
+
 _BINARY = {
-    **{
-        f"__{name}__": getattr(operator, name)
-        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-    },
-    **{f"__{name}__": getattr(operator, name) for name in ("matmul", "xor", "lshift", "rshift")},
-    "__and__": operator.and_,
-    "__or__": operator.or_,
+    **_operators("add sub mul truediv floordiv mod pow matmul xor lshift rshift and or"),
     "__divmod__": divmod,
 }
-_COMPARISONS = {
-    f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
-}
 _OTHERS = {
-    **{
-        f"__{name}__": getattr(operator, name)
-        for name in ("neg", "pos", "abs", "invert", "index", "getitem")
-    },
+    **_operators("eq ne lt le gt ge neg pos abs invert index getitem contains"),
+    **_operators("setitem"),  # which says what to do instead
     **{f"__{kind.__name__}__": kind for kind in (bool, int, float, complex, iter, round)},
-    "__contains__": operator.contains,
-    "__setitem__": operator.setitem,  # which says what to do instead
 }
 _BY_NAME = ("__array_namespace__", "__dlpack__", "__dlpack_device__")
 
 _OF_ARRAYS_ON_DEVICES = (
-    *("clone", "delete", "devices", "format", "is_deleted", "is_ready", "block_until_ready"),
-    *(
-        "on_device_size_in_bytes",
-        "platform",
-        "tobytes",
-        "tolist",
-        "unsafe_buffer_pointer",
-        "weak_type",
-    ),
+    *("clone", "devices", "format", "on_device_size_in_bytes", "platform", "tobytes", "tolist"),
+    *("unsafe_buffer_pointer", "weak_type"),
 )
-"""Public names of concrete arrays that `dir(jax.Array)` lacks (`aval` would make JAX take the node for an array)."""
+"""Public names of concrete arrays that `dir(jax.Array)` lacks.
+
+`aval` is left out: it would make JAX take the node for an array.
+"""
 
 _OF_THE_BASE = (
-    "sharding",
-    "device",
-    "devices",
-    "committed",
-    "format",
-    "is_fully_addressable",
-    "is_fully_replicated",
+    *("sharding", "device", "devices", "committed", "format"),
+    *("is_fully_addressable", "is_fully_replicated"),
 )
 """Names that the frozen array answers: nothing is computed for them."""
 
@@ -68,9 +51,7 @@ class ArrayLike:
     `delete` and `copy_to_host_async` concern all arrays that the node holds.
     """
 
-    __array_priority__ = (
-        100  # numpy arrays on the left leave the operation to this class, as they do for jax.Array
-    )
+    __array_priority__ = 100  # as of jax.Array: numpy arrays on the left leave operations to it
     __hash__: Any = None  # arrays compare elementwise and have no hash
 
     if TYPE_CHECKING:  # the rest is put in below
@@ -180,7 +161,7 @@ class ArrayLike:
             array.copy_to_host_async()
 
 
-def _dense(x: Any) -> Any:
+def _dense(x: object) -> Any:
     return x.__jax_array__() if isinstance(x, ArrayLike) else x
 
 
@@ -205,7 +186,7 @@ def _attribute(name: str) -> property:
 def _complete(cls: type[ArrayLike]) -> None:
     """Give the class each operator and public name of `jax.Array` that it does not define."""
     members: dict[str, Any] = {
-        name: _operator(function) for name, function in (_BINARY | _COMPARISONS | _OTHERS).items()
+        name: _operator(function) for name, function in (_BINARY | _OTHERS).items()
     }
     members |= {f"__r{name[2:]}": _reflected(function) for name, function in _BINARY.items()}
     public = [name for name in dir(jax.Array) if not name.startswith("_")]

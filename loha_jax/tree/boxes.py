@@ -11,18 +11,42 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.tree.factors import Factors
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, map_adapted
+from loha_jax.tree.leaves import (
+    AdaptedLeaf,
+    LoHaWeight,
+    SavedWeight,
+    base_of,
+    is_adapted,
+    map_adapted,
+)
 from loha_jax.tree.placement import factor_axes
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+P = ParamSpec("P")
+
+KeyPath = tuple[Any, ...]
+"""A key path of `jax.tree_util`."""
 
 
-def is_box(x: Any) -> bool:
+class Box(Protocol):
+    """The part of `flax.core.meta.AxisMetadata` that is used here."""
+
+    def unbox(self) -> Any:
+        """Return the parameter."""
+        ...
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Return a box of the same kind around another parameter."""
+        ...
+
+
+def is_box(x: object) -> bool:
     """Say whether `x` is a box.
 
     Flax is not imported: whoever has a box has imported it.
@@ -31,13 +55,13 @@ def is_box(x: Any) -> bool:
     return meta is not None and isinstance(x, meta.AxisMetadata)
 
 
-def box_of(leaf: Any) -> Any:
+def box_of(leaf: object) -> Any:
     """Return the box of a parameter, or of the kernel of an adapted one; None without one."""
-    held = leaf.original if is_adapted(leaf) else leaf
+    held = base_of(leaf)
     return held if is_box(held) else None
 
 
-def unbox(tree: Any) -> Any:
+def unbox(tree: T) -> T:
     """Return the tree without boxes; no sharding constraint is applied."""
     return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
 
@@ -46,7 +70,7 @@ def _content(box: Any) -> Any:
     return box.value if hasattr(box, "value") else box.unbox()
 
 
-def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
+def boxes_among(tree: PyTree) -> dict[KeyPath, Any]:
     """Return the boxes of a tree's parameters by path; {} if Flax' boxes are not in use."""
     if "flax.core.meta" not in sys.modules:
         return {}
@@ -56,16 +80,16 @@ def boxes_among(tree: Any) -> dict[tuple[Any, ...], Any]:
     return {path: box for path, leaf in flat if (box := box_of(leaf)) is not None}
 
 
-def put_in_boxes(tree: Any, boxes: Mapping[tuple[Any, ...], Any]) -> Any:
+def put_in_boxes(tree: T, boxes: Mapping[KeyPath, Box]) -> T:
     """Return a plain tree with the parameters at some paths in boxes again."""
 
-    def put(path: tuple[Any, ...], leaf: Any) -> Any:
+    def put(path: KeyPath, leaf: object) -> object:
         return boxed(leaf, boxes[path]) if path in boxes else leaf
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_adapted)
 
 
-def boxed(leaf: Any, box: Any) -> Any:
+def boxed(leaf: object, box: Box) -> Any:
     """Put a parameter into its box.
 
     Each array of an adapted one gets a box with the names of its own axes.
@@ -91,17 +115,17 @@ def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
     return dataclasses.replace(factors, **boxes)
 
 
-def boxes_outside(tree: Any) -> Any:
+def boxes_outside(tree: T) -> T:
     """Return the tree with each adapted parameter in one box, as a model expects its kernel."""
 
-    def turn(leaf: Any) -> Any:
+    def turn(leaf: AdaptedLeaf) -> object:
         box = box_of(leaf)
         return leaf if box is None else box.replace_boxed(unbox(leaf))
 
     return map_adapted(turn, tree)
 
 
-def boxes_inside(tree: Any) -> Any:
+def boxes_inside(tree: T) -> T:
     """Undo `boxes_outside`."""
 
     def turn(box: Any) -> Any:
@@ -110,14 +134,14 @@ def boxes_inside(tree: Any) -> Any:
     return jax.tree.map(turn, tree, is_leaf=is_box)
 
 
-def keeps_boxes(function: F) -> F:
+def keeps_boxes(function: Callable[Concatenate[T, P], T]) -> Callable[Concatenate[T, P], T]:
     """Decorate a function from tree to tree so that its first argument may hold boxes."""
 
     @functools.wraps(function)
-    def wrapper(tree: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(tree: T, *args: P.args, **kwargs: P.kwargs) -> T:
         boxes = boxes_among(tree)
         if not boxes:
             return function(tree, *args, **kwargs)
         return put_in_boxes(function(unbox(tree), *args, **kwargs), boxes)
 
-    return cast(F, wrapper)
+    return wrapper

@@ -1,4 +1,4 @@
-"""Models that hold a tree of parameters, and trees with metadata boxes, where a function takes a tree.
+"""Models and trees with metadata boxes, as arguments of functions that take a plain tree.
 
 This file knows no framework. `PROVIDERS` names the module that handles each kind of model. It is
 imported when the first model of that kind is passed, so that nothing unused is imported.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, cast, overload
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.boxes import (
@@ -32,17 +33,22 @@ PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""A function that calls its first argument with the others, as `(fn, args, kwargs)`."""
+
+
 class Container(Protocol):
     """The interface of the module that handles one kind of model.
 
-    An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a tree.
+    An adapted node of a model stands where a parameter was; its `leaf()` is the adapted leaf of a
+    tree.
     """
 
     def tree_of(self, model: Any) -> dict[Any, Any]:
         """Return the model's parameters as nested dicts, with adapted leaves."""
         ...
 
-    def write_back(self, model: Any, tree: Any) -> Any:
+    def write_back(self, model: Any, tree: PyTree) -> Any:
         """Put a changed tree into its model, and return the model."""
         ...
 
@@ -50,19 +56,19 @@ class Container(Protocol):
         """Return the given layouts, completed with those of the model's layers."""
         ...
 
-    def is_node(self, x: Any) -> bool:
+    def is_node(self, x: object) -> bool:
         """Say whether `x` is a model, a part of one, or a variable in it."""
         ...
 
-    def nodes_among(self, args: Any) -> Iterator[Any]:
+    def nodes_among(self, args: PyTree) -> Iterator[Any]:
         """Yield the adapted nodes of the models among the leaves of `args`."""
         ...
 
     def call(
         self,
-        run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+        run: Run,
         fn: Callable[..., Any],
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
         changes: bool = True,
@@ -71,7 +77,7 @@ class Container(Protocol):
         ...
 
 
-def container_of(tree: Any) -> Container | None:
+def container_of(tree: object) -> Container | None:
     """Return the container of a model; None for a tree.
 
     Whoever has a model has imported its framework.
@@ -95,7 +101,9 @@ def _used_containers() -> list[Container]:
 def takes_model(function: F) -> F: ...
 @overload
 def takes_model(*, argument: str = "params", changes: bool = True) -> Callable[[F], F]: ...
-def takes_model(function: Any = None, *, argument: str = "params", changes: bool = True) -> Any:
+def takes_model(
+    function: Callable[..., Any] | None = None, *, argument: str = "params", changes: bool = True
+) -> Any:
     """Decorate a function of a tree of parameters so that a model may stand for the tree.
 
     The function gets the tree of the model's variables. With `changes`, its result is written into
@@ -108,7 +116,7 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         bound = signature.bind(*args, **kwargs)
         model = bound.arguments.get(argument)
         if boxes := boxes_among(model):
@@ -128,9 +136,9 @@ def takes_model(function: Any = None, *, argument: str = "params", changes: bool
 
 
 def on_trees(
-    run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+    run: Run,
     fn: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     changes: bool = True,
@@ -149,7 +157,7 @@ def on_trees(
     return run(fn, args, kwargs)
 
 
-def adapted_leaves(tree: Any) -> list[Any]:
+def adapted_leaves(tree: object) -> list[Any]:
     """Return the adapted leaves of a tree and of the models in it."""
     inside = [
         node.leaf() for container in _used_containers() for node in container.nodes_among(tree)
@@ -157,12 +165,12 @@ def adapted_leaves(tree: Any) -> list[Any]:
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 
 
-def is_model_part(x: Any) -> bool:
+def is_model_part(x: object) -> bool:
     """Say whether `x` is a part of a model, or a variable in it."""
     return any(container.is_node(x) for container in _used_containers())
 
 
-def refuse_model(tree: Any, advice: str) -> None:
+def refuse_model(tree: object, advice: str) -> None:
     """Raise TypeError where a function of trees is given a model."""
     if container_of(tree) is not None:
         raise TypeError(

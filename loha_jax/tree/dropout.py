@@ -47,17 +47,16 @@ def dropout(params: T, key: jax.Array) -> T:
     Example:
         >>> import loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, module_dropout=0.5, target_modules=["q"])
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}}, config, key=jax.random.key(0))
+        >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
         >>> dropout(params, jax.random.key(1))["q"]["kernel"].shape
         (3, 3)
     """
-
     note_dropout()
     refuse_model(
         params,
         "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).",
     )
-
     check_key(key)
 
     def drop(leaf: LoHaWeight, name: str, factors: Factors) -> Factors:
@@ -87,19 +86,16 @@ def _drop(factors: Factors, key: jax.Array) -> Factors:
     mask = jnp.ones((*stack, out), w1_a.dtype)
     if rank_dropout:
         kept = jax.random.bernoulli(rank_key, 1 - rank_dropout, mask.shape)
-        count = kept.sum(-1, keepdims=True)
-        mask = (
-            kept * (out / jnp.maximum(count, 1)).astype(mask.dtype)
-            if rescaled
-            else kept.astype(mask.dtype)
-        )
+        mask = kept.astype(mask.dtype)
+        if rescaled:
+            count = jnp.maximum(kept.sum(-1, keepdims=True), 1)
+            mask *= (out / count).astype(mask.dtype)
     if module_dropout:
         present = jax.random.bernoulli(module_key, 1 - module_dropout, (*stack, 1))
         mask *= present
         if factors.dora_scale is not None:  # the whole difference from W is dropped, not only ΔW
             gate = present[..., 0].astype(float32_or_wider(w1_a.dtype))
-            factors = dataclasses.replace(
-                factors, gate=gate if factors.gate is None else factors.gate * gate
-            )
+            gate = gate if factors.gate is None else factors.gate * gate
+            factors = dataclasses.replace(factors, gate=gate)
     mask = mask[..., None, :] if factors.is_cp else mask[..., :, None]
     return dataclasses.replace(factors, hada_w1_a=w1_a * mask.astype(w1_a.dtype))

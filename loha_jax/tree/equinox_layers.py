@@ -1,19 +1,20 @@
-"""What the Equinox layers in a tree of parameters say of their weights."""
+"""The layouts that the Equinox layers in a tree of parameters give their weights."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import module_name, path_parts
 
 
-def equinox_layers(tree: Any, given: Layouts | None = None) -> ModelLayouts:
+def equinox_layers(tree: PyTree, given: Layouts | None = None) -> ModelLayouts:
     """Return the given layouts, completed with what the Equinox layers of a tree say.
 
     Linear layers, recurrent cells, convolutions and embeddings have layouts, with stack axes in
@@ -50,7 +51,7 @@ def equinox_layers(tree: Any, given: Layouts | None = None) -> ModelLayouts:
     return ModelLayouts(given, layouts, transposed, lookups=lookups, vectors=vectors)
 
 
-def _layers(tree: Any, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _layers(tree: PyTree, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the nodes of these types in a tree, with their paths."""
     for path, node in jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, types)
@@ -62,7 +63,7 @@ def _layers(tree: Any, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...
 def _weights(layer: Any, nn: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield field, layout and shape of a layer's weights, as the layer was made."""
 
-    def size(features: Any) -> int:
+    def size(features: int | Literal["scalar"]) -> int:
         return 1 if features == "scalar" else features
 
     if isinstance(layer, nn.Linear):

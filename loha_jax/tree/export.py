@@ -45,7 +45,7 @@ _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 _TYPES = {kind.__name__: kind for kind in _WAYS}
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: object) -> object:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if type(value) not in _WAYS:

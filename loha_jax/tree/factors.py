@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
-from jax.tree_util import GetAttrKey
 
-from loha_jax.lowrank.hadamard import float32_or_wider, hada_weight, hada_weight_cp, multiply_core
+from loha_jax.lowrank.hadamard import (
+    float32_or_wider,
+    hada_weight,
+    hada_weight_cp,
+    khatri_rao_columns,
+    khatri_rao_rows,
+    multiply_core,
+)
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import adapted_norms, gain, is_on_out
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.tree.flat_node import FlatNode, keep, register
 from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.provenance import Origin, interned
 from loha_jax.tree.short_repr import number_range, short_array
@@ -30,12 +35,10 @@ UNTRAINED_NAMES = ("module_index", "gate")
 """Names of the arrays that are not trained."""
 
 _ARRAYS = (*FACTOR_NAMES, *EXTRA_NAMES, *UNTRAINED_NAMES)
-flat_parts = operator.attrgetter("_children", "_aux")
-"""The children and the auxiliary data of a pytree node that keeps both ready: flattening runs no Python code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Factors:
+class Factors(FlatNode):
     """One adapter of one kernel: PEFT's tensors, in PEFT's shapes, after the kernel's stack axes.
 
     alpha/r is no array, so no optimizer can change it: it follows from `ranks`, `alphas` and
@@ -83,8 +86,6 @@ class Factors:
     gate: Any = None
     base: KernelSample | None = dataclasses.field(default=None, compare=False)
     parts: tuple[str, ...] = dataclasses.field(default=(), compare=False)
-    _children: ClassVar[tuple[Any, ...]]
-    _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
         held = (*FACTOR_NAMES[:4], *self.parts)
@@ -92,16 +93,8 @@ class Factors:
             *(name for name in _ARRAYS if name in held or getattr(self, name) is not None)
         )
         key = interned(parts, self.ranks, self.alphas, self.multiplier)
-        _keep(self, parts=parts, _children=tuple(getattr(self, name) for name in parts))
-        _keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return only the fields, for `pickle` and `copy`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the fields, also of a pickle that held alpha/r as an array (`scaling`)."""
-        self.__init__(**_without_scaling(state))
+        keep(self, parts=parts, _children=tuple(getattr(self, name) for name in parts))
+        keep(self, _aux=(key, Origin(self.config, self.base, self.alphas)))
 
     def __repr__(self) -> str:
         arrays = (f"{name}={short_array(getattr(self, name))}" for name in self.parts)
@@ -155,7 +148,7 @@ class Factors:
 
     @property
     def scaling(self) -> jax.Array:
-        """The multiplier of the factors' product without the scalar: alpha/r, times the number that `scale` set.
+        """alpha/r times the number that `scale` set: the multiplier without the scalar.
 
         `[*stack]`, the stack axes that the factors have now.
         """
@@ -193,8 +186,9 @@ class Factors:
             return jnp.asarray(table)[self.module_index]
         if len(ratios) != np.prod(self.stack, dtype=int):
             raise ValueError(
-                f"alpha/r differs within a stack of {len(ratios)} modules, the factors have been cut to the stack axes "
-                f"{self.stack}, and nothing says which modules are left: `module_index` is missing."
+                f"alpha/r differs within a stack of {len(ratios)} modules, the factors have been "
+                f"cut to the stack axes {self.stack}, and nothing says which modules are left: "
+                "`module_index` is missing."
             )
         return jnp.asarray(table.reshape(self.stack))
 
@@ -211,21 +205,29 @@ class Factors:
 
         The result has at least float32; see `hada_weight` and `hada_weight_cp`.
         """
-        dtype = float32_or_wider(self.hada_w1_a.dtype)
-        w1_a, w1_b, w2_a, w2_b = (
-            w.astype(dtype)
-            for w in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
-        )
+        pairs = self.pairs()
         if not self.is_cp:
-            return hada_weight(w1_a, w1_b, w2_a, w2_b, self.scale, forward_mode=forward_mode)
-        t1, t2 = self.hada_t1.astype(dtype), self.hada_t2.astype(dtype)
+            return hada_weight(*pairs, self.scale, forward_mode=forward_mode)
+        w1_a, w1_b, w2_a, w2_b = pairs
+        t1, t2 = (t.astype(w1_a.dtype) for t in (self.hada_t1, self.hada_t2))
         return hada_weight_cp(t1, w1_a, w1_b, t2, w2_a, w2_b, self.scale, forward_mode=forward_mode)
+
+    def pairs(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Return w1_a, w1_b, w2_a and w2_b in float32 or wider."""
+        dtype = float32_or_wider(self.hada_w1_a.dtype)
+        w1_a, w1_b, w2_a, w2_b = (getattr(self, name).astype(dtype) for name in FACTOR_NAMES[:4])
+        return w1_a, w1_b, w2_a, w2_b
+
+    def khatri_rao(self) -> tuple[jax.Array, jax.Array]:
+        """Return KA `[*stack, out, r²]` and KB `[*stack, r², in]`; ΔW is their scaled product."""
+        w1_a, w1_b, w2_a, w2_b = self.flat().pairs()
+        return khatri_rao_rows(w1_a, w2_a), khatri_rao_columns(w1_b, w2_b)
 
     def gains(self, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array] | None:
         """Return the multipliers of ΔW and of W in a weight decomposition; None without one.
 
-        The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and the strength m:
-        first = m g and second = m (g - 1).
+        The adapter's whole update is `first * ΔW + second * W`, with g = dora_scale/‖W + ΔW‖ and
+        the strength m: first = m g and second = m (g - 1).
 
         Args:
             kernel: as the layout says.
@@ -236,11 +238,8 @@ class Factors:
         """
         if self.dora_scale is None:
             return None
-        stack = self.hada_w1_a.ndim - 2
-        f, on_out = (
-            self.flat(),
-            is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack),
-        )
+        stack, f = self.hada_w1_a.ndim - 2, self.flat()
+        on_out = is_on_out(self.dora_scale.shape, layout.torch_shape(kernel.shape), stack)
         factors = (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
         norms = adapted_norms(kernel, layout, *factors, self.scale, on_out=on_out)
         g = gain(norms, self.dora_scale)
@@ -267,20 +266,23 @@ class Factors:
         )
 
 
-def module_index(ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int]) -> Any:
+def module_index(
+    ranks: Sequence[int], alphas: Sequence[float], stack: Sequence[int]
+) -> jax.Array | None:
     """Return `Factors.module_index` of a new adapter: None if all modules have one alpha/r.
 
     Args:
         ranks, alphas: per stack index.
         stack: sizes of the kernel's stack axes.
     """
-    ratios = {a / r for a, r in zip(alphas, ranks, strict=True) if r}
-    return (
-        None if len(ratios) < 2 else jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
-    )
+    if len({a / r for a, r in zip(alphas, ranks, strict=True) if r}) < 2:
+        return None
+    return jnp.arange(len(ranks), dtype=jnp.int32).reshape(tuple(stack))
 
 
-def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]) -> Any:
+def norms_of_adapted(
+    dora_scale: jax.Array, ranks: Sequence[int], stack: Sequence[int]
+) -> jax.Array:
     """Return the norms of a weight decomposition, with zeros for modules of rank 0."""
     if 0 not in ranks:
         return dora_scale
@@ -288,61 +290,14 @@ def norms_of_adapted(dora_scale: Any, ranks: Sequence[int], stack: Sequence[int]
     return jnp.where(adapted, dora_scale, 0)
 
 
-def _keep(node: Any, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(node, name, value)
-
-
-def keep_flat(node: Any, children: tuple[Any, ...], aux: tuple[Any, ...]) -> None:
-    """Keep the result of `jax.tree.flatten` in a dataclass registered with `flat_parts`."""
-    _keep(node, _children=children, _aux=aux)
-
-
 def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Factors:
     (parts, ranks, _, multiplier), origin = aux
     factors, children = object.__new__(Factors), tuple(children)
-    _keep(factors, **dict.fromkeys(_ARRAYS))
-    _keep(factors, **dict(zip(parts, children, strict=True)))
-    _keep(factors, ranks=ranks, alphas=origin.alphas, multiplier=multiplier, parts=parts)
-    _keep(factors, config=origin.config, base=origin.base, _children=children, _aux=aux)
+    keep(factors, **dict.fromkeys(_ARRAYS))
+    keep(factors, **dict(zip(parts, children, strict=True)))
+    keep(factors, ranks=ranks, alphas=origin.alphas, multiplier=multiplier, parts=parts)
+    keep(factors, config=origin.config, base=origin.base, _children=children, _aux=aux)
     return factors
 
 
-def _without_scaling(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a pickle, in which `scaling` may be an array."""
-    if "scaling" not in state:
-        return state
-    scaling, multiplier = state["scaling"], state.get("multiplier")
-    fields = {name: value for name, value in state.items() if name not in ("scaling", "multiplier")}
-    stack = np.shape(scaling)
-    if scaling is not None and not isinstance(scaling, Tracer):
-        ratios = [a / r if r else 0.0 for a, r in zip(state["alphas"], state["ranks"], strict=True)]
-        if multiplier is not None:
-            found = [
-                float(m) for m, r in zip(np.ravel(multiplier), state["ranks"], strict=True) if r
-            ]
-        else:
-            found = [
-                float(s) / ratio
-                for s, ratio in zip(np.ravel(scaling), ratios, strict=True)
-                if ratio
-            ]
-        rounded = {round(value, 5) for value in found}
-        if len(rounded) > 1:
-            raise ValueError(
-                "This pickle was written by an older version, and its alpha/r has been changed by an optimizer "
-                f"({sorted(rounded)} times what the config says). Load the adapter from its files instead."
-            )
-        fields["multiplier"] = rounded.pop() if rounded else 1.0
-        fields["module_index"] = module_index(state["ranks"], state["alphas"], stack)
-        if state.get("dora_scale") is not None:
-            fields["dora_scale"] = norms_of_adapted(state["dora_scale"], state["ranks"], stack)
-    return fields
-
-
-jax.tree_util.register_pytree_with_keys(
-    Factors,
-    lambda f: (tuple(zip(map(GetAttrKey, f.parts), f._children, strict=True)), f._aux),
-    _unflatten,
-    flat_parts,
-)
+register(Factors, lambda factors: factors.parts, _unflatten)

@@ -29,9 +29,10 @@ def warn_of_forgotten_dropout(adapters: Iterable[Factors]) -> None:
         if (rank_dropout or module_dropout) and _is_differentiated(factors.hada_w1_a):
             _done.add("warned")
             warn_caller(
-                f"The adapter's config has rank_dropout={rank_dropout} and module_dropout={module_dropout}, and "
-                "nothing applies them: call `params = loha_jax.dropout(params, key)` in the loss, with a new key for "
-                "each step (of an NNX model: `loha_jax.nnx.set_dropout(model, rngs)`), or set both to 0."
+                f"The adapter's config has rank_dropout={rank_dropout} and "
+                f"module_dropout={module_dropout}, and nothing applies them: call `params = "
+                "loha_jax.dropout(params, key)` in the loss, with a new key for each step (of an "
+                "NNX model: `loha_jax.nnx.set_dropout(model, rngs)`), or set both to 0."
             )
             return
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.leaves import is_adapted
@@ -13,10 +14,11 @@ from loha_jax.tree.leaves import is_adapted
 _STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracked", "count"}
 
 
-def frozen_leaves(params: Any) -> dict[tuple[str, ...], Any]:
+def frozen_leaves(params: PyTree) -> dict[tuple[str, ...], Any]:
     """Return the leaves of a tree that stay as they are in training, by path.
 
-    Adapted leaves are left out, and what a model changes by itself: statistics, and collections beside `params`.
+    Adapted leaves are left out, and what a model changes by itself: statistics, and collections
+    beside `params`.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     paths = [path_parts(path) for path, _ in flat]

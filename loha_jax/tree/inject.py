@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import init_factors
@@ -23,7 +26,7 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, flatten_whole, is_adapted
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 from loha_jax.tree.quantised import QuantisedArray, as_array, wrapped
@@ -90,53 +93,39 @@ def inject(
 
     Example:
         >>> params = {"layer": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}}}
-        >>> adapted = inject(params, LoHaConfig(r=2, target_modules=["query"]), key=jax.random.key(0))
+        >>> config = LoHaConfig(r=2, target_modules=["query"])
+        >>> adapted = inject(params, config, key=jax.random.key(0))
         >>> adapted["layer"]["query"]["kernel"].adapters["default"].hada_w1_a.shape
         (4, 2)
     """
     check_key(key)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-
-        def build(params):
-            return inject(
-                params,
-                config,
-                key=key,
-                adapter_name=adapter_name,
-                names=names,
-                layouts=layouts,
-                model_type=model_type,
-            )
-
+        settings = {"adapter_name": adapter_name, "names": names, "layouts": layouts}
+        build = functools.partial(inject, config=config, key=key, model_type=model_type, **settings)
         return _with_shardings(jax.eval_shape(build, params), params)
-
-    def make_factors(target: Target) -> dict[str, jax.Array]:
-        return _initial_factors(target, key, config)
-
-    def make_copy(saved: Saved, kernel: jax.Array) -> jax.Array:
-        return jnp.array(kernel, copy=True)
-
     plan = plan_injection(params, config, names=names, layouts=layouts, model_type=model_type)
     if wasted := _with_rank_to_spare(plan):
         warn_caller(
-            f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of {wasted[0]} can have; "
-            f"{len(wasted)} module(s) are so small. A smaller r (`rank_pattern`) does the same with fewer parameters.",
+            f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of "
+            f"{wasted[0]} can have; {len(wasted)} module(s) are so small. A smaller r "
+            "(`rank_pattern`) does the same with fewer parameters.",
         )
-    return apply_plan(params, plan, adapter_name, make_factors, make_copy, _initial_extras)
+    make_factors = functools.partial(_initial_factors, key=key, config=config)
+    return apply_plan(params, plan, adapter_name, make_factors, _copy, _initial_extras)
+
+
+def _copy(saved: Saved, kernel: jax.Array) -> jax.Array:
+    return jnp.array(kernel, copy=True)
 
 
 def _with_rank_to_spare(plan: Plan) -> list[str]:
     """Return the modules for which r² exceeds 16 times the largest rank of an update."""
-    found = []
-    for target in plan.targets.values():
-        out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
-        most = min(out, in_ * math.prod(spatial))
-        found += [
-            name
-            for name, r in zip(target.names, target.ranks, strict=True)
-            if r * r > 16 * most > 16
-        ]
-    return found
+    return [
+        name
+        for target in plan.targets.values()
+        for name, r in zip(target.names, target.ranks, strict=True)
+        if r * r > 16 * min(target.module_shape[0], math.prod(target.module_shape[1:])) > 16
+    ]
 
 
 def apply_plan(
@@ -155,35 +144,35 @@ def apply_plan(
     leaves, treedef = flatten_whole(params)
     leaves = [wrapped(leaf) if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
     others = [None if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
-    kernels = {n: getattr(leaves[n], "kernel", leaves[n]) for n in plan.targets}
+    kernels = {n: base_of(leaves[n]) for n in plan.targets}
     samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
-    for position, target in plan.targets.items():
-        kernel = getattr(leaves[position], "kernel", leaves[position])
-        tensors = make_factors(target)
-        extras: dict[str, Any] = make_extras(target, plan.config, kernel)
+    for n, target in plan.targets.items():
+        extras: dict[str, Any] = make_extras(target, plan.config, kernels[n])
         if "dora_scale" in extras:
-            extras["dora_scale"] = norms_of_adapted(
-                extras["dora_scale"], target.ranks, target.stack
-            )
+            norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
+            extras = {**extras, "dora_scale": norms}
         factors = Factors(
-            **tensors,
+            **make_factors(target),
             **extras,
             module_index=module_index(target.ranks, target.alphas, target.stack),
             ranks=target.ranks,
             alphas=target.alphas,
             config=plan.config,
-            base=samples.get(position),
+            base=samples.get(n),
         )
-        placed = follow_kernel(factors, kernel, target.layout)
-        leaves[position] = _with_factors(leaves[position], target, adapter_name, placed)
-    for position, saved in plan.saved.items():
-        leaf = leaves[position]
-        original = leaf.original if isinstance(leaf, SavedWeight) else leaf
+        known = leaves[n].adapters if isinstance(leaves[n], LoHaWeight) else {}
+        leaf = LoHaWeight(kernels[n], known, target.layout, target.names, active=())
+        factors = follow_kernel(factors, kernels[n], target.layout)
+        leaves[n] = leaf.with_adapter(adapter_name, factors)
+    for n, saved in plan.saved.items():
+        leaf, original = leaves[n], base_of(leaves[n])
+        if not isinstance(leaf, SavedWeight):
+            leaf = SavedWeight(original, {}, saved.layout, saved.name, active=())
         copy = place_like(make_copy(saved, original), original)
-        leaves[position] = _with_copy(leaf, saved, adapter_name, copy)
-    for position, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
+        leaves[n] = leaf.with_copy(adapter_name, copy)
+    for n, leaf in enumerate(leaves):  # the new adapter is the active one everywhere
         if is_adapted(leaf) and leaf.active != (adapter_name,):
-            leaves[position] = dataclasses.replace(leaf, active=(adapter_name,))
+            leaves[n] = dataclasses.replace(leaf, active=(adapter_name,))
     return treedef.unflatten(leaves)
 
 
@@ -200,65 +189,32 @@ def with_samples(params: T) -> T:
 
 
 def _base_samples(
-    kernels: dict[int, Any], frozen: dict[tuple[str, ...], Any]
+    kernels: Mapping[int, jax.Array], frozen: Mapping[tuple[str, ...], jax.Array]
 ) -> dict[int, KernelSample]:
-    """Return samples of kernels by position, each with those of the leaves that no adapter changes."""
-    samples = sample_kernels(
-        {**kernels, **frozen}
-    )  # by position and by path: one transfer from the devices
+    """Return samples of kernels by position, each with those of the frozen leaves beside it."""
+    samples = sample_kernels({**kernels, **frozen})  # one transfer from the devices
     beside = {path: samples[path] for path in frozen if path in samples}
     return {n: dataclasses.replace(samples[n], beside=beside) for n in kernels if n in samples}
 
 
-def _with_factors(leaf: Any, target: Target, adapter_name: str, factors: Factors) -> LoHaWeight:
-    """Return a kernel, adapted or not, with one more adapter."""
-    others = leaf.adapters if isinstance(leaf, LoHaWeight) else {}
-    return LoHaWeight(
-        kernel=leaf.kernel if isinstance(leaf, LoHaWeight) else leaf,
-        adapters={**others, adapter_name: factors},
-        layout=target.layout,
-        names=target.names,
-        active=(adapter_name,),
-    )
-
-
-def _with_copy(leaf: Any, saved: Saved, adapter_name: str, copy: Any) -> SavedWeight:
-    """Return a saved leaf, with copies or not, with one more copy."""
-    others = leaf.copies if isinstance(leaf, SavedWeight) else {}
-    return SavedWeight(
-        original=leaf.original if isinstance(leaf, SavedWeight) else leaf,
-        copies={**others, adapter_name: copy},
-        layout=saved.layout,
-        name=saved.name,
-        active=(adapter_name,),
-    )
-
-
 def _with_shardings(shapes: T, params: T) -> T:
     """Return the shapes of an adapted tree with the shardings of the shapes it was made of."""
-    leaves, treedef = flatten_whole(shapes)
-    for position, (leaf, old) in enumerate(zip(leaves, flatten_whole(params)[0], strict=True)):
+
+    def like(leaf: object, old: object) -> object:
+        base = wrapped(base_of(old))
         if isinstance(leaf, LoHaWeight):
-            kernel = old.kernel if isinstance(old, LoHaWeight) else wrapped(old)
-            adapters = {
-                name: follow_kernel(f, kernel, leaf.layout) for name, f in leaf.adapters.items()
-            }
-            leaves[position] = dataclasses.replace(leaf, kernel=kernel, adapters=adapters)
-        elif isinstance(leaf, SavedWeight):
-            original = old.original if isinstance(old, SavedWeight) else wrapped(old)
-            copy = original
-            if isinstance(original, QuantisedArray):
-                place = getattr(original.placed, "sharding", None)
-                copy = jax.ShapeDtypeStruct(original.shape, original.dtype, sharding=place)
-            leaves[position] = dataclasses.replace(
-                leaf, original=original, copies=dict.fromkeys(leaf.copies, copy)
-            )
-        else:
-            leaves[position] = old
-    return treedef.unflatten(leaves)
+            placed = {n: follow_kernel(f, base, leaf.layout) for n, f in leaf.adapters.items()}
+            return dataclasses.replace(leaf, kernel=base, adapters=placed)
+        if isinstance(leaf, SavedWeight):
+            copy = base.placed_type if isinstance(base, QuantisedArray) else base
+            copies = dict.fromkeys(leaf.copies, copy)
+            return dataclasses.replace(leaf, original=base, copies=copies)
+        return old
+
+    return jax.tree.map(like, shapes, params, is_leaf=is_adapted)
 
 
-def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
+def factor_dtype(kernel_dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype of factors: float32, or the kernel's if it is wider.
 
     PEFT's `autocast_adapter_dtype=True` has the same effect.
@@ -270,9 +226,8 @@ def factor_dtype(kernel_dtype: Any) -> jnp.dtype:
 def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
-        return init_factors(
-            key, target.names, target.shapes(target.ranks[0]), scheme, dtype, target.stack
-        )
+        shapes = target.shapes(target.ranks[0])
+        return init_factors(key, target.names, shapes, scheme, dtype, target.stack)
     per_module = [
         init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
         for name, r in zip(target.names, target.ranks, strict=True)
@@ -286,7 +241,7 @@ def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> di
 
 
 def stack_factors(
-    per_module: Sequence[Mapping[str, Any]], target: Target, dtype: Any
+    per_module: Sequence[Mapping[str, ArrayLike]], target: Target, dtype: DTypeLike
 ) -> dict[str, jax.Array]:
     """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
@@ -298,10 +253,7 @@ def stack_factors(
         rows = []
         for tensors in per_module:
             value = jnp.asarray(tensors[name], dtype) if tensors else jnp.zeros(shape, dtype)
-            rows.append(
-                jnp.pad(
-                    value, [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]
-                )
-            )
+            missing = np.subtract(shape, value.shape)
+            rows.append(jnp.pad(value, [(0, int(n)) for n in missing]))
         stacked[name] = jnp.stack(rows).reshape(*target.stack, *shape)
     return stacked

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 from jax import lax
-from jax.tree_util import GetAttrKey
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.array_like import ArrayLike
-from loha_jax.tree.factors import Factors, flat_parts, keep_flat
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.flat_node import FlatNode, keep, register
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.provenance import Counters, interned
 from loha_jax.tree.quantised import QuantisedArray, as_array, is_quantised
@@ -32,7 +33,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # arrays compare elementwise
-class LoHaWeight(ArrayLike):
+class LoHaWeight(ArrayLike, FlatNode):
     """A frozen kernel with its LoHa adapters, in the kernel's place in the tree.
 
     As an array it is `kernel + Σ ΔW` over the active adapters, in the kernel's dtype, added in
@@ -62,19 +63,10 @@ class LoHaWeight(ArrayLike):
     layout: Layout
     names: tuple[str, ...]
     active: tuple[str, ...]
-    _aux: ClassVar[tuple[Any, ...]]
 
     def __post_init__(self) -> None:
-        keep_flat(
-            self, (self.kernel, self.adapters), interned(self.layout, self.names, self.active)
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return only the fields, for `pickle` and `copy`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        aux = interned(self.layout, self.names, self.active)
+        keep(self, _children=(self.kernel, self.adapters), _aux=aux)
 
     def __repr__(self) -> str:
         adapters = ((name, factors.description) for name, factors in self.adapters.items())
@@ -85,12 +77,7 @@ class LoHaWeight(ArrayLike):
 
     @property
     def _frozen(self) -> jax.Array:
-        if not _is_here(self.kernel):
-            raise ValueError(
-                f"The LoHaWeight of {self.names[0]} holds no kernel: it comes from one half of `partition`. Put the "
-                "halves together with `loha_jax.combine(trainable, frozen)` first."
-            )
-        return self.kernel
+        return _held(self, "kernel", self.kernel)
 
     @property
     def original(self) -> Any:
@@ -99,12 +86,9 @@ class LoHaWeight(ArrayLike):
 
     def require_whole(self) -> None:
         """Raise ValueError for a leaf of one half of `partition`."""
-        self._frozen  # noqa: B018
-        if any(factors.hada_w1_a is None for factors in self.adapters.values()):
-            raise ValueError(
-                f"The LoHaWeight of {self.names[0]} holds no factors: it comes from one half of `partition`. Put the "
-                "halves together with `loha_jax.combine(trainable, frozen)` first."
-            )
+        _held(self, "kernel", self.kernel)
+        for factors in self.adapters.values():
+            _held(self, "factors", factors.hada_w1_a)
 
     @property
     def label(self) -> str:
@@ -115,6 +99,11 @@ class LoHaWeight(ArrayLike):
     def active_adapters(self) -> tuple[Factors, ...]:
         """The active adapters that this kernel has, in order."""
         return tuple(self.adapters[name] for name in self.active if name in self.adapters)
+
+    def with_adapter(self, name: str, factors: Factors) -> LoHaWeight:
+        """Return the kernel with one more adapter, the active one."""
+        adapters = {**self.adapters, name: factors}
+        return dataclasses.replace(self, adapters=adapters, active=(name,))
 
     def __jax_array__(self) -> jax.Array:
         return self.dense()
@@ -130,15 +119,14 @@ class LoHaWeight(ArrayLike):
             forward_mode: plain products that `jax.jvp` can differentiate.
 
         Raises:
-            ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other than stack axes.
+            ValueError: the leaf was taken apart by `partition`, or by a vmap or scan over other
+                than stack axes.
         """
         self.require_whole()
         kernel = lax.stop_gradient(as_array(self._frozen))
-        chosen = (
-            self.active_adapters
-            if adapters is None
-            else tuple(self.adapters[name] for name in adapters)
-        )
+        chosen = self.active_adapters
+        if adapters is not None:
+            chosen = tuple(self.adapters[name] for name in adapters)
         if not chosen:
             return kernel
         warn_of_forgotten_dropout(chosen)
@@ -148,9 +136,10 @@ class LoHaWeight(ArrayLike):
         for factors in chosen:
             if factors.stack != stack:
                 raise ValueError(
-                    f"The adapter of {self.names[0]} has the stack axes {factors.stack}, its kernel "
-                    f"({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the tree was sliced along an "
-                    "axis that is not a leading stack axis. Apply the model through `loha_jax.adapt`."
+                    f"The adapter of {self.names[0]} has the stack axes {factors.stack}, its "
+                    f"kernel ({self.layout.word!r}, now of shape {kernel.shape}) has {stack}: the "
+                    "tree was sliced along an axis that is not a leading stack axis. Apply the "
+                    "model through `loha_jax.adapt`."
                 )
             delta = factors.delta(forward_mode=forward_mode)
             if (gains := factors.gains(kernel, layout)) is not None:
@@ -160,14 +149,10 @@ class LoHaWeight(ArrayLike):
         return total.astype(kernel.dtype)
 
 
-jax.tree_util.register_pytree_with_keys(
+register(
     LoHaWeight,
-    lambda leaf: (
-        ((GetAttrKey("kernel"), leaf.kernel), (GetAttrKey("adapters"), leaf.adapters)),
-        leaf._aux,
-    ),
+    lambda leaf: ("kernel", "adapters"),
     lambda aux, children: LoHaWeight(*children, *aux),
-    flat_parts,
 )
 
 
@@ -207,27 +192,28 @@ class SavedWeight(ArrayLike):
         return f"SavedWeight({original}, {adapter_list(copies, self.active)})"
 
     @property
+    def label(self) -> str:
+        """The parameter's name for messages."""
+        return self.name
+
+    @property
     def is_buffer(self) -> bool:
         """True for a buffer of torch (BatchNorm statistics): saved, but not trained."""
         return self.name.rsplit(".", 1)[-1] in BUFFERS
 
     @property
     def _frozen(self) -> jax.Array:
-        if not _is_here(self.original):
-            raise ValueError(
-                f"The SavedWeight of {self.name} holds no original: it comes from one half of `partition`. Put the "
-                "halves together with `loha_jax.combine(trainable, frozen)` first."
-            )
-        return self.original
+        return _held(self, "original", self.original)
 
     def require_whole(self) -> None:
         """Raise ValueError for a leaf of one half of `partition`."""
-        self._frozen  # noqa: B018
-        if any(copy is None for copy in self.copies.values()):
-            raise ValueError(
-                f"The SavedWeight of {self.name} holds no copy: it comes from one half of `partition`. Put the halves "
-                "together with `loha_jax.combine(trainable, frozen)` first."
-            )
+        _held(self, "original", self.original)
+        for copy in self.copies.values():
+            _held(self, "copy", copy)
+
+    def with_copy(self, name: str, copy: Any) -> SavedWeight:
+        """Return the leaf with one more copy, that of the active adapter."""
+        return dataclasses.replace(self, copies={**self.copies, name: copy}, active=(name,))
 
     def copy_of(self, adapters: Sequence[str]) -> str | None:
         """Return the one of these adapters that has a copy, or None.
@@ -238,9 +224,9 @@ class SavedWeight(ArrayLike):
         names = [name for name in adapters if name in self.copies]
         if len(names) > 1:
             raise ValueError(
-                f"Only one adapter at a time can replace {self.name}, but {', '.join(names)} each hold a copy of it "
-                "(modules_to_save). Activate one of them, or run each row through its own with "
-                "adapt(fn, adapter_index=ids)."
+                f"Only one adapter at a time can replace {self.name}, but {', '.join(names)} each "
+                "hold a copy of it (modules_to_save). Activate one of them, or run each row "
+                "through its own with adapt(fn, adapter_index=ids)."
             )
         return names[0] if names else None
 
@@ -249,25 +235,38 @@ class SavedWeight(ArrayLike):
         return lax.stop_gradient(as_array(self._frozen)) if name is None else self.copies[name]
 
 
-def _is_here(kernel: Any) -> bool:
-    return kernel.is_whole if isinstance(kernel, QuantisedArray) else kernel is not None
+AdaptedLeaf = LoHaWeight | SavedWeight
 
 
-def is_adapted(leaf: Any) -> bool:
+def _held(leaf: AdaptedLeaf, what: str, array: A | None) -> A:
+    if array is None or (isinstance(array, QuantisedArray) and not array.is_whole):
+        raise ValueError(
+            f"The {type(leaf).__name__} of {leaf.label} holds no {what}: it comes from one half of "
+            "`partition`. Put the halves together with `loha_jax.combine(trainable, frozen)` first."
+        )
+    return array
+
+
+def is_adapted(leaf: object) -> TypeGuard[AdaptedLeaf]:
     """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
-    return isinstance(leaf, LoHaWeight | SavedWeight)
+    return isinstance(leaf, AdaptedLeaf)
 
 
-def is_whole(leaf: Any) -> bool:
+def is_whole(leaf: object) -> bool:
     """Say whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
     return is_adapted(leaf) or is_quantised(leaf)
 
 
-def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
+def base_of(leaf: object) -> Any:
+    """Return the array that an adapted leaf stands for; any other leaf as it is."""
+    return leaf.original if is_adapted(leaf) else leaf
+
+
+def map_adapted(fn: Callable[[AdaptedLeaf], object], tree: T) -> T:
     """Return the tree with `fn(leaf)` for each adapted leaf; the other leaves stay.
 
     Example:
-        >>> map_adapted(lambda leaf: leaf.kernel, {"bias": 1.0})
+        >>> map_adapted(lambda leaf: leaf.original, {"bias": 1.0})
         {'bias': 1.0}
     """
     return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_whole)
@@ -276,7 +275,7 @@ def map_adapted(fn: Callable[[Any], Any], tree: T) -> T:
 def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T:
     """Return the tree with `fn(leaf, name, factors)` for each adapter of each adapted kernel."""
 
-    def mapped(leaf: Any) -> Any:
+    def mapped(leaf: AdaptedLeaf) -> AdaptedLeaf:
         if isinstance(leaf, SavedWeight):
             return leaf
         adapters = {name: fn(leaf, name, factors) for name, factors in leaf.adapters.items()}
@@ -285,11 +284,11 @@ def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T
     return map_adapted(mapped, tree)
 
 
-def flatten_whole(tree: Any) -> tuple[list[Any], Any]:
+def flatten_whole(tree: PyTree) -> tuple[list[Any], Any]:
     """Flatten a tree like `jax.tree.flatten`, with adapted leaves and quantised arrays whole."""
     return jax.tree.flatten(tree, is_leaf=is_whole)
 
 
-def leaves_of(kind: type[A], tree: Any) -> list[A]:
+def leaves_of(kind: type[A], tree: PyTree) -> list[A]:
     """Return the leaves of one kind, `LoHaWeight` or `SavedWeight`, in the tree's order."""
     return [leaf for leaf in flatten_whole(tree)[0] if isinstance(leaf, kind)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.adapters import check_adapters
 from loha_jax.tree.containers import takes_model
@@ -45,8 +45,10 @@ def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = 
     Example:
         >>> import loha_jax
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
-        >>> params = loha_jax.inject({"q": {"kernel": jnp.zeros((8, 8))}}, config, key=jax.random.key(0))
-        >>> jnp.linalg.norm(loha_jax.merge(apply_max_norm(params, 0.01))["q"]["kernel"]).round(4).item()
+        >>> base = {"q": {"kernel": jnp.zeros((8, 8))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> merged = loha_jax.merge(apply_max_norm(params, 0.01))
+        >>> jnp.linalg.norm(merged["q"]["kernel"]).round(4).item()
         0.009999999776482582
     """
     if not isinstance(max_norm, jax.Array) and not (math.isfinite(max_norm) and max_norm > 0):
@@ -61,7 +63,7 @@ def apply_max_norm(params: T, max_norm: float, adapters: Sequence[str] | None = 
 
 
 @standard_promotion()
-def _limited(factors: Factors, max_norm: Any) -> Factors:
+def _limited(factors: Factors, max_norm: ArrayLike) -> Factors:
     norm = update_norm(factors)
     ratio = jnp.where(norm > max_norm, max_norm / jnp.maximum(norm, max_norm), 1)
     if factors.scalar is not None:
@@ -75,11 +77,6 @@ def _limited(factors: Factors, max_norm: Any) -> Factors:
 @standard_promotion()
 def update_norm(factors: Factors) -> jax.Array:
     """Compute ‖ΔW‖ of each module of a stack, `[*stack]`, from products of inner size r²."""
-    f = factors.flat()
-    dtype = float32_or_wider(f.hada_w1_a.dtype)
-    w1_a, w1_b, w2_a, w2_b = (
-        w.astype(dtype) for w in (f.hada_w1_a, f.hada_w1_b, f.hada_w2_a, f.hada_w2_b)
-    )
-    ka, kb = khatri_rao_rows(w1_a, w2_a), khatri_rao_columns(w1_b, w2_b)
+    ka, kb = factors.khatri_rao()
     squares = jnp.einsum("...oR,...oS->...RS", ka, ka) * jnp.einsum("...Ri,...Si->...RS", kb, kb)
-    return jnp.sqrt(jnp.maximum(squares.sum((-1, -2)), 0)) * jnp.abs(f.scale)
+    return jnp.sqrt(jnp.maximum(squares.sum((-1, -2)), 0)) * jnp.abs(factors.scale)

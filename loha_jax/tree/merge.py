@@ -10,13 +10,14 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapters
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, map_adapted
-from loha_jax.tree.quantised import QuantisedArray, unwrapped
+from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, map_adapted
+from loha_jax.tree.quantised import QuantisedArray, as_array, unwrapped
 from loha_jax.tree.requantise import (
     Requantised,
     loss,
@@ -86,15 +87,15 @@ def merge(
     broken: list[str] = []
     losses = Losses()
 
-    def merged(leaf: Any) -> Any:
+    def merged(leaf: AdaptedLeaf) -> Any:
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
             weight = _merged_kernel(leaf, own, losses, force)
-            if safe and not jnp.isfinite(weight).all():
+            if safe and not jnp.isfinite(as_array(weight)).all():
                 broken.extend(leaf.names)
             if requantise and own and isinstance(leaf.kernel, QuantisedArray):
-                weight = losses.requantised(leaf, own, weight)
+                weight = losses.requantised(leaf, own, as_array(weight))
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
             others = {
                 name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()
@@ -110,8 +111,8 @@ def merge(
     if broken:
         suspects = adapters if adapters is not None else adapter_names(params)
         raise ValueError(
-            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The adapter "
-            f"{', '.join(suspects)} seems to be broken; the tree is unchanged."
+            f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The "
+            f"adapter {', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
     losses.warn()
     return result
@@ -143,29 +144,36 @@ class Losses:
         warn_of_requantising(self.quantising)
 
 
-def _merged_kernel(leaf: LoHaWeight, adapters: tuple[str, ...], losses: Losses, force: bool) -> Any:
+def _merged_kernel(
+    leaf: LoHaWeight, adapters: tuple[str, ...], losses: Losses, force: bool
+) -> jax.Array | QuantisedArray:
     """Return a kernel with adapters added; a quantised one without any as it is."""
     leaf.require_whole()
     if isinstance(leaf.kernel, QuantisedArray) and not adapters:
         return leaf.kernel
     weight = leaf.dense(adapters)
     if adapters and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
-        wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(adapters)
+        base = as_array(leaf.kernel)
+        wide = dataclasses.replace(leaf, kernel=base.astype(jnp.float32)).dense(adapters)
         name = ", ".join(leaf.names[:3])
-        losses.rounding[name] = check_rounding(weight, wide, leaf.kernel, name, force)
+        losses.rounding[name] = check_rounding(weight, wide, base, name, force)
     return weight
 
 
-def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -> float:
+def check_rounding(
+    stored: ArrayLike, exact: ArrayLike, base: ArrayLike, name: str, force: bool
+) -> float:
     """Measure what rounding a merged weight to float8 loses of the update; refuse more than half.
 
     Args:
-        stored, exact, base: the merged weight as it is stored and before rounding, and the weight without the update.
+        stored, exact, base: the merged weight as it is stored and before rounding, and the weight
+            without the update.
         name: of the weight, for the message.
         force: whether to allow more.
 
     Returns:
-        The share of the update that is lost, ‖stored − exact‖ / ‖exact − base‖; 0 without an update.
+        The share of the update that is lost, ‖stored − exact‖ / ‖exact − base‖; 0 without an
+        update.
 
     Raises:
         ValueError: ‖stored − exact‖ is more than half of ‖exact − base‖.
@@ -176,8 +184,9 @@ def check_rounding(stored: Any, exact: Any, base: Any, name: str, force: bool) -
     lost, update = np.linalg.norm(stored - exact), np.linalg.norm(exact - base)
     if lost > LOSS_LIMIT * update and not force:
         raise ValueError(
-            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the update. Merge into a "
-            "kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), …) before inject), or pass force=True"
+            f"Rounding the merged weight of {name} to float8 loses {lost / update:.0%} of the "
+            "update. Merge into a kernel of more bits (tree.map(lambda w: w.astype(jnp.bfloat16), "
+            "…) before inject), or pass force=True"
         )
     return float(lost / update) if update else 0.0
 
@@ -192,7 +201,8 @@ def unload(params: T) -> T:
         >>> import loha_jax
         >>> base = {"q": {"kernel": jnp.ones((3, 3))}}
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
-        >>> unload(loha_jax.inject(base, config, key=jax.random.key(0)))["q"]["kernel"] is base["q"]["kernel"]
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> unload(params)["q"]["kernel"] is base["q"]["kernel"]
         True
     """
     return map_adapted(lambda leaf: unwrapped(leaf.original), params)

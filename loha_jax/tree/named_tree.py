@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
@@ -18,7 +18,7 @@ from loha_jax.targets.default_layouts import (
     is_torch_oriented,
     is_transposed_convolution,
 )
-from loha_jax.targets.matching import Match, match_target
+from loha_jax.targets.matching import Match, match_target, name_beginnings
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import (
     Names,
@@ -57,7 +57,7 @@ class NamedTree:
 
     def __init__(
         self,
-        params: Any,
+        params: PyTree,
         names: Names | None,
         layouts: Layouts | None,
         torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -70,11 +70,7 @@ class NamedTree:
             n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)
         }
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
-        self.modules = {
-            ".".join(name.split(".")[: n + 1])
-            for name in self.names.values()
-            for n in range(name.count(".") + 1)
-        }
+        self.modules = {above for name in self.names.values() for above in name_beginnings(name)}
         self.given_names = names
         self._torch_shapes = torch_shapes or {}
         self._known: ModelLayouts = equinox_layers(params, layouts)
@@ -84,19 +80,15 @@ class NamedTree:
             {name: layout for name, layout in mapped.items() if layout is not None}
         )
         vectors = self._known.vectors | {name for name, layout in mapped.items() if layout is None}
-        matrices = [
-            n for n in self.names if is_kernel_leaf(self.paths[n]) and self.leaves[n].ndim >= 2
-        ]
-        self.kernels = {
-            n
-            for n in matrices
-            if self.names[n] not in vectors and not self._has_bias_of_its_shape(n)
-        }
+        possible = [n for n in self.names if is_kernel_leaf(self.paths[n])]
+        matrices = [n for n in possible if self.leaves[n].ndim >= 2]
+        unlike = [n for n in matrices if self.names[n] not in vectors]
+        self.kernels = {n for n in unlike if not self._has_bias_of_its_shape(n)}
         self.weights = sorted([*matrices, *self._scales({self.names[n] for n in matrices})])
         self._layouts: dict[int, Layout] = {}
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
-        """Say whether a leaf is the scale of a normalisation over several axes, or a stack of such."""
+        """Say whether a leaf is the scale, or a stack of scales, of a normalisation."""
         *parent, leaf = self.paths[position]
         shape = tuple(self.leaves[position].shape)
         return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
@@ -126,11 +118,13 @@ class NamedTree:
     def _find_layout(self, position: int) -> Layout:
         leaf, name = self.leaves[position], self.names[position]
         if (pattern := self.layout_pattern(position)) is not None:
-            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf)
+            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf.shape)
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
         if (pattern := _pattern_of(name, self._map_layouts)) is not None:
-            return _fitting(self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf)
+            return _fitting(
+                self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf.shape
+            )
         if name in self._known.own:
             return self._known.own[name]
         return default_layout(
@@ -163,20 +157,18 @@ class NamedTree:
         if isinstance(leaf, LoHaWeight):
             return leaf.names
         default = self.names[position]
+        stack = None
         try:
-            stack = (
-                self.layout(position).sizes("s", leaf.shape) if position in self.kernels else None
-            )
+            if position in self.kernels:
+                stack = self.layout(position).sizes("s", leaf.shape)
         except ValueError:
             if self._may_match(position, config):
                 raise
             return (default,)
         try:
-            return (
-                all_names(default, self.given_names)
-                if stack is None
-                else self.module_names(position, stack)
-            )
+            if stack is not None:
+                return self.module_names(position, stack)
+            return all_names(default, self.given_names)
         except UnknownNameError:
             if self._may_match(position, config):
                 raise
@@ -226,9 +218,8 @@ class NamedTree:
         try:
             layout = self.layout(position)
         except ValueError:
-            return (
-                self.names[position],
-            )  # named by all-linear, hence an error that says how to settle it
+            # Named by all-linear: hence an error that says how to settle the layout.
+            return (self.names[position],)
         if layout.axes("k"):
             return ()
         try:
@@ -237,7 +228,7 @@ class NamedTree:
             return (self.names[position],)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -249,10 +240,10 @@ def _pattern_of(name: str, layouts: Mapping[str, Layout]) -> str | None:
     return name if name in layouts else next((p for p in layouts if re.fullmatch(p, name)), None)
 
 
-def _fitting(layout: Layout, origin: str, name: str, leaf: Any) -> Layout:
-    if layout.ndim != leaf.ndim:
+def _fitting(layout: Layout, origin: str, name: str, shape: tuple[int, ...]) -> Layout:
+    if layout.ndim != len(shape):
         raise ValueError(
-            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has shape "
-            f"{tuple(leaf.shape)}"
+            f"{origin} = {layout.word!r} describes {layout.ndim} axes, the kernel of {name} has "
+            f"shape {tuple(shape)}"
         )
     return layout

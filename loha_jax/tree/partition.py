@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+from jaxtyping import PyTree
 
 from loha_jax.tree.containers import refuse_model
-from loha_jax.tree.factors import Factors
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.factors import UNTRAINED_NAMES
+from loha_jax.tree.leaves import AdaptedLeaf, SavedWeight, is_adapted
 
 T = TypeVar("T")
 
@@ -41,8 +42,9 @@ def partition(params: T) -> tuple[T, T]:
     mask = trainable_mask(params)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "Nothing in this tree is trained: it holds no active adapter. Call `loha_jax.inject(params, config, "
-            "key=...)` or `loha_jax.set_adapter(params, names)` first."
+            "Nothing in this tree is trained: it holds no active adapter. Call "
+            "`loha_jax.inject(params, config, key=...)` or `loha_jax.set_adapter(params, names)` "
+            "first."
         )
     trainable = jax.tree.map(lambda x, train: x if train else None, params, mask)
     frozen = jax.tree.map(lambda x, train: None if train else x, params, mask)
@@ -70,52 +72,51 @@ def combine(trainable: T, frozen: T) -> T:
     def pick(path, b, a):
         if a is not None and b is not None:
             raise ValueError(
-                f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes the two halves of "
-                "one `partition`."
+                f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes "
+                "the two halves of one `partition`."
             )
         return b if a is None else a
 
     return jax.tree_util.tree_map_with_path(pick, frozen, trainable, is_leaf=lambda x: x is None)
 
 
-def trainable_mask(params: Any) -> Any:
+def trainable_mask(params: PyTree) -> PyTree:
     """Return the tree with True for each trained array and False for the others, for optax.
 
-    `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze them too, as in the
-    example.
+    `optax.masked(tx, mask)` lets the gradients of the other arrays through as updates, so freeze
+    them too, as in the example.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax, optax
         >>> params = loha_jax.inject({"q": {"kernel": jnp.ones((3, 3))}},
         ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
         >>> mask = trainable_mask(params)
+        >>> others = jax.tree.map(lambda train: not train, mask)
         >>> tx = optax.chain(optax.masked(optax.adamw(1e-3), mask),
-        ...                  optax.masked(optax.set_to_zero(), jax.tree.map(lambda train: not train, mask)))
+        ...                  optax.masked(optax.set_to_zero(), others))
         >>> len(jax.tree.leaves(mask)), sum(jax.tree.leaves(mask))
         (5, 4)
     """
 
     refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")
 
-    def all_of(tree: Any, value: bool) -> Any:
-        return jax.tree.map(lambda _: value, tree)
+    def mask(leaf: object) -> object:
+        if not is_adapted(leaf):
+            return False
 
-    def mask(leaf: Any) -> Any:
-        if isinstance(leaf, LoHaWeight):
-            adapters = {}
-            for name, factors in leaf.adapters.items():
-                marked: Factors = all_of(factors, name in leaf.active)
-                untrained = {
-                    field: all_of(value, False) for field, value in factors.untrained.items()
-                }
-                adapters[name] = dataclasses.replace(marked, **untrained)
-            return dataclasses.replace(leaf, kernel=all_of(leaf.kernel, False), adapters=adapters)
-        if isinstance(leaf, SavedWeight):
-            copies = {
-                n: all_of(copy, n in leaf.active and not leaf.is_buffer)
-                for n, copy in leaf.copies.items()
-            }
-            return dataclasses.replace(leaf, original=all_of(leaf.original, False), copies=copies)
-        return False
+        def is_trained(path: Sequence[Any], _: object) -> bool:
+            return _is_trained(leaf, path)
+
+        return jax.tree_util.tree_map_with_path(is_trained, leaf)
 
     return jax.tree.map(mask, params, is_leaf=is_adapted)
+
+
+def _is_trained(leaf: AdaptedLeaf, path: Sequence[Any]) -> bool:
+    """Say whether the array at a key path in a leaf is trained: `.adapters["style"].hada_w1_a`."""
+    part, *inside = path
+    if part.name not in ("adapters", "copies") or inside[0].key not in leaf.active:
+        return False
+    if isinstance(leaf, SavedWeight):
+        return not leaf.is_buffer
+    return inside[1].name not in UNTRAINED_NAMES

@@ -10,22 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.quantised import QuantisedArray
 
+MeshAxis = str | tuple[str, ...] | None
+"""The mesh axes over which an axis of an array is split, or a logical name for them."""
+
+ArrayOrShape = jax.Array | jax.ShapeDtypeStruct
+
 
 def factor_axes(
     layout: Layout,
     shape: Sequence[int],
-    axes: Iterable[Any],
-    arrays: Mapping[str, Any],
+    axes: Iterable[MeshAxis],
+    arrays: Mapping[str, ArrayOrShape],
     *,
     cp: bool,
-) -> dict[str, tuple[Any, ...]]:
+) -> dict[str, tuple[MeshAxis, ...]]:
     """Return what each axis of an adapter's arrays is split over, given the kernel's axes.
 
     Shard each factor like its kernel: `w*_a` along the output axes, `w*_b` along the input axes and
@@ -37,7 +42,8 @@ def factor_axes(
 
     Args:
         layout, shape: of the kernel.
-        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing ones are None.
+        axes: per axis of the kernel a mesh axis, a tuple of some, a logical name, or None; missing
+            ones are None.
         arrays: of the adapter, by their names in `Factors`.
         cp: whether it has cores.
 
@@ -46,8 +52,9 @@ def factor_axes(
 
     Example:
         >>> import loha_jax
-        >>> params = loha_jax.inject({"q": {"kernel": jax.numpy.ones((6, 2, 4))}},
-        ...     loha_jax.LoHaConfig(r=2, target_modules=["q"]), key=jax.random.key(0), layouts={"q": "ioo"})
+        >>> base = {"q": {"kernel": jax.numpy.ones((6, 2, 4))}}
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"])
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"q": "ioo"})
         >>> leaf = params["q"]["kernel"]
         >>> arrays = leaf.adapters["default"].tensors
         >>> axes = factor_axes(leaf.layout, leaf.shape, ("fsdp", "tensor", None), arrays, cp=False)
@@ -59,7 +66,7 @@ def factor_axes(
     stack = tuple(axes[axis] for axis in layout.axes("s"))
     spatial = tuple(axes[axis] for axis in layout.axes("k"))
 
-    def outermost(kinds: str) -> Any:
+    def outermost(kinds: str) -> MeshAxis:
         return next((axes[a] for kind in kinds for a in layout.axes(kind) if shape[a] > 1), None)
 
     out, in_ = outermost("o"), outermost("i")
@@ -85,7 +92,9 @@ def factor_axes(
     }
 
 
-def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tuple[Any, ...]:
+def _padded(
+    axes: tuple[MeshAxis, ...], shape: tuple[int, ...], stacked: int
+) -> tuple[MeshAxis, ...]:
     """Return as many entries as there are axes, None for those of size 1 after the stack."""
     axes = (*axes, *(None,) * (len(shape) - len(axes)))[: len(shape)]
     return tuple(
@@ -94,13 +103,15 @@ def _padded(axes: tuple[Any, ...], shape: tuple[int, ...], stacked: int) -> tupl
     )
 
 
-def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
+def follow_kernel(
+    factors: Factors, kernel: ArrayOrShape | QuantisedArray, layout: Layout
+) -> Factors:
     """Return the adapter with its arrays placed like the kernel (`factor_axes`).
 
     Args:
         factors: new arrays, equal in every process; or their shapes.
-        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its shape, with or
-            without a sharding. Beside any other one the arrays stay where they are.
+        kernel: an array with a `NamedSharding`, on one device, or traced with explicit axes; or its
+            shape, with or without a sharding. Beside any other one the arrays stay where they are.
         layout: of the kernel.
     """
     sharding = _place_of(kernel)
@@ -114,16 +125,18 @@ def follow_kernel(factors: Factors, kernel: Any, layout: Layout) -> Factors:
     return dataclasses.replace(factors, **placed)
 
 
-def place_like(array: Any, other: Any) -> Any:
+def place_like(array: ArrayOrShape, other: ArrayOrShape | QuantisedArray) -> Any:
     """Place an array like another one of its shape."""
     sharding = _place_of(other)
     return array if sharding is None else place(array, sharding)
 
 
-def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
+def _place_of(
+    x: ArrayOrShape | QuantisedArray | None,
+) -> NamedSharding | SingleDeviceSharding | None:
     """Return the sharding of an array or of a shape; None if nobody has chosen one."""
     if isinstance(x, QuantisedArray):
-        x = x.placed
+        return _place_of(x.placed)
     if isinstance(x, Tracer):
         return explicit_sharding(x)
     sharding = getattr(x, "sharding", None)
@@ -131,7 +144,7 @@ def _place_of(x: Any) -> NamedSharding | SingleDeviceSharding | None:
     return sharding if on_one or isinstance(sharding, NamedSharding) else None
 
 
-def place(array: Any, sharding: Any, *, may_alias: bool | None = None) -> Any:
+def place(array: ArrayOrShape, sharding: Sharding, *, may_alias: bool | None = None) -> Any:
     """Place an array as a sharding says.
 
     The sharding may have devices of other processes, if all processes have the same array.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
@@ -17,6 +18,8 @@ from loha_jax.targets.matching import (
     match_pattern,
     match_pattern_key,
     match_target,
+    name_beginnings,
+    name_endings,
     near_misses,
     no_match_message,
     resolve_target_modules,
@@ -51,9 +54,14 @@ class Target:
         """Sizes of the kernel's stack axes."""
         return self.layout.sizes("s", self.shape)
 
+    @property
+    def module_shape(self) -> tuple[int, ...]:
+        """Shape of one module's weight in torch: `(out, in, *spatial)`."""
+        return self.layout.torch_shape(self.shape)[len(self.stack) :]
+
     def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         """Return PEFT's shapes of the factors of one module."""
-        out, in_, *spatial = self.layout.torch_shape(self.shape)[len(self.stack) :]
+        out, in_, *spatial = self.module_shape
         return factor_shapes(out, in_, spatial, r, self.cp)
 
 
@@ -69,7 +77,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The adapted kernels and the saved leaves of an injection, by their position in the flat tree."""
+    """The adapted kernels and the saved leaves of an injection, by position in the flat tree."""
 
     config: LoHaConfig
     targets: dict[int, Target]
@@ -95,7 +103,7 @@ class _Candidate:
 
 
 def plan_injection(
-    params: Any,
+    params: PyTree,
     config: LoHaConfig,
     *,
     names: Names | None = None,
@@ -145,18 +153,15 @@ def _candidate(tree: NamedTree, position: int, config: LoHaConfig) -> _Candidate
 
 
 def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
-    """Raise ValueError for targets among kernels of unknown types, which are described by module name."""
-    refused = [
-        description
-        for name, description in quantised.items()
-        if match_target(name, config) is Match.TARGETED
-    ]
-    if refused:
+    """Raise ValueError for targets among kernels of unknown types, which are described by name."""
+    if refused := [
+        said for name, said in quantised.items() if match_target(name, config) is Match.TARGETED
+    ]:
         raise ValueError(f"{'; '.join(refused)}. {QUANTISED_ADVICE}")
 
 
 def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
-    """Raise ValueError for targeted weights that no adapter fits: vectors, integers, scaled float8."""
+    """Raise ValueError for targets that no adapter fits: vectors, integers, scaled float8."""
     misfits: list[str] = []
     is_quantised = False
     for position in (candidate.position for candidate in targeted):
@@ -169,8 +174,8 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
     if misfits:
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or "
-            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or use "
-            "`exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
+            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or "
+            "use `exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
 
 
@@ -192,8 +197,13 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
         dtype=leaf.dtype,
         ranks=ranks,
         alphas=alphas,
-        cp=config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", leaf.shape)),
+        cp=has_cores(config, layout, leaf.shape),
     )
+
+
+def has_cores(config: LoHaConfig, layout: Layout, shape: Sequence[int]) -> bool:
+    """Say whether an adapter of a kernel has cores: one of a convolution larger than 1."""
+    return config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", shape))
 
 
 def _plan_saved(
@@ -203,11 +213,8 @@ def _plan_saved(
     saved: dict[int, Saved] = {}
     used: set[str] = set()
     for position in tree.names:
-        hits = {
-            entry
-            for name in tree.possible_names(position)
-            for entry in _entries_above(name, entries)
-        }
+        names = tree.possible_names(position)
+        hits = {entry for name in names for entry in _entries_above(name, entries)}
         if position in targets or not hits:
             continue
         layout = tree.layout(position) if position in tree.kernels else None
@@ -215,8 +222,8 @@ def _plan_saved(
         if layout and layout.axes("s"):
             raise ValueError(
                 f"modules_to_save={sorted(hits)} match {'.'.join(tree.paths[position])} of shape "
-                f"{shape}, which holds a stack of modules ({layout.word!r}). Only single modules can "
-                "be saved whole."
+                f"{shape}, which holds a stack of modules ({layout.word!r}). Only single modules "
+                "can be saved whole."
             )
         (module,) = tree.module_names(position, ())
         if own := _entries_above(module, entries):
@@ -226,12 +233,8 @@ def _plan_saved(
     _require_distinct([(s.name, s.path) for s in saved.values()])
     # A sequence classifier's head is called "classifier" or "score"; PEFT's files name both.
     optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save
-    unused = [
-        entry
-        for entry in config.modules_to_save or ()
-        if entry not in used and entry not in optional
-    ]
-    if unused:
+    known = used.union(optional)
+    if unused := [entry for entry in config.modules_to_save or () if entry not in known]:
         advice = near_misses(unused, sorted(tree.modules))
         warn_caller(
             f"modules_to_save={unused} match no module and nothing is saved for them.{advice}"
@@ -241,8 +244,8 @@ def _plan_saved(
 
 def _entries_above(name: str, entries: Sequence[str]) -> list[str]:
     """Return the entries of `modules_to_save` that name the module or one that contains it."""
-    ancestors = [".".join(name.split(".")[: n + 1]) for n in range(name.count(".") + 1)]
-    return [e for e in entries if any(a == e or a.endswith(f".{e}") for a in ancestors)]
+    above = frozenset().union(*map(name_endings, name_beginnings(name)))
+    return [entry for entry in entries if entry in above]
 
 
 def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
@@ -265,37 +268,24 @@ def _warn_unmatched(
 ) -> None:
     """Warn of patterns that match nothing, as PEFT does, and of unmatched entries of lists."""
     if config.target_modules is not None and not isinstance(resolved.target_modules, str):
-        entries = sorted(resolved.target_modules or ())
-        unused = [
-            e
-            for e in entries
-            if not any(n == e or n.endswith(f".{e}") for n in (*matched, *excluded))
-        ]
-        if unused:
+        used = frozenset().union(*map(name_endings, (*matched, *excluded)))
+        if unused := sorted(set(resolved.target_modules or ()) - used):
             warn_caller(
                 f"target_modules={unused} match no module; the other entries do."
                 + (spelling_advice(unused, modules) or near_misses(unused, modules)),
             )
     if config.exclude_modules and not excluded:
-        shown = (
-            config.exclude_modules
-            if isinstance(config.exclude_modules, str)
-            else sorted(config.exclude_modules)
-        )
+        shown = config.exclude_modules
+        shown = shown if isinstance(shown, str) else sorted(shown)
         warn_caller(
-            f"You have passed exclude_modules={shown} but no modules were excluded. Please check that exclude_modules "
-            "was set correctly.",
+            f"You have passed exclude_modules={shown} but no modules were excluded. Please check "
+            "that exclude_modules was set correctly.",
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
-        used = {match_pattern_key(name, patterns) for name in matched}
-        unused = [
-            p
-            for p in patterns
-            if p not in used and not any(match_pattern_key(n, [p]) for n in matched)
-        ]
-        if unused:
+        if unused := [p for p in patterns if not any(match_pattern_key(n, [p]) for n in matched)]:
             warn_caller(
-                f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
+                f"The following {field} keys did not match any targeted module and were ignored: "
+                f"{unused}.",
                 RuntimeWarning,
             )

@@ -13,7 +13,7 @@ carries the provenance of the first tree; `loha_jax.combine(trainable, frozen)` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 from loha_jax.targets.config import LoHaConfig
@@ -21,7 +21,7 @@ from loha_jax.tree.kernel_samples import KernelSample
 
 
 @functools.lru_cache(maxsize=1 << 16, typed=True)
-def interned(*values: Any) -> tuple[Any, ...]:
+def interned(*values: Hashable) -> tuple[Any, ...]:
     """Return one tuple for equal hashable values, so that trees are compared by identity."""
     return values
 
@@ -34,10 +34,12 @@ class Origin(tuple):
     Attributes:
         config: that made the adapter.
         base: a sample of the kernel that the adapter was made on, or None.
-        alphas: of the adapter's modules, as they are written: 8 and 8.0 are equal, and differ in a file.
+        alphas: of the adapter's modules, as they are written: 8 and 8.0 are equal, and differ in a
+            file.
 
     Example:
-        >>> one, other = LoHaConfig(base_model_name_or_path="org/base"), LoHaConfig(base_model_name_or_path="/data")
+        >>> one = LoHaConfig(base_model_name_or_path="org/base")
+        >>> other = LoHaConfig(base_model_name_or_path="/data")
         >>> one == other, Origin(one) == Origin(other)
         (False, True)
     """
@@ -59,7 +61,10 @@ class Origin(tuple):
 
 
 class Counters:
-    """`(adapter, torch name, value)` of integer buffers in a file that a tree has no leaf for. All are equal."""
+    """`(adapter, torch name, value)` of integer buffers in a file that a tree has no leaf for.
+
+    All instances are equal.
+    """
 
     def __init__(self, values: Iterable[tuple[str, str, int]] = ()):
         self._values = tuple(values)

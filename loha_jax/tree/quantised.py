@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from loha_jax.targets.module_names import KERNEL_LEAVES, path_parts
 from loha_jax.tree.array_like import ArrayLike
@@ -70,7 +72,7 @@ class QuantisedArray(ArrayLike):
             lambda node: QuantisedArray(node, self.cast).__jax_array__(), self.node
         )
 
-    def as_dtype(self, dtype: Any) -> QuantisedArray:
+    def as_dtype(self, dtype: DTypeLike) -> QuantisedArray:
         """Return the same quantised array, to be cast to a dtype when it is dequantised."""
         return QuantisedArray(self.node, jnp.dtype(dtype).name)
 
@@ -108,7 +110,15 @@ class QuantisedArray(ArrayLike):
         largest = self._largest
         return largest if self.kind.axiswise and largest.shape == self.shape else None
 
-    def cut(self, axis: int, operation: Callable[[Any, int], Any]) -> QuantisedArray | None:
+    @property
+    def placed_type(self) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding of the dequantised array on the devices of the stored one."""
+        sharding = getattr(self.placed, "sharding", None)
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
+
+    def cut(
+        self, axis: int, operation: Callable[[jax.Array, int], jax.Array]
+    ) -> QuantisedArray | None:
         """Apply `operation(array, axis)`, which changes the positions along an axis.
 
         Returns:
@@ -150,22 +160,22 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def is_quantised(x: Any) -> bool:
+def is_quantised(x: object) -> bool:
     """Return whether `x` is a quantised array of a known type (for `is_leaf=`)."""
     return isinstance(x, QuantisedArray) or quantised_type(x) is not None
 
 
-def wrapped(leaf: Any) -> Any:
+def wrapped(leaf: object) -> Any:
     """Return a quantised array as a `QuantisedArray`; other leaves as they are."""
     return QuantisedArray(leaf) if quantised_type(leaf) is not None else leaf
 
 
-def unwrapped(leaf: Any) -> Any:
+def unwrapped(leaf: object) -> Any:
     """Undo `wrapped`."""
     return leaf.node if isinstance(leaf, QuantisedArray) else leaf
 
 
-def as_array(kernel: Any) -> Any:
+def as_array(kernel: object) -> Any:
     """Return a quantised kernel dequantised; others as they are."""
     return kernel.__jax_array__() if isinstance(kernel, QuantisedArray) else kernel
 
@@ -180,13 +190,22 @@ def dequantise(params: T) -> T:
         dtype('float32')
     """
 
-    def plain(leaf: Any) -> Any:
+    def plain(leaf: object) -> Any:
         return as_array(wrapped(leaf))
 
     return jax.tree.map(plain, params, is_leaf=is_quantised)
 
 
-def unknown_quantised(params: Any) -> dict[tuple[str, ...], str]:
+def types_of_quantised(params: T) -> T:
+    """Return a tree with the shape and dtype of each quantised array in its place."""
+
+    def type_of(leaf: object) -> object:
+        return wrapped(leaf).type_of_array if is_quantised(leaf) else leaf
+
+    return jax.tree.map(type_of, params, is_leaf=is_quantised)
+
+
+def unknown_quantised(params: PyTree) -> dict[tuple[str, ...], str]:
     """Find what stands in the place of a kernel and holds narrow numbers, but is of no known type.
 
     Returns:
@@ -206,7 +225,7 @@ def _is_kernel(path: Sequence[Any]) -> bool:
     return path_parts(path)[-1] in KERNEL_LEAVES
 
 
-def _is_narrow(x: Any) -> bool:
+def _is_narrow(x: object) -> bool:
     dtype, ndim = getattr(x, "dtype", None), getattr(x, "ndim", 0)
     return (
         dtype is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Node = Any
 """A quantised array: a registered pytree node of a library's or a user's own type."""
@@ -111,7 +112,7 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def rounded(
-    kernel: jax.Array, scale: jax.Array, dtype: Any, largest: Any = None
+    kernel: jax.Array, scale: jax.Array, dtype: DTypeLike, largest: float | jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Return values and scale of a kernel that replaces one of this scale.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.tree.leaves import LoHaWeight, leaves_of
@@ -62,7 +64,9 @@ def loss(leaf: LoHaWeight, adapters: tuple[str, ...], new: QuantisedArray) -> Re
     return _measured(leaf.kernel.scheme, as_array(new), exact, base)
 
 
-def _measured(scheme: str, stored: Any, exact: Any, base: Any) -> Requantised | None:
+def _measured(
+    scheme: str, stored: ArrayLike, exact: ArrayLike, base: ArrayLike
+) -> Requantised | None:
     if any(isinstance(x, jax.core.Tracer) for x in (stored, exact, base)):
         return None
     stored, exact, base = (np.asarray(x, np.float32) for x in (stored, exact, base))
@@ -70,7 +74,7 @@ def _measured(scheme: str, stored: Any, exact: Any, base: Any) -> Requantised | 
     return Requantised(scheme, float(np.vdot(lost, lost)), float(np.vdot(update, update)))
 
 
-def requantising_losses(params: Any, adapters: Sequence[str] | None = None) -> dict[str, float]:
+def requantising_losses(params: PyTree, adapters: Sequence[str] | None = None) -> dict[str, float]:
     """Return what `merge(params, adapters, requantise=True)` would lose of each update.
 
     Rounding to few bits may lose most of an update, since an update is small beside its kernel.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 
 _KINDS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
 
-def short_array(x: Any) -> str:
+def short_array(x: object) -> str:
     """Return dtype and shape of an array, a tracer or a shape, as `f32[4,8]`.
 
     Of a node that holds arrays, such as Flax' metadata boxes, it returns the type with its arrays;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+from jaxtyping import PyTree
 
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import EXTRA_NAMES, Factors
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, flatten_whole
+from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.merge import unload
 from loha_jax.tree.quantised import QuantisedArray, wrapped
 from loha_jax.tree.short_repr import number_range
@@ -60,22 +61,16 @@ class Summary:
         header = ("module", "kind", "adapter", "shape", "layout", "r", "parameters", "active")
         cells = [
             (
-                row.module,
-                row.kind,
-                row.adapter,
-                "x".join(map(str, row.shape)),
-                row.layout,
-                row.r,
-                f"{row.parameters:,}",
-                str(row.active),
+                *(x.module, x.kind, x.adapter, "x".join(map(str, x.shape)), x.layout, x.r),
+                *(f"{x.parameters:,}", str(x.active)),
             )
-            for row in self.rows
+            for x in self.rows
         ]
         return "\n".join([*text_table([header, *cells]), self.totals])
 
 
 @takes_model(changes=False)
-def summary(params: Any) -> Summary:
+def summary(params: PyTree) -> Summary:
     """List the adapters of a tree with their modules, ranks and numbers of parameters.
 
     The leaves may be arrays, tracers or the shapes of `jax.eval_shape`. A quantised kernel is named
@@ -88,59 +83,49 @@ def summary(params: Any) -> Summary:
         >>> summary(params).totals
         'trainable params: 24 || all params: 33 || trainable%: 72.7273'
     """
-    rows = [row for leaf in flatten_whole(params)[0] for row in _rows(leaf)]
-    leaves = map(wrapped, flatten_whole(unload(params))[0])
-    base = (leaf for leaf in leaves if hasattr(leaf, "shape"))
+    leaves = flatten_whole(params)[0]
+    rows = [row for leaf in filter(is_adapted, leaves) for row in _rows(leaf)]
+    whole = map(wrapped, flatten_whole(unload(params))[0])
+    base = (leaf for leaf in whole if hasattr(leaf, "shape"))
     frozen = sum(math.prod(leaf.shape) for leaf in base)
     trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
 
 
-def _rows(leaf: Any) -> list[AdapterRow]:
-    if isinstance(leaf, LoHaWeight):
-        return [_adapter_row(leaf, name, factors) for name, factors in leaf.adapters.items()]
-    if isinstance(leaf, SavedWeight):
-        return [_saved_row(leaf, name, copy) for name, copy in leaf.copies.items()]
-    return []
+def _rows(leaf: AdaptedLeaf) -> Iterator[AdapterRow]:
+    held = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies
+    for name, adapter in held.items():
+        if isinstance(adapter, Factors):
+            kind = ", ".join(("loha", *adapter.extra_kinds)) + _scheme(leaf.original)
+            parameters = _parameters(adapter)
+            shape, r = leaf.shape, number_range(adapter.ranks)
+        else:
+            kind = STATISTICS if isinstance(leaf, SavedWeight) and leaf.is_buffer else "saved"
+            shape, r, parameters = adapter.shape, "-", adapter.size
+        yield AdapterRow(
+            module=leaf.label,
+            kind=kind,
+            adapter=name,
+            shape=tuple(shape),
+            layout=leaf.layout.word if leaf.layout else "-",
+            r=r,
+            parameters=parameters,
+            active=name in leaf.active,
+        )
 
 
-def _adapter_row(leaf: LoHaWeight, name: str, factors: Factors) -> AdapterRow:
-    ranks, stack = factors.ranks, factors.stack
-    sizes = [
-        _true_size(t.shape, ranks, stack, n, factors.is_cp) for n, t in factors.tensors.items()
-    ]
-    extras = [math.prod(x.shape) for n, x in factors.trained.items() if n in EXTRA_NAMES]
-    return AdapterRow(
-        module=leaf.label,
-        kind=_kind(factors) + _scheme(leaf.kernel),
-        adapter=name,
-        shape=tuple(leaf.shape),
-        layout=leaf.layout.word,
-        r=number_range(ranks),
-        parameters=sum(sizes) + sum(extras),
-        active=name in leaf.active,
-    )
-
-
-def _saved_row(leaf: SavedWeight, name: str, copy: Any) -> AdapterRow:
-    return AdapterRow(
-        module=leaf.name,
-        kind=STATISTICS if leaf.is_buffer else "saved",
-        adapter=name,
-        shape=tuple(copy.shape),
-        layout=leaf.layout.word if leaf.layout else "-",
-        r="-",
-        parameters=copy.size,
-        active=name in leaf.active,
-    )
-
-
-def _scheme(kernel: Any) -> str:
+def _scheme(kernel: object) -> str:
     return f" ({kernel.scheme})" if isinstance(kernel, QuantisedArray) else ""
 
 
-def _kind(factors: Factors) -> str:
-    return ", ".join(["loha", *factors.extra_kinds])
+def _parameters(factors: Factors) -> int:
+    """Return the number of trained values."""
+    return sum(
+        math.prod(array.shape)
+        if name in EXTRA_NAMES
+        else _true_size(array.shape, factors.ranks, factors.stack, name, factors.is_cp)
+        for name, array in factors.trained.items()
+    )
 
 
 def _true_size(

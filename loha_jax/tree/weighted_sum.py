@@ -6,19 +6,20 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns, khatri_rao_rows
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.adapters import check_adapters, check_new_adapter, check_number
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of, map_adapted
+from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, SavedWeight, leaves_of, map_adapted
 from loha_jax.tree.placement import follow_kernel
+from loha_jax.tree.provenance import Counters
 
 T = TypeVar("T")
 
@@ -67,35 +68,26 @@ def add_weighted_adapter(
     check_new_adapter(params, adapter_name)
     if not adapters or len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
         raise ValueError(
-            f"One weight per adapter, each adapter once: got adapters={adapters} and weights={weights}"
+            f"One weight per adapter, each adapter once: got adapters={adapters} and "
+            f"weights={weights}"
         )
     for name, weight in zip(adapters, weights, strict=True):
         check_number(f"the weight of {name}", weight)
     by_name = dict(zip(adapters, weights, strict=True))
     config = _config_of_sum(params, adapters)
 
-    def add(leaf: Any) -> Any:
+    def add(leaf: AdaptedLeaf) -> AdaptedLeaf:
         if isinstance(leaf, LoHaWeight):
             held = {name: weight for name, weight in by_name.items() if name in leaf.adapters}
-            added = (
-                {adapter_name: follow_kernel(_sum(leaf, held, config), leaf.kernel, leaf.layout)}
-                if held
-                else {}
-            )
-            return dataclasses.replace(
-                leaf, adapters={**leaf.adapters, **added}, active=(adapter_name,)
-            )
-        source = leaf.copy_of(adapters)
-        added = {} if source is None else {adapter_name: leaf.copies[source]}
-        counters = tuple(
-            (adapter_name, key, value) for name, key, value in leaf.counters if name == source
-        )
-        return dataclasses.replace(
-            leaf,
-            copies={**leaf.copies, **added},
-            active=(adapter_name,),
-            counters=(*leaf.counters, *counters),
-        )
+            if not held:
+                return dataclasses.replace(leaf, active=(adapter_name,))
+            factors = follow_kernel(_sum(leaf, held, config), leaf.kernel, leaf.layout)
+            return leaf.with_adapter(adapter_name, factors)
+        if (source := leaf.copy_of(adapters)) is None:
+            return dataclasses.replace(leaf, active=(adapter_name,))
+        added = ((adapter_name, key, n) for name, key, n in leaf.counters if name == source)
+        leaf = leaf.with_copy(adapter_name, leaf.copies[source])
+        return dataclasses.replace(leaf, counters=Counters((*leaf.counters, *added)))
 
     return map_adapted(add, params)
 
@@ -105,17 +97,17 @@ def _sum(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> 
     """Return the sum of a kernel's adapters: Σ w·KA·KB = ([w₁KA₁ w₂KA₂ …] · [KB₁; KB₂; …]) ⊙ 1."""
     if decomposed := [name for name in weights if leaf.adapters[name].dora_scale is not None]:
         raise ValueError(
-            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA). Such an update "
-            "depends on the weight and is no LoHa, nor is a sum with it. Merge the adapters instead."
+            f"{', '.join(decomposed)} decompose(s) the weight of {leaf.label} (DoRA). Such an "
+            "update depends on the weight and is no LoHa, nor is a sum with it. Merge the "
+            "adapters instead."
         )
     ka, kb = [], []
     for name, weight in weights.items():
-        f = leaf.adapters[name].flat()
-        dtype = float32_or_wider(f.hada_w1_a.dtype)
-        w1_a, w1_b, w2_a, w2_b = (w.astype(dtype) for w in f.tensors.values())
-        factor = (f.scale * jnp.asarray(weight, f.scale.dtype))[..., None, None]
-        ka.append(khatri_rao_rows(w1_a, w2_a) * factor)  # [*stack, out, r²]
-        kb.append(khatri_rao_columns(w1_b, w2_b))  # [*stack, r², in]
+        factors = leaf.adapters[name]
+        left, right = factors.khatri_rao()
+        scale = factors.scale
+        ka.append(left * (scale * jnp.asarray(weight, scale.dtype))[..., None, None])
+        kb.append(right)
     # [*stack, out, Σ r²] and [*stack, Σ r², in]
     w1_a, w1_b = jnp.concatenate(ka, -1), jnp.concatenate(kb, -2)
     r = w1_a.shape[-1]
@@ -138,7 +130,7 @@ def _sum(leaf: LoHaWeight, weights: Mapping[str, float], config: LoHaConfig) -> 
     )
 
 
-def _config_of_sum(params: Any, adapters: Sequence[str]) -> LoHaConfig:
+def _config_of_sum(params: PyTree, adapters: Sequence[str]) -> LoHaConfig:
     """Return the config from which PEFT makes the summed adapter.
 
     It names the modules in full and has alpha = r in each.

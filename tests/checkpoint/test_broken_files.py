@@ -9,8 +9,6 @@ from loha_jax import checkpoint
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.interop import FileError
 
-# ---- broken files
-
 
 def files_of_a_checkpoint(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -31,7 +29,8 @@ def damages(size):
 
 
 @pytest.mark.slow
-def test_whatever_is_broken_gives_the_earlier_checkpoint_or_the_right_values(tmp_path):
+def test_broken_files_never_give_wrong_values(tmp_path):
+    """Whatever is broken gives the earlier checkpoint or the right values."""
     states = saved(tmp_path / "whole", 1, 2, metrics={"loss": 1.5})
     params, opt_state = start()
     fell_back = set()
@@ -114,7 +113,8 @@ def test_where_all_are_broken_the_error_lists_them(tmp_path):
     assert all(f"The checkpoint of step {n}" in str(raised.value) for n in (1, 2))
 
 
-def test_a_half_written_checkpoint_is_left_out_and_removed_by_the_next_save(tmp_path):
+def test_a_half_written_checkpoint(tmp_path):
+    """A half written checkpoint is left out and removed by the next save."""
     saved(tmp_path, 1, 2)
     unfinished = tmp_path / "2.orbax-checkpoint-tmp"
     (tmp_path / "2").rename(unfinished)

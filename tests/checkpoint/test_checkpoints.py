@@ -15,7 +15,10 @@ from loha_jax.checkpoint import Checkpoints
 
 @functools.cache
 def everything():
-    """Stacks of unequal rank, cores, a weight decomposition, a scalar, copies, two adapters of which one is scaled."""
+    """Stacks of unequal rank, cores, a weight decomposition, a scalar, copies, two adapters.
+
+    One of the adapters is scaled.
+    """
     config = LycorisConfig(
         r=2,
         alpha=3,
@@ -44,9 +47,6 @@ KEYS = {
     "several": jax.random.split(jax.random.key(7, impl="rbg"), 3),
     "none": None,
 }
-
-
-# ---- what is saved comes back
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,8 @@ def test_keys_give_the_same_draws(tmp_path, kind):
         assert bits(restored) == bits(KEYS[kind])
 
 
-def test_arrays_of_numpy_numbers_and_empty_arrays_in_an_optimizer_state(tmp_path):
+def test_odd_arrays_in_an_optimizer_state(tmp_path):
+    """Arrays of numpy numbers and empty arrays in an optimizer state."""
     state = {
         "numpy": np.arange(3.0),
         "int": 3,

@@ -14,8 +14,11 @@ from loha_jax.interop import FileError
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* is unfinished")
-def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path, request):
-    """At any moment: the latest is at least the last that was reported finished, and holds what was saved for it."""
+def test_killed_processes_leave_whole_checkpoints(tmp_path, request):
+    """A process is killed at any moment, and the latest checkpoint is whole.
+
+    It is at least the last that was reported finished, and holds what was saved for it.
+    """
     kills = request.config.getoption("checkpoint_kills", 8)
     draw = random.Random(request.config.getoption("checkpoint_seed", 0))
     config = loha_jax.LoHaConfig(r=4, target_modules=["q", "v"], init_weights=False)
@@ -59,6 +62,7 @@ def test_a_process_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_pa
                 for a, b in zip(found, jax.tree.leaves(saved), strict=True):
                     np.testing.assert_array_equal(a, b)
     print(
-        f"{kills} kills up to step {latest.step}: {half_written} left a half-written folder, {half_deleted} found an "
+        f"{kills} kills up to step {latest.step}: {half_written} left a half-written folder, "
+        f"{half_deleted} found an "
         "old checkpoint half deleted"
     )

@@ -9,8 +9,6 @@ from loha_jax import LoHaConfig, LycorisConfig, checkpoint
 from loha_jax.checkpoint import Checkpoints
 from loha_jax.interop import FileError
 
-# ---- what does not belong together is an error
-
 
 def replaced(tree, path, change):
     tree = dict(tree)
@@ -32,7 +30,8 @@ OTHERS = {
     "a leaf that is not adapted": (
         lambda: inject(replaced(base(), ["head", "bias"], lambda x: x * 2)),
         [
-            "params['head']['bias'] (base): given other values, the checkpoint was made on bfloat16[2]"
+            "params['head']['bias'] (base): given other values, the checkpoint was made on "
+            "bfloat16[2]"
         ],
     ),
     "two leaves": (
@@ -55,7 +54,8 @@ OTHERS = {
     "a leaf less": (
         lambda: without(dense(), "conv"),
         [
-            "params['conv']['kernel'] (base): given nothing, the checkpoint was made on float32[3,3,4,6]"
+            "params['conv']['kernel'] (base): given nothing, the checkpoint was made on "
+            "float32[3,3,4,6]"
         ],
     ),
     "rank": (
@@ -118,7 +118,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_was_not_saved_with_it_is_an_error_that_names_all_that_differs(tmp_path, kind):
+def test_all_differences_are_named(tmp_path, kind):
+    """An error names all that differs from what was saved."""
     make, lines = OTHERS[kind]
     saved(tmp_path, 1)
     given = make()
@@ -160,9 +161,10 @@ def test_another_optimizer_is_an_error(tmp_path, optimizer, line):
     assert line in str(raised.value)
 
 
-def test_a_state_that_is_not_asked_for_is_not_needed_and_one_that_was_not_saved_is_an_error(
+def test_optimizer_state_left_out(
     tmp_path,
 ):
+    """A state that is not asked for is not needed and one that was not saved is an error."""
     params, opt_state = start()
     saved(tmp_path / "with", 1)
     assert checkpoint.restore(tmp_path / "with", params).opt_state is None

@@ -12,7 +12,7 @@ import loha_jax
 from loha_jax import LoHaConfig
 from loha_jax.checkpoint import Checkpoints
 
-# ---- while the next step runs
+# --- while the next step runs ---
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -35,7 +35,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
                     np.testing.assert_array_equal(a, b)
 
 
-# ---- in new processes
+# --- in new processes ---
 
 
 def run(code, *arguments, devices=1):
@@ -52,11 +52,14 @@ import hashlib, json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 import loha_jax
 from loha_jax.checkpoint import Checkpoints
+
 assert "orbax" not in sys.modules
 
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (16, 32)) / 4},
-          "down": {"kernel": jax.random.normal(jax.random.key(1), (32, 4)) / 6}}
+params = {
+    "up": {"kernel": jax.random.normal(jax.random.key(0), (16, 32)) / 4},
+    "down": {"kernel": jax.random.normal(jax.random.key(1), (32, 4)) / 6},
+}
 config = loha_jax.LoHaConfig(r=3, target_modules="all-linear", rank_dropout=0.25)
 params = loha_jax.inject(params, config, key=jax.random.key(2))
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20)))
@@ -65,13 +68,18 @@ state, key, at = tx.init(trainable), jax.random.key(3), 0
 examples = np.random.default_rng(0).normal(size=(100, 8, 16)).astype(np.float32)
 apply = loha_jax.adapt(lambda p, x: jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"])
 
+
 @jax.jit
 def step(trainable, state, key, x):
     def loss(trainable):
-        return jnp.mean((apply(loha_jax.dropout(loha_jax.combine(trainable, frozen), key), x) - 1) ** 2)
+        return jnp.mean(
+            (apply(loha_jax.dropout(loha_jax.combine(trainable, frozen), key), x) - 1) ** 2
+        )
+
     value, gradients = jax.value_and_grad(loss)(trainable)
     updates, state = tx.update(gradients, state, trainable)
     return optax.apply_updates(trainable, updates), state, value
+
 
 losses = []
 with Checkpoints(folder) as checkpoints:
@@ -129,7 +137,8 @@ print(json.dumps([errors, steps]))
 """
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(tmp_path):
+def test_a_full_disk(tmp_path):
+    """A full disk is an error and the checkpoints before it stay."""
     errors, steps = run(FULL_DISK, tmp_path)
     assert len(errors) == 3
     assert all("too large" in error for error in errors), errors
@@ -143,13 +152,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import loha_jax
 from loha_jax.checkpoint import Checkpoints
 
+
 def on(mesh, tree):
     def put(x):
         if mesh is None or x.ndim == 0:
             return x if mesh is None else jax.device_put(x, NamedSharding(mesh, P()))
-        axes = [name if size % mesh.shape[name] == 0 else None for name, size in zip(mesh.axis_names, x.shape)]
+        axes = [
+            name if size % mesh.shape[name] == 0 else None
+            for name, size in zip(mesh.axis_names, x.shape)
+        ]
         return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
     return jax.tree.map(put, tree)
+
 
 devices = np.array(jax.devices())
 meshes = [
@@ -167,22 +182,39 @@ tx = optax.adam(1e-2)
 state = jax.tree.map(lambda x: x + 1, tx.init(loha_jax.partition(params)[0]))
 fresh = jax.tree.map(lambda x: x * 0, loha_jax.partition(params)[0])
 fresh = loha_jax.combine(fresh, loha_jax.partition(params)[1])
+
+
 def context(mesh):
-    return jax.set_mesh(mesh) if mesh is not None and "a" in mesh.shape else contextlib.nullcontext()
+    return (
+        jax.set_mesh(mesh) if mesh is not None and "a" in mesh.shape else contextlib.nullcontext()
+    )
+
 
 for n, source in enumerate(meshes):
     with context(source), Checkpoints(f"{sys.argv[1]}/{n}") as checkpoints:
         checkpoints.save(1, on(source, params), on(source, state))
     for target in (source, meshes[n - 1]):
         with context(target), Checkpoints(f"{sys.argv[1]}/{n}") as checkpoints:
-            given, given_state = on(target, fresh), on(target, tx.init(loha_jax.partition(fresh)[0]))
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given_state)
+            given, given_state = (
+                on(target, fresh),
+                on(target, tx.init(loha_jax.partition(fresh)[0])),
+            )
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given_state
+            )
             for wanted in (given_state, shapes) if target is not None else (given_state,):
                 found = checkpoints.restore(given, wanted)
-                for a, b, g in zip(jax.tree.leaves((found.params, found.opt_state)), jax.tree.leaves((params, state)),
-                                   jax.tree.leaves((given, given_state)), strict=True):
+                for a, b, g in zip(
+                    jax.tree.leaves((found.params, found.opt_state)),
+                    jax.tree.leaves((params, state)),
+                    jax.tree.leaves((given, given_state)),
+                    strict=True,
+                ):
                     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-                    assert a.sharding == g.sharding and a.committed == g.committed, (a.sharding, g.sharding)
+                    assert a.sharding == g.sharding and a.committed == g.committed, (
+                        a.sharding,
+                        g.sharding,
+                    )
                 double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree))
                 jax.block_until_ready(double((found.params, found.opt_state)))
 print(json.dumps("done"))

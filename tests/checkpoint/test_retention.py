@@ -6,8 +6,6 @@ from checkpoint_trees import dense, saved, start
 from loha_jax import checkpoint
 from loha_jax.checkpoint import Checkpoints
 
-# ---- which are kept
-
 
 @pytest.mark.parametrize(
     ("options", "losses", "left", "best"),

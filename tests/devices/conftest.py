@@ -1,4 +1,7 @@
-"""These tests run on eight virtual CPU devices, in a process of their own: `python -m pytest tests/devices`."""
+"""Tests on eight virtual CPU devices, in a process of their own.
+
+Run them by `python -m pytest tests/devices`.
+"""
 
 import jax
 

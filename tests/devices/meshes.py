@@ -15,14 +15,18 @@ import loha_jax
 WIDTH, HIDDEN, BATCH, LENGTH, R = 32, 64, 16, 8, 3
 
 COLLECTIVE = re.compile(
-    r"= (?P<shapes>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)"
+    r"= (?P<shapes>.+?) "
+    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)"
     r"(?:-start)?\("
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A mesh and how a layer's kernels (`[in, out]`) and the batch `[batch, length, width]` are split over it."""
+    """A mesh and how a layer's kernels and the batch are split over it.
+
+    The kernels are `[in, out]`, the batch is `[batch, length, width]`.
+    """
 
     mesh: dict[str, int]
     up: P
@@ -70,7 +74,10 @@ def init(key):
 
 
 def model(params, x):
-    """Two residual layers; on explicit axes the second product says how its result is split, as it has to."""
+    """Two residual layers.
+
+    On explicit axes the second product says how its result is split, as it has to.
+    """
     explicit = jax.typeof(x).sharding.spec if any(jax.typeof(x).sharding.spec) else None
     for n in range(2):
         layer = params[f"layer{n}"]

@@ -1,7 +1,7 @@
-"""What an adapted step sends between devices beyond what the frozen model's step sends: nothing of a kernel's or an
-activation's size.
+"""An adapted step sends nothing of a kernel's or an activation's size between devices.
 
-The frozen step is one that differentiates with respect to the input, so that its backward pass runs through all layers.
+It is compared with the frozen model's step. The frozen step is one that differentiates with respect
+to the input, so that its backward pass runs through all layers.
 """
 
 import dataclasses
@@ -72,8 +72,9 @@ CASES = [(name, AxisType.Auto) for name in SETTINGS] + [
 def test_nothing_of_a_kernels_or_an_activations_size(name, kind):
     plain, adapted = steps(name, kind)
     assert not plain - adapted, "the frozen model's own collectives are all there"
-    # Khatri-Rao factors have r² columns: they are gathered where the kernel's in axis is split, their gradients are
-    # added up, and so are products of x with them, [rows, r²], where a split axis is contracted.
+    # Khatri-Rao factors have r² columns: they are gathered where the kernel's in axis is split,
+    # their gradients are added up, and so are products of x with them, [rows, r²], where a split
+    # axis is contracted.
     extra = adapted - plain
     khatri_rao, products = R * R * HIDDEN, R * R * BATCH * LENGTH
     assert all(size <= max(khatri_rao, products) for _, size in extra), extra
@@ -81,7 +82,8 @@ def test_nothing_of_a_kernels_or_an_activations_size(name, kind):
     gathered = {size for kind, size in extra if kind != "all-reduce"}
     assert all(size <= khatri_rao for size in gathered), extra
     count = sum(extra.values())
-    # Per kernel: two gradients, two gathers, two products of rank size, and what moves between the axes of a mesh.
+    # Per kernel: two gradients, two gathers, two products of rank size, and what moves between the
+    # axes of a mesh.
     assert count <= 8 * 4, extra
 
 

@@ -17,22 +17,68 @@ KEY = jax.random.key(0)
 # (shape, layout, how the kernel is split, w*_a, w*_b, stack) on a mesh of 4 (fsdp) x 2 (tensor)
 FLAT = {
     "dense": ((8, 12), "io", P("fsdp", "tensor"), P("tensor", None), P(None, "fsdp"), P()),
-    "both axes on one": ((8, 16), "io", P(None, ("fsdp", "tensor")), P(("fsdp", "tensor"), None), P(None, None), P()),
+    "both axes on one": (
+        (8, 16),
+        "io",
+        P(None, ("fsdp", "tensor")),
+        P(("fsdp", "tensor"), None),
+        P(None, None),
+        P(),
+    ),
     "torch's order": ((12, 8), "oi", P("tensor", "fsdp"), P("tensor", None), P(None, "fsdp"), P()),
     "query": ((8, 4, 6), "ioo", P("fsdp", "tensor", None), P("tensor", None), P(None, "fsdp"), P()),
-    "attention output": ((4, 6, 8), "iio", P("tensor", None, "fsdp"), P("fsdp", None), P(None, "tensor"), P()),
-    "split head dimension": ((8, 3, 6), "ioo", P(None, None, "tensor"), P(None, None), P(None, None), P()),
+    "attention output": (
+        (4, 6, 8),
+        "iio",
+        P("tensor", None, "fsdp"),
+        P("fsdp", None),
+        P(None, "tensor"),
+        P(),
+    ),
+    "split head dimension": (
+        (8, 3, 6),
+        "ioo",
+        P(None, None, "tensor"),
+        P(None, None),
+        P(None, None),
+        P(),
+    ),
     "one head": ((8, 1, 6), "ioo", P(None, None, "tensor"), P("tensor", None), P(None, None), P()),
     "other order": ((6, 4, 8), "i1 i0 o", P(None, "tensor"), P(None, None), P(None, "tensor"), P()),
-    "stack of layers": ((4, 8, 6), "sio", P("fsdp", None, "tensor"), P("fsdp", "tensor", None), P("fsdp", None, None),
-                        P("fsdp")),
-    "stack behind": ((8, 4, 6), "iso", P("tensor", "fsdp"), P("fsdp", None, None), P("fsdp", None, "tensor"),
-                     P("fsdp")),
-    "fused key and value": ((2, 4, 8, 3), "soio", P(None, "tensor", "fsdp"), P(None, "tensor", None),
-                            P(None, None, "fsdp"), P(None)),
-    "convolution": ((3, 3, 4, 6), "kkio", P(None, None, "fsdp", "tensor"), P("tensor", None), P(None, "fsdp"), P()),
+    "stack of layers": (
+        (4, 8, 6),
+        "sio",
+        P("fsdp", None, "tensor"),
+        P("fsdp", "tensor", None),
+        P("fsdp", None, None),
+        P("fsdp"),
+    ),
+    "stack behind": (
+        (8, 4, 6),
+        "iso",
+        P("tensor", "fsdp"),
+        P("fsdp", None, None),
+        P("fsdp", None, "tensor"),
+        P("fsdp"),
+    ),
+    "fused key and value": (
+        (2, 4, 8, 3),
+        "soio",
+        P(None, "tensor", "fsdp"),
+        P(None, "tensor", None),
+        P(None, None, "fsdp"),
+        P(None),
+    ),
+    "convolution": (
+        (3, 3, 4, 6),
+        "kkio",
+        P(None, None, "fsdp", "tensor"),
+        P("tensor", None),
+        P(None, "fsdp"),
+        P(),
+    ),
     "not split": ((8, 12), "io", P(), P(None, None), P(None, None), P()),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -82,7 +128,10 @@ def test_inject(name, kind):
 
 def test_cores_and_norms():
     kernel = jax.random.normal(KEY, (3, 3, 4, 6))
-    place_kernel = lambda tree: {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}  # noqa: E731
+
+    def place_kernel(tree):
+        return {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}
+
     config = LoHaConfig(r=2, target_modules=".*", use_effective_conv2d=True)
     factors = factors_of(
         loha_jax.inject(place_kernel(kernel), config, key=KEY, layouts={"layer": "kkio"})
@@ -106,7 +155,7 @@ def test_cores_and_norms():
 
 
 def test_files_and_sums(tmp_path):
-    """What is loaded, and what is made of other adapters, lies there too."""
+    """Loaded factors, and those made of other adapters, lie there too."""
     kernel, spec = jax.random.normal(KEY, (8, 12)), P("fsdp", "tensor")
     base = {"layer": {"kernel": kernel}, "head": {"kernel": kernel}}
     placed = {"layer": {"kernel": place(kernel, spec)}, "head": {"kernel": place(kernel, spec)}}
@@ -135,7 +184,7 @@ def test_files_and_sums(tmp_path):
 
 
 def test_other_devices():
-    """A kernel on one device has its factors there, and one that nobody has placed leaves them free."""
+    """Factors of a kernel on one device are there; those of an unplaced one are free."""
     device = jax.devices()[3]
     config = LoHaConfig(r=2, target_modules=["layer"])
     tree = {"layer": {"kernel": jax.device_put(jnp.ones((4, 4)), device)}}

@@ -1,4 +1,7 @@
-"""Flax' own ways of saying how parameters are split: Linen's boxes with logical names, NNX' metadata."""
+"""Flax' own ways of saying how parameters are split.
+
+Linen's boxes with logical names, NNX' metadata.
+"""
 
 import functools
 
@@ -50,7 +53,7 @@ class Net(nn.Module):
 
 
 def test_linen_logical_names():
-    """From abstract parameters to shardings of everything, as Flax' guide does it, and then training on the mesh."""
+    """Shard everything from abstract parameters, as Flax' guide does, then train on the mesh."""
     model, x = Net(), jax.random.normal(jax.random.key(1), (16, 8))
     layouts = {r"rest\..*": "sio"}
     inject = functools.partial(
@@ -108,15 +111,13 @@ def test_nnx_metadata():
     with jax.set_mesh(mesh()):
         model = build(nnx.Rngs(0))
     loha_jax.nnx.inject(model, config, rngs=nnx.Rngs(1))
-    factors = model.layers[0].kernel.adapters["default"]
     wanted = {"hada_w1_a": ("tensor", None), "hada_w1_b": (None, "fsdp")}
     for name, names in wanted.items():
-        assert factors[name].get_metadata()["out_sharding"] == names
-        assert factors[name].get_value().sharding == NamedSharding(mesh(), P(*names))
+        factor = getattr(model.layers[0], f"kernel_lora_{name}")
+        assert factor.get_metadata()["out_sharding"] == names
+        assert factor.get_value().sharding == NamedSharding(mesh(), P(*names))
     specs = nnx.get_partition_spec(nnx.state(model, loha_jax.nnx.LoHaParam))
-    assert specs["layers"][2]["kernel"]["adapters"]["default"]["hada_w2_a"].get_value() == P(
-        "fsdp", None
-    )
+    assert specs["layers"][2]["kernel_lora_hada_w2_a"].get_value() == P("fsdp", None)
 
     single = nnx.clone(model)
     nnx.update(single, jax.device_get(nnx.state(single)))

@@ -45,7 +45,10 @@ def plain(params, x):
 
 
 def on_devices(params, x):
-    """The same for one device's shards: tensor parallelism by hand, and a kernel that is gathered before its use."""
+    """The same for one device's shards.
+
+    Tensor parallelism is written by hand, and one kernel is gathered before its use.
+    """
     y = jax.nn.gelu(x @ params["up"]) @ params["down"]
     y += jnp.einsum("bd,dhk->bhk", x, params["heads"]).sum((1, 2))[:, None]
     return jax.lax.psum(y, "tensor") + x @ jax.lax.all_gather(

@@ -82,7 +82,10 @@ def assert_same_bits(tree, expected):
 
 
 def saved(folder, *steps, params=None, **options):
-    """A folder with a checkpoint per step, whose arrays tell the steps apart; and the trees by step."""
+    """A folder with a checkpoint per step, and the trees by step.
+
+    The arrays tell the steps apart.
+    """
     params = dense() if params is None else params
     states = {}
     with Checkpoints(folder, keep=None) as checkpoints:

@@ -1,31 +1,33 @@
-"""The writers of `loha_jax.interop`, ended at chosen moments: run by test_crash_safety.py in a process of its own.
+"""The writers of `loha_jax.interop`, ended at chosen moments.
+
+Run by test_crash_safety.py in a process of its own.
 
     python crash_writers.py FOLDER CASES SEED [WRITER ...]
 
-Every case forks this process, which has imported everything and started nothing, so that a case takes little time. The
-result is JSON on the last line: `{check: {writer: {...}}}`. CASES is the number of kills of each writer.
+Every case forks this process, which has imported everything and started nothing, so that a case
+takes little time. The result is JSON on the last line: `{check: {writer: {...}}}`. CASES is the
+number of kills of each writer.
 """
 
 import json
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import sys
-import time
 from ctypes import CDLL, c_uint32
 from pathlib import Path
 
 import numpy as np
+from crash_child import in_child
+from crash_results import OUT, PLACE, as_read, files_of, has_result, leftovers, verdict
 from jax._src import xla_bridge
 
 import loha_jax
 from loha_jax import interop
 from loha_jax.interop.commands.convert import convert_adapter
 from loha_jax.interop.disk.checkpoint_writer import CheckpointWriter
-from loha_jax.interop.disk.paired_files import PENDING
 from loha_jax.interop.merge.files import merge_checkpoint
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
@@ -34,15 +36,13 @@ from loha_jax.tree.leaves import LoHaWeight
 
 OLD, NEW = 1, 2
 SHAPE, RANK = (48, 40), 4
-PLACE = "place"  # the folder that is watched
-OUT = "out"
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def tree(version, alpha=None, names=("default",)):
-    """An adapted tree of numpy arrays. Its shapes are the same in all versions: a mix of two would load."""
+    """An adapted tree of numpy arrays.
+
+    Its shapes are the same in all versions: a mix of two would load.
+    """
     values = np.random.default_rng(version)
     alpha = float(version if alpha is None else alpha)
     adapters = {}
@@ -119,134 +119,6 @@ WRITERS = {
 }
 
 
-# --- what is there afterwards -----------------------------------------------------------------------------------------
-
-
-def files_of(path):
-    """The content of a file or folder, without what begins with a dot."""
-    if path.is_file():
-        return {"": path.read_bytes()}
-    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
-    names = {str(p.relative_to(path)): p for p in found}
-    return {
-        name: p.read_bytes()
-        for name, p in names.items()
-        if not any(part[0] == "." for part in Path(name).parts)
-    }
-
-
-def as_read(path):
-    """The same with pending files in their places, as `load_peft` reads them."""
-    files = files_of(path)
-    for pending in path.rglob(f"{PENDING}/*") if path.is_dir() else ():
-        files[str((pending.parent.parent / pending.name).relative_to(path))] = pending.read_bytes()
-    return files
-
-
-def units(files):
-    """An adapter each, or the whole."""
-    inner = {name: data for name, data in files.items() if name.startswith("b/")}
-    return (
-        [inner, {name: data for name, data in files.items() if name not in inner}]
-        if inner
-        else [files]
-    )
-
-
-def has_result(files):
-    """Whether a reader finds anything: a checkpoint by its weights or their index, an adapter by its config."""
-    names = {Path(name).name for name in files}
-    marks = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json", ""}
-    return bool(names & marks)
-
-
-def verdict(files, old, new):
-    """Old, new or neither; of several adapters in one folder, of each."""
-    found = []
-    for n, unit in enumerate(units(files)):
-        wanted = {"old": units(old), "new": units(new)}
-        matching = [k for k, v in wanted.items() if n < len(v) and v[n] == unit]
-        if not matching and not has_result(unit):
-            matching = ["none"]
-        found += matching[:1] or ["MIX of " + ", ".join(sorted(unit))]
-    return " and ".join(sorted(set(found)))
-
-
-def leftovers(root):
-    return sorted(
-        str(p.relative_to(root)) for p in (root / PLACE).rglob(".*") if p.is_file() or p.is_dir()
-    )
-
-
-# --- cases ------------------------------------------------------------------------------------------------------------
-
-
-def in_child(run, *, point=None, kill_after=None):
-    """Runs in a fork; returns its exit status (a negative signal), what it said, and how many operations and seconds.
-
-    Args:
-        run: what is run.
-        point: it ends itself by SIGKILL before its so-and-so-many-th operation on files below the watched place.
-        kill_after: seconds after the first such operation when it is killed from here.
-    """
-    reader, writer = os.pipe()
-    said, say = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            watch(writer, point)
-            text = run() or ""
-            os.write(say, str(text).encode()[:60000])
-            os._exit(0)
-        except BaseException as error:
-            os.write(say, f"{type(error).__name__}: {error}".encode()[:60000])
-            os._exit(1)
-    os.close(writer)
-    os.close(say)
-    first = os.read(reader, 1)  # or the end
-    start = time.perf_counter()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    text = b""
-    while chunk := os.read(said, 65536):
-        text += chunk
-    _, status = os.waitpid(pid, 0)
-    seconds = time.perf_counter() - start
-    counted = first
-    while select.select([reader], [], [], 0)[0] and (chunk := os.read(reader, 65536)):
-        counted += chunk
-    os.close(reader)
-    os.close(said)
-    return os.waitstatus_to_exitcode(status), text.decode(), (len(counted), seconds)
-
-
-def watch(writer, point):
-    """Counts operations on files below the place, a byte each into a pipe, and ends the process at one of them."""
-    count = 0
-
-    def hook(event, arguments):
-        nonlocal count
-        known = event in ("open", "crash.call") or event.startswith(("os.", "shutil.", "tempfile."))
-        if not known or not (event == "crash.call" or any(PLACE in str(a) for a in arguments[:2])):
-            return
-        os.write(writer, b".")
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def audited(call):
-        def run(*arguments):
-            sys.audit("crash.call")
-            return call(*arguments)
-
-        return run
-
-    for name in ("pwrite", "fsync"):  # of which Python itself tells nothing
-        setattr(os, name, audited(getattr(os, name)))
-    sys.addaudithook(hook)
-
-
 def prepare(root):
     """The place as it was before, with nothing of an earlier case."""
     shutil.rmtree(root / PLACE, ignore_errors=True)
@@ -254,7 +126,10 @@ def prepare(root):
 
 
 def setup(root, writer):
-    """The place as it is before; the content of the old and the new result, and what making it takes."""
+    """Make the place as it is before a write.
+
+    Returns the write, the contents of the old and the new result, and what the write takes.
+    """
     make, has_old, strange = WRITERS[writer]
     sources = root.parent / "sources"
     shutil.rmtree(root, ignore_errors=True)
@@ -324,7 +199,7 @@ def kill(root, writer, cases, seed):
 
 
 def full_disk(root, writer, cases):
-    """Files may not grow past a size, as where a disk is full; then on a small disk, if one can be had."""
+    """Limit the size of files, as on a full disk; then use a small disk, if one can be had."""
     write, old, new, _, _ = setup(root, writer)
     sizes = [p.stat().st_size for p in (root / PLACE).rglob("*") if p.is_file()]
     largest, needed = max(sizes), sum(-(-size // 4096) + 1 for size in sizes)

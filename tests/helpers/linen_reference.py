@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 R, ALPHA = 3, 5.0
 
 
-# --- equal to the Flax layer with W + ΔW, by a formula written out by hand --------------------------------------------
+# --- equal to the Flax layer with W + ΔW, by a formula written out by hand ---
 
 
 def flat(p, scale):
@@ -239,7 +239,7 @@ def close(a, b):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-10)
 
 
-# --- Flax's transforms ------------------------------------------------------------------------------------------------
+# --- Flax's transforms ---
 
 
 class Block(nn.Module):

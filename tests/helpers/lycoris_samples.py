@@ -1,5 +1,9 @@
-"""Adapters that LyCORIS 4.1.3 wrote (tests/data/lycoris/README.md), their base weights and network in JAX."""
+"""Adapters that LyCORIS 4.1.3 wrote, their base weights and network in JAX.
 
+tests/data/lycoris/README.md says how they were made.
+"""
+
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -36,13 +40,20 @@ def base_params(without=()):
     )
 
 
+@functools.cache
+def kohya_state(component):
+    """The base weights of one component of the kohya files, "unet" or "te", in torch's names."""
+    state = load_file(DATA / "kohya_base.safetensors")
+    return {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")}
+
+
 def inputs():
     """The sample's inputs."""
     return load_file(DATA / "inputs_tiny.safetensors")
 
 
 def outputs(form):
-    """What LyCORIS' forward pass gave."""
+    """The outputs of LyCORIS' forward pass."""
     return load_file(DATA / f"native_{form}_out.safetensors")
 
 
@@ -86,7 +97,10 @@ def model(params, inputs):
 
 
 def trained(base, config, layouts):
-    """An adapter as `inject` makes it, with values as after training (and without compiling its initialisation)."""
+    """An adapter as `inject` makes it, with values as after training.
+
+    Its initialisation is not compiled.
+    """
     random = np.random.default_rng(0)
 
     def values(shape, mean=0.0):

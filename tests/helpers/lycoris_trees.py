@@ -1,24 +1,16 @@
 """Shared by the tests in tests/interop/exchange: models, trees and references."""
 
-import jax
 import numpy as np
 from lycoris_samples import LAYOUTS, base_params, native
 from safetensors.numpy import save_file
 
 from loha_jax import interop
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 
 
 def loaded(form, base=None):
     return interop.load_lycoris(
         native(form)[0], base_params() if base is None else base, layouts=LAYOUTS
     )
-
-
-def loha_leaves(params):
-    return [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
-    ]
 
 
 def same_tensors(ours, theirs):

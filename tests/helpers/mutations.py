@@ -1,4 +1,4 @@
-"""Files gone wrong: what a broken disk, a careless program or a stranger could have made of an adapter."""
+"""Adapters as a broken disk, a careless program or a stranger could have made them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import shutil
 
 HUGE = 2**62
 EVIL_VALUES = (
-    None, True, -1, 0, 1.5, HUGE, 10**400, float("nan"), float("inf"), "", "x" * 5000, "../../etc/passwd", "/dev/zero",
-    "\0", "(a+)+$", "(.*)*(.*)*x", "[", "(" * 3000, "all-linear", [], {}, [[]], [None], ["q", 7], {"q": -1}, {"q": "x"},
-    {"(.*a)*b": 2}, {"": 0}, {"q": HUGE}, [0] * 500,
+    None, True, -1, 0, 1.5, HUGE, 10**400, float("nan"), float("inf"),
+    "", "x" * 5000, "../../etc/passwd", "/dev/zero", "\0", "(a+)+$", "(.*)*(.*)*x", "[", "(" * 3000,
+    "all-linear", [], {}, [[]], [None], ["q", 7], {"q": -1}, {"q": "x"}, {"(.*a)*b": 2}, {"": 0},
+    {"q": HUGE}, [0] * 500,
 )  # fmt: skip
 DTYPES = (
     "F32",
@@ -173,7 +174,10 @@ def mutate_place(path, random):
 
 
 def mutate_folder(source, target, random):
-    """A copy of a folder (or file) in which one file has changed. Returns the changed file's path."""
+    """A copy of a folder (or file) in which one file has changed.
+
+    Returns the changed file's path.
+    """
     if source.is_dir():
         shutil.copytree(source, target)
     else:

@@ -1,18 +1,41 @@
-"""LoHa in numpy for the tests of Flax NNX: ΔW by PEFT's formulas, folded by hand, added to a plain model's kernels."""
+"""LoHa in numpy for the tests of Flax NNX.
+
+ΔW by PEFT's formulas, folded by hand, added to a plain model's kernels.
+"""
 
 import jax.numpy as jnp
 import numpy as np
-
-from loha_jax.nnx import AdaptedKernel
+from flax import nnx
 
 R, ALPHA = 2, 3
 F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 
-def numpy_delta(node, r=R, alpha=ALPHA, adapter="default"):
+FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+
+def place(model, path):
+    """The module that holds what a path leads to, and how the names of its siblings begin."""
+    *_, (owner, rest) = [
+        (node, path[n:])
+        for path in (path.split("/"),)
+        for n, node in enumerate(at(model, "/".join(path[:n])) for n in range(len(path)))
+        if isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List)
+    ]
+    return owner, "_".join(rest) + "_lora"
+
+
+def factors(model, path, adapter="default"):
+    """The variables of an adapter beside a kernel, by PEFT's names."""
+    owner, prefix = place(model, path)
+    prefix += "_" if adapter == "default" else f"_{adapter}_"
+    return {n: getattr(owner, prefix + n) for n in FACTORS if hasattr(owner, prefix + n)}
+
+
+def numpy_delta(model, path, r=R, alpha=ALPHA, adapter="default"):
     """ΔW in torch's shape, `[*stack, out, in, *spatial]`, from the factors by PEFT's formulas."""
-    tensors = node.adapters[adapter].items()
-    t = {n: np.asarray(v.get_value(), np.float64) for n, v in tensors if n.startswith("hada_")}
+    tensors = factors(model, path, adapter).items()
+    t = {n: np.asarray(v.get_value(), np.float64) for n, v in tensors}
     if "hada_t1" in t:
         one, two = (
             np.einsum(
@@ -61,7 +84,7 @@ def fused(delta, shape):
 
 
 def at(model, path):
-    for part in path.split("/"):
+    for part in path.split("/") if path else ():
         index = int(part) if part.isdigit() else part
         model = (
             model[index]
@@ -78,9 +101,9 @@ def targets(paths):
 def with_sums(model, adapted, folds, **settings):
     """The plain model with W + ΔW in the places of the adapted kernels."""
     for path, fold in folds.items():
-        node, variable = at(adapted, path), at(model, path)
-        assert isinstance(node, AdaptedKernel)
+        variable = at(model, path)
         weight = np.asarray(variable.get_value())
-        np.testing.assert_array_equal(weight, node.base.get_value())
-        variable.set_value(jnp.asarray(weight + fold(numpy_delta(node, **settings), weight.shape)))
+        np.testing.assert_array_equal(weight, at(adapted, path).get_value())
+        delta = numpy_delta(adapted, path, **settings)
+        variable.set_value(jnp.asarray(weight + fold(delta, weight.shape)))
     return model

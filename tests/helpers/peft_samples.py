@@ -1,15 +1,22 @@
-"""Adapters that PEFT 0.21.2 wrote, with its own numbers (tests/data/peft/README.md), as JAX trees."""
+"""Adapters that PEFT 0.21.2 wrote, with its own numbers, as JAX trees.
+
+tests/data/peft/README.md says how they were made.
+"""
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
+import loha_jax
+from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk.tensor_files import read_safetensors, read_torch_pickle
 
 ROOT = Path(__file__).parents[1] / "data" / "peft"
@@ -100,3 +107,14 @@ def flax_value(path, leaf, value):
 def torch_value(kernel):
     """A Flax kernel with torch's axes."""
     return np.moveaxis(np.asarray(kernel), (-1, -2), (0, 1))
+
+
+def two_kernels(tmp_path, **kwargs):
+    base = {
+        "lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)},
+        "lin1": {"kernel": jnp.ones((4, 2))},
+    }
+    config = LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False, **kwargs)
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    interop.save_peft(tmp_path, params)
+    return base, params

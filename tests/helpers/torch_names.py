@@ -74,7 +74,7 @@ def torch_tensors(rng, layers=2, kind="llama3", prefix=""):
 
 
 def run_loader(mapping, tensors, preprocess=None):
-    """What tunix' loader makes of torch tensors, by its own rule."""
+    """Torch tensors as tunix' loader converts them, by its own rule."""
     out = {}
     for key, value in tensors.items():
         hits = [(re.sub(p, path, key), t) for p, (path, t) in mapping.items() if re.match(p, key)]

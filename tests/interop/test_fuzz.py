@@ -1,4 +1,6 @@
-"""Thousands of broken files: each is loaded rightly or refused with a `FileError`, in bounded time, and leaves nothing.
+"""Thousands of broken files.
+
+Each is loaded rightly or refused with a `FileError`, in bounded time, and leaves nothing.
 
 python run.py test tests/interop/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
 """
@@ -36,7 +38,7 @@ class TooLong(Exception):
 
 @contextlib.contextmanager
 def watched():
-    """Ends what does not end."""
+    """End a case that does not end by itself."""
 
     def stop(*_):
         raise TooLong
@@ -51,7 +53,10 @@ def watched():
 
 
 def sources(folder):
-    """`(what, path, load)` of each real file, where load gives a tree, or None where nothing is loaded into one."""
+    """`(what, path, load)` of each real file.
+
+    `load` gives a tree. It is None where nothing is loaded into one.
+    """
     found = []
     for name in (
         "linear",
@@ -168,7 +173,10 @@ def test_the_command_line_says_what_is_wrong(tmp_path, request):
 
 
 def check(tree, whole, where):
-    """The adapted modules are among those of the whole file, with factors of their shapes' kind and finite values."""
+    """Check that the adapted modules are among those of the whole file.
+
+    Their factors have the kind of their shapes, and finite values.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(leaf)]
     wholes = {
         leaf.names: leaf for leaf in jax.tree.leaves(whole, is_leaf=is_weight) if is_weight(leaf)

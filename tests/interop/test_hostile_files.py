@@ -1,4 +1,4 @@
-"""What a stranger could put into an adapter or a checkpoint, one trick each; test_fuzz.py has the accidents."""
+"""Tricks that a stranger could put into an adapter or a checkpoint; test_fuzz.py has accidents."""
 
 import json
 import os

@@ -16,8 +16,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaDense, LoHaEinsum, LoHaEmbed
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
 
 class Two(nn.Module):
     first: Any = dataclasses.field(default_factory=dict)

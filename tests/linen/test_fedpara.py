@@ -10,8 +10,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEmbed
 
-# --- FedPara ----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.usefixtures("x64")
 @each_case
@@ -61,7 +59,10 @@ def test_fedpara_is_the_flax_layer_with_the_product_as_its_kernel(case):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_fedpara_starts_with_the_variance_of_lecun_and_he(layer, shape, fan_in, scale):
-    """The mean of W² over 400 keys, each a nearly independent sample, within 5 standard errors of scale / fan_in."""
+    """The mean of W² over 400 keys is within 5 standard errors of scale / fan_in.
+
+    Each key is a nearly independent sample.
+    """
     layer = layer.clone(fedpara=True, variance_scale=scale)
     x = jnp.zeros((1,), jnp.int32) if shape is None else jnp.zeros(shape)
     abstract = jax.eval_shape(layer.init, KEY, x)
@@ -132,7 +133,10 @@ def test_forward_mode():
     for fields in ({"init_weights": False}, {"fedpara": True}):
         layer = LoHaDense(4, r=2, forward_mode=True, **fields)
         params = layer.init(KEY, x)
-        f = lambda p, layer=layer: layer.apply(p, x)  # noqa: E731
+
+        def f(p, layer=layer):
+            return layer.apply(p, x)
+
         tangent = randomised(params)
         if "kernel" in tangent["params"]:
             tangent["params"]["kernel"] *= 0

@@ -19,8 +19,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaDense, LoHaDenseGeneral
 
-# --- loha_jax's trees, and PEFT ---------------------------------------------------------------------------------------
-
 
 class PlainTied(nn.Module):
     """The same model of Flax's own layers."""
@@ -85,7 +83,10 @@ def test_stacked_layers_come_and_go_whatever_the_axis(axis, block):
 
 
 def test_transforms_inside_of_transforms_and_stacks_of_their_own():
-    """A stack axis of the layer (2), one of a vmap (3) between in (4) and out (5) axes, one of a scan (6) before."""
+    """A stack axis of the layer (2), one of a vmap (3) and one of a scan (6).
+
+    The vmap's is between in (4) and out (5) axes, the scan's is the first.
+    """
     fields = {"features": 5, "batch_dims": (0,), "r": 2, "init_weights": False}
 
     class Body(nn.Module):
@@ -146,7 +147,8 @@ def test_a_fedpara_layer_becomes_the_plain_kernel():
         linen.from_adapted(adapted, Net().init, KEY, x)
 
 
-def test_pretrained_parameters_of_the_plain_model_go_under_the_factors():
+def test_pretrained_parameters_go_under_the_factors():
+    """Pretrained parameters of the plain model go under the factors."""
     pretrained = PlainTied().init(jax.random.key(8), IDS)
     params = unflatten_dict({**flatten_dict(Tied().init(KEY, IDS)), **flatten_dict(pretrained)})
     adapted = linen.to_adapted(params, Tied().init, KEY, IDS)

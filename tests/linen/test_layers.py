@@ -38,9 +38,8 @@ def merged(case, params, scale=ALPHA / R):
         *((n, s) for n in ("dense", "conv2d_cores") for s in ("fused", "dense")),
     ],
 )
-def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_its_kernel(
-    name, strategy
-):
+def test_equals_the_merged_flax_layer(name, strategy):
+    """Results and gradients are those of the Flax layer with the update in its kernel."""
     case = CASES[name]
     layer, plain = (make(param_dtype=jnp.float64) for make in (case.layer, case.plain))
     layer = layer.clone(strategy=strategy)
@@ -70,9 +69,11 @@ def test_results_and_gradients_are_those_of_the_flax_layer_with_the_update_in_it
 
 
 @each_case
-def test_kernel_and_bias_start_as_flax_starts_them_and_the_output_too(case):
+def test_kernel_and_bias_start_as_in_flax(case):
+    """Kernel and bias start as Flax starts them and the output too."""
     layer, plain, x = case.layer(), case.plain(), case.inputs()
-    # As users compile: unoptimised (tests/conftest.py), the same operations round differently in different programs.
+    # As users compile: unoptimised (tests/conftest.py), the same operations round differently in
+    # different programs.
     jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     y, variables = jit(lambda: layer.init_with_output(KEY, x, method=case.method))()
     y_want, want = jit(lambda: plain.init_with_output(KEY, x, method=case.method))()

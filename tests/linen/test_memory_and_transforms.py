@@ -17,8 +17,6 @@ import loha_jax
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEinsum, LoHaEmbed
 
-# --- no array of the kernel's shape -----------------------------------------------------------------------------------
-
 
 def made(compiled, *shape):
     """Operations of a program whose result has this shape."""
@@ -31,7 +29,10 @@ def made(compiled, *shape):
 
 
 def compiled_step(layer, x, method=None):
-    """Value and gradients of the factors and of a floating x; a layer without factors gives those of x alone."""
+    """Value and gradients of the factors and of a floating x.
+
+    A layer without factors gives those of x alone.
+    """
     params = jax.eval_shape(
         lambda: layer.init(KEY, jnp.zeros(x.shape, x.dtype), method=method)["params"]
     )
@@ -91,7 +92,8 @@ IMAGE = jax.ShapeDtypeStruct((1, 4, 4, 256), jnp.float32)
     ],
     ids=["dense", "general", "einsum", "attend", "lookup", "conv", "conv_cores"],
 )
-def test_no_array_of_the_kernels_shape_is_made_that_flax_does_not_make(case, x, shapes):
+def test_no_array_of_the_kernels_shape(case, x, shapes):
+    """No array of the kernel's shape is made that Flax does not make."""
     step, frozen = (compiled_step(layer, x, case.method) for layer in (case.layer(), case.plain()))
     for shape in shapes:
         for order in (shape, shape[::-1]):
@@ -145,7 +147,9 @@ def test_vmap_over_parameters_and_over_inputs():
     np.testing.assert_allclose(got, layer.apply({"params": params}, x), rtol=1e-6, atol=1e-6)
 
 
-def test_share_scope_puts_the_parameters_beside_the_parents_which_start_as_ever():
+def test_share_scope():
+    """`share_scope` puts the parameters beside the parent's, which start as ever."""
+
     class Parent(nn.Module):
         dense: Any
 

@@ -11,7 +11,7 @@ from scipy import stats
 from loha_jax import linen
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEmbed
 
-# --- partitioning -----------------------------------------------------------------------------------------------------
+# --- partitioning ---
 
 
 @pytest.mark.parametrize("wrap", [nn.with_partitioning, nn.with_logical_partitioning])
@@ -108,7 +108,7 @@ def test_logical_rules_map_the_names():
     assert mesh_specs["params"]["hada_w1_a"] == jax.sharding.PartitionSpec("model", None)
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 def update_of(layer, params, **kwargs):
@@ -117,7 +117,8 @@ def update_of(layer, params, **kwargs):
     return np.asarray(layer.apply({"params": params}, jnp.eye(params["kernel"].shape[0]), **kwargs))
 
 
-def test_rank_dropout_drops_outputs_and_module_dropout_all_of_them():
+def test_rank_and_module_dropout():
+    """Rank dropout drops outputs and module dropout all of them."""
     layer = LoHaDense(400, r=2, rank_dropout=0.3, init_weights=False, use_bias=False)
     params = layer.init(KEY, jnp.ones((1, 5)), deterministic=True)["params"]
     whole = update_of(layer, params, deterministic=True)
@@ -156,7 +157,8 @@ def whole_params(features):
     ]
 
 
-def test_dropout_in_a_scan_draws_per_layer_and_an_own_rng_collection_is_used():
+def test_dropout_in_a_scan():
+    """Dropout in a scan draws per layer and an own rng collection is used."""
     x = jnp.ones((1, 6))
     fields = {"r": 2, "init_weights": False, "rank_dropout": 0.5, "deterministic": False}
     model = Scanned(fields={"fields": fields})

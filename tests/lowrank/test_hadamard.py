@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+from random_arrays import normal
 
 from loha_jax import hada_weight, hada_weight_cp, khatri_rao_columns, khatri_rao_rows
 
-sizes = st.sampled_from([1, 2, 5])
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
+VALUES = (1, 2, 5)
+# (o, i, r): each pair of values of two of them stands in one of the nine.
+SIZES = [(VALUES[n], VALUES[m], VALUES[(n + m) % 3]) for n in range(3) for m in range(3)]
+SPATIAL = [(3, 3), (3, 1), (1, 3), (4, 1), (5,), (2, 2, 2)]
 
 
 def flat_factors(o, i, r, stack=()):
@@ -50,24 +49,27 @@ def assert_same_derivatives(fn, reference, args, bound=1e-12):
         )
 
 
-@settings(max_examples=20)
-@given(sizes, sizes, sizes)
-def test_hada_weight_and_its_gradients_equal_autodiff_in_float64(o, i, r):
+@pytest.mark.parametrize(("o", "i", "r"), SIZES)
+def test_hada_weight_equals_autodiff(o, i, r):
+    """`hada_weight` and its gradients equal autodiff in float64."""
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (*flat_factors(o, i, r), np.array(1.7))]
         assert_same_derivatives(hada_weight, plain, args)
 
 
-@settings(max_examples=30)
-@given(sizes, sizes, sizes, st.sampled_from([(3, 3), (3, 1), (1, 3), (4, 1), (5,), (2, 2, 2)]))
-def test_hada_weight_cp_and_its_gradients_equal_autodiff_in_float64(o, i, r, spatial):
+@pytest.mark.parametrize(
+    ("o", "i", "r", "spatial"),
+    # each value of each of the three with every kernel
+    [(*SIZES[3 * n + (n + k) % 3], space) for k, space in enumerate(SPATIAL) for n in range(3)],
+)
+def test_hada_weight_cp_equals_autodiff(o, i, r, spatial):
+    """`hada_weight_cp` and its gradients equal autodiff in float64."""
     with jax.enable_x64(True):
         args = [jnp.asarray(x) for x in (*cp_factors(o, i, r, spatial), np.array(0.6))]
         assert_same_derivatives(hada_weight_cp, plain_cp, args)
 
 
-@settings(max_examples=20)
-@given(sizes, sizes, sizes)
+@pytest.mark.parametrize(("o", "i", "r"), SIZES)
 def test_khatri_rao_factors_multiply_to_the_update(o, i, r):
     with jax.enable_x64(True):
         a1, b1, a2, b2 = map(jnp.asarray, flat_factors(o, i, r, (2,)))
@@ -135,3 +137,9 @@ def test_cp_shapes_that_do_not_fit_are_named():
         hada_weight_cp(jnp.ones((3, 2, 3, 3)), *good[1:])
     with pytest.raises(ValueError, match="two factors differ"):
         hada_weight_cp(*good[:3], jnp.ones((2, 2, 1, 3)), *good[4:])
+
+
+def test_shapes_in_annotations_are_checked():
+    """Wrong shapes that would broadcast in silence are errors under test."""
+    with pytest.raises(TypeCheckError, match="khatri_rao_rows"):
+        khatri_rao_rows(jnp.ones((5, 2)), jnp.ones((1, 2)))

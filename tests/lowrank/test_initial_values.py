@@ -1,4 +1,7 @@
-"""Every bound and standard deviation of PEFT's and LyCORIS' initialisation, by statistics with computed bounds."""
+"""Every bound and standard deviation of PEFT's and LyCORIS' initialisation.
+
+They are tested by statistics with computed bounds.
+"""
 
 import hashlib
 import math
@@ -12,7 +15,8 @@ from scipy import stats
 import loha_jax
 from loha_jax.lowrank.initial_values import factor_shapes, init_factors
 
-# Shapes and bounds from PEFT's kaiming_uniform_(a=sqrt(5)): 1/sqrt(shape[1] * prod(shape[2:])) of each factor.
+# Shapes and bounds from PEFT's kaiming_uniform_(a=sqrt(5)): 1/sqrt(shape[1] * prod(shape[2:])) of
+# each factor.
 LINEAR = (
     factor_shapes(300, 400, (), 16, False),
     {"w1_a": 16, "w1_b": 400, "w2_a": 16, "w2_b": 400},

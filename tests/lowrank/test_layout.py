@@ -197,12 +197,13 @@ def test_default_layouts(shapes, path, word):
         ),
     ],
 )
-def test_ambiguous_kernels_are_errors_that_say_how_to_settle_them(shapes, path):
+def test_ambiguous_kernels_are_errors(shapes, path):
+    """Ambiguous kernels are errors that say how to settle them."""
     with pytest.raises(ValueError, match=r"could be several things.*layouts=.*infer_layouts"):
         default_layout(shapes[path], path, shapes)
 
 
-def test_scanned_experts_are_refused_until_the_model_says_what_they_are():
+def test_scanned_experts_need_a_layout():
     """[layers, experts, in, out], square: silently a Conv2d of 2 x 3 taps otherwise."""
     random = np.random.default_rng(0)
     tree = {"layers": {"experts": {"kernel": random.normal(size=(2, 3, 4, 4)).astype(np.float32)}}}
@@ -248,7 +249,8 @@ def test_a_scan_over_axis_1_is_refused_until_the_model_says_so(shape):
         {"pointwise_conv": {"kernel": (3, 6, 6)}, "norm": {"scale": (3, 6)}},
     ],
 )
-def test_stacked_dense_layers_called_convolutions_are_no_convolution(tree):
+def test_stacked_dense_layers_called_convolutions(tree):
+    """Stacked dense layers called convolutions are no convolution."""
     params = jax.tree.map(jnp.ones, tree, is_leaf=lambda node: isinstance(node, tuple))
     config = loha_jax.LoHaConfig(r=2, target_modules=["pointwise_conv"])
     with pytest.raises(ValueError, match=r"pointwise_conv.*'sio'.*'kio'"):

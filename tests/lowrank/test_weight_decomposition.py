@@ -1,20 +1,25 @@
-"""Weight decomposition against its formula on the dense weight, W + m (d/‖W + ΔW‖ (W + ΔW) - W), in float64."""
+"""Weight decomposition against its formula on the dense weight, in float64.
+
+W + m (d/‖W + ΔW‖ (W + ΔW) - W)
+"""
 
 import dataclasses
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 import loha_jax
 from loha_jax import LycorisConfig
 
 KEY = jax.random.key(0)
+
+
+def product(p, x):
+    return x @ p["q"]["kernel"]
 
 
 def conv(x, w, groups=1, space="HW"):
@@ -33,7 +38,8 @@ def scanned(w, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
 
-# name: (function of (w, x), kernel shape, layout, x shape, cores, whether norms per in feature have a factored form)
+# name: (function of (w, x), kernel shape, layout, x shape, cores, whether norms per in feature have
+# a factored form)
 USES = {
     "dense": (lambda w, x: x @ w, (4, 6), "io", (5, 4), False, True),
     "transposed": (lambda w, x: x @ w.T, (6, 4), "oi", (5, 4), False, True),
@@ -112,7 +118,10 @@ USES = {
 
 
 def decomposed(shape, layout, on_out, cp=False, **kwargs):
-    """A tree of one kernel with every trained array drawn at random; an update about as large as the weight."""
+    """A tree of one kernel with every trained array drawn at random.
+
+    An update about as large as the weight.
+    """
     random = np.random.default_rng(3)
     base = {"q": {"kernel": jnp.asarray(random.standard_normal(shape))}}
     config = LycorisConfig(
@@ -127,7 +136,10 @@ def decomposed(shape, layout, on_out, cp=False, **kwargs):
     layouts = {"q": layout}
     params = loha_jax.inject(base, config, key=KEY, layouts=layouts)
     mask = loha_jax.trainable_mask(params)
-    draw = lambda x, m: jnp.asarray(0.5 + random.random(x.shape)) if m else x  # noqa: E731
+
+    def draw(x, m):
+        return jnp.asarray(0.5 + random.random(x.shape)) if m else x
+
     return jax.tree.map(draw, params, mask)
 
 
@@ -187,7 +199,10 @@ def test_values_and_gradients_are_those_of_the_formula(use, on_out, x64):
     function, shape, layout, x_shape, cp, in_is_factored = USES[use]
     params = decomposed(shape, layout, on_out, cp, use_scalar=use in ("dense", "scan", "conv"))
     x = jnp.asarray(np.random.default_rng(4).standard_normal(x_shape))
-    fn = lambda p, x: function(p["q"]["kernel"], x)  # noqa: E731
+
+    def fn(p, x):
+        return function(p["q"]["kernel"], x)
+
     want = value_and_gradient(lambda p, x: function(formula(p["q"]["kernel"]), x), params, x)
     base = fn(loha_jax.unload(params), x)
     assert np.abs(want[0] - base).max() > 0.1
@@ -204,15 +219,16 @@ def test_forward_mode(x64):
     )
     trainable, frozen = loha_jax.partition(params)
     tangents = jax.tree.map(jnp.ones_like, trainable)
-    product = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
-    run = lambda apply: jax.jvp(
-        lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,)
-    )  # noqa: E731
+
+    def run(apply):
+        return jax.jvp(lambda t: apply(loha_jax.combine(t, frozen), x), (trainable,), (tangents,))
+
     want = run(lambda p, x: x @ formula(p["q"]["kernel"]))
     assert_close(run(loha_jax.adapt(product, strategy="factored", forward_mode=True)), want)
 
 
-def test_a_new_adapter_is_the_base_to_rounding_and_multiplier_0_is_the_base_exactly(x64):
+def test_a_new_decomposition_is_the_base(x64):
+    """A new adapter is the base to rounding and multiplier 0 is the base exactly."""
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)))
     config = LycorisConfig(r=2, target_modules=["q"], weight_decompose=True)
     params = loha_jax.inject({"q": {"kernel": kernel}}, config, key=KEY)
@@ -238,10 +254,10 @@ def test_two_adapters_add_their_differences_from_the_base(x64):
     want = formula(leaf) + formula(other) - leaf.kernel
     np.testing.assert_allclose(loha_jax.merge(both)["q"]["kernel"], want, rtol=1e-12)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 4)))
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
     for strategy in ("factored", "fused"):
         np.testing.assert_allclose(
-            loha_jax.adapt(fn, strategy=strategy)(both, x), x @ want, rtol=1e-11
+            loha_jax.adapt(product, strategy=strategy)(both, x), x @ want, rtol=1e-11
         )
 
 
@@ -283,7 +299,10 @@ def test_each_row_through_its_own_adapter():
 
 @pytest.mark.parametrize("on_out", [True, False], ids=["out", "in"])
 def test_nothing_of_the_kernels_shape_is_made_but_its_squares(on_out):
-    """ΔW is not built for the norms either: the compiled step squares W and multiplies with r² columns."""
+    """ΔW is not built for the norms either.
+
+    The compiled step squares W and multiplies with r² columns.
+    """
     width = 512
     base = {str(n): {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)} for n in range(2)}
     config = LycorisConfig(r=3, target_modules=["0", "1"], weight_decompose=True, wd_on_out=on_out)
@@ -295,7 +314,10 @@ def test_nothing_of_the_kernels_shape_is_made_but_its_squares(on_out):
 
     params = loha_jax.inject(base, config, key=KEY)
     trainable, frozen = loha_jax.partition(params)
-    loss = lambda t, f, x: loha_jax.adapt(forward)(loha_jax.combine(t, f), x).sum()  # noqa: E731
+
+    def loss(t, f, x):
+        return loha_jax.adapt(forward)(loha_jax.combine(t, f), x).sum()
+
     x = jax.ShapeDtypeStruct((64, width), jnp.float32)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, x).compile()
     entry = re.split(r"\n\s*ENTRY ", compiled.as_text())[
@@ -323,7 +345,8 @@ def test_bfloat16_bases_and_kernels_are_decomposed_in_float32():
     )
 
 
-def test_dropped_modules_are_the_base_and_dropped_rows_the_bases_at_the_trained_norm():
+def test_dropout_of_decomposed_weights():
+    """Dropped modules are the base and dropped rows the base's at the trained norm."""
     params = decomposed((4, 6), "io", True, module_dropout=0.5)
     leaf = params["q"]["kernel"]
     seen = set()
@@ -345,38 +368,3 @@ def test_dropped_modules_are_the_base_and_dropped_rows_the_bases_at_the_trained_
     is_kept = np.isclose(merged, kept, rtol=1e-4).all(0)
     np.testing.assert_allclose(merged, jnp.where(is_kept, kept, rows), rtol=1e-4)
     assert 0 < is_kept.sum() < 6
-
-
-def test_nnx_and_linen_models_train_the_norms():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.q = nnx.Linear(4, 6, rngs=rngs)
-
-        def __call__(self, x):
-            return self.q(x)
-
-    config = LycorisConfig(
-        r=2, target_modules=["q"], weight_decompose=True, use_scalar=True, init_weights="lycoris"
-    )
-    model = loha_jax.nnx.inject(Model(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
-    x = jax.random.normal(KEY, (3, 4))
-    state = nnx.state(model, loha_jax.nnx.LoHaParam)
-    assert {path[-1] for path, _ in nnx.to_flat_state(state)} >= {
-        "dora_scale",
-        "scalar",
-        "hada_w1_a",
-    }
-    gradient = nnx.grad(lambda m, x: m(x).sum(), argnums=nnx.DiffState(0, loha_jax.nnx.LoHaParam))(
-        model, x
-    )
-    flat = {path[-1]: jnp.abs(value[...]).max() for path, value in nnx.to_flat_state(gradient)}
-    assert flat["dora_scale"] > 0
-    assert flat["scalar"] > 0
-    module = nn.Dense(6)
-    tree = {"q": module.init(KEY, x)["params"]}
-    params = loha_jax.inject(tree, config, key=KEY)
-    np.testing.assert_allclose(
-        loha_jax.adapt(module.apply)({"params": params["q"]}, x),
-        module.apply({"params": tree["q"]}, x),
-        rtol=1e-5,
-    )

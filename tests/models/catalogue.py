@@ -9,7 +9,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.models import diffusers_twins, framework_twins, real_weights, transformers_twins
+from tests.models import (
+    diffusers_twins,
+    framework_twins,
+    media_twins,
+    real_weights,
+    transformers_twins,
+)
 from tests.models.twins import Size, Twins
 
 
@@ -50,7 +56,8 @@ def _convolutions(build: Callable[[Size], Twins], *targets: str, **more: Any) ->
     ]
 
 
-_hf, _sd, _other = transformers_twins, diffusers_twins, framework_twins
+_hf, _media = transformers_twins, media_twins
+_sd, _other = diffusers_twins, framework_twins
 _TEXT = ("k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2")
 _UNET = ("proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 _UNET_CONVOLUTIONS = (
@@ -97,7 +104,9 @@ CASES: dict[str, Case] = {
                 "down_proj",
                 "lm_head",
             ),
-            quirk="FlaxLlama ignores rope_theta and leaves a tied lm_head random: 10,000 and untied",
+            quirk=(
+                "FlaxLlama ignores rope_theta and leaves a tied lm_head random: 10,000 and untied"
+            ),
         ),
         *_linear(
             _hf.mistral,
@@ -116,31 +125,44 @@ CASES: dict[str, Case] = {
         ),
         *_linear(_hf.t5_gated, *"qkvo", "wi_0", "wi_1", "wo", "lm_head", quirk="as t5"),
         *_linear(_hf.bart, *_TEXT),
-        *_convolutions(_hf.vit, "projection", "query", "key", "value", "dense"),
-        *_convolutions(_hf.beit, "projection", "query", "key", "value", "dense"),
-        *_convolutions(_hf.dinov2, "projection", "query", "key", "value", "dense", "fc1", "fc2"),
-        *_convolutions(_hf.resnet, "convolution"),
+        *_convolutions(_media.vit, "projection", "query", "key", "value", "dense"),
+        *_convolutions(_media.beit, "projection", "query", "key", "value", "dense"),
+        *_convolutions(_media.dinov2, "projection", "query", "key", "value", "dense", "fc1", "fc2"),
+        *_convolutions(_media.resnet, "convolution"),
         *_convolutions(
-            _hf.resnet_basic,
+            _media.resnet_basic,
             "convolution",
-            quirk="transformers cannot load it (layer_0 is torch's layer.0); load_base and NameMap do",
+            quirk=(
+                "transformers cannot load it (layer_0 is torch's layer.0); load_base and NameMap do"
+            ),
         ),
-        *_convolutions(_hf.regnet, "convolution"),
-        *_convolutions(_hf.clip, "patch_embedding", *_TEXT, "text_projection", "visual_projection"),
+        *_convolutions(_media.regnet, "convolution"),
         *_convolutions(
-            _hf.whisper,
+            _media.clip, "patch_embedding", *_TEXT, "text_projection", "visual_projection"
+        ),
+        *_convolutions(
+            _media.whisper,
             *("conv1", "conv2", *_TEXT),
-            quirk="PEFT's Conv1d has no .stride, which WhisperEncoder reads: it is lent that of the layer inside",
+            quirk=(
+                "PEFT's Conv1d has no .stride, which WhisperEncoder reads: it is lent that of "
+                "the layer inside"
+            ),
             peft_stride=True,
         ),
         *_convolutions(
-            _hf.wav2vec2,
+            _media.wav2vec2,
             config={
-                "target_modules": r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj|out_proj)"
+                "target_modules": (
+                    r".*\.conv_layers\.\d+\.conv|.*\.(projection|\w+_dense|[kqv]_proj"
+                    r"|out_proj)"
+                )
             },
-            quirk="pos_conv_embed is left out: its stored weights are weight_v and weight_g, no kernel",
+            quirk=(
+                "pos_conv_embed is left out: its stored weights are weight_v and weight_g, no "
+                "kernel"
+            ),
         ),
-        *_linear(_hf.clip_text, *_TEXT, config=_STABLE_DIFFUSION),
+        *_linear(_media.clip_text, *_TEXT, config=_STABLE_DIFFUSION),
         *_convolutions(_sd.unet, *_UNET, *_UNET_CONVOLUTIONS, config=_STABLE_DIFFUSION),
         *_linear(_sd.unet_linear, *_UNET, config=_STABLE_DIFFUSION),
         *_convolutions(
@@ -164,7 +186,10 @@ CASES: dict[str, Case] = {
         *_linear(
             _other.keras_bert,
             *("query", "key", "value", "dense"),
-            quirk="keras-hub's gelu is that by tanh, whatever the checkpoint says: PyTorch's is set to it",
+            quirk=(
+                "keras-hub's gelu is that by tanh, whatever the checkpoint says: PyTorch's is "
+                "set to it"
+            ),
         ),
     ]
 }
@@ -196,4 +221,7 @@ REAL_CASES: dict[str, Case] = {
         ),
     ]
 }
-"""Real weights, of packages that may not be installed; the size of a `Trial` counts for the seed alone."""
+"""Real weights, of packages that may not be installed.
+
+The size of a `Trial` counts only for the seed.
+"""

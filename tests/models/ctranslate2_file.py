@@ -36,7 +36,9 @@ class _Reader:
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:
-    """The variables of a `model.bin`: its version, the model's kind and revision, their number, then each in turn.
+    """The variables of a `model.bin`.
+
+    Its version, the model's kind and revision, their number, then each in turn.
 
     Raises:
         ValueError: the file is of another version of the format.
@@ -50,7 +52,10 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
 
 
 def whisper_weights(variables: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    """transformers' state dict. CTranslate2 fuses q, k and v (k and v where another sequence is attended to)."""
+    """transformers' state dict.
+
+    CTranslate2 fuses q, k and v (k and v where another sequence is attended to).
+    """
     weights: dict[str, np.ndarray] = {}
 
     def put(name: str, values: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""Stable Diffusion's parts: diffusers' PyTorch models and their Flax twins (0.39 is the last release with these)."""
+"""Stable Diffusion's parts in diffusers: PyTorch models and their Flax twins.
+
+0.39 is the last release that has these.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +50,14 @@ def _twins(
 
 
 def unet(size: Size, exact: bool = False, **more: Any) -> Twins:
-    """Stable Diffusion's denoiser: residual blocks of convolutions, and transformers that see the text.
+    """Stable Diffusion's denoiser.
 
-    diffusers' Flax model computes another function: its transformers' group norms add 1e-5 to the variance where
-    PyTorch's add 1e-6, and its gelu is the approximation by tanh. The outputs of a tiny model differ by 5e-5 for it.
-    The PyTorch twin here is set to do the same, unless it is to be `exact`ly what diffusers makes.
+    Residual blocks of convolutions, and transformers that see the text.
+
+    diffusers' Flax model computes another function: its transformers' group norms add 1e-5 to the
+    variance where PyTorch's add 1e-6, and its gelu is the approximation by tanh. The outputs of a
+    tiny model differ by 5e-5 for it. The PyTorch twin here is set to do the same, unless it is to
+    be `exact`ly what diffusers makes.
     """
     width = size.width
     config = {

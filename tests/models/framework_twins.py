@@ -124,7 +124,10 @@ class TorchStack(torch.nn.Module):
 
 
 def haiku(size: Size) -> Twins:
-    """A Haiku model whose layers are stacked by `layer_stack`: one kernel `sio` for all of them, one adapter each."""
+    """A Haiku model whose layers are stacked by `layer_stack`.
+
+    One kernel `sio` for all of them, one adapter each.
+    """
 
     def forward(x: Any) -> Any:
         x = hk.Conv2D(size.width, 3, padding="VALID", data_format="NCHW", name="conv")(x)
@@ -171,18 +174,30 @@ def haiku(size: Size) -> Twins:
 
 
 _KERAS_BERT = {
-    r"transformer_layer_(\d+)\.self_attention_layer\.(query|key|value)": r"encoder.layer.\1.attention.self.\2",
-    r"transformer_layer_(\d+)\.self_attention_layer\.attention_output": r"encoder.layer.\1.attention.output.dense",
-    r"transformer_layer_(\d+)\.feedforward_intermediate_dense": r"encoder.layer.\1.intermediate.dense",
+    r"transformer_layer_(\d+)\.self_attention_layer\.(query|key|value)": (
+        r"encoder.layer.\1.attention.self."
+        r"\2"
+    ),
+    r"transformer_layer_(\d+)\.self_attention_layer\.attention_output": (
+        r"encoder.layer.\1.attention.output."
+        r"dense"
+    ),
+    r"transformer_layer_(\d+)\.feedforward_intermediate_dense": (
+        r"encoder.layer.\1.intermediate."
+        r"dense"
+    ),
     r"transformer_layer_(\d+)\.feedforward_output_dense": r"encoder.layer.\1.output.dense",
     "pooled_dense": "pooler.dense",
 }
 
 
 def keras_bert(size: Size) -> Twins:
-    """keras-hub's BERT, which reads the checkpoint of the PyTorch one; its attention's kernels have three axes.
+    """keras-hub's BERT, which reads the checkpoint of the PyTorch one.
 
-    It computes every gelu by tanh, whatever the checkpoint's config says: the PyTorch model is told to.
+    Its attention's kernels have three axes.
+
+    It computes every gelu by tanh, whatever the checkpoint's config says: the PyTorch model is told
+    to.
     """
     config = hf.BertConfig(
         vocab_size=VOCABULARY,

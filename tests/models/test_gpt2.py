@@ -7,10 +7,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from leaves import loha_leaves
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from tests.models.transformers_twins import gpt2
 from tests.models.trial import OUTPUT, random_factors, require_close, require_moved
 from tests.models.twins import Size
@@ -37,18 +37,15 @@ def adapted(twins, request):
     return random_factors(params, np.random.default_rng(request.config.option.models_seed))
 
 
-def weights(params):
-    return [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
-    ]
-
-
 def test_flax_keeps_the_kernels_as_out_in(twins, adapted):
-    """FlaxConv1D's kernels are [out, in], unlike those of every Dense; the name map says so, and so does the model."""
-    assert {leaf.layout.word for leaf in weights(adapted)} == {"oi"}
+    """FlaxConv1D's kernels are [out, in], unlike those of every Dense.
+
+    The name map says so, and so does the model.
+    """
+    assert {leaf.layout.word for leaf in loha_leaves(adapted)} == {"oi"}
     inferred = loha_jax.infer_layouts(twins.fn, twins.params, twins.inputs)
-    assert {inferred[leaf.label] for leaf in weights(adapted)} == {"oi"}
-    attention = next(leaf for leaf in weights(adapted) if leaf.label.endswith("c_attn"))
+    assert {inferred[leaf.label] for leaf in loha_leaves(adapted)} == {"oi"}
+    attention = next(leaf for leaf in loha_leaves(adapted) if leaf.label.endswith("c_attn"))
     width = twins.module.config.n_embd
     assert attention.adapters["default"].hada_w1_a.shape == (3 * width, 4)
 
@@ -57,7 +54,7 @@ def test_the_output_is_that_of_pytorch_with_the_update_added(twins, adapted):
     """The formula in numpy, on PyTorch's model: its Conv1D holds [in, out]."""
     state = interop.to_peft_state_dict(adapted)
     module = copy.deepcopy(twins.module)
-    for leaf in weights(adapted):
+    for leaf in loha_leaves(adapted):
         a, b, c, d = (
             state[f"base_model.model.{leaf.label}.hada_{part}"]
             for part in ("w1_a", "w1_b", "w2_a", "w2_b")

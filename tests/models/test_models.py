@@ -8,12 +8,12 @@ import copy
 import jax
 import peft
 import pytest
+from leaves import loha_leaves
 
 import loha_jax
 from loha_jax import LoHaConfig
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from tests.models.catalogue import CASES
-from tests.models.transformers_twins import wav2vec2
+from tests.models.media_twins import wav2vec2
 from tests.models.trial import CHECKS, Trial
 from tests.models.twins import Size
 
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.slow,
     # The last releases of transformers and diffusers with Flax say on import that they are.
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
-    # PEFT asks the Hugging Face hub, which cannot be reached, whether the base model's vocabulary was enlarged.
+    # PEFT asks the Hugging Face hub, which cannot be reached, whether the base model's vocabulary
+    # was enlarged.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
@@ -45,13 +46,7 @@ def test_adapters_go_both_ways(trial, check):
 
 
 def kernels(params):
-    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    return {
-        name: leaf.layout.word
-        for leaf in leaves
-        if isinstance(leaf, LoHaWeight)
-        for name in leaf.names
-    }
+    return {name: leaf.layout.word for leaf in loha_leaves(params) for name in leaf.names}
 
 
 def injected(twins, config, layouts):
@@ -76,7 +71,8 @@ def test_all_linear_is_what_peft_calls_so(trial):
         copy.deepcopy(twins.module), peft.LoHaConfig(**config)
     ).targeted_module_names
     if trial.case.build is wav2vec2:
-        # PEFT leaves out what a model says is its output embedding. Wav2Vec2ForCTC says nothing of its lm_head.
+        # PEFT leaves out what a model says is its output embedding. Wav2Vec2ForCTC says nothing of
+        # its lm_head.
         theirs.remove("lm_head")
     inferred = loha_jax.infer_layouts(twins.fn, twins.params, twins.inputs)
     for layouts in (inferred, twins.layouts):

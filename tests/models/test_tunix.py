@@ -1,4 +1,7 @@
-"""google-tunix' NNX language models, unmodified, beside their PyTorch twins: weights, adapters both ways, training."""
+"""google-tunix' NNX language models, unmodified, beside their PyTorch twins.
+
+Weights, adapters both ways, training.
+"""
 
 import dataclasses
 import importlib
@@ -59,7 +62,10 @@ GEMMA = {**TUNIX, "num_embed": VOCABULARY}
 
 
 def tunix(name):
-    """A module of tunix' models. tunix itself imports its trainers, and so all that they depend on."""
+    """A module of tunix' models.
+
+    tunix itself imports its trainers, and so all that they depend on.
+    """
     if "tunix" not in sys.modules:
         spec = importlib.util.find_spec("tunix")
         if spec is None:
@@ -149,7 +155,7 @@ def gemma3(remat):
 
 @dataclasses.dataclass
 class Pair:
-    """A PyTorch model, the same in tunix with its weights, and the names that lead from one to the other."""
+    """A PyTorch model, the same in tunix with its weights, and the names between them."""
 
     torch: torch.nn.Module
     jax: nnx.Module

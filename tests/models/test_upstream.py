@@ -1,4 +1,7 @@
-"""What other libraries do differently, and the catalogue works around: each test fails once they no longer do."""
+"""Deviations of other libraries that the catalogue works around.
+
+Each test fails once the deviation is gone.
+"""
 
 import copy
 
@@ -13,7 +16,8 @@ import loha_jax
 from loha_jax import LoHaConfig, interop
 from tests.models.catalogue import CASES
 from tests.models.diffusers_twins import unet
-from tests.models.transformers_twins import electra, mistral, of_module, resnet_basic, t5, wav2vec2
+from tests.models.media_twins import resnet_basic, wav2vec2
+from tests.models.transformers_twins import electra, mistral, of_module, t5
 from tests.models.trial import OUTPUT, Trial, distance, require_close, require_moved
 from tests.models.twins import Size
 
@@ -89,7 +93,9 @@ def test_transformers_loads_no_basic_resnet(size, tmp_path):
 
 
 def test_diffusers_flax_unet_is_another_function():
-    """Its group norms' epsilon and its gelu: beside diffusers' own PyTorch UNet, adapted models differ as bases do.
+    """Its group norms' epsilon and its gelu.
+
+    Beside diffusers' own PyTorch UNet, adapted models differ as bases do.
 
     The catalogue's twin computes what the Flax model computes, and is then within 1e-6.
     """
@@ -104,7 +110,7 @@ def test_diffusers_flax_unet_is_another_function():
 
 
 def test_pefts_conv1d_hides_the_stride_that_whisper_reads():
-    """Merged it works: these are the outputs that the catalogue compares un-merged, with the stride lent."""
+    """These outputs are merged; the catalogue compares them un-merged, with the stride lent."""
     trial = Trial(CASES["whisper-conv"], Size())
     opened = trial.opened
     for module in opened.modules():
@@ -120,9 +126,12 @@ def test_pefts_conv1d_hides_the_stride_that_whisper_reads():
 
 
 def test_a_convolution_with_weight_norm_has_no_kernel_to_adapt(size, tmp_path):
-    """Wav2Vec2's positional convolution: PEFT adapts the weight that torch makes of it, Flax stores none.
+    """Wav2Vec2's positional convolution.
 
-    A target that names it matches nothing here, and PEFT's file for it does not load: nothing is left out silently.
+    PEFT adapts the weight that torch makes of it, Flax stores none.
+
+    A target that names it matches nothing here, and PEFT's file for it does not load: nothing is
+    left out silently.
     """
     twins = wav2vec2(size)
     config = {"r": 2, "target_modules": r".*(pos_conv_embed\.conv|q_proj)"}

@@ -1,4 +1,7 @@
-"""Hugging Face transformers' PyTorch models and their Flax twins (4.57 is the last release that has these)."""
+"""Hugging Face transformers' PyTorch models and their Flax twins.
+
+4.57 is the last release that has these.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ import transformers as hf
 
 from loha_jax.interop import NameMap, load_base
 from tests.models.twins import VOCABULARY, Size, Twins, seeded
-
-IMAGE = 32  # pixels a side
 
 
 def from_config(
@@ -38,7 +39,10 @@ def of_module(
     output: str = "logits",
     tied: Mapping[str, str] | None = None,
 ) -> Twins:
-    """A PyTorch model and its Flax twin, which reads the same checkpoint; `tied` as for `load_base`."""
+    """A PyTorch model and its Flax twin, which reads the same checkpoint.
+
+    `tied` as for `load_base`.
+    """
     flax_model = flax_class(module.config, _do_init=False)
     names = NameMap.transformers(module.config.model_type)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +62,7 @@ def of_module(
     )
 
 
-def _encoder_sizes(size: Size) -> dict[str, Any]:
+def encoder_sizes(size: Size) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": size.width,
@@ -71,7 +75,7 @@ def _encoder_sizes(size: Size) -> dict[str, Any]:
 
 
 def bert(size: Size) -> Twins:
-    config = hf.BertConfig(**_encoder_sizes(size), num_labels=3)
+    config = hf.BertConfig(**encoder_sizes(size), num_labels=3)
     inputs = {"input_ids": size.ids()}
     return from_config(
         hf.BertForSequenceClassification, hf.FlaxBertForSequenceClassification, config, inputs, size
@@ -79,7 +83,7 @@ def bert(size: Size) -> Twins:
 
 
 def roberta(size: Size) -> Twins:
-    config = hf.RobertaConfig(**_encoder_sizes(size), num_labels=3)
+    config = hf.RobertaConfig(**encoder_sizes(size), num_labels=3)
     inputs = {"input_ids": size.ids()}
     classes = hf.RobertaForSequenceClassification, hf.FlaxRobertaForSequenceClassification
     return from_config(*classes, config, inputs, size)
@@ -99,9 +103,12 @@ def distilbert(size: Size) -> Twins:
 
 
 def electra(size: Size) -> Twins:
-    """FlaxElectra takes all tokens for a second sentence's by default, PyTorch for the first one's: both are told."""
+    """FlaxElectra takes all tokens for a second sentence's by default, PyTorch for the first one's.
+
+    Both are told.
+    """
     ids = size.ids()
-    config = hf.ElectraConfig(**_encoder_sizes(size), embedding_size=size.width // 2)
+    config = hf.ElectraConfig(**encoder_sizes(size), embedding_size=size.width // 2)
     classes = hf.ElectraForSequenceClassification, hf.FlaxElectraForSequenceClassification
     return from_config(
         *classes, config, {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}, size
@@ -177,7 +184,7 @@ def bloom(size: Size) -> Twins:
 
 def _decoder_sizes(size: Size) -> dict[str, Any]:
     return {
-        **_encoder_sizes(size),
+        **encoder_sizes(size),
         "num_key_value_heads": size.heads // 2,
         "head_dim": size.width // size.heads,
         "tie_word_embeddings": False,
@@ -185,7 +192,10 @@ def _decoder_sizes(size: Size) -> dict[str, Any]:
 
 
 def llama(size: Size) -> Twins:
-    """FlaxLlama computes with a rotary base of 10,000 whatever the config says, and leaves a tied lm_head random."""
+    """FlaxLlama computes with a rotary base of 10,000 whatever the config says.
+
+    It leaves a tied lm_head random.
+    """
     config = hf.LlamaConfig(**_decoder_sizes(size), rope_theta=10_000.0)
     return from_config(
         hf.LlamaForCausalLM, hf.FlaxLlamaForCausalLM, config, {"input_ids": size.ids()}, size
@@ -193,7 +203,10 @@ def llama(size: Size) -> Twins:
 
 
 def mistral(size: Size) -> Twins:
-    """FlaxMistral reads sliding_window=None as 0, a mask that sees nothing of the past: a wide window is set."""
+    """FlaxMistral reads sliding_window=None as 0, a mask that sees nothing of the past.
+
+    A wide window is set.
+    """
     config = hf.MistralConfig(**_decoder_sizes(size), rope_theta=10_000.0, sliding_window=4096)
     return from_config(
         hf.MistralForCausalLM, hf.FlaxMistralForCausalLM, config, {"input_ids": size.ids()}, size
@@ -209,7 +222,10 @@ def gemma(size: Size) -> Twins:
 
 @contextlib.contextmanager
 def clip_with_a_max() -> Any:
-    """`jnp.clip` as it was before JAX 0.10, which dropped the argument names `a_min` and `a_max`: FlaxT5 uses them."""
+    """`jnp.clip` as it was before JAX 0.10, which dropped the argument names `a_min` and `a_max`.
+
+    FlaxT5 uses them.
+    """
     clip = jnp.clip
     if "a_max" in inspect.signature(clip).parameters:
         yield
@@ -223,7 +239,10 @@ def clip_with_a_max() -> Any:
 
 
 def t5(size: Size, **more: Any) -> Twins:
-    """FlaxT5 calls `jnp.clip(a_max=...)`, which newer JAX refuses: it is lent the old name while it runs."""
+    """FlaxT5 calls `jnp.clip(a_max=...)`, which newer JAX refuses.
+
+    It is lent the old name while it runs.
+    """
     config = hf.T5Config(
         vocab_size=VOCABULARY,
         d_model=size.width,
@@ -255,7 +274,7 @@ def t5_gated(size: Size) -> Twins:
     return t5(size, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
 
-def _encoder_decoder_sizes(size: Size) -> dict[str, Any]:
+def encoder_decoder_sizes(size: Size) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
         "d_model": size.width,
@@ -269,131 +288,7 @@ def _encoder_decoder_sizes(size: Size) -> dict[str, Any]:
 
 
 def bart(size: Size) -> Twins:
-    config = hf.BartConfig(**_encoder_decoder_sizes(size), max_position_embeddings=32)
+    config = hf.BartConfig(**encoder_decoder_sizes(size), max_position_embeddings=32)
     inputs = {"input_ids": size.ids(), "decoder_input_ids": size.ids()}
     classes = hf.BartForConditionalGeneration, hf.FlaxBartForConditionalGeneration
     return from_config(*classes, config, inputs, size)
-
-
-def _vision_sizes(size: Size) -> dict[str, Any]:
-    return {
-        "hidden_size": size.width,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "image_size": IMAGE,
-        "patch_size": 8,
-    }
-
-
-def _images(size: Size) -> dict[str, np.ndarray]:
-    return {"pixel_values": size.normal(2, 3, IMAGE, IMAGE)}
-
-
-def vit(size: Size) -> Twins:
-    config = hf.ViTConfig(**_vision_sizes(size), intermediate_size=2 * size.width, num_labels=3)
-    classes = hf.ViTForImageClassification, hf.FlaxViTForImageClassification
-    return from_config(*classes, config, _images(size), size)
-
-
-def beit(size: Size) -> Twins:
-    config = hf.BeitConfig(
-        **_vision_sizes(size),
-        intermediate_size=2 * size.width,
-        num_labels=3,
-        use_relative_position_bias=True,
-    )
-    classes = hf.BeitForImageClassification, hf.FlaxBeitForImageClassification
-
-    return from_config(*classes, config, _images(size), size)
-
-
-def dinov2(size: Size) -> Twins:
-    config = hf.Dinov2Config(**_vision_sizes(size), mlp_ratio=2, num_labels=3)
-    classes = hf.Dinov2ForImageClassification, hf.FlaxDinov2ForImageClassification
-    return from_config(*classes, config, _images(size), size)
-
-
-def _stages(size: Size) -> dict[str, Any]:
-    width = size.width
-    return {
-        "embedding_size": width // 2,
-        "hidden_sizes": [width // 2, width, width, 2 * width],
-        "num_labels": 3,
-    }
-
-
-def resnet(size: Size, layer_type: str = "bottleneck") -> Twins:
-    """BatchNorm's statistics are a collection of their own: the tree is {"params": ..., "batch_stats": ...}."""
-    config = hf.ResNetConfig(**_stages(size), depths=[1, 1, 2, 1], layer_type=layer_type)
-    classes = hf.ResNetForImageClassification, hf.FlaxResNetForImageClassification
-    return from_config(*classes, config, _images(size), size)
-
-
-def resnet_basic(size: Size) -> Twins:
-    """FlaxResNet calls a basic layer's convolutions layer_0 and layer_1, PyTorch layer.0 and layer.1.
-
-    transformers' own `from_pretrained` therefore leaves them random, with a warning; `load_base` knows the names.
-    """
-    return resnet(size, layer_type="basic")
-
-
-def regnet(size: Size) -> Twins:
-    """Its 3x3 convolutions are grouped."""
-    config = hf.RegNetConfig(
-        **_stages(size), depths=[1, 1, 1, 1], groups_width=size.width // 4, layer_type="y"
-    )
-    classes = hf.RegNetForImageClassification, hf.FlaxRegNetForImageClassification
-    return from_config(*classes, config, _images(size), size)
-
-
-def clip(size: Size) -> Twins:
-    text = _encoder_sizes(size) | {"eos_token_id": 2, "bos_token_id": 1}
-    vision = _vision_sizes(size) | {"intermediate_size": 2 * size.width}
-    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.width // 2)
-    inputs = {"input_ids": size.ids(), **_images(size)}
-    return from_config(
-        hf.CLIPModel, hf.FlaxCLIPModel, config, inputs, size, output="logits_per_image"
-    )
-
-
-def clip_text(size: Size) -> Twins:
-    """Stable Diffusion's text encoder."""
-    config = hf.CLIPTextConfig(**_encoder_sizes(size), eos_token_id=2, bos_token_id=1)
-    inputs = {"input_ids": size.ids()}
-    return from_config(
-        hf.CLIPTextModel, hf.FlaxCLIPTextModel, config, inputs, size, output="last_hidden_state"
-    )
-
-
-def whisper(size: Size) -> Twins:
-    config = hf.WhisperConfig(
-        **_encoder_decoder_sizes(size),
-        num_mel_bins=8,
-        max_source_positions=20,
-        max_target_positions=16,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    inputs = {"input_features": size.normal(2, 8, 40), "decoder_input_ids": size.ids()}
-    classes = hf.WhisperForConditionalGeneration, hf.FlaxWhisperForConditionalGeneration
-    return from_config(*classes, config, inputs, size)
-
-
-def wav2vec2(size: Size) -> Twins:
-    """The positional convolution keeps torch's weight norm: weight_v and weight_g, and no kernel that is stored."""
-    config = hf.Wav2Vec2Config(
-        **(_encoder_sizes(size) | {"vocab_size": 20}),
-        conv_dim=(size.width // 2, size.width // 2),
-        conv_stride=(5, 2),
-        conv_kernel=(10, 3),
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
-    inputs = {"input_values": size.normal(2, 400)}
-    return from_config(hf.Wav2Vec2ForCTC, hf.FlaxWav2Vec2ForCTC, config, inputs, size)

@@ -1,4 +1,7 @@
-"""What is tried on every model of the catalogue: each check raises AssertionError, or returns what it measured."""
+"""The checks that run on every model of the catalogue.
+
+Each raises AssertionError, or returns what it measured.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from tests.models.catalogue import Case
 from tests.models.twins import Size, Twins
-from tests.parity.test_harness import plain_cp
+from tests.parity.models import plain_cp, plain_key
 
 OUTPUT = 1e-4  # of the largest output: how far twins may be from each other, adapted or not
 MOVED = 1e-2  # of the largest output: how far at least an adapter moves the base's
@@ -59,7 +62,10 @@ def require_moved(got: Any, base: Any, what: str) -> float:
 
 
 def random_factors(params: Any, random: np.random.Generator) -> Any:
-    """Random factors whose update is about half as large as the weight, and saved modules off their originals."""
+    """Random factors whose update is about half as large as the weight.
+
+    Saved modules are moved off their originals.
+    """
 
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, SavedWeight):
@@ -72,7 +78,8 @@ def random_factors(params: Any, random: np.random.Generator) -> Any:
             return leaf
         ((name, factors),) = leaf.adapters.items()
         (r,), (alpha,) = set(factors.ranks), set(factors.alphas)
-        # The standard deviation of ΔW is alpha/r · (r·s²)·... of normal factors of standard deviation s.
+        # The standard deviation of ΔW is alpha/r · (r·s²)·... of normal factors of standard
+        # deviation s.
         wanted = 0.5 * float(np.sqrt(np.mean(np.square(np.asarray(leaf.kernel))))) * r / alpha
         deviation = (wanted / r**2) ** (1 / 6) if factors.is_cp else (wanted / r) ** (1 / 4)
         filled = {
@@ -85,7 +92,10 @@ def random_factors(params: Any, random: np.random.Generator) -> Any:
 
 
 class Trial:
-    """One case of the catalogue: its models, and the functions that its checks share, compiled once."""
+    """One case of the catalogue.
+
+    Its models, and the functions that its checks share, compiled once.
+    """
 
     def __init__(self, case: Case, size: Size):
         self.case, self.size = case, size
@@ -135,7 +145,10 @@ class Trial:
         return self._ready(model)
 
     def _ready(self, model: Any) -> Any:
-        """Without dropout and with BatchNorm's stored statistics, in training too: what is frozen stays as it is."""
+        """Without dropout and with BatchNorm's stored statistics, in training too.
+
+        What is frozen stays as it is.
+        """
         for module in model.modules() if self.case.peft_stride else ():
             if isinstance(module, peft_layer.Conv1d):
                 module.stride = module.base_layer.stride
@@ -156,7 +169,10 @@ class Trial:
         return ((self.peft_output(model) - torch.tensor(self.goal)) ** 2).mean()
 
     def check_twins(self) -> str:
-        """The base models are twins: what follows compares adapters, and no mistake in the weights."""
+        """The base models are twins.
+
+        What follows compares adapters, and no mistake in the weights.
+        """
         with torch.no_grad():
             want = self.peft_output(self.twins.module).numpy()
         return f"{require_close(self.base_output, want, OUTPUT, 'the base models'):.0e}"
@@ -180,7 +196,10 @@ class Trial:
         return " + ".join(f"{count} {strategy}" for strategy, count in sorted(counts.items()))
 
     def check_training(self) -> str:
-        """PEFT's loss and gradients, and steps of Adam in JAX that lower the loss and leave the base as it was."""
+        """PEFT's loss and gradients, and steps of Adam in JAX.
+
+        The steps lower the loss and leave the base as it was.
+        """
         trainable, frozen = loha_jax.partition(self.adapted)
         before = [np.array(leaf) for leaf in jax.tree.leaves(self.twins.params)]
         apply, goal = loha_jax.adapt(self.twins.fn), self.goal
@@ -214,7 +233,7 @@ class Trial:
         require_close(losses[0], loss.item(), OUTPUT, "the loss")
         ours = interop.to_peft_state_dict(loha_jax.combine(first, frozen))
         named = dict(self.opened.named_parameters())
-        theirs = {_plain_key(k): p.grad.numpy() for k, p in named.items() if p.grad is not None}
+        theirs = {plain_key(k): p.grad.numpy() for k, p in named.items() if p.grad is not None}
         assert theirs, "PEFT trains nothing"
         worst = max(
             require_close(ours[key], want, GRADIENT, f"the gradient of {key}")
@@ -223,7 +242,10 @@ class Trial:
         return f"{losses[0]:.3g} to {losses[-1]:.3g}, gradients {worst:.0e}"
 
     def check_import(self) -> str:
-        """PEFT to JAX: an adapter made and trained by the real PEFT, saved, loaded here; and the same file again."""
+        """PEFT to JAX: an adapter made, trained and saved by the real PEFT is loaded here.
+
+        Saved again, it is the same file.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(self.size.seed)
             model = peft.get_peft_model(
@@ -247,7 +269,8 @@ class Trial:
         assert all(np.array_equal(again[key], file[key]) for key in file), (
             "a value changed on its way"
         )
-        # The config in the tree says who wrote it. That aside the trees are alike: one compiled function serves both.
+        # The config in the tree says who wrote it. That aside the trees are alike: one compiled
+        # function serves both.
         alike = jax.tree.unflatten(jax.tree.structure(self.adapted), jax.tree.leaves(loaded))
         ours = self.adapted_fn(alike, self.twins.inputs)
         found = require_close(ours, theirs, OUTPUT, "the adapter from PEFT")
@@ -264,13 +287,11 @@ CHECKS = {
 }
 
 
-def _plain_key(name: str) -> str:
-    """A parameter's key in PEFT's files."""
-    return name.replace(".default", "").replace("modules_to_save.", "")
-
-
 @contextlib.contextmanager
 def _true_cp_gradient() -> Iterator[None]:
-    """PEFT's own backward pass of the form with cores is wrong for w1_a and w2_a: torch's autograd instead."""
+    """Use torch's autograd for the form with cores.
+
+    PEFT's own backward pass is wrong there for w1_a and w2_a.
+    """
     with unittest.mock.patch.object(peft_layer, "make_weight_cp", plain_cp):
         yield

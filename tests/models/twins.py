@@ -44,7 +44,8 @@ class Twins:
 
     Args:
         module: the PyTorch model.
-        output: `output(module, inputs)`, the tensor that is compared; the adapted module may be a `PeftModel`.
+        output: `output(module, inputs)`, the tensor that is compared; the adapted module may be a
+            `PeftModel`.
         fn: `fn(params, inputs)`, the JAX model, unmodified.
         params: its parameters.
         inputs: arrays by name, of both.
@@ -69,10 +70,13 @@ class Twins:
 
 
 def seeded(make: Callable[[], torch.nn.Module], size: Size) -> torch.nn.Module:
-    """A model in evaluation mode whose every weight matters: no bias of 0, no scale of 1, no variance of 1.
+    """A model in evaluation mode whose every weight matters.
 
-    A weight or an adapter that gets lost on its way to the twin then shows in the output. (With the small weights that
-    transformers starts from, attention and feed-forward hardly touch what comes from the embeddings.)
+    No bias of 0, no scale of 1, no variance of 1.
+
+    A weight or an adapter that gets lost on its way to the twin then shows in the output. (With the
+    small weights that transformers starts from, attention and feed-forward hardly touch what comes
+    from the embeddings.)
     """
     with torch.random.fork_rng():
         torch.manual_seed(size.seed)

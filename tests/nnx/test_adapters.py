@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 from nnx_models import FOLDS, IDS, Model, adapted, close, config
-from nnx_reference import ALPHA, at, ndh, numpy_delta, with_sums
+from nnx_reference import ALPHA, at, factors, ndh, numpy_delta, with_sums
 
 import loha_jax
 from loha_jax.nnx import InactiveLoHaParam, LoHaParam, inject, set_dropout
@@ -16,7 +16,7 @@ def float64(x64):
     """Every test computes in float64."""
 
 
-# ---------------------------------------------------------------------------------------------- several adapters
+# -------------------------------------------------------------------------------- several adapters
 
 
 def two_adapters(**settings):
@@ -30,9 +30,8 @@ def with_deltas(weights, folds=FOLDS):
     for path, fold in folds.items():
         variable = at(plain, path)
         for name, weight in weights.items():
-            delta = numpy_delta(
-                at(model, path), adapter=name, alpha={"default": ALPHA, "style": 5}[name]
-            )
+            alpha = {"default": ALPHA, "style": 5}[name]
+            delta = numpy_delta(model, path, adapter=name, alpha=alpha)
             variable.set_value(variable.get_value() + weight * fold(delta, variable.shape))
     return plain
 
@@ -80,10 +79,10 @@ def test_functions_of_adapters_change_a_model_in_place(name):
     assert change(model) is model
     close(model(IDS), with_deltas(weights)(IDS))
     active = {"add_weighted_adapter": {"mix"}}.get(name, set(weights))
-    for path, node in loha_jax.nnx.variables.adapted_nodes(model).items():
-        for adapter, variables in node.adapters.items():
+    for path in FOLDS:
+        for adapter in loha_jax.adapter_names(model):
             expected = LoHaParam if adapter in active else InactiveLoHaParam
-            assert {type(v) for v in variables.values()} == {expected}, path
+            assert {type(v) for v in factors(model, path, adapter).values()} == {expected}, path
     if name in ("merge", "merge both", "unload"):
         assert type(model) is Model
         assert type(model.layers[0].up) is nnx.Linear
@@ -160,25 +159,23 @@ def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
         )  # updates plain's statistics as well
         expected = plain.head.kernel[...] - 0.1 * plain_grads["head"]["kernel"][...]
         step(model, optimizer)
-        close(model.head.kernel.copies["default"][...], expected, 1e-6)
-        close(model.norm.mean.copies["default"][...], plain.norm.mean[...], 1e-7)
-        assert type(model.norm.mean.copies["default"]) is nnx.BatchStat
-        assert (
-            jnp.abs(model.norm.mean.copies["default"][...] - model.norm.mean.base[...]).max() > 1e-3
-        )
+        close(model.head.kernel_lora_copy[...], expected, 1e-6)
+        close(model.norm.mean_lora_copy[...], plain.norm.mean[...], 1e-7)
+        assert type(model.norm.mean_lora_copy) is nnx.BatchStat
+        assert jnp.abs(model.norm.mean_lora_copy[...] - model.norm.mean[...]).max() > 1e-3
         assert loha_jax.explain(lambda m, x: m(x), model, x).dense == ()
         model.eval()
         out = model(x)
         merged = loha_jax.merge(nnx.clone(model))
         close(merged(x), out, 1e-5)
         assert type(merged.norm.mean) is nnx.BatchStat
-        np.testing.assert_array_equal(merged.norm.mean[...], model.norm.mean.copies["default"][...])
+        np.testing.assert_array_equal(merged.norm.mean[...], model.norm.mean_lora_copy[...])
         rest = loha_jax.unload(model)
         for path, variable in nnx.to_flat_state(nnx.state(rest)):
             np.testing.assert_array_equal(frozen[path], variable.get_value())
 
 
-# ---------------------------------------------------------------------------------------------- layouts and errors
+# ------------------------------------------------------------------------------ layouts and errors
 
 
 class Bare(nnx.Module):
@@ -206,9 +203,10 @@ def test_an_ambiguous_weight_is_an_error_that_both_ways_settle():
         inject(build(nnx.Rngs(0)), config(folds), rngs=nnx.Rngs(1), layouts={"l": "io"})
 
 
-class InTuple(nnx.Module):
+class Taken(Model):
     def __init__(self, rngs):
-        self.ws = nnx.data((nnx.Param(jnp.eye(4)),))
+        super().__init__(rngs)
+        self.head.kernel_lora_hada_w1_a = nnx.Param(jnp.eye(4))
 
 
 WRONG = {
@@ -226,10 +224,15 @@ WRONG = {
         ValueError,
         "Adapter other not found",
     ),
-    "in a tuple": (
-        lambda: adapted(InTuple, target_modules=["ws.0"]),
+    "in a list without a module": (
+        lambda: adapted(lambda rngs: nnx.List([nnx.Param(jnp.eye(4))]), target_modules=["0"]),
         ValueError,
-        "ws.0 sits in a tuple",
+        "0 sits in a list that no module holds",
+    ),
+    "the name of a sibling is taken": (
+        lambda: adapted(Taken, target_modules=["head"]),
+        ValueError,
+        "Beside the variable head.kernel the module has the attribute kernel_lora_hada_w1_a",
     ),
     "a norm": (lambda: adapted(target_modules=["norm"]), ValueError, "cannot be adapted"),
     "no rngs": (lambda: inject(Model(nnx.Rngs(0)), config()), TypeError, "rngs"),
@@ -261,18 +264,12 @@ def test_errors_say_what_to_do(name):
         use()
 
 
-class InTupleToo(Model):
-    def __init__(self, rngs):
-        super().__init__(rngs)
-        self.ws = nnx.data((nnx.Param(jnp.eye(4)),))
-
-
-@pytest.mark.parametrize("targets_", [["upp"], ["up", "ws.0"]])
+@pytest.mark.parametrize("targets_", [["upp"], ["up", "head"]])
 def test_a_failed_injection_changes_nothing(targets_):
-    model = InTupleToo(nnx.Rngs(0))
+    model = Taken(nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     with pytest.raises(ValueError, match=targets_[-1]):
         inject(model, config(target_modules=targets_), rngs=nnx.Rngs(0))
-    assert type(model) is InTupleToo
+    assert type(model) is Taken
     assert nnx.graphdef(model) == graphdef
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), state)

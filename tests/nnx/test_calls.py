@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from nnx_models import FOLDS, IDS, WIDTH, Block, Model, adapted, close
-from nnx_reference import ALPHA, R, dense, with_sums
+from nnx_reference import ALPHA, R, dense, factors, with_sums
 
 import loha_jax
 from loha_jax.nnx import LoHaParam
@@ -18,7 +18,7 @@ def float64(x64):
     """Every test computes in float64."""
 
 
-# ---------------------------------------------------------------------------------------------- NNX's own functions
+# ----------------------------------------------------------------------------- NNX's own functions
 
 
 def jit_on_state(model, x):
@@ -27,9 +27,9 @@ def jit_on_state(model, x):
 
 
 def split_by_type(model, x):
-    graphdef, factors, rest = nnx.split(model, LoHaParam, ...)
-    assert len(jax.tree.leaves(factors)) == 4 * len(FOLDS)
-    return nnx.merge(graphdef, factors, rest)(x)
+    graphdef, trained, rest = nnx.split(model, LoHaParam, ...)
+    assert len(jax.tree.leaves(trained)) == 4 * len(FOLDS)
+    return nnx.merge(graphdef, trained, rest)(x)
 
 
 def update_another(model, x):
@@ -93,12 +93,13 @@ def test_a_model_goes_through_nnxs_functions(name, reference):
 def test_the_model_is_printed_and_tabulated(capsys):
     model = adapted()
     nnx.display(model)
-    assert "AdaptedKernel" in repr(model)
+    assert "kernel_lora_hada_w1_a=LoRAParam" in repr(model)
+    assert "kernel_lora=LoHaWeight(None io, default: r=2 alpha=3)" in repr(model)
     assert "hada_w1_a" in repr(nnx.state(model, LoHaParam))
     out = model(IDS)
     text = nnx.tabulate(model, jnp.asarray(IDS), console_kwargs={"width": 200})
-    assert "layers/0/up/kernel" in text
-    assert "LoHaParam" in text
+    assert "LoRAParam" in text
+    assert "280" in text  # the factors' numbers
     close(model(IDS), out)
 
 
@@ -119,7 +120,11 @@ def test_layers_stacked_by_vmap_and_scanned(scanned, remat):
     folds = {"layers/up/kernel": dense, "layers/down/kernel": dense}
     x = jax.random.normal(jax.random.key(0), (3, WIDTH), jnp.float64)
     model = adapted(Stacked, folds, target_modules=["up", "down"])
-    assert model.layers.up.kernel.names == ("layers.0.up", "layers.1.up", "layers.2.up")
+    assert model.layers.up.kernel_lora.template.names == (
+        "layers.0.up",
+        "layers.1.up",
+        "layers.2.up",
+    )
     plain = with_sums(Stacked(nnx.Rngs(0)), model, folds)
     close(run(model, x), run(plain, x))
     explained = loha_jax.explain(run, model, x)
@@ -127,11 +132,11 @@ def test_layers_stacked_by_vmap_and_scanned(scanned, remat):
     loss = lambda m: (run(m, x) ** 2).sum()  # noqa: E731
     ours = nnx.grad(loss, argnums=nnx.DiffState(0, LoHaParam))(model)
     kernel = nnx.grad(loss)(plain)["layers"]["up"]["kernel"][...]
-    f = {n: v.get_value() for n, v in model.layers.up.kernel.adapters["default"].items()}
+    f = {n: v.get_value() for n, v in factors(model, "layers/up/kernel").items()}
     expected = (kernel.swapaxes(1, 2) * (f["hada_w2_a"] @ f["hada_w2_b"]) * ALPHA / R) @ f[
         "hada_w1_b"
     ].swapaxes(1, 2)
-    close(ours["layers"]["up"]["kernel"]["adapters"]["default"]["hada_w1_a"][...], expected)
+    close(ours["layers"]["up"]["kernel_lora_hada_w1_a"][...], expected)
     nnx.vmap(lambda layer: layer(x))(model.layers)
     close(
         nnx.vmap(lambda layer: layer(x))(model.layers),

@@ -1,4 +1,4 @@
-"""Files of adapted Flax NNX models (PEFT's beside the real PEFT, LyCORIS', Orbax's), and the author layers."""
+"""Files of adapted Flax NNX models (PEFT's, LyCORIS', Orbax's), and the author layers."""
 
 import json
 
@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.nnx import (
-    AdaptedKernel,
     LoHaConv,
     LoHaEinsum,
     LoHaEmbed,
@@ -104,10 +103,8 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     }
     inject(model, LoHaConfig(**settings), rngs=nnx.Rngs(1))
     if saved:
-        model.head.kernel.copies["default"].set_value(
-            model.head.kernel.copies["default"].get_value() + 0.1
-        )
-        model.bn.mean.copies["default"].set_value(jnp.full(4, 0.2))
+        model.head.kernel_lora_copy.set_value(model.head.kernel_lora_copy.get_value() + 0.1)
+        model.bn.mean_lora_copy.set_value(jnp.full(4, 0.2))
     out = model(IMAGES)
     interop.save_peft(tmp_path / "ours", model)
     opened = peft.PeftModel.from_pretrained(torch_twin(Net(nnx.Rngs(0))), tmp_path / "ours").eval()
@@ -127,9 +124,8 @@ def test_peft_opens_what_a_model_saves_and_the_model_what_peft_saves(tmp_path, c
     np.testing.assert_allclose(loaded(IMAGES), torch_output(theirs.eval()), rtol=0, atol=1e-5)
     assert loha_jax.explain(lambda m, x: m(x), loaded, IMAGES).dense == ()
     interop.save_peft(tmp_path / "again", loaded)
-    written, read = (
-        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", "theirs")
-    )
+    file = "adapter_model.safetensors"
+    written, read = (load_file(tmp_path / n / file) for n in ("again", "theirs"))
     assert written.keys() == read.keys()
     for key in read:
         np.testing.assert_array_equal(written[key], read[key])
@@ -154,7 +150,7 @@ def test_base_checkpoints_go_into_a_model_and_merged_ones_out_of_it(tmp_path):
         rngs=nnx.Rngs(1),
     )
     interop.save_merged(tmp_path, model)
-    assert isinstance(model.lin.kernel, AdaptedKernel)
+    assert type(model.lin.kernel_lora_hada_w1_a) is LoHaParam
     state = load_file(tmp_path / "model.safetensors")
     assert state["conv.weight"].shape == (4, 3, 3, 3)
     other = Net(nnx.Rngs(5))
@@ -233,7 +229,7 @@ def test_lycoris_file(tmp_path):
     assert state["lycoris_lin.alpha"] == 3
     np.testing.assert_array_equal(
         state["lycoris_lin.hada_w1_a"],
-        model.lin.kernel.adapters["default"]["hada_w1_a"].get_value(),
+        model.lin.kernel_lora_hada_w1_a.get_value(),
     )
 
 
@@ -250,7 +246,7 @@ def test_orbax_saves_and_restores_the_factors_alone(tmp_path):
     np.testing.assert_array_equal(other(IMAGES), model(IMAGES))
 
 
-# ---------------------------------------------------------------------------------------------- author layers
+# ----------------------------------------------------------------------------------- author layers
 
 LAYERS = {  # the layer, Flax's own, the shape of its input, and how ΔW folds into the kernel
     "LoHaLinear": (LoHaLinear, nnx.Linear, (4, 6), {}, (2, 4), dense),
@@ -298,14 +294,13 @@ def test_author_layers(name, x64):
     plain = plain_cls(*args, rngs=nnx.Rngs(0), **plain_options, **dtypes)
     layer = cls(*args, rngs=nnx.Rngs(0), **options, **ours, **dtypes)
     assert type(cls(*args, rngs=nnx.Rngs(0), **options)) is cls
-    node = getattr(layer, kernel)
-    np.testing.assert_array_equal(node.base.get_value(), getattr(plain, kernel).get_value())
+    np.testing.assert_array_equal(getattr(layer, kernel)[...], getattr(plain, kernel)[...])
     if getattr(plain, "bias", None) is not None:
         np.testing.assert_array_equal(layer.bias.get_value(), plain.bias.get_value())
     start = cls(*args, rngs=nnx.Rngs(0), **options, **dtypes)  # PEFT's first factors: no update
     np.testing.assert_array_equal(start(x), plain(x))
     weight = getattr(plain, kernel)
-    weight.set_value(weight.get_value() + fold(numpy_delta(node), weight.shape))
+    weight.set_value(weight.get_value() + fold(numpy_delta(layer, kernel), weight.shape))
     np.testing.assert_allclose(layer(x), plain(x), rtol=0, atol=1e-10)
     if cls is LoHaEmbed:
         np.testing.assert_allclose(
@@ -369,7 +364,8 @@ CORES = {"use_effective_conv2d": True}
         (
             CORES,
             {},
-            "one use_effective_conv2d for all modules, the adapter default has True in a, False in b",
+            "one use_effective_conv2d for all modules, the adapter default has True in a, "
+            "False in b",
         ),
         (
             {"rank_dropout": 0.5},
@@ -391,7 +387,7 @@ def test_the_config_says_whether_convolutions_have_cores(tmp_path, options):
         "use_effective_conv2d"
     ] is bool(options)
     loaded = interop.load_peft(tmp_path, loha_jax.unload(Mixed(options, options)))
-    assert ("hada_t1" in loaded.a.kernel.adapters["default"]) is bool(options)
+    assert hasattr(loaded.a, "kernel_lora_hada_t1") is bool(options)
 
 
 def test_author_layers_drop_out():

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from nnx_models import FOLDS, IDS, Model, adapted, close, config
-from nnx_reference import F64, at, dense
+from nnx_reference import F64, dense, factors
 
 import loha_jax
 from loha_jax.nnx import LoHaParam, inject, set_dropout
@@ -18,18 +19,19 @@ def float64(x64):
     """Every test computes in float64."""
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def functional(model, **settings):
-    """The model as a function of a tree, the tree adapted with the factors that `adapted` draws, and the function."""
+    """The tree of a model, with the factors that `adapted` draws, and the model as its function."""
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     tree = loha_jax.inject(params, config(**settings), key=nnx.Rngs(1).params())
 
     def fn(tree, x):
         variables = nnx.to_flat_state(state)
-        leaves = [loha_jax.nnx.model_tree._flat_leaves(tree)[path] for path, _ in variables]
+        flat = flatten_dict(tree, is_leaf=lambda _, x: not isinstance(x, dict))
+        leaves = [flat[path] for path, _ in variables]
         flat = [(path, v.replace(leaf)) for (path, v), leaf in zip(variables, leaves, strict=True)]
         return nnx.merge(graphdef, nnx.from_flat_state(flat))(x)
 
@@ -71,7 +73,7 @@ def test_training_equals_training_the_tree_and_leaves_the_base_alone():
         for part in path.split("/"):
             leaf = leaf[int(part) if part.isdigit() else part]
         for name, tensor in leaf.adapters["default"].tensors.items():
-            close(at(model, path).adapters["default"][name][...], tensor)
+            close(factors(model, path)[name][...], tensor)
     after = nnx.state(loha_jax.unload(model), nnx.Param)
     jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, after))
 
@@ -89,7 +91,7 @@ def test_the_jitted_step_makes_no_array_of_a_kernels_shape():
     with jax.enable_x64(False):
         targets_ = ["l0", "l1", "l2"]
         model = nnx.eval_shape(lambda: adapted(Wide, target_modules=targets_))
-        assert isinstance(model.l0.kernel.base.get_value(), jax.ShapeDtypeStruct)
+        assert isinstance(model.l0.kernel.get_value(), jax.ShapeDtypeStruct)
         graphdef, state = nnx.split(model)
 
         def kernel_shaped(call):
@@ -120,9 +122,11 @@ def test_shapes_are_injected_without_values():
     inside = nnx.eval_shape(lambda: adapted())
     inject(shapes, config(), rngs=nnx.Rngs(1))
     real = adapted()
-    described = lambda m: [
-        (p, v.get_value().shape, v.get_value().dtype) for p, v in nnx.to_flat_state(nnx.state(m))
-    ]  # noqa: E731
+
+    def described(model):
+        flat = nnx.to_flat_state(nnx.state(model))
+        return [(path, v.get_value().shape, v.get_value().dtype) for path, v in flat]
+
     assert described(shapes) == described(inside) == described(real)
     assert nnx.graphdef(shapes) == nnx.graphdef(inside) == nnx.graphdef(real)
     assert nnx.eval_shape(lambda m, x: m(x), shapes, jnp.asarray(IDS)).shape == (2, 5, 3)
@@ -138,7 +142,7 @@ def test_sharding_metadata_of_the_base_stays():
         plain, model = build(nnx.Rngs(0)), adapted(build, {"layers/0/kernel": dense})
         expected = plain.layers[0].kernel
         assert "model" in str(expected.get_metadata())
-        base = model.layers[0].kernel.base
+        base = model.layers[0].kernel
         assert (base.get_metadata(), base.get_value().sharding) == (
             expected.get_metadata(),
             expected.get_value().sharding,
@@ -148,7 +152,7 @@ def test_sharding_metadata_of_the_base_stays():
         assert merged.get_metadata() == expected.get_metadata()
 
 
-# ---------------------------------------------------------------------------------------------- dropout
+# ----------------------------------------------------------------------------------------- dropout
 
 
 def drops(seed=1, **settings):
@@ -206,9 +210,9 @@ def test_dropout_differs_by_index_of_a_stack_and_trains():
         masks = np.abs(np.asarray(run(model) - base)) > 1e-12
         assert len({mask.tobytes() for mask in masks}) == 3
         assert (np.abs(np.asarray(run(model) - base) > 1e-12) != masks).any()
-    before = model.layers.kernel.rngs.count[...]
+    before = model.layers.kernel_lora_rngs.count[...]
     nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, LoHaParam))(model)
-    assert (model.layers.kernel.rngs.count[...] > before).all()
+    assert (model.layers.kernel_lora_rngs.count[...] > before).all()
 
 
 def test_an_adapter_that_drops_out_without_a_stream_is_an_error():

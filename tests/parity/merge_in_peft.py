@@ -24,8 +24,9 @@ class CheckedTensor:
     Attributes:
         key: of the tensor.
         max_difference: the largest absolute difference.
-        units: the largest difference in units of what is allowed: one unit in the last place of the dtype; or, where
-            that is less, what the float32 roundings of two computations of one value can come to.
+        units: the largest difference in units of what is allowed: one unit in the last place of the
+            dtype; or, where that is less, what the float32 roundings of two computations of one
+            value can come to.
     """
 
     key: str
@@ -34,7 +35,7 @@ class CheckedTensor:
 
     @property
     def is_fine(self) -> bool:
-        """Whether all values are the same but for rounding."""
+        """True if all values are the same but for rounding."""
         return self.units <= 1
 
 
@@ -48,8 +49,8 @@ def compare_with_peft(
         base, adapters: what was merged.
 
     Returns:
-        The comparisons; and the tensors that PEFT cannot merge: a LoHa with a weight decomposition or of a Conv3d, a
-        weight decomposition that is scaled or one of several, and scaled float8.
+        The comparisons, and the tensors that PEFT cannot merge: a LoHa with a weight decomposition
+        or of a Conv3d, a weight decomposition that is scaled or one of several, and scaled float8.
     """
     checkpoint, ours = Checkpoint(base), Checkpoint(merged)
     plan, _ = plan_merge(checkpoint, adapters)
@@ -100,7 +101,10 @@ def _unit(values: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _roundings(module: AdapterModule) -> int:
-    """How many roundings one value of ΔW, added to W, goes through: those of its longest sums, and of products."""
+    """How many roundings one value of ΔW, added to W, goes through.
+
+    Those of its longest sums, and of products.
+    """
     return (
         sum(
             tensor.shape[0]

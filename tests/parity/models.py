@@ -29,7 +29,10 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A model: convolutions `stem`, `blocks.0.conv`, … and a norm, or a chain `layers.0.q`, `layers.0.mlp`; a head."""
+    """Convolutions and a norm, or a chain of linear layers; and a head.
+
+    The convolutions are `stem`, `blocks.0.conv`, …, the chain is `layers.0.q`, `layers.0.mlp`, …
+    """
 
     width: int
     convs: tuple[Conv, ...]
@@ -165,7 +168,10 @@ def layouts(spec: Spec) -> dict[str, str]:
 
 @st.composite
 def convs(draw, axes: int) -> tuple[Conv, ...]:
-    """Convolutions that fit one after the other; some grouped or depthwise, some of kernel 1 or (3, 1)."""
+    """Convolutions that fit one after the other.
+
+    Some grouped or depthwise, some of kernel 1 or (3, 1).
+    """
     result: list[Conv] = []
     into = draw(st.sampled_from([2, 3, 4]))
     space = [7] * axes
@@ -198,8 +204,8 @@ specs = st.one_of(
 def configs(draw, spec: Spec, second: bool = False) -> dict[str, Any]:
     """Keyword arguments of a LoHaConfig, PEFT's and ours.
 
-    Those of a second adapter save no modules, and do not name them by "all-linear": PEFT would find the first one's
-    copies of saved modules too.
+    Those of a second adapter save no modules, and do not name them by "all-linear": PEFT would find
+    the first one's copies of saved modules too.
     """
     names = [*spec.linears, *spec.conv_names]
     ends = sorted({name.rsplit(".", 1)[-1] for name in names} - {"head"})
@@ -243,3 +249,22 @@ def configs(draw, spec: Spec, second: bool = False) -> dict[str, Any]:
             "layers_pattern": "layers",
         }
     return kwargs
+
+
+def torch_output(model: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(x)).numpy()
+
+
+def plain_key(name: str) -> str:
+    """A parameter's key in PEFT's files."""
+    return name.replace(".default", "").replace("modules_to_save.", "")
+
+
+def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
+    """PEFT's weight with cores, for torch's own autograd.
+
+    The gradient of PEFT 0.21.2 is wrong there (test_hadamard.py).
+    """
+    one = torch.einsum("ijkl,jr,ip->prkl", t1, w1b, w1a)
+    return one * torch.einsum("ijkl,jr,ip->prkl", t2, w2b, w2a) * scale

@@ -1,202 +1,56 @@
-"""Base checkpoints: from torch's `save_pretrained` into a Flax twin, and merged back into torch's `from_pretrained`."""
+"""Base checkpoints of torch in Flax twins, and merged ones back in torch."""
 
+import copy
+import functools
 import json
-import os
 import stat
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.interop import NameMap
 from loha_jax.interop.disk.base_checkpoint import Checkpoint
-from loha_jax.interop.disk.checkpoint_writer import parse_size
 from loha_jax.interop.names.tree_sources import find_sources_in
-
-IDS = np.random.default_rng(0).integers(3, 60, (2, 7))
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-
-
-def llama():
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, max_position_embeddings=32)
-    return (
-        transformers.LlamaForCausalLM(config),
-        transformers.FlaxLlamaForCausalLM,
-        {"input_ids": IDS},
-    )
-
-
-def bert():
-    config = transformers.BertConfig(**TEXT, max_position_embeddings=32, num_labels=3)
-    return (
-        transformers.BertForSequenceClassification(config),
-        transformers.FlaxBertForSequenceClassification,
-        {"input_ids": IDS},
-    )
-
-
-def gpt2():
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    return (
-        transformers.GPT2LMHeadModel(config),
-        transformers.FlaxGPT2LMHeadModel,
-        {"input_ids": IDS},
-    )
-
-
-def resnet(layer_type="bottleneck"):
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type=layer_type, num_labels=3
-    )
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.ResNetForImageClassification(config),
-        transformers.FlaxResNetForImageClassification,
-        {"pixel_values": pixels},
-    )
-
-
-def resnet_basic():
-    return resnet("basic")
-
-
-def whisper():
-    sizes = {
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-    }
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    more = {
-        "num_mel_bins": 8,
-        "max_source_positions": 20,
-        "max_target_positions": 16,
-        "suppress_tokens": None,
-    }
-    config = transformers.WhisperConfig(
-        vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes, **ends, **more
-    )
-    config.begin_suppress_tokens = None
-    features = np.random.default_rng(0).standard_normal((2, 8, 40)).astype(np.float32)
-    return (
-        transformers.WhisperForConditionalGeneration(config),
-        transformers.FlaxWhisperForConditionalGeneration,
-        {"input_features": features, "decoder_input_ids": IDS},
-    )
-
-
-def wav2vec2():
-    config = transformers.Wav2Vec2Config(
-        **(TEXT | {"vocab_size": 20, "num_hidden_layers": 1}),
-        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
-        do_stable_layer_norm=True, mask_time_prob=0.05,
-    )  # fmt: skip
-    values = np.random.default_rng(0).standard_normal((2, 400)).astype(np.float32)
-    return (
-        transformers.Wav2Vec2ForCTC(config),
-        transformers.FlaxWav2Vec2ForCTC,
-        {"input_values": values},
-    )
-
-
-def clip():
-    text = dict(TEXT, max_position_embeddings=32, eos_token_id=2, bos_token_id=1)
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.CLIPModel(config),
-        transformers.FlaxCLIPModel,
-        {"input_ids": IDS, "pixel_values": pixels},
-    )
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
-        num_labels=3,
-    )  # fmt: skip
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    return (
-        transformers.ViTForImageClassification(config),
-        transformers.FlaxViTForImageClassification,
-        {"pixel_values": pixels},
-    )
-
-
-def randomised(model):
-    """Biases, scales and statistics off their zeros and ones, so that a lost one shows."""
-    generator = torch.Generator().manual_seed(1)
-    statistics = [(name, buffer) for name, buffer in model.named_buffers() if "running_" in name]
-    for name, tensor in [*model.named_parameters(), *statistics]:
-        if tensor.is_floating_point() and (tensor.ndim == 1 or "bias" in name):
-            noise = torch.rand(tensor.shape, generator=generator)
-            tensor.data.add_(0.2 * noise.to(tensor.dtype))
-    return model.eval()
+from tests.models.media_twins import clip, resnet, resnet_basic, vit, wav2vec2, whisper
+from tests.models.transformers_twins import bert, gpt2, llama
+from tests.models.twins import Size
 
 
 @pytest.fixture(scope="module")
 def twins():
-    made = {}
-
-    def make(builder):
-        if builder not in made:
-            torch.manual_seed(0)
-            model, cls, inputs = builder()
-            flax = cls(model.config, seed=0, dtype=jnp.float32)
-            made[builder] = randomised(model), flax, inputs
-        return made[builder]
-
-    return make
+    """The twins of a builder, made once."""
+    return functools.cache(lambda builder: builder(Size()))
 
 
-def torch_logits(model, inputs):
+def torch_logits(twins, model=None):
     with torch.no_grad():
-        output = model(**{k: torch.tensor(v) for k, v in inputs.items()})
-    return (
-        output[0].float().numpy()
-        if not hasattr(output, "logits_per_image")
-        else output.logits_per_image.numpy()
-    )
+        return twins.output(model or twins.module, twins.tensors).float().numpy()
 
 
-def flax_logits(model, params, inputs):
-    output = model(**inputs, params=params)
-    return np.asarray(
-        output.logits_per_image if hasattr(output, "logits_per_image") else output.logits,
-        np.float32,
-    )
+def flax_logits(twins, params):
+    return np.asarray(twins.fn(params, twins.inputs), np.float32)
+
+
+def in_float32(twins, model):
+    """A model's weights in float32, without the rounding of its rotary frequencies."""
+    wide = copy.deepcopy(twins.module)
+    wide.load_state_dict(model.state_dict())
+    return wide
 
 
 def assert_close(a, b):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
-def shapes_of(flax):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(flax.params))
+def shapes_of(twins):
+    return jax.eval_shape(lambda params: params, twins.params)
 
 
 TIED = {
@@ -209,16 +63,17 @@ TIED = {
 @pytest.mark.parametrize(
     "builder", [llama, bert, gpt2, resnet, resnet_basic, whisper, wav2vec2, clip, vit]
 )
-def test_transformers_checkpoints_load_into_their_flax_twins(builder, twins, tmp_path):
-    model, flax, inputs = twins(builder)
-    model.save_pretrained(tmp_path)
-    names = NameMap.transformers(model.config.model_type)
-    params = interop.load_base(tmp_path, shapes_of(flax), names=names, tied=TIED.get(builder))
-    assert_close(flax_logits(flax, params, inputs), torch_logits(model, inputs))
+def test_a_checkpoint_in_its_flax_twin(builder, twins, tmp_path):
+    """Transformers checkpoints load into their Flax twins."""
+    made = twins(builder)
+    made.module.save_pretrained(tmp_path)
+    names = NameMap.transformers(made.module.config.model_type)
+    params = interop.load_base(tmp_path, shapes_of(made), names=names, tied=TIED.get(builder))
+    assert_close(flax_logits(made, params), torch_logits(made))
     # the same names and layouts are in the contents
     inferred = NameMap.infer(params, tmp_path)
     assert not inferred.unmatched
-    again = interop.load_base(tmp_path, shapes_of(flax), names=inferred)
+    again = interop.load_base(tmp_path, shapes_of(made), names=inferred)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     _, sources, problems = find_sources_in(Checkpoint(tmp_path), params, names, None)
     assert not problems
@@ -236,24 +91,25 @@ MERGED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("builder", MERGED)
-def test_a_merged_tree_is_a_folder_that_transformers_loads_in_torch(builder, twins, tmp_path):
+def test_a_merged_tree_in_torch(builder, twins, tmp_path):
+    """A merged tree is a folder that transformers loads in torch."""
     targets, size = MERGED[builder]
-    model, flax, inputs = twins(builder)
+    made = twins(builder)
     base, merged = tmp_path / "base", tmp_path / "merged"
-    model.save_pretrained(base, max_shard_size=size)
+    made.module.save_pretrained(base, max_shard_size=size)
     (base / "tokenizer.json").write_text("{}")
     names = NameMap.transformers()
-    params = interop.load_base(base, shapes_of(flax), names=names)
+    params = interop.load_base(base, shapes_of(made), names=names)
     config = LoHaConfig(r=4, alpha=16, target_modules=targets, init_weights=False)
     adapted = loha_jax.inject(params, config, key=jax.random.key(1), names=names)
-    want = flax_logits(flax, adapted, inputs)
-    assert np.abs(want - torch_logits(model, inputs)).max() > 1e-2 * np.abs(want).max()
+    want = flax_logits(made, adapted)
+    assert np.abs(want - torch_logits(made)).max() > 1e-2 * np.abs(want).max()
     interop.save_merged(merged, adapted, names=names, base=base, max_shard_size=size)
-    again, info = type(model).from_pretrained(merged, output_loading_info=True)
+    again, info = type(made.module).from_pretrained(merged, output_loading_info=True)
     assert not any(
         info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
-    assert_close(torch_logits(again.eval(), inputs), want)
+    assert_close(torch_logits(made, again.eval()), want)
     assert sorted(p.name for p in merged.iterdir()) == sorted(p.name for p in base.iterdir())
     assert stat.S_IMODE((merged / "config.json").stat().st_mode) == stat.S_IMODE(
         next(merged.glob("*.saf*")).stat().st_mode
@@ -283,15 +139,15 @@ def test_a_merged_tree_is_a_folder_that_transformers_loads_in_torch(builder, twi
 
 @pytest.mark.slow
 def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
-    model, flax, inputs = twins(llama)
-    half = transformers.LlamaForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict(model.state_dict())
+    made = twins(llama)
+    half = transformers.LlamaForCausalLM(made.module.config).to(torch.bfloat16)
+    half.load_state_dict(made.module.state_dict())
     half.save_pretrained(tmp_path / "base")
-    like = shapes_of(flax)
+    like = shapes_of(made)
     names = NameMap.transformers()
     exact = interop.load_base(tmp_path / "base", like, names=names)
     assert {leaf.dtype for leaf in jax.tree.leaves(exact)} == {jnp.dtype("float32")}
-    assert_close(flax_logits(flax, exact, inputs), torch_logits(half.float(), inputs))
+    assert_close(flax_logits(made, exact), torch_logits(made, in_float32(made, half)))
     params = interop.load_base(tmp_path / "base", like, names=names, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     config = LoHaConfig(r=4, alpha=16, target_modules=["q_proj"], init_weights=False)
@@ -303,7 +159,7 @@ def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.dtype == torch.bfloat16
     merged = jax.tree.map(lambda x: x.astype(jnp.float32), loha_jax.merge(adapted))
-    assert_close(torch_logits(again.float().eval(), inputs), flax_logits(flax, merged, inputs))
+    assert_close(torch_logits(made, in_float32(made, again)), flax_logits(made, merged))
     # asked for, float32: the config says so
     interop.save_merged(
         tmp_path / "wide", adapted, base=tmp_path / "base", names=names, dtype=np.float32
@@ -317,11 +173,11 @@ def test_bfloat16_checkpoints_stay_bfloat16(twins, tmp_path):
 
 @pytest.mark.slow
 def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
-    model, flax, _ = twins(resnet)
-    model.save_pretrained(tmp_path / "base")
+    made = twins(resnet)
+    made.module.save_pretrained(tmp_path / "base")
     names = NameMap.transformers()
-    params = interop.load_base(tmp_path / "base", shapes_of(flax), names=names)
-    want = model.state_dict()["resnet.embedder.embedder.normalization.running_var"].numpy()
+    params = interop.load_base(tmp_path / "base", shapes_of(made), names=names)
+    want = made.module.state_dict()["resnet.embedder.embedder.normalization.running_var"].numpy()
     stats = params["batch_stats"]["resnet"]["embedder"]["embedder"]["normalization"]
     np.testing.assert_array_equal(stats["var"], want)
     stats["var"] = stats["var"] * 2
@@ -336,12 +192,15 @@ def test_statistics_of_a_batch_norm_are_loaded_and_saved(twins, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stacked_model_loads_and_saves_one_module_at_a_time(twins, tmp_path):
-    """The Llama's layers in one leaf per kind, `[L, in, out]`, as `nn.scan` keeps them; heads in axes of their own."""
-    model, flax, _ = twins(llama)
-    model.save_pretrained(tmp_path / "base")
+def test_a_stacked_model(twins, tmp_path):
+    """The Llama's layers are one leaf per kind, `[L, in, out]`, as `nn.scan` keeps them.
+
+    Heads have axes of their own.
+    """
+    made = twins(llama)
+    made.module.save_pretrained(tmp_path / "base")
     names = NameMap.transformers()
-    params = interop.load_base(tmp_path / "base", shapes_of(flax), names=names)
+    params = interop.load_base(tmp_path / "base", shapes_of(made), names=names)
     layers = params["model"]["layers"]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[n] for n in sorted(layers)))
     query = stacked["self_attn"]["q_proj"]["kernel"]
@@ -373,262 +232,3 @@ def test_a_stacked_model_loads_and_saves_one_module_at_a_time(twins, tmp_path):
         np.testing.assert_allclose(
             tensors[f"model.layers.{n}.mlp.down_proj.weight"], want[n].T, rtol=0, atol=1e-7
         )
-
-
-def write(folder, tensors, name="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / name)
-    return folder
-
-
-def small(folder):
-    rng = np.random.default_rng(0)
-    tensors = {
-        "a.weight": rng.standard_normal((4, 3), np.float32),
-        "a.bias": rng.standard_normal(4, np.float32),
-        "b.weight": rng.standard_normal((2, 4), np.float32),
-    }
-    tree = {
-        "a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)},
-        "b": {"kernel": jnp.zeros((4, 2))},
-    }
-    return write(folder, tensors), tree, tensors
-
-
-def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
-    folder, tree, _ = small(tmp_path)
-    tree["a"]["kernel"] = jnp.zeros((4, 4))
-    tree["a"]["bias"] = jnp.zeros(4, int)
-    tree["c"] = {"kernel": jnp.zeros((4, 2)), "odd": jnp.zeros((2, 2, 2, 2, 2, 2))}
-    del tree["b"]
-    with pytest.raises(ValueError, match="nothing was loaded") as error:
-        interop.load_base(folder, tree)
-    for part in (
-        str(folder),
-        "tensors that are not in the file (2)",
-        "c.weight (for c.kernel [4, 2])",
-        "a.weight is [4, 3], a.kernel [4, 4] needs [4, 4]",
-        "a.bias is float32, a.bias is int32",
-        "tensors that no leaf takes (1): b.weight",
-        "`tied=`",
-    ):
-        assert part in str(error.value)
-    assert "strict=False" not in str(error.value)  # it would not help: leaves are without values
-    folder, tree, _ = small(tmp_path / "unread")
-    del tree["b"]
-    with pytest.raises(ValueError, match=r"no leaf takes \(1\): b\.weight.*`strict=False`"):
-        interop.load_base(folder, tree)
-
-
-def test_tensors_may_be_left_unread_where_that_is_asked_for(tmp_path):
-    folder, tree, tensors = small(tmp_path)
-    del tree["b"]
-    loaded = interop.load_base(folder, tree, strict=False)
-    np.testing.assert_array_equal(loaded["a"]["kernel"], tensors["a.weight"].T)
-
-
-def test_a_tied_weight_is_read_and_checked_where_it_is_named(tmp_path):
-    folder, tree, tensors = small(tmp_path)
-    tree["head"] = {"kernel": jnp.zeros((4, 2))}
-    with pytest.raises(ValueError, match=r"head.weight \(for head.kernel \[4, 2\]\)"):
-        interop.load_base(folder, tree)
-    tied = {"head.weight": "b.weight"}
-    loaded = interop.load_base(folder, tree, tied=tied)
-    np.testing.assert_array_equal(loaded["head"]["kernel"], tensors["b.weight"].T)
-    interop.save_merged(tmp_path / "same", loaded, base=folder, tied=tied)
-    assert load_file(tmp_path / "same" / "model.safetensors").keys() == tensors.keys()
-    with pytest.raises(ValueError, match=r"head.weight .* is not in the base checkpoint"):
-        interop.save_merged(tmp_path / "new", loaded, base=folder)
-    loaded["head"]["kernel"] += 1
-    with pytest.raises(
-        ValueError,
-        match=r"b.kernel and head.kernel are both b.weight in torch.*Nothing was written",
-    ):
-        interop.save_merged(tmp_path / "new", loaded, base=folder, tied=tied)
-    assert not any((tmp_path / "new").glob("*"))
-
-
-def test_leaves_keep_their_shardings_and_dtypes(tmp_path):
-    folder, tree, tensors = small(tmp_path)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec("x", None))
-    tree["a"]["kernel"] = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=sharding)
-    tree["b"]["kernel"] = jax.device_put(tree["b"]["kernel"], sharding)
-    loaded = interop.load_base(folder, tree)
-    assert loaded["a"]["kernel"].sharding == loaded["b"]["kernel"].sharding == sharding
-    assert loaded["a"]["kernel"].dtype == jnp.bfloat16
-    assert loaded["a"]["bias"].dtype == jnp.float32
-    want = tensors["a.weight"].T.astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(loaded["a"]["kernel"], want)
-    loaded = interop.load_base(folder, tree, dtype=jnp.float16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("float16")}
-    write(folder, {**tensors, "a.bias": np.full(4, 1e6, np.float32)})
-    with pytest.raises(ValueError, match=r"a.bias has 4 values that float16 cannot hold"):
-        interop.load_base(folder, tree, dtype=jnp.float16)
-
-
-def test_an_adapted_tree_is_no_place_for_a_base(tmp_path):
-    folder, tree, _ = small(tmp_path)
-    adapted = loha_jax.inject(tree, LoHaConfig(r=1, target_modules=["a"]), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="load it first, then inject"):
-        interop.load_base(folder, adapted)
-
-
-def test_folders_that_are_no_checkpoint_say_so(tmp_path):
-    _, tree, tensors = small(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
-        interop.load_base(tmp_path / "none", tree)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(
-        FileNotFoundError, match=r"it has pytorch_model.bin.*safe_serialization=True"
-    ):
-        interop.load_base(tmp_path / "bin", tree)
-    write(tmp_path / "two", tensors, "x.safetensors")
-    write(tmp_path / "two", tensors, "y.safetensors")
-    with pytest.raises(
-        ValueError, match=r"several safetensors files and no index: x.safetensors, y.safetensors"
-    ):
-        interop.load_base(tmp_path / "two", tree)
-    interop.load_base(tmp_path / "two" / "y.safetensors", tree)
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes((tmp_path / "a" / "model.safetensors").read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"broken.safetensors is not a readable safetensors file"):
-        interop.load_base(broken, tree)
-    interop.save_merged(
-        tmp_path / "shards", interop.load_base(tmp_path / "a", tree), max_shard_size=40
-    )
-    index = tmp_path / "shards" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    interop.load_base(index, tree)
-    index.write_text(
-        json.dumps(
-            {"weight_map": {**content["weight_map"], "z.weight": content["weight_map"]["a.bias"]}}
-        )
-    )
-    with pytest.raises(ValueError, match=r"names tensors that its shards do not hold: z.weight"):
-        interop.load_base(tmp_path / "shards", tree)
-    index.write_text(
-        json.dumps({"weight_map": {**content["weight_map"], "z.weight": "model-9.safetensors"}})
-    )
-    with pytest.raises(FileNotFoundError, match=r"model-9.safetensors"):
-        interop.load_base(tmp_path / "shards", tree)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is not an index of safetensors shards"):
-        interop.load_base(tmp_path / "shards", tree)
-
-
-def test_what_the_tree_does_not_hold_is_copied_through(tmp_path):
-    folder, tree, tensors = small(tmp_path / "base")
-    write(
-        folder,
-        {**tensors, "vision.weight": np.ones((2, 2), np.float16), "steps": np.array(3, np.int64)},
-    )
-    (folder / "config.json").write_text('{"model_type": "x"}')
-    params = interop.load_base(folder, tree, strict=False)
-    adapted = loha_jax.inject(
-        params, LoHaConfig(r=2, target_modules=["b"], init_weights=False), key=jax.random.key(0)
-    )
-    interop.save_merged(tmp_path / "new", adapted, base=folder)
-    again = load_file(tmp_path / "new" / "model.safetensors")
-    assert {k: (v.dtype, v.shape) for k, v in again.items()} == {
-        k: (v.dtype, v.shape) for k, v in load_file(folder / "model.safetensors").items()
-    }
-    np.testing.assert_array_equal(again["a.weight"], tensors["a.weight"])
-    merged = np.asarray(loha_jax.merge(adapted)["b"]["kernel"])
-    np.testing.assert_array_equal(again["b.weight"], merged.T)
-    assert (tmp_path / "new" / "config.json").read_text() == (folder / "config.json").read_text()
-    with safe_open(tmp_path / "new" / "model.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "pt"}
-    # without the adapter, and with a chosen one
-    for adapters, want in ([], tensors["b.weight"]), (["default"], merged.T):
-        interop.save_merged(tmp_path / f"n{len(adapters)}", adapted, base=folder, adapters=adapters)
-        np.testing.assert_array_equal(
-            load_file(tmp_path / f"n{len(adapters)}" / "model.safetensors")["b.weight"], want
-        )
-    with pytest.raises(ValueError, match="zzz"):
-        interop.save_merged(tmp_path / "n3", adapted, base=folder, adapters=["zzz"])
-
-
-def test_saved_modules_are_written_with_their_trained_copies(tmp_path):
-    folder, tree, _ = small(tmp_path / "base")
-    params = interop.load_base(folder, tree)
-    config = LoHaConfig(r=2, target_modules=["a"], modules_to_save=["b"])
-    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
-    copies = {"default": adapted["b"]["kernel"].copies["default"] + 1}
-    adapted["b"]["kernel"] = loha_jax.SavedWeight(
-        adapted["b"]["kernel"].original,
-        copies,
-        adapted["b"]["kernel"].layout,
-        "b.weight",
-        ("default",),
-    )
-    for base in (folder, None):
-        target = tmp_path / f"new{base is None}"
-        interop.save_merged(target, adapted, base=base)
-        np.testing.assert_array_equal(
-            load_file(target / "model.safetensors")["b.weight"], copies["default"].T
-        )
-
-
-def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
-    folder, tree, _ = small(tmp_path / "base")
-    before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=r"already holds weights \(model.safetensors\)"):
-        interop.save_merged(folder, tree, base=folder)
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        interop.save_merged(folder / "model.safetensors", tree)
-    assert (folder / "model.safetensors").read_bytes() == before
-    message = r"cannot be saved; nothing was written. leaves that do not fit \(1\): x.weight"
-    with pytest.raises(ValueError, match=message):
-        interop.save_merged(
-            tmp_path / "new", {**tree, "x": {"kernel": jnp.ones((2, 2))}}, base=folder
-        )
-    assert not (tmp_path / "new").exists()
-    nan = {"a": {"kernel": jnp.full((3, 4), jnp.nan)}}
-    nan = loha_jax.inject(nan, LoHaConfig(r=1, target_modules=["a"]), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="NaNs or infinities"):
-        interop.save_merged(tmp_path / "new", nan, safe=True)
-    assert not list(tmp_path.glob("*new*"))
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(OSError, match="disk full"):
-        interop.save_merged(tmp_path / "new", tree, base=folder)
-    assert not list(tmp_path.glob("*new*"))
-
-
-def test_a_parameter_of_no_module_needs_the_checkpoint_that_names_it(tmp_path):
-    tree = {"emb": {"cls_token": jnp.ones((1, 1, 4))}, "wq": jnp.ones((3, 4))}
-    with pytest.raises(ValueError, match="give `base=`"):
-        interop.save_merged(tmp_path / "new", tree)
-    base = write(
-        tmp_path,
-        {"emb.cls_token": np.ones((1, 1, 4), np.float32), "wq.weight": np.ones((4, 3), np.float32)},
-    )
-    loaded = interop.load_base(base, tree)
-    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
-    interop.save_merged(tmp_path / "new", loaded, base=base)
-    assert load_file(tmp_path / "new" / "model.safetensors")["wq.weight"].shape == (4, 3)
-
-
-def test_heads_have_biases_that_are_flat_in_torch(tmp_path):
-    rng = np.random.default_rng(0)
-    w, b = rng.standard_normal((8, 6), np.float32), rng.standard_normal(8, np.float32)
-    base = write(tmp_path, {"q.weight": w, "q.bias": b})
-    like = {"q": {"kernel": jnp.zeros((6, 2, 4)), "bias": jnp.zeros((2, 4))}}
-    loaded = interop.load_base(base, like, layouts={"q": "ioo"})
-    np.testing.assert_array_equal(loaded["q"]["kernel"], w.T.reshape(6, 2, 4))
-    np.testing.assert_array_equal(loaded["q"]["bias"], b.reshape(2, 4))
-    interop.save_merged(tmp_path / "new", loaded, layouts={"q": "ioo"})
-    again = load_file(tmp_path / "new" / "model.safetensors")
-    np.testing.assert_array_equal(again["q.weight"], w)
-    np.testing.assert_array_equal(again["q.bias"], b)
-
-
-@pytest.mark.parametrize("size", [0, -1, "many", "5 XB", "0GB"])
-def test_sizes_that_are_none_are_errors(size):
-    with pytest.raises(ValueError, match="positive number of bytes"):
-        parse_size(size)

@@ -1,4 +1,7 @@
-"""The command line beside the real PEFT: merged checkpoints are its merged models, converted folders open in it."""
+"""The command line beside the real PEFT.
+
+Merged checkpoints are its merged models, converted folders open in it.
+"""
 
 import json
 import warnings
@@ -32,7 +35,10 @@ def run(*arguments, code=0):
 
 
 def merge_like_peft(base, adapter, out):
-    """Merge by the command line and compare every tensor with PEFT's; returns the names of those compared."""
+    """Merge by the command line and compare every tensor with PEFT's.
+
+    Returns the names of the compared tensors.
+    """
     run("merge", base, adapter, out)
     results, unable = compare_with_peft(out, base, [(adapter, 1.0)])
     assert results

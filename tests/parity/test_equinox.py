@@ -1,4 +1,7 @@
-"""Equinox models as they are: layouts of every layer, files that the real PEFT opens, torch's weights both ways."""
+"""Equinox models as they are.
+
+Layouts of every layer, files that the real PEFT opens, torch's weights both ways.
+"""
 
 import copy
 
@@ -9,17 +12,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from leaves import loha_leaves
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
-from loha_jax import LoHaConfig, LoHaWeight, interop
+from loha_jax import LoHaConfig, interop
 
 KEY = jax.random.key(0)
-
-
-def adapted_leaves(tree):
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, LoHaWeight))
-    return [leaf for leaf in leaves if isinstance(leaf, LoHaWeight)]
 
 
 def stacked(make):
@@ -64,7 +63,7 @@ def test_layers_say_their_layouts(name):
     make, expected = LAYERS[name]
     tree = {"m": make()}
     config = LoHaConfig(r=2, target_modules=list(expected))
-    leaves = adapted_leaves(loha_jax.inject(tree, config, key=KEY))
+    leaves = loha_leaves(loha_jax.inject(tree, config, key=KEY))
     assert {leaf.names[0].removeprefix("0."): leaf.layout.word for leaf in leaves} == expected
 
 
@@ -77,7 +76,7 @@ def test_all_linear_takes_linear_layers_alone():
         "mlp": eqx.nn.MLP(4, 4, 4, 1, key=KEY),
         "lm_head": eqx.nn.Linear(4, 6, key=KEY),
     }
-    adapted = adapted_leaves(
+    adapted = loha_leaves(
         loha_jax.inject(tree, LoHaConfig(r=2, target_modules="all-linear"), key=KEY)
     )
     found = {name for leaf in adapted for name in leaf.names}

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
-from tests.parity.models import jax_params
+from tests.parity.models import jax_params, torch_output
 
 WIDTH = 6
 
@@ -47,7 +47,10 @@ def forward(params, x):
 
 
 def wrapped(dtype=torch.float32, **kwargs):
-    """PEFT's model after a step in training mode (the statistics move), and the base parameters in JAX."""
+    """PEFT's model after a step in training mode, and the base parameters in JAX.
+
+    The step moves the statistics.
+    """
     torch.manual_seed(0)
     module = Net().to(dtype)
     base = jax_params(module) if dtype != torch.bfloat16 else None
@@ -62,23 +65,17 @@ def wrapped(dtype=torch.float32, **kwargs):
     return model.eval(), base
 
 
-def output(model, x):
-    with torch.no_grad():
-        return model(torch.tensor(x)).numpy()
-
-
 X = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
 
 
 @pytest.mark.parametrize("safe_serialization", [True, False], ids=["safetensors", "bin"])
-def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
-    safe_serialization, tmp_path
-):
+def test_nested_saved_modules_of_peft(safe_serialization, tmp_path):
+    """Nested saved modules of PEFT load with those found by their ending."""
     model, base = wrapped(modules_to_save=["head"])
     model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
     loaded = interop.load_peft(tmp_path, base)
     assert isinstance(loaded["overhead"]["kernel"], loha_jax.SavedWeight)
-    want = output(model, X)
+    want = torch_output(model, X)
     for params in (loaded, loha_jax.merge(loaded)):
         np.testing.assert_allclose(forward(params, X), want, rtol=0, atol=1e-5 * np.abs(want).max())
     interop.save_peft(tmp_path / "again", loaded)
@@ -91,7 +88,8 @@ def test_nested_saved_modules_of_peft_load_with_those_found_by_their_ending(
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
-def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(task_type, tmp_path):
+def test_heads_of_a_task(task_type, tmp_path):
+    """The heads of a task are written as PEFT writes them and never twice."""
     head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
 
     class Model(torch.nn.Module):
@@ -121,7 +119,8 @@ def test_the_heads_of_a_task_are_written_as_peft_writes_them_and_never_twice(tas
     assert LoHaConfig.from_dict(grown).modules_to_save == tuple(configs[1]["modules_to_save"])
 
 
-def test_the_hubs_own_reader_opens_our_model_card_and_peft_adds_to_it(tmp_path):
+def test_the_hubs_reader_opens_our_model_card(tmp_path):
+    """The hub's own reader opens our model card and PEFT adds to it."""
     base = {"q": {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}}
     config = LoHaConfig(
         r=2, target_modules=["q"], base_model_name_or_path="org/base: a name", task_type="CAUSAL_LM"

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from peft.tuners.loha.layer import HadaWeight, HadaWeightCP
+from random_arrays import normal
 
 from loha_jax import hada_weight, hada_weight_cp
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
+from tests.parity.models import plain_cp
 
 
 def test_hada_weight_equals_pefts_function(x64):
@@ -25,17 +23,14 @@ def test_hada_weight_equals_pefts_function(x64):
         np.testing.assert_allclose(got, want.grad, rtol=1e-10)
 
 
-def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
+def test_hada_weight_cp_equals_pefts_value(x64):
+    """`hada_weight_cp` equals PEFT's value and torch autograd's gradient."""
     arrays = [normal(n, *shape) for n, shape in enumerate([(3, 3, 3, 2), (3, 4), (3, 5)] * 2)]
     scale = torch.tensor(1.5, dtype=torch.float64)
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     theirs = HadaWeightCP.apply(*tensors, scale)
     t1, a1, b1, t2, a2, b2 = tensors
-    formula = (
-        torch.einsum("ijkl,jr,ip->prkl", t1, b1, a1)
-        * torch.einsum("ijkl,jr,ip->prkl", t2, b2, a2)
-        * scale
-    )
+    formula = plain_cp(t1, a1, b1, t2, a2, b2, scale)
     cotangent = normal(5, *formula.shape)
     true = torch.autograd.grad(formula, tensors, torch.tensor(cotangent))
     pefts = torch.autograd.grad(theirs, tensors, torch.tensor(cotangent))
@@ -43,7 +38,8 @@ def test_hada_weight_cp_equals_pefts_value_and_torch_autograds_gradient(x64):
     np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-12)
     for got, want in zip(pullback(jnp.asarray(cotangent)), true, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10)
-    # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the documentation must say so.
+    # PEFT 0.21.2 is wrong for w1_a and w2_a; when this fails, PEFT has mended it, and the
+    # documentation must say so.
     assert [bool(torch.allclose(p, t)) for p, t in zip(pefts, true, strict=True)] == [
         True,
         False,

@@ -2,8 +2,9 @@
 
     python -m pytest tests/parity/test_harness.py --parity-seed 1 --parity-cases 1000
 
-Each case: same targets and counts, or both refuse; the same outputs from the same factors, both ways through files;
-merged, unloaded, several adapters; and the same gradients and trajectories of SGD and AdamW over 20 steps.
+Each case: same targets and counts, or both refuse; the same outputs from the same factors, both
+ways through files; merged, unloaded, several adapters; and the same gradients and trajectories of
+SGD and AdamW over 20 steps.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ from peft_samples import torch_value
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.tree.leaves import is_adapted
-from tests.parity.models import Spec, configs, jax_forward, jax_params, layouts, specs
+from tests.parity.models import (
+    Spec,
+    configs,
+    jax_forward,
+    jax_params,
+    layouts,
+    plain_cp,
+    plain_key,
+    specs,
+    torch_output,
+)
 
 STEPS = 20
 
-# PEFT's alpha/r is a float32: relative error 6e-8 of the update, which training doubles a few times.
+# PEFT's alpha/r is a float32: relative error 6e-8 of the update, which training doubles a few
+# times.
 OUTPUT, GRADIENT, TRAJECTORY = 1e-6, 1e-5, 1e-4
 
 pytestmark = [
@@ -93,11 +105,6 @@ def randomize(model: Any, case_seed: int) -> None:
                 )
 
 
-def output(model: Any, x: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(x)).numpy()
-
-
 def close(got: Any, want: Any, bound: float, what: str = "") -> None:
     """Equal up to `bound` of the largest entry."""
     want = np.asarray(want)
@@ -111,12 +118,6 @@ def state_of(model: Any, adapter: str = "default") -> dict[str, np.ndarray]:
         k: v.numpy().copy()
         for k, v in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()
     }
-
-
-def plain_cp(t1, w1a, w1b, t2, w2a, w2b, scale):
-    """PEFT's CP weight for torch's own autograd: the gradient of PEFT 0.21.2 is wrong there (test_hadamard.py)."""
-    one = torch.einsum("ijkl,jr,ip->prkl", t1, w1b, w1a)
-    return one * torch.einsum("ijkl,jr,ip->prkl", t2, w2b, w2a) * scale
 
 
 def torch_training(
@@ -145,11 +146,6 @@ def torch_training(
     final = state_of(model)
     model.load_state_dict(start)
     return gradients, losses, final
-
-
-def plain_key(name: str) -> str:
-    """A parameter's key in PEFT's files."""
-    return name.replace(".default", "").replace("modules_to_save.", "")
 
 
 def jax_training(
@@ -208,9 +204,10 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
         return
     x, y = spec.inputs(case.seed)
     forward = jax.jit(jax_forward(spec))
-    theirs = output(model, x)
+    theirs = torch_output(model, x)
 
-    # The same targets, shapes and counts. PEFT counts parameters alone, ours is the size of the tree.
+    # The same targets, shapes and counts. PEFT counts parameters alone, ours is the size of the
+    # tree.
     fresh = case.inject(base, case.config)
     wanted = {key: value.shape for key, value in state_of(model).items()}
     assert {key: value.shape for key, value in interop.to_peft_state_dict(fresh).items()} == wanted
@@ -255,7 +252,7 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
     ours = random_factors(fresh, case.seed)
     interop.save_peft(folder / "ours", ours)
     opened = peft.PeftModel.from_pretrained(spec.torch_model(case.seed), folder / "ours").eval()
-    close(adapted(ours, x), output(opened, x), OUTPUT)
+    close(adapted(ours, x), torch_output(opened, x), OUTPUT)
     back = case.load(folder / "ours", base)
     for a, b in zip(*map(jax.tree.leaves, (back, ours)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -273,15 +270,15 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
         opened.base_model.set_adapter(["default", "second"])
         opened.eval()
         active = loha_jax.set_adapter(both, ["default", "second"])
-        close(adapted(active, x), output(opened, x), OUTPUT)
+        close(adapted(active, x), torch_output(opened, x), OUTPUT)
         opened.set_adapter("second")
-        close(forward(both, x), output(opened, x), OUTPUT)
+        close(forward(both, x), torch_output(opened, x), OUTPUT)
         with opened.disable_adapter():
-            close(forward(loha_jax.set_adapter(both, ()), x), output(opened, x), 1e-12)
+            close(forward(loha_jax.set_adapter(both, ()), x), torch_output(opened, x), 1e-12)
         opened.set_adapter("default")
         opened.delete_adapter("second")
         one = loha_jax.set_adapter(loha_jax.delete_adapter(both, "second"), "default")
-        close(forward(one, x), output(opened, x), OUTPUT)
+        close(forward(one, x), torch_output(opened, x), OUTPUT)
 
     # Merged by both, to the same weights.
     plain = opened.merge_and_unload(safe_merge=True).state_dict()
@@ -290,7 +287,10 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
 
 
 CHUNKS = 4
-"""The cases run in so many tests, side by side where pytest has several workers; the first is one of every day."""
+"""The number of tests that the cases run in, side by side if pytest has several workers.
+
+The first one runs every day.
+"""
 
 
 @pytest.mark.parametrize(

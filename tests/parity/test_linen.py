@@ -56,7 +56,8 @@ def twin_of(params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cores", [False, True], ids=["flat", "cores"])
-def test_the_real_peft_opens_a_linen_models_adapter_and_its_own_comes_back(cores, tmp_path):
+def test_adapters_of_linen_models_both_ways(cores, tmp_path):
+    """The real PEFT opens a Linen model's adapter and its own comes back."""
     model, x = ToPeft(cores), jax.random.normal(KEY, (2, 5, 5, 4))
     image = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
     params = model.init(KEY, x)["params"]

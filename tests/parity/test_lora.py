@@ -1,7 +1,6 @@
 """LoRA folders that the real PEFT opens, those that it wrote, and its own `convert_to_lora`."""
 
 import copy
-import dataclasses
 import json
 
 import jax
@@ -15,14 +14,20 @@ from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
-from loha_jax.tree.inject import apply_plan, stack_factors
-from loha_jax.tree.plan import plan_injection
 from tests.models.transformers_twins import gpt2
 from tests.models.twins import Size
-from tests.parity.models import Conv, Spec, jax_forward, jax_params, layouts
-
-BOUND = 1e-5
-KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than threefry
+from tests.parity.lora_models import (
+    GROUPED,
+    KEY,
+    LINEAR,
+    SPECS,
+    TARGETS,
+    Model,
+    close,
+    random_adapter,
+    require_moved,
+)
+from tests.parity.models import jax_forward, jax_params, torch_output
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -30,105 +35,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
 ]
-
-
-def chain(*convs):
-    """Convolutions of `(into, out, kernel, groups)` with a stride and padding."""
-    return Spec(
-        0,
-        tuple(
-            Conv(i, o, k, (1,) * len(k), (1,) * len(k), (1,) * len(k), g) for i, o, k, g in convs
-        ),
-    )
-
-
-LINEAR = Spec(5, ())
-CONV1D = chain((3, 4, (3,), 1), (4, 5, (2,), 1))
-CONV2D = chain((3, 4, (3, 2), 1), (4, 5, (1, 1), 1), (5, 4, (3, 3), 1))
-GROUPED = chain((4, 6, (3, 3), 2), (6, 6, (3, 1), 6))
-SPECS = {"linear": LINEAR, "conv1d": CONV1D, "conv2d": CONV2D, "grouped": GROUPED}
-TARGETS = ["q", "mlp", "stem", "conv", "middle"]
-GROUPS = {"stem": 2, r"blocks\.0\.conv": 6}
-
-
-def random_adapter(base, config, **kwargs):
-    """What `inject` makes, with random factors that move the output, and norms that are not W's own.
-
-    `inject` itself draws in a program that is compiled for every set of shapes.
-    """
-    random = np.random.default_rng(0)
-
-    def factors(target):
-        modules = [
-            {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {}
-            for r in target.ranks
-        ]
-        return stack_factors(modules, target, jnp.float32)
-
-    def norms(target, config, kernel):
-        if not isinstance(config, LycorisConfig) or not config.weight_decompose:
-            return {}
-        weight, stack = np.asarray(target.layout.unfold(kernel)), len(target.stack)
-        own = np.sqrt((weight**2).sum(tuple(range(stack + 1, weight.ndim)), keepdims=True))
-        return {"dora_scale": jnp.asarray(own * random.uniform(0.7, 1.6, own.shape), jnp.float32)}
-
-    plan = plan_injection(base, config, **kwargs)
-    return apply_plan(
-        base, plan, "default", factors, lambda saved, kernel: jnp.array(kernel), norms
-    )
-
-
-@dataclasses.dataclass
-class Model:
-    """A network in PyTorch and in JAX, in float32, and an input."""
-
-    spec: Spec
-
-    def __post_init__(self):
-        self.module = self.spec.torch_model(0).float()
-        self.base = jax_params(self.module)
-        self.x = self.spec.inputs(0)[0].astype(np.float32)
-        self.groups = GROUPS if self.spec is GROUPED else None
-
-    def inject(self, config_class=LoHaConfig, **kwargs):
-        """A `random_adapter` of the layers that have no other role."""
-        names = {name.rsplit(".", 1)[-1] for name in (*self.spec.linears, *self.spec.conv_names)}
-        targets = [name for name in TARGETS if name in names]
-        config = config_class(**{"r": 2, "alpha": 3, "target_modules": targets} | kwargs)
-        return random_adapter(self.base, config, layouts=layouts(self.spec))
-
-    def output(self, params):
-        return np.asarray(jax_forward(self.spec)(loha_jax.merge(params), self.x))
-
-    def opened(self, folder):
-        """PEFT's model of a folder; that every tensor of the file is in it is checked."""
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(self.module), folder).eval()
-        theirs, ours = (
-            peft.get_peft_model_state_dict(model),
-            load_file(folder / "adapter_model.safetensors"),
-        )
-        assert theirs.keys() == ours.keys()
-        for key, tensor in ours.items():
-            np.testing.assert_array_equal(theirs[key].numpy(), tensor, err_msg=key)
-        return model
-
-    def load(self, folder, **kwargs):
-        return interop.load_lora(folder, self.base, layouts=layouts(self.spec), **kwargs)
-
-
-def torch_output(model, x):
-    with torch.no_grad():
-        return model(torch.tensor(x)).numpy()
-
-
-def close(got, want, what=""):
-    np.testing.assert_allclose(
-        got, want, rtol=0, atol=BOUND * max(np.abs(want).max(), 1), err_msg=what
-    )
-
-
-def require_moved(model, output):
-    assert np.abs(output - torch_output(model.module, model.x)).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -176,7 +82,8 @@ def test_peft_opens_the_exact_lora_and_computes_what_jax_does(name, kwargs, tmp_
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "grouped"])
 @pytest.mark.parametrize("limit", [{"rank": 2}, {"energy": 0.8}], ids=["rank", "energy"])
-def test_errors_are_those_between_the_updates_of_pefts_two_models(name, limit, tmp_path):
+def test_errors_are_those_between_pefts_models(name, limit, tmp_path):
+    """Errors are those between the updates of PEFT's two models."""
     model = Model(SPECS[name])
     params = model.inject()
     lora = interop.save_lora(tmp_path / "lora", params, groups=model.groups, **limit)
@@ -201,7 +108,10 @@ def test_errors_are_those_between_the_updates_of_pefts_two_models(name, limit, t
 
 
 def response(layer):
-    """The kernel of a convolution's LoRA, measured on unit impulses; what reads other groups' channels is zero."""
+    """The kernel of a convolution's LoRA, measured on unit impulses.
+
+    What reads other groups' channels is zero.
+    """
     base = layer.base_layer
     out, into, *space = base.weight.shape
     pulses = torch.zeros(into * base.groups, into * base.groups, *(2 * size - 1 for size in space))
@@ -285,8 +195,10 @@ def test_conv3d(tmp_path):
 def test_pefts_config_of_the_folder_is_a_plain_lora(tmp_path):
     model = Model(LINEAR)
     params = model.inject(
-        base_model_name_or_path="org/base", task_type="FEATURE_EXTRACTION", rank_pattern={"layers.0.q": 1}
-    )  # fmt: skip
+        base_model_name_or_path="org/base",
+        task_type="FEATURE_EXTRACTION",
+        rank_pattern={"layers.0.q": 1},
+    )
     interop.save_lora(tmp_path, params)
     read = peft.LoraConfig.from_pretrained(tmp_path)
     smaller = {r"^layers\.0\.q": 1}
@@ -306,7 +218,8 @@ def test_pefts_config_of_the_folder_is_a_plain_lora(tmp_path):
     assert raw.keys() <= want.to_dict().keys()
 
 
-def test_pefts_convert_to_lora_has_no_smaller_error_at_any_rank(tmp_path):
+def test_convert_to_lora_has_no_smaller_error(tmp_path):
+    """PEFT's `convert_to_lora` has no smaller error at any rank."""
     torch.manual_seed(0)
     module = torch.nn.ModuleDict({"q": torch.nn.Linear(40, 60), "k": torch.nn.Linear(30, 20)})
     base = jax_params(module)
@@ -399,7 +312,8 @@ def random_lora(model, **kwargs):
     ],
 )
 @pytest.mark.parametrize("key", [None, KEY], ids=["dead", "random"])
-def test_a_lora_of_peft_is_a_loha_and_goes_out_as_both(name, kwargs, key, tmp_path):
+def test_a_lora_of_peft_is_a_loha(name, kwargs, key, tmp_path):
+    """A LoRA of PEFT is a LoHa and goes out as both."""
     model = Model(SPECS[name])
     wrapped = random_lora(model, **kwargs)
     want = torch_output(wrapped, model.x)
@@ -419,7 +333,8 @@ def test_a_lora_of_peft_is_a_loha_and_goes_out_as_both(name, kwargs, key, tmp_pa
         close(torch_output(model.opened(tmp_path / "loha"), model.x), want)
 
 
-def test_a_lora_over_groups_of_peft_is_refused_unless_each_reads_its_own_channels(tmp_path):
+def test_a_lora_over_groups(tmp_path):
+    """A LoRA over groups of PEFT is refused unless each reads its own channels."""
     model = Model(GROUPED)
     wrapped = random_lora(model, r=6)
     wrapped.save_pretrained(tmp_path / "any")
@@ -427,6 +342,7 @@ def test_a_lora_over_groups_of_peft_is_refused_unless_each_reads_its_own_channel
         ValueError, match="conv is a convolution in 6 groups, and lora_A of group 0 reads channels"
     ):
         model.load(tmp_path / "any")
+    masked = []
     with torch.no_grad():
         for name, module in wrapped.base_model.model.named_modules():
             groups = getattr(getattr(module, "base_layer", None), "groups", 1)
@@ -438,7 +354,8 @@ def test_a_lora_over_groups_of_peft_is_refused_unless_each_reads_its_own_channel
                     block = np.s_[g * slots : (g + 1) * slots, g * channels : (g + 1) * channels]
                     own[block] = weight[block]
                 weight.copy_(own)
-                assert name
+                masked.append(name)
+    assert masked == ["stem", "blocks.0.conv"]
     wrapped.save_pretrained(tmp_path / "own")
     want = torch_output(wrapped, model.x)
     require_moved(model, want)

@@ -1,9 +1,9 @@
-"""The real lycoris-lora opens what we write, and we open what it writes; outputs are those of its forward pass.
+"""The real lycoris-lora opens what we write, and we open what it writes.
+
+Outputs are those of its forward pass.
 
 Never of its merge: that of LyCORIS 4.1.3 multiplies by alpha/r twice.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from lycoris_samples import DATA, jax_tree, trained
+from lycoris_samples import CONVOLUTIONS, DATA, LAYERS, inputs, jax_tree, kohya_state, trained
 from lycoris_samples import model as sample_forward
 from peft_samples import torch_value
 from safetensors.numpy import load_file, save_file
@@ -24,12 +24,12 @@ import loha_jax
 from loha_jax import LycorisConfig, interop
 from tests.parity.unet import small_unet
 
-LAYOUTS = {"conv3": "kkio", "gconv": "kkio", "c1d": "kio", "c3d": "kkkio"}
-TARGETS = ["fc1", "blocks.0.q_proj", "blocks.0.out", "conv1x1", *LAYOUTS]
-
 
 class Net(torch.nn.Module):
-    """The samples' network and a normalisation layer: every kind of layer that LyCORIS adapts with LoHa."""
+    """The samples' network and a normalisation layer.
+
+    Every kind of layer that LyCORIS adapts with LoHa.
+    """
 
     def __init__(self):
         super().__init__()
@@ -66,10 +66,6 @@ def jax_forward(params, x):
     return out | {"lin": normed * params["norm"]["scale"] + params["norm"]["bias"]}
 
 
-def inputs():
-    return load_file(DATA / "inputs_tiny.safetensors")
-
-
 def net():
     torch.manual_seed(0)
     return Net().eval()
@@ -104,7 +100,10 @@ def same_tensors(ours, theirs):
 
 @pytest.fixture
 def network(monkeypatch):
-    """Makes LyCORIS' wrapper; its list of layers is a class attribute, which `create_lycoris` changes for good."""
+    """Make LyCORIS' wrapper.
+
+    Its list of layers is a class attribute, which `create_lycoris` changes for good.
+    """
     kinds = ["Linear", "Conv1d", "Conv2d", "Conv3d", "LayerNorm"]
     monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", kinds)
     monkeypatch.setattr(lycoris.LycorisNetwork, "LORA_PREFIX", "lycoris")
@@ -147,7 +146,7 @@ def test_what_lycoris_writes_gives_its_outputs(options, network, tmp_path):
     made = network(module, **options)
     made.apply_to()
     made.save_weights(str(path), torch.float32, {"steps": "3"})
-    params = interop.load_lycoris(path, base, layouts=LAYOUTS)
+    params = interop.load_lycoris(path, base, layouts=CONVOLUTIONS)
     same_outputs(jax_forward(params, inputs()), torch_outputs(module), unadapted)
     interop.save_lycoris(tmp_path / "again.safetensors", params)
     ours, theirs = load_file(tmp_path / "again.safetensors"), load_file(path)
@@ -172,49 +171,41 @@ def test_lycoris_opens_what_we_write(options, dtype, tmp_path):
     module, path = net(), tmp_path / "adapter.safetensors"
     base, unadapted = base_of(module), torch_outputs(module)
     config = LycorisConfig(
-        r=4, alpha=3, target_modules=TARGETS, rank_pattern={"conv3": 5, "c1d": 2}, **options
+        r=4, alpha=3, target_modules=LAYERS, rank_pattern={"conv3": 5, "c1d": 2}, **options
     )
-    params = trained(base, config, LAYOUTS)
+    params = trained(base, config, CONVOLUTIONS)
     interop.save_lycoris(path, params, dtype=dtype)
     network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), module)
-    assert len(network.loras) == len(TARGETS) + ("modules_to_save" in options)
+    assert len(network.loras) == len(LAYERS) + ("modules_to_save" in options)
     network.apply_to()
     if dtype != "float32":  # compare with the rounded factors, as LyCORIS does
-        params = interop.load_lycoris(path, base, layouts=LAYOUTS)
+        params = interop.load_lycoris(path, base, layouts=CONVOLUTIONS)
         network.float()
     same_outputs(jax_forward(params, inputs()), torch_outputs(module), unadapted)
 
 
 def test_peft_opens_what_is_folded(tmp_path):
-    """Rank stabilisation in alpha, the scalar in `hada_w1_a`, normalisation layers as `modules_to_save`."""
+    """Rank stabilisation goes into alpha, the scalar into `hada_w1_a`.
+
+    Normalisation layers become `modules_to_save`.
+    """
     module = net()
     base, unadapted = base_of(module), torch_outputs(module)
     config = LycorisConfig(
         r=4,
         alpha=3,
-        target_modules=[name for name in TARGETS if name != "c3d"],
+        target_modules=[name for name in LAYERS if name != "c3d"],
         rank_pattern={"conv3": 5, "c1d": 2},
         modules_to_save=["norm"],
         use_effective_conv2d=True,
         rs_lora=True,
         use_scalar=True,
     )
-    params = trained(base, config, LAYOUTS)
+    params = trained(base, config, CONVOLUTIONS)
     interop.save_peft(tmp_path / "peft", params)
     theirs = torch_outputs(peft.PeftModel.from_pretrained(module, tmp_path / "peft").eval())
     theirs.pop("c3d")
     same_outputs(jax_forward(params, inputs()), theirs, unadapted)
-
-
-@functools.cache
-def kohya_state():
-    return load_file(DATA / "kohya_base.safetensors")
-
-
-def kohya_base(component):
-    return {
-        k.partition(".")[2]: v for k, v in kohya_state().items() if k.startswith(f"{component}.")
-    }
 
 
 def as_torch(state):
@@ -223,7 +214,7 @@ def as_torch(state):
 
 def unet():
     model = small_unet()
-    model.load_state_dict(as_torch(kohya_base("unet")))
+    model.load_state_dict(as_torch(kohya_state("unet")))
     return model.eval()
 
 
@@ -237,7 +228,7 @@ def text_encoder(state=None):
         max_position_embeddings=12,
     )
     model = transformers.CLIPTextModel(config)
-    model.load_state_dict(as_torch(state or kohya_base("te")))
+    model.load_state_dict(as_torch(state or kohya_state("te")))
     return model.eval()
 
 
@@ -247,7 +238,7 @@ def te_output(model, ref):
 
 
 def unet_output(model, ref):
-    """Of the text that the adapted encoder gives."""
+    """The UNet's output for the text that the adapted encoder gives."""
     with torch.no_grad():
         given = (torch.from_numpy(np.array(ref[key])) for key in ("latents", "t", "te_out"))
         return model(*given).sample.numpy()
@@ -275,14 +266,14 @@ def test_a_kohya_text_encoder(form):
         DATA / f"kohya_{form}.safetensors",
         load_file(DATA / f"kohya_{form}_ref.safetensors"),
     )
-    params = interop.load_lycoris(path, jax_tree(kohya_base("te")), prefix="lora_te_")
+    params = interop.load_lycoris(path, jax_tree(kohya_state("te")), prefix="lora_te_")
     close(te_output(text_encoder(torch_state(params)), ref), ref["te_out"], ref["te_base"])
 
 
 @pytest.fixture
 def kohya_unet():
     return interop.load_lycoris(
-        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("unet")), prefix="lora_unet_"
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_state("unet")), prefix="lora_unet_"
     )
 
 
@@ -292,7 +283,7 @@ def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
     interop.save_peft(tmp_path / "peft", kohya_unet)
     model = peft.PeftModel.from_pretrained(unet(), tmp_path / "peft").eval()
     close(unet_output(model, ref), ref["unet_out"], ref["unet_base"])
-    again = interop.load_peft(tmp_path / "peft", jax_tree(kohya_base("unet")))
+    again = interop.load_peft(tmp_path / "peft", jax_tree(kohya_state("unet")))
     theirs = load_file(DATA / "kohya_tucker.safetensors")
     same_tensors(
         interop.to_lycoris_state_dict(again, prefix="lora_unet_"),
@@ -303,11 +294,12 @@ def test_peft_opens_a_kohya_unet(kohya_unet, tmp_path):
 def test_kohya_opens_two_components_of_ours(kohya_unet, tmp_path, monkeypatch):
     path, ref = tmp_path / "adapter.safetensors", load_file(DATA / "kohya_tucker_ref.safetensors")
     te = interop.load_lycoris(
-        DATA / "kohya_tucker.safetensors", jax_tree(kohya_base("te")), prefix="lora_te_"
+        DATA / "kohya_tucker.safetensors", jax_tree(kohya_state("te")), prefix="lora_te_"
     )
     interop.save_lycoris(path, kohya_unet, prefix="lora_unet_", others={"lora_te_": te})
     encoder, model = text_encoder(), unet()
-    # LyCORIS 4.1.3 counts diffusers' time embedding twice, by its class and by its name, and refuses the UNet.
+    # LyCORIS 4.1.3 counts diffusers' time embedding twice, by its class and by its name, and
+    # refuses the UNet.
     monkeypatch.setattr(lycoris.kohya.LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", [])
     network, _ = lycoris.kohya.create_network_from_weights(1.0, str(path), None, encoder, model)
     network.apply_to(encoder, model, True, True)

@@ -1,4 +1,6 @@
-"""Our layers beside LyCORIS' own `LohaModule`: forward passes and gradients in training form, with its options.
+"""Our layers beside LyCORIS' own `LohaModule`.
+
+Forward passes and gradients in training form, with its options.
 
 LyCORIS' merge is no reference: it scales twice (4.1.3).
 """

@@ -1,4 +1,7 @@
-"""LyCORIS' options that are not PEFT's: rank stabilisation, the scalar, rank dropout without rescaling."""
+"""LyCORIS' options that are not PEFT's.
+
+Rank stabilisation, the scalar, rank dropout without rescaling.
+"""
 
 import dataclasses
 import math

@@ -101,8 +101,8 @@ def test_no_match_is_explained_in_pefts_words_with_near_misses():
         [],
     )
     assert (
-        "Note: You specified 'layers_to_transform': [1]. You also specified 'layers_pattern': ('foo',)."
-        in message
+        "Note: You specified 'layers_to_transform': [1]. You also specified 'layers_pattern': "
+        "('foo',)." in message
     )
     assert no_match_message(LoHaConfig(target_modules=["q"]), names, names).startswith(
         "All modules were excluded."

@@ -1,4 +1,4 @@
-"""`adapt(fn, adapter_index=ids)` against running the rows one by one, each with its adapter merged."""
+"""`adapt(fn, adapter_index=ids)` against the rows one by one, each with its adapter merged."""
 
 import re
 
@@ -14,6 +14,10 @@ from loha_jax import LoHaConfig
 NAMES = ("french", "german", "legal")
 KEY = jax.random.key(0)
 AXES = (None, 0, 0)  # of `apply`
+
+
+def product(p, x):
+    return x @ p["q"]["kernel"]
 
 
 class Model(nn.Module):
@@ -50,7 +54,10 @@ def tree(names=NAMES, r=2, **kwargs):
         )
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
     noise = np.random.default_rng(0)
-    add = lambda x, m: x + jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if m else x  # noqa: E731
+
+    def add(x, m):
+        return x + jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype) if m else x
+
     params = loha_jax.set_adapter(params, names)
     return jax.tree.map(add, params, loha_jax.trainable_mask(params))
 
@@ -93,8 +100,8 @@ def test_one_row_decoding():
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
     params = loha_jax.set_adapter(params, NAMES)
     x = jax.random.normal(jax.random.key(1), (3, 24))
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
-    got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 1, 0]))(params, x)
+
+    got = loha_jax.adapt(product, adapter_index=jnp.array([1, 1, 0]))(params, x)
     for row, name in enumerate(("german", "german", "french")):
         want = x[row] @ loha_jax.merge(loha_jax.set_adapter(params, name))["q"]["kernel"]
         np.testing.assert_allclose(got[row], want, rtol=0, atol=2e-5 * np.abs(want).max())
@@ -124,7 +131,10 @@ def test_an_adapter_that_lacks_a_module_leaves_it_alone():
         config = LoHaConfig(r=2, target_modules=targets, init_weights=False)
         params = loha_jax.inject(params, config, key=KEY, adapter_name=name)
     params = loha_jax.set_adapter(params, ["both", "one"])
-    fn = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"]
+
     x = jax.random.normal(KEY, (2, 6))
     got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 0]))(params, x)
     for row, name in enumerate(("one", "both")):
@@ -141,11 +151,13 @@ def test_no_weight_is_built():
             params, LoHaConfig(r=2, target_modules=["q"]), key=KEY, adapter_name=name
         )
     params = loha_jax.set_adapter(params, NAMES)
-    fn = lambda p, x: x @ p["q"]["kernel"]  # noqa: E731
+
     x = jax.ShapeDtypeStruct((batch, 3, width), jnp.float32)
 
     def made(strategy):
-        rows = jax.jit(lambda p, i, x: loha_jax.adapt(fn, strategy=strategy, adapter_index=i)(p, x))
+        rows = jax.jit(
+            lambda p, i, x: loha_jax.adapt(product, strategy=strategy, adapter_index=i)(p, x)
+        )
         text = rows.lower(params, jax.ShapeDtypeStruct((batch,), jnp.int32), x).compile().as_text()
         return re.findall(
             rf"= f32\[(?:\d+,)?(?:{width},{width + 1}|{width + 1},{width})\]\S* (?!parameter)\w",
@@ -192,9 +204,6 @@ def test_bad_arguments():
         loha_jax.adapt(apply, adapter_index=jnp.zeros(2, int), in_axes=AXES)(params, *args)
 
 
-# --- which arguments have rows ---
-
-
 def small(r=2):
     params = {"q": {"kernel": jax.random.normal(KEY, (4, 4))}}
     for n, name in enumerate(NAMES):
@@ -238,7 +247,8 @@ COINCIDENCES = {  # one of the arguments is as long as the batch by chance
 
 
 @pytest.mark.parametrize("case", COINCIDENCES)
-def test_what_is_as_long_as_the_batch_by_chance_is_refused_or_said(case):
+def test_what_is_as_long_as_the_batch_by_chance(case):
+    """An array that is as long as the batch by chance is refused or reported."""
     fn, x, other = COINCIDENCES[case]
     params, index = small(), [2, 0, 1, 2][: len(x)]
     with pytest.raises(ValueError, match=r"It is open which arguments.*in_axes=\(None, 0, 0\)"):
@@ -293,9 +303,10 @@ def test_one_array_with_the_batchs_size_needs_no_in_axes():
 
 def test_in_axes_that_do_not_fit():
     params, index = small(), jnp.array([1, 0, 2])
-    run = lambda in_axes, *args, **kw: loha_jax.adapt(
-        positions, adapter_index=index, in_axes=in_axes, **kw
-    )(*args)  # noqa: E731
+
+    def run(in_axes, *args, **kw):
+        return loha_jax.adapt(positions, adapter_index=index, in_axes=in_axes, **kw)(*args)
+
     x, at = B3, jnp.arange(3.0)
     for in_axes, message in {
         (0, 0, None): r"p\['q'\]\['kernel'\] is adapted: it has no rows",
@@ -317,11 +328,17 @@ def test_in_axes_that_do_not_fit():
         run((None, 0, None), params, x, at, out_axes=3)
 
 
-def test_a_stack_of_modules_with_decomposed_weights_of_several_ranks():
+def test_a_decomposed_stack_of_several_ranks():
+    """A stack of modules with decomposed weights of several ranks."""
     config = loha_jax.LycorisConfig(
-        r=2, alpha=4, rank_pattern={"l.1": 4}, alpha_pattern={"l.1": 8}, target_modules=["0", "1"], init_weights=False,
+        r=2,
+        alpha=4,
+        rank_pattern={"l.1": 4},
+        alpha_pattern={"l.1": 8},
+        target_modules=["0", "1"],
+        init_weights=False,
         weight_decompose=True,
-    )  # fmt: skip
+    )
     base = {"l": {"kernel": jax.random.normal(KEY, (2, 6, 6))}}
     params = loha_jax.inject(base, config, key=KEY, layouts={"l": "sio"}, names=lambda name: "l.{}")
 

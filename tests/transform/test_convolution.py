@@ -16,8 +16,9 @@ from loha_jax import LoHaConfig
 
 STRATEGIES = ("factored", "fused", "auto")
 
-# The bound on values and gradients against float64, relative to the largest entry; in bfloat16, where the base product,
-# the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest entry of the same sums without cancellation.
+# The bound on values and gradients against float64, relative to the largest entry; in bfloat16,
+# where the base product, the sum and (fused) W + ΔW are rounded by up to 2^-9 each, to the largest
+# entry of the same sums without cancellation.
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -128,7 +129,10 @@ def test_nnx_conv(cp):
 
 @st.composite
 def convolutions(draw):
-    """A `conv_general_dilated` with any dimension numbers, window and groups, and the layout of its kernel."""
+    """A `conv_general_dilated` and the layout of its kernel.
+
+    Its dimension numbers, window and groups are any.
+    """
     axes = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     in_, out = draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
@@ -136,10 +140,13 @@ def convolutions(draw):
     orders = [
         draw(st.permutations(range(axes + 2))) for _ in range(3)
     ]  # (batch, feature, *space) or (out, in, *space)
-    sizes = lambda order, values: [values[order.index(axis)] for axis in range(axes + 2)]  # noqa: E731
-    per_axis = lambda low, high: draw(
-        st.lists(st.integers(low, high), min_size=axes, max_size=axes)
-    )  # noqa: E731
+
+    def sizes(order, values):
+        return [values[order.index(axis)] for axis in range(axes + 2)]
+
+    def per_axis(low, high):
+        return draw(st.lists(st.integers(low, high), min_size=axes, max_size=axes))
+
     space = [k * 2 + n for k, n in zip(kernel_size, per_axis(0, 2), strict=True)]
     window = {
         "window_strides": per_axis(1, 2),
@@ -149,7 +156,8 @@ def convolutions(draw):
         "feature_group_count": groups,
     }
     numbers = lax.ConvDimensionNumbers(*map(tuple, orders))
-    # A kernel's in and out letters by axis; the spatial ones stand in the order in which torch has them.
+    # A kernel's in and out letters by axis; the spatial ones stand in the order in which torch has
+    # them.
     letters = {orders[1][0]: "o", orders[1][1]: "i"} | {
         axis: f"k{n}" for n, axis in enumerate(orders[1][2:])
     }
@@ -283,14 +291,20 @@ def test_two_adapters_of_both_forms():
     )
     params = loha_jax.inject(params, config, key=jax.random.key(4), adapter_name="cp")
     params = loha_jax.set_adapter(params, ["default", "cp"])
-    fn = lambda p, x: nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["conv"]}, x)  # noqa: E731
+
+    def fn(p, x):
+        return nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["conv"]}, x)
+
     assert_equals_merged(fn, params, normal(2, 5, 5, 4, seed=1))
 
 
 def test_bfloat16_accumulates_in_float32():
     params = adapted({"conv": {"kernel": normal(3, 3, 16, 16, dtype=jnp.bfloat16)}}, "kkio", False)
     conv = nn.Conv(16, (3, 3), use_bias=False, dtype=jnp.bfloat16)
-    fn = lambda p, x: conv.apply({"params": p["conv"]}, x)  # noqa: E731
+
+    def fn(p, x):
+        return conv.apply({"params": p["conv"]}, x)
+
     x = normal(2, 6, 6, 16, seed=1, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, params)
     want = nn.Conv(16, (3, 3), use_bias=False).apply(
@@ -298,7 +312,8 @@ def test_bfloat16_accumulates_in_float32():
     )
     got = loha_jax.adapt(fn, strategy="factored")(params, x)
     assert got.dtype == jnp.bfloat16
-    # Rounding the base product and the sum: two halves of a unit in the last place (2^-8 of the largest value each).
+    # Rounding the base product and the sum: two halves of a unit in the last place (2^-8 of the
+    # largest value each).
     np.testing.assert_allclose(
         got.astype(jnp.float32), want, rtol=0, atol=2**-7 * float(np.abs(want).max())
     )
@@ -333,7 +348,10 @@ def test_auto_is_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expect
 
     def step(strategy):
         apply = loha_jax.adapt(fn, strategy=strategy)
-        loss = lambda t, x, f: apply(loha_jax.combine(t, f), x).sum()  # noqa: E731
+
+        def loss(t, x, f):
+            return apply(loha_jax.combine(t, f), x).sum()
+
         return flops(jax.value_and_grad(loss, argnums=(0, 1)), trainable, x, frozen)
 
     costs = {strategy: step(strategy) for strategy in ("factored", "fused")}
@@ -345,7 +363,10 @@ def test_auto_is_the_cheaper_by_xlas_count(size, in_, out, groups, r, cp, expect
 def test_an_empty_batch():
     params = adapted({"conv": {"kernel": normal(3, 3, 4, 6)}}, "kkio", True)
     conv = nn.Conv(6, (3, 3), use_bias=False)
-    fn = lambda p, x: conv.apply({"params": p["conv"]}, x)  # noqa: E731
+
+    def fn(p, x):
+        return conv.apply({"params": p["conv"]}, x)
+
     assert loha_jax.adapt(fn, strategy="factored")(params, jnp.zeros((0, 5, 5, 4))).shape == (
         0,
         5,

@@ -1,4 +1,7 @@
-"""Which dtype the factors, the update and the merged weight have: PEFT's rules, for every base that JAX has."""
+"""Which dtype the factors, the update and the merged weight have.
+
+PEFT's rules, for every base that JAX has.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +34,16 @@ def update(leaf):
 
 @pytest.mark.filterwarnings("ignore:Rounding the merged weight of q to float8")
 @pytest.mark.parametrize("dtype", BASES)
-def test_factors_are_float32_or_better_and_the_merged_weight_is_rounded_once(dtype, x64):
+def test_dtypes_of_factors_and_merged_weights(dtype, x64):
+    """Factors are float32 or better and the merged weight is rounded once."""
     leaf = adapted(dtype)["q"]["kernel"]
     wide = jnp.float64 if dtype == "float64" else jnp.float32
     assert {x.dtype for x in leaf.adapters["default"].tensors.values()} == {jnp.dtype(wide)}
     merged = loha_jax.merge({"q": leaf})["q"]
     assert merged.dtype == leaf.dtype == jnp.dtype(dtype)
     exact = np.asarray(leaf.kernel, np.float64) + update(leaf)
-    # PEFT: round(W + ΔW) in W's dtype: half a step of it, beside the rounding of ΔW's own sums in the wide dtype.
+    # PEFT: round(W + ΔW) in W's dtype: half a step of it, beside the rounding of ΔW's own sums in
+    # the wide dtype.
     step, fine = (float(jnp.finfo(t).eps) for t in (dtype, wide))
     subnormal = float(jnp.finfo(dtype).smallest_subnormal)
     error = np.abs(np.asarray(merged, np.float64) - exact)
@@ -72,7 +77,8 @@ def test_outputs_have_the_dtype_of_the_models_own_product(dtype, strategy, x64):
     leaf = params["q"]["kernel"]
     weight = np.asarray(leaf.kernel, np.float64) + update(leaf)
     want = np.asarray(x, np.float64) @ weight
-    # Sums without cancellation, each term rounded a few times in the compute dtype (W + ΔW where it is formed).
+    # Sums without cancellation, each term rounded a few times in the compute dtype (W + ΔW where it
+    # is formed).
     whole = np.abs(np.asarray(x, np.float64)) @ size(leaf)
     bound = {"float64": 1e-13, "float32": 1e-6, "float16": 2**-9, "bfloat16": 2**-6}[str(compute)]
     assert (np.abs(np.asarray(got, np.float64) - want) <= bound * whole).all()

@@ -89,7 +89,10 @@ def test_an_adapted_tree_gives_the_same_answer():
     config = loha_jax.LoHaConfig(target_modules=["m"], modules_to_save=["head"])
     base = {"m": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
     params = loha_jax.inject(base, config, key=jax.random.key(0))
-    fn = lambda p, x: x @ p["m"]["kernel"] @ p["head"]["kernel"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["m"]["kernel"] @ p["head"]["kernel"]
+
     assert infer_layouts(fn, params, jnp.ones((5, 4))) == infer_layouts(fn, base, jnp.ones((5, 4)))
 
 

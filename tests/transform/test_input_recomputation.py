@@ -1,4 +1,7 @@
-"""What factored products hold until the backward pass: the arrays inside the pullback, and the gradients they give."""
+"""The arrays that factored products hold until the backward pass.
+
+The tests look inside the pullback, and compare the gradients.
+"""
 
 import flax.linen as nn
 import jax

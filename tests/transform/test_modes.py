@@ -1,4 +1,7 @@
-"""JAX's stricter modes, empty batches and unknown sizes: the core of the library works under all of them."""
+"""JAX's stricter modes, empty batches and unknown sizes.
+
+The core of the library works under all of them.
+"""
 
 import contextlib
 
@@ -94,14 +97,20 @@ def made(case, dtype=jnp.float32):
     random = np.random.default_rng(0)
     base = {"q": {"w": jnp.asarray(random.standard_normal(shape), dtype)}}
     params = loha_jax.inject(base, config, key=KEY, layouts={"q": layout})
-    draw = lambda x, m: jnp.asarray(random.uniform(0.3, 0.9, x.shape), x.dtype) if m else x  # noqa: E731
+
+    def draw(x, m):
+        return jnp.asarray(random.uniform(0.3, 0.9, x.shape), x.dtype) if m else x
+
     params = jax.tree.map(draw, params, loha_jax.trainable_mask(params))
     x = random.integers(0, 10, x_shape) if "lookup" in case else random.standard_normal(x_shape)
     return fn, params, jnp.asarray(x, jnp.int32 if "lookup" in case else dtype)
 
 
 def weight(params):
-    """W + ΔW in float64 from the formula (of a weight decomposition: rescaled), for kernels that are one module."""
+    """W + ΔW in float64 from the formula (of a weight decomposition.
+
+    Rescaled), for kernels that are one module.
+    """
     leaf = params["q"]["w"]
     f, w = leaf.adapters["default"], np.asarray(leaf.kernel, np.float64)
     a1, b1, a2, b2 = (
@@ -109,7 +118,10 @@ def weight(params):
     )
     if f.is_cp:
         t1, t2 = np.asarray(f.hada_t1, np.float64), np.asarray(f.hada_t2, np.float64)
-        pair = lambda t, a, b: np.einsum("pqhw,po,qi->oihw", t, a, b)  # noqa: E731
+
+        def pair(t, a, b):
+            return np.einsum("pqhw,po,qi->oihw", t, a, b)
+
         delta = pair(t1, a1, b1) * pair(t2, a2, b2)
     else:
         delta = (a1 @ b1) * (a2 @ b2)
@@ -175,7 +187,10 @@ def test_functions_of_trees_in_strict_modes():
         )
         both = loha_jax.set_adapter(two, ["default", "two"])
         x = jnp.ones((3, 8), jnp.bfloat16)
-        fn = lambda p, x: x @ p["q"]["w"]  # noqa: E731
+
+        def fn(p, x):
+            return x @ p["q"]["w"]
+
         rows = loha_jax.adapt(fn, adapter_index=jnp.array([1, -1, 0]))(both, x)
         loha_jax.explain(fn, both, x)
         assert loha_jax.adapt(fn)(mixed, x).shape == rows.shape == (3, 6)
@@ -218,7 +233,8 @@ def test_exported_with_unknown_sizes(case):
     str(loha_jax.explain(fn, params, unknown))
 
 
-def test_exported_functions_are_written_and_read_with_the_tree_as_argument():
+def test_exported_functions_are_written_and_read():
+    """Exported functions are written and read with the tree as argument."""
     pytest.importorskip("flatbuffers")  # jax.export writes with it
     base = {
         name: {"w": jax.random.normal(jax.random.key(n), (8, 8))}
@@ -237,7 +253,10 @@ def test_exported_functions_are_written_and_read_with_the_tree_as_argument():
     )
     params = loha_jax.inject(params, other, key=KEY, adapter_name="two")
     params = loha_jax.set_adapter(params, ["default", "two"])
-    fn = lambda p, x: (x @ p["q"]["w"] + x @ p["k"]["w"]) @ p["head"]["w"]  # noqa: E731
+
+    def fn(p, x):
+        return (x @ p["q"]["w"] + x @ p["k"]["w"]) @ p["head"]["w"]
+
     unknown = jax.ShapeDtypeStruct(export.symbolic_shape("b, 8"), jnp.float32)
     written = export.export(jax.jit(loha_jax.adapt(fn)))(params, unknown).serialize()
     read, x = export.deserialize(written), jax.random.normal(KEY, (3, 8))

@@ -22,13 +22,21 @@ def base():
 
 LAYOUTS = {"layers.v": "sio"}
 CONFIGS = {
-    "a": LoHaConfig(r=2, alpha=3, target_modules=["q", "conv"], modules_to_save=["head"], init_weights=False),
-    "b": LoHaConfig(r=3, alpha=6, target_modules=["conv", "v"], use_effective_conv2d=True, init_weights=False),
+    "a": LoHaConfig(
+        r=2, alpha=3, target_modules=["q", "conv"], modules_to_save=["head"], init_weights=False
+    ),
+    "b": LoHaConfig(
+        r=3, alpha=6, target_modules=["conv", "v"], use_effective_conv2d=True, init_weights=False
+    ),
     "c": LoHaConfig(
-        r=1, alpha=2, target_modules=["q", "v"], rank_pattern={"layers.1.v": 2}, exclude_modules=["layers.0.v"],
+        r=1,
+        alpha=2,
+        target_modules=["q", "v"],
+        rank_pattern={"layers.1.v": 2},
+        exclude_modules=["layers.0.v"],
         init_weights=False,
     ),
-}  # fmt: skip
+}
 
 
 def tree():
@@ -195,7 +203,8 @@ def test_bad_sums_are_named(arguments, message):
         loha_jax.add_weighted_adapter(tree(), *arguments)
 
 
-def test_two_active_copies_of_one_module_are_an_error_where_it_is_used():
+def test_two_active_copies_of_one_module():
+    """Two active copies of one module are an error where it is used."""
     params = loha_jax.inject(tree(), CONFIGS["a"], key=KEY, adapter_name="d", layouts=LAYOUTS)
     both = loha_jax.set_adapter(params, ["a", "d"])
     message = "Only one adapter at a time can replace head.weight, but a, d each hold a copy"

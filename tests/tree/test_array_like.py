@@ -1,4 +1,7 @@
-"""Adapted leaves have all operators, methods and properties of `jax.Array`, with the dense array's results."""
+"""Adapted leaves have all operators, methods and properties of `jax.Array`.
+
+The results are those of the dense array.
+"""
 
 import operator
 
@@ -6,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -24,19 +26,8 @@ def tree():
     return jax.tree.map(lambda x, m: x + 0.5 if m else x, params, loha_jax.trainable_mask(params))
 
 
-def model():
-    class Model(nnx.Module):
-        def __init__(self):
-            self.q = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-            self.head = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
-
-    adapted = loha_jax.nnx.inject(Model(), CONFIG, rngs=nnx.Rngs(2))
-    return adapted
-
-
 def dense(leaf):
     """The array by its definition, in numpy."""
-    leaf = leaf.leaf() if hasattr(leaf, "leaf") else leaf
     if isinstance(leaf, loha_jax.SavedWeight):
         return jnp.asarray(np.asarray(leaf.copies["default"]))
     f = leaf.adapters["default"]
@@ -53,8 +44,6 @@ def dense(leaf):
 LEAVES = {
     "kernel": lambda: tree()["q"]["kernel"],
     "saved": lambda: tree()["head"]["kernel"],
-    "NNX kernel": lambda: model().q.kernel,
-    "NNX saved": lambda: model().head.kernel,
 }
 ARGUMENTS = {  # of the methods that need some; those without are properties or take none
     "addressable_data": (0,),
@@ -95,9 +84,10 @@ ELSEWHERE = (
 )
 
 
-def outcome(function):
+def outcome(function, *arguments):
+    """The result, or the type of the error."""
     try:
-        return function()
+        return function(*arguments)
     except Exception as error:
         return type(error)
 
@@ -137,8 +127,8 @@ def test_every_public_name_of_an_array(pair):
     for name in NAMES:
         if name not in ELSEWHERE:
             same(
-                outcome(lambda name=name: of(leaf, name)),
-                outcome(lambda name=name: of(array, name)),
+                outcome(of, leaf, name),
+                outcome(of, array, name),
                 name,
             )
     same(leaf.at[0].set(0), array.at[0].set(0), "at")
@@ -168,9 +158,9 @@ def test_every_operator(pair):
     leaf, array = pair
     for f in [*(getattr(operator, name) for name in OPERATORS), divmod]:
         for other in (2.0, OTHER, jnp.asarray(OTHER), None, "a"):
-            same(outcome(lambda: f(leaf, other)), outcome(lambda: f(array, other)), (f, other))  # noqa: B023
-            same(outcome(lambda: f(other, leaf)), outcome(lambda: f(other, array)), (f, other))  # noqa: B023
-        same(outcome(lambda: f(leaf, leaf)), outcome(lambda: f(array, array)), f)  # noqa: B023
+            same(outcome(f, leaf, other), outcome(f, array, other), (f, other))
+            same(outcome(f, other, leaf), outcome(f, other, array), (f, other))
+        same(outcome(f, leaf, leaf), outcome(f, array, array), f)
     for f in (
         operator.neg,
         operator.pos,
@@ -184,12 +174,12 @@ def test_every_operator(pair):
         complex,
         operator.index,
     ):
-        same(outcome(lambda: f(leaf)), outcome(lambda: f(array)), f)  # noqa: B023
+        same(outcome(f, leaf), outcome(f, array), f)
     same(list(leaf), list(array), "iteration")
     first, *_ = leaf
     same(first, array[0], "unpacking")
     same(leaf[1:, [0, 2]], array[1:, [0, 2]], "index")
-    same(outcome(lambda: 9.5 in leaf), outcome(lambda: 9.5 in array), "in")
+    same(outcome(operator.contains, leaf, 9.5), outcome(operator.contains, array, 9.5), "in")
     with pytest.raises(TypeError, match=r"at\[idx\]"):
         leaf[0] = 1.0
     same(np.from_dlpack(leaf), np.from_dlpack(array), "dlpack")

@@ -29,7 +29,8 @@ def test_without_dropout_the_tree_is_unchanged():
     )
 
 
-def test_rank_dropout_drops_outputs_and_scales_the_rest_by_out_over_kept():
+def test_rank_dropout():
+    """Rank dropout drops outputs and scales the rest by out over kept."""
     params = params_with(rank_dropout=0.4)
     whole = delta(params)
     for seed in range(20):
@@ -47,7 +48,8 @@ def test_when_all_outputs_are_dropped_the_update_is_zero_not_nan():
     assert sum(not r.any() for r in results) > 25  # 0.81 of them
 
 
-def test_module_dropout_drops_everything_or_nothing_without_rescaling():
+def test_module_dropout():
+    """Module dropout drops everything or nothing without rescaling."""
     params = params_with(module_dropout=0.3)
     whole = delta(params)
     results = [delta(loha_jax.dropout(params, jax.random.key(seed))) for seed in range(200)]

@@ -41,7 +41,7 @@ def adapted(kind, **options):
 
 
 def norms(params, kind):
-    """Of the merged updates, which stand on a base of zeros."""
+    """The norms of the merged updates, which stand on a base of zeros."""
     update = np.asarray(loha_jax.merge(params)["q"]["kernel"], np.float64)
     stack = KERNELS[kind][1].count("s")
     return np.sqrt((update**2).reshape(*update.shape[:stack], -1).sum(-1))
@@ -49,7 +49,8 @@ def norms(params, kind):
 
 @pytest.mark.parametrize("use_scalar", [False, True], ids=["factors", "scalar"])
 @pytest.mark.parametrize("kind", KERNELS)
-def test_larger_updates_shrink_to_the_limit_and_smaller_ones_stay_as_they_are(kind, use_scalar):
+def test_larger_updates_shrink_to_the_limit(kind, use_scalar):
+    """Larger updates shrink to the limit and smaller ones stay as they are."""
     params = adapted(kind, use_scalar=use_scalar)
     before = norms(params, kind)
     limit = float(np.median(before)) * (1 if before.ndim else 0.5)
@@ -71,7 +72,10 @@ def test_the_adapters_that_are_named_are_limited():
         {"q": {"kernel": jnp.zeros((4, 4))}}, config, key=KEY, adapter_name="a"
     )
     params = loha_jax.inject(params, config, key=KEY, adapter_name="b")
-    of = lambda p, name: float(jnp.linalg.norm(loha_jax.merge(p, [name])["q"]["kernel"]))  # noqa: E731
+
+    def of(p, name):
+        return float(jnp.linalg.norm(loha_jax.merge(p, [name])["q"]["kernel"]))
+
     limit = of(params, "a") / 4
     for given, limited in ((None, ["b"]), (["a"], ["a"]), (["a", "b"], ["a", "b"])):
         result = loha_jax.apply_max_norm(params, limit, given)

@@ -29,7 +29,8 @@ def test_tree_on_one_line_per_leaf():
 
 def test_factors_with_their_arrays():
     assert repr(tree()["q"]["kernel"].adapters["default"]) == (
-        "Factors(r=2 alpha=8, hada_w1_a=f32[8,2], hada_w1_b=f32[2,4], hada_w2_a=f32[8,2], hada_w2_b=f32[2,4])"
+        "Factors(r=2 alpha=8, hada_w1_a=f32[8,2], hada_w1_b=f32[2,4], hada_w2_a=f32[8,2], "
+        "hada_w2_b=f32[2,4])"
     )
 
 
@@ -40,7 +41,8 @@ def test_inactive_and_scaled_adapters():
     params = loha_jax.inject(tree(), config, key=jax.random.key(1), adapter_name="style")
     leaf = loha_jax.scale(params, {"style": 0.25})["q"]["kernel"]
     assert repr(leaf) == (
-        "LoHaWeight(f32[4,8] io, default: r=2 alpha=8 (inactive), style: r=4 alpha=0.5 scaled by 0.25 + scalar + norms)"
+        "LoHaWeight(f32[4,8] io, default: r=2 alpha=8 (inactive), style: r=4 alpha=0.5 scaled by "
+        "0.25 + scalar + norms)"
     )
 
 

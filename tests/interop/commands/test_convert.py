@@ -283,10 +283,10 @@ def test_what_is_there_stays_without_force(tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
-    from loha_jax.interop.commands import convert
+    from loha_jax.interop.disk import atomic
 
     monkeypatch.setattr(
-        convert, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("full"))
+        atomic, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("full"))
     )
     with pytest.raises(OSError, match="full"):
         convert_adapter(Sample("linear").adapter, tmp_path / "out", "peft")

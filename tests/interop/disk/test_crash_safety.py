@@ -1,42 +1,36 @@
-"""Writers that are killed, meet a full disk, or may not write: the old result or the new one is whole.
+"""Writers that are killed, meet a full disk, or may not write.
 
-Each writer is killed KILL_CASES times (an environment variable; 3 by default), half of them before an operation on a
-file that is drawn from all, half at random moments.
+The old result or the new one is whole.
+
+Each writer is killed KILL_CASES times (an environment variable; 3 by default), half of them before
+an operation on a file that is drawn from all, half at random moments.
 """
 
-import functools
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import crash_writers
 import pytest
+from crash_writers import WRITERS, tree
 
 from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk import atomic
 from loha_jax.interop.disk import paired_files as adapter_folder
 from loha_jax.interop.disk.resumable_folder import WorkingFolder
 
-SCRIPT = Path(__file__).parents[2] / "helpers" / "crash_writers.py"
-
-
-@functools.cache
-def script():
-    spec = importlib.util.spec_from_file_location("crash_writers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WRITERS = script().WRITERS
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")
-    command = [sys.executable, str(SCRIPT), str(folder), os.environ.get("KILL_CASES", "3"), "0"]
+    command = [
+        sys.executable,
+        crash_writers.__file__,
+        str(folder),
+        os.environ.get("KILL_CASES", "3"),
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,14 +58,12 @@ def test_read_only_folder(results, writer):
     assert not results["read-only"][writer]["problems"]
 
 
-# --- one by one -------------------------------------------------------------------------------------------------------
-
-
 def abandoned(folder, name):
     return folder / f".{name}.abcd1234.tmp"
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(tmp_path):
+def test_leftovers_of_killed_processes(tmp_path):
+    """Leftovers of a killed process are removed; files of a living one are not."""
     path = tmp_path / "a.bin"
     abandoned(tmp_path, "a.bin").write_bytes(b"half")
     abandoned(tmp_path, "b.bin").write_bytes(b"another's")
@@ -82,9 +74,8 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.bin.abcd1234.tmp", "a.bin"]
 
 
-def test_without_an_exchange_of_names_the_old_result_is_restored_by_the_next_write(
-    tmp_path, monkeypatch
-):
+def test_the_old_result_is_restored_without_exchange(tmp_path, monkeypatch):
+    """Without an exchange of names the old result is restored by the next write."""
     monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     out = tmp_path / "out"
     with atomic.temporary_folder(out) as work:
@@ -130,42 +121,42 @@ def fail_at(count, call):
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_file_that_another_process_adds_in_the_last_moment_is_kept(
-    tmp_path, monkeypatch, exchanges
-):
+def test_a_file_that_another_process_adds(tmp_path, monkeypatch, exchanges):
+    """A file that another process adds in the last moment is kept."""
     folder, exchange = tmp_path / "a", atomic.exchange
-    interop.save_peft(folder, script().tree(1))
+    interop.save_peft(folder, tree(1))
 
     def late(new, old):
         (folder / "theirs").write_text("kept")
         return exchange(new, old) if exchanges else False
 
     monkeypatch.setattr(adapter_folder, "exchange", late)
-    interop.save_peft(folder, script().tree(2))
+    interop.save_peft(folder, tree(2))
     assert (folder / "theirs").read_text() == "kept"
     assert LoHaConfig.from_pretrained(folder).alpha == 2
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_pending_files_are_read_finished_by_the_next_save_and_refused_by_peft(tmp_path):
+def test_pending_files(tmp_path):
+    """Pending files are read finished by the next save and refused by PEFT."""
     peft = pytest.importorskip("peft")
     folder = tmp_path / "a"
     for version in (1, 2):
-        interop.save_peft(tmp_path / str(version), script().tree(version))
-    interop.save_peft(folder, script().tree(1))
+        interop.save_peft(tmp_path / str(version), tree(version))
+    interop.save_peft(folder, tree(1))
     pending = folder / adapter_folder.PENDING
     pending.mkdir()  # as a kill after the first move leaves it
     (folder / "adapter_config.json").unlink()
     os.replace(tmp_path / "2" / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     os.replace(tmp_path / "2" / "adapter_config.json", pending / "adapter_config.json")
-    base = {"q": {"kernel": script().tree(1)["q"]["kernel"].kernel}}
+    base = {"q": {"kernel": tree(1)["q"]["kernel"].kernel}}
     factors = interop.load_peft(folder, base)["q"]["kernel"].adapters["default"]
-    wanted = script().tree(2)["q"]["kernel"].adapters["default"]
+    wanted = tree(2)["q"]["kernel"].adapters["default"]
     assert factors.alphas == (2.0,)
     assert (factors.hada_w1_a == wanted.hada_w1_a).all()
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
         peft.PeftConfig.from_pretrained(str(folder))
-    interop.save_peft(folder, script().tree(2))
+    interop.save_peft(folder, tree(2))
     assert peft.PeftConfig.from_pretrained(str(folder)).alpha == 2
     assert not pending.exists()
 
@@ -174,7 +165,7 @@ def test_the_current_folder_stays_the_same_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
     for version in (1, 2, 2):
-        interop.save_peft(".", script().tree(version))
+        interop.save_peft(".", tree(version))
     assert tmp_path.stat().st_ino == before
     assert LoHaConfig.from_pretrained(".").alpha == 2
     assert sorted(os.listdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -184,7 +175,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for version in (1, 2):
-        interop.save_peft(tmp_path / "link", script().tree(version))
+        interop.save_peft(tmp_path / "link", tree(version))
     assert (tmp_path / "link").is_symlink()
     assert LoHaConfig.from_pretrained(tmp_path / "real").alpha == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
@@ -192,9 +183,9 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 
 def test_an_authors_model_card_and_the_folders_mode_stay(tmp_path):
     folder = tmp_path / "a"
-    interop.save_peft(folder, script().tree(1))
+    interop.save_peft(folder, tree(1))
     (folder / "README.md").write_text("mine")
     folder.chmod(0o750)
-    interop.save_peft(folder, script().tree(2))
+    interop.save_peft(folder, tree(2))
     assert (folder / "README.md").read_text() == "mine"
     assert folder.stat().st_mode & 0o777 == 0o750

@@ -1,4 +1,4 @@
-"""Files on systems that lack calls of Linux: macOS and Windows, imitated by hiding what they do not have."""
+"""Files on macOS and Windows, imitated by hiding the calls that they lack."""
 
 import errno
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crash_results import files_of
+from merge_inputs import files_in, stop_at_the_end
 from peft_samples import Sample
 
 from loha_jax import interop
@@ -50,7 +52,7 @@ def platform(request, monkeypatch):
 
 
 def open_files():
-    """What this process has open."""
+    """The files that this process has open."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -61,7 +63,10 @@ def open_files():
 
 
 def imitate_windows(monkeypatch):
-    """No descriptors of folders; no renaming or removing of open files, nor of folders onto others."""
+    """Descriptors of folders are missing, and open files stay in place.
+
+    They are not renamed or removed, and folders are not renamed onto others.
+    """
     real = {name: getattr(os, name) for name in ("open", "rename", "replace", "unlink")}
 
     def refuse_open(path):
@@ -117,14 +122,6 @@ def adapted(name):
     return interop.load_peft(Sample(name).adapter, Sample(name).params())
 
 
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_adapters_are_saved_new_over_old_and_beside_other_files(platform, tmp_path):
     params, other = adapted("linear"), adapted("linear_bf16_base_fp32_adapter")
     interop.save_peft(tmp_path / "wanted", params)
@@ -139,7 +136,7 @@ def test_adapters_are_saved_new_over_old_and_beside_other_files(platform, tmp_pa
         found = files_of(folder)
         assert found.pop("notes.txt", b"mine") == b"mine"
         assert found == files_of(tmp_path / "wanted")
-    assert names_in(tmp_path) == ["beside", "empty", "new", "old", "wanted"]
+    assert files_in(tmp_path) == ["beside", "empty", "new", "old", "wanted"]
 
 
 def test_base_checkpoints_are_saved(platform, tmp_path):
@@ -149,14 +146,14 @@ def test_base_checkpoints_are_saved(platform, tmp_path):
         assert len(Checkpoint(tmp_path / name).files) > 1
     interop.save_lycoris(tmp_path / "a.safetensors", adapted("linear"))
     interop.save_lycoris(tmp_path / "a.safetensors", adapted("linear"))
-    assert names_in(tmp_path) == ["a.safetensors", "empty", "new"]
+    assert files_in(tmp_path) == ["a.safetensors", "empty", "new"]
 
 
 @pytest.mark.parametrize("dtype", [None, np.float16])
 def test_checkpoints_are_merged_and_replaced(platform, dtype, tmp_path):
     for force in (False, True):
         merge_checkpoint(BASE, [(LINEAR.adapter, 1.0)], tmp_path / "out", dtype=dtype, force=force)
-    assert names_in(tmp_path) == ["out"]
+    assert files_in(tmp_path) == ["out"]
     merged, base = Checkpoint(tmp_path / "out"), Checkpoint(BASE)
     for key in base.shapes:
         change = (
@@ -173,21 +170,17 @@ def test_an_interrupted_merge_is_resumed(platform, tmp_path):
     interop.save_merged(tmp_path / "base", LINEAR.params(), max_shard_size=200)
     arguments = (tmp_path / "base", [(LINEAR.adapter, 1.0)], tmp_path / "out")
 
-    def stop(done, total):
-        if done == total:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(*arguments, progress=stop)
+        merge_checkpoint(*arguments, progress=stop_at_the_end)
     assert merge_checkpoint(*arguments).kept
-    assert names_in(tmp_path) == ["base", "out"]
+    assert files_in(tmp_path) == ["base", "out"]
 
 
 def test_adapters_are_converted_and_replaced(platform, tmp_path):
     for force in (False, True):
         convert_adapter(LINEAR.adapter, tmp_path / "folder", "peft", force=force)
         convert_adapter(LINEAR.adapter, tmp_path / "file", "kohya", force=force)
-    assert names_in(tmp_path) == ["file", "folder"]
+    assert files_in(tmp_path) == ["file", "folder"]
 
 
 def test_positioned_reads_and_writes(platform, tmp_path):
@@ -235,7 +228,8 @@ def test_imports_need_nothing_of_posix():
     """`resource`, `pwd` and `fcntl` are missing on Windows."""
     code = (
         "import sys, os, jax, loha_jax\n"
-        "hidden = [m for m in ('fcntl', 'resource', 'pwd', 'grp', 'termios') if m not in sys.modules or m == 'fcntl']\n"
+        "hidden = [m for m in ('fcntl', 'resource', 'pwd', 'grp', 'termios') if m not in "
+        "sys.modules or m == 'fcntl']\n"
         "sys.modules.update(dict.fromkeys(hidden))\n"
         f"for name in {HIDDEN['windows']}: vars(os).pop(name, None)\n"
         "import loha_jax.interop, loha_jax.interop.commands.main, loha_jax.interop.merge.files\n"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from leaves import loha_leaves
 from lora_folders import PREFIX, dense
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file
@@ -16,9 +17,6 @@ from loha_jax import LoHaConfig, LycorisConfig, interop
 from loha_jax.interop.formats.adapter_file import AdapterModule
 from loha_jax.interop.formats.lora_config import exact_targets
 from loha_jax.targets.matching import Match, match_target
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
-
-# --- trees and folders ------------------------------------------------------------------------------------------------
 
 
 def adapted(sample):
@@ -31,14 +29,13 @@ def deltas(params, adapter_name=None):
     """ΔW of each module from PEFT's own tensors, by name and in float64: `[out, columns]`."""
     state = interop.to_peft_state_dict(params, adapter_name)
     result = {}
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            (factors,) = leaf.adapters.values()
-            for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
-                own = {k: state[f"{PREFIX}{name}.{k}"] for k in factors.tensors}
-                module = AdapterModule(name, "loha", r, alpha, own)
-                rows = own["hada_w1_a"].shape[1 if "hada_t1" in own else 0]
-                result[name] = dense(module, (rows, -1))
+    for leaf in loha_leaves(params):
+        (factors,) = leaf.adapters.values()
+        for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
+            own = {k: state[f"{PREFIX}{name}.{k}"] for k in factors.tensors}
+            module = AdapterModule(name, "loha", r, alpha, own)
+            rows = own["hada_w1_a"].shape[1 if "hada_t1" in own else 0]
+            result[name] = dense(module, (rows, -1))
     return result
 
 
@@ -199,7 +196,8 @@ def test_target_modules_are_the_shortest_endings(adapted, others, want):
     ),
     st.data(),
 )
-def test_target_modules_match_the_adapted_modules_and_no_other_by_pefts_rules(names, data):
+def test_written_target_modules_match_in_peft(names, data):
+    """Target modules match the adapted modules and no other by PEFT's rules."""
     adapted = set(data.draw(st.lists(st.sampled_from(names), min_size=1)))
     targets = exact_targets(adapted, set(names))
     config = LoHaConfig(target_modules=targets)
@@ -269,7 +267,8 @@ def test_another_dtype(dtype, tmp_path):
         np.testing.assert_array_equal(state[key], tensor.astype(state[key].dtype))
 
 
-def test_values_too_large_for_the_dtype_are_an_error_and_nothing_is_written(tmp_path):
+def test_values_too_large_for_the_dtype(tmp_path):
+    """Values too large for the dtype are an error and nothing is written."""
     params = jax.tree.map(lambda x: x * 1e4, scanned())
     with pytest.raises(
         ValueError, match=r"layers\.0\.q\.lora_.\.weight has values up to .*, too large for float16"

@@ -15,8 +15,6 @@ from loha_jax.interop.formats.lora_files import read_lora
 from loha_jax.interop.formats.read_adapter import read_adapter
 from loha_jax.runtime.untrusted import FileError
 
-# --- the way in -------------------------------------------------------------------------------------------------------
-
 BASE = {
     "q": {"kernel": jnp.linspace(-1, 1, 20).reshape(5, 4), "bias": jnp.zeros(4)},
     "conv": {"kernel": jnp.linspace(-1, 1, 54).reshape(3, 3, 2, 3)},
@@ -86,7 +84,8 @@ def test_patterns_and_rank_stabilisation(key, rslora, tmp_path):
     }
 
 
-def test_with_a_key_the_second_pair_gets_gradients_and_without_it_the_first_column_alone(tmp_path):
+def test_gradients_with_and_without_a_key(tmp_path):
+    """With a key the second pair gets gradients and without it the first column alone."""
     write_lora(tmp_path)
 
     def gradients(key):
@@ -150,7 +149,11 @@ ONE = np.ones((2, 2), np.float32)
     ("config", "tensors", "message"),
     [
         ({"bias": "all"}, {}, "bias='all': trained biases have no place"),
-        ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights='pissa_niter_4' changes the base weights"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            {},
+            "init_lora_weights='pissa_niter_4' changes the base weights",
+        ),
         ({"init_lora_weights": "loftq"}, {}, "path_initial_model_for_weight_conversion"),
         ({"use_qalora": True}, {}, "use_qalora=True: loha_jax knows no LoHa"),
         ({"alora_invocation_tokens": [1]}, {}, r"alora_invocation_tokens=\[1\]"),
@@ -163,19 +166,39 @@ ONE = np.ones((2, 2), np.float32)
         ({"lora_alpha": "x"}, {}, "`alpha` should be a finite number"),
         ({"use_dora": 1}, {}, "`use_dora` should be true or false"),
         ({}, {"q.lora_A.weight": None}, "q lacks lora_A; it has lora_B"),
-        ({}, {"e.lora_embedding_A": ONE}, r"e\.lora_embedding_A \(lora_embedding_A\) belongs to a variant"),
+        (
+            {},
+            {"e.lora_embedding_A": ONE},
+            r"e\.lora_embedding_A \(lora_embedding_A\) belongs to a variant",
+        ),
         ({}, {"q.lora_B.bias": ONE}, r"q\.lora_B\.bias \(lora_B\) belongs to a variant"),
-        ({}, {"q.lora_A.weight": np.ones((3, 5))}, r"q do not fit each other: lora_A \[3, 5\], lora_B \[4, 2\]"),
-        ({}, {"q.lora_A.weight": np.ones((4, 5))}, "q do not fit each other"),  # two groups of a Linear
+        (
+            {},
+            {"q.lora_A.weight": np.ones((3, 5))},
+            r"q do not fit each other: lora_A \[3, 5\], lora_B \[4, 2\]",
+        ),
+        (
+            {},
+            {"q.lora_A.weight": np.ones((4, 5))},
+            "q do not fit each other",
+        ),  # two groups of a Linear
         ({}, {"q.lora_A.weight": np.ones((0, 5))}, "q do not fit each other"),
         ({}, {"q.lora_A.weight": np.ones((2, 5), np.int32)}, "q.lora_A is int32"),
-        ({}, {"conv.lora_A.weight": np.ones((6, 2, 3, 3))}, "conv do not fit each other"),  # 2 groups, 3 outs
+        (
+            {},
+            {"conv.lora_A.weight": np.ones((6, 2, 3, 3))},
+            "conv do not fit each other",
+        ),  # 2 groups, 3 outs
         ({"rank_pattern": {}}, {}, r"conv have rank 3 .*adapter_config\.json says 2"),
         ({}, {"q.lora_magnitude_vector": np.ones(4)}, "does not say use_dora"),
         ({"use_dora": True}, {}, "(q|conv) lacks lora_magnitude_vector"),
-        ({"use_dora": True}, {f"{n}.lora_magnitude_vector": np.ones(7) for n in ("q", "conv")}, "does not fit its"),
+        (
+            {"use_dora": True},
+            {f"{n}.lora_magnitude_vector": np.ones(7) for n in ("q", "conv")},
+            "does not fit its",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plain_lora_is_refused_by_name(config, tensors, message, tmp_path):
     write_lora(tmp_path, config, **tensors)
     with pytest.raises(FileError, match=message) as error:
@@ -195,7 +218,8 @@ def test_broken_configs_are_named(text, tmp_path):
         read_lora(tmp_path)
 
 
-def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp_path):
+def test_a_convolution_in_groups_loads(tmp_path):
+    """A convolution in groups loads where it reads its own channels alone."""
     base = {"conv": {"kernel": jnp.zeros((3, 3, 2, 6)), "bias": jnp.zeros(6)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=2, target_modules=["conv"], init_weights=False), key=jax.random.key(0)
@@ -214,7 +238,8 @@ def test_a_convolution_in_groups_loads_where_it_reads_its_own_channels_alone(tmp
         interop.load_lora(tmp_path, base)
 
 
-def test_read_adapter_reads_lora_folders_and_the_keys_of_a_models_state_dict(tmp_path):
+def test_read_adapter_reads_lora_folders(tmp_path):
+    """`read_adapter` reads LoRA folders and the keys of a model's state dict."""
     state = write_lora(
         tmp_path,
         {"use_rslora": True, "modules_to_save": ["head"]},

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from leaves import loha_leaves
 from lycoris_samples import (
     DATA,
     FORMS,
@@ -19,7 +20,7 @@ from lycoris_samples import (
     outputs,
     trained,
 )
-from lycoris_trees import loaded, loha_leaves, same_tensors, written
+from lycoris_trees import loaded, same_tensors, written
 from safetensors.numpy import load_file
 
 import loha_jax
@@ -95,7 +96,10 @@ def test_half_precision_is_read_exactly_and_written_bit_for_bit(form, dtype, tmp
 
 @pytest.mark.parametrize("form", ["plain", "tucker", "scalar"])
 def test_through_peft_and_back_bit_for_bit(form, tmp_path):
-    """The folder is that of another converter, tensor by tensor; its c3d was left out, as PEFT has no Conv3d."""
+    """The folder is that of another converter, tensor by tensor.
+
+    Its c3d was left out, as PEFT has no Conv3d.
+    """
     theirs = {
         key: value for key, value in native(form)[1].items() if not key.startswith("lycoris_c3d.")
     }
@@ -122,7 +126,10 @@ def test_through_peft_and_back_bit_for_bit(form, tmp_path):
     ("given", "want"), [(None, 4), (0, 4), (3, 3), (np.float16(0.3), float(np.float16(0.3)))]
 )
 def test_alpha(given, want, tmp_path):
-    """Without alpha the scale is 1, as in kohya's scripts and ComfyUI; LyCORIS' constructor takes 0 for that too."""
+    """Without alpha the scale is 1, as in kohya's scripts and ComfyUI.
+
+    LyCORIS' constructor takes 0 for that too.
+    """
     state = native("plain")[1]
     if given is None:
         del state["lycoris_fc1.alpha"]
@@ -142,7 +149,8 @@ def test_alpha(given, want, tmp_path):
     assert interop.to_lycoris_state_dict(params)["lycoris_fc1.alpha"] == np.float32(want)
 
 
-def test_the_config_targets_these_modules_with_their_ranks_and_alphas():
+def test_the_config_of_loaded_modules():
+    """The config targets these modules with their ranks and alphas."""
     params = loaded("tucker")
     config = loha_leaves(params)[0].adapters["default"].config
     assert isinstance(config, LycorisConfig)
@@ -159,7 +167,8 @@ def test_the_config_targets_these_modules_with_their_ranks_and_alphas():
     assert planned == {names: (f.ranks, f.alphas, f.is_cp) for names, f in found.items()}
 
 
-def test_only_the_modules_of_the_file_are_adapted_where_names_end_alike(tmp_path):
+def test_names_that_end_alike(tmp_path):
+    """Only the modules of the file are adapted where names end alike."""
     base = {
         "q": {"kernel": jnp.ones((3, 3))},
         "a": {"q": {"kernel": jnp.ones((3, 3))}, "a.q": jnp.ones(3)},

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from leaves import loha_leaves
 from lycoris_samples import CONVOLUTIONS, DATA, LAYOUTS, base_params, native
-from lycoris_trees import loaded, loha_leaves, same_tensors, written
+from lycoris_trees import loaded, same_tensors, written
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -127,7 +128,8 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"nothing was loaded") as error:
         interop.load_lycoris(written(tmp_path, state), base, layouts=CONVOLUTIONS)
     for part in (
-        "modules that the tree lacks (2): lycoris_blocks_0_out (the tree has blocks.0.q_proj), lycoris_fc1",
+        "modules that the tree lacks (2): lycoris_blocks_0_out (the tree has blocks.0.q_proj), "
+        "lycoris_fc1",
         "lycoris_fc1 (the tree has fc)",
         r"conv3.hada_w1_a: [10, 3] in the file, [11, 3] in the model",
         r"conv3.dora_scale: [10, 1, 1, 1] in the file, [11, 1, 1, 1] or [1, 8, 1, 1] in the model",

@@ -9,11 +9,11 @@ import loha_jax
 from loha_jax import interop
 from loha_jax.tree.leaves import SavedWeight
 
+STACKED = {"layers.q": "sio", "layers.conv": "skkio"}
+
 
 class TestStacks:
     """Kernels that hold several modules, as `nn.scan` and `vmap` make them."""
-
-    LAYOUTS = {"layers.q": "sio", "layers.conv": "skkio"}  # noqa: RUF012
 
     @staticmethod
     def base():
@@ -52,7 +52,7 @@ class TestStacks:
         }
 
     def load(self, tmp_path, state):
-        return interop.load_lycoris(written(tmp_path, state), self.base(), layouts=self.LAYOUTS)
+        return interop.load_lycoris(written(tmp_path, state), self.base(), layouts=STACKED)
 
     def test_modules_that_the_file_lacks_are_not_adapted(self, tmp_path):
         state = {
@@ -88,9 +88,8 @@ class TestStacks:
             (("layers_0_q", {"dora": (1, 5)}), ("layers_1_q", {"dora": (4, 1)})),
         ],
     )
-    def test_modules_of_different_forms_in_one_kernel_are_refused_by_name(
-        self, one, other, tmp_path
-    ):
+    def test_modules_of_different_forms(self, one, other, tmp_path):
+        """Modules of different forms in one kernel are refused by name."""
         state = {
             k: v
             for name, options in (one, other)
@@ -110,7 +109,10 @@ class TestNorms:
     def base(dtype=jnp.float32):
         random = np.random.default_rng(3)
         values = iter(jnp.asarray(random.standard_normal(4), dtype) for _ in range(9))
-        norm = lambda: {"scale": next(values), "bias": next(values)}  # noqa: E731
+
+        def norm():
+            return {"scale": next(values), "bias": next(values)}
+
         return {
             "q": {"kernel": jnp.ones((4, 4), dtype)},
             "norm": norm(),

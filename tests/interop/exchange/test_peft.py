@@ -1,20 +1,16 @@
 """Files that PEFT wrote, read and written back; what is checked before anything changes."""
 
 import json
-import shutil
-import stat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_samples import LINEAR, NAMES, Sample, torch_value
+from peft_samples import LINEAR, NAMES, Sample, torch_value, two_kernels
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
-from loha_jax import LoHaConfig, LoHaWeight, interop
-from loha_jax.interop.disk.tensor_files import safetensors_bytes
-from loha_jax.tree.leaves import is_adapted
+from loha_jax import LoHaConfig, interop
 
 MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_seqcls": "bert"}
 
@@ -78,19 +74,8 @@ def test_state_dicts_keep_pefts_keys_and_values(name):
         assert ours[key].dtype == want.dtype
 
 
-def simple(tmp_path, **kwargs):
-    base = {
-        "lin0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)},
-        "lin1": {"kernel": jnp.ones((4, 2))},
-    }
-    config = LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False, **kwargs)
-    params = loha_jax.inject(base, config, key=jax.random.key(0))
-    interop.save_peft(tmp_path, params)
-    return base, params
-
-
 def test_named_adapters_have_folders_of_their_own(tmp_path):
-    base, params = simple(tmp_path)
+    base, params = two_kernels(tmp_path)
     params = loha_jax.inject(
         params,
         LoHaConfig(r=1, target_modules=["lin1"]),
@@ -129,7 +114,7 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
 
 
 def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
-    base, _ = simple(tmp_path)
+    base, _ = two_kernels(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     state = load_file(path)
     state["base_model.model.other.hada_w1_a"] = state.pop("base_model.model.lin0.hada_w1_a")
@@ -148,46 +133,10 @@ def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
 
 
 def test_a_rank_that_the_config_does_not_say_is_an_error(tmp_path):
-    base, params = simple(tmp_path)
+    base, params = two_kernels(tmp_path)
     state = interop.to_peft_state_dict(params)
     with pytest.raises(ValueError, match=r"misshapen \(8\)"):
         interop.from_peft_state_dict(state, LoHaConfig(r=3, target_modules=["lin0", "lin1"]), base)
-
-
-@pytest.mark.parametrize(
-    "rename",
-    [
-        lambda key: key.removeprefix("base_model.model."),
-        lambda key: f"{key}.default",
-        lambda key: f"{key.removeprefix('base_model.model.')}.style",
-    ],
-)
-def test_keys_without_the_prefix_or_with_an_adapters_name_load(tmp_path, rename):
-    base, params = simple(tmp_path)
-    state = {rename(key): value for key, value in interop.to_peft_state_dict(params).items()}
-    loaded = interop.from_peft_state_dict(
-        state, LoHaConfig(r=2, target_modules=["lin0", "lin1"]), base
-    )
-    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\0\0\0\0\0\0\0{}"])
-def test_broken_files_are_named(tmp_path, content):
-    base, _ = simple(tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
-        interop.load_peft(tmp_path, base)
-
-
-def test_missing_files_are_named(tmp_path):
-    base, _ = simple(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"Can't find 'adapter_config\.json' at"):
-        interop.load_peft(tmp_path / "nowhere", base)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"'adapter_model\.safetensors' or 'adapter_model\.bin'"
-    ):
-        interop.load_peft(tmp_path, base)
 
 
 def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
@@ -202,7 +151,10 @@ def test_base_weights_in_the_file_replace_the_kernel_as_in_peft():
 
 
 def test_a_targeted_head_brings_its_bias_as_in_peft(tmp_path):
-    """PEFT writes all of such a head; tests/models compares the file of a GPT-J, whose head has a bias, bit for bit."""
+    """PEFT writes all of such a head.
+
+    tests/models compares the file of a GPT-J, whose head has a bias, bit for bit.
+    """
     base = {"lm_head": {"kernel": jnp.ones((3, 4)), "bias": jnp.arange(4.0)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=2, target_modules=["lm_head"]), key=jax.random.key(0)
@@ -235,38 +187,6 @@ def test_integer_counters_survive_with_or_without_a_leaf_for_them(leave_out, tmp
     ).read_bytes()
 
 
-def test_saving_replaces_files_whole_and_leaves_nothing_beside_them(tmp_path, monkeypatch):
-    base, params = simple(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    trainable, frozen = loha_jax.partition(params)
-    more = loha_jax.combine(jax.tree.map(lambda x: x + 1, trainable), frozen)
-    with pytest.raises(OSError, match="No space left"):
-        interop.save_peft(tmp_path, more)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    monkeypatch.undo()
-    interop.save_peft(tmp_path, more)
-    assert {p.name for p in tmp_path.iterdir()} == set(before)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before[
-        "adapter_model.safetensors"
-    ]
-    assert stat.S_IMODE((tmp_path / "adapter_model.safetensors").stat().st_mode) & 0o444
-    del base
-
-
-def test_nothing_is_written_where_nothing_can_be(tmp_path):
-    _, params = simple(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        interop.save_peft(tmp_path / "adapter_config.json", params)
-    with pytest.raises(ValueError, match="no adapter to save"):
-        interop.save_peft(tmp_path / "new", loha_jax.unload(params))
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_conv3d_is_refused_by_name():
     config = LoHaConfig(r=1, target_modules=["c"])
     kernel = jnp.ones((3, 3, 3, 2, 4))
@@ -277,7 +197,8 @@ def test_a_conv3d_is_refused_by_name():
         interop.to_peft_state_dict(params)
 
 
-def test_patterns_whose_order_matters_are_written_so_that_sorting_does_no_harm(tmp_path):
+def test_the_order_of_patterns_survives_sorting(tmp_path):
+    """Patterns whose order matters are written so that sorting does no harm."""
     base = {"layers": {str(n): {"q": {"kernel": jnp.ones((3, 4))}} for n in range(2)}}
     # Sorted, "layers.0.q" comes before "q" and would win.
     config = LoHaConfig(
@@ -330,51 +251,6 @@ def test_stacks_are_written_as_the_modules_they_hold(tmp_path):
         )
 
 
-@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
-def test_low_precision_files_load_into_float32_factors(tmp_path, dtype):
-    base, _ = simple(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    low = {k: np.asarray(jnp.asarray(v, dtype)) for k, v in load_file(path).items()}
-    save_file(low, path)
-    leaf = interop.load_peft(tmp_path, base)["lin0"]["kernel"]
-    assert leaf.adapters["default"].hada_w1_a.dtype == jnp.float32
-    np.testing.assert_array_equal(
-        leaf.adapters["default"].hada_w1_a,
-        low["base_model.model.lin0.hada_w1_a"].astype(np.float32),
-    )
-
-
-def test_transposed_arrays_are_written_in_c_order(tmp_path):
-    _, params = simple(tmp_path)
-    leaf = params["lin0"]["kernel"]
-    turned = safetensors_bytes({"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))}, {})
-    (tmp_path / "x").write_bytes(turned)
-    np.testing.assert_array_equal(load_file(tmp_path / "x")["x"], np.arange(6.0).reshape(2, 3))
-    assert isinstance(leaf, LoHaWeight)
-    assert is_adapted(leaf)
-
-
-def test_the_folder_of_another_adapter_type_is_refused(tmp_path):
-    base, _ = simple(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "LORA"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'LORA' adapter"):
-        interop.load_peft(tmp_path, base)
-    shutil.rmtree(tmp_path)
-
-
-def test_a_model_card_is_written_once_and_an_authors_own_stays(tmp_path):
-    _, params = simple(tmp_path / "new", base_model_name_or_path="org/base", task_type="CAUSAL_LM")
-    card = (tmp_path / "new" / "README.md").read_text()
-    assert card.startswith(
-        '---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\n'
-    )
-    assert card.endswith("### Framework versions\n\n- PEFT 0.21.2\n")
-    (tmp_path / "new" / "README.md").write_text("mine")
-    interop.save_peft(tmp_path / "new", params)
-    assert (tmp_path / "new" / "README.md").read_text() == "mine"
-
-
 def test_modules_that_peft_saves_by_the_end_of_their_name_are_read(tmp_path):
     """PEFT wraps every module whose name ends with "head", without a dot before it."""
     base = {
@@ -397,38 +273,6 @@ def test_modules_that_peft_saves_by_the_end_of_their_name_are_read(tmp_path):
         interop.from_peft_state_dict(
             {**state, "base_model.model.footer.weight": np.ones(3)}, config, base
         )
-
-
-@pytest.mark.parametrize("prefix", ["", "base_model.model."])
-def test_diffusers_and_transformers_variants_load(tmp_path, prefix):
-    """diffusers' `save_lora_adapter`: one file, keys without a prefix, the config in the header."""
-    base, params = simple(tmp_path / "peft")
-    state = {
-        prefix + k.removeprefix("base_model.model."): v
-        for k, v in interop.to_peft_state_dict(params).items()
-    }
-    # transformers leaves the base's name empty and the adapter trainable
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    config |= {"inference_mode": False, "base_model_name_or_path": ""}
-    (tmp_path / "diffusers").mkdir()
-    path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
-    save_file(state, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
-    loaded = interop.load_peft(tmp_path / "diffusers", base)
-    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(params))
-    save_file(state, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="no adapter configuration in its header"):
-        interop.load_peft(tmp_path / "diffusers", base)
-    save_file(state, path, {"lora_adapter_metadata": json.dumps(config | {"peft_type": "LORA"})})
-    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors: .*'LORA'"):
-        interop.load_peft(tmp_path / "diffusers", base)
-
-
-def test_unknown_keys_of_a_newer_config_are_reported(tmp_path):
-    base, _ = simple(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_khatri_rao": True}))
-    with pytest.warns(UserWarning, match=r"Unexpected keys \['use_khatri_rao'\]"):
-        interop.load_peft(tmp_path, base)
 
 
 def test_nested_saved_modules_and_their_statistics_round_trip(tmp_path):

@@ -1,4 +1,4 @@
-"""Keys, prefixes, components and metadata of LyCORIS' and kohya's files, with and without a model."""
+"""Keys, prefixes, components and metadata of LyCORIS' and kohya's files."""
 
 import dataclasses
 import hashlib
@@ -11,54 +11,19 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from lycoris_samples import DATA, FORMS, LAYERS, LAYOUTS, base_params, jax_tree, native
-from peft_samples import NAMES, Sample
-from safetensors.numpy import load_file, save_file
+from leaves import adapted_names, loha_leaves
+from lycoris_modules import factors, written
+from lycoris_samples import DATA, LAYOUTS, base_params, jax_tree, kohya_state, native
+from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.interop.disk.tensor_files import read_metadata
 from loha_jax.interop.formats.lycoris_files import ModuleNames, split_prefix
 from loha_jax.interop.formats.read_adapter import read_adapter
-from loha_jax.runtime.untrusted import FileError
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight
 
 KOHYA = {"lora_unet_": "unet", "lora_te_": "te"}
-
-
-def kohya_base(component):
-    state = load_file(DATA / "kohya_base.safetensors")
-    return jax_tree(
-        {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{component}.")}
-    )
-
-
-def names_of(params):
-    leaves = jax.tree.leaves(params, is_leaf=is_adapted)
-    return {name for leaf in leaves if isinstance(leaf, LoHaWeight) for name in leaf.names}
-
-
-def factors(out=3, into=3, r=1):
-    random = np.random.default_rng(out + into)
-    shapes = {
-        "hada_w1_a": (out, r),
-        "hada_w1_b": (r, into),
-        "hada_w2_a": (out, r),
-        "hada_w2_b": (r, into),
-    }
-    return {
-        part: random.standard_normal(shape).astype(np.float32) for part, shape in shapes.items()
-    }
-
-
-def written(tmp_path, modules, metadata=None):
-    state = {
-        f"{name}.{part}": tensor
-        for name, tensors in modules.items()
-        for part, tensor in tensors.items()
-    }
-    save_file(state, tmp_path / "adapter.safetensors", metadata)
-    return tmp_path / "adapter.safetensors"
 
 
 def tree(*names):
@@ -112,12 +77,15 @@ def test_a_name_with_underscores_is_the_only_module_it_can_be(names):
 
 
 @pytest.mark.parametrize("own", ["a_b_c", "lycoris_a_b_c"])
-def test_modules_with_one_name_are_an_error_where_the_file_uses_it(own, tmp_path):
+def test_modules_with_one_name(own, tmp_path):
+    """Modules with one name are an error where the file uses it."""
     base = tree("a.b_c", "a_b.c", "a.d")
     with pytest.raises(ValueError, match=rf"{own} could be a\.b_c or a_b\.c"):
         interop.load_lycoris(written(tmp_path, {own: factors()}), base)
     other = own.replace("a_b_c", "a_d")
-    assert names_of(interop.load_lycoris(written(tmp_path, {other: factors()}), base)) == {"a.d"}
+    assert set(
+        adapted_names(interop.load_lycoris(written(tmp_path, {other: factors()}), base))
+    ) == {"a.d"}
 
 
 def test_a_stacked_kernel_is_found_by_the_names_of_its_modules(tmp_path):
@@ -151,7 +119,7 @@ def test_names_in_the_file_and_in_the_tree(in_file, in_tree, tmp_path):
     params = interop.load_lycoris(
         written(tmp_path, {in_file: factors()}), tree(in_tree, "other.fc")
     )
-    assert names_of(params) == {in_tree}
+    assert set(adapted_names(params)) == {in_tree}
 
 
 def test_two_modules_of_the_file_cannot_be_one_of_the_tree(tmp_path):
@@ -168,22 +136,28 @@ def test_the_component_is_chosen_by_its_prefix(tmp_path):
         ValueError,
         match=r"several components: 'lora_te_' \(\d+ modules\), 'lora_unet_' \(\d+ modules\)",
     ):
-        interop.load_lycoris(path, kohya_base("unet"))
+        interop.load_lycoris(path, jax_tree(kohya_state("unet")))
     with pytest.raises(ValueError, match=r"begins with prefix='lycoris_'; the file has 'lora_te_'"):
-        interop.load_lycoris(path, kohya_base("unet"), prefix="lycoris_")
+        interop.load_lycoris(path, jax_tree(kohya_state("unet")), prefix="lycoris_")
     plain = written(tmp_path, {"transformer.h.0.fc": factors(), "lm_head": factors()})
     both = interop.load_lycoris(plain, tree("transformer.h.0.fc", "lm_head"), prefix="")
-    assert names_of(both) == {"transformer.h.0.fc", "lm_head"}
+    assert set(adapted_names(both)) == {"transformer.h.0.fc", "lm_head"}
 
 
 def test_a_kohya_file_both_ways(tmp_path):
-    """Half precision, cores and flat factors, two components, and sd-scripts' metadata with a hash that is right."""
+    """Half precision, cores and flat factors, two components, and sd-scripts' metadata.
+
+    The hash in the metadata is right.
+    """
     path, again = DATA / "kohya_tucker.safetensors", tmp_path / "again.safetensors"
     theirs, metadata = load_file(path), read_metadata(path)
     loaded = {
-        p: interop.load_lycoris(path, kohya_base(part), prefix=p) for p, part in KOHYA.items()
+        p: interop.load_lycoris(path, jax_tree(kohya_state(part)), prefix=p)
+        for p, part in KOHYA.items()
     }
-    prefixed = [name.replace(".", "_") for params in loaded.values() for name in names_of(params)]
+    prefixed = [
+        name.replace(".", "_") for params in loaded.values() for name in adapted_names(params)
+    ]
     assert len(prefixed) == len({key.rpartition(".")[0] for key in theirs})
     others = {"lora_te_": loaded["lora_te_"]}
     interop.save_lycoris(
@@ -202,12 +176,10 @@ def test_a_kohya_file_both_ways(tmp_path):
 @pytest.mark.parametrize("form", ["tucker", "dora_attn"])
 def test_the_weights_are_those_of_the_file(form):
     """Every module of the text encoder in float64, by LyCORIS' formula."""
-    path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", kohya_base("te")
+    path, prefix, base = DATA / f"kohya_{form}.safetensors", "lora_te_", jax_tree(kohya_state("te"))
     file = read_adapter(path)
     params = interop.load_lycoris(path, base, prefix=prefix)
-    leaves = [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=is_adapted) if isinstance(leaf, LoHaWeight)
-    ]
+    leaves = loha_leaves(params)
     dense = jax.jit(LoHaWeight.dense)  # compiled once for each shape
     merged = [dense(dataclasses.replace(leaf, names=("one",))) for leaf in leaves]
     assert len(leaves) == sum(own.startswith(prefix) for own in file.modules)
@@ -292,112 +264,6 @@ def test_components_must_differ_in_their_keys(tmp_path):
             tmp_path / "x.safetensors", params, prefix="lora_te_", others={"lora_te_a_": other}
         )
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_is_read_without_a_model(form):
-    path, state = native(form)
-    file = read_adapter(path)
-    assert (file.form, file.config, file.others) == ("lycoris", {}, {})
-    assert file.metadata == {"note": f"lycoris 4.1.3 native {form}"}
-    assert {m.name for m in file.modules.values()} == {name.replace(".", "_") for name in LAYERS}
-    assert {m.name for m in read_adapter(path, modules=LAYERS).modules.values()} == set(LAYERS)
-    for own, module in file.modules.items():
-        linear = own.rpartition("_")[2] not in ("conv3", "gconv", "c1d", "c3d")
-        assert (module.kind, module.prefix, module.r, module.alpha) == (
-            "loha",
-            "lycoris_",
-            *((4, 2) if linear else (3, 1)),
-        )
-        assert (module.dora_scale is None) == (not form.startswith("dora"))
-        for part, tensor in module.tensors.items():
-            theirs = state[f"{own}.{part}"]
-            assert tensor.shape == theirs.shape + (1,) * (
-                own.endswith("c1d") and part.startswith("hada_t")
-            )
-            np.testing.assert_array_equal(tensor.reshape(theirs.shape), theirs)
-
-
-def test_a_kohya_file_and_its_components_without_a_model():
-    file = read_adapter(
-        DATA / "kohya_tucker.safetensors", modules=["conv_in", "up_blocks.1.resnets.1.conv2"]
-    )
-    assert file.form == "kohya"
-    assert {m.prefix for m in file.modules.values()} == {"lora_unet_", "lora_te_"}
-    module = file.modules["lora_unet_up_blocks_1_resnets_1_conv2"]
-    assert (module.name, module.r, module.alpha) == ("up_blocks.1.resnets.1.conv2", 2, 1)
-    assert all(tensor.dtype == np.float16 for tensor in module.tensors.values())
-    assert (
-        file.modules["lora_te_text_model_encoder_layers_0_mlp_fc1"].name
-        == "text_model_encoder_layers_0_mlp_fc1"
-    )
-
-
-def test_normalisation_layers_without_a_model(tmp_path):
-    norm = {"w_norm": np.ones(3, np.float32), "b_norm": np.zeros(3, np.float32)}
-    file = read_adapter(written(tmp_path, {"lycoris_q": factors(), "lycoris_norm": norm}))
-    assert list(file.modules) == ["lycoris_q"]
-    assert {key: list(value) for key, value in file.others.items()} == {
-        "lycoris_norm.w_norm": [1, 1, 1],
-        "lycoris_norm.b_norm": [0, 0, 0],
-    }
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_peft_folder_is_read_without_a_model(name):
-    sample = Sample(name)
-    file = read_adapter(sample.adapter)
-    assert (file.form, file.path) == ("peft", sample.adapter)
-    config = LoHaConfig.from_pretrained(sample.adapter)
-    assert file.config == config.to_dict()
-    tensors = {
-        f"{m}.{part}": t for m, module in file.modules.items() for part, t in module.tensors.items()
-    }
-    tensors |= file.others
-    assert {f"base_model.model.{key}" for key in tensors} == sample.state.keys()
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor, sample.state[f"base_model.model.{key}"])
-    params = interop.load_peft(sample.adapter, sample.params(), layouts=sample.layouts)
-    for leaf in jax.tree.leaves(params, is_leaf=is_adapted):
-        if isinstance(leaf, LoHaWeight):
-            adapter = leaf.adapters["default"]
-            found = [file.modules[n] for n in leaf.names]
-            assert [(m.r, m.alpha) for m in found] == list(
-                zip(adapter.ranks, adapter.alphas, strict=True)
-            )
-
-
-def test_a_folder_whose_config_and_tensors_disagree(tmp_path):
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_bytes((DATA / "peft_plain" / name).read_bytes())
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
-    with pytest.raises(
-        FileError, match=r"adapter_model\.safetensors: the factors of .* have rank 4, .* says 5"
-    ):
-        read_adapter(tmp_path)
-
-
-def test_a_torch_pickle_is_read_too(tmp_path):
-    torch = pytest.importorskip(
-        "torch", reason="a .pt file is a torch pickle; the main test run has torch"
-    )
-    state = native("tucker")[1]
-    torch.save(
-        {key: torch.from_numpy(value.copy()) for key, value in state.items()},
-        tmp_path / "adapter.pt",
-    )
-    params = interop.load_lycoris(tmp_path / "adapter.pt", base_params(), layouts=LAYOUTS)
-    for key, tensor in interop.to_lycoris_state_dict(params).items():
-        np.testing.assert_array_equal(tensor, state[key])
-
-
-def test_nothing_and_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_adapter(tmp_path / "nowhere.safetensors")
-    save_file({}, tmp_path / "empty.safetensors")
-    with pytest.raises(FileError, match=r"empty\.safetensors: the file holds no tensor"):
-        read_adapter(tmp_path / "empty.safetensors")
 
 
 def test_nnx_models(tmp_path):

@@ -1,4 +1,7 @@
-"""Every kind of file and folder given to every function and command: opened, or refused by what it is."""
+"""Every kind of file and folder given to every function and command.
+
+Opened, or refused by what it is.
+"""
 
 import json
 import re

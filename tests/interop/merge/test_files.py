@@ -1,4 +1,7 @@
-"""Merging checkpoints file by file: values against float64, layout against the base, and runs that are cut off."""
+"""Merging checkpoints file by file.
+
+Values against float64, layout against the base, and runs that are cut off.
+"""
 
 import json
 
@@ -61,7 +64,10 @@ def test_peft_samples(name, tmp_path):
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 @pytest.mark.parametrize("form", ["plain", "tucker", "scalar", "dora", "dora_in"])
 def test_lycoris_samples(form, weight, tmp_path):
-    """Linear, conv 1d to 3d, grouped, cores, and weight decompositions of both kinds, against LyCORIS' own ΔW."""
+    """Linear, conv 1d to 3d, grouped, cores, and both kinds of weight decomposition.
+
+    The reference is LyCORIS' own ΔW.
+    """
     path, _ = lycoris_samples.native(form)
     base_path = lycoris_samples.DATA / "base_tiny.safetensors"
     merge_checkpoint(base_path, [(path, weight)], tmp_path / "out")
@@ -102,7 +108,8 @@ def test_dtypes_are_rounded_once(dtype, to, tmp_path):
         np.nextafter(rounded, np.array(ml_dtypes.finfo(target).max, target)).astype(np.float64)
         - rounded.astype(np.float64)
     )
-    # float32 itself rounds a few times on the way; a narrower dtype hides that but for values halfway between two.
+    # float32 itself rounds a few times on the way; a narrower dtype hides that but for values
+    # halfway between two.
     slack = 4 if target.itemsize >= 4 else 1
     precision = 1e-6 if target != np.float64 else 1e-12
     assert np.all(

@@ -16,6 +16,7 @@ from merge_inputs import (
     normal,
     read_all,
     sharded_base,
+    stop_at_the_end,
     write_adapter,
     write_base,
 )
@@ -62,7 +63,8 @@ def test_a_disk_that_is_too_small_is_seen_beforehand(tmp_path, monkeypatch):
     assert files_in(tmp_path) == ["adapter", "base"]
 
 
-def test_a_disk_that_fills_up_leaves_no_result_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """A disk that fills up leaves no result and the next run goes on."""
     base, path = sharded_base(tmp_path)
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = [(write_adapter(tmp_path / "adapter", modules), 1.0)]
@@ -144,12 +146,8 @@ def test_shards_of_another_merge_are_not_kept(change, tmp_path):
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}
     adapter = write_adapter(tmp_path / "adapter", modules)
 
-    def stop(done, total):
-        if done == total:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", progress=stop)
+        merge_checkpoint(path, [(adapter, 1.0)], tmp_path / "out", progress=stop_at_the_end)
     assert list((tmp_path / ".out.merging" / "files").glob("*.safetensors"))
     weight, dtype = 1.0, None
     if change == "weight":

@@ -55,7 +55,8 @@ def refused(tmp_path, base, modules, match, config=None, error=ValueError, other
     assert files_in(tmp_path) == ["adapter", "base"]
 
 
-def test_all_missing_and_misshapen_tensors_are_named_before_anything_is_written(tmp_path):
+def test_missing_and_misshapen_tensors_are_named(tmp_path):
+    """All missing and misshapen tensors are named before anything is written."""
     base = {
         "a.weight": normal(6, 4),
         "b.weight": normal(6, 5),
@@ -66,7 +67,8 @@ def test_all_missing_and_misshapen_tensors_are_named_before_anything_is_written(
         tmp_path,
         base,
         modules,
-        r"(?s)does not have \(2\): x\.y\.weight; z\.weight.*b\.weight is \[6, 5\].*c\.weight holds int8",
+        r"(?s)does not have \(2\): x\.y\.weight; z\.weight.*b\.weight is \[6, 5\].*c\.weight "
+        r"holds int8",
     )
 
 

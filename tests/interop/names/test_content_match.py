@@ -13,7 +13,8 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.interop import NameMap
 from loha_jax.targets.module_names import UnknownNameError
 
-# Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy alone.
+# Inference from contents. Each form makes a leaf out of torch weights [out, in, *k] with numpy
+# alone.
 
 LINEAR_FORMS = {
     "io": lambda w, a, b: w.T,
@@ -37,7 +38,10 @@ DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 @st.composite
 def modules(draw):
-    """A leaf and its torch tensors: a kernel of some form, alone or stacked along one or two axes, or a vector."""
+    """A leaf and its torch tensors.
+
+    A kernel of some form, alone or stacked along one or two axes, or a vector.
+    """
     form = draw(st.sampled_from([*LINEAR_FORMS, *CONV_FORMS, "vector", "heads"]))
     a, b, other = draw(st.integers(1, 4)), draw(st.integers(2, 5)), draw(st.integers(2, 6))
     if form in ("vector", "heads"):
@@ -79,12 +83,17 @@ def build(found, values, file_dtype, leaf_dtype):
 
 
 def rounded(array, *dtypes):
-    digits = lambda d: ml_dtypes.finfo(d).nmant  # noqa: E731
+    def digits(d):
+        return ml_dtypes.finfo(d).nmant
+
     return np.asarray(array).astype(min((np.dtype(d) for d in dtypes), key=digits))
 
 
 def check_sources(names, leaves, tensors, leaf_dtype, file_dtype):
-    """Every source says where its leaf's values are, by its own words and by those of its layout."""
+    """Check where every source says that its leaf's values are.
+
+    Its own words and those of its layout have to agree.
+    """
     for path, source in names.sources.items():
         leaf = rounded(leaves[path], leaf_dtype, file_dtype)
         for n, key in enumerate(source.keys):
@@ -156,7 +165,8 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_what_contents_do_not_settle_is_an_error_once_it_is_asked_for(tmp_path):
+def test_what_contents_do_not_settle(tmp_path):
+    """An ambiguity of contents is an error once it matters."""
     zeros, symmetric, good = np.zeros((3, 3), np.float32), random(3, 3), random(3, 4)
     symmetric = symmetric + symmetric.T
     saved(tmp_path, q__weight=zeros, k__weight=zeros, s__weight=symmetric, v__weight=good)
@@ -287,7 +297,10 @@ def test_fused_kernels_are_unmatched(tmp_path):
 
 @pytest.mark.parametrize("known", ["contents", "mapping"])
 def test_a_peft_adapter_loads_by_the_names_of_a_map(known, tmp_path):
-    """The real PEFT adapts a torch model; a JAX tree of tunix' form gets the adapter, and merges to torch's weights."""
+    """The real PEFT adapts a torch model.
+
+    A JAX tree of tunix' form gets the adapter, and merges to torch's weights.
+    """
     torch, peft = (
         pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft")
     )

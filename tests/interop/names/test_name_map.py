@@ -1,4 +1,7 @@
-"""Torch names and layouts: from mappings that models carry, from Flax' own habits, and from contents."""
+"""Torch names and layouts.
+
+From mappings that models carry, from Flax' own habits, and from contents.
+"""
 
 import enum
 import re
@@ -74,7 +77,10 @@ def gemma3():
 
 
 def gemma_preprocess():
-    """As tunix' gemma loaders: q becomes [N, D, H], k and v one [2, K, D, H]; a closure with state."""
+    """As tunix' gemma loaders: q becomes [N, D, H], k and v one [2, K, D, H].
+
+    A closure with state.
+    """
     pending = {}
 
     def preprocess(tensors):

@@ -1,4 +1,7 @@
-"""Adapters that PEFT saved after `resize_token_embeddings`: merged as in PEFT, refused on a base of the old size."""
+"""Adapters that PEFT saved after `resize_token_embeddings`.
+
+Merged as in PEFT, refused on a base of the old size.
+"""
 
 import json
 

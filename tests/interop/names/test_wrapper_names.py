@@ -1,6 +1,10 @@
-"""Names that torch.compile, FSDP, checkpointed activations and DataParallel put into files are read as if not there."""
+"""Names that wrappers put into files are read without them.
+
+The wrappers are torch.compile, FSDP, checkpointed activations and DataParallel.
+"""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +44,9 @@ FORMS = {
     "compiled inside": "base_model.model._orig_mod.layers.0.q",
     "compiled outside": "_orig_mod.base_model.model.layers.0.q",
     "compiled layer": "base_model.model.layers.0._orig_mod.q",
-    "checkpointed and sharded": "base_model.model.layers._fsdp_wrapped_module.0._checkpoint_wrapped_module.q",
+    "checkpointed and sharded": (
+        "base_model.model.layers._fsdp_wrapped_module.0._checkpoint_wrapped_module.q"
+    ),
     "DataParallel outside": "module.base_model.model.layers.0.q",
     "DataParallel inside": "base_model.model.module.layers.0.q",
 }
@@ -64,10 +70,34 @@ def test_an_adapter_with_wrapped_names_is_that_without(form, adapter, tmp_path):
     assert all(np.array_equal(again[key], tensors[key]) for key in tensors)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lora_with_wrapped_names_is_that_without(form, tmp_path):
+    """Also where its alpha follows from a pattern for its whole name."""
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    lora = interop.save_lora(tmp_path, loha_jax.inject(BASE, config, key=jax.random.key(0)))
+    plain, path = "base_model.model.layers.0.q", tmp_path / "adapter_model.safetensors"
+    found = []
+    for key in (plain, FORMS[form]):
+        name = key.removeprefix("base_model.model.") if "inside" in form else "layers.0.q"
+        save_file({old.replace(plain, key): t for old, t in lora.tensors.items()}, path)
+        settings = {"alpha_pattern": {}, "use_rslora": True}
+        if "DataParallel" in form:  # whose names the config's patterns have too
+            settings |= {"r": 2, "rank_pattern": {name: 3}}
+        text = json.dumps({**lora.config, **settings, "target_modules": [name]})
+        (tmp_path / "adapter_config.json").write_text(text)
+        leaf = interop.load_lora(tmp_path, BASE)["layers"]["0"]["q"]["kernel"]
+        found.append(
+            (leaf.adapters["default"].alphas, np.asarray(loha_jax.merge({"q": leaf})["q"]))
+        )
+    assert found[0][0] == found[1][0] == (3 * 3**0.5,)
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."]
 )
-def test_a_base_checkpoint_with_wrapped_names_is_read_and_stays_a_base(prefix, tmp_path):
+def test_a_base_checkpoint_with_wrapped_names(prefix, tmp_path):
+    """A base checkpoint with wrapped names is read and stays a base."""
     weight = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     bias = np.arange(4, dtype=np.float32)
     save_file(

@@ -38,7 +38,7 @@ def loha(shape, r, cp=False, seed=0, alpha=3.0, dtype=np.float32):
 
 
 def over_all_channels(weight, groups):
-    """A grouped convolution's weight as the one of a convolution without groups, `[out, in, *spatial]`."""
+    """A grouped convolution's weight as that of one without groups, `[out, in, *spatial]`."""
     out, in_ = weight.shape[:2]
     whole = np.zeros((out, groups * in_, *weight.shape[2:]))
     for row in range(out):
@@ -48,7 +48,7 @@ def over_all_channels(weight, groups):
 
 
 def dense_lora(module):
-    """What PEFT's lora_A and the grouped lora_B compute, as one convolution over all channels."""
+    """PEFT's lora_A and grouped lora_B as one convolution over all channels."""
     a, b = (module.tensors[part].astype(np.float64) for part in ("lora_A", "lora_B"))
     out, slots = b.shape[:2]
     groups = a.shape[0] // slots
@@ -113,7 +113,8 @@ def singular_values(weight, groups):
 
 
 @pytest.mark.parametrize(("shape", "r", "cp", "groups"), CASES)
-def test_a_smaller_rank_is_the_best_one_and_its_error_the_measured_one(shape, r, cp, groups):
+def test_a_smaller_rank_is_the_best_one(shape, r, cp, groups):
+    """A smaller rank is the best one and its error the measured one."""
     module = loha(shape, r, cp, dtype=np.float64)
     want = dense(module, shape)
     squares = singular_values(want, groups)
@@ -135,7 +136,8 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_the_measured_one(shape, r,
     energy=st.floats(0.01, 1),
     seed=st.integers(0, 99),
 )
-def test_an_energy_threshold_keeps_the_fewest_singular_values_that_reach_it(shape, r, energy, seed):
+def test_an_energy_threshold(shape, r, energy, seed):
+    """An energy threshold keeps the fewest singular values that reach it."""
     module = loha(shape, r, seed=seed, dtype=np.float64)
     squares = singular_values(dense(module, shape), 1)[0]
     lora, error = lora_of(module, energy=energy)
@@ -166,7 +168,8 @@ def test_no_update_is_rank_one_of_zeros(limit, groups):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_low_precision_is_computed_in_float64_and_given_in_float32(dtype):
+def test_low_precision_is_computed_in_float64(dtype):
+    """Low precision is computed in float64 and given in float32."""
     module = loha((40, 30), 3, dtype=dtype)
     want = dense(module, (40, 30))
     for rank, slack in ((None, 0), (5, np.sqrt(singular_values(want, 1)[0][5:].sum()))):

@@ -1,0 +1,63 @@
+"""The parts of an NNX graph: modules, what they hold, and variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeGuard
+
+import jax
+from flax import nnx
+from flax.typing import Key
+from flax.typing import PathParts as Path
+
+
+def is_node(x: object) -> TypeGuard[nnx.Pytree | nnx.Variable]:
+    """Return whether x is a part of an NNX graph."""
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def is_variable(x: object) -> TypeGuard[nnx.Variable]:
+    """Return whether x is a variable (for `is_leaf=`)."""
+    return isinstance(x, nnx.Variable)
+
+
+def slots(node: object) -> list[tuple[Key, object]]:
+    """Return the attributes, entries or elements of a node of a graph, by key."""
+    if isinstance(node, nnx.List):
+        return list(enumerate(node))
+    if isinstance(node, nnx.Pytree):
+        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+    if isinstance(node, nnx.Variable):
+        return []
+    inside, _ = jax.tree.flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return [(_key(path[0]), value) for path, value in inside if path]
+
+
+def _key(entry: object) -> Key:
+    """Return the key of an entry of a JAX path, as `nnx.iter_graph` gives it."""
+    return next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
+
+
+def is_owner(node: object) -> TypeGuard[nnx.Pytree]:
+    """Return whether a node has attributes: a module, or any `nnx.Pytree` but a list."""
+    return isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List)
+
+
+def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, nnx.Variable]]:
+    """Yield the variables of a module, itself or in lists and dicts, with the way to each."""
+
+    def inside(path: Path, node: object) -> Iterator[tuple[Path, nnx.Variable]]:
+        for key, value in slots(node):
+            if is_variable(value):
+                yield (*path, key), value
+            elif not is_owner(value):
+                yield from inside((*path, key), value)
+
+    return inside((), owner)
+
+
+def follow(node: object, path: Path) -> object:
+    """Return what is found on a path from a node."""
+    for key in path:
+        node = dict(slots(node))[key]
+    return node

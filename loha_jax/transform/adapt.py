@@ -1,8 +1,9 @@
 """`adapt`: runs a model on an adapted tree without materialising ΔW.
 
 `adapt` traces the function with plain kernels (`trace_and_evaluate`), then evaluates the jaxpr with
-views of the adapted kernels instead (`interpreter.evaluate`). A product with a view is computed by
-`product_rules`, through `Operation.factored`, as two products with the factors (`product`).
+views of the adapted kernels instead (`interpreter.evaluate`). A rule (`product_rules`) says which
+product reads a view. `forms.compute` computes it, without ΔW as two products with the factors
+(`factored_product`).
 """
 
 # JAX's own functions are only partly typed.

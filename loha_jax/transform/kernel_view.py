@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from loha_jax.transform.typed_jax import map_arrays
 from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.quantised import QuantisedArray
+
+Dims = tuple[tuple[int, ...], ...]
+"""For each axis, the atoms that it is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class KernelView:
     kernel: jax.Array | PackedKernel
     factors: tuple[ViewFactors, ...]
     atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
-    dims: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    dims: Dims = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(default="", metadata={"static": True})
 
     @classmethod
@@ -128,21 +131,18 @@ class KernelView:
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
         dims = tuple(self.dims[axis] for axis in permutation)
-        kernel = put_off(lax.transpose, self.kernel, tuple(permutation))
-        return dataclasses.replace(self, kernel=kernel, dims=dims)
+        return _moved(self, dims, lax.transpose, tuple(permutation))
 
     def convert(self, dtype: DTypeLike) -> KernelView | None:
         """`lax.convert_element_type`; the factors keep their dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        kernel = put_off(lax.convert_element_type, self.kernel, dtype)
-        return dataclasses.replace(self, kernel=kernel)
+        return _moved(self, self.dims, lax.convert_element_type, dtype)
 
     def squeeze(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.squeeze`."""
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
-        kernel = put_off(lax.squeeze, self.kernel, tuple(dimensions))
-        return dataclasses.replace(self, kernel=kernel, dims=dims)
+        return _moved(self, dims, lax.squeeze, tuple(dimensions))
 
     def broadcast_in_dim(
         self, shape: Sequence[int], broadcast_dimensions: Sequence[int]
@@ -161,9 +161,8 @@ class KernelView:
             else:
                 dims.append((len(atoms),))
                 atoms.append(Atom("b", size, -1))
-        axes = tuple(broadcast_dimensions)
-        kernel = put_off(_broadcast_in_dim, self.kernel, tuple(shape), axes)
-        return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
+        view = dataclasses.replace(self, atoms=tuple(atoms))
+        return _moved(view, tuple(dims), _broadcast, tuple(shape), tuple(broadcast_dimensions))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
         """`lax.reshape`: regroup atoms, splitting those within which a new axis ends."""
@@ -187,8 +186,7 @@ class KernelView:
                 else:
                     return None
             dims.append(tuple(group))
-        kernel = put_off(lax.reshape, self.kernel, tuple(shape))
-        return dataclasses.replace(view, kernel=kernel, dims=tuple(dims))
+        return _moved(view, tuple(dims), lax.reshape, tuple(shape))
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
@@ -224,7 +222,7 @@ class KernelView:
 
     def rev(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.rev`."""
-        view = dataclasses.replace(self, kernel=put_off(lax.rev, self.kernel, tuple(dimensions)))
+        view = _moved(self, self.dims, lax.rev, tuple(dimensions))
         for atom in (n for axis in dimensions for n in self.dims[axis]):
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
@@ -311,7 +309,15 @@ class KernelView:
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
 
 
-def _broadcast_in_dim(x: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
+def _moved(
+    view: KernelView, dims: Dims, operation: Callable[..., jax.Array], *settings: Hashable
+) -> KernelView:
+    """Return a view after an operation on the kernel alone."""
+    kernel = put_off(operation, view.kernel, *settings)
+    return dataclasses.replace(view, kernel=kernel, dims=dims)
+
+
+def _broadcast(x: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, axes)
 
 

@@ -110,7 +110,7 @@ def inject(
             f"{wasted[0]} can have; {len(wasted)} module(s) are so small. A smaller r "
             "(`rank_pattern`) does the same with fewer parameters.",
         )
-    make_factors = functools.partial(_initial_factors, key=key, config=config)
+    make_factors = functools.partial(initial_factors, key=key, config=config)
     return apply_plan(params, plan, adapter_name, make_factors, _copy, _initial_extras)
 
 
@@ -223,7 +223,8 @@ def factor_dtype(kernel_dtype: DTypeLike) -> jnp.dtype:
 
 
 @standard_promotion()
-def _initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+    """Draw the factors of a new adapter of one kernel, by the law that its config names."""
     scheme, dtype = config.initial_values, factor_dtype(target.dtype)
     if len(set(target.ranks)) == 1:
         shapes = target.shapes(target.ranks[0])

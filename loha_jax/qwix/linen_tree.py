@@ -1,0 +1,82 @@
+"""A Linen model's parameters as a tree with adapted leaves, for files, `summary` and `merge`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import qwix
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
+from loha_jax.lowrank.layout import Layout
+from loha_jax.qwix._qwix_internals import is_quantised, unboxed
+from loha_jax.qwix.storage import ADAPTER
+from loha_jax.targets.module_names import module_name, stack_names
+from loha_jax.tree.factors import Factors, module_index
+from loha_jax.tree.leaves import LoHaWeight
+
+if TYPE_CHECKING:
+    from loha_jax.qwix.provider import LoHaProvider
+
+
+def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
+    """Return parameters of a Linen model with a `LoHaWeight` in the place of each adapted kernel.
+
+    A quantised kernel is dequantised, so the tree is one for the float model: `interop.save_peft`,
+    `loha_jax.summary`, `loha_jax.merge` and `loha_jax.adapt` take it.
+
+    Args:
+        provider: that the model was adapted with, and has run with.
+        params: the parameters (without the collection), with the factors beside the kernels.
+
+    Raises:
+        ValueError: the parameters have factors that the provider did not make.
+    """
+    plain = unfreeze(cast(dict[str, Any], unboxed(params)))
+    flat: dict[tuple[str, ...], Any] = flatten_dict(
+        plain, is_leaf=lambda _, x: not isinstance(x, dict)
+    )
+    tree = {}
+    for path, value in flat.items():
+        if is_quantised(value):
+            value = qwix.dequantize(value.array)
+        factors = {
+            name: flat[*path[:-1], f"{path[-1]}_lora_{name}"]
+            for name in FACTOR_NAMES
+            if (*path[:-1], f"{path[-1]}_lora_{name}") in flat
+        }
+        if factors and path not in provider.targets:
+            raise ValueError(
+                f"{'/'.join(path)} has an adapter that this provider has not seen: run the model "
+                "with it once (`jax.eval_shape(model.init, key, *inputs)` does)."
+            )
+        if factors:
+            tree[path] = _leaf(provider, path, value, factors)
+        elif not any(path[-1].endswith(f"_lora_{name}") for name in FACTOR_NAMES):
+            tree[path] = value
+    return unflatten_dict(tree)
+
+
+def _leaf(
+    provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
+) -> LoHaWeight:
+    """Return an adapted kernel; axes that a scan has added in front are stack axes."""
+    target, config = provider.targets[path]
+    shape: tuple[int, ...] = kernel.shape
+    added = len(shape) - target.layout.ndim
+    layout = Layout("s" * added + target.layout.word) if added else target.layout
+    copies, stack = math.prod(shape[:added]), layout.sizes("s", shape)
+    ranks, alphas = target.ranks * copies, target.alphas * copies
+    adapter = Factors(
+        **cast(dict[str, Any], factors),
+        ranks=ranks,
+        alphas=alphas,
+        module_index=module_index(ranks, alphas, stack),
+        config=config,
+    )
+    names = stack_names(module_name(path), stack, None)
+    return LoHaWeight(kernel, {ADAPTER: adapter}, layout, names, (ADAPTER,))

@@ -1,0 +1,108 @@
+"""Which kernels get an adapter, and of what rank: rules as qwix has them, or PEFT's config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import qwix
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.lycoris_config import LycorisConfig
+from loha_jax.targets.matching import ALL_LINEAR, Match, match_pattern, match_target
+from loha_jax.tree.plan import Target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHaRule(qwix.QuantizationRule):
+    """A rule for modules whose kernels get a LoHa adapter, and for how their base is quantised.
+
+    The fields of `qwix.QuantizationRule` (`module_path`, `weight_qtype`, `act_qtype`, `tile_size`,
+    …) mean what they mean there. The others are those of `loha_jax.LoHaConfig`.
+
+    Attributes:
+        rank: of each of the two factor pairs; the update has rank up to rank².
+        alpha: the update is scaled by alpha/rank.
+        rank_dropout: probability that a row (an output) of the update is dropped in training.
+        module_dropout: probability that a module's whole update is dropped in training.
+        use_effective_conv2d: convolution kernels larger than 1 get a CP core.
+        init_weights: the distribution of the initial factors; see `LoHaConfig`.
+
+    Example:
+        >>> LoHaRule(module_path=".*q_proj", rank=4, alpha=8.0, weight_qtype="int8").config.r
+        4
+    """
+
+    rank: int
+    alpha: float
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        self.config  # noqa: B018  # its checks
+
+    @property
+    def config(self) -> LoHaConfig:
+        """The adapter's settings; the rule's module path says what they are for."""
+        return LoHaConfig(
+            r=self.rank,
+            alpha=self.alpha,
+            rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+            use_effective_conv2d=self.use_effective_conv2d,
+            init_weights=self.init_weights,
+        )
+
+
+def checked_config(config: LoHaConfig) -> LoHaConfig:
+    """Return a config that a provider can apply while the model runs.
+
+    Raises:
+        ValueError: it needs the whole model at once, or arrays besides the factors.
+    """
+    if config.target_modules is None or config.target_modules == ALL_LINEAR:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} needs the list of all modules, which a "
+            "provider does not have. Give names, name endings or a regular expression."
+        )
+    if config.all_modules_to_save:
+        raise ValueError(
+            f"modules_to_save={list(config.all_modules_to_save)}: a provider adapts kernels and "
+            "saves no module whole. Leave it out, or use loha_jax.nnx.inject on a float model."
+        )
+    if isinstance(config, LycorisConfig) and (config.use_scalar or config.weight_decompose):
+        raise ValueError(
+            "use_scalar and weight_decompose need the values of the float kernel. Use "
+            "loha_jax.nnx.inject on a float model."
+        )
+    return config
+
+
+def is_target(config: LoHaConfig, name: str) -> bool:
+    """Return whether a config adapts the module of this dotted name."""
+    return match_target(name, config) is Match.TARGETED
+
+
+def target_of(
+    config: LoHaConfig, path: tuple[str, ...], names: tuple[str, ...], word: str, kernel: object
+) -> Target:
+    """Return the plan of one kernel's adapter.
+
+    Args:
+        config: of the adapter.
+        path: of the kernel.
+        names: of its modules, one per stack index.
+        word: its layout.
+        kernel: has its shape and dtype.
+    """
+    layout, shape = Layout(word), tuple(kernel.shape)  # type: ignore[attr-defined]
+    ranks = tuple(match_pattern(name, config.rank_pattern, config.r) for name in names)
+    alphas = tuple(
+        config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
+        for name, r in zip(names, ranks, strict=True)
+    )
+    cp = config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", shape))
+    dtype = kernel.dtype  # type: ignore[attr-defined]
+    return Target(path, names, layout, shape, dtype, ranks, alphas, cp)

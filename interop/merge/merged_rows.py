@@ -160,7 +160,8 @@ def merge_rows(
         adapted = base + delta
         gains = update.gains
         if gains is None:
-            gains = gain(jnp.sqrt(jnp.sum(adapted**2, 1, keepdims=True)), update.norms)
+            assert update.norms is not None
+            gains = gain(jnp.sqrt(jnp.sum(adapted**2, 1, keepdims=True)), jnp.asarray(update.norms))
         total += share * (gains.astype(wide) * adapted - base)
     result = total.astype(dtype)
     parts = (result.astype(wide) - total, total - base, total) if measure else ()

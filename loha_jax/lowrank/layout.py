@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _TOKEN = re.compile(r"([siok])(\d*)")
 
@@ -120,7 +121,7 @@ class Layout:
         inverse = sorted(range(self.ndim), key=self.order.__getitem__)
         return jnp.transpose(permuted, inverse)
 
-    def unfold(self, kernel: jax.Array) -> jax.Array:
+    def unfold(self, kernel: jax.Array | np.ndarray) -> jax.Array:
         """Return a kernel as `[*stack, out, in, *spatial]`, the inverse of `fold`."""
         return jnp.transpose(kernel, self.order).reshape(self.torch_shape(kernel.shape))
 

@@ -69,7 +69,7 @@ def _squares(kernel: jax.Array, layout: Layout, on_out: bool) -> jax.Array:
 
 
 def adapted_norms(
-    kernel: Float[Array, "*kernel"],
+    kernel: Float[Array | np.ndarray, "*kernel"],
     layout: Layout,
     w1_a: Float[Array, "*stack out r1"],
     w1_b: Float[Array, "*stack r1 columns"],
@@ -94,29 +94,30 @@ def adapted_norms(
     Returns:
         As `weight_norms`.
     """
-    dtype = float32_or_wider(kernel.dtype, w1_a.dtype)
-    kernel, w1_a, w1_b, w2_a, w2_b = (x.astype(dtype) for x in (kernel, w1_a, w1_b, w2_a, w2_b))
-    sizes = {kind: layout.sizes(kind, kernel.shape) for kind in "soik"}
+    weight = jnp.asarray(kernel)
+    dtype = float32_or_wider(weight.dtype, w1_a.dtype)
+    weight, w1_a, w1_b, w2_a, w2_b = (x.astype(dtype) for x in (weight, w1_a, w1_b, w2_a, w2_b))
+    sizes = {kind: layout.sizes(kind, weight.shape) for kind in "soik"}
     scale = jnp.asarray(scale, dtype).reshape(*sizes["s"], 1, 1)
     # [*stack, out, r²] and [*stack, r², in·prod(spatial)]
     ka, kb = khatri_rao_rows(w1_a, w2_a) * scale, khatri_rao_columns(w1_b, w2_b)
     squared = kb.shape[-2]
     # One letter for each axis of the kernel: contracted as stored, it needs no transposed copy.
-    letters = string.ascii_lowercase[: kernel.ndim]
+    letters = string.ascii_lowercase[: weight.ndim]
     s, o, i, k = ("".join(letters[axis] for axis in layout.axes(kind)) for kind in "soik")
     if on_out:
         columns = kb.reshape(*sizes["s"], squared, *sizes["i"], *sizes["k"])
         # (W KBᵀ) ⊙ KA and (KA (KB KBᵀ)) ⊙ KA: [*stack, out, r²]
-        both = jnp.einsum(f"{letters},{s}R{i}{k}->{s}{o}R", kernel, columns).reshape(ka.shape) * ka
+        both = jnp.einsum(f"{letters},{s}R{i}{k}->{s}{o}R", weight, columns).reshape(ka.shape) * ka
         own = jnp.einsum("...oR,...RS->...oS", ka, jnp.einsum("...Ri,...Si->...RS", kb, kb)) * ka
         added = jnp.sum(2 * both + own, -1)
     else:
         rows = ka.reshape(*sizes["s"], *sizes["o"], squared)
         # (KAᵀ W) ⊙ KB and ((KAᵀ KA) KB) ⊙ KB: [*stack, r², in·prod(spatial)]
-        both = jnp.einsum(f"{s}{o}R,{letters}->{s}R{i}{k}", rows, kernel).reshape(kb.shape) * kb
+        both = jnp.einsum(f"{s}{o}R,{letters}->{s}R{i}{k}", rows, weight).reshape(kb.shape) * kb
         own = jnp.einsum("...RS,...Si->...Ri", jnp.einsum("...oR,...oS->...RS", ka, ka), kb) * kb
         added = jnp.sum(2 * both + own, -2).reshape(*sizes["s"], math.prod(sizes["i"]), -1).sum(-1)
-    squares = _squares(kernel, layout, on_out)
+    squares = _squares(weight, layout, on_out)
     total = squares + added.reshape(squares.shape)
     positive = total > 0  # the square root has no gradient at 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)

@@ -10,7 +10,7 @@ from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import ALL_LINEAR, Match, match_pattern, match_target
-from loha_jax.tree.plan import Target
+from loha_jax.tree.plan import Target, has_cores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,6 @@ def target_of(
         config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
         for name, r in zip(names, ranks, strict=True)
     )
-    cp = config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", shape))
+    cp = has_cores(config, layout, shape)
     dtype = kernel.dtype  # type: ignore[attr-defined]
     return Target(path, names, layout, shape, dtype, ranks, alphas, cp)

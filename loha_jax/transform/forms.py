@@ -126,7 +126,8 @@ def _low_rank(
 ) -> jax.Array:
     """Return (x·KB)·KA in float32 or wider."""
     dtype = x.dtype
-    shapes, restore = view.shapes, kept.restore
+    # The backward pass holds no array of `kept`: a scan's would be leaked tracers.
+    shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
     @standard_promotion()
     def forward(
@@ -146,7 +147,7 @@ def _low_rank(
         residuals: tuple[Arrays, AllFactors, Intermediates], g: jax.Array
     ) -> tuple[jax.Array, None, AllFactors]:
         kept_arrays, factors, h = residuals
-        if kept.recomputed:
+        if recomputed:
             dx, dfactors = _isolated(operation, pull_back, (factors, kept_arrays, h, g), 2, g)
         else:
             dx, dfactors = pull_back(factors, kept_arrays, h, g)

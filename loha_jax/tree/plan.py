@@ -203,7 +203,8 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
 
 def has_cores(config: LoHaConfig, layout: Layout, shape: Sequence[int]) -> bool:
     """Say whether an adapter of a kernel has cores: one of a convolution larger than 1."""
-    return config.use_effective_conv2d and any(n != 1 for n in layout.sizes("k", shape))
+    large = any(n != 1 for n in layout.sizes("k", shape))
+    return large and bool(config.use_effective_conv2d)
 
 
 def _plan_saved(

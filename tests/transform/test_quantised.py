@@ -8,6 +8,7 @@ import pytest
 
 import loha_jax
 from loha_jax import LoHaConfig
+from loha_jax.transform import forms
 from tests.helpers.quantised_kernels import KEY, SCHEMES, float_and_quantised, quantised
 
 
@@ -60,6 +61,21 @@ def test_dot(scheme, strategy):
         "b": {"kernel": quantised(kernel(12, 4, seed=1), scheme)},
     }
     assert_like_float(chain, params, ["a"], X, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["factored", "fused", "dense"])
+def test_eager_calls_share_one_program(strategy):
+    """Equal layers and later calls compile nothing more."""
+    params = {
+        name: {"kernel": quantised(kernel(8, 8, seed=seed), "int8")}
+        for seed, name in enumerate("ab")
+    }
+    plain, packed = float_and_quantised(params, config("a", "b"))
+    run = loha_jax.adapt(chain, strategy=strategy)
+    wanted, before = run(plain, X), forms._compiled._cache_size()
+    for _ in range(2):
+        np.testing.assert_allclose(run(packed, X), wanted, rtol=2e-5, atol=2e-5)
+    assert forms._compiled._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "scaled_int8", "aqt"])

@@ -33,6 +33,10 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.max_norm import apply_max_norm
 from loha_jax.tree.merge import merge, unload
 from loha_jax.tree.partition import combine, partition, trainable_mask
+from loha_jax.tree.quantised import dequantise
+from loha_jax.tree.quantised_types import register_quantised
+from loha_jax.tree.requantise import requantising_losses
+from loha_jax.tree.scaled_array import ScaledArray
 from loha_jax.tree.summary import summary
 from loha_jax.tree.weighted_sum import add_weighted_adapter
 
@@ -56,12 +60,14 @@ __all__ = [
     "LoHaWeight",
     "LycorisConfig",
     "SavedWeight",
+    "ScaledArray",
     "adapt",
     "adapter_names",
     "add_weighted_adapter",
     "apply_max_norm",
     "combine",
     "delete_adapter",
+    "dequantise",
     "dropout",
     "explain",
     "hada_weight",
@@ -72,6 +78,8 @@ __all__ = [
     "khatri_rao_rows",
     "merge",
     "partition",
+    "register_quantised",
+    "requantising_losses",
     "scale",
     "set_adapter",
     "summary",

@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names
+from loha_jax.targets.module_names import Names, path_parts
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import is_adapted
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.quantised import is_quantised
 
 from ..disk.base_checkpoint import Checkpoint
 from ..names.leaf_source import Source
@@ -69,7 +70,7 @@ def load_base(
         FileNotFoundError: the checkpoint, or one of its shards, is not there.
         FileError: leaves without a tensor, misshapen or of another kind of dtype, and (`strict`)
             unused tensors, all in one error; or a file is corrupted.
-        ValueError: a value that float16 cannot hold; or the tree is adapted.
+        ValueError: a value that float16 cannot hold; or the tree is adapted, or quantised.
 
     Example:
         >>> import tempfile, numpy as np
@@ -83,6 +84,13 @@ def load_base(
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise ValueError(
             "load_base takes the base model's tree: load it first, then inject or load adapters."
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)
+    if quantised := [".".join(path_parts(path)) for path, leaf in flat if is_quantised(leaf)]:
+        raise ValueError(
+            f"load_base fills floating leaves, and {', '.join(quantised[:3])} are quantised "
+            f"({len(quantised)} in all). Load the float parameters (`params` may be their "
+            "shapes), and quantise what is loaded"
         )
     checkpoint = Checkpoint(path)
     tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)

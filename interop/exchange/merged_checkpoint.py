@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
 from loha_jax.tree.merge import check_rounding, merge, unload
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.quantised import QuantisedArray
 
 from ..disk.atomic import whole_folder, write_atomically
 from ..disk.base_checkpoint import (
@@ -259,11 +261,18 @@ class _MergedTensors:
                 own = [name for name in own if name in adapter_names(leaf)]
             stack = leaf.layout.axes("s") if isinstance(leaf, LoHaWeight) else ()
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
-                where = np.unravel_index(index, leaf.shape[: len(stack)])
-                leaf = jax.tree.map(lambda array: array[where], leaf)
-                layout, names = leaf.layout.strip(leaf.ndim), (leaf.names[index],)
-                leaf = dataclasses.replace(leaf, layout=layout, names=names)
+                leaf = _module_of_stack(cast(LoHaWeight, leaf), index, len(stack))
                 moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
                 source, index = Source(source.keys[index : index + 1], (), moved), 0
             leaf = merge(leaf, own, safe=self.safe, force=self.force)
         return source.tensor(np.asarray(leaf), index)
+
+
+def _module_of_stack(leaf: LoHaWeight, index: int, axes: int) -> LoHaWeight:
+    """Return one module of a stack; of a quantised kernel, only its part is dequantised."""
+    where = tuple(map(int, np.unravel_index(index, leaf.shape[:axes])))
+    base = leaf.kernel
+    kernel = base.part(where) if isinstance(base, QuantisedArray) else base[where]
+    adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
+    layout, names = leaf.layout.strip(leaf.layout.ndim - axes), (leaf.names[index],)
+    return LoHaWeight(kernel, adapters, layout, names, leaf.active)

@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from loha_jax.targets.module_names import is_kernel_leaf, path_parts, torch_parameter
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import base_of, is_whole
+from loha_jax.tree.quantised import wrapped
 
 from ..disk.base_checkpoint import Checkpoint
 from .leaf_options import Correspondence, Options
@@ -115,9 +116,8 @@ def _leaves(params: PyTree) -> list[_Leaf]:
         TypeError: the tree holds shapes.
     """
     leaves: list[_Leaf] = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]:
-        if isinstance(leaf, LoHaWeight | SavedWeight):
-            leaf = leaf.original
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)[0]:
+        leaf = wrapped(base_of(leaf))
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 "NameMap.infer compares values, and the tree holds shapes (jax.ShapeDtypeStruct). "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from jax.typing import DTypeLike
@@ -11,9 +11,7 @@ from jaxtyping import PyTree
 
 from loha_jax.runtime.untrusted import fullmatch
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import KERNEL_LEAVES, module_name, path_parts
-
-_QUANTISED = ("qwix", "aqt")  # packages whose arrays stand for a kernel
+from loha_jax.targets.module_names import KERNEL_LEAVES
 
 
 def spelling_advice(targets: str | Iterable[str] | None, names: Sequence[str]) -> str:
@@ -115,26 +113,6 @@ def _packages(node: object) -> set[str]:
     return {kind.__module__.split(".")[0] for kind in type(node).__mro__}
 
 
-def quantised_kernels(params: PyTree) -> dict[str, str]:
-    """Describe the quantised kernels of a tree, by default module name.
-
-    A description is "q.kernel is a qwix QArray (int8)".
-    """
-
-    def is_quantised(node: object) -> bool:
-        return type(node).__module__.split(".")[0] in _QUANTISED
-
-    found: dict[str, str] = {}
-    for path, node in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)[0]:
-        if is_quantised(node):
-            dtype, kind = next(_inside(node), ("", type(node).__name__))
-            parts, package = path_parts(path), type(node).__module__.split(".")[0]
-            found[module_name(parts)] = (
-                f"{'.'.join(parts)} is a {package} {kind}{dtype and f' ({dtype})'}"
-            )
-    return found
-
-
 _SCALE = re.compile(r"(kernel_|weight_|w_|input_)?scales?(_inv|_weight)?")
 
 
@@ -163,17 +141,7 @@ def scaled_kernel(
     )
 
 
-def _inside(node: object) -> Iterator[tuple[str, str]]:
-    """Yield dtype and type of the quantised values in a node, the innermost first."""
-    inner = getattr(node, "array", None)
-    if inner is not None and inner is not node:
-        yield from _inside(inner)
-    value = getattr(node, "qvalue", None)
-    if value is not None and hasattr(value, "dtype"):
-        yield str(value.dtype), type(node).__name__
-
-
 QUANTISED_ADVICE = (
-    "A quantised kernel cannot be adapted: inject into the float parameters, train, merge, and "
-    "quantise what is merged."
+    "A quantised kernel is one leaf that holds its scale: loha_jax.ScaledArray(values, scale), an "
+    "array of qwix or AQT, or one of your own type that loha_jax.register_quantised knows."
 )

@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.tree.dropout import dropout
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
 from loha_jax.tree.partition import combine
+from loha_jax.tree.quantised import is_quantised, wrapped
 
 RESERVED = ("loss", "grad_norm", "good", "step")
 """Names that `loss_fn` cannot give a metric."""
@@ -171,12 +172,14 @@ def cast_floating(tree: T, dtype: DTypeLike | None) -> T:
         if isinstance(x, LoHaWeight):
             return dataclasses.replace(x, kernel=cast(x.kernel))
         if isinstance(x, SavedWeight):
-            return jax.tree.map(cast, x)
+            return jax.tree.map(cast, x, is_leaf=is_quantised)
+        if is_quantised(x):
+            return wrapped(x).as_dtype(dtype)
         if x is None or x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return x.astype(dtype)
 
-    return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=is_adapted)
+    return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=is_whole)
 
 
 def taken_by(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:

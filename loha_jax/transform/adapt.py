@@ -31,14 +31,16 @@ from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.arguments import FlatArguments, TreeDef, flatten, is_array
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.interpreter import densify, evaluate
-from loha_jax.transform.kernel_view import KernelView, Value
+from loha_jax.transform.kernel_view import KernelView, Value, frozen_kernel
 from loha_jax.transform.options import Options
+from loha_jax.transform.packed_kernel import PackedKernel, plain
 from loha_jax.transform.rows import mark_rows
 from loha_jax.transform.strategy import Strategy, checked_strategy
 from loha_jax.transform.typed_jax import Operand, array_type
 from loha_jax.tree.containers import on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
+from loha_jax.tree.quantised import QuantisedArray, is_quantised, wrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
@@ -155,17 +157,20 @@ def _run(
     options: Options, fn: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> R:
     """Call `fn` on trees: on its jaxpr with views where an argument is adapted, else as it is."""
-    leaves, treedef = flatten((args, kwargs), is_leaf=is_adapted)
+    leaves, treedef = flatten((args, kwargs), is_leaf=is_whole)
     named = options.observer is not None or not isinstance(options.strategy, str)
     values: list[Value] = []  # what the jaxpr of fn is evaluated on
     traced: list[int] = []  # their positions among the leaves
-    originals: dict[int, LoHaWeight] = {}
+    originals: dict[int, object] = {}
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, SavedWeight):
             leaf = leaves[position] = leaf.__jax_array__()
         if isinstance(leaf, LoHaWeight):
             originals[len(values)] = leaf
             leaf = _view(leaf, options, named)
+        elif is_quantised(leaf):
+            originals[len(values)] = leaf
+            leaf = _base_view(wrapped(leaf))
         elif not is_array(leaf):
             continue
         traced.append(position)
@@ -187,7 +192,7 @@ def trace_and_evaluate(
     fn: Callable[..., R],
     arguments: FlatArguments,
     values: Sequence[Value],
-    originals: Mapping[int, LoHaWeight],
+    originals: Mapping[int, object],
     options: Options,
 ) -> R:
     """Trace `fn` with plain arrays and evaluate its jaxpr on values, some of which are views.
@@ -199,7 +204,7 @@ def trace_and_evaluate(
         fn: the function.
         arguments: its arguments.
         values: what the jaxpr is evaluated on, one per traced argument.
-        originals: the adapted leaves, by position among the values.
+        originals: the adapted and the quantised leaves, by position among the values.
         options: of the evaluation.
     """
     out_trees: list[TreeDef] = []
@@ -214,19 +219,19 @@ def trace_and_evaluate(
                 static_outputs[n] = output
         return [o for n, o in enumerate(outputs) if n not in static_outputs]
 
-    arrays = [value.kernel if isinstance(value, KernelView) else value for value in values]
+    arrays = [_traced_as(value) for value in values]
     closed: ClosedJaxpr = without_dead_code(jax.make_jaxpr(flat)(*arrays))
     jaxpr: Jaxpr = closed.jaxpr
     returned = {jaxpr.invars[n]: leaf for n, leaf in originals.items()}
     with standard_promotion():
         results = evaluate(jaxpr, closed.consts, values, options)
-        plain = [
+        dense = [
             returned[var]
             if not isinstance(var, Literal) and var in returned
             else _as_array(densify(value, options, "return", "the function returns it"), var)
             for var, value in zip(jaxpr.outvars, results, strict=True)
         ]
-    dynamic, count = iter(plain), len(plain) + len(static_outputs)
+    dynamic, count = iter(dense), len(dense) + len(static_outputs)
     return out_trees[0].unflatten(
         [static_outputs[n] if n in static_outputs else next(dynamic) for n in range(count)]
     )
@@ -247,5 +252,17 @@ def _view(leaf: LoHaWeight, options: Options, named: bool) -> Value:
     leaf.require_whole()
     warn_of_forgotten_dropout(leaf.active_adapters)
     if not leaf.active_adapters:
-        return jax.lax.stop_gradient(leaf.kernel)
+        return _base_view(leaf.kernel)
     return KernelView.of(leaf, leaf.label if named else "")
+
+
+def _base_view(kernel: jax.Array | QuantisedArray) -> Value:
+    """Return a kernel that no adapter changes: a view of a quantised one, else the array."""
+    frozen = frozen_kernel(kernel)
+    return KernelView.unknown(frozen, "") if isinstance(frozen, PackedKernel) else frozen
+
+
+def _traced_as(value: Value) -> jax.Array | jax.ShapeDtypeStruct:
+    """Return what a function is traced with in the place of a value."""
+    kernel = value.kernel if isinstance(value, KernelView) else value
+    return jax.eval_shape(plain, kernel) if isinstance(kernel, PackedKernel) else kernel

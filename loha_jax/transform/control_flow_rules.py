@@ -31,8 +31,9 @@ from loha_jax.transform.interpreter import (
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
-from loha_jax.transform.typed_jax import Operand
-from loha_jax.transform.view_factors import ViewFactors, map_arrays
+from loha_jax.transform.packed_kernel import before_scan, inside_scan, plain
+from loha_jax.transform.typed_jax import Operand, map_arrays
+from loha_jax.transform.view_factors import ViewFactors
 
 
 @register("jit", "pjit")
@@ -157,6 +158,7 @@ def _item(x: Value, scanned: _Scanned | None) -> Value:
     if scanned is None or not isinstance(x, KernelView):
         return x
     atom, outside = scanned
+    x = dataclasses.replace(x, kernel=inside_scan(x.kernel))
     factors = x.factors if outside is None else outside
     if atom is None:
         return dataclasses.replace(x, factors=factors, dims=x.dims[1:])
@@ -173,11 +175,13 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
         view with that atom's axis first in every factor; or None where the leading axis is an in or
         out axis.
     """
+    scanned = dataclasses.replace(view, kernel=before_scan(view.kernel))
     if not view.dims[0]:
-        return None, view
+        return None, scanned
     (atom, *more) = view.dims[0]
     if more or view.atoms[atom].kind not in "sb?":
         return None
+    view = scanned
     if view.atoms[atom].kind != "s":
         return atom, view
     at = view.of_kind("s").index(atom)
@@ -263,6 +267,7 @@ def _shard_map(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     local: dict[int, KernelView] = {}
     for n, value in enumerate(values):
         if isinstance(value, KernelView):
+            values[n] = value = dataclasses.replace(value, kernel=plain(value.kernel))
             sharded = shard(value, specs[n], p["mesh"].shape)
             if sharded is None:
                 values[n] = densify(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.packed_kernel import frozen_product
 
 if TYPE_CHECKING:
     from loha_jax.transform.operation import Operation
@@ -46,21 +47,29 @@ def base_scaling(operation: Operation, x: jax.Array, view: KernelView) -> BaseSc
     return scaling
 
 
-def scaled_base(operation: Operation, x: jax.Array, view: KernelView) -> jax.Array:
+def scaled_base(
+    operation: Operation, x: jax.Array, view: KernelView, forward_mode: bool
+) -> jax.Array:
     """Return the frozen operation, with the gains: y = x·W ⊙ (1 + of_result) + (x ⊙ of_input)·W."""
     scaling = base_scaling(operation, x, view)
     assert scaling is not None, "the rule has asked before"
     of_result, of_input = scaling
+
+    def product(x: jax.Array) -> jax.Array:
+        return frozen_product(
+            operation.apply,
+            x,
+            view.kernel,
+            branches=operation.branches,
+            forward_mode=forward_mode,
+        )
+
     if of_result is None:
         scaled = x if of_input is None else (x * (1 + of_input)).astype(x.dtype)
-        return operation.apply(scaled, view.kernel)
-    plain = operation.apply(x, view.kernel)
+        return product(scaled)
+    plain = product(x)
     base = (plain * (1 + of_result)).astype(plain.dtype)
-    return (
-        base
-        if of_input is None
-        else base + operation.apply((x * of_input).astype(x.dtype), view.kernel)
-    )
+    return base if of_input is None else base + product((x * of_input).astype(x.dtype))
 
 
 def gain_along(view: KernelView, side: str) -> jax.Array | None:

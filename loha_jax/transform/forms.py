@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import split_as
@@ -29,8 +28,9 @@ from loha_jax.transform.input_recomputation import KeptInput
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.materialised import dense_kernel
 from loha_jax.transform.operation import Intermediates, Operation
+from loha_jax.transform.packed_kernel import Kernel
 from loha_jax.transform.strategy import Strategy
-from loha_jax.transform.typed_jax import jit, vjp
+from loha_jax.transform.typed_jax import is_traced, jit, vjp
 from loha_jax.transform.view_factors import ViewFactors
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -69,7 +69,7 @@ def compute(
         view: the adapted one.
         kept: what to hold until the backward pass, to have x there.
     """
-    if not any(isinstance(array, Tracer) for array in jax.tree.leaves((x, view))):
+    if not is_traced((x, view)):
         return _compiled(operation, form, x, view)
     return _traced(operation, form, x, view, kept)
 
@@ -96,7 +96,8 @@ def _update_only(
     operation: Operation, form: Form, x: jax.Array, view: KernelView, kept: KeptInput
 ) -> jax.Array:
     """Return x·ΔW in the operation's dtype. "fused" does not keep ΔW for the backward pass."""
-    dtype = jax.eval_shape(operation.apply, x, view.kernel).dtype
+    like = jax.ShapeDtypeStruct(view.shape, view.kernel.dtype)
+    dtype = jax.eval_shape(operation.apply, x, like).dtype
     if form.strategy == "factored":
         return _low_rank(operation, x, view, kept, form.forward_mode).astype(dtype)
 
@@ -114,7 +115,7 @@ def _factored(
     operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput, forward_mode: bool
 ) -> jax.Array:
     """Return x·W + (x·KB)·KA, added in float32 or wider."""
-    base = scaled_base(operation, x, view)
+    base = scaled_base(operation, x, view, forward_mode)
     delta = _low_rank(operation, x, view.without_gain(), kept, forward_mode)
     total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
     return materialized(total, view.factors[0].w1_a).astype(base.dtype)
@@ -175,16 +176,16 @@ def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput
 
     @standard_promotion()
     def forward(
-        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: jax.Array
+        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel
     ) -> jax.Array:
-        def run(factors: AllFactors, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        def run(factors: AllFactors, x: jax.Array, kernel: Kernel) -> jax.Array:
             whole = dataclasses.replace(shapes, kernel=kernel, factors=factors)
             return _in_blocks(operation, x, whole)
 
         return _isolated(operation, run, (factors, x, kernel), 1, x)
 
     def pull_back(
-        factors: AllFactors, kept_arrays: Arrays, kernel: jax.Array, g: jax.Array
+        factors: AllFactors, kept_arrays: Arrays, kernel: Kernel, g: jax.Array
     ) -> tuple[jax.Array, AllFactors]:
         x = restore(kept_arrays)
 
@@ -201,7 +202,7 @@ def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput
 
     @standard_promotion()
     def backward(
-        residuals: tuple[Arrays, AllFactors, jax.Array], g: jax.Array
+        residuals: tuple[Arrays, AllFactors, Kernel], g: jax.Array
     ) -> tuple[jax.Array, None, AllFactors, None]:
         kept_arrays, factors, kernel = residuals
         arguments = (factors, kept_arrays, kernel, g)
@@ -209,8 +210,8 @@ def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput
         return dx.astype(dtype), None, dfactors, None
 
     def forward_and_residuals(
-        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: jax.Array
-    ) -> tuple[jax.Array, tuple[Arrays, AllFactors, jax.Array]]:
+        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel
+    ) -> tuple[jax.Array, tuple[Arrays, AllFactors, Kernel]]:
         return forward(x, kept_arrays, factors, kernel), (kept_arrays, factors, kernel)
 
     fused = cast(Any, jax.custom_vjp(forward))

@@ -23,6 +23,7 @@ from loha_jax.transform.options import Options
 from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
+from loha_jax.tree.quantised import types_of_quantised
 
 
 def infer_layouts(
@@ -56,6 +57,7 @@ def infer_layouts(
     base = unload(
         copy.deepcopy(params) if container_of(params) is not None else params
     )  # unload changes a model in place
+    base = types_of_quantised(base)
     arguments = flat_arguments(base, *args, **kwargs)
     leaves = arguments.leaves
     candidates: dict[int, str] = {}

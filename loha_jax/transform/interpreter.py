@@ -125,7 +125,7 @@ def densify(value: Value, options: Options, primitive: str, reason: str) -> jax.
     """
     if not isinstance(value, KernelView):
         return value
-    if options.observer is not None:
+    if options.observer is not None and value.factors:
         options.observer.dense(value.name, value.shape, primitive, reason, options.times)
     return dense_kernel(value, forward_mode=options.forward_mode)
 

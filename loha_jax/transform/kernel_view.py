@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,20 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from loha_jax.runtime.sizes import is_empty, is_known
-from loha_jax.transform.view_factors import ViewFactors, map_arrays
+from loha_jax.transform.packed_kernel import (
+    AxisOperation,
+    PackedKernel,
+    cut,
+    put_off,
+    scaled,
+)
+from loha_jax.transform.typed_jax import map_arrays
+from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.quantised import QuantisedArray
 
-AxisOperation = Callable[[jax.Array, int], jax.Array]
-"""Changes the positions along one axis of an array."""
+Dims = tuple[tuple[int, ...], ...]
+"""For each axis, the atoms that it is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +70,10 @@ class KernelView:
             traces.
     """
 
-    kernel: jax.Array
+    kernel: jax.Array | PackedKernel
     factors: tuple[ViewFactors, ...]
     atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
-    dims: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    dims: Dims = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(default="", metadata={"static": True})
 
     @classmethod
@@ -76,12 +85,12 @@ class KernelView:
         kinds = {axis: kind for kind in "soik" for axis in layout.axes(kind)}
         atoms = tuple(Atom(kinds[axis], shape[axis], axis) for axis in order)
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
-        kernel = lax.stop_gradient(leaf.kernel)
+        kernel = frozen_kernel(leaf.kernel)
         factors = tuple(ViewFactors.of(f, kernel, layout) for f in leaf.active_adapters)
         return cls(kernel, factors, atoms, dims, name)
 
     @classmethod
-    def unknown(cls, kernel: jax.Array, name: str) -> KernelView:
+    def unknown(cls, kernel: jax.Array | PackedKernel, name: str) -> KernelView:
         """Return the view of a plain array whose layout is to be inferred."""
         atoms = tuple(Atom("?", size, axis) for axis, size in enumerate(kernel.shape))
         dims = tuple((n,) if atom.size > 1 else () for n, atom in enumerate(atoms))
@@ -122,18 +131,18 @@ class KernelView:
     def transpose(self, permutation: Sequence[int]) -> KernelView:
         """`lax.transpose`."""
         dims = tuple(self.dims[axis] for axis in permutation)
-        return dataclasses.replace(self, kernel=lax.transpose(self.kernel, permutation), dims=dims)
+        return _moved(self, dims, lax.transpose, tuple(permutation))
 
     def convert(self, dtype: DTypeLike) -> KernelView | None:
         """`lax.convert_element_type`; the factors keep their dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, kernel=lax.convert_element_type(self.kernel, dtype))
+        return _moved(self, self.dims, lax.convert_element_type, dtype)
 
     def squeeze(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.squeeze`."""
         dims = tuple(atoms for axis, atoms in enumerate(self.dims) if axis not in dimensions)
-        return dataclasses.replace(self, kernel=lax.squeeze(self.kernel, dimensions), dims=dims)
+        return _moved(self, dims, lax.squeeze, tuple(dimensions))
 
     def broadcast_in_dim(
         self, shape: Sequence[int], broadcast_dimensions: Sequence[int]
@@ -152,8 +161,8 @@ class KernelView:
             else:
                 dims.append((len(atoms),))
                 atoms.append(Atom("b", size, -1))
-        kernel = lax.broadcast_in_dim(self.kernel, shape, broadcast_dimensions)
-        return dataclasses.replace(self, kernel=kernel, atoms=tuple(atoms), dims=tuple(dims))
+        view = dataclasses.replace(self, atoms=tuple(atoms))
+        return _moved(view, tuple(dims), _broadcast, tuple(shape), tuple(broadcast_dimensions))
 
     def reshape(self, shape: Sequence[int]) -> KernelView | None:
         """`lax.reshape`: regroup atoms, splitting those within which a new axis ends."""
@@ -177,7 +186,7 @@ class KernelView:
                 else:
                     return None
             dims.append(tuple(group))
-        return dataclasses.replace(view, kernel=lax.reshape(self.kernel, shape), dims=tuple(dims))
+        return _moved(view, tuple(dims), lax.reshape, tuple(shape))
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None
@@ -208,11 +217,12 @@ class KernelView:
         factors = tuple(
             dataclasses.replace(f, scaling=operation(f.scaling, factor)) for f in self.factors
         )
-        return dataclasses.replace(self, kernel=operation(self.kernel, factor), factors=factors)
+        kernel = scaled(self.kernel, factor, operation)
+        return dataclasses.replace(self, kernel=kernel, factors=factors)
 
     def rev(self, dimensions: Sequence[int]) -> KernelView:
         """`lax.rev`."""
-        view = dataclasses.replace(self, kernel=lax.rev(self.kernel, dimensions))
+        view = _moved(self, self.dims, lax.rev, tuple(dimensions))
         for atom in (n for axis in dimensions for n in self.dims[axis]):
             view = view._map_atom(atom, lambda x, at: lax.rev(x, (at,)), self.atoms[atom].size)
         return view
@@ -235,7 +245,7 @@ class KernelView:
         if len(self.dims[axis]) != 1:
             return None
         (atom,) = self.dims[axis]
-        kernel = operation(self.kernel, axis)
+        kernel = cut(self.kernel, axis, operation)
         if is_empty(kernel.shape):
             return None
         view = self._map_atom(atom, operation, kernel.shape[axis])
@@ -297,6 +307,25 @@ class KernelView:
                 lambda x: x.reshape(*x.shape[:at], outer, inner, *x.shape[at + 1 :]), factors
             )
         return dataclasses.replace(self, factors=factors, atoms=tuple(atoms))
+
+
+def _moved(
+    view: KernelView, dims: Dims, operation: Callable[..., jax.Array], *settings: Hashable
+) -> KernelView:
+    """Return a view after an operation on the kernel alone."""
+    kernel = put_off(operation, view.kernel, *settings)
+    return dataclasses.replace(view, kernel=kernel, dims=dims)
+
+
+def _broadcast(x: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, axes)
+
+
+def frozen_kernel(kernel: jax.Array | QuantisedArray) -> jax.Array | PackedKernel:
+    """Return a leaf's kernel as a view holds it, without a gradient."""
+    if isinstance(kernel, QuantisedArray):
+        return PackedKernel.of(map_arrays(lax.stop_gradient, kernel))
+    return lax.stop_gradient(kernel)
 
 
 def _after_split(atom: int, atoms: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from loha_jax.lowrank.hadamard import float32_or_wider, hada_weight
 from loha_jax.transform.decomposed_base import gain_along, has_gain
 from loha_jax.transform.kernel_view import KernelView
+from loha_jax.transform.packed_kernel import plain
 
 
 def dense_kernel(view: KernelView, *, forward_mode: bool = False) -> jax.Array:
@@ -19,8 +20,9 @@ def dense_kernel(view: KernelView, *, forward_mode: bool = False) -> jax.Array:
         view: the kernel.
         forward_mode: plain products that `jax.jvp` can differentiate.
     """
+    base = plain(view.kernel)
     if not view.factors:
-        return view.kernel
+        return base
     size = [atom.size for atom in view.atoms]
     kind = [atom.kind for atom in view.atoms]
     present = [n for axis in view.dims for n in axis]
@@ -45,12 +47,12 @@ def dense_kernel(view: KernelView, *, forward_mode: bool = False) -> jax.Array:
     total = total.reshape([1 if kind[n] == "b" else size[n] for n in present])
     # -> [*axes of the view]
     total = jnp.broadcast_to(total, [size[n] for n in present]).reshape(view.shape)
-    wide = float32_or_wider(view.kernel.dtype, total.dtype)
-    kernel = view.kernel.astype(wide)
+    wide = float32_or_wider(base.dtype, total.dtype)
+    kernel = base.astype(wide)
     for side in "oi":
         if (gain := gain_along(view, side)) is not None:
-            total = total + gain.astype(wide) * view.kernel.astype(wide)
-    return (kernel + total.astype(wide)).astype(view.kernel.dtype)
+            total = total + gain.astype(wide) * kernel
+    return (kernel + total.astype(wide)).astype(base.dtype)
 
 
 def update_rows(

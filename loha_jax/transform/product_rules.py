@@ -24,6 +24,7 @@ from loha_jax.transform.interpreter import Context, Outputs, register
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import update_rows
 from loha_jax.transform.operation import NoRule, Operation
+from loha_jax.transform.packed_kernel import frozen_product, plain
 from loha_jax.transform.product import Product
 from loha_jax.transform.strategy import strategy_of
 from loha_jax.transform.typed_jax import Operand, array_type
@@ -38,7 +39,7 @@ def _dot_general(eqn: JaxprEqn, values: list[Value], context: Context) -> Output
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return NoRule("a product with an operand that is not floating")
     if not view.factors:
-        return bind_equation(eqn, [view.kernel, x] if kernel_first else [x, view.kernel])
+        return [_frozen(eqn, x, view, kernel_first, context)]
     product = Product.of(view, x, kernel_first, eqn.params)
     return _computed(product, view, x, eqn.invars[int(kernel_first)], context)
 
@@ -49,9 +50,22 @@ def _conv_general_dilated(eqn: JaxprEqn, values: list[Value], context: Context) 
     if not isinstance(view, KernelView) or isinstance(x, KernelView):
         return NoRule("the weight is what a convolution slides over")
     if not view.factors:
-        return bind_equation(eqn, [x, view.kernel])
+        return [_frozen(eqn, x, view, False, context)]
     convolution = Convolution.of(view, x, array_type(eqn.outvars[0]).shape, eqn.params)
     return _computed(convolution, view, x, eqn.invars[0], context)
+
+
+def _frozen(
+    eqn: JaxprEqn, x: jax.Array, view: KernelView, kernel_first: bool, context: Context
+) -> jax.Array:
+    """Return a product with a kernel that no active adapter changes."""
+
+    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return bind_equation(eqn, [kernel, x] if kernel_first else [x, kernel])[0]
+
+    branches = eqn.primitive.name == "dot_general" or Convolution.branches
+    forward_mode = context.options.forward_mode
+    return frozen_product(apply, x, view.kernel, branches=branches, forward_mode=forward_mode)
 
 
 def _computed(
@@ -87,7 +101,7 @@ def _computed(
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
-        return [operation.apply(x, view.kernel)]
+        return [operation.apply(x, plain(view.kernel))]
     form = Form(strategy, options.forward_mode, options.update_only)
     return [compute(operation, form, x, view, kept)]
 
@@ -101,7 +115,7 @@ def _gather(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     if row is None:
         return NoRule("a gather of other than whole rows")
     if not view.factors:
-        return bind_equation(eqn, [view.kernel, indices])
+        return bind_equation(eqn, [plain(view.kernel), indices])
     axis, column = row
     positions = indices[..., column : column + 1]  # [*positions, 1]
 
@@ -121,7 +135,7 @@ def _gather(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
         return NoRule("a gather along a stack axis or along one of several in or out axes")
     if options.observer is not None:
         options.observer.rows(view, nominal(delta.shape[:-1]), options.times)
-    base = bind_equation(eqn, [view.kernel, indices])[0]
+    base = bind_equation(eqn, [plain(view.kernel), indices])[0]
     numbers = eqn.params["dimension_numbers"]
     count = len(numbers.offset_dims)
     if not numbers.collapsed_slice_dims:  # the axis that is looked up stays, with size 1

@@ -18,7 +18,8 @@ from loha_jax.runtime._compat import bind_equation
 from loha_jax.transform.interpreter import Context, Outputs, register
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.operation import NoRule
-from loha_jax.transform.view_factors import map_arrays
+from loha_jax.transform.packed_kernel import PackedKernel, plain
+from loha_jax.transform.typed_jax import map_arrays
 
 Follower = Callable[[JaxprEqn, KernelView], KernelView | None]
 """Takes an equation and its only operand; returns its only output, or None if it cannot follow."""
@@ -87,7 +88,9 @@ def _slice(eqn: JaxprEqn, view: KernelView) -> KernelView | None:
 
 @_follow("sharding_constraint", "reshard", "pvary", "copy", "copy_p", "optimization_barrier")
 def _unchanged(eqn: JaxprEqn, view: KernelView) -> KernelView:
-    return dataclasses.replace(view, kernel=bind_equation(eqn, [view.kernel])[0])
+    if isinstance(view.kernel, PackedKernel) and eqn.primitive.name in ("copy", "copy_p"):
+        return view
+    return dataclasses.replace(view, kernel=bind_equation(eqn, [plain(view.kernel)])[0])
 
 
 @_follow("all_gather", fails="a gather into a new axis, or of a part of an in or out axis")

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar, TypeVarTuple, cast
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import Literal, Var
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 Operand = Var | Literal
@@ -20,6 +22,16 @@ Operand = Var | Literal
 def array_type(operand: Operand) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of an operand."""
     return cast(jax.ShapeDtypeStruct, operand.aval)
+
+
+def is_traced(tree: object) -> bool:
+    """Return whether a tree holds a traced array."""
+    return any(isinstance(array, Tracer) for array in jax.tree.leaves(tree))
+
+
+def map_arrays(fn: Callable[[jax.Array], object], tree: T) -> T:
+    """Return a tree of a node's type, such as a view, with `fn` of each array."""
+    return jax.tree.map(fn, tree)
 
 
 def jit(fn: Callable[P, R], static: tuple[int, ...] = ()) -> Callable[P, R]:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,8 @@ from jax.typing import DTypeLike
 from loha_jax.lowrank.hadamard import float32_or_wider, multiply_core
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import is_on_out, on_flat
+from loha_jax.transform.packed_kernel import PackedKernel, plain
+from loha_jax.transform.typed_jax import map_arrays
 from loha_jax.tree.factors import Factors
 
 
@@ -44,7 +44,7 @@ class ViewFactors:
     in_gain: jax.Array | None = None
 
     @classmethod
-    def of(cls, f: Factors, kernel: jax.Array, layout: Layout) -> ViewFactors:
+    def of(cls, f: Factors, kernel: jax.Array | PackedKernel, layout: Layout) -> ViewFactors:
         """Return an adapter of a kernel as it is stored."""
         shape = kernel.shape
         stack = layout.sizes("s", shape)
@@ -54,7 +54,7 @@ class ViewFactors:
             r = a1.shape[-1]
             t1, t2 = t1.reshape(*stack, r, r, -1), t2.reshape(*stack, r, r, -1)
         view = cls(a1, f.hada_w1_b, a2, f.hada_w2_b, t1, t2, f.scale)
-        if (gains := f.gains(kernel, layout)) is None:
+        if f.dora_scale is None or (gains := f.gains(plain(kernel), layout)) is None:
             return view
         own, base = gains  # [*stack, out, 1, ...] or [*stack, 1, in, 1, ...]
         if is_on_out(base.shape, layout.torch_shape(shape), len(stack)):
@@ -90,11 +90,3 @@ class ViewFactors:
         w2_b = multiply_core(self.t2, self.w2_b, self.dtype)
         f = dataclasses.replace(self, w1_b=w1_b, w2_b=w2_b, t1=None, t2=None)
         return f.astype(self.dtype)
-
-
-T = TypeVar("T")
-
-
-def map_arrays(fn: Callable[[jax.Array], object], tree: T) -> T:
-    """Return a view, or factors, with `fn` of each array."""
-    return jax.tree.map(fn, tree)

@@ -26,6 +26,7 @@ from loha_jax.tree.leaves import (
     map_factors,
 )
 from loha_jax.tree.provenance import Counters
+from loha_jax.tree.quantised import unwrapped
 
 T = TypeVar("T")
 
@@ -184,11 +185,11 @@ def without_adapters(leaf: AdaptedLeaf, names: Sequence[str]) -> Any:
     if isinstance(leaf, LoHaWeight):
         adapters = {n: f for n, f in leaf.adapters.items() if n not in names}
         left = dataclasses.replace(leaf, adapters=adapters, active=active)
-        return left if adapters else leaf.kernel
+        return left if adapters else unwrapped(leaf.kernel)
     copies = {n: c for n, c in leaf.copies.items() if n not in names}
     counters = Counters(counter for counter in leaf.counters if counter[0] not in names)
     left = dataclasses.replace(leaf, copies=copies, active=active, counters=counters)
-    return left if copies else leaf.original
+    return left if copies else unwrapped(leaf.original)
 
 
 def check_number(what: str, value: object) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.export
+import jax.numpy as jnp
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
@@ -19,6 +20,8 @@ from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.provenance import Counters, Origin
+from loha_jax.tree.quantised import QuantisedArray
+from loha_jax.tree.scaled_array import ScaledArray
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -68,10 +71,18 @@ def _decode(value: Any) -> Any:
     return _WAYS[_TYPES[name]][1](_decode(parts))
 
 
-for _leaf in (LoHaWeight, SavedWeight, Factors):
+for _leaf in (LoHaWeight, SavedWeight, Factors, QuantisedArray):
     jax.export.register_pytree_node_serialization(
         _leaf,
         serialized_name=f"loha_jax.{_leaf.__name__}",
         serialize_auxdata=lambda static: json.dumps(_encode(tuple(static))).encode(),
         deserialize_auxdata=lambda text: _decode(json.loads(text)),
     )
+
+
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="loha_jax.ScaledArray",
+    serialize_auxdata=lambda static: jnp.dtype(static[0]).name.encode(),
+    deserialize_auxdata=lambda name: (jnp.dtype(name.decode()),),
+)

@@ -20,20 +20,23 @@ import jax
 
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, SavedWeight
+from loha_jax.tree.quantised import QuantisedArray
 
-N = TypeVar("N", LoHaWeight, SavedWeight, Factors)
+N = TypeVar("N", LoHaWeight, SavedWeight, Factors, QuantisedArray)
 
 _MODULE = "flax.serialization"
 
 
-def children_of(node: AdaptedLeaf | Factors) -> dict[str, Any]:
+def children_of(node: AdaptedLeaf | Factors | QuantisedArray) -> dict[str, Any]:
     """Return the children of an adapted leaf, or of an adapter, by name."""
+    if isinstance(node, QuantisedArray):
+        return {str(n): array for n, array in enumerate(jax.tree.leaves(node))}
     flat = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     return {path[0].name: child for path, child in flat}
 
 
 def _register(serialization: ModuleType) -> None:
-    def to_state(node: AdaptedLeaf | Factors) -> dict[str, Any]:
+    def to_state(node: AdaptedLeaf | Factors | QuantisedArray) -> dict[str, Any]:
         return {
             name: serialization.to_state_dict(child) for name, child in children_of(node).items()
         }
@@ -52,9 +55,11 @@ def _register(serialization: ModuleType) -> None:
             name: serialization.from_state_dict(child, state[name], name)
             for name, child in children.items()
         }
+        if isinstance(node, QuantisedArray):
+            return jax.tree.unflatten(jax.tree.structure(node), list(new.values()))
         return dataclasses.replace(node, **new)
 
-    for kind in (LoHaWeight, SavedWeight, Factors):
+    for kind in (LoHaWeight, SavedWeight, Factors, QuantisedArray):
         serialization.register_serialization_state(kind, to_state, from_state, override=True)
 
 
@@ -65,7 +70,8 @@ def _check(where: str, given: object, held: object) -> None:
             for name, child in given.items():
                 _check(f"{where}/{name}", child, held[name])
         return  # other differences are Flax' own to report
-    if isinstance(given, Factors) or not (given is None or hasattr(given, "shape")):
+    apart = isinstance(given, Factors | QuantisedArray)  # their own arrays are checked
+    if apart or not (given is None or hasattr(given, "shape")):
         return
     if (ours := _shown(given)) != (theirs := _shown(held)):
         raise ValueError(

@@ -29,6 +29,7 @@ from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, flatten_whole, is_adapted
 from loha_jax.tree.placement import follow_kernel, place_like
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
+from loha_jax.tree.quantised import QuantisedArray, as_array, wrapped
 
 T = TypeVar("T")
 
@@ -141,8 +142,8 @@ def apply_plan(
     """
     check_new_adapter(params, adapter_name)
     leaves, treedef = flatten_whole(params)
-    changed = {*plan.targets, *plan.saved}
-    others = [None if n in changed else leaf for n, leaf in enumerate(leaves)]
+    leaves = [wrapped(leaf) if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
+    others = [None if n in plan.positions else leaf for n, leaf in enumerate(leaves)]
     kernels = {n: base_of(leaves[n]) for n in plan.targets}
     samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
     for n, target in plan.targets.items():
@@ -200,12 +201,13 @@ def _with_shardings(shapes: T, params: T) -> T:
     """Return the shapes of an adapted tree with the shardings of the shapes it was made of."""
 
     def like(leaf: object, old: object) -> object:
-        base = base_of(old)
+        base = wrapped(base_of(old))
         if isinstance(leaf, LoHaWeight):
             placed = {n: follow_kernel(f, base, leaf.layout) for n, f in leaf.adapters.items()}
             return dataclasses.replace(leaf, kernel=base, adapters=placed)
         if isinstance(leaf, SavedWeight):
-            copies = dict.fromkeys(leaf.copies, base)
+            copy = base.placed_type if isinstance(base, QuantisedArray) else base
+            copies = dict.fromkeys(leaf.copies, copy)
             return dataclasses.replace(leaf, original=base, copies=copies)
         return old
 
@@ -236,7 +238,7 @@ def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    return config.extra_arrays(kernel, target.layout, factor_dtype(target.dtype))
+    return config.extra_arrays(as_array(kernel), target.layout, factor_dtype(target.dtype))
 
 
 def stack_factors(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
 from loha_jax.runtime.shards import Array, grid, own_points
+from loha_jax.tree.quantised import QuantisedArray
 
 POINTS = 64
 """About how many elements of each kernel are compared."""
@@ -49,10 +50,11 @@ class KernelSample:
         )
 
 
-def sample_kernels(kernels: Mapping[K, Array]) -> dict[K, KernelSample]:
+def sample_kernels(kernels: Mapping[K, Array | QuantisedArray]) -> dict[K, KernelSample]:
     """Sample kernels, by name.
 
-    Those without values (tracers, shapes, quantised arrays) are left out.
+    Those without values (tracers, shapes) are left out. Of a quantised kernel, the stored
+    arrays are sampled.
 
     Devices pick the elements that they hold; only these are sent to the host. No process waits for
     another.
@@ -63,21 +65,44 @@ def sample_kernels(kernels: Mapping[K, Array]) -> dict[K, KernelSample]:
         >>> len(sample.values), sample.differs(other)
         (12, True)
     """
-    found = {
-        name: own_points(kernel, grid(kernel.shape, POINTS))
+    stored = {
+        name: jax.tree.leaves(kernel) if isinstance(kernel, QuantisedArray) else [kernel]
         for name, kernel in kernels.items()
-        if _has_values(kernel)
+    }
+    found = {
+        name: _sample(arrays) for name, arrays in stored.items() if all(map(_has_values, arrays))
     }
     values = iter(jax.device_get([[p.values for p in points] for points in found.values()]))
     result = {}
     for name, points in found.items():
-        kernel, by_position = kernels[name], {}
-        for (_, indices), elements in zip(points, next(values), strict=True):
-            positions = np.ravel_multi_index(np.ix_(*indices), kernel.shape)
+        by_position: dict[int, bytes] = {}
+        for (_, positions), elements in zip(points, next(values), strict=True):
             raw = np.asarray(elements).reshape(-1).view(f"V{elements.dtype.itemsize}")
-            by_position.update(zip(positions.reshape(-1).tolist(), raw.tolist(), strict=True))
+            by_position.update(zip(positions.tolist(), raw.tolist(), strict=True))
+        kernel = kernels[name]
         result[name] = KernelSample(tuple(kernel.shape), str(kernel.dtype), by_position)
     return result
+
+
+class _Sample(NamedTuple):
+    """Elements, and their positions among those of all arrays of a kernel."""
+
+    values: Array
+    positions: np.ndarray
+
+
+def _sample(arrays: Sequence[Array]) -> list[_Sample]:
+    """Return the points that this process holds of a kernel's arrays, one after the other."""
+    found, start = list[_Sample](), 0
+    for array in arrays:
+        for values, indices in own_points(array, grid(array.shape, POINTS)):
+            # a scalar has no indices
+            at = (
+                np.ravel_multi_index(np.ix_(*indices), array.shape) if indices else np.zeros(1, int)
+            )
+            found.append(_Sample(values, start + at.reshape(-1)))
+        start += array.size
+    return found
 
 
 def _has_values(kernel: object) -> bool:

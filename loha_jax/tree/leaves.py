@@ -22,6 +22,7 @@ from loha_jax.tree.factors import Factors
 from loha_jax.tree.flat_node import FlatNode, keep, register
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
 from loha_jax.tree.provenance import Counters, interned
+from loha_jax.tree.quantised import QuantisedArray, as_array, is_quantised
 from loha_jax.tree.short_repr import adapter_list, short_array
 
 T = TypeVar("T")
@@ -69,7 +70,9 @@ class LoHaWeight(ArrayLike, FlatNode):
 
     def __repr__(self) -> str:
         adapters = ((name, factors.description) for name, factors in self.adapters.items())
-        kernel = f"{short_array(self.kernel)} {self.layout.word}"
+        held = self.kernel
+        kernel = repr(held) if isinstance(held, QuantisedArray) else short_array(held)
+        kernel += f" {self.layout.word}"
         return f"LoHaWeight({kernel}, {adapter_list(adapters, self.active)})"
 
     @property
@@ -120,12 +123,13 @@ class LoHaWeight(ArrayLike, FlatNode):
                 than stack axes.
         """
         self.require_whole()
-        if not jax.tree_util.all_leaves([self._frozen]):
+        kernel = as_array(self._frozen)
+        if not jax.tree_util.all_leaves([kernel]):
             raise ValueError(
                 f"The kernel of {self.label} is quantised: it has no sum with ΔW. Use "
                 "loha_jax.qwix.merge(model), or call the model as qwix runs it."
             )
-        kernel = lax.stop_gradient(self._frozen)
+        kernel = lax.stop_gradient(kernel)
         chosen = self.active_adapters
         if adapters is not None:
             chosen = tuple(self.adapters[name] for name in adapters)
@@ -234,14 +238,14 @@ class SavedWeight(ArrayLike):
 
     def __jax_array__(self) -> jax.Array:
         name = self.copy_of(self.active)
-        return lax.stop_gradient(self._frozen) if name is None else self.copies[name]
+        return lax.stop_gradient(as_array(self._frozen)) if name is None else self.copies[name]
 
 
 AdaptedLeaf = LoHaWeight | SavedWeight
 
 
 def _held(leaf: AdaptedLeaf, what: str, array: A | None) -> A:
-    if array is None:
+    if array is None or (isinstance(array, QuantisedArray) and not array.is_whole):
         raise ValueError(
             f"The {type(leaf).__name__} of {leaf.label} holds no {what}: it comes from one half of "
             "`partition`. Put the halves together with `loha_jax.combine(trainable, frozen)` first."
@@ -252,6 +256,11 @@ def _held(leaf: AdaptedLeaf, what: str, array: A | None) -> A:
 def is_adapted(leaf: object) -> TypeGuard[AdaptedLeaf]:
     """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
     return isinstance(leaf, AdaptedLeaf)
+
+
+def is_whole(leaf: object) -> bool:
+    """Say whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
+    return is_adapted(leaf) or is_quantised(leaf)
 
 
 def base_of(leaf: object) -> Any:
@@ -266,9 +275,7 @@ def map_adapted(fn: Callable[[AdaptedLeaf], object], tree: T) -> T:
         >>> map_adapted(lambda leaf: leaf.original, {"bias": 1.0})
         {'bias': 1.0}
     """
-    return jax.tree.map(
-        lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted
-    )
+    return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_whole)
 
 
 def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T:
@@ -284,8 +291,8 @@ def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T
 
 
 def flatten_whole(tree: PyTree) -> tuple[list[Any], Any]:
-    """Flatten a tree like `jax.tree.flatten`, with adapted leaves whole."""
-    return jax.tree.flatten(tree, is_leaf=is_adapted)
+    """Flatten a tree like `jax.tree.flatten`, with adapted leaves and quantised arrays whole."""
+    return jax.tree.flatten(tree, is_leaf=is_whole)
 
 
 def leaves_of(kind: type[A], tree: PyTree) -> list[A]:

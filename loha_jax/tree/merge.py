@@ -17,6 +17,13 @@ from loha_jax.tree.adapters import adapter_names, check_adapters, without_adapte
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.kernel_samples import sample_kernels
 from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, map_adapted
+from loha_jax.tree.quantised import QuantisedArray, as_array, unwrapped
+from loha_jax.tree.requantise import (
+    Requantised,
+    loss,
+    requantised_like,
+    warn_of_requantising,
+)
 
 T = TypeVar("T")
 
@@ -33,6 +40,7 @@ def merge(
     safe: bool = False,
     unload: bool = True,
     force: bool = False,
+    requantise: bool = False,
 ) -> T:
     """Add adapters into the weights: `W + Σ ΔW` in W's dtype, added in float32 or better.
 
@@ -45,6 +53,8 @@ def merge(
             those that were active stay active.
         force: merge into float8 kernels although rounding loses more than half of an update. Under
             `jax.jit`, where values cannot be read, this is not checked.
+        requantise: quantise the merged kernels of a quantised base again, by the same scheme. By
+            default they are floating arrays then. Kernels without an adapter stay as they are.
 
     Returns:
         The merged tree. Leaves of `modules_to_save` are the trained copies. To unmerge, keep the
@@ -58,6 +68,8 @@ def merge(
     Warns:
         UserWarning: rounding to float8 loses more than a tenth of an update. The message has the
             largest share.
+        UserWarning: quantising again loses more than a tenth of the updates. The message has the
+            share by kernel, as `loha_jax.requantising_losses` returns it.
 
     Mirrors PEFT's `merge_and_unload(safe_merge=, adapter_names=)` and, with `unload=False`, its
     `merge_adapter`, after which PEFT's layers ignore active adapters that are not merged.
@@ -73,19 +85,17 @@ def merge(
         raise TypeError(f"adapters should be a list of strings, got {adapters!r}.")
     check_adapters(params, adapters or ())
     broken: list[str] = []
-    lost: dict[str, float] = {}
+    losses = Losses()
 
     def merged(leaf: AdaptedLeaf) -> Any:
         chosen = leaf.active if adapters is None else tuple(dict.fromkeys(adapters))
         if isinstance(leaf, LoHaWeight):
             own = tuple(name for name in chosen if name in leaf.adapters)
-            weight = leaf.dense(own)
-            if own and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
-                wide = dataclasses.replace(leaf, kernel=leaf.kernel.astype(jnp.float32)).dense(own)
-                name = ", ".join(leaf.names[:3])
-                lost[name] = check_rounding(weight, wide, leaf.kernel, name, force)
-            if safe and not jnp.isfinite(weight).all():
+            weight = _merged_kernel(leaf, own, losses, force)
+            if safe and not jnp.isfinite(as_array(weight)).all():
                 broken.extend(leaf.names)
+            if requantise and own and isinstance(leaf.kernel, QuantisedArray):
+                weight = losses.requantised(leaf, own, as_array(weight))
             sample = None if unload else sample_kernels({"kernel": weight}).get("kernel")
             others = {
                 name: dataclasses.replace(f, base=sample) for name, f in leaf.adapters.items()
@@ -95,7 +105,7 @@ def merge(
             name = leaf.copy_of(chosen)
             weight = leaf.original if name is None else leaf.copies[name]
             new = dataclasses.replace(leaf, original=weight)
-        return weight if unload else without_adapters(new, chosen)
+        return unwrapped(weight) if unload else without_adapters(new, chosen)
 
     result = map_adapted(merged, params)
     if broken:
@@ -104,12 +114,50 @@ def merge(
             f"NaNs or infinities detected in the merged weights of {', '.join(broken)}. The "
             f"adapter {', '.join(suspects)} seems to be broken; the tree is unchanged."
         )
-    if (share := max(lost.values(), default=0.0)) > _LOSS_NOTED:
-        worst = max(lost, key=lost.__getitem__)
-        warn_caller(
-            f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
-        )
+    losses.warn()
     return result
+
+
+@dataclasses.dataclass
+class Losses:
+    """What rounding and quantising the merged kernels of a tree lose, by their names."""
+
+    rounding: dict[str, float] = dataclasses.field(default_factory=dict)
+    quantising: dict[str, Requantised] = dataclasses.field(default_factory=dict)
+
+    def requantised(
+        self, leaf: LoHaWeight, adapters: tuple[str, ...], weight: jax.Array
+    ) -> QuantisedArray:
+        """Return a merged kernel, quantised as the one before, and note what that loses."""
+        new = requantised_like(leaf, weight)
+        if (found := loss(leaf, adapters, new)) is not None:
+            self.quantising[leaf.label] = found
+        return new
+
+    def warn(self) -> None:
+        """Warn of large losses."""
+        if (share := max(self.rounding.values(), default=0.0)) > _LOSS_NOTED:
+            worst = max(self.rounding, key=self.rounding.__getitem__)
+            warn_caller(
+                f"Rounding the merged weight of {worst} to float8 loses {share:.0%} of the update."
+            )
+        warn_of_requantising(self.quantising)
+
+
+def _merged_kernel(
+    leaf: LoHaWeight, adapters: tuple[str, ...], losses: Losses, force: bool
+) -> jax.Array | QuantisedArray:
+    """Return a kernel with adapters added; a quantised one without any as it is."""
+    leaf.require_whole()
+    if isinstance(leaf.kernel, QuantisedArray) and not adapters:
+        return leaf.kernel
+    weight = leaf.dense(adapters)
+    if adapters and weight.dtype.itemsize < 2 and not isinstance(weight, jax.core.Tracer):
+        base = as_array(leaf.kernel)
+        wide = dataclasses.replace(leaf, kernel=base.astype(jnp.float32)).dense(adapters)
+        name = ", ".join(leaf.names[:3])
+        losses.rounding[name] = check_rounding(weight, wide, base, name, force)
+    return weight
 
 
 def check_rounding(
@@ -157,4 +205,4 @@ def unload(params: T) -> T:
         >>> unload(params)["q"]["kernel"] is base["q"]["kernel"]
         True
     """
-    return map_adapted(lambda leaf: leaf.original, params)
+    return map_adapted(lambda leaf: unwrapped(leaf.original), params)

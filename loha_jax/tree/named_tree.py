@@ -32,7 +32,8 @@ from loha_jax.targets.module_names import (
 )
 from loha_jax.targets.target_advice import require_named_leaves
 from loha_jax.tree.equinox_layers import equinox_layers
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, is_adapted, is_whole
+from loha_jax.tree.quantised import wrapped
 
 
 class NamedTree:
@@ -62,9 +63,9 @@ class NamedTree:
         torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         require_named_leaves(params)
-        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
+        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)
         self.paths = [path_parts(path) for path, _ in flat]
-        self.leaves = [leaf for _, leaf in flat]
+        self.leaves = [wrapped(leaf) for _, leaf in flat]
         self.names = {
             n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)
         }

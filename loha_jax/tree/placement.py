@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.quantised import QuantisedArray
 
 MeshAxis = str | tuple[str, ...] | None
 """The mesh axes over which an axis of an array is split, or a logical name for them."""
@@ -102,7 +103,9 @@ def _padded(
     )
 
 
-def follow_kernel(factors: Factors, kernel: ArrayOrShape, layout: Layout) -> Factors:
+def follow_kernel(
+    factors: Factors, kernel: ArrayOrShape | QuantisedArray, layout: Layout
+) -> Factors:
     """Return the adapter with its arrays placed like the kernel (`factor_axes`).
 
     Args:
@@ -122,14 +125,18 @@ def follow_kernel(factors: Factors, kernel: ArrayOrShape, layout: Layout) -> Fac
     return dataclasses.replace(factors, **placed)
 
 
-def place_like(array: ArrayOrShape, other: ArrayOrShape) -> Any:
+def place_like(array: ArrayOrShape, other: ArrayOrShape | QuantisedArray) -> Any:
     """Place an array like another one of its shape."""
     sharding = _place_of(other)
     return array if sharding is None else place(array, sharding)
 
 
-def _place_of(x: ArrayOrShape) -> NamedSharding | SingleDeviceSharding | None:
+def _place_of(
+    x: ArrayOrShape | QuantisedArray | None,
+) -> NamedSharding | SingleDeviceSharding | None:
     """Return the sharding of an array or of a shape; None if nobody has chosen one."""
+    if isinstance(x, QuantisedArray):
+        return _place_of(x.placed)
     if isinstance(x, Tracer):
         return explicit_sharding(x)
     sharding = getattr(x, "sharding", None)

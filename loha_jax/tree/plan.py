@@ -25,15 +25,15 @@ from loha_jax.targets.matching import (
     resolve_target_modules,
 )
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names, torch_parameter
+from loha_jax.targets.module_names import Names, module_name, torch_parameter
 from loha_jax.targets.target_advice import (
     QUANTISED_ADVICE,
-    quantised_kernels,
     require_config,
     scaled_kernel,
     spelling_advice,
 )
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.quantised import unknown_quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,11 @@ class Plan:
     targets: dict[int, Target]
     saved: dict[int, Saved]
 
+    @property
+    def positions(self) -> set[int]:
+        """The positions of all leaves that change."""
+        return {*self.targets, *self.saved}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
@@ -112,7 +117,10 @@ def plan_injection(
     """
     require_config(config)
     tree = NamedTree(params, names, layouts, torch_shapes)
-    quantised = quantised_kernels(params)
+    quantised = {
+        module_name(path): f"{'.'.join(path)} is of a type that is not known, and holds {held}"
+        for path, held in unknown_quantised(params).items()
+    }
     modules = sorted(tree.modules | quantised.keys())
     linear = [*quantised, *(n for p in sorted(tree.kernels) for n in tree.linear_names(p))]
     resolved = dataclasses.replace(
@@ -145,7 +153,7 @@ def _candidate(tree: NamedTree, position: int, config: LoHaConfig) -> _Candidate
 
 
 def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
-    """Raise ValueError for targets among quantised kernels, which are described by module name."""
+    """Raise ValueError for targets among kernels of unknown types, which are described by name."""
     if refused := [
         said for name, said in quantised.items() if match_target(name, config) is Match.TARGETED
     ]:

@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
 from jaxtyping import PyTree
 
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import EXTRA_NAMES, Factors
 from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, SavedWeight, flatten_whole, is_adapted
 from loha_jax.tree.merge import unload
+from loha_jax.tree.quantised import QuantisedArray, wrapped
 from loha_jax.tree.short_repr import number_range
 from loha_jax.tree.text_table import text_table
 
@@ -73,7 +73,8 @@ class Summary:
 def summary(params: PyTree) -> Summary:
     """List the adapters of a tree with their modules, ranks and numbers of parameters.
 
-    The leaves may be arrays, tracers or the shapes of `jax.eval_shape`.
+    The leaves may be arrays, tracers or the shapes of `jax.eval_shape`. A quantised kernel is named
+    by its scheme in `kind`, and counts with its shape.
 
     Example:
         >>> import jax.numpy as jnp, loha_jax
@@ -82,9 +83,10 @@ def summary(params: PyTree) -> Summary:
         >>> summary(params).totals
         'trainable params: 24 || all params: 33 || trainable%: 72.7273'
     """
-    adapted = filter(is_adapted, flatten_whole(params)[0])
-    rows = [row for leaf in adapted for row in _rows(leaf)]
-    base = (leaf for leaf in jax.tree.leaves(unload(params)) if hasattr(leaf, "shape"))
+    leaves = flatten_whole(params)[0]
+    rows = [row for leaf in filter(is_adapted, leaves) for row in _rows(leaf)]
+    whole = map(wrapped, flatten_whole(unload(params))[0])
+    base = (leaf for leaf in whole if hasattr(leaf, "shape"))
     frozen = sum(math.prod(leaf.shape) for leaf in base)
     trained = sum(row.parameters for row in rows if row.active and row.kind != STATISTICS)
     return Summary(tuple(rows), trained, frozen + sum(row.parameters for row in rows))
@@ -94,7 +96,8 @@ def _rows(leaf: AdaptedLeaf) -> Iterator[AdapterRow]:
     held = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies
     for name, adapter in held.items():
         if isinstance(adapter, Factors):
-            kind, parameters = ", ".join(("loha", *adapter.extra_kinds)), _parameters(adapter)
+            kind = ", ".join(("loha", *adapter.extra_kinds)) + _scheme(leaf.original)
+            parameters = _parameters(adapter)
             shape, r = leaf.shape, number_range(adapter.ranks)
         else:
             kind = STATISTICS if isinstance(leaf, SavedWeight) and leaf.is_buffer else "saved"
@@ -109,6 +112,10 @@ def _rows(leaf: AdaptedLeaf) -> Iterator[AdapterRow]:
             parameters=parameters,
             active=name in leaf.active,
         )
+
+
+def _scheme(kernel: object) -> str:
+    return f" ({kernel.scheme})" if isinstance(kernel, QuantisedArray) else ""
 
 
 def _parameters(factors: Factors) -> int:

@@ -20,6 +20,7 @@ from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
+from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.inject import factor_dtype
@@ -310,6 +311,7 @@ def load_lora(
         >>> params["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (5, 4)
     """
+    check_new_adapter(base_params, adapter_name)
     file = read_lora(folder)
     with errors_about(file.path):
         config, loha = loha_config(file.config, file.modules), functools.partial(_loha_of, key)

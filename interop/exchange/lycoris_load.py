@@ -16,6 +16,7 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
+from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Saved, Target
@@ -101,6 +102,7 @@ def load_lycoris(
         ...     load_lycoris(path, base)["a"]["q"]["kernel"].names
         ('a.q',)
     """
+    check_new_adapter(base_params, adapter_name)
     adapter = read_lycoris(path, only=only, prefix=prefix)
     with errors_about(path):
         prefix, adapter = _component(adapter, prefix)

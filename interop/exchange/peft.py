@@ -22,7 +22,7 @@ from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from loha_jax.targets.matching import match_pattern
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
-from loha_jax.tree.adapters import adapter_names
+from loha_jax.tree.adapters import adapter_names, check_new_adapter
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
@@ -266,6 +266,7 @@ def load_peft(
         ...     load_peft(folder, base)["q"]["kernel"].adapters["default"].hada_w1_a.shape
         (3, 2)
     """
+    check_new_adapter(base_params, adapter_name)
     file = read_peft(folder)
     with errors_about(file.path):
         config = LoHaConfig.from_dict(file.config)

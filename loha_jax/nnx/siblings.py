@@ -165,11 +165,16 @@ class AdaptedVariable:
         """Return the variable as a leaf of a tree.
 
         Axes that `nnx.vmap` has added in front since it was adapted are stack axes.
+
+        Raises:
+            ValueError: the factors have another rank than the settings, as after `nnx.update` with
+                an adapter of another rank.
         """
         leaf = self.settings.flat[1].unflatten([variable.get_value() for variable in self.arrays])
         base = values_of(self.base)
         if isinstance(leaf, SavedWeight):
             return dataclasses.replace(leaf, original=base)
+        _check_ranks(leaf)
         return _with_stack(dataclasses.replace(leaf, kernel=base))
 
     def leaf_for_call(self) -> LoHaWeight | SavedWeight:
@@ -217,6 +222,13 @@ def adapted_in(module: object) -> list[AdaptedVariable]:
 def called_in(module: object) -> list[AdaptedVariable]:
     """Return the adapted variables of a module itself that calls of it compute with."""
     return [adapted for adapted in adapted_in(module) if not adapted.settings.intercepted]
+
+
+def intercepted_in(model: nnx.Module) -> bool:
+    """Return whether a provider adds the adapters of a model, or some of them."""
+    return any(
+        of.settings.intercepted for _, node in nnx.iter_graph(model) for of in adapted_in(node)
+    )
 
 
 def called_among(graph: Iterable[tuple[Path, object]]) -> dict[Path, AdaptedVariable]:
@@ -323,6 +335,17 @@ def _kind(active: bool) -> type[nnx.Param]:
 
 def _drops(factors: Factors) -> bool:
     return bool(factors.config.rank_dropout or factors.config.module_dropout)
+
+
+def _check_ranks(leaf: LoHaWeight) -> None:
+    for name, factors in leaf.adapters.items():
+        rank, shape = max(factors.ranks), getattr(factors.hada_w1_b, "shape", ())
+        if len(shape) > 1 and shape[-2] != rank:
+            raise ValueError(
+                f"The factors of adapter {name!r} have rank {shape[-2]}, but its settings say "
+                f"{rank}. nnx.update copies arrays without ranks and alphas: load the adapter into "
+                "this model under another name, interop.load_peft(folder, model, adapter_name=…)."
+            )
 
 
 def _with_stack(leaf: LoHaWeight) -> LoHaWeight:

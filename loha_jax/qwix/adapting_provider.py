@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.nnx.siblings import adapted_in, intercepted_in
 from loha_jax.qwix._qwix_internals import current_module, current_path, is_quantised
 from loha_jax.qwix.frozen_product import with_gradient
 from loha_jax.qwix.operands import holds, stored_word
@@ -77,7 +79,7 @@ class AdaptingProvider(qwix.PtqProvider):
         self.config = config
         self.targets: dict[tuple[str, ...], tuple[Target, LoHaConfig]] = {}
         self._options = options
-        self._seen: set[str] = set()  # modules with a product of a parameter
+        self._seen: set[tuple[str, ...]] = set()  # parameters with a product
         self._lost: dict[tuple[str, ...], str] = {}  # parameters that no operand was known to be
         self._checked = False
 
@@ -133,7 +135,7 @@ class AdaptingProvider(qwix.PtqProvider):
             return None
         place = (*path, found)
         name = module_name(place)
-        self._seen.add(name)
+        self._seen.add(place)
         if not wanted:
             return None
         config = rule.config if isinstance(rule, LoHaRule) else self.config
@@ -209,6 +211,14 @@ class AdaptingProvider(qwix.PtqProvider):
             "the rule's module_path, or put a rule for this module before it."
         )
 
+    def process_model_inputs(
+        self, model: Any, model_args: Sequence[Any], model_kwargs: dict[str, Any]
+    ) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+        """Check before the run that adds the adapters that the model has none."""
+        if isinstance(model, nnx.Module) and getattr(model, "disable_quant_stats_update", False):
+            _refuse_adapted(model)
+        return super().process_model_inputs(model, model_args, model_kwargs)
+
     def process_model_output(self, method_name: str, model_output: object) -> object:
         """Check after the first run that the rules have adapted something."""
         first = not self._checked and (method_name == "__call__" or self.targets)
@@ -227,17 +237,7 @@ class AdaptingProvider(qwix.PtqProvider):
                 "Exclude them from the rule, or use loha_jax.nnx.inject on a float model."
             )
         if not self.targets:
-            wanted = (
-                [str(self.config.target_modules)]
-                if self.config is not None
-                else [rule.module_path for rule in self._rules if isinstance(rule, LoHaRule)]
-            )
-            known = sorted(self._seen)
-            raise ValueError(
-                f"No kernel was adapted: {wanted} match no module whose product is intercepted "
-                "(dot_general, dot, einsum, conv_general_dilated, ragged_dot)."
-                + near_misses(wanted, known)
-            )
+            raise ValueError(self._nothing_adapted())
         unused = [
             rule.module_path
             for rule, count in zip(self._rules, self._rule_matches, strict=True)
@@ -245,6 +245,37 @@ class AdaptingProvider(qwix.PtqProvider):
         ]
         if unused:
             warn_caller(f"The rules for module_path={unused} match no operation.")
+
+    def _nothing_adapted(self) -> str:
+        """Return the error for rules, or a config, that match nothing."""
+        if self.config is not None:
+            wanted = [str(self.config.target_modules)]
+            hint = near_misses(wanted, sorted(set(map(module_name, self._seen))))
+        else:
+            wanted = [rule.module_path for rule in self._rules if isinstance(rule, LoHaRule)]
+            known = sorted({"/".join(path[:-1]) for path in self._seen})
+            parts = [name for name in known if any(re.search(path, name) for path in wanted)]
+            hint = near_misses(wanted, parts or known)
+            if parts:
+                hint += " A module_path has to match the whole path (re.fullmatch)."
+        return (
+            f"No kernel was adapted: {wanted} match no module whose product is intercepted "
+            f"(dot_general, dot, einsum, conv_general_dilated, ragged_dot).{hint}"
+        )
+
+
+def _refuse_adapted(model: nnx.Module) -> None:
+    if intercepted_in(model):
+        raise ValueError(
+            "The model already has the adapters of a LoHaProvider. Apply one provider, with all "
+            "its rules, to the float model. loha_jax.qwix.merge(model) makes a float model of this "
+            "one."
+        )
+    if any(adapted_in(node) for _, node in nnx.iter_graph(model)):
+        raise ValueError(
+            "The model already has adapters of loha_jax.nnx, which a provider of qwix would not "
+            "see. Remove them first with loha_jax.merge(model) or loha_jax.unload(model)."
+        )
 
 
 def _parameter(module: nn.Module | nnx.Module, name: str) -> Operand:

@@ -34,7 +34,7 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
         params: the parameters (without the collection), with the factors beside the kernels.
 
     Raises:
-        ValueError: the parameters have factors that the provider did not make.
+        ValueError: the parameters have no factors, or factors that the provider did not make.
     """
     plain = unfreeze(cast(dict[str, Any], unboxed(params)))
     flat: dict[tuple[str, ...], Any] = flatten_dict(
@@ -58,6 +58,11 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
             tree[path] = _leaf(provider, path, value, factors)
         elif not any(path[-1].endswith(f"_lora_{name}") for name in FACTOR_NAMES):
             tree[path] = value
+    if not any(isinstance(leaf, LoHaWeight) for leaf in tree.values()):
+        raise ValueError(
+            "The parameters have no factors of the provider: take those of the adapted model, "
+            "qwix.apply_lora_to_model(model, provider).init(key, *inputs)['params']."
+        )
     return unflatten_dict(tree)
 
 

@@ -48,8 +48,9 @@ class LoHaProvider(AdaptingProvider):
             `qwix.QuantizationRule`'s.
 
     Raises:
-        ValueError: `rules` and fields are both given, the config needs what a provider cannot do,
-            or, when the model runs for the first time, nothing is adapted.
+        ValueError: `rules` and fields are both given, a rule is a `qwix.LoraRule`, the config needs
+            what a provider cannot do, or, when the model runs for the first time, nothing is
+            adapted or the model has adapters already.
 
     Example:
         >>> import qwix
@@ -83,6 +84,11 @@ class LoHaProvider(AdaptingProvider):
         if rules is None:
             kind = LoHaRule if config is None else qwix.QuantizationRule
             rules = [kind(**fields)]  # type: ignore[arg-type]
+        if any(isinstance(rule, qwix.LoraRule) for rule in rules):
+            raise ValueError(
+                "A qwix.LoraRule is for qwix.LoraProvider: here a kernel would get neither LoRA "
+                "nor LoHa. Write it as a loha_jax.qwix.LoHaRule."
+            )
         if config is not None and any(isinstance(rule, LoHaRule) for rule in rules):
             raise ValueError(
                 "With `config` the rules only say how the base is quantised: write them as "

@@ -69,7 +69,9 @@ def check_new_adapter(params: PyTree, name: object) -> None:
             f"{name!r}"
         )
     if name in adapter_names(params):
-        raise ValueError(f"Adapter with name {name!r} already exists.")
+        raise ValueError(
+            f"Adapter with name {name!r} already exists. Give the new one another adapter_name."
+        )
 
 
 @takes_model

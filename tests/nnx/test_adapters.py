@@ -232,7 +232,7 @@ WRONG = {
     "the name of a sibling is taken": (
         lambda: adapted(Taken, target_modules=["head"]),
         ValueError,
-        "Beside the variable head.kernel the module has the attribute kernel_lora_hada_w1_a",
+        "The module of head.kernel already has an attribute kernel_lora_hada_w1_a",
     ),
     "a norm": (lambda: adapted(target_modules=["norm"]), ValueError, "cannot be adapted"),
     "no rngs": (lambda: inject(Model(nnx.Rngs(0)), config()), TypeError, "rngs"),

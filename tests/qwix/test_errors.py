@@ -1,0 +1,104 @@
+"""What `loha_jax.qwix` refuses, and what its errors say."""
+
+import jax
+import pytest
+import qwix
+from flax import linen as nn
+from flax import nnx
+from qwix_models import BASES, Attention, LinenModel, adapted, tokens
+
+import loha_jax
+from loha_jax import interop
+from loha_jax.qwix import LoHaProvider, linen_tree
+
+CONFIG = loha_jax.LoHaConfig(r=2, target_modules=["mlp"])
+
+
+class Blocks(nnx.Module):
+    """Layers whose paths have slashes."""
+
+    def __init__(self):
+        self.blocks = nnx.List([Attention(nnx.Rngs(0)) for _ in range(2)])
+
+    def __call__(self, x):
+        return self.blocks[1].query(self.blocks[0].out(self.blocks[0].query(x)))
+
+
+def applied(model, **fields):
+    provider = LoHaProvider(**{"rank": 2, "alpha": 4.0, **fields})
+    return qwix.apply_lora_to_model(model, provider, tokens(), rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("path", ["mlp", "query"])
+def test_inject_into_a_provider_s_model(path, name):
+    """The provider runs the model, so `inject` would be a second way to adapt it."""
+    model = applied(Attention(nnx.Rngs(0)), module_path=path)
+    with pytest.raises(ValueError, match=r"provider of qwix.*one more rule"):
+        loha_jax.nnx.inject(model, CONFIG, rngs=nnx.Rngs(0), adapter_name=name)
+
+
+def injected():
+    return loha_jax.nnx.inject(Attention(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(0))
+
+
+APPLIED = {
+    "on inject's model": (injected, {}, r"adapters of loha_jax\.nnx.*unload"),
+    "twice": (
+        lambda: adapted(Attention(nnx.Rngs(0)), tokens()),
+        {},
+        "already has the adapters of a LoHaProvider",
+    ),
+    "twice, on other kernels": (
+        lambda: applied(Attention(nnx.Rngs(0)), module_path="query", **BASES["int8"]),
+        {"module_path": "mlp"},
+        "already has the adapters of a LoHaProvider",
+    ),
+    "part of a path": (Blocks, {"module_path": "query"}, r"blocks/0/query'.*whole path"),
+    "other spelling": (Blocks, {"module_path": "blocks/2/quary"}, "blocks/0/query"),
+}
+"""A model, the fields of a provider applied to it, and what the error says."""
+
+
+@pytest.mark.parametrize(("model", "fields", "message"), APPLIED.values(), ids=APPLIED)
+def test_apply(model, fields, message):
+    """Nothing is adapted silently in another way, or not at all."""
+    model = model()
+    with pytest.raises(ValueError, match=message):
+        applied(model, **{"module_path": ".*", **fields})
+
+
+def test_a_rule_for_lora():
+    """`qwix.LoraRule` says nothing of LoHa."""
+    with pytest.raises(ValueError, match="LoHaRule"):
+        LoHaProvider([qwix.LoraRule(rank=2, alpha=4.0)])
+
+
+def test_linen_parameters_without_factors():
+    """A tree of base parameters is no adapter."""
+    params = nn.unbox(LinenModel().init(jax.random.key(0), tokens())["params"])
+    with pytest.raises(ValueError, match="no factors"):
+        linen_tree(LoHaProvider(rank=2, alpha=4.0), params)
+
+
+@pytest.mark.parametrize("base", ["float", "int8", "nf4"])
+def test_a_file_onto_a_provider_s_model(base, tmp_path):
+    """It keeps its own rank and alpha under a new name; `nnx.update` copies neither."""
+    x = tokens()
+    saved = adapted(Attention(nnx.Rngs(0)), x, rank=3, alpha=1.5, **BASES[base])
+    interop.save_peft(tmp_path, saved)
+    model = adapted(Attention(nnx.Rngs(0)), x, **BASES[base])
+    first = model(x)
+    with pytest.raises(ValueError, match=r"^Adapter with name 'default' already exists.*another"):
+        interop.load_peft(tmp_path, model)
+    interop.load_peft(tmp_path, model, adapter_name="other")
+    assert (model(x) == saved(x)).all()
+    loha_jax.set_adapter(model, "default")
+    assert (model(x) == first).all()
+    loha_jax.set_adapter(model, "other")
+    loha_jax.delete_adapter(model, "default")
+    assert (model(x) == saved(x)).all()
+    other = adapted(Attention(nnx.Rngs(0)), x, **BASES[base])
+    nnx.update(other, nnx.state(saved, nnx.LoRAParam))
+    with pytest.raises(ValueError, match=r"have rank 3, but its settings say 2.*load_peft"):
+        other(x)

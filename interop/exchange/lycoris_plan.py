@@ -76,7 +76,7 @@ def plan_modules(
     axes: list[str] = []
     for position, target in plan.targets.items():
         given = {name: modules[name] for name in target.names if name in modules}
-        shape = target.layout.torch_shape(target.shape)[len(target.stack) :]
+        shape = target.module_shape
         own = [given.get(name) for name in target.names]
         targets[position] = dataclasses.replace(
             target,

@@ -15,7 +15,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, map_adapted
 from loha_jax.tree.plan import Plan, Saved
 
 from .base_layers import base_layers
-from .from_tree import adapted_kernels, adapted_modules, saved_leaves
+from .from_tree import adapted_names, saved_leaves
 
 T = TypeVar("T")
 
@@ -29,8 +29,7 @@ def saved_tensors(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
         ValueError: a module has factors and a changed copy of a parameter (LyCORIS' `diff_b`),
             which PEFT does not support.
     """
-    kernels = adapted_kernels(params, adapter_name)
-    adapted = {name for _, leaf in kernels for name in adapted_modules(leaf, adapter_name)}
+    adapted = adapted_names(params, adapter_name)
     state = base_layers(params, adapter_name)
     for leaf in saved_leaves(params, adapter_name):
         if (module := leaf.name.rpartition(".")[0]) in adapted:

@@ -164,7 +164,7 @@ def _lora_shapes(
     target: Target, r: int, module: AdapterModule | None
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's LoRA; only the file shows a convolution's groups."""
-    out, in_, *spatial = target.layout.torch_shape(target.shape)[len(target.stack) :]
+    out, in_, *spatial = target.module_shape
     groups = module.r // module.tensors["lora_B"].shape[1] if module else 1
     ones = (1,) * len(spatial)
     shapes = {

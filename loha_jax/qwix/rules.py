@@ -9,8 +9,8 @@ import qwix
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
-from loha_jax.targets.matching import ALL_LINEAR, Match, match_pattern, match_target
-from loha_jax.tree.plan import Target, has_cores
+from loha_jax.targets.matching import ALL_LINEAR, Match, match_target
+from loha_jax.tree.plan import Target, has_cores, ranks_and_alphas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,7 @@ def target_of(
         kernel: has its shape and dtype.
     """
     layout, shape = Layout(word), tuple(kernel.shape)  # type: ignore[attr-defined]
-    ranks = tuple(match_pattern(name, config.rank_pattern, config.r) for name in names)
-    alphas = tuple(
-        config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
-        for name, r in zip(names, ranks, strict=True)
-    )
+    ranks, alphas = ranks_and_alphas(config, names, [True] * len(names))
     cp = has_cores(config, layout, shape)
     dtype = kernel.dtype  # type: ignore[attr-defined]
     return Target(path, names, layout, shape, dtype, ranks, alphas, cp)

@@ -64,9 +64,7 @@ def isolated(fn: Callable[..., T], args: tuple[Any, ...], source: jax.Array) -> 
     """Compute `fn(*args)` when all of `args` are computed, sharing nothing with the rest.
 
     XLA:CPU starts everything that does not depend on a pending result, at the price of memory: it
-    would materialise every layer's ΔW at once. A branch that it cannot foresee delays it. Elsewhere
-    a barrier does, at no cost. A barrier is also used on several devices, where an element of
-    `source` would be sent around.
+    would materialise every layer's ΔW at once. A branch that it cannot foresee delays it.
     """
 
     def branch(*args):
@@ -74,9 +72,21 @@ def isolated(fn: Callable[..., T], args: tuple[Any, ...], source: jax.Array) -> 
         zeros = jax.tree.map(zeros_of_type, result)
         return lax.cond(_unknown_zero(source) == 0, fn, lambda *_: zeros, *args)
 
+    return behind_barrier(fn, args, on_one_cpu=branch)
+
+
+def behind_barrier(
+    fn: Callable[..., T], args: tuple[Any, ...], *, on_one_cpu: Callable[..., T]
+) -> T:
+    """Compute `fn(*args)` behind a barrier, or `on_one_cpu(*args)`, where a barrier does nothing.
+
+    On several devices it is always the barrier: what stands in for it on CPU reads an element of an
+    array, which would be sent around.
+    """
+
     def barrier(*args):
         return fn(*lax.optimization_barrier(args))
 
     return lax.platform_dependent(
-        *args, cpu=branch if jax.device_count() == 1 else barrier, default=barrier
+        *args, cpu=on_one_cpu if jax.device_count() == 1 else barrier, default=barrier
     )

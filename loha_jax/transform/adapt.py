@@ -167,7 +167,7 @@ def _run(
             leaf = leaves[position] = leaf.__jax_array__()
         if isinstance(leaf, LoHaWeight):
             originals[len(values)] = leaf
-            leaf = _view(leaf, options, named)
+            leaf = _view(leaf, named)
         elif is_quantised(leaf):
             originals[len(values)] = leaf
             leaf = _base_view(wrapped(leaf))
@@ -247,7 +247,7 @@ def _as_array(value: ArrayLike, var: Operand) -> jax.Array:
 
 
 @standard_promotion()
-def _view(leaf: LoHaWeight, options: Options, named: bool) -> Value:
+def _view(leaf: LoHaWeight, named: bool) -> Value:
     """Return the leaf as a view; the plain kernel where no adapter is active."""
     leaf.require_whole()
     warn_of_forgotten_dropout(leaf.active_adapters)

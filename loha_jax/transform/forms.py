@@ -22,7 +22,7 @@ from jax import lax
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import split_as
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.runtime.xla_hints import isolated, materialized, wait_for
+from loha_jax.runtime.xla_hints import behind_barrier, isolated, materialized, wait_for
 from loha_jax.transform.decomposed_base import has_gain, scaled_base
 from loha_jax.transform.input_recomputation import KeptInput
 from loha_jax.transform.kernel_view import KernelView
@@ -51,8 +51,8 @@ class Form(NamedTuple):
     """
 
     strategy: Strategy
-    forward_mode: bool = False
-    update_only: bool = False
+    forward_mode: bool
+    update_only: bool
 
 
 def compute(
@@ -81,7 +81,7 @@ def _traced(
         return _update_only(operation, form, x, view, kept)
     if form.strategy == "factored":
         return _factored(operation, x, view, kept, form.forward_mode)
-    if form.strategy == "fused" and not form.forward_mode:
+    if form.strategy == "fused":
         return _fused(operation, x, view, kept)
     return _dense(operation, x, view, form.forward_mode)
 
@@ -246,12 +246,7 @@ def _isolated(
     def tied(*args: object) -> R:
         return fn(*wait_for(pending, args[:recomputed]), *args[recomputed:])
 
-    def barrier(*args: object) -> R:
-        return fn(*lax.optimization_barrier(args))
-
-    # On several devices an element of a sharded array would be sent around.
-    on_cpu = tied if jax.device_count() == 1 else barrier
-    return cast(R, lax.platform_dependent(*args, cpu=on_cpu, default=barrier))
+    return behind_barrier(fn, args, on_one_cpu=tied)
 
 
 def _in_blocks(operation: Operation, x: jax.Array, view: KernelView) -> jax.Array:

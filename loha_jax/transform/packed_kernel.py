@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.runtime.xla_hints import isolated, wait_for
+from loha_jax.runtime.xla_hints import behind_barrier, isolated, wait_for
 from loha_jax.transform.arguments import flatten
 from loha_jax.transform.typed_jax import is_traced, map_arrays
 from loha_jax.tree.quantised import QuantisedArray
@@ -284,12 +284,7 @@ def _when_computed(
     def tied(pending: jax.Array, kernel: PackedKernel) -> jax.Array:
         return fn(pending, _waiting(pending, kernel))
 
-    def barrier(*args: jax.Array | PackedKernel) -> jax.Array:
-        return fn(*lax.optimization_barrier(args))
-
-    # On several devices an element of a sharded array would be sent around.
-    cpu = tied if jax.device_count() == 1 else barrier
-    return cast(jax.Array, lax.platform_dependent(pending, kernel, cpu=cpu, default=barrier))
+    return behind_barrier(fn, (pending, kernel), on_one_cpu=tied)
 
 
 def _is_float(x: jax.Array) -> bool:

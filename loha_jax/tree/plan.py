@@ -181,14 +181,8 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
 
 def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Target:
     leaf, layout = tree.leaves[candidate.position], tree.layout(candidate.position)
-    ranks = tuple(
-        match_pattern(name, config.rank_pattern, config.r) if match is Match.TARGETED else 0
-        for name, match in zip(candidate.names, candidate.matches, strict=True)
-    )
-    alphas = tuple(
-        config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
-        for name, r in zip(candidate.names, ranks, strict=True)
-    )
+    targeted = [match is Match.TARGETED for match in candidate.matches]
+    ranks, alphas = ranks_and_alphas(config, candidate.names, targeted)
     return Target(
         path=tree.paths[candidate.position],
         names=candidate.names,
@@ -199,6 +193,21 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
         alphas=alphas,
         cp=has_cores(config, layout, leaf.shape),
     )
+
+
+def ranks_and_alphas(
+    config: LoHaConfig, names: Sequence[str], targeted: Sequence[bool]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the rank and alpha of each module; the rank of one that is not targeted is 0."""
+    ranks = tuple(
+        match_pattern(name, config.rank_pattern, config.r) if own else 0
+        for name, own in zip(names, targeted, strict=True)
+    )
+    alphas = tuple(
+        config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
+        for name, r in zip(names, ranks, strict=True)
+    )
+    return ranks, alphas
 
 
 def has_cores(config: LoHaConfig, layout: Layout, shape: Sequence[int]) -> bool:

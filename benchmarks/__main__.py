@@ -35,7 +35,7 @@ def main() -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # or the workers would outlive this process
-    repeats = args.repeats or (1 if args.quick else Settings.repeats)
+    repeats = args.repeats or (0 if args.quick else Settings.repeats)
     settings = Settings(args.quick, args.dtype, repeats, args.budget)
     about, options = machine(), dataclasses.asdict(settings)
     records: list[Record] = []

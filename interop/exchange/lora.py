@@ -29,6 +29,7 @@ from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
+from ..disk.atomic import folder_to_write
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
@@ -237,9 +238,7 @@ def save_lora(
         ...     save_lora(folder, params, rank=1).config["r"]
         1
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
+    folder = folder_to_write(folder, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"

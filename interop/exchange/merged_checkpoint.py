@@ -21,7 +21,7 @@ from loha_jax.tree.merge import check_rounding, merge, unload
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.quantised import QuantisedArray
 
-from ..disk.atomic import whole_folder, write_atomically
+from ..disk.atomic import folder_to_write, whole_folder, write_atomically
 from ..disk.base_checkpoint import (
     Checkpoint,
     read_config,
@@ -93,9 +93,7 @@ def save_merged(
         ...     Checkpoint(folder).shapes
         {'q.weight': (3, 4)}
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_merged writes a folder")
+    folder = folder_to_write(folder, "save_merged")
     if held := weight_files(folder):
         raise FileExistsError(
             f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty "

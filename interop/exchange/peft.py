@@ -27,7 +27,7 @@ from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 
-from ..disk.atomic import write_atomically
+from ..disk.atomic import folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
@@ -81,9 +81,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_peft writes a folder")
+    folder = folder_to_write(folder, "save_peft")
     known = adapter_names(params)
     chosen = known if adapters is None else tuple(adapters)
     if unknown := [name for name in chosen if name not in known]:

@@ -17,6 +17,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_of
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..names.name_map import looks_like_conv1d
 
 
 def from_tree(
@@ -42,6 +43,18 @@ def adapted_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, 
         for path, leaf in flat
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters
     ]
+
+
+def required_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
+    """Return `adapted_kernels`; ValueError where there are none."""
+    if kernels := adapted_kernels(params, adapter_name):
+        return kernels
+    raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+
+
+def is_gpt2_conv1d(leaf: LoHaWeight) -> bool:
+    """Return whether a kernel is a projection of GPT-2: `oi` in Flax, while a Linear is `io`."""
+    return leaf.layout.word == "oi" and looks_like_conv1d(leaf.names[0])
 
 
 def adapted_modules(leaf: LoHaWeight, adapter_name: str) -> list[str]:

@@ -7,7 +7,6 @@ The format is that of files which PEFT 0.21.2 wrote (tests/data/peft).
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -33,8 +32,13 @@ from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from ..formats.ranks import exact_pattern
-from ..names.name_map import GPT2_CONV1D
-from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .from_tree import (
+    adapted_kernels,
+    chosen_adapter,
+    from_tree,
+    is_gpt2_conv1d,
+    required_kernels,
+)
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
@@ -115,10 +119,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
 
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
-    """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
     leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
-    named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
-    if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
+    if found := dict.fromkeys(leaf.names[0] for leaf in leaves if is_gpt2_conv1d(leaf)):
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
@@ -180,22 +182,20 @@ def peft_config(params: PyTree, adapter_name: str | None = None) -> LoHaConfig:
             PEFT has one setting for: convolutions with and without cores, or the dropouts.
     """
     adapter_name = chosen_adapter(params, adapter_name)
-    config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     settings: dict[str, dict[float, str]] = {field: {} for field in _SAME_FOR_ALL}
-    for _, leaf in adapted_kernels(params, adapter_name):
+    kernels = required_kernels(params, adapter_name)
+    config = kernels[-1][1].adapters[adapter_name].config
+    for _, leaf in kernels:
         factors = leaf.adapters[adapter_name]
-        config = factors.config
         for field in ("rank_dropout", "module_dropout"):
-            settings[field].setdefault(getattr(config, field), leaf.label)
+            settings[field].setdefault(getattr(factors.config, field), leaf.label)
         if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
             settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
         for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
             if r:
                 ranks[name], alphas[name] = r, alpha
-    if config is None:
-        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     for field, found in settings.items():
         if len(found) > 1:
             raise ValueError(

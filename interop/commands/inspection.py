@@ -21,7 +21,8 @@ from ..disk.tensor_files import read_safetensors
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_files import read_module
 from ..formats.lycoris_keys import are_adapters, embeddings_note
-from ..formats.peft_files import SAFETENSORS_NAME, torch_name
+from ..formats.peft_files import torch_name
+from ..formats.peft_names import SAFETENSORS_NAME
 from ..formats.ranks import rank_of
 from ..formats.read_adapter import module_of, read_everything
 from ..formats.wrong_loader import has_peft_config

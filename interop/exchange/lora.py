@@ -34,7 +34,8 @@ from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
 from ..formats.lora_files import read_lora
 from ..formats.model_card import MODEL_CARD_NAME, model_card
-from ..formats.peft_files import PREFIX, folder_contents, peft_state
+from ..formats.peft_files import folder_contents, peft_state
+from ..formats.peft_names import PREFIX
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
 from .from_tree import (
     adapted_modules,

@@ -18,7 +18,8 @@ from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
-from ..formats.peft_files import PREFIX, peft_tensors
+from ..formats.peft_files import peft_tensors
+from ..formats.peft_names import PREFIX
 from ..names.resized_vocabulary import resizing_hint
 from ..updates.shapes import module_shapes
 from .base_layers import base_layer_shapes, with_base_layers

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
+from loha_jax.tree.factors import norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, flatten_whole, is_adapted
@@ -147,19 +147,12 @@ def apply_plan(
     kernels = {n: base_of(leaves[n]) for n in plan.targets}
     samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
     for n, target in plan.targets.items():
-        extras: dict[str, Any] = make_extras(target, plan.config, kernels[n])
+        extras = make_extras(target, plan.config, kernels[n])
         if "dora_scale" in extras:
             norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
             extras = {**extras, "dora_scale": norms}
-        factors = Factors(
-            **make_factors(target),
-            **extras,
-            module_index=module_index(target.ranks, target.alphas, target.stack),
-            ranks=target.ranks,
-            alphas=target.alphas,
-            config=plan.config,
-            base=samples.get(n),
-        )
+        arrays = {**make_factors(target), **extras}
+        factors = target.factors(arrays, plan.config, samples.get(n))
         known = leaves[n].adapters if isinstance(leaves[n], LoHaWeight) else {}
         leaf = LoHaWeight(kernels[n], known, target.layout, target.names, active=())
         factors = follow_kernel(factors, kernels[n], target.layout)

@@ -32,6 +32,8 @@ from loha_jax.targets.target_advice import (
     scaled_kernel,
     spelling_advice,
 )
+from loha_jax.tree.factors import Factors, module_index
+from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.quantised import unknown_quantised
 
@@ -63,6 +65,19 @@ class Target:
         """Return PEFT's shapes of the factors of one module."""
         out, in_, *spatial = self.module_shape
         return factor_shapes(out, in_, spatial, r, self.cp)
+
+    def factors(
+        self, arrays: Mapping[str, Any], config: LoHaConfig, base: KernelSample | None = None
+    ) -> Factors:
+        """Return the adapter of the kernel that holds these arrays, by their names in `Factors`."""
+        return Factors(
+            **arrays,
+            module_index=module_index(self.ranks, self.alphas, self.stack),
+            ranks=self.ranks,
+            alphas=self.alphas,
+            config=config,
+            base=base,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

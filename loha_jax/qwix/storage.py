@@ -17,7 +17,7 @@ from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.inject import initial_factors
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.placement import factor_axes, follow_kernel
+from loha_jax.tree.placement import follow_kernel, named_axes
 from loha_jax.tree.plan import Target
 
 if TYPE_CHECKING:
@@ -121,12 +121,8 @@ def _boxed(
 ) -> nn.meta.AxisMetadata:
     """Return a factor in a box like the kernel's, with the names of its own axes."""
     boxed = box.replace_boxed(array)
-    axes = getattr(box, "names", None)
-    if axes is None or len(axes) != leaf.layout.ndim:
-        return boxed
-    factors = leaf.adapters[ADAPTER]
-    own = factor_axes(leaf.layout, leaf.shape, axes, factors.arrays, cp=factors.is_cp)
-    return dataclasses.replace(boxed, names=own[name])  # type: ignore[type-var]
+    own = named_axes(getattr(box, "names", None), leaf, leaf.adapters[ADAPTER])
+    return dataclasses.replace(boxed, names=own[name]) if own else boxed  # type: ignore[type-var]
 
 
 def _leaf(

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.quantised import QuantisedArray
 
 MeshAxis = str | tuple[str, ...] | None
@@ -90,6 +91,15 @@ def factor_axes(
     return {
         name: _padded(known[name], tuple(array.shape), len(stack)) for name, array in arrays.items()
     }
+
+
+def named_axes(
+    names: Sequence[MeshAxis] | None, leaf: LoHaWeight, factors: Factors
+) -> dict[str, tuple[MeshAxis, ...]]:
+    """Return `factor_axes` of an adapter; {} where there is no name for each axis of the kernel."""
+    if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
+        return {}
+    return factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
 
 
 def _padded(

@@ -5,36 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.placement import ArrayOrShape
-from loha_jax.tree.plan import Target, has_cores
-
-
-def make_target(
-    path: tuple[str, ...],
-    name: str,
-    layout: Layout,
-    kernel: ArrayOrShape,
-    config: LoHaConfig,
-    names: Names | None,
-) -> Target:
-    """Return what a layer adapts, with its module names in the model."""
-    module_names = stack_names(name, layout.sizes("s", kernel.shape), names)
-    return Target(
-        path=path,
-        names=module_names,
-        layout=layout,
-        shape=tuple(kernel.shape),
-        dtype=jnp.dtype(kernel.dtype),
-        ranks=(config.r,) * len(module_names),
-        alphas=(config.alpha,) * len(module_names),
-        cp=has_cores(config, layout, kernel.shape),
-    )
+from loha_jax.tree.plan import Target
 
 
 def loha_weight(

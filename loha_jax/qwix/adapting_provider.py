@@ -202,8 +202,8 @@ class AdaptingProvider(qwix.PtqProvider):
             )
         sizes = [size for size, kind in zip(shape, stored, strict=True) if kind == "s"]
         names = stack_names(use.name, sizes, None)
-        float_one = jax.ShapeDtypeStruct(shape, kernel.dtype)
-        target = make_target(use.config, use.path, names, Layout(stored), float_one)
+        like = jax.ShapeDtypeStruct(shape, kernel.dtype)
+        target = make_target(use.config, use.path, names, Layout(stored), like)
         self.targets[use.path] = (target, use.config)
         return target
 

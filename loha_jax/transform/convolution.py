@@ -27,7 +27,6 @@ from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_convolution import FactoredConvolution, down, pull_back, up
 from loha_jax.transform.kernel_view import KernelView, size_of
 from loha_jax.transform.operation import Intermediates, NoRule, Operation, Params
-from loha_jax.transform.strategy import Strategy
 from loha_jax.transform.typed_jax import vjp
 from loha_jax.transform.view_factors import ViewFactors
 
@@ -220,32 +219,26 @@ class Convolution(Operation):
             arrange(f.scaling),
         )
 
-    def elements(self, view: KernelView) -> int:
-        """See `Operation.elements`."""
-        return math.prod(self._sizes(view))
-
     def factored_flops(self, view: KernelView) -> float:
         """See `Operation.factored_flops`."""
-        into, out, positions = self._sizes(view)
+        into, out, positions = self.sizes(view)
         steps = sum(self._flops(view, f, self._uses_cores(view, f)) for f in view.factors)
         return steps + sum(2 * f.r**2 * (into * positions + out) for f in view.factors)
 
-    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
-        """See `Operation.temporary_bytes`."""
-        if strategy != "factored":
-            return 4 * math.prod(view.shape)
-        into, out, positions = self._sizes(view)
+    def factored_elements(self, view: KernelView) -> int:
+        """See `Operation.factored_elements`."""
+        into, out, positions = self.sizes(view)
         rows = self.rows * self.stacked * self.groups
-        return 4 * max(f.r**2 * max(into * positions, out, rows) for f in view.factors)
+        return max(f.r**2 * max(into * positions, out, rows) for f in view.factors)
 
-    def _sizes(self, view: KernelView) -> tuple[int, int, int]:
+    def sizes(self, view: KernelView) -> tuple[int, int, int]:
         """Return the in features (per group), out features and positions of the whole kernel."""
         out, in_, *spatial = self.numbers.rhs_spec
         return view.shape[in_], view.shape[out], math.prod(view.shape[axis] for axis in spatial)
 
     def _flops(self, view: KernelView, f: ViewFactors, cores: bool) -> float:
         """Return the FLOPs of the factored update's forward pass."""
-        into, out, positions = self._sizes(view)
+        into, out, positions = self.sizes(view)
         squared, groups = f.r**2, self.stacked * self.groups
         if cores:
             down = groups * squared * (self.x_rows * into + self.rows * squared * positions)

@@ -127,7 +127,7 @@ class Operation(abc.ABC):
         """Return the FLOPs of ΔW: two products with r columns, their product, scaled and added."""
         return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
 
-    def choose(self, view: KernelView, training: bool, *, alone: bool = False) -> Strategy:
+    def choose(self, view: KernelView, training: bool, *, update_alone: bool = False) -> Strategy:
         """Return the strategy that "auto" stands for.
 
         In training on several devices fused is never chosen: they would have to gather W + ΔW
@@ -136,11 +136,11 @@ class Operation(abc.ABC):
         Args:
             view: the adapted operand.
             training: whether the backward pass counts.
-            alone: the frozen operation is computed elsewhere, and only x·ΔW here.
+            update_alone: the frozen operation is computed elsewhere, and only x·ΔW here.
         """
         if training and jax.device_count() > 1:
             return "factored"
         costs = self.costs(view, training)
-        if alone:  # a product with ΔW comes on top of the frozen one
+        if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
         return cheapest(costs, training)

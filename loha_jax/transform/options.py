@@ -45,7 +45,7 @@ class Options:
         strategy: one for all modules, or pairs of a pattern of module names and a strategy.
         training: whether costs count the backward pass.
         forward_mode: plain products that `jax.jvp` can differentiate, instead of `custom_vjp`.
-        update_only: the result is what the adapters add: the values of the kernel are not read.
+        update_alone: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
     """
@@ -53,7 +53,7 @@ class Options:
     strategy: Strategies = "auto"
     training: bool = True
     forward_mode: bool = False
-    update_only: bool = False
+    update_alone: bool = False
     observer: Observer | None = None
     times: int = 1
 

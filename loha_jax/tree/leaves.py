@@ -254,12 +254,12 @@ def _held(leaf: AdaptedLeaf, what: str, array: A | None) -> A:
 
 
 def is_adapted(leaf: object) -> TypeGuard[AdaptedLeaf]:
-    """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
+    """Return whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
     return isinstance(leaf, AdaptedLeaf)
 
 
 def is_whole(leaf: object) -> bool:
-    """Say whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
+    """Return whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
     return is_adapted(leaf) or is_quantised(leaf)
 
 

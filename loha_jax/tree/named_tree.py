@@ -88,7 +88,7 @@ class NamedTree:
         self._layouts: dict[int, Layout] = {}
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
-        """Say whether a leaf is the scale, or a stack of scales, of a normalisation."""
+        """Return whether a leaf is the scale, or a stack of scales, of a normalisation."""
         *parent, leaf = self.paths[position]
         shape = tuple(self.leaves[position].shape)
         return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
@@ -142,7 +142,7 @@ class NamedTree:
         return self._torch_shapes.get(own[0]) if len(own) == 1 else None
 
     def is_transposed_convolution(self, position: int) -> bool:
-        """Say whether a kernel is a transposed convolution's with other axes in torch than here."""
+        """Return whether a kernel is a transposed convolution's with other axes in torch."""
         path = self.paths[position]
         named = is_transposed_convolution(path) and not is_torch_oriented(path[-1])
         return named or self.names[position] in self._known.transposed

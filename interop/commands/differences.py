@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..disk.base_checkpoint import Checkpoint, is_floating
+from ..disk.base_checkpoint import Checkpoint, accumulator, is_floating
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.read_adapter import read_everything
 from ..updates.low_rank_update import LowRankUpdate
@@ -195,10 +195,7 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
         if x.dtype == y.dtype and x.tobytes() == y.tobytes():
             continue
         if is_floating(x.dtype) or is_floating(y.dtype):
-            x, y = (
-                v.astype(np.float64 if v.dtype.itemsize > 4 else np.float32, copy=False)
-                for v in (x, y)
-            )
+            x, y = (v.astype(accumulator(v.dtype), copy=False) for v in (x, y))
             with np.errstate(invalid="ignore"):
                 difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
             largest = float(np.maximum(largest, difference.max()))  # NaN stays

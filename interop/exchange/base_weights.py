@@ -20,7 +20,7 @@ from loha_jax.tree.leaves import is_adapted
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.quantised import is_quantised
 
-from ..disk.base_checkpoint import Checkpoint
+from ..disk.base_checkpoint import Checkpoint, is_floating, written_dtype
 from ..names.leaf_source import Source
 from ..names.scaled_leaves import quantised_problem
 from ..names.tree_sources import find_sources_in
@@ -101,7 +101,7 @@ def load_base(
         sources[position] = dataclasses.replace(source, keys=keys)
     taken = {key for source in sources.values() for key in (*source.keys, *source.also)}
     for position, source in sources.items():
-        target = _target(tree.leaves[position], dtype)
+        target = written_dtype(tree.leaves[position].dtype, dtype)
         _check_leaf(checkpoint, tree, position, source, target, taken, mismatch)
     if strict:
         mismatch.unexpected += _unused(checkpoint, taken)
@@ -110,7 +110,8 @@ def load_base(
     leaves = list(tree.leaves)
     for position, source in sources.items():
         leaf = leaves[position]
-        leaves[position] = _read_leaf(checkpoint, source, leaf, _target(leaf, dtype), taken)
+        target = written_dtype(leaf.dtype, dtype)
+        leaves[position] = _read_leaf(checkpoint, source, leaf, target, taken)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -138,7 +139,7 @@ def _check_leaf(
             mismatch.misshapen.append(
                 f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}"
             )
-        elif kind_of_dtype(checkpoint.dtypes[key]) != kind_of_dtype(leaf.dtype):
+        elif _kind_of(checkpoint.dtypes[key]) != _kind_of(leaf.dtype):
             mismatch.misshapen.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {leaf.dtype}")
 
 
@@ -189,15 +190,9 @@ def _read_leaf(
     return jax.device_put(value, sharding)
 
 
-def _target(like: jax.Array | jax.ShapeDtypeStruct, dtype: DTypeLike | None) -> np.dtype:
-    """Return the dtype that a leaf gets."""
-    given = dtype is not None and kind_of_dtype(like.dtype) == "float"
-    return np.dtype(dtype if given else like.dtype)
-
-
-def kind_of_dtype(dtype: DTypeLike) -> str:
+def _kind_of(dtype: DTypeLike) -> str:
     """Return "float" for every floating dtype, else numpy's letter."""
-    return "float" if jax.numpy.issubdtype(dtype, np.floating) else np.dtype(dtype).kind
+    return "float" if is_floating(dtype) else np.dtype(dtype).kind
 
 
 def cast_values(tensor: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import gain
 
-from ..updates.low_rank_update import accumulator
+from ..disk.base_checkpoint import accumulator
 from .base_rows import BaseRows, Span
 from .plan import MergePlan, TensorUpdate
 

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names, path_parts
+from loha_jax.targets.module_names import Names
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import is_adapted
+from loha_jax.tree.leaves import flatten_whole, is_adapted, leaves_by_path
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.quantised import is_quantised
 
@@ -81,12 +81,12 @@ def load_base(
         ...     load_base(folder, like)["q"]["kernel"].shape
         (4, 3)
     """
-    if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
+    if any(map(is_adapted, flatten_whole(params)[0])):
         raise ValueError(
             "load_base takes the base model's tree: load it first, then inject or load adapters."
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)
-    if quantised := [".".join(path_parts(path)) for path, leaf in flat if is_quantised(leaf)]:
+    leaves = leaves_by_path(params)
+    if quantised := [".".join(path) for path, leaf in leaves if is_quantised(leaf)]:
         raise ValueError(
             f"load_base fills floating leaves, and {', '.join(quantised[:3])} are quantised "
             f"({len(quantised)} in all). Load the float parameters (`params` may be their "

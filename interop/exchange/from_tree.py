@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
-from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.before_saving import check_whole
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_of
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_by_path, leaves_of
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
@@ -37,10 +35,9 @@ def from_tree(
 
 def adapted_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
     """Return the kernels that an adapter adapts, each with its path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     return [
-        (path_parts(path), leaf)
-        for path, leaf in flat
+        (path, leaf)
+        for path, leaf in leaves_by_path(params)
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from jax.extend.core import JaxprEqn
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from loha_jax.transform.operation import Operation
 
 
-class Observer(Protocol):
-    """Told of every use of a kernel (`explain`, `infer_layouts`)."""
+class Observer:
+    """Told of every use of a kernel (`explain`, `infer_layouts`); each method does nothing here."""
 
     def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         """An equation that is not a structural operation reads the view."""

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
-from loha_jax.targets.matching import match_pattern
+from loha_jax.targets.matching import exact_patterns, match_pattern
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names, check_new_adapter
@@ -31,7 +31,6 @@ from ..disk.paired_files import write_together
 from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
-from ..formats.ranks import exact_pattern
 from .from_tree import (
     adapted_kernels,
     chosen_adapter,
@@ -222,7 +221,7 @@ def _sortable(patterns: Mapping[str, N], default: N, wanted: Mapping[str, N]) ->
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
-    return {exact_pattern(name): value for name, value in wanted.items() if value != default}
+    return exact_patterns(wanted, default)
 
 
 @takes_model(argument="base_params")

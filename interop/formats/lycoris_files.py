@@ -20,12 +20,13 @@ from jax.typing import DTypeLike
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
+from loha_jax.targets.matching import most_common
 
 from ..disk.base_checkpoint import accumulator
 from ..disk.tensor_files import safetensors_bytes
 from .adapter_file import AdapterModule, times_core
 from .lycoris_keys import group_keys
-from .ranks import check_floating, misfit, most_common, rank_of
+from .ranks import check_floating, misfit, rank_of
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"

@@ -52,9 +52,6 @@ def compare_paths(
         1.0
     """
     first, second = Path(first), Path(second)
-    for path in (first, second):
-        if not path.exists():
-            raise FileNotFoundError(f"There is no file or folder '{path}'")
     kinds = [is_adapter(path) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)

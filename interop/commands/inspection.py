@@ -57,8 +57,6 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         ['the update of q is zero: hada_w2_b is zero']
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder '{path}'")
     if not is_adapter(path):
         return _describe_checkpoint(Checkpoint(path))
     try:
@@ -73,7 +71,13 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether an existing path holds an adapter of any kind rather than a checkpoint."""
+    """Return whether a path holds an adapter of any kind rather than a checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder '{path}'")
     if path.is_dir():
         if has_peft_config(path):
             return True

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
+from loha_jax.targets.config import PEFT_VERSION, LoHaConfig, peft_fields
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import (
     exact_patterns,
@@ -187,5 +187,4 @@ def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule])
         config = dataclasses.replace(config, target_modules=sorted(modules))
     if not values.get("use_dora", False):
         return config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoHaConfig)}
-    return LycorisConfig(**fields, weight_decompose=True)
+    return LycorisConfig(**peft_fields(config), weight_decompose=True)

@@ -30,7 +30,7 @@ from .wrong_loader import (
 
 _LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, in the same folder
 _ALPHAS = ("alpha", "lora_alpha", "linear_alpha", "conv_alpha")
-_BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
+_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 
 
 def read_adapter(
@@ -186,8 +186,15 @@ def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
 
 def module_of(key: str) -> str:
     """Return the module that a tensor of `AdapterFile.others` belongs to."""
-    base_layer = _BASE_LAYER.fullmatch(key)
-    return base_layer[1] if base_layer else key.rpartition(".")[0]
+    return split_parameter(key)[0]
+
+
+def split_parameter(key: str) -> tuple[str, str]:
+    """Return the module and the parameter, also of an adapted module's base layer."""
+    if base_layer := _BASE_LAYER.fullmatch(key):
+        return base_layer[1], base_layer[2]
+    module, _, parameter = key.rpartition(".")
+    return module, parameter
 
 
 def _lycoris(

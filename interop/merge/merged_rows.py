@@ -90,12 +90,7 @@ class MergedRows:
         # Norms over all rows: the base is read twice.
         totals = iter(np.asarray(sum(pool.map(squares, self.spans))))
         return [
-            (
-                u,
-                None
-                if (norms := u.column_norms) is None
-                else column_gains(next(totals), norms, wide),
-            )
+            (u, None if (n := u.column_norms) is None else column_gains(next(totals), n, wide))
             for u in updates
         ]
 

@@ -18,6 +18,7 @@ from loha_jax.targets.module_names import Names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import flatten_whole, is_adapted, leaves_by_path
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.placement import chosen_sharding
 from loha_jax.tree.quantised import is_quantised
 
 from ..disk.base_checkpoint import Checkpoint, is_floating, written_dtype
@@ -184,10 +185,7 @@ def _read_leaf(
         raw = key in scales and scales[key].key in taken  # the tree holds the scale too
         tensor = checkpoint.read(key) if raw else checkpoint.read_values(key)
         source.put(cast_values(tensor, target, key), value, n)
-    sharding = getattr(like, "sharding", None)
-    if isinstance(like, jax.Array) and not like.committed:
-        sharding = None
-    return jax.device_put(value, sharding)
+    return jax.device_put(value, chosen_sharding(like))
 
 
 def _kind_of(dtype: DTypeLike) -> str:

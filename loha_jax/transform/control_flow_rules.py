@@ -32,7 +32,7 @@ from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import before_scan, inside_scan, plain
-from loha_jax.transform.typed_jax import Operand, map_arrays
+from loha_jax.transform.typed_jax import Operand, map_arrays, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.tree.placement import MeshAxis
 
@@ -256,9 +256,8 @@ def _custom_derivative(eqn: JaxprEqn, values: list[Value], context: Context) -> 
         by_jvp = jax.custom_jvp(factored)
         by_jvp.defjvp(functools.partial(jax.jvp, dense))
         return by_jvp(values)
-    by_vjp = cast(Any, jax.custom_vjp(factored))
-    by_vjp.defvjp(functools.partial(jax.vjp, dense), operator.call)
-    return by_vjp(values)
+    forward = cast(Callable[..., Any], functools.partial(jax.vjp, dense))
+    return with_vjp(factored, forward, operator.call)(values)
 
 
 @register("shard_map")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from loha_jax.transform.materialised import dense_kernel
 from loha_jax.transform.operation import Intermediates, Operation
 from loha_jax.transform.packed_kernel import Kernel
 from loha_jax.transform.strategy import Strategy
-from loha_jax.transform.typed_jax import is_traced, jit, vjp
+from loha_jax.transform.typed_jax import is_traced, jit, vjp, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -159,9 +159,7 @@ def _low_rank(
     arguments = (x, kept.arrays, view.factors)
     if forward_mode:
         return update(*arguments)
-    differentiable = cast(Any, jax.custom_vjp(update))
-    differentiable.defvjp(forward, backward)
-    return cast(jax.Array, differentiable(*arguments))
+    return with_vjp(update, forward, backward)(*arguments)
 
 
 def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput) -> jax.Array:
@@ -214,8 +212,7 @@ def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput
     ) -> tuple[jax.Array, tuple[Arrays, AllFactors, Kernel]]:
         return forward(x, kept_arrays, factors, kernel), (kept_arrays, factors, kernel)
 
-    fused = cast(Any, jax.custom_vjp(forward))
-    fused.defvjp(forward_and_residuals, backward)
+    fused = with_vjp(forward, forward_and_residuals, backward)
     return fused(x, kept.arrays, view.factors, view.kernel)
 
 

@@ -154,6 +154,13 @@ def _place_of(
     return sharding if on_one or isinstance(sharding, NamedSharding) else None
 
 
+def chosen_sharding(x: object) -> Any:
+    """Return the sharding of an array or of a shape; None if JAX may move the array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding
+    return x.sharding if isinstance(x, jax.Array) and getattr(x, "committed", False) else None
+
+
 def place(array: ArrayOrShape, sharding: Sharding, *, may_alias: bool | None = None) -> Any:
     """Place an array as a sharding says.
 

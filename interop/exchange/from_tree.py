@@ -83,7 +83,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
     axes = len(target.stack)
     # [*stack, ...] -> [modules, ...]
     trained = {n: on_host(t).reshape(-1, *t.shape[axes:]) for n, t in factors.trained.items()}
-    in_shape = layout.torch_shape(shape)[axes + 1 :]
+    in_shape = target.module_shape[1:]
     for index, (name, r, alpha) in enumerate(zip(names, target.ranks, target.alphas, strict=True)):
         if not r:
             continue

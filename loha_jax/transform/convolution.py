@@ -125,7 +125,7 @@ class Convolution(Operation):
         for f in view.factors:
             steps = self._steps(x, f)
             f = self._in_axis_order(view, f)
-            hs.append(down(steps, self._channels_last(x), f))
+            hs.append(down(steps, _channels_last(x, self.numbers.lhs_spec), f))
             total = total + self._from_channels_last(up(steps, hs[-1], f))
         return total, tuple(hs)
 
@@ -137,12 +137,15 @@ class Convolution(Operation):
         def in_axis_order(f: ViewFactors) -> ViewFactors:
             return self._in_axis_order(view, f)
 
+        def last(x: jax.Array) -> jax.Array:
+            return _channels_last(x, self.numbers.lhs_spec)
+
         dx, dfactors = jnp.zeros((), x.dtype), list[ViewFactors]()
         for f, h_f in zip(view.factors, h, strict=True):
             steps = self._steps(x, f)
-            g_last = self._to_channels_last(g).astype(steps.dtype)
+            g_last = _channels_last(g, self.numbers.out_spec).astype(steps.dtype)
             ordered, from_ordered = vjp(in_axis_order, f)
-            x_last, from_last = vjp(self._channels_last, x.astype(steps.dtype))
+            x_last, from_last = vjp(last, x.astype(steps.dtype))
             dx_f, df = pull_back(steps, x_last, ordered, h_f, g_last)
             dx = dx + from_last(dx_f)[0]
             dfactors.append(from_ordered(df)[0])
@@ -159,14 +162,6 @@ class Convolution(Operation):
             float32_or_wider(x.dtype, f.w1_a.dtype),
             params["precision"],
         )
-
-    def _channels_last(self, x: jax.Array) -> jax.Array:
-        batch, feature, *space = self.numbers.lhs_spec
-        return jnp.transpose(x, (batch, *space, feature))
-
-    def _to_channels_last(self, g: jax.Array) -> jax.Array:
-        batch, feature, *space = self.numbers.out_spec
-        return jnp.transpose(g, (batch, *space, feature))
 
     def _from_channels_last(self, y: jax.Array) -> jax.Array:
         batch, feature, *space = self.numbers.out_spec
@@ -249,3 +244,9 @@ class Convolution(Operation):
     def _uses_cores(self, view: KernelView, f: ViewFactors) -> bool:
         """Return whether the steps of the CP form cost less than those of the equal flat update."""
         return f.t1 is not None and self._flops(view, f, True) < self._flops(view, f, False)
+
+
+def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """Return an array with its batch axis first and its feature axis last."""
+    batch, feature, *space = spec
+    return jnp.transpose(x, (batch, *space, feature))

@@ -22,7 +22,6 @@ from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.inject import factor_dtype
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
@@ -325,5 +324,5 @@ def _loha_of(key: jax.Array | None, module: AdapterModule, target: Target) -> Ad
     if key is None:
         return loha_of(module)
     shapes = {"hada_w2_a": (module.tensors["lora_B"].shape[0], module.r)}
-    spare = init_factors(key, [module.name], shapes, True, factor_dtype(target.dtype))
+    spare = init_factors(key, [module.name], shapes, True, target.factor_dtype)
     return loha_of(module, np.asarray(spare["hada_w2_a"][0]))

@@ -11,9 +11,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
@@ -207,18 +206,10 @@ def _with_shardings(shapes: T, params: T) -> T:
     return jax.tree.map(like, shapes, params, is_leaf=is_adapted)
 
 
-def factor_dtype(kernel_dtype: DTypeLike) -> jnp.dtype:
-    """Return the dtype of factors: float32, or the kernel's if it is wider.
-
-    PEFT's `autocast_adapter_dtype=True` has the same effect.
-    """
-    return float32_or_wider(kernel_dtype)
-
-
 @standard_promotion()
 def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     """Draw the factors of a new adapter of one kernel, by the law that its config names."""
-    scheme, dtype = config.initial_values, factor_dtype(target.dtype)
+    scheme, dtype = config.initial_values, target.factor_dtype
     if len(set(target.ranks)) == 1:
         shapes = target.shapes(target.ranks[0])
         return init_factors(key, target.names, shapes, scheme, dtype, target.stack)
@@ -226,22 +217,22 @@ def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[
         init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
         for name, r in zip(target.names, target.ranks, strict=True)
     ]
-    return stack_factors(per_module, target, dtype)
+    return stack_factors(per_module, target)
 
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    return config.extra_arrays(as_array(kernel), target.layout, factor_dtype(target.dtype))
+    return config.extra_arrays(as_array(kernel), target.layout, target.factor_dtype)
 
 
 def stack_factors(
-    per_module: Sequence[Mapping[str, ArrayLike]], target: Target, dtype: DTypeLike
+    per_module: Sequence[Mapping[str, ArrayLike]], target: Target
 ) -> dict[str, jax.Array]:
     """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
     """
-    padded = target.shapes(max(target.ranks))
+    padded, dtype = target.shapes(max(target.ranks)), target.factor_dtype
     stacked = {}
     for name, shape in padded.items():
         rows = []

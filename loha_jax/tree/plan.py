@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.caller import warn_caller
@@ -61,6 +62,14 @@ class Target:
     def module_shape(self) -> tuple[int, ...]:
         """Shape of one module's weight in torch: `(out, in, *spatial)`."""
         return self.layout.torch_shape(self.shape)[len(self.stack) :]
+
+    @property
+    def factor_dtype(self) -> jnp.dtype:
+        """Dtype of the factors: float32, or the kernel's if it is wider.
+
+        PEFT's `autocast_adapter_dtype=True` has the same effect.
+        """
+        return float32_or_wider(self.dtype)
 
     def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         """Return PEFT's shapes of the factors of one module."""

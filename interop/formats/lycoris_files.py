@@ -234,7 +234,7 @@ def module_key(prefix: str, name: str) -> str:
 
 
 def file_bytes(
-    state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()
+    state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str]
 ) -> bytes:
     """Return the content of a file: the tensors, and metadata with their hash.
 

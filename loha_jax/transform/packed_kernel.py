@@ -224,8 +224,8 @@ def frozen_product(
     x: jax.Array,
     kernel: Kernel,
     *,
-    branches: bool = True,
-    forward_mode: bool = False,
+    branches: bool,
+    forward_mode: bool,
 ) -> jax.Array:
     """Return `apply(x, kernel)`, linear in x, for a frozen kernel.
 

@@ -133,7 +133,7 @@ def apply_plan(
     adapter_name: str,
     make_factors: Callable[[Target], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
-    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
+    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]],
 ) -> T:
     """Put the leaves of `plan` into a tree.
 

@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _jobs(chosen: str, settings: Settings) -> Iterator[Job]:
-    """What is measured for a subject or a case, with new processes for each subject."""
+    """The measurements of a subject or a case, with new processes for each subject."""
     for subject, of_subject in catalogue.SUBJECTS.items():
         cases = [case for case in of_subject(settings) if chosen in (subject, case.name, "all")]
         if cases:

@@ -30,7 +30,7 @@ from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.placement import MeshAxis, factor_axes
+from loha_jax.tree.placement import MeshAxis, named_axes
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -279,7 +279,7 @@ class Siblings:
             return cls(template, variables)
         adapters, variables = {}, {}
         for name, factors in leaf.adapters.items():
-            axes = _factor_axes(base, leaf, factors)
+            axes = named_axes(_axes(base), leaf, factors)
             names = {array: _name(name, array) for array in factors.arrays}
             for array, value in factors.arrays.items():
                 kind = Untrained if array in UNTRAINED_NAMES else _kind(name in leaf.active)
@@ -374,16 +374,6 @@ def _variable(
     if axes is not None:
         variable.set_metadata("out_sharding", axes)
     return variable
-
-
-def _factor_axes(
-    base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors
-) -> dict[str, tuple[MeshAxis, ...]]:
-    """Return what each axis of an adapter's arrays is split over, as the kernel's metadata says."""
-    names = _axes(base)
-    if names is None or len(names) != leaf.layout.ndim:
-        return {}
-    return factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
 
 
 def _axes(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:

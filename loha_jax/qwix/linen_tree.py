@@ -16,8 +16,8 @@ from loha_jax.lowrank.layout import Layout
 from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.factors import Factors, module_index
 from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.plan import Target
 
 if TYPE_CHECKING:
     from loha_jax.qwix.provider import LoHaProvider
@@ -74,14 +74,9 @@ def _leaf(
     shape: tuple[int, ...] = kernel.shape
     added = len(shape) - target.layout.ndim
     layout = Layout("s" * added + target.layout.word) if added else target.layout
-    copies, stack = math.prod(shape[:added]), layout.sizes("s", shape)
+    copies = math.prod(shape[:added])
+    names = stack_names(module_name(path), layout.sizes("s", shape), None)
     ranks, alphas = target.ranks * copies, target.alphas * copies
-    adapter = Factors(
-        **cast(dict[str, Any], factors),
-        ranks=ranks,
-        alphas=alphas,
-        module_index=module_index(ranks, alphas, stack),
-        config=config,
-    )
-    names = stack_names(module_name(path), stack, None)
-    return LoHaWeight(kernel, {ADAPTER: adapter}, layout, names, (ADAPTER,))
+    whole = Target(path, names, layout, shape, target.dtype, ranks, alphas, target.cp)
+    adapters = {ADAPTER: whole.factors(factors, config)}
+    return LoHaWeight(kernel, adapters, layout, names, (ADAPTER,))

@@ -25,7 +25,7 @@ from loha_jax.tree.boxes import (
     put_in_boxes,
     unbox,
 )
-from loha_jax.tree.leaves import flatten_whole, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, flatten_whole, is_adapted
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 """The `Container` of the models that are instances of a class, given by its module and its name."""
@@ -62,6 +62,10 @@ class Container(Protocol):
 
     def nodes_among(self, args: PyTree) -> Iterator[Any]:
         """Yield the adapted nodes of the models among the leaves of `args`."""
+        ...
+
+    def provided_among(self, args: PyTree) -> Iterator[tuple[str, LoHaWeight]]:
+        """Yield the adapted kernels that a provider adds to, with their modules' names."""
         ...
 
     def call(
@@ -163,6 +167,13 @@ def adapted_leaves(tree: object) -> list[Any]:
         node.leaf() for container in _used_containers() for node in container.nodes_among(tree)
     ]
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
+
+
+def provided_leaves(tree: object) -> dict[str, LoHaWeight]:
+    """Return the adapted kernels of the models in a tree that a provider adds to, by module."""
+    return dict(
+        item for container in _used_containers() for item in container.provided_among(tree)
+    )
 
 
 def is_model_part(x: object) -> bool:

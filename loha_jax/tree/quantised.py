@@ -180,22 +180,6 @@ def as_array(kernel: object) -> Any:
     return kernel.__jax_array__() if isinstance(kernel, QuantisedArray) else kernel
 
 
-def dequantise(params: T) -> T:
-    """Return a tree with its quantised arrays as floating ones; the kernels of adapters too.
-
-    Example:
-        >>> import loha_jax
-        >>> kernel = loha_jax.ScaledArray(jnp.ones((3, 4), jnp.int8), jnp.full((1, 1), 0.5))
-        >>> dequantise({"q": {"kernel": kernel}})["q"]["kernel"].dtype
-        dtype('float32')
-    """
-
-    def plain(leaf: object) -> Any:
-        return as_array(wrapped(leaf))
-
-    return jax.tree.map(plain, params, is_leaf=is_quantised)
-
-
 def types_of_quantised(params: T) -> T:
     """Return a tree with the shape and dtype of each quantised array in its place."""
 

@@ -101,6 +101,10 @@ def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
         check_adapters(params, [adapter_name])
         return adapter_name
     known = adapter_names(params)
-    if len(known) != 1:
-        raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
+    if not known:
+        raise ValueError(
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first."
+        )
+    if len(known) > 1:
+        raise ValueError(f"Say which adapter: the tree has {', '.join(known)}.")
     return known[0]

@@ -38,9 +38,7 @@ class Observer(Protocol):
         """The weight is materialised for an operation that has no other form."""
 
 
-OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
-    "OBSERVER", default=None
-)
+OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("OBSERVER", default=None)
 """Told of the updates that a provider of qwix adds while a model runs."""
 
 

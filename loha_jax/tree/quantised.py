@@ -17,6 +17,7 @@ from loha_jax.targets.module_names import KERNEL_LEAVES, path_parts
 from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.quantised_types import Node, QuantisedType, quantised_type
 from loha_jax.tree.short_repr import short_array
+from loha_jax.tree.unbox import unbox
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class QuantisedArray(ArrayLike):
         return str(self._largest.dtype)
 
     def __jax_array__(self) -> jax.Array:
-        array = self.kind.dequantise(self.node)
+        array = self.kind.dequantise(unbox(self.node))
         return array if self.cast is None else array.astype(self.cast)
 
     @functools.cached_property
@@ -166,8 +167,8 @@ def is_quantised(x: object) -> bool:
 
 
 def wrapped(leaf: object) -> Any:
-    """Return a quantised array as a `QuantisedArray`; other leaves as they are."""
-    return QuantisedArray(leaf) if quantised_type(leaf) is not None else leaf
+    """Return a quantised array as a `QuantisedArray`, without boxes; other leaves as they are."""
+    return QuantisedArray(unbox(leaf)) if quantised_type(leaf) is not None else leaf
 
 
 def unwrapped(leaf: object) -> Any:

@@ -103,7 +103,8 @@ def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
     known = adapter_names(params)
     if not known:
         raise ValueError(
-            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` first."
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` "
+            "first."
         )
     if len(known) > 1:
         raise ValueError(f"Say which adapter: the tree has {', '.join(known)}.")

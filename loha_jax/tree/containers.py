@@ -129,14 +129,13 @@ def takes_model(
     def wrapper(*args: object, **kwargs: object) -> object:
         bound = signature.bind(*args, **kwargs)
         model = bound.arguments.get(argument)
+        refuse_loose_factors(model)
         if boxes := boxes_among(model):
             bound.arguments[argument] = unbox(model)
             result = function(*bound.args, **bound.kwargs)
             return put_in_boxes(result, boxes) if changes else result
         container = container_of(model)
         if container is None:
-            refuse_inner_models(model)
-            refuse_loose_factors(model)
             return function(*args, **kwargs)
         bound.arguments[argument] = container.tree_of(model)
         if "layouts" in signature.parameters:
@@ -211,8 +210,28 @@ def is_model(x: object) -> bool:
     return container_of(x) is not None
 
 
+def tree_of(params: PyTree) -> PyTree:
+    """Return the tree of a model; a tree as it is."""
+    container = container_of(params)
+    return params if container is None else container.tree_of(params)
+
+
+def written_back(params: PyTree, tree: PyTree) -> PyTree:
+    """Return a changed `tree_of(params)`; for a model the model, changed in place."""
+    container = container_of(params)
+    return tree if container is None else container.write_back(params, tree)
+
+
 def refuse_loose_factors(tree: object) -> None:
-    """Raise ValueError for a tree in which an adapter's arrays are leaves beside the kernel."""
+    """Refuse a tree in which an adapter's arrays are leaves beside the kernel.
+
+    Raises:
+        ValueError: there are such arrays.
+        TypeError: there is a model in the tree.
+    """
+    if is_model(tree):
+        return
+    refuse_inner_models(tree)
     for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)[0]:
         parts = path_parts(path)
         if parts and parts[-1].endswith(_FIRST_FACTOR) and "_lora_" in parts[-1]:

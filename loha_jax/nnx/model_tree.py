@@ -98,7 +98,8 @@ def _weights(model: nnx.Module) -> dict[Path, _Weight]:
 def _can_hold_weights(node: object) -> bool:
     if not is_variable(node) or isinstance(node, nnx.RngState | nnx.Intermediate | nnx.Cache):
         return False
-    return isinstance(node.get_value(), jax.Array | jax.ShapeDtypeStruct)
+    value = node.get_value()
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct) or is_quantised(value)
 
 
 def tree_of(model: nnx.Module) -> dict[Key, PyTree]:

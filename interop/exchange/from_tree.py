@@ -106,6 +106,7 @@ def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
             "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` "
             "first."
         )
-    if len(known) > 1:
+    first, *others = known
+    if others:
         raise ValueError(f"Say which adapter: the tree has {', '.join(known)}.")
-    return known[0]
+    return first

@@ -109,7 +109,7 @@ def _four_bits(
     read: Read,
     origin: object,
 ) -> Packed:
-    where = f"{origin}: {state_key}"
+    where = f"{origin}: {state_key} (bitsandbytes 4-bit)"
     if dtypes[state_key] != np.uint8 or math.prod(shapes[state_key]) > _LONGEST_STATE:
         raise FileError(f"{where} is no short text")
     state = parse_json(read(state_key).tobytes(), where)
@@ -141,7 +141,7 @@ def _four_bits(
     if nested is not None:
         wanted[f"{key}.nested_absmax"] = (-(-blocks // nested), "float32")
         wanted[f"{key}.nested_quant_map"] = (256, "float32")
-    _check(wanted, shapes, dtypes, f"{origin}: the weight {key} {shape} of {state_key}")
+    _check(wanted, shapes, dtypes, f"{where}: {key} {shape}")
     parts = (state_key, *(name for name in wanted if name != key))
     return Packed(key, parts, tuple(shape), _DTYPES[dtype], state)
 
@@ -153,7 +153,7 @@ def _eight_bits(
         return None
     start = key.removesuffix("weight")
     wanted = {f"{start}SCB": (shapes[key][0], "float32")}
-    _check(wanted, shapes, dtypes, f"{origin}: the 8-bit weight {key} {list(shapes[key])}")
+    _check(wanted, shapes, dtypes, f"{origin}: {key} with {start}SCB (bitsandbytes 8-bit)")
     parts = tuple(n for n in (f"{start}SCB", f"{start}weight_format") if n in shapes)
     return Packed(key, parts, shapes[key], np.dtype(np.float32), {})
 

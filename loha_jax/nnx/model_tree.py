@@ -81,7 +81,7 @@ def _weights(model: nnx.Module) -> dict[Path, _Weight]:
     found: dict[Path, _Weight] = {}
     by_id: dict[int, _Weight] = {}
     for path, node in graph:
-        inside = any(path[:n] in packed for n in range(len(path)))
+        inside = packed and any(path[:n] in packed for n in range(len(path)))
         if id(node) in bases or (
             not inside and id(node) not in siblings and (path in packed or _can_hold_weights(node))
         ):

@@ -33,9 +33,8 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.max_norm import apply_max_norm
 from loha_jax.tree.merge import merge, unload
 from loha_jax.tree.partition import combine, partition, trainable_mask
-from loha_jax.tree.quantised import dequantise
 from loha_jax.tree.quantised_types import register_quantised
-from loha_jax.tree.requantise import requantising_losses
+from loha_jax.tree.requantise import dequantise, requantising_losses
 from loha_jax.tree.scaled_array import ScaledArray
 from loha_jax.tree.summary import summary
 from loha_jax.tree.weighted_sum import add_weighted_adapter

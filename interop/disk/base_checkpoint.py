@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError, parse_json, read_json, read_text
 
+from .bitsandbytes import Packed, packed_weights
 from .quantised import Quantisation, dequantised
 from .safetensors_file import Header, SafetensorsFile, without_wrappers
 
@@ -55,6 +57,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._prefix = ""
+        self._packed: dict[str, Packed] = {}
         self.stored_names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -82,7 +85,23 @@ class Checkpoint:
         self._files = _without(prefix, self._files)
         self.shapes = _without(prefix, self.shapes)
         self.dtypes = _without(prefix, self.dtypes)
+        self._packed = {
+            key: dataclasses.replace(packed, key=key)
+            for key, packed in _without(prefix, self._packed).items()
+        }
         self._prefix = prefix + self._prefix
+
+    def unpack(self) -> None:
+        """Present the weights that bitsandbytes has packed as the floating ones.
+
+        Raises:
+            FileError: the tensors of a packed weight do not fit together.
+        """
+        self._packed = packed_weights(self.shapes, self.dtypes, self.read, self.path)
+        for key, weight in self._packed.items():
+            self.shapes[key], self.dtypes[key] = weight.shape, weight.dtype
+            for part in weight.parts:
+                del self.shapes[part], self.dtypes[part]
 
     @property
     def folder(self) -> Path:
@@ -147,7 +166,12 @@ class Checkpoint:
         return self.path.is_dir() or self.index is not None or beside
 
     def read(self, key: str) -> np.ndarray:
-        """Return the values of a tensor, as they are stored."""
+        """Return the values of a tensor, as they are stored; unpacked after `unpack`."""
+        if key in self._packed:
+            return self._packed[key].values(self._stored)
+        return self._stored(key)
+
+    def _stored(self, key: str) -> np.ndarray:
         return self._files[key].read(self._prefix + key)
 
     def file_of(self, key: str) -> Path:

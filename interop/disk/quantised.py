@@ -25,7 +25,13 @@ _PACKED = re.compile(
     r"\w+_blocks|\w+_scales|(_data|_scale|absmax|quant_map|nested_\w+|quant_state\.\w+)"
 )
 _SCALE_LIKE = re.compile(r".*(scale|zero_point|absmax|amax|quant|_inv).*", re.IGNORECASE)
-_ADVICE = "merge into the float base that it was quantised from, and quantise the result"
+_ADVICE = (
+    "take the float checkpoint that it was quantised from (after a merge, quantise the result)"
+)
+_BITSANDBYTES = (
+    "load it in transformers, call model.dequantize() and save_pretrained, and take that, or the "
+    "float checkpoint that it was quantised from"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,23 +177,26 @@ class Quantisation:
     def why_missing(self, key: str) -> str:
         """Name what replaces a missing weight, as the end of a sentence; "" if nothing does."""
         found = self.packed.get(key.rpartition(".")[0])
-        return "" if found is None else f": in its place the base has {found}; {_ADVICE}"
+        return "" if found is None else f": in its place the base has {found}; {_advice(found)}"
 
     def _find_packed(self) -> dict[str, str]:
         result = {}
         for module, children in self._children.items():
             found = sorted(
-                child
-                for child in set(children)
-                if _PACKED.fullmatch(child.removeprefix("weight."))
-                and child not in ("_scale", "_data", "scales")
+                (
+                    child
+                    for child in set(children)
+                    if _PACKED.fullmatch(child.removeprefix("weight."))
+                    and child not in ("_scale", "_data", "scales")
+                ),
+                key=lambda child: ("quant_state" not in child, child),
             )
             if not module or not found or module.endswith(".weight"):
                 continue
             said = ", ".join(f"{module}.{child}" for child in found[:4])
             result[module] = (
-                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which no merge can "
-                "add to)"
+                f"{said}{', …' if len(found) > 4 else ''} ({_scheme(found)}, which holds no values "
+                "that can be read or added to)"
             )
         return result
 
@@ -196,7 +205,8 @@ class Quantisation:
         module, _, part = key.rpartition(".")
         dtype = self._dtypes[key]
         if part == "weight" and module in self.packed:
-            return f"{key} holds {dtype} and belongs to {self.packed[module]}: {_ADVICE}"
+            found = self.packed[module]
+            return f"{key} holds {dtype} and belongs to {found}: {_advice(found)}"
         if part == "weight" and dtype.kind in "iub":
             return f"{key} holds {dtype}: quantised weights can't be merged into; {_ADVICE}"
         if _is_extra(key):
@@ -310,11 +320,18 @@ def _grid(
     return grid
 
 
+def _advice(found: str) -> str:
+    """Return what to do about a packed weight."""
+    return _BITSANDBYTES if "bitsandbytes" in found else _ADVICE
+
+
 def _scheme(found: Iterable[str]) -> str:
     names = " ".join(found)
     for text, scheme in (
         ("qweight", "GPTQ or AWQ"),
         ("SCB", "bitsandbytes 8-bit"),
+        ("bitsandbytes__nf4", "bitsandbytes 4-bit nf4"),
+        ("bitsandbytes__fp4", "bitsandbytes 4-bit fp4"),
         ("absmax", "bitsandbytes 4-bit"),
         ("quant_state", "bitsandbytes 4-bit"),
         ("qdata", "torchao"),

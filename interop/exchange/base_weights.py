@@ -58,7 +58,7 @@ def load_base(
         names: a `NameMap`, or what `inject` takes; by default a leaf's torch name is its path.
         layouts: as for `inject`.
         dtype: of all floating leaves, instead of each leaf's own. Scaled float8 is multiplied by
-            its scales.
+            its scales. 4-bit and 8-bit weights of bitsandbytes are unpacked.
         tied: `{name that is missing in the file: name that it shares its values with}`, e.g.
             `{"lm_head.weight": "model.embed_tokens.weight"}`.
         strict: tensors that no leaf takes are an error. Buffers such as `num_batches_tracked` never
@@ -94,6 +94,7 @@ def load_base(
             "shapes), and quantise what is loaded"
         )
     checkpoint = Checkpoint(path)
+    checkpoint.unpack()
     tree, sources, problems = find_sources_in(checkpoint, params, names, layouts)
     mismatch = Mismatch(misshapen=problems, titles=_TITLES)
     tied = {name: own for name, own in (tied or {}).items() if name not in checkpoint.shapes}

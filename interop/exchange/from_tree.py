@@ -111,6 +111,12 @@ def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:
         check_adapters(params, [adapter_name])
         return adapter_name
     known = adapter_names(params)
-    if len(known) != 1:
-        raise ValueError(f"Say which adapter: the tree has {', '.join(known) or 'none'}.")
-    return known[0]
+    if not known:
+        raise ValueError(
+            "This tree has no adapter to save. Call `loha_jax.inject(params, config, key=...)` "
+            "first."
+        )
+    first, *others = known
+    if others:
+        raise ValueError(f"Say which adapter: the tree has {', '.join(known)}.")
+    return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import same_everywhere
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.tree.before_saving import warn_of_changed_base
+from loha_jax.tree.containers import tree_of, written_back
 
 _LARGEST_STEP = 2**31 - 1
 
@@ -138,8 +140,9 @@ class Checkpoints:
 
         Args:
             step: later than those of the existing checkpoints.
-            params: the whole adapted tree: the halves of `partition` combined.
-            opt_state: any optax state.
+            params: the whole adapted tree: the halves of `partition` combined. Or an adapted NNX
+                model.
+            opt_state: any optax state; `nnx.state(optimizer)` of an `nnx.Optimizer`.
             key: the random key of the training loop.
             data: the position in the data; any JSON.
             metrics: numbers by name.
@@ -148,7 +151,7 @@ class Checkpoints:
             ValueError: the step, or a later one, has a checkpoint already; the tree has no adapter;
                 `data` is not JSON; a metric is not a number; or processes hold different values of
                 what should be the same.
-            TypeError: a leaf is neither an array nor a number; `params` is a model.
+            TypeError: a leaf is neither an array nor a number.
 
         Warns:
             UserWarning: a kernel has changed since its adapter was made: the checkpoint does not
@@ -166,6 +169,7 @@ class Checkpoints:
                 f"{data!r}, {numbers!r}. A checkpoint holds those of one process: make them the "
                 "same everywhere."
             )
+        params = tree_of(params)
         state = take_apart(params, opt_state, key)
         warn_of_changed_base(params)
         arrays, leaves = arrays_to_save(state)
@@ -191,7 +195,7 @@ class Checkpoints:
         Args:
             params: the adapted tree as it was before training: the base after `inject` with the
                 same config. Its arrays determine the dtype and sharding of the restored ones; those
-                of the adapters may be `jax.ShapeDtypeStruct`.
+                of the adapters may be `jax.ShapeDtypeStruct`. An NNX model is changed in place.
             opt_state: the optimizer state as it was before training, or its shapes. It determines
                 the shardings; dtypes are those that were saved. None to leave it out.
             step: the step of the checkpoint; by default the latest.
@@ -210,7 +214,7 @@ class Checkpoints:
                 says why.
         """
         self.wait()
-        state = take_apart(params, opt_state)
+        state = take_apart(tree_of(params), opt_state)
         leaves = {name: describe_leaf(leaf) for name, leaf in state.saved.items()}
         given = self._described(state, leaves)
         steps = steps_on_disk(self.folder)
@@ -227,7 +231,8 @@ class Checkpoints:
             try:
                 restored = read_checkpoint(self.folder, candidate, state, given)
                 self._retention.corrupted.pop(candidate, None)
-                return restored
+                new = written_back(params, restored.params)
+                return dataclasses.replace(restored, params=new)
             except FileError as error:
                 self._retention.corrupted[candidate] = str(error)
                 if step is not None:

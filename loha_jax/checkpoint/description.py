@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.containers import refuse_loose_factors
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
@@ -67,14 +67,10 @@ def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None =
     """Take a training state apart; arrays may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        TypeError: `params` is an NNX model, or a leaf to save is neither an array nor a number.
+        TypeError: a leaf to save is neither an array nor a number.
         ValueError: `params` has no adapter, or is one half of `partition`.
     """
-    refuse_model(
-        params,
-        "Split it first: state = nnx.state(model), and nnx.update(model, restored.params) "
-        "afterwards.",
-    )
+    refuse_loose_factors(params)
     adapters: dict[str, Any] = {}
 
     def mark(path: tuple[Any, ...], leaf: object) -> object:

@@ -108,6 +108,13 @@ def dress(model: nnx.Module) -> None:
                 set_class(node, adapted_class(base, None if called_in(node) else kernels))
 
 
+def end_interception(model: nnx.Module) -> None:
+    """Set the classes that modules had before qwix began to run them."""
+    for _, node in nnx.iter_graph(model):
+        if (plain := getattr(type(node), "_unquantized_type", None)) is not None:
+            set_class(node, plain)
+
+
 def _is_author_layer(node: nnx.Module) -> bool:
     """Return whether a module's class was derived from an adapted class, and stays."""
     return base_class(node) is not vars(type(node)).get("_loha_base", type(node))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 from flax import nnx
 from flax.typing import Key
 from flax.typing import PathParts as Path
+from jaxtyping import PyTree
+
+from loha_jax.tree.quantised_types import quantised_type
 
 
 def is_node(x: object) -> TypeGuard[nnx.Pytree | nnx.Variable]:
@@ -19,6 +22,15 @@ def is_node(x: object) -> TypeGuard[nnx.Pytree | nnx.Variable]:
 def is_variable(x: object) -> TypeGuard[nnx.Variable]:
     """Return whether x is a variable (for `is_leaf=`)."""
     return isinstance(x, nnx.Variable)
+
+
+def is_packed(x: object) -> bool:
+    """Return whether x is a quantised kernel as qwix holds it: a tree of variables."""
+    return (
+        not is_variable(x)
+        and quantised_type(x) is not None
+        and any(map(is_variable, jax.tree.leaves(x, is_leaf=is_variable)))
+    )
 
 
 def slots(node: object) -> list[tuple[Key, object]]:
@@ -43,12 +55,15 @@ def is_owner(node: object) -> TypeGuard[nnx.Pytree]:
     return isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List)
 
 
-def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, nnx.Variable]]:
-    """Yield the variables of a module, itself or in lists and dicts, with the way to each."""
+def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, PyTree[nnx.Variable]]]:
+    """Yield the variables of a module, itself or in lists and dicts, with the way to each.
 
-    def inside(path: Path, node: object) -> Iterator[tuple[Path, nnx.Variable]]:
+    The variables of a quantised kernel are one tree.
+    """
+
+    def inside(path: Path, node: object) -> Iterator[tuple[Path, PyTree[nnx.Variable]]]:
         for key, value in slots(node):
-            if is_variable(value):
+            if is_variable(value) or is_packed(value):
                 yield (*path, key), value
             elif not is_owner(value):
                 yield from inside((*path, key), value)
@@ -61,3 +76,12 @@ def follow(node: object, path: Path) -> object:
     for key in path:
         node = dict(slots(node))[key]
     return node
+
+
+def replace(owner: nnx.Pytree, path: Path, value: object) -> None:
+    """Put something else where a path from a module leads to."""
+    holder: Any = follow(owner, path[:-1])
+    if is_owner(holder):
+        setattr(holder, str(path[-1]), value)
+    else:
+        holder[path[-1]] = value

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
-from loha_jax.nnx.siblings import DropoutStream, adapted_in, intercepted_in
+from loha_jax.nnx.siblings import DropoutStream, adapted_in
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
@@ -52,8 +52,8 @@ def inject(
 
     Raises:
         ValueError: as `loha_jax.inject`, or there is no place beside a kernel: its module has an
-            attribute of that name, or it is in a list that no module holds, or a provider of qwix
-            runs the model. Nothing is changed then.
+            attribute of that name, or it is in a list that no module holds, or it is quantised and
+            its provider of qwix has not adapted it. Nothing is changed then.
         TypeError: `model` is no module, or `rngs` no `nnx.Rngs`.
 
     Example:
@@ -69,12 +69,6 @@ def inject(
         (8, 2)
     """
     _check("inject", model, rngs)
-    if intercepted_in(model):
-        raise ValueError(
-            "A provider of qwix adds this model's adapters, so loha_jax.nnx.inject cannot adapt it "
-            "further. Give the loha_jax.qwix.LoHaProvider one more rule, or inject into the float "
-            "model."
-        )
     inject_tree(
         model,
         config,

@@ -9,7 +9,7 @@ jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and in t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from flax import nnx
@@ -17,22 +17,43 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout, einsum_layout
-from loha_jax.nnx.adapted_classes import dress
+from loha_jax.nnx.adapted_classes import dress, end_interception
 from loha_jax.nnx.calls import call, nodes_among
-from loha_jax.nnx.graph import Key, Path, held_variables, is_node, is_owner, is_variable
+from loha_jax.nnx.graph import (
+    Key,
+    Path,
+    held_variables,
+    is_node,
+    is_owner,
+    is_packed,
+    is_variable,
+    replace,
+)
 from loha_jax.nnx.siblings import (
     AdaptedVariable,
     Siblings,
     adapted_in,
     set_values,
+    values_of,
     variables_of,
 )
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, is_adapted
+from loha_jax.tree.quantised import is_quantised, unwrapped, wrapped
+from loha_jax.tree.requantise import dequantise
 
 # With `call`, `is_node` and `nodes_among`, this module is a `loha_jax.tree.containers.Container`.
-__all__ = ["call", "is_node", "layer_layout", "layouts_of", "nodes_among", "tree_of", "write_back"]
+__all__ = [
+    "call",
+    "is_node",
+    "layer_layout",
+    "layouts_of",
+    "nodes_among",
+    "provided_among",
+    "tree_of",
+    "write_back",
+]
 
 
 @dataclasses.dataclass
@@ -53,20 +74,19 @@ class _Weight:
 def _weights(model: nnx.Module) -> dict[Path, _Weight]:
     """Return the variables that can hold weights, by path."""
     graph = list(nnx.iter_graph(model))
-    adapted = [(path, of) for path, node in graph for of in adapted_in(node)]
-    siblings = {id(variable) for _, of in adapted for variable in of.arrays}
-    bases = {id(v): of.base for _, of in adapted for v in variables_of(of.base)}
+    adapted = [of for _, node in graph for of in adapted_in(node)]
+    bases = {id(of.base) for of in adapted}
+    siblings = {id(variable) for of in adapted for variable in of.arrays}
+    packed = {path for path, node in graph if is_packed(node)}
     found: dict[Path, _Weight] = {}
     by_id: dict[int, _Weight] = {}
     for path, node in graph:
-        if not is_variable(node) or bases.get(id(node), node) is not node:
-            continue
-        if id(node) in bases or (id(node) not in siblings and _can_hold_weights(node)):
+        inside = packed and any(path[:n] in packed for n in range(len(path)))
+        if id(node) in bases or (
+            not inside and id(node) not in siblings and (path in packed or _can_hold_weights(node))
+        ):
             found[path] = by_id[id(node)] = _Weight(node)
-    for path, of in adapted:
-        if id(of.base) not in by_id:  # a tree of variables
-            place = (of.owner, of.settings.path)
-            found[(*path, *of.settings.path)] = by_id[id(of.base)] = _Weight(of.base, [place])
+    for of in adapted:
         by_id[id(of.base)].adapted.append(of)
     for _, node in graph:
         for path, variable in held_variables(node) if is_owner(node) else ():
@@ -75,10 +95,11 @@ def _weights(model: nnx.Module) -> dict[Path, _Weight]:
     return found
 
 
-def _can_hold_weights(variable: nnx.Variable) -> bool:
-    return not isinstance(variable, nnx.RngState | nnx.Intermediate | nnx.Cache) and isinstance(
-        variable.get_value(), jax.Array | jax.ShapeDtypeStruct
-    )
+def _can_hold_weights(node: object) -> bool:
+    if not is_variable(node) or isinstance(node, nnx.RngState | nnx.Intermediate | nnx.Cache):
+        return False
+    value = node.get_value()
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct) or is_quantised(value)
 
 
 def tree_of(model: nnx.Module) -> dict[Key, PyTree]:
@@ -87,10 +108,20 @@ def tree_of(model: nnx.Module) -> dict[Key, PyTree]:
         {
             path: _named(weight.adapted[0].leaf(), path)
             if weight.adapted
-            else weight.base.get_value()
+            else values_of(weight.base)
             for path, weight in _weights(model).items()
         }
     )
+
+
+def provided_among(args: PyTree) -> Iterator[tuple[str, LoHaWeight]]:
+    """Yield the adapted kernels that a provider adds to, with their modules' names."""
+    for model in jax.tree.leaves(args, is_leaf=is_node):
+        for path, weight in _weights(model).items() if isinstance(model, nnx.Module) else ():
+            if weight.adapted and weight.adapted[0].settings.intercepted:
+                leaf = _named(weight.adapted[0].leaf(), path)
+                assert isinstance(leaf, LoHaWeight)
+                yield module_name(tuple(map(str, path))), leaf
 
 
 def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeight:
@@ -106,6 +137,9 @@ def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeig
 def write_back(model: nnx.Module, tree: Mapping[Key, PyTree]) -> nnx.Module:
     """Write a changed `tree_of(model)` into the model, and return the model.
 
+    A quantised kernel that has become a floating one makes the whole model a floating one: qwix,
+    which would quantise that kernel again, no longer runs it.
+
     Raises:
         ValueError: the tree holds other variables than the model, or there is no place beside an
             adapted one; nothing is changed then.
@@ -115,25 +149,40 @@ def write_back(model: nnx.Module, tree: Mapping[Key, PyTree]) -> nnx.Module:
     if weights.keys() != leaves.keys():
         different = sorted(map(str, weights.keys() ^ leaves.keys()))
         raise ValueError(f"The tree holds other variables than the model: {different}")
+    packed = {path for path, weight in weights.items() if is_packed(weight.base)}
+    floating = any(not is_quantised(base_of(leaves[path])) for path in packed)
+    if floating:
+        leaves = {path: dequantise(leaf) for path, leaf in leaves.items()}
     siblings = {
-        path: _siblings(path, weights[path], leaf)
+        path: _siblings(path, weights[path], leaf, floating)
         for path, leaf in leaves.items()
         if is_adapted(leaf)
     }
     for path, weight in weights.items():
         for adapted in weight.adapted:
             adapted.remove()
+        base, new = weight.base, unwrapped(base_of(leaves[path]))
+        if floating and path in packed:
+            base = variables_of(base)[0].replace(new)
+            for owner, way in weight.holders:
+                replace(owner, way, base)
         if path in siblings:
             for owner, way in weight.holders:
                 siblings[path].put(owner, way)
-        leaf = leaves[path]
-        set_values(weight.base, leaf.original if is_adapted(leaf) else leaf)
+        set_values(base, new)
+    if floating:
+        end_interception(model)
     dress(model)
     return model
 
 
-def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Siblings:
-    """Return the new variables beside an adapted one, for which there is a place."""
+def _siblings(
+    path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight, floating: bool
+) -> Siblings:
+    """Return the new variables beside an adapted one, for which there is a place.
+
+    With `floating`, the model's calls compute with them, and no provider does.
+    """
     name = ".".join(map(str, path))
     if not weight.holders:
         raise ValueError(
@@ -142,7 +191,14 @@ def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Si
         )
     if weight.adapted:
         old = weight.adapted[0]
-        return Siblings.of(leaf, weight.base, mode=old.mode, intercepted=old.settings.intercepted)
+        intercepted = old.settings.intercepted and not floating
+        return Siblings.of(leaf, weight.base, mode=old.mode, intercepted=intercepted)
+    if is_packed(weight.base):
+        raise ValueError(
+            f"The kernel {name} is quantised and has no adapter: qwix computes its product, and "
+            "only a loha_jax.qwix.LoHaProvider adds to it. Apply one with a rule for this kernel "
+            "to the float model, or make the model float with loha_jax.dequantise(model)."
+        )
     siblings = Siblings.of(leaf, weight.base)
     for owner, way in weight.holders:
         if taken := [n for n in siblings.attributes(way) if n in vars(owner)]:
@@ -159,7 +215,7 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     transposed: set[str] = set()
     for path, weight in _weights(model).items():
         for owner, way in () if weight.adapted else weight.holders:
-            word = layer_layout(owner, str(way[0]), weight.base.get_value().shape)
+            word = layer_layout(owner, str(way[0]), wrapped(values_of(weight.base)).shape)
             if word and len(way) == 1:
                 name = module_name(tuple(map(str, path)))
                 found[name] = Layout(word)

@@ -31,6 +31,7 @@ from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.placement import MeshAxis, named_axes
+from loha_jax.tree.quantised import wrapped
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -171,7 +172,7 @@ class AdaptedVariable:
                 an adapter of another rank.
         """
         leaf = self.settings.flat[1].unflatten([variable.get_value() for variable in self.arrays])
-        base = values_of(self.base)
+        base = wrapped(values_of(self.base))
         if isinstance(leaf, SavedWeight):
             return dataclasses.replace(leaf, original=base)
         _check_ranks(leaf)

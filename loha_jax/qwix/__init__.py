@@ -7,8 +7,7 @@ It needs the extra `qwix`: `pip install 'loha-jax[qwix]'`.
 """
 
 from loha_jax.qwix.linen_tree import linen_tree
-from loha_jax.qwix.merging import merge, merge_requantised
 from loha_jax.qwix.provider import LoHaProvider
 from loha_jax.qwix.rules import LoHaRule
 
-__all__ = ["LoHaProvider", "LoHaRule", "linen_tree", "merge", "merge_requantised"]
+__all__ = ["LoHaProvider", "LoHaRule", "linen_tree"]

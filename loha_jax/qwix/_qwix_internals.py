@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-import jax
 import qwix
 from flax import linen as nn
 from flax import nnx
@@ -40,7 +39,6 @@ for _owner, _name in (
     (_flax, "get_current_module_path"),
     (_flax, "unbox"),
     (_ptq, "WithAux"),
-    (_ptq, "quantize_params"),
     (qwix.PtqProvider, "_get_current_rule_and_op_id"),
 ):
     if not hasattr(_owner, _name):
@@ -65,8 +63,3 @@ def current_path() -> tuple[str, ...]:
 def unboxed(x: object) -> object:
     """Return an array, or a quantised one, without boxes and variables."""
     return _flax.unbox(x)
-
-
-def requantised(array: jax.Array, like: WithAux) -> WithAux:
-    """Return a float array quantised as another parameter is."""
-    return _ptq.quantize_params({"x": array}, {"x": like})["x"]

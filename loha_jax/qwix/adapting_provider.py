@@ -270,8 +270,7 @@ def _refuse_adapted(model: nnx.Module) -> None:
     if intercepted_in(model):
         raise ValueError(
             "The model already has the adapters of a LoHaProvider. Apply one provider, with all "
-            "its rules, to the float model. loha_jax.qwix.merge(model) makes a float model of this "
-            "one."
+            "its rules, to the float model. loha_jax.merge(model) makes a float model of this one."
         )
     if any(adapted_in(node) for _, node in nnx.iter_graph(model)):
         raise ValueError(

@@ -19,6 +19,7 @@ from loha_jax.tree.inject import initial_factors
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.placement import follow_kernel, named_axes
 from loha_jax.tree.plan import Target
+from loha_jax.tree.quantised import wrapped
 
 if TYPE_CHECKING:
     from loha_jax.qwix._qwix_internals import WithAux
@@ -56,7 +57,7 @@ class NnxStorage:
     def leaf(self) -> LoHaWeight | None:
         """Return the adapted kernel, with dropout's masks in training; None without adapter."""
         settings = vars(self.module).get(prefix((self.name,)))
-        if not isinstance(settings, Settings):
+        if not isinstance(settings, Settings) or not settings.intercepted:
             return None
         leaf = AdaptedVariable(self.module, settings).leaf_for_call()
         assert isinstance(leaf, LoHaWeight)
@@ -143,4 +144,4 @@ def _leaf(
         array = kernel.array.qvalue if is_quantised(kernel) else kernel
         factors = follow_kernel(factors, array, target.layout)
     names = ("",) * len(target.names)
-    return LoHaWeight(kernel, {ADAPTER: factors}, target.layout, names, (ADAPTER,))
+    return LoHaWeight(wrapped(kernel), {ADAPTER: factors}, target.layout, names, (ADAPTER,))

@@ -37,9 +37,9 @@ from loha_jax.transform.packed_kernel import PackedKernel, plain
 from loha_jax.transform.rows import mark_rows
 from loha_jax.transform.strategy import Strategy, checked_strategy
 from loha_jax.transform.typed_jax import Operand, array_type
-from loha_jax.tree.containers import on_trees
+from loha_jax.tree.containers import is_model_part, on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_whole
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.quantised import QuantisedArray, is_quantised, wrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -157,7 +157,7 @@ def _run(
     options: Options, fn: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> R:
     """Call `fn` on trees: on its jaxpr with views where an argument is adapted, else as it is."""
-    leaves, treedef = flatten((args, kwargs), is_leaf=is_whole)
+    leaves, treedef = flatten((args, kwargs), is_leaf=_is_leaf)
     named = options.observer is not None or not isinstance(options.strategy, str)
     values: list[Value] = []  # what the jaxpr of fn is evaluated on
     traced: list[int] = []  # their positions among the leaves
@@ -244,6 +244,16 @@ def _as_array(value: ArrayLike, var: Operand) -> jax.Array:
     kind = array_type(var)
     constant = np.asarray(value)
     return jnp.asarray(constant.item()) if kind.weak_type else jnp.asarray(constant, kind.dtype)
+
+
+def _is_leaf(x: object) -> bool:
+    """Return whether x is adapted or quantised.
+
+    A quantised kernel that holds variables is a model's own, which computes with it.
+    """
+    if not is_quantised(x):
+        return is_adapted(x)
+    return not any(map(is_model_part, jax.tree.leaves(x, is_leaf=is_model_part)))
 
 
 @standard_promotion()

@@ -65,7 +65,11 @@ def run_per_example(
     adapted = {n: leaf for n, leaf in enumerate(leaves) if is_adapted(leaf)}
     count = max((len(leaf.active) for leaf in adapted.values()), default=0)
     if not count:
-        raise ValueError("adapter_index chooses among active adapters, and the arguments hold none")
+        raise ValueError(
+            "adapter_index chooses among active adapters, and the arguments hold none. A "
+            "loha_jax.qwix.LoHaProvider computes all rows with the adapters that "
+            "loha_jax.set_adapter has chosen"
+        )
     if bad := [i for i in _known(index) if not -1 <= i < count]:
         raise ValueError(
             f"adapter_index {bad[0]} is out of range: the tree has {count} active adapters (0 to "

@@ -17,9 +17,9 @@ from loha_jax.transform.arguments import flat_arguments
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
-from loha_jax.transform.options import Observer
+from loha_jax.transform.options import OBSERVER, Observer
 from loha_jax.transform.strategy import Strategy
-from loha_jax.tree.containers import adapted_leaves
+from loha_jax.tree.containers import adapted_leaves, provided_leaves
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.text_table import text_table
 
@@ -153,7 +153,8 @@ def explain(
         fn: the model's function, or the result of `adapt`, whose own settings then count.
         params: the first argument of `fn`, an adapted tree or NNX model.
         args, kwargs: the other arguments of `fn`.
-        strategy, training, forward_mode: as for `adapt`.
+        strategy, training, forward_mode: as for `adapt`. The updates that a
+            `loha_jax.qwix.LoHaProvider` adds are computed by its own.
 
     Raises:
         ValueError: `fn` was made by `adapt(..., adapter_index=...)`.
@@ -174,7 +175,7 @@ def explain(
                 "see the products, explain adapt(fn) without adapter_index, with one active "
                 "adapter."
             )
-    recorder = _Recorder(options.training)
+    recorder, provided = _Recorder(options.training), provided_leaves((params, args, kwargs))
     options = dataclasses.replace(options, observer=recorder)
 
     arguments = flat_arguments(params, *args, **kwargs)
@@ -184,19 +185,36 @@ def explain(
         outputs = jax.tree.leaves(run(fn, args, kwargs, options))
         return [o for o in outputs if isinstance(o, jax.Array)]
 
+    token = OBSERVER.set(recorder)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "The function that adapt was given closes over"
         )  # the note says it
-        jax.eval_shape(traced, arguments.arrays)
-    seen = {use.module for use in recorder.uses}
-    adapted = adapted_leaves((params, args, kwargs))
+        try:
+            jax.eval_shape(traced, arguments.arrays)
+        finally:
+            OBSERVER.reset(token)
+    uses = tuple(_of_stack(use, provided.get(use.module)) for use in recorder.uses)
+    seen = {use.module for use in uses}
+    adapted = [*adapted_leaves((params, args, kwargs)), *provided.values()]
     names = [
         leaf.label for leaf in adapted if isinstance(leaf, LoHaWeight) and leaf.active_adapters
     ]
     note = "" if names else _nothing_adapted(fn)
-    return Explanation(
-        tuple(recorder.uses), tuple(name for name in names if name not in seen), note
+    return Explanation(uses, tuple(name for name in names if name not in seen), note)
+
+
+def _of_stack(use: Use, leaf: LoHaWeight | None) -> Use:
+    """Return a use with the scans around it, which a provider of qwix does not see."""
+    if leaf is None:
+        return use
+    times = leaf.size // math.prod(use.shape)
+    return dataclasses.replace(
+        use,
+        module=leaf.label,
+        rows=use.rows * times,
+        flops=use.flops * times,
+        extra_flops=use.extra_flops * times,
     )
 
 

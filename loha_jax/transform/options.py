@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ class Observer:
         self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int
     ) -> None:
         """The weight is materialised for an operation that has no other form."""
+
+
+OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("OBSERVER", default=None)
+"""Told of the updates that a provider of qwix adds while a model runs."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from loha_jax.transform.adapt import run
-from loha_jax.transform.options import Options
+from loha_jax.transform.options import OBSERVER, Options
 from loha_jax.tree.leaves import LoHaWeight
 
 
@@ -44,4 +44,7 @@ def update_alone(
         (5, 4)
     """
     zero = dataclasses.replace(leaf, kernel=jnp.zeros(leaf.kernel.shape, x.dtype))
-    return run(fn, (x, zero), {}, dataclasses.replace(options, update_alone=True))
+    observer = OBSERVER.get()
+    return run(
+        fn, (x, zero), {}, dataclasses.replace(options, update_alone=True, observer=observer)
+    )

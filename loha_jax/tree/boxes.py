@@ -23,9 +23,12 @@ from loha_jax.tree.leaves import (
     SavedWeight,
     base_of,
     is_adapted,
+    is_whole,
     map_adapted,
 )
 from loha_jax.tree.placement import named_axes
+from loha_jax.tree.quantised import QuantisedArray, is_quantised, unwrapped
+from loha_jax.tree.unbox import content, is_box, unbox
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -46,37 +49,51 @@ class Box(Protocol):
         ...
 
 
-def is_box(x: object) -> bool:
-    """Return whether `x` is a box.
+@dataclasses.dataclass(frozen=True)
+class _PackedBox:
+    """The boxes around the arrays of a quantised kernel, as one box.
 
-    Flax is not imported: whoever has a box has imported it.
+    Attributes:
+        node: the quantised array with the boxes in it.
+        outer: the box of the stored values, which says the kernel's axes.
     """
-    meta = sys.modules.get("flax.core.meta")
-    return meta is not None and isinstance(x, meta.AxisMetadata)
+
+    node: Any
+    outer: Any
+
+    def unbox(self) -> Any:
+        """Return the quantised array without boxes."""
+        return unbox(self.node)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Return another quantised array in these boxes; anything else in the outer one."""
+        if not is_quantised(val):
+            return self.outer.replace_boxed(val)
+
+        def put(box: Any, x: object) -> object:
+            return box.replace_boxed(x) if is_box(box) else x
+
+        node = jax.tree.map(put, self.node, unwrapped(val), is_leaf=is_box)
+        return QuantisedArray(node, val.cast) if isinstance(val, QuantisedArray) else node
 
 
 def box_of(leaf: object) -> Any:
     """Return the box of a parameter, or of the kernel of an adapted one; None without one."""
     held = base_of(leaf)
-    return held if is_box(held) else None
-
-
-def unbox(tree: T) -> T:
-    """Return the tree without boxes; no sharding constraint is applied."""
-    return jax.tree.map(lambda x: _content(x) if is_box(x) else x, tree, is_leaf=is_box)
-
-
-def _content(box: Any) -> Any:
-    return box.value if hasattr(box, "value") else box.unbox()
+    if not is_quantised(held):
+        return held if is_box(held) else None
+    boxes = [x for x in jax.tree.leaves(held, is_leaf=is_box) if is_box(x)]
+    if not boxes:
+        return None
+    outer = max(boxes, key=lambda box: getattr(content(box), "size", 0))
+    return _PackedBox(unwrapped(held), outer)
 
 
 def boxes_among(tree: PyTree) -> dict[KeyPath, Any]:
     """Return the boxes of a tree's parameters by path; {} if Flax' boxes are not in use."""
     if "flax.core.meta" not in sys.modules:
         return {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_box(x) or is_adapted(x)
-    )
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_box(x) or is_whole(x))
     return {path: box for path, leaf in flat if (box := box_of(leaf)) is not None}
 
 
@@ -86,7 +103,7 @@ def put_in_boxes(tree: T, boxes: Mapping[KeyPath, Box]) -> T:
     def put(path: KeyPath, leaf: object) -> object:
         return boxed(leaf, boxes[path]) if path in boxes else leaf
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_adapted)
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_whole)
 
 
 def boxed(leaf: object, box: Box) -> Any:
@@ -104,6 +121,7 @@ def boxed(leaf: object, box: Box) -> Any:
 
 
 def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
+    box = box.outer if isinstance(box, _PackedBox) else box
     # A box of some other kind says nothing of axes.
     axes = named_axes(getattr(box, "names", None), leaf, factors)
     boxes = {
@@ -127,7 +145,7 @@ def boxes_inside(tree: T) -> T:
     """Undo `boxes_outside`."""
 
     def turn(box: Any) -> Any:
-        return boxed(_content(box), box) if is_box(box) and is_adapted(_content(box)) else box
+        return boxed(content(box), box) if is_box(box) and is_adapted(content(box)) else box
 
     return jax.tree.map(turn, tree, is_leaf=is_box)
 

@@ -16,19 +16,23 @@ from typing import Any, Protocol, TypeVar, cast, overload
 import jax
 from jaxtyping import PyTree
 
+from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.targets.model_layouts import Layouts
+from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.boxes import (
     box_of,
     boxes_among,
     boxes_inside,
     boxes_outside,
     put_in_boxes,
-    unbox,
 )
-from loha_jax.tree.leaves import flatten_whole, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, flatten_whole, is_adapted
+from loha_jax.tree.unbox import unbox
 
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 """The `Container` of the models that are instances of a class, given by its module and its name."""
+
+_FIRST_FACTOR = FACTOR_NAMES[0]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,6 +66,10 @@ class Container(Protocol):
 
     def nodes_among(self, args: PyTree) -> Iterator[Any]:
         """Yield the adapted nodes of the models among the leaves of `args`."""
+        ...
+
+    def provided_among(self, args: PyTree) -> Iterator[tuple[str, LoHaWeight]]:
+        """Yield the adapted kernels that a provider adds to, with their modules' names."""
         ...
 
     def call(
@@ -110,6 +118,8 @@ def takes_model(
     the model, which is returned, as users of such models expect. Otherwise its result is returned.
     A `layouts` argument is completed with what the model's own layers say. A tree with boxes
     (`loha_jax.tree.boxes`) is unboxed and its result boxed again.
+
+    A tree of models, and one in which factors are leaves beside their kernels, are refused.
     """
     if function is None:
         return functools.partial(takes_model, argument=argument, changes=changes)
@@ -119,6 +129,7 @@ def takes_model(
     def wrapper(*args: object, **kwargs: object) -> object:
         bound = signature.bind(*args, **kwargs)
         model = bound.arguments.get(argument)
+        refuse_loose_factors(model)
         if boxes := boxes_among(model):
             bound.arguments[argument] = unbox(model)
             result = function(*bound.args, **bound.kwargs)
@@ -165,6 +176,11 @@ def adapted_leaves(tree: object) -> list[Any]:
     return inside + [leaf for leaf in flatten_whole(tree)[0] if is_adapted(leaf)]
 
 
+def provided_leaves(tree: object) -> dict[str, LoHaWeight]:
+    """Return the adapted kernels of the models in a tree that a provider adds to, by module."""
+    return dict(item for container in _used_containers() for item in container.provided_among(tree))
+
+
 def is_model_part(x: object) -> bool:
     """Return whether `x` is a part of a model, or a variable in it."""
     return any(container.is_node(x) for container in _used_containers())
@@ -176,3 +192,52 @@ def refuse_model(tree: object, advice: str) -> None:
         raise TypeError(
             f"This takes a tree of parameters, not a model ({type(tree).__name__}). {advice}"
         )
+    refuse_inner_models(tree)
+
+
+def refuse_inner_models(tree: object) -> None:
+    """Raise TypeError for a tree with models in it."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_model)[0]:
+        if is_model(leaf):
+            raise TypeError(
+                f"{jax.tree_util.keystr(path)} in the tree is a model ({type(leaf).__name__}). "
+                "Call the function for each model by itself."
+            )
+
+
+def is_model(x: object) -> bool:
+    """Return whether `x` is a model (for `is_leaf=`)."""
+    return container_of(x) is not None
+
+
+def tree_of(params: PyTree) -> PyTree:
+    """Return the tree of a model; a tree as it is."""
+    container = container_of(params)
+    return params if container is None else container.tree_of(params)
+
+
+def written_back(params: PyTree, tree: PyTree) -> PyTree:
+    """Return a changed `tree_of(params)`; for a model the model, changed in place."""
+    container = container_of(params)
+    return tree if container is None else container.write_back(params, tree)
+
+
+def refuse_loose_factors(tree: object) -> None:
+    """Refuse a tree in which an adapter's arrays are leaves beside the kernel.
+
+    Raises:
+        ValueError: there are such arrays.
+        TypeError: there is a model in the tree.
+    """
+    if is_model(tree):
+        return
+    refuse_inner_models(tree)
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)[0]:
+        parts = path_parts(path)
+        if parts and parts[-1].endswith(_FIRST_FACTOR) and "_lora_" in parts[-1]:
+            raise ValueError(
+                f"{'.'.join(parts)} is an array of an adapter beside its kernel, without its rank "
+                "and alpha. Pass the NNX model instead of its state. Of a Linen model that a "
+                "loha_jax.qwix.LoHaProvider adapts, pass loha_jax.qwix.linen_tree(provider, "
+                "params); an optimizer knows its factors by '_lora_' in their names."
+            )

@@ -124,13 +124,7 @@ class LoHaWeight(ArrayLike, FlatNode):
                 than stack axes.
         """
         self.require_whole()
-        kernel = as_array(self._frozen)
-        if not jax.tree_util.all_leaves([kernel]):
-            raise ValueError(
-                f"The kernel of {self.label} is quantised: it has no sum with ΔW. Use "
-                "loha_jax.qwix.merge(model), or call the model as qwix runs it."
-            )
-        kernel = lax.stop_gradient(kernel)
+        kernel = lax.stop_gradient(as_array(self._frozen))
         chosen = self.active_adapters
         if adapters is not None:
             chosen = tuple(self.adapters[name] for name in adapters)

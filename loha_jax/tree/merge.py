@@ -58,7 +58,9 @@ def merge(
 
     Returns:
         The merged tree. Leaves of `modules_to_save` are the trained copies. To unmerge, keep the
-        tree you had.
+        tree you had. An NNX model that qwix runs is a plain floating model once a quantised kernel
+        of it is merged, since qwix would quantise that kernel again; with `requantise` qwix goes on
+        running it.
 
     Raises:
         ValueError: no leaf has an adapter of that name; two adapters hold a copy of one module; a

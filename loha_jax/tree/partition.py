@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 from jaxtyping import PyTree
 
-from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.containers import refuse_loose_factors, refuse_model
 from loha_jax.tree.factors import UNTRAINED_NAMES
 from loha_jax.tree.leaves import AdaptedLeaf, SavedWeight, is_adapted
 
@@ -99,6 +99,7 @@ def trainable_mask(params: PyTree) -> PyTree:
     """
 
     refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")
+    refuse_loose_factors(params)
 
     def mask(leaf: object) -> object:
         if not is_adapted(leaf):

@@ -17,6 +17,7 @@ from loha_jax.targets.module_names import KERNEL_LEAVES, path_parts
 from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.quantised_types import Node, QuantisedType, quantised_type
 from loha_jax.tree.short_repr import short_array
+from loha_jax.tree.unbox import unbox
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class QuantisedArray(ArrayLike):
         return str(self._largest.dtype)
 
     def __jax_array__(self) -> jax.Array:
-        array = self.kind.dequantise(self.node)
+        array = self.kind.dequantise(unbox(self.node))
         return array if self.cast is None else array.astype(self.cast)
 
     @functools.cached_property
@@ -166,8 +167,8 @@ def is_quantised(x: object) -> bool:
 
 
 def wrapped(leaf: object) -> Any:
-    """Return a quantised array as a `QuantisedArray`; other leaves as they are."""
-    return QuantisedArray(leaf) if quantised_type(leaf) is not None else leaf
+    """Return a quantised array as a `QuantisedArray`, without boxes; other leaves as they are."""
+    return QuantisedArray(unbox(leaf)) if quantised_type(leaf) is not None else leaf
 
 
 def unwrapped(leaf: object) -> Any:
@@ -178,22 +179,6 @@ def unwrapped(leaf: object) -> Any:
 def as_array(kernel: object) -> Any:
     """Return a quantised kernel dequantised; others as they are."""
     return kernel.__jax_array__() if isinstance(kernel, QuantisedArray) else kernel
-
-
-def dequantise(params: T) -> T:
-    """Return a tree with its quantised arrays as floating ones; the kernels of adapters too.
-
-    Example:
-        >>> import loha_jax
-        >>> kernel = loha_jax.ScaledArray(jnp.ones((3, 4), jnp.int8), jnp.full((1, 1), 0.5))
-        >>> dequantise({"q": {"kernel": kernel}})["q"]["kernel"].dtype
-        dtype('float32')
-    """
-
-    def plain(leaf: object) -> Any:
-        return as_array(wrapped(leaf))
-
-    return jax.tree.map(plain, params, is_leaf=is_quantised)
 
 
 def types_of_quantised(params: T) -> T:

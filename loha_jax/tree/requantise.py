@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.core
@@ -14,8 +14,11 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
+from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, leaves_of
-from loha_jax.tree.quantised import QuantisedArray, as_array
+from loha_jax.tree.quantised import QuantisedArray, as_array, is_quantised, wrapped
+
+T = TypeVar("T")
 
 _NOTED = 0.1
 """The share of all updates from which on a merge warns."""
@@ -74,13 +77,34 @@ def _measured(
     return Requantised(scheme, float(np.vdot(lost, lost)), float(np.vdot(update, update)))
 
 
+@takes_model
+def dequantise(params: T) -> T:
+    """Return a tree with its quantised arrays as floating ones; the kernels of adapters too.
+
+    An NNX model that qwix runs becomes a plain floating model, in place. Its adapters are then
+    those of `loha_jax.nnx.inject`.
+
+    Example:
+        >>> import loha_jax
+        >>> kernel = loha_jax.ScaledArray(jnp.ones((3, 4), jnp.int8), jnp.full((1, 1), 0.5))
+        >>> dequantise({"q": {"kernel": kernel}})["q"]["kernel"].dtype
+        dtype('float32')
+    """
+
+    def plain(leaf: object) -> Any:
+        return as_array(wrapped(leaf))
+
+    return jax.tree.map(plain, params, is_leaf=is_quantised)
+
+
+@takes_model(changes=False)
 def requantising_losses(params: PyTree, adapters: Sequence[str] | None = None) -> dict[str, float]:
     """Return what `merge(params, adapters, requantise=True)` would lose of each update.
 
     Rounding to few bits may lose most of an update, since an update is small beside its kernel.
 
     Args:
-        params: an adapted tree with quantised kernels.
+        params: an adapted tree, or NNX model, with quantised kernels.
         adapters: as for `merge`.
 
     Returns:

@@ -182,7 +182,7 @@ def test_what_cannot_be_saved(tmp_path):
         ((base(),), ValueError, "holds no adapter"),
         ((trainable,), ValueError, "one half of `partition`"),
         ((frozen,), ValueError, "one half of `partition`"),
-        ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),), TypeError, "not a model"),
+        ((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),), ValueError, "holds no adapter"),
         ((params, {"x": "word"}), TypeError, r"opt_state\['x'\] is of type str"),
         ((jax.eval_shape(lambda: params),), ValueError, "no values to save"),
     ]:

@@ -1,17 +1,44 @@
 """The refusals of `loha_jax.qwix`, and what its errors say."""
 
 import jax
+import numpy as np
 import pytest
 import qwix
 from flax import linen as nn
 from flax import nnx
-from qwix_models import BASES, Attention, LinenModel, adapted, tokens
+from qwix_models import (
+    BASES,
+    Attention,
+    LinenModel,
+    adapted,
+    arrays,
+    quantised,
+    randomise,
+    tokens,
+)
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.qwix import LoHaProvider, linen_tree
+from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree
 
 CONFIG = loha_jax.LoHaConfig(r=2, target_modules=["mlp"])
+
+
+INJECT = {
+    "nnx": lambda model, name, targets: loha_jax.nnx.inject(
+        model,
+        loha_jax.LoHaConfig(r=2, target_modules=targets),
+        rngs=nnx.Rngs(0),
+        adapter_name=name,
+    ),
+    "tree": lambda model, name, targets: loha_jax.inject(
+        model,
+        loha_jax.LoHaConfig(r=2, target_modules=targets),
+        key=jax.random.key(0),
+        adapter_name=name,
+    ),
+}
+"""Both functions that adapt a model in place."""
 
 
 class Blocks(nnx.Module):
@@ -29,13 +56,50 @@ def applied(model, **fields):
     return qwix.apply_lora_to_model(model, provider, tokens(), rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("name", ["default", "other"])
-@pytest.mark.parametrize("path", ["mlp", "query"])
-def test_inject_into_a_provider_s_model(path, name):
-    """The provider runs the model, so `inject` would be a second way to adapt it."""
-    model = applied(Attention(nnx.Rngs(0)), module_path=path)
-    with pytest.raises(ValueError, match=r"provider of qwix.*one more rule"):
-        loha_jax.nnx.inject(model, CONFIG, rngs=nnx.Rngs(0), adapter_name=name)
+@pytest.mark.parametrize("inject", INJECT.values(), ids=INJECT)
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_inject_into_a_provider_s_model(base, inject):
+    """One more adapter, on the kernels that the provider has adapted and on float ones."""
+    x = tokens()
+    model = applied(Attention(nnx.Rngs(0)), module_path="mlp|query", **BASES[base])
+    randomise(model)
+    first = model(x)
+    with pytest.raises(ValueError, match=r"^Adapter with name 'default' already exists"):
+        inject(model, "default", ["mlp"])
+    inject(model, "other", ["mlp", "out"])
+    assert loha_jax.adapter_names(model) == ("default", "other")
+    loha_jax.set_adapter(model, "default")
+    assert (model(x) == first).all()
+    loha_jax.set_adapter(model, ("default", "other"))
+    randomise(model)
+    both = model(x)
+    merged = loha_jax.merge(nnx.clone(model))
+    np.testing.assert_allclose(both, merged(x), atol=1e-4)
+    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    gradients = jax.grad(lambda lora: nnx.merge(graph, lora, rest)(x).sum())(lora)
+    assert all((abs(g) > 0).any() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("inject", INJECT.values(), ids=INJECT)
+def test_inject_into_kernels_that_only_qwix_computes_with(inject):
+    """Nothing would add the update of a quantised kernel that no rule adapts."""
+    rules = [
+        LoHaRule(module_path="mlp", rank=2, alpha=4.0, weight_qtype="int8"),
+        qwix.QuantizationRule(module_path="out", weight_qtype="int8"),
+    ]
+    x = tokens()
+    models = [
+        qwix.apply_lora_to_model(Attention(nnx.Rngs(0)), LoHaProvider(rules), x, rngs=nnx.Rngs(1)),
+        quantised(Attention(nnx.Rngs(0)), x, **BASES["int8"]),
+    ]
+    for model in models:
+        before = arrays(model, nnx.Param)
+        with pytest.raises(ValueError, match=r"out\.kernel is quantised.*LoHaProvider.*dequantise"):
+            inject(model, "other", ["out"])
+        after = arrays(model, nnx.Param)
+        assert before.keys() == after.keys()
+        inject(loha_jax.dequantise(model), "other", ["out"])
+        assert (abs(model(x)) > 0).any()
 
 
 def injected():

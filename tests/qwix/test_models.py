@@ -18,7 +18,8 @@ from qwix_models import (
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree, merge, merge_requantised
+from loha_jax.nnx.siblings import values_of
+from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree
 
 
 class Stack(nnx.Module):
@@ -261,27 +262,33 @@ def test_files_and_summary(base, tmp_path):
 
 @pytest.mark.parametrize("base", ["float", "int8", "nf4"])
 def test_merge(base):
-    """`qwix.merge` makes a float model that computes the same."""
+    """`merge` makes a float model that computes the same."""
     x = tokens()
     model = adapted(Attention(nnx.Rngs(0)), x, **BASES[base])
     want = model(x)
-    if base != "float":
-        with pytest.raises(ValueError, match=r"quantised.*loha_jax.qwix.merge"):
-            loha_jax.merge(model)
-    merged = merge(model)
+    merged = loha_jax.merge(model)
+    assert merged is model
+    assert type(merged) is Attention or base == "float"
     assert not hasattr(merged.mlp, "kernel_lora")
     assert merged.mlp.kernel.get_value().dtype == jnp.float32
     np.testing.assert_allclose(merged(x), want, atol=1e-4)
 
 
 def test_merge_requantised():
-    """Quantised again, the merged kernels have the error that is reported; qwix runs the model."""
+    """Quantised again, the merged kernels lose the share that is reported; qwix runs the model."""
     x = tokens()
     model = adapted(Attention(nnx.Rngs(0)), x, **BASES["int8"])
     want = model(x)
-    merged, errors = merge_requantised(model)
-    assert errors.keys() == {"query", "out", "mlp"}
-    assert all(0 < error < 0.005 for error in errors.values())
+    exact = loha_jax.merge(nnx.clone(model))
+    base = qwix.dequantize(values_of(model.mlp.kernel).array)
+    losses = loha_jax.requantising_losses(model)
+    merged = loha_jax.merge(model, requantise=True)
+    stored = qwix.dequantize(values_of(model.mlp.kernel).array)
+    kernel = exact.mlp.kernel.get_value()
+    share = float(jnp.linalg.norm(stored - kernel) / jnp.linalg.norm(kernel - base))
+    assert losses.keys() == {"query", "out", "mlp"}
+    assert losses["mlp"] == pytest.approx(share, rel=1e-4)
+    assert all(0 < loss < 0.05 for loss in losses.values())
     assert merged.mlp.kernel.array.qvalue.get_value().dtype == jnp.int8
     difference = abs(merged(x) - want).max()
     assert 0 < difference < 0.03 * abs(want).max()

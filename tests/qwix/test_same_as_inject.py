@@ -14,7 +14,7 @@ from qwix_models import BASES, Attention, LinenModel, randomise, tokens
 import loha_jax
 from loha_jax import interop
 from loha_jax.nnx.siblings import values_of
-from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree, merge
+from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -82,7 +82,7 @@ def test_nnx(base, tmp_path):
         return nnx.merge(nnx.graphdef(plain), state)(x)
 
     run = nnx.clone(model)
-    check(run, apply, tree, tmp_path, merge(model))
+    check(run, apply, tree, tmp_path, loha_jax.merge(model))
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

@@ -77,7 +77,11 @@ def _weights(model: nnx.Module) -> dict[Path, _Weight]:
     adapted = [of for _, node in graph for of in adapted_in(node)]
     bases = {id(of.base) for of in adapted}
     siblings = {id(variable) for of in adapted for variable in of.arrays}
-    packed = {path for path, node in graph if is_packed(node)}
+    packed = {
+        path
+        for path, node in graph
+        if is_packed(node) or (id(node) in bases and not is_variable(node))
+    }
     found: dict[Path, _Weight] = {}
     by_id: dict[int, _Weight] = {}
     for path, node in graph:
@@ -92,6 +96,9 @@ def _weights(model: nnx.Module) -> dict[Path, _Weight]:
         for path, variable in held_variables(node) if is_owner(node) else ():
             if id(variable) in by_id:
                 by_id[id(variable)].holders.append((node, path))
+    for weight in found.values():
+        if not weight.holders:  # a tree of variables of a type that is not known
+            weight.holders += [(of.owner, of.settings.path) for of in weight.adapted]
     return found
 
 

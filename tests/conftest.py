@@ -88,13 +88,19 @@ def put_whole(self, key, value):
     part.replace(path)
 
 
-def pytest_ignore_collect(collection_path, config):
-    """Collect tests/devices only if it is asked for by its path.
+# Their conftest.py files say why each of them needs a process of its own.
+ONLY_WHEN_ASKED = ("devices", "trainers")
 
-    It needs a process of its own, with eight devices.
-    """
-    asked = any("devices" in Path(str(argument).split("::")[0]).parts for argument in config.args)
-    return True if collection_path == Path(__file__).parent / "devices" and not asked else None
+
+def pytest_ignore_collect(collection_path, config):
+    """Collect tests/devices and tests/trainers only if they are asked for by their paths."""
+    if (
+        collection_path.parent != Path(__file__).parent
+        or collection_path.name not in ONLY_WHEN_ASKED
+    ):
+        return None
+    asked = (Path(str(argument).split("::")[0]).parts for argument in config.args)
+    return None if any(collection_path.name in parts for parts in asked) else True
 
 
 def pytest_report_header(config):

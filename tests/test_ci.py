@@ -16,6 +16,14 @@ def test_ci_leaves_out_only_what_exists():
         assert list(ROOT.glob(path)), path
 
 
+def test_ci_calls_commands_that_exist():
+    import run
+
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    called = re.findall(r"python3? run\.py ([\w-]+)", text)
+    assert {"test", "test-long", "test-trainers", "example"} <= set(called) <= run.COMMANDS.keys()
+
+
 def test_the_workflow_calls_what_exists():
     """It cannot run here: a command or a path that is gone would be seen only after a push."""
     import yaml
@@ -32,7 +40,7 @@ def test_the_workflow_calls_what_exists():
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions), actions
     lines = [line for step in steps for line in step.get("run", "").splitlines()]
     called = [line.split()[2:] for line in lines if line.startswith("python run.py ")]
-    assert {command for command, *_ in called} >= {"test", "test-long", "example"}
+    assert {command for command, *_ in called} >= {"test", "test-long", "test-trainers", "example"}
     for command, *arguments in called:
         assert command in run.COMMANDS
         assert all((ROOT / path).exists() for path in arguments if "/" in path), arguments

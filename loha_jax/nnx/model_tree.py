@@ -132,13 +132,16 @@ def provided_among(args: PyTree) -> Iterator[tuple[str, LoHaWeight]]:
 
 
 def _named(leaf: LoHaWeight | SavedWeight, path: Path) -> LoHaWeight | SavedWeight:
-    """Return the leaf with its module's name, which a layer that was created by itself lacks."""
-    if isinstance(leaf, SavedWeight) or leaf.names[0]:
+    """Return the leaf with its modules' names, which one that was created inside a layer may lack.
+
+    One created inside a scan over layers has a single name, given for the whole stack, or none.
+    """
+    if isinstance(leaf, SavedWeight) or (leaf.names[0] and len({*leaf.names}) == len(leaf.names)):
         return leaf
-    name = module_name(tuple(map(str, path)))
-    return dataclasses.replace(
-        leaf, names=stack_names(name, leaf.layout.sizes("s", leaf.kernel.shape), None)
-    )
+    name, given = module_name(tuple(map(str, path))), leaf.names[0]
+    sizes = leaf.layout.sizes("s", leaf.kernel.shape)
+    names = stack_names(name, sizes, (lambda _: given) if given else None)
+    return dataclasses.replace(leaf, names=names)
 
 
 def write_back(model: nnx.Module, tree: Mapping[Key, PyTree]) -> nnx.Module:

@@ -27,7 +27,7 @@ from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.device_types import split_as
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.matching import near_misses
-from loha_jax.targets.module_names import module_name, stack_names
+from loha_jax.targets.module_names import Names, module_name, stack_names
 from loha_jax.transform.options import Options
 from loha_jax.transform.update_alone import update_alone
 from loha_jax.tree.leaves import LoHaWeight
@@ -56,7 +56,7 @@ class _Use:
 
     @property
     def name(self) -> str:
-        """The module's name in PEFT's files."""
+        """The module's default name."""
         return module_name(self.path)
 
 
@@ -65,6 +65,7 @@ class AdaptingProvider(qwix.PtqProvider):
 
     Attributes:
         config: PEFT's config, in the place of `LoHaRule`s, or None.
+        names: torch names by default name, or None; see `loha_jax.inject`.
         targets: the adapted kernels, by path: known once the model has run.
     """
 
@@ -74,10 +75,12 @@ class AdaptingProvider(qwix.PtqProvider):
         config: LoHaConfig | None,
         options: Options,
         *,
+        names: Names | None,
         disable_jit: bool,
     ):
         super().__init__(rules, disable_jit=disable_jit)
         self.config = config
+        self.names = names
         self.targets: dict[tuple[str, ...], tuple[Target, LoHaConfig]] = {}
         self._options = options
         self._seen: set[tuple[str, ...]] = set()  # parameters with a product
@@ -141,7 +144,7 @@ class AdaptingProvider(qwix.PtqProvider):
             return None
         config = rule.config if isinstance(rule, LoHaRule) else self.config
         assert config is not None
-        if self.config is not None and not is_target(self.config, name):
+        if self.config is not None and not is_target(self.config, name, self.names):
             return None
         if len(operands) != 2:
             raise ValueError(
@@ -176,7 +179,8 @@ class AdaptingProvider(qwix.PtqProvider):
             leaf = storage.leaf()
             if leaf is None and storage.can_create:
                 target = self._target(use, word, operand)
-                storage.create(target, use.config, _parameter(use.module, name))
+                names = ("",) * len(target.names) if self.names is None else target.names
+                storage.create(target, use.config, _parameter(use.module, name), names)
                 leaf = storage.leaf()
             return leaf
         if use.path not in self.targets:
@@ -201,7 +205,7 @@ class AdaptingProvider(qwix.PtqProvider):
                 use, f"its shape {list(shape)} is reshaped to {list(operand.shape)} across its axes"
             )
         sizes = [size for size, kind in zip(shape, stored, strict=True) if kind == "s"]
-        names = stack_names(use.name, sizes, None)
+        names = stack_names(use.name, sizes, self.names)
         like = jax.ShapeDtypeStruct(shape, kernel.dtype)
         target = make_target(use.config, use.path, names, Layout(stored), like)
         self.targets[use.path] = (target, use.config)

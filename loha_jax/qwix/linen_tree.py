@@ -75,7 +75,7 @@ def _leaf(
     added = len(shape) - target.layout.ndim
     layout = Layout("s" * added + target.layout.word) if added else target.layout
     copies = math.prod(shape[:added])
-    names = stack_names(module_name(path), layout.sizes("s", shape), None)
+    names = stack_names(module_name(path), layout.sizes("s", shape), provider.names)
     ranks, alphas = target.ranks * copies, target.alphas * copies
     whole = Target(path, names, layout, shape, target.dtype, ranks, alphas, target.cp)
     adapters = {ADAPTER: whole.factors(factors, config)}

@@ -23,6 +23,7 @@ from loha_jax.qwix.adapting_provider import AdaptingProvider, Operand, Product
 from loha_jax.qwix.operands import product_word
 from loha_jax.qwix.rules import LoHaRule, checked_config
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.module_names import Names
 from loha_jax.transform.adapt import make_options
 
 
@@ -39,6 +40,8 @@ class LoHaProvider(AdaptingProvider):
         config: PEFT's config, instead of `LoHaRule`s: which modules are adapted, with what rank and
             alpha (`rank_pattern`, `alpha_pattern`). `rules` then only say how the base is
             quantised.
+        names: torch names of the adapted modules, for files and for `config`; see
+            `loha_jax.inject`. A kernel that a scan stacks takes one name with `{}`.
         strategy: "auto", "factored", "fused" or "dense", or a dict by module name; see
             `loha_jax.adapt`.
         training: whether "auto" counts the backward pass.
@@ -68,6 +71,7 @@ class LoHaProvider(AdaptingProvider):
         rules: Sequence[qwix.QuantizationRule] | None = None,
         *,
         config: LoHaConfig | None = None,
+        names: Names | None = None,
         strategy: str | dict[str, str] = "auto",
         training: bool = True,
         forward_mode: bool = False,
@@ -96,7 +100,7 @@ class LoHaProvider(AdaptingProvider):
             )
         checked = None if config is None else checked_config(config)
         options = make_options(strategy, training, forward_mode)
-        super().__init__(rules, checked, options, disable_jit=disable_jit)
+        super().__init__(rules, checked, options, names=names, disable_jit=disable_jit)
 
     # --- the operations that qwix intercepts ---
 

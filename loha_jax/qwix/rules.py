@@ -9,6 +9,7 @@ import qwix
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import ALL_LINEAR, Match, match_target
+from loha_jax.targets.module_names import Names, UnknownNameError, all_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,20 @@ def checked_config(config: LoHaConfig) -> LoHaConfig:
     return config
 
 
-def is_target(config: LoHaConfig, name: str) -> bool:
-    """Return whether a config adapts the module of this dotted name."""
-    return match_target(name, config) is Match.TARGETED
+def is_target(config: LoHaConfig, name: str, names: Names | None) -> bool:
+    """Return whether a config adapts the modules of a kernel with this default name.
+
+    Raises:
+        ValueError: it adapts some modules of a stack and not the others.
+    """
+    try:
+        known = all_names(name, names)
+    except UnknownNameError:
+        known = (name,)
+    found = {match_target(own, config) is Match.TARGETED for own in known}
+    if len(found) > 1:
+        raise ValueError(
+            f"The config targets some of {', '.join(known)}, which are one kernel, {name}, and not "
+            "the others. A provider adapts all modules of a stack, or none: change target_modules."
+        )
+    return True in found

@@ -68,10 +68,20 @@ class NnxStorage:
         """True while qwix runs the model for the first time, with random numbers."""
         return isinstance(getattr(self.module, "qwix_rngs", None), nnx.Rngs)
 
-    def create(self, target: Target, config: LoHaConfig, kernel: jax.Array | WithAux) -> None:
-        """Put a new adapter beside the kernel."""
+    def create(
+        self,
+        target: Target,
+        config: LoHaConfig,
+        kernel: jax.Array | WithAux,
+        names: tuple[str, ...],
+    ) -> None:
+        """Put a new adapter beside the kernel.
+
+        Its module names are empty where they follow from its place in the model, which is known
+        when the whole model is read.
+        """
         arrays = initial_factors(target, cast(Any, self.module).qwix_rngs.params(), config)
-        leaf = _leaf(target, config, arrays, kernel)
+        leaf = dataclasses.replace(_leaf(target, config, arrays, kernel), names=names)
         base = vars(self.module)[self.name]
         Siblings.of(leaf, base, intercepted=True).put(self.module, (self.name,))
 
@@ -134,11 +144,7 @@ def _leaf(
     *,
     placed: bool = False,
 ) -> LoHaWeight:
-    """Return the adapted kernel.
-
-    Its module names are left empty: they follow from its place in the model, which is known when
-    the whole model is read.
-    """
+    """Return the adapted kernel, without module names."""
     factors = target.factors(arrays, config)
     if not placed:
         array = kernel.array.qvalue if is_quantised(kernel) else kernel

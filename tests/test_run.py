@@ -1,0 +1,73 @@
+"""The search for a Python that is new enough for the trainers, and the environment it makes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+
+
+def fake(path, status):
+    """A program that ends with a status, as a Python that is asked for its version does."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\nexit {status}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """No Python but a too old one that runs this."""
+    monkeypatch.setattr(sys, "executable", str(fake(tmp_path / "this" / "python", 1)))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    return tmp_path
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the programs are shell scripts")
+
+
+def test_no_newer_python(alone, capsys):
+    """The message says what is needed, and where was looked."""
+    with pytest.raises(run.Failed, match=r"need Python 3\.12 or newer.*none was found") as error:
+        run.find_newer_python()
+    assert str(alone / "this" / "python") in str(error.value)
+    assert str(alone / "pyenv" / "versions") in str(error.value)
+    assert run.main(["newer-python"]) == 1
+    assert "need Python 3.12" in capsys.readouterr().err
+
+
+def test_path_before_pyenv(alone):
+    """A name in PATH may be there and not work, as pyenv's do."""
+    pyenv = fake(alone / "pyenv" / "versions" / "3.13.0" / "bin" / "python", 0)
+    fake(alone / "pyenv" / "versions" / "3.12.1" / "bin" / "python", 1)
+    assert run.find_newer_python() == pyenv
+    broken = fake(alone / "path" / "python3.14", 127)
+    assert run.find_newer_python() == pyenv
+    broken.unlink()
+    broken.parent.rmdir()
+    named = fake(alone / "path" / "python3.12", 0)
+    assert run.find_newer_python() == named
+
+
+def test_this_python_if_new_enough(alone, monkeypatch, capsys):
+    this = fake(alone / "newer" / "python", 0)
+    monkeypatch.setattr(sys, "executable", str(this))
+    assert run.main(["newer-python"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == this
+
+
+def test_tests_of_trainers_have_an_environment_of_their_own(monkeypatch):
+    """Not the active one; and they run if no arguments choose others."""
+    ran = []
+    monkeypatch.setattr(run, "environment_in", lambda folder, find: folder / "python")
+    monkeypatch.setattr(run.Installer, "__init__", lambda self, python, distributions: None)
+    monkeypatch.setattr(run.Installer, "install", lambda self, what: ran.append(what[1]))
+    monkeypatch.setattr(run, "run", lambda python, command, folder: ran.append((python, command)))
+    run.main(["test-trainers"])
+    *installed, (python, command) = ran
+    assert python.parent.name == ".venv-trainers"
+    assert command == ["-m", "pytest", "tests/trainers"]
+    assert "torch==2.13.0" in installed[0]
+    assert any("google-tunix==0.1.7" in packages for packages in installed)

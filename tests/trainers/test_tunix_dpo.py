@@ -1,0 +1,51 @@
+"""Preferences: tunix' `DPOTrainer`, with the base as the reference."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tunix.sft.dpo import dpo_trainer
+
+from tests.trainers.tunix_models import (
+    base_arrays,
+    changed,
+    factors,
+    toy,
+    with_inject,
+    with_provider,
+)
+
+STEPS = 10
+
+
+def pairs():
+    """Prompts with a chosen and a rejected answer each."""
+    prompts, chosen, rejected = np.random.default_rng(0).integers(3, 255, (3, 4, 8))
+    mask = jnp.ones((4, 8), bool)
+    return dpo_trainer.TrainingInput(
+        prompt_ids=jnp.array(prompts),
+        prompt_mask=mask,
+        chosen_ids=jnp.array(chosen),
+        chosen_mask=mask,
+        rejected_ids=jnp.array(rejected),
+        rejected_mask=mask,
+    )
+
+
+@pytest.mark.parametrize("adapted", [with_provider, with_inject])
+def test_preferences_are_learned(adapted):
+    """The loss of an untrained adapter is log 2; 10 steps halve it. No base array changes."""
+    model, reference = adapted(toy()), toy()
+    before, first = base_arrays(model), factors(model)
+    config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=1000, max_steps=STEPS)
+    trainer = dpo_trainer.DPOTrainer(model, reference, optax.adamw(3e-2), config)
+    trainer.train([pairs()] * STEPS)
+    losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
+    assert len(losses) == STEPS
+    np.testing.assert_allclose(losses[0], math.log(2), rtol=1e-6)
+    assert losses[-1] < 0.5 * math.log(2), losses
+    assert not changed(before, base_arrays(model))
+    assert not changed(base_arrays(toy()), base_arrays(reference))
+    assert len(changed(first, factors(model))) == len(first) > 0

@@ -141,8 +141,7 @@ def _siblings(path: Path, weight: _Weight, leaf: LoHaWeight | SavedWeight) -> Si
             " Keep it in an attribute of a module."
         )
     if weight.adapted:
-        old = weight.adapted[0]
-        return Siblings.of(leaf, weight.base, mode=old.mode, intercepted=old.settings.intercepted)
+        return Siblings.of(leaf, weight.base, old=weight.adapted[0])
     siblings = Siblings.of(leaf, weight.base)
     for owner, way in weight.holders:
         if taken := [n for n in siblings.attributes(way) if n in vars(owner)]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -25,12 +24,12 @@ import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.placement import MeshAxis, factor_axes
+from loha_jax.tree.stack_axes import StackPlaces, with_stack_in_front
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -85,11 +84,13 @@ class Settings:
         template: the leaf without its base, and with the ends of the attributes' names for arrays.
         intercepted: True if a provider adds the update while the model runs. Calls of the module
             then do not run through `adapt`.
+        from_end: where the stack axes of the arrays are (`StackPlaces`).
     """
 
     path: Path
     template: LoHaWeight | SavedWeight
     intercepted: bool = False
+    from_end: bool = False
 
     @functools.cached_property
     def flat(self) -> tuple[list[str], Any]:
@@ -98,7 +99,7 @@ class Settings:
 
     @property
     def _computing(self) -> tuple[object, ...]:
-        return self.path, *self.flat, self.intercepted
+        return self.path, *self.flat, self.intercepted, self.from_end
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and self._computing == other._computing
@@ -107,7 +108,7 @@ class Settings:
         return hash((self.path, self.flat[1]))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Settings, (self.path, self.template, self.intercepted)
+        return Settings, (self.path, self.template, self.intercepted, self.from_end)
 
     def __repr__(self) -> str:
         return repr(self.template)
@@ -162,20 +163,36 @@ class AdaptedVariable:
         setattr(self.owner, self.attribute("rngs"), mode)
 
     def leaf(self) -> LoHaWeight | SavedWeight:
-        """Return the variable as a leaf of a tree.
+        """Return the variable as a leaf of a tree, whose factors have their stack axes in front.
 
-        Axes that `nnx.vmap` has added in front since it was adapted are stack axes.
+        Axes that a scan or vmap has added since it was adapted are stack axes.
 
         Raises:
             ValueError: the factors have another rank than the settings, as after `nnx.update` with
-                an adapter of another rank.
+                an adapter of another rank; or it is unclear which axes were added
+                (`with_stack_in_front`).
         """
+        leaf = self._stored()
+        return leaf if isinstance(leaf, SavedWeight) else self._in_front(leaf)[0]
+
+    def _stored(self) -> LoHaWeight | SavedWeight:
         leaf = self.settings.flat[1].unflatten([variable.get_value() for variable in self.arrays])
         base = values_of(self.base)
         if isinstance(leaf, SavedWeight):
             return dataclasses.replace(leaf, original=base)
-        _check_ranks(leaf)
-        return _with_stack(dataclasses.replace(leaf, kernel=base))
+        return dataclasses.replace(leaf, kernel=base)
+
+    def _in_front(self, leaf: LoHaWeight) -> tuple[LoHaWeight, StackPlaces]:
+        axis = variables_of(self.base)[0].get_metadata().get("param_scan_axis")  # MaxText's name
+        found = with_stack_in_front(leaf, from_end=self.settings.from_end, axis=axis)
+        _check_ranks(found[0])
+        return found
+
+    @property
+    def places(self) -> StackPlaces | None:
+        """The places of the stack axes; None for a variable without factors."""
+        leaf = self._stored()
+        return None if isinstance(leaf, SavedWeight) else self._in_front(leaf)[1]
 
     def leaf_for_call(self) -> LoHaWeight | SavedWeight:
         """Return the leaf, with dropout's masks in training mode.
@@ -243,13 +260,14 @@ class Siblings:
     """New variables for a leaf. A variable of several modules has the same ones in each.
 
     Attributes:
-        template, intercepted: see `Settings`.
+        template, intercepted, from_end: see `Settings`.
         variables: the arrays and the random stream, by the ends of the attributes' names.
     """
 
     template: LoHaWeight | SavedWeight
     variables: dict[str, nnx.Variable | DropoutMode]
     intercepted: bool = False
+    from_end: bool = False
 
     @classmethod
     def of(
@@ -257,7 +275,7 @@ class Siblings:
         leaf: LoHaWeight | SavedWeight,
         base: PyTree[nnx.Variable],
         *,
-        mode: DropoutMode | None = None,
+        old: AdaptedVariable | None = None,
         intercepted: bool = False,
     ) -> Siblings:
         """Make the variables of a leaf.
@@ -266,9 +284,13 @@ class Siblings:
             leaf: an adapted leaf.
             base: the variable that is adapted, which gives its metadata; for a quantised kernel,
                 the tree of its variables.
-            mode: the mode or random stream that the variable's dropout has had, if any.
+            old: the adapted variable that it was, if any. Its dropout's mode or random stream, the
+                places of its stack axes, and `intercepted` stay.
             intercepted: see `Settings`.
         """
+        mode = None
+        if old is not None:
+            mode, intercepted = old.mode, old.settings.intercepted
         if isinstance(leaf, SavedWeight):
             copies = {name: _name(name, "copy") for name in leaf.copies}
             template = dataclasses.replace(leaf, original=None, copies=copies)
@@ -277,24 +299,27 @@ class Siblings:
                 kind = type(base) if leaf.is_buffer else _kind(name in leaf.active)
                 variables[copies[name]] = _variable(kind, copy, base, _axes(base))
             return cls(template, variables)
+        places = _places(leaf, old)
         adapters, variables = {}, {}
         for name, factors in leaf.adapters.items():
-            axes = _factor_axes(base, leaf, factors)
+            axes = _factor_axes(base, leaf, factors, places)
             names = {array: _name(name, array) for array in factors.arrays}
             for array, value in factors.arrays.items():
                 kind = Untrained if array in UNTRAINED_NAMES else _kind(name in leaf.active)
-                variables[names[array]] = _variable(kind, value, base, axes.get(array))
+                stored = places.from_front(value)
+                variables[names[array]] = _variable(kind, stored, base, axes.get(array))
             adapters[name] = dataclasses.replace(factors, **names)
         if any(map(_drops, adapters.values())):
             variables["rngs"] = mode or DropoutMode()
         template = dataclasses.replace(leaf, kernel=None, adapters=adapters)
-        return cls(template, variables, intercepted)
+        return cls(template, variables, intercepted, places.from_end)
 
     def attributes(self, path: Path) -> dict[str, Settings | nnx.Variable | DropoutMode]:
         """Return the attributes of a module from which `path` leads to the variable."""
         start = prefix(path)
         beside = {f"{start}_{name}": variable for name, variable in self.variables.items()}
-        return {start: Settings(path, self.template, self.intercepted), **beside}
+        settings = Settings(path, self.template, self.intercepted, self.from_end)
+        return {start: settings, **beside}
 
     def put(self, owner: nnx.Pytree, path: Path) -> None:
         """Set the attributes of a module from which `path` leads to the variable."""
@@ -348,20 +373,6 @@ def _check_ranks(leaf: LoHaWeight) -> None:
             )
 
 
-def _with_stack(leaf: LoHaWeight) -> LoHaWeight:
-    """Return the leaf with the axes that were added in front of its kernel as stack axes."""
-    added = len(leaf.kernel.shape) - leaf.layout.ndim
-    if added <= 0:
-        return leaf
-    copies = math.prod(leaf.kernel.shape[:added])
-    adapters = {
-        name: dataclasses.replace(f, ranks=f.ranks * copies, alphas=f.alphas * copies, base=None)
-        for name, f in leaf.adapters.items()
-    }
-    layout = Layout("s" * added + leaf.layout.word)
-    return LoHaWeight(leaf.kernel, adapters, layout, leaf.names * copies, leaf.active)
-
-
 def _variable(
     kind: type[nnx.Variable], array: jax.Array, base: PyTree[nnx.Variable], axes: object
 ) -> nnx.Variable:
@@ -377,13 +388,22 @@ def _variable(
 
 
 def _factor_axes(
-    base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors
+    base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors, places: StackPlaces
 ) -> dict[str, tuple[MeshAxis, ...]]:
     """Return what each axis of an adapter's arrays is split over, as the kernel's metadata says."""
     names = _axes(base)
     if names is None or len(names) != leaf.layout.ndim:
         return {}
-    return factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+    axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+    return {
+        name: tuple(own[axis] for axis in places.order(len(own))) for name, own in axes.items()
+    }
+
+
+def _places(leaf: LoHaWeight, old: AdaptedVariable | None) -> StackPlaces:
+    """Return the places of the stack axes in the new arrays: where they have been, if anywhere."""
+    places = None if old is None else old.places
+    return StackPlaces(leaf.layout.strip(len(leaf.kernel.shape))) if places is None else places
 
 
 def _axes(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:

@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
+from loha_jax.nnx.variables import axis_names, scanned_axis, values_of, variable_beside
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
@@ -183,7 +184,7 @@ class AdaptedVariable:
         return dataclasses.replace(leaf, kernel=base)
 
     def _in_front(self, leaf: LoHaWeight) -> tuple[LoHaWeight, StackPlaces]:
-        axis = variables_of(self.base)[0].get_metadata().get("param_scan_axis")  # MaxText's name
+        axis = scanned_axis(self.base)
         found = with_stack_in_front(leaf, from_end=self.settings.from_end, axis=axis)
         _check_ranks(found[0])
         return found
@@ -297,7 +298,7 @@ class Siblings:
             variables: dict[str, nnx.Variable | DropoutMode] = {}
             for name, copy in leaf.copies.items():
                 kind = type(base) if leaf.is_buffer else _kind(name in leaf.active)
-                variables[copies[name]] = _variable(kind, copy, base, _axes(base))
+                variables[copies[name]] = variable_beside(base, kind, copy, axis_names(base))
             return cls(template, variables)
         places = _places(leaf, old)
         adapters, variables = {}, {}
@@ -307,7 +308,7 @@ class Siblings:
             for array, value in factors.arrays.items():
                 kind = Untrained if array in UNTRAINED_NAMES else _kind(name in leaf.active)
                 stored = places.from_front(value)
-                variables[names[array]] = _variable(kind, stored, base, axes.get(array))
+                variables[names[array]] = variable_beside(base, kind, stored, axes.get(array))
             adapters[name] = dataclasses.replace(factors, **names)
         if any(map(_drops, adapters.values())):
             variables["rngs"] = mode or DropoutMode()
@@ -330,24 +331,6 @@ class Siblings:
 def prefix(path: Path) -> str:
     """Return the name of the static attribute, with which the names of all siblings begin."""
     return "_".join((*map(str, path), "lora"))
-
-
-def variables_of(base: PyTree[nnx.Variable]) -> list[nnx.Variable]:
-    """Return the variables of a base: the base itself, or those of a quantised kernel."""
-    return [x for x in jax.tree.leaves(base, is_leaf=is_variable) if is_variable(x)]
-
-
-def values_of(base: PyTree[nnx.Variable]) -> PyTree[jax.Array]:
-    """Return the value of a variable, or a tree of the values of its variables."""
-    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, base, is_leaf=is_variable)
-
-
-def set_values(base: PyTree[nnx.Variable], values: PyTree[jax.Array]) -> None:
-    """Set the values of a variable, or of a tree of variables, where they have changed."""
-    parts, treedef = jax.tree.flatten(base, is_leaf=is_variable)
-    for part, value in zip(parts, treedef.flatten_up_to(values), strict=True):
-        if is_variable(part) and part.get_value() is not value:
-            part.set_value(value)
 
 
 def _name(adapter: str, array: str) -> str:
@@ -373,38 +356,18 @@ def _check_ranks(leaf: LoHaWeight) -> None:
             )
 
 
-def _variable(
-    kind: type[nnx.Variable], array: jax.Array, base: PyTree[nnx.Variable], axes: object
-) -> nnx.Variable:
-    """Return a variable with the metadata of the one that it is beside, but its own axes."""
-    variable = kind(array)
-    own = ("out_sharding", *nnx.Variable.required_metadata)
-    for key, value in variables_of(base)[0].get_metadata().items():
-        if key not in own and not key.startswith("on_"):  # hooks
-            variable.set_metadata(key, value)
-    if axes is not None:
-        variable.set_metadata("out_sharding", axes)
-    return variable
-
-
 def _factor_axes(
     base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors, places: StackPlaces
 ) -> dict[str, tuple[MeshAxis, ...]]:
     """Return what each axis of an adapter's arrays is split over, as the kernel's metadata says."""
-    names = _axes(base)
+    names = axis_names(base)
     if names is None or len(names) != leaf.layout.ndim:
         return {}
     axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
-    return {
-        name: tuple(own[axis] for axis in places.order(len(own))) for name, own in axes.items()
-    }
+    return {name: tuple(own[axis] for axis in places.order(len(own))) for name, own in axes.items()}
 
 
 def _places(leaf: LoHaWeight, old: AdaptedVariable | None) -> StackPlaces:
     """Return the places of the stack axes in the new arrays: where they have been, if anywhere."""
     places = None if old is None else old.places
     return StackPlaces(leaf.layout.strip(len(leaf.kernel.shape))) if places is None else places
-
-
-def _axes(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:
-    return variables_of(base)[0].get_metadata().get("out_sharding")

@@ -6,8 +6,9 @@ quantised parameter looks like. These names are those of qwix 0.1.8.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import qwix
@@ -68,5 +69,17 @@ def unboxed(x: object) -> object:
 
 
 def requantised(array: jax.Array, like: WithAux) -> WithAux:
-    """Return a float array quantised as another parameter is."""
-    return _ptq.quantize_params({"x": array}, {"x": like})["x"]
+    """Return a float array quantised as another parameter is.
+
+    The blocks with a scale of their own are read off that parameter: the axes that qwix notes are
+    those of one layer, also for a stack of layers.
+    """
+    shapes = list(zip(like.array.qvalue.shape, like.array.scale.shape, strict=True))
+    how = dataclasses.replace(
+        like.how,
+        channelwise_axes=tuple(n for n, (size, count) in enumerate(shapes) if size == count),
+        tiled_axes={n: size // count for n, (size, count) in enumerate(shapes) if 1 < count < size},
+    )
+    replaced = dataclasses.replace(cast(Any, like), how=how)
+    quantised = _ptq.quantize_params({"x": array}, {"x": replaced})["x"]
+    return quantised.replace(how=like.how)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -18,6 +18,7 @@ from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.factors import Factors, module_index
 from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.stack_axes import with_stack_in_front
 
 if TYPE_CHECKING:
     from loha_jax.qwix.provider import LoHaProvider
@@ -69,19 +70,17 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
 def _leaf(
     provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
 ) -> LoHaWeight:
-    """Return an adapted kernel; axes that a scan has added in front are stack axes."""
+    """Return an adapted kernel; axes that a scan has added are stack axes."""
     target, config = provider.targets[path]
-    shape: tuple[int, ...] = kernel.shape
-    added = len(shape) - target.layout.ndim
-    layout = Layout("s" * added + target.layout.word) if added else target.layout
-    copies, stack = math.prod(shape[:added]), layout.sizes("s", shape)
-    ranks, alphas = target.ranks * copies, target.alphas * copies
     adapter = Factors(
         **cast(dict[str, Any], factors),
-        ranks=ranks,
-        alphas=alphas,
-        module_index=module_index(ranks, alphas, stack),
+        ranks=target.ranks,
+        alphas=target.alphas,
+        module_index=module_index(target.ranks, target.alphas, target.stack),
         config=config,
     )
-    names = stack_names(module_name(path), stack, None)
-    return LoHaWeight(kernel, {ADAPTER: adapter}, layout, names, (ADAPTER,))
+    layout = Layout(target.layout.word)
+    leaf = LoHaWeight(kernel, {ADAPTER: adapter}, layout, target.names, (ADAPTER,))
+    leaf, _ = with_stack_in_front(leaf)
+    names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), None)
+    return dataclasses.replace(leaf, names=names)

@@ -10,7 +10,8 @@ import qwix
 from flax import nnx
 
 import loha_jax.tree.merge as tree_merge
-from loha_jax.nnx.siblings import adapted_in, values_of, variables_of
+from loha_jax.nnx.siblings import adapted_in
+from loha_jax.nnx.variables import values_of, variables_of
 from loha_jax.qwix._qwix_internals import is_quantised, requantised
 from loha_jax.targets.module_names import module_name
 

@@ -176,7 +176,8 @@ def _meaning(leaf: LoHaWeight, reading: _Reading) -> tuple[object, ...]:
         (_per_module(f.ranks, leaf, reading), _per_module(f.alphas, leaf, reading))
         for f in leaf.adapters.values()
     )
-    return reading.layout.word, reading.places.of_array(len(reading.places.layout.axes("s")) + 2), modules
+    places = reading.places.of_array(len(reading.places.layout.axes("s")) + 2)
+    return reading.layout.word, places, modules
 
 
 def _per_module(values: tuple[T, ...], leaf: LoHaWeight, reading: _Reading) -> tuple[T, ...]:
@@ -194,7 +195,11 @@ def _arranged(leaf: LoHaWeight, reading: _Reading) -> LoHaWeight:
     """Return a leaf as a reading has it."""
 
     def arranged(factors: Factors) -> Factors:
-        arrays = {name: reading.places.to_front(x) for name, x in factors.arrays.items()}
+        arrays = {
+            name: reading.places.to_front(x)
+            for name, x in factors.arrays.items()
+            if not (reading.added and name == "module_index")  # made anew
+        }
         if not reading.added:
             same = all(x is arrays[name] for name, x in factors.arrays.items())
             return factors if same else dataclasses.replace(factors, **arrays)

@@ -10,6 +10,10 @@ from loha_jax.nnx.graph import is_variable
 from loha_jax.tree.placement import MeshAxis
 
 
+_AXIS_NAMES = ("out_sharding", "sharding", "sharding_names")
+"""Metadata with one entry per axis, under Flax' name and its older names."""
+
+
 def variables_of(base: PyTree[nnx.Variable]) -> list[nnx.Variable]:
     """Return the variables of a base: the base itself, or those of a quantised kernel."""
     return [x for x in jax.tree.leaves(base, is_leaf=is_variable) if is_variable(x)]
@@ -46,7 +50,7 @@ def variable_beside(
 ) -> nnx.Variable:
     """Return a new variable with the metadata of the base that it is beside, but its own axes."""
     variable = kind(array)
-    own = ("out_sharding", *nnx.Variable.required_metadata)
+    own = (*_AXIS_NAMES, *nnx.Variable.required_metadata)
     for key, value in variables_of(base)[0].get_metadata().items():
         if key not in own and not key.startswith("on_"):  # hooks
             variable.set_metadata(key, value)

@@ -241,9 +241,9 @@ def test_axes_that_could_be_several():
     assert "iso" in str(loha_jax.summary(model))
     plain = Stacked(1, nnx.Rngs(0), lambda rngs: nnx.Linear(3, 3, use_bias=False, rngs=rngs))
     with pytest.raises(ValueError, match="could be several things"):
-        inject(plain, LoHaConfig(target_modules=["layers"]), rngs=nnx.Rngs(1))
+        inject(plain, LoHaConfig(r=1, target_modules=["layers"]), rngs=nnx.Rngs(1))
     plain.layers.kernel.set_metadata(param_scan_axis=1)
-    inject(plain, LoHaConfig(target_modules=["layers"]), rngs=nnx.Rngs(1))
+    inject(plain, LoHaConfig(r=1, target_modules=["layers"]), rngs=nnx.Rngs(1))
     assert plain.layers.kernel_lora.template.layout.word == "iso"
 
 

@@ -9,7 +9,6 @@ from jaxtyping import PyTree
 from loha_jax.nnx.graph import is_variable
 from loha_jax.tree.placement import MeshAxis
 
-
 _AXIS_NAMES = ("out_sharding", "sharding", "sharding_names")
 """Metadata with one entry per axis, under Flax' name and its older names."""
 

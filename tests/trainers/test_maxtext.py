@@ -30,7 +30,10 @@ from loha_jax.nnx.variables import values_of
 from loha_jax.qwix import merge
 
 # MaxText 0.2.5 was written for earlier versions of Flax.
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(maxtext|flax|jax|optax|orbax|tunix)\..*")
+THEIRS = "(maxtext|flax|jax|optax|orbax|tunix)"
+pytestmark = pytest.mark.filterwarnings(rf"ignore::DeprecationWarning:{THEIRS}\..*")
+    r"ignore::DeprecationWarning:(maxtext|flax|jax|optax|orbax|tunix)\..*"
+)
 
 EXAMPLE = Path(__file__).parents[2] / "examples/trainers/maxtext_scanned.py"
 RANK, ALPHA, LAYERS, STEPS = 4, 8.0, 2, 20
@@ -160,7 +163,7 @@ def update(tensors, module):
 @functools.cache
 def base(trained):
     """MaxText's base model, as the trainer has made it."""
-    return model_creation_utils.from_pretrained(trained.config, mesh=trained.mesh)[0]
+    return model_creation_utils.from_pretrained(trained.config, mesh=trained.mesh)
 
 
 def base_with_updates(trained, tensors):
@@ -247,6 +250,7 @@ def test_functions_of_the_library(trained, tmp_path):
     interop.load_peft(tmp_path, model, adapter_name="other")
     np.testing.assert_allclose(trained.logits(model), ours, rtol=0, atol=1e-5)
     loha_jax.set_adapter(model, "default")
+    loha_jax.delete_adapter(model, "other")
     lora = tmp_path / "lora"
     interop.save_lora(lora, model)
     tensors = load_file(lora / "adapter_model.safetensors")

@@ -32,8 +32,6 @@ from loha_jax.qwix import merge
 # MaxText 0.2.5 was written for earlier versions of Flax.
 THEIRS = "(maxtext|flax|jax|optax|orbax|tunix)"
 pytestmark = pytest.mark.filterwarnings(rf"ignore::DeprecationWarning:{THEIRS}\..*")
-    r"ignore::DeprecationWarning:(maxtext|flax|jax|optax|orbax|tunix)\..*"
-)
 
 EXAMPLE = Path(__file__).parents[2] / "examples/trainers/maxtext_scanned.py"
 RANK, ALPHA, LAYERS, STEPS = 4, 8.0, 2, 20

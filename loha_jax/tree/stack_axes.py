@@ -51,21 +51,23 @@ class StackPlaces(NamedTuple):
                 return places
         raise ValueError(f"An array of {ndim} axes has no place for the stack of {self.layout}")
 
+    def stack_first(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes of an array, those of the stack first."""
+        places = self.of_array(ndim)
+        return (*places, *(axis for axis in range(ndim) if axis not in places))
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """Return for each axis of an array its place where the stack axes are in front."""
+        axes = self.stack_first(ndim)
+        return tuple(sorted(range(ndim), key=axes.__getitem__))
+
     def to_front(self, array: Any) -> Any:
         """Return an array with its stack axes in front."""
-        places = self.of_array(len(array.shape))
-        rest = (axis for axis in range(len(array.shape)) if axis not in places)
-        return transposed(array, (*places, *rest))
+        return transposed(array, self.stack_first(len(array.shape)))
 
     def from_front(self, array: Any) -> Any:
         """Return an array with its stack axes in their places, the inverse of `to_front`."""
         return transposed(array, self.order(len(array.shape)))
-
-    def order(self, ndim: int) -> tuple[int, ...]:
-        """Return for each axis of an array its place where the stack axes are in front."""
-        places = self.of_array(ndim)
-        rest = (axis for axis in range(ndim) if axis not in places)
-        return tuple(np.argsort((*places, *rest)).tolist())
 
 
 def transposed(array: Any, order: Sequence[int]) -> Any:
@@ -151,9 +153,11 @@ def _fits(leaf: LoHaWeight, reading: _Reading) -> bool:
     count = len(places.layout.axes("s"))
     stack, (out, in_, *spatial) = sizes[:count], sizes[count:]
     for factors in leaf.adapters.values():
-        a, b = (_shape_in_front(places, x) for x in (factors.hada_w1_a, factors.hada_w1_b))
-        if len(a) != count + 2 or len(b) != count + 2:
+        shapes = [tuple(x.shape) for x in (factors.hada_w1_a, factors.hada_w1_b)]
+        if any(len(own) != count + 2 for own in shapes):
             return False
+        axes = places.stack_first(count + 2)
+        a, b = (tuple(own[axis] for axis in axes) for own in shapes)
         rank = b[count]
         if factors.is_cp:
             expected = (*stack, rank, out), (*stack, rank, in_)
@@ -164,20 +168,14 @@ def _fits(leaf: LoHaWeight, reading: _Reading) -> bool:
     return True
 
 
-def _shape_in_front(places: StackPlaces, array: Any) -> tuple[int, ...]:
-    first = places.of_array(len(array.shape))
-    rest = (axis for axis in range(len(array.shape)) if axis not in first)
-    return tuple(array.shape[axis] for axis in (*first, *rest))
-
-
 def _meaning(leaf: LoHaWeight, reading: _Reading) -> tuple[object, ...]:
     """Return what sets a reading apart from others: equal readings give equal leaves."""
     modules = tuple(
         (_per_module(f.ranks, leaf, reading), _per_module(f.alphas, leaf, reading))
         for f in leaf.adapters.values()
     )
-    places = reading.places.of_array(len(reading.places.layout.axes("s")) + 2)
-    return reading.layout.word, places, modules
+    stack = len(reading.places.layout.axes("s"))
+    return reading.layout.word, reading.places.of_array(stack + 2), modules
 
 
 def _per_module(values: tuple[T, ...], leaf: LoHaWeight, reading: _Reading) -> tuple[T, ...]:

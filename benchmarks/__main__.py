@@ -35,7 +35,7 @@ def main() -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # or the workers would outlive this process
-    repeats = args.repeats or (1 if args.quick else Settings.repeats)
+    repeats = args.repeats or (0 if args.quick else Settings.repeats)
     settings = Settings(args.quick, args.dtype, repeats, args.budget)
     about, options = machine(), dataclasses.asdict(settings)
     records: list[Record] = []
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _jobs(chosen: str, settings: Settings) -> Iterator[Job]:
-    """What is measured for a subject or a case, with new processes for each subject."""
+    """The measurements of a subject or a case, with new processes for each subject."""
     for subject, of_subject in catalogue.SUBJECTS.items():
         cases = [case for case in of_subject(settings) if chosen in (subject, case.name, "all")]
         if cases:

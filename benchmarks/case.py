@@ -1,4 +1,4 @@
-"""What is measured: one frozen model with one adapter, in JAX and in PyTorch."""
+"""A case to measure: one frozen model with one adapter, in JAX and in PyTorch."""
 
 from __future__ import annotations
 

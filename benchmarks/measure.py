@@ -141,7 +141,8 @@ def interleaved_seconds(
     The order changes from turn to turn. Each timed run follows an untimed one of the same function,
     as in a training loop: after another one, and a pause, a virtual machine has to be given the
     freed memory again. The first turn warms up and is not counted. `repeats` turns follow, fewer
-    where `budget` seconds are spent, but not fewer than three.
+    where `budget` seconds are spent, but not fewer than three. With `repeats=0` the first turn is
+    the only one, and counts: enough to see that everything runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     bursts: dict[str, int] = {}
@@ -151,9 +152,9 @@ def interleaved_seconds(
         for name in order.sample(list(timers), len(timers)):
             timers[name](1)
             elapsed = timers[name](bursts.get(name, 1))
-            if turn:
+            if turn or not repeats:
                 seconds[name].append(elapsed)
-            else:
+            if not turn:
                 bursts[name] = max(1, int(BURST_SECONDS / elapsed))
         if turn >= LEAST_TURNS and time.perf_counter() - start > budget:
             break
@@ -199,7 +200,7 @@ class Neighbours:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -175,7 +175,7 @@ def extra_bytes(methods: dict[str, Record], name: str) -> int | None:
 
 
 def over_peft_memory(methods: dict[str, Record], name: str) -> float | None:
-    """What a method adds to its frozen base's peak over what PEFT's LoHa adds to its own."""
+    """A method's addition to its frozen base's peak over that of PEFT's LoHa to its own."""
     extra, peft = extra_bytes(methods, name), extra_bytes(methods, PEFT_LOHA)
     return extra / peft if extra is not None and peft else None
 

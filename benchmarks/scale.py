@@ -42,7 +42,7 @@ PARAMETERS, PREDICTION, CHECK = "parameters", "prediction", "check"
 
 @functools.cache
 def _adapted_flops(model: Llama3, rank: int) -> float:
-    """Of one sequence in one layer, on one device, by XLA's count; likewise the others."""
+    """FLOPs of one sequence in one layer, on one device, by XLA's count; likewise the others."""
     return one.flops(one.compile_step(one.adapted_step(model, rank, 1, LENGTH)))
 
 
@@ -96,7 +96,7 @@ def predict(model: Llama3, rank: int, devices: int) -> Record:
 
 
 def _peft_layer_flops(kernels: int, rank: int) -> float:
-    """What PEFT's LoHa adds to a layer's step of one sequence.
+    """The FLOPs that PEFT's LoHa adds to a layer's step of one sequence.
 
     ΔW is built in both forward passes, from two products and two Hadamard products; its backward
     pass builds both products again and has four more, one per factor. x·ΔW is as large as the

@@ -145,7 +145,7 @@ def _compile(program: Any, *arguments: Any) -> jax.stages.Compiled:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of shapes with shardings."""
+    """Bytes of shapes with shardings."""
 
     def of(leaf: jax.ShapeDtypeStruct) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)

@@ -36,7 +36,7 @@ class Workers:
 
     @property
     def has_torch(self) -> bool:
-        """Whether PyTorch's methods are measured."""
+        """True if PyTorch's methods are measured."""
         return "torch" in self._pools
 
     def __enter__(self) -> Workers:

@@ -1,4 +1,4 @@
-"""What the short examples share: their command line, and the table that they end with."""
+"""The part that the short examples share: their command line, and the table that they end with."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_example(run: Callable[[argparse.Namespace], None], doc: str | None, name
 
 
 def missing(packages: Mapping[str, str] = PEFT_VERSIONS) -> str:
-    """What pip should install of `{module: pip argument}`; empty where all is there."""
+    """The modules that pip should install of `{module: pip argument}`; empty where all is there."""
     return " ".join(
         argument
         for module, argument in packages.items()

@@ -133,7 +133,7 @@ def next_byte(model: LanguageModel, window: Any, key: jax.Array) -> jax.Array:
 
 
 def write(model: LanguageModel, text: np.ndarray, seed: int) -> str:
-    """What the model writes after the beginning of `text`."""
+    """The text that the model writes after the beginning of `text`."""
     written = list(text[:CONTEXT])
     for key in jax.random.split(jax.random.key(seed), 160):
         written.append(next_byte(model, np.array(written[-CONTEXT:]), key).item())

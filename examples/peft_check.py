@@ -19,7 +19,7 @@ REQUIREMENTS = ("torch==2.13.0", "peft==0.21.2")
 
 
 def missing_requirements() -> list[str]:
-    """What of torch and peft is not installed."""
+    """The ones of torch and peft that are not installed."""
     return [
         wanted for wanted in REQUIREMENTS if importlib.util.find_spec(wanted.split("==")[0]) is None
     ]

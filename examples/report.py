@@ -1,4 +1,4 @@
-"""What the example shows: a progress bar, learning curves, a table."""
+"""The output of the example: a progress bar, learning curves, a table."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def plot_curves(history: History, probe_accuracy: float, path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one way of training led to, and what it took."""
+    """The result of one way of training, and what it took."""
 
     right: np.ndarray  # for each test sentence, whether its label was found
     parameters: int

@@ -149,7 +149,7 @@ class Run:
         self.kill()
 
     def losses(self) -> dict[int, float]:
-        """What the run has reported: losses by step."""
+        """The losses that the run has reported, by step."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
 

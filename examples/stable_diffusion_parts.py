@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
 def noise_in_torch(
     out: Path, config: dict[str, Any], base: Params, unet_names: Any, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """What PyTorch's models predict, alone and with the adapters that PEFT opens.
+    """The predictions of PyTorch's models, alone and with the adapters that PEFT opens.
 
     The two UNets differ by themselves: diffusers' Flax one approximates the gelu and adds another
     epsilon in a norm.

@@ -115,7 +115,7 @@ def predict(model: Any, params: Params, images: np.ndarray) -> np.ndarray:
 
 
 def features(base: Params, images: np.ndarray) -> np.ndarray:
-    """What the classifier sees of the frozen model: its first token."""
+    """The classifier's input from the frozen model: its first token."""
     encoder = FlaxViTModel(CONFIG, input_shape=SHAPE, add_pooling_layer=False, _do_init=False)
     return np.asarray(encoder(images, params=base["vit"]).last_hidden_state[:, 0])  # type: ignore[attr-defined]
 

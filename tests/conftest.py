@@ -11,6 +11,9 @@ from hypothesis import settings
 from jax._src.lru_cache import LRUCache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# pytest's workers share the cores. Threads of PyTorch beside them wait for one another: parity with
+# PEFT took a third longer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nearly every program of the tests runs once or twice: to optimise it costs more than it saves.
 # tests/test_examples.py runs programs that are optimised as a user's are.
 CHEAP_TO_COMPILE = [

@@ -48,7 +48,7 @@ class ConversionSource:
         path: str | Path,
         base: str | Path | None,
         only: str | None,
-        names: Names | None = None,
+        names: Names | None,
     ):
         self.checkpoint = None if base is None else Checkpoint(base)
         known = self.checkpoint.modules if self.checkpoint else []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..disk.base_checkpoint import Checkpoint, is_floating
+from ..disk.base_checkpoint import Checkpoint, accumulator, is_floating
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.read_adapter import read_everything
 from ..updates.low_rank_update import LowRankUpdate
@@ -52,9 +52,6 @@ def compare_paths(
         1.0
     """
     first, second = Path(first), Path(second)
-    for path in (first, second):
-        if not path.exists():
-            raise FileNotFoundError(f"There is no file or folder '{path}'")
     kinds = [is_adapter(path) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)
@@ -195,10 +192,7 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
         if x.dtype == y.dtype and x.tobytes() == y.tobytes():
             continue
         if is_floating(x.dtype) or is_floating(y.dtype):
-            x, y = (
-                v.astype(np.float64 if v.dtype.itemsize > 4 else np.float32, copy=False)
-                for v in (x, y)
-            )
+            x, y = (v.astype(accumulator(v.dtype), copy=False) for v in (x, y))
             with np.errstate(invalid="ignore"):
                 difference = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0, np.abs(x - y))
             largest = float(np.maximum(largest, difference.max()))  # NaN stays

@@ -21,7 +21,8 @@ from ..disk.tensor_files import read_safetensors
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_files import read_module
 from ..formats.lycoris_keys import are_adapters, embeddings_note
-from ..formats.peft_files import SAFETENSORS_NAME, torch_name
+from ..formats.peft_files import torch_name
+from ..formats.peft_names import SAFETENSORS_NAME
 from ..formats.ranks import rank_of
 from ..formats.read_adapter import module_of, read_everything
 from ..formats.wrong_loader import has_peft_config
@@ -56,8 +57,6 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         ['the update of q is zero: hada_w2_b is zero']
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder '{path}'")
     if not is_adapter(path):
         return _describe_checkpoint(Checkpoint(path))
     try:
@@ -72,7 +71,13 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether an existing path holds an adapter of any kind rather than a checkpoint."""
+    """Return whether a path holds an adapter of any kind rather than a checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder '{path}'")
     if path.is_dir():
         if has_peft_config(path):
             return True

@@ -234,6 +234,18 @@ def _lock(descriptor: int, temporary: Path) -> bool:
         return False
 
 
+def folder_to_write(path: str | Path, writer: str) -> Path:
+    """Return the path of a folder that a function, called `writer`, is to write.
+
+    Raises:
+        NotADirectoryError: a file is there.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; {writer} writes a folder")
+    return folder
+
+
 def is_replaceable(folder: Path) -> bool:
     """Return whether another folder can take a folder's place unnoticed."""
     real = Path(os.path.realpath(folder))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError, parse_json, read_json, read_text
 
@@ -215,6 +216,19 @@ def _from_index(
 def is_floating(dtype: Any) -> bool:
     """Return whether a dtype is a floating-point one, including bfloat16 and float8."""
     return jnp.issubdtype(dtype, np.floating)
+
+
+def accumulator(*dtypes: np.dtype) -> np.dtype:
+    """Return the dtype to add values of these dtypes in: float64 if one of them is, else float32.
+
+    Integers of 64 bits count as float64.
+    """
+    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in dtypes) else np.float32)
+
+
+def written_dtype(own: DTypeLike, dtype: DTypeLike | None) -> np.dtype:
+    """Return the dtype that a tensor is written in: `dtype` for a floating one, else its own."""
+    return np.dtype(dtype if dtype is not None and is_floating(own) else own)
 
 
 _SIDE_FILE = re.compile(

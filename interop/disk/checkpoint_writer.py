@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loha_jax.runtime.scalars import plain_scalar
+from loha_jax.runtime.scalars import is_integer, plain_scalar
 
 from .atomic import TemporaryFile, naming, write_atomically
 from .base_checkpoint import INDEX
@@ -29,7 +29,7 @@ def parse_size(size: int | str) -> int:
         (5000000000, 100)
     """
     size = plain_scalar(size)
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    if is_integer(size) and size > 0:
         return size
     found = re.fullmatch(r"(\d+)\s*([KMGT]?)B", str(size).upper())
     if not found or not int(found[1]):

@@ -18,6 +18,7 @@ from .atomic import (
     write_files,
 )
 from .system import exchange, locked_folder, sync_folder
+from .tensor_files import TORCH_SUFFIXES
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 """The name of an adapter's file in diffusers and SimpleTuner."""
@@ -104,9 +105,7 @@ def find_adapter_file(folder: Path) -> Path:
     inside = sorted(
         {f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()}
     )
-    pickles = sorted(
-        f"'{file}'" for file in folder.iterdir() if file.suffix in (".pt", ".pth", ".bin", ".ckpt")
-    )
+    pickles = sorted(f"'{file}'" for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES)
     hint = f"; give one of its folders: {', '.join(inside)}" if inside else ""
     hint = f"; give the file that is the adapter: {', '.join(pickles)}" if pickles else hint
     raise FileNotFoundError(f"There is no adapter in '{folder}'{hint}")

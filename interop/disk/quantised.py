@@ -129,7 +129,7 @@ class Quantisation:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, np.dtype],
         config: Mapping[str, Any],
-        elsewhere: Iterable[str] = (),
+        elsewhere: Iterable[str],
     ):
         self._shapes, self._dtypes = shapes, dtypes
         self._config = config.get("quantization_config") or config.get("compression_config") or {}

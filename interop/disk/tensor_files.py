@@ -16,6 +16,8 @@ from loha_jax.runtime.untrusted import FileError, check_regular
 
 from .safetensors_file import SafetensorsFile, open_safetensors, same_names, without_wrappers
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """Return the content of a safetensors file.
@@ -39,8 +41,18 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return {key: file.read(key) for key in file.shapes}
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a torch pickle, which its suffix shows, or else a safetensors file."""
+    return (read_torch_pickle if path.suffix in TORCH_SUFFIXES else read_safetensors)(path)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the strings in the header of a safetensors file; errors as of `read_safetensors`."""
+    """Return the strings in the header of a safetensors file; {} of a torch pickle or of no file.
+
+    Errors are those of `read_safetensors`.
+    """
+    if not path.name or path.suffix in TORCH_SUFFIXES:
+        return {}
     with open_safetensors(path) as file:
         return file.metadata() or {}
 

@@ -16,9 +16,9 @@ from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import path_parts, torch_parameter
+from loha_jax.targets.module_names import torch_parameter
 from loha_jax.tree.inject import with_samples
-from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, flatten_whole, is_adapted, leaves_by_path
 from loha_jax.tree.plan import Plan
 
 from .from_tree import adapted_kernels, adapted_modules
@@ -50,9 +50,11 @@ def base_layers(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
 
 def _biases(params: PyTree) -> dict[tuple[str, ...], jax.Array]:
     """Return the biases of a tree by the path of their module."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    named = [(path_parts(path), leaf) for path, leaf in flat if not is_adapted(leaf)]
-    return {parts[:-1]: leaf for parts, leaf in named if torch_parameter(parts) == "bias"}
+    return {
+        path[:-1]: leaf
+        for path, leaf in leaves_by_path(params)
+        if not is_adapted(leaf) and torch_parameter(path) == "bias"
+    }
 
 
 def _targets_embeddings(config: LoHaConfig) -> bool:
@@ -81,14 +83,17 @@ def with_base_layers(params: T, weights: Mapping[str, np.ndarray]) -> T:
         params: an adapted tree. Arrays that already have the values are kept.
         weights: by the names of `base_layer_shapes`.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    paths, leaves = [path_parts(path) for path, _ in flat], [leaf for _, leaf in flat]
-    kernels = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, LoHaWeight)}
-    names = {paths[n][:-1]: leaf.names for n, leaf in kernels.items()}
+    leaves, treedef = flatten_whole(params)
+    paths = [path for path, _ in leaves_by_path(params)]
+    names = {
+        path[:-1]: leaf.names
+        for path, leaf in zip(paths, leaves, strict=True)
+        if isinstance(leaf, LoHaWeight)
+    }
     changed = False
     for n, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         new = None
-        if n in kernels:
+        if isinstance(leaf, LoHaWeight):
             if given := _given(leaf.names, "weight", weights):
                 new = _replaced(leaf.layout.unfold(leaf.kernel), len(leaf.names), given)
             if new is not None:

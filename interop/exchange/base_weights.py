@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 
 from loha_jax.runtime.untrusted import FileError
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names, path_parts
+from loha_jax.targets.module_names import Names
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import is_adapted
+from loha_jax.tree.leaves import flatten_whole, is_adapted, leaves_by_path
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.placement import chosen_sharding
 from loha_jax.tree.quantised import is_quantised
 
-from ..disk.base_checkpoint import Checkpoint
+from ..disk.base_checkpoint import Checkpoint, is_floating, written_dtype
 from ..names.leaf_source import Source
 from ..names.scaled_leaves import quantised_problem
 from ..names.tree_sources import find_sources_in
@@ -81,12 +82,12 @@ def load_base(
         ...     load_base(folder, like)["q"]["kernel"].shape
         (4, 3)
     """
-    if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
+    if any(map(is_adapted, flatten_whole(params)[0])):
         raise ValueError(
             "load_base takes the base model's tree: load it first, then inject or load adapters."
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)
-    if quantised := [".".join(path_parts(path)) for path, leaf in flat if is_quantised(leaf)]:
+    leaves = leaves_by_path(params)
+    if quantised := [".".join(path) for path, leaf in leaves if is_quantised(leaf)]:
         raise ValueError(
             f"load_base fills floating leaves, and {', '.join(quantised[:3])} are quantised "
             f"({len(quantised)} in all). Load the float parameters (`params` may be their "
@@ -101,7 +102,7 @@ def load_base(
         sources[position] = dataclasses.replace(source, keys=keys)
     taken = {key for source in sources.values() for key in (*source.keys, *source.also)}
     for position, source in sources.items():
-        target = _target(tree.leaves[position], dtype)
+        target = written_dtype(tree.leaves[position].dtype, dtype)
         _check_leaf(checkpoint, tree, position, source, target, taken, mismatch)
     if strict:
         mismatch.unexpected += _unused(checkpoint, taken)
@@ -110,7 +111,8 @@ def load_base(
     leaves = list(tree.leaves)
     for position, source in sources.items():
         leaf = leaves[position]
-        leaves[position] = _read_leaf(checkpoint, source, leaf, _target(leaf, dtype), taken)
+        target = written_dtype(leaf.dtype, dtype)
+        leaves[position] = _read_leaf(checkpoint, source, leaf, target, taken)
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -138,7 +140,7 @@ def _check_leaf(
             mismatch.misshapen.append(
                 f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}"
             )
-        elif kind_of_dtype(checkpoint.dtypes[key]) != kind_of_dtype(leaf.dtype):
+        elif _kind_of(checkpoint.dtypes[key]) != _kind_of(leaf.dtype):
             mismatch.misshapen.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {leaf.dtype}")
 
 
@@ -183,21 +185,12 @@ def _read_leaf(
         raw = key in scales and scales[key].key in taken  # the tree holds the scale too
         tensor = checkpoint.read(key) if raw else checkpoint.read_values(key)
         source.put(cast_values(tensor, target, key), value, n)
-    sharding = getattr(like, "sharding", None)
-    if isinstance(like, jax.Array) and not like.committed:
-        sharding = None
-    return jax.device_put(value, sharding)
+    return jax.device_put(value, chosen_sharding(like))
 
 
-def _target(like: jax.Array | jax.ShapeDtypeStruct, dtype: DTypeLike | None) -> np.dtype:
-    """Return the dtype that a leaf gets."""
-    given = dtype is not None and kind_of_dtype(like.dtype) == "float"
-    return np.dtype(dtype if given else like.dtype)
-
-
-def kind_of_dtype(dtype: DTypeLike) -> str:
+def _kind_of(dtype: DTypeLike) -> str:
     """Return "float" for every floating dtype, else numpy's letter."""
-    return "float" if jax.numpy.issubdtype(dtype, np.floating) else np.dtype(dtype).kind
+    return "float" if is_floating(dtype) else np.dtype(dtype).kind
 
 
 def cast_values(tensor: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
-from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.before_saving import check_whole
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_of
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_by_path, leaves_of
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
+from ..names.name_map import looks_like_conv1d
 
 
 def from_tree(
@@ -36,12 +35,23 @@ def from_tree(
 
 def adapted_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
     """Return the kernels that an adapter adapts, each with its path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
     return [
-        (path_parts(path), leaf)
-        for path, leaf in flat
+        (path, leaf)
+        for path, leaf in leaves_by_path(params)
         if isinstance(leaf, LoHaWeight) and adapter_name in leaf.adapters
     ]
+
+
+def required_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str, ...], LoHaWeight]]:
+    """Return `adapted_kernels`; ValueError where there are none."""
+    if kernels := adapted_kernels(params, adapter_name):
+        return kernels
+    raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
+
+
+def is_gpt2_conv1d(leaf: LoHaWeight) -> bool:
+    """Return whether a kernel is a projection of GPT-2: `oi` in Flax, while a Linear is `io`."""
+    return leaf.layout.word == "oi" and looks_like_conv1d(leaf.names[0])
 
 
 def adapted_modules(leaf: LoHaWeight, adapter_name: str) -> list[str]:
@@ -73,7 +83,7 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
     axes = len(target.stack)
     # [*stack, ...] -> [modules, ...]
     trained = {n: on_host(t).reshape(-1, *t.shape[axes:]) for n, t in factors.trained.items()}
-    in_shape = layout.torch_shape(shape)[axes + 1 :]
+    in_shape = target.module_shape[1:]
     for index, (name, r, alpha) in enumerate(zip(names, target.ranks, target.alphas, strict=True)):
         if not r:
             continue

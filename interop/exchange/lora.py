@@ -17,27 +17,32 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
-from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.inject import factor_dtype
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
+from ..disk.atomic import folder_to_write
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
 from ..formats.lora_files import read_lora
 from ..formats.model_card import MODEL_CARD_NAME, model_card
-from ..formats.peft_files import PREFIX, folder_contents, peft_state
-from ..names.name_map import GPT2_CONV1D
+from ..formats.peft_files import folder_contents, peft_state
+from ..formats.peft_names import PREFIX
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
-from .from_tree import adapted_kernels, adapted_modules, chosen_adapter, module_factors
+from .from_tree import (
+    adapted_modules,
+    chosen_adapter,
+    is_gpt2_conv1d,
+    module_factors,
+    required_kernels,
+)
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
@@ -124,10 +129,9 @@ def to_lora(
     groups = dict(groups or {})
     found: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
-    config: LoHaConfig | None = None
-    conv1d, used = False, set()
-    for path, leaf in adapted_kernels(params, adapter_name):
-        config = leaf.adapters[adapter_name].config
+    used = set()
+    kernels = required_kernels(params, adapter_name)
+    for path, leaf in kernels:
         for module in _modules(leaf, adapter_name):
             _check_embedding(path, module.name)
             pattern = next((p for p in groups if re.fullmatch(p, module.name)), None)
@@ -138,14 +142,13 @@ def to_lora(
             used.add(pattern)
             number = 1 if pattern is None else groups[pattern]
             found[module.name], errors[module.name] = lora_of(module, rank, energy, groups=number)
-            conv1d |= leaf.layout.word == "oi" and bool(re.fullmatch(GPT2_CONV1D, module.name))
-    if config is None:
-        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     if unused := [pattern for pattern in groups if pattern not in used]:
         raise ValueError(f"groups={unused} match no adapted module; these are {', '.join(found)}")
     check_decomposed(found)
     targets = _targets(params, adapter_name, names)
     tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
+    config = kernels[-1][1].adapters[adapter_name].config
+    conv1d = any(is_gpt2_conv1d(leaf) for _, leaf in kernels)
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
 
@@ -237,9 +240,7 @@ def save_lora(
         ...     save_lora(folder, params, rank=1).config["r"]
         1
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_lora writes a folder")
+    folder = folder_to_write(folder, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"
@@ -323,5 +324,5 @@ def _loha_of(key: jax.Array | None, module: AdapterModule, target: Target) -> Ad
     if key is None:
         return loha_of(module)
     shapes = {"hada_w2_a": (module.tensors["lora_B"].shape[0], module.r)}
-    spare = init_factors(key, [module.name], shapes, True, factor_dtype(target.dtype))
+    spare = init_factors(key, [module.name], shapes, True, target.factor_dtype)
     return loha_of(module, np.asarray(spare["hada_w2_a"][0]))

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.weight_decomposition import is_on_out
 from loha_jax.targets.lycoris_config import LycorisConfig
-from loha_jax.targets.matching import name_endings
+from loha_jax.targets.matching import most_common, name_endings
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import all_names, torch_parameter
 from loha_jax.tree.leaves import LoHaWeight
@@ -24,7 +24,7 @@ from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 from ..formats.adapter_file import AdapterModule
 from ..formats.lycoris_files import NORM_PARTS
 from ..formats.lycoris_keys import PARAMETER_OF
-from ..formats.ranks import most_common, plain_number, ranks_and_alphas
+from ..formats.ranks import plain_number, ranks_and_alphas
 from ..updates.low_rank_update import LowRankUpdate
 from ..updates.shapes import module_shapes
 from .mismatch import Mismatch

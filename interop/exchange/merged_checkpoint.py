@@ -21,13 +21,15 @@ from loha_jax.tree.merge import check_rounding, merge, unload
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.quantised import QuantisedArray
 
-from ..disk.atomic import whole_folder, write_atomically
+from ..disk.atomic import folder_to_write, whole_folder, write_atomically
 from ..disk.base_checkpoint import (
     Checkpoint,
+    is_floating,
     read_config,
     side_file_content,
     side_files,
     weight_files,
+    written_dtype,
 )
 from ..disk.checkpoint_writer import CheckpointWriter, parse_size
 from ..disk.quantised import Scale, is_float8
@@ -35,7 +37,7 @@ from ..names.leaf_source import Source
 from ..names.scaled_leaves import requantised, warn_of_losses
 from ..names.tree_sources import find_sources_in
 from ..updates.rounding import Loss
-from .base_weights import cast_values, kind_of_dtype
+from .base_weights import cast_values
 from .mismatch import Mismatch
 
 
@@ -93,9 +95,7 @@ def save_merged(
         ...     Checkpoint(folder).shapes
         {'q.weight': (3, 4)}
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_merged writes a folder")
+    folder = folder_to_write(folder, "save_merged")
     if held := weight_files(folder):
         raise FileExistsError(
             f"{folder} already holds weights ({', '.join(held)}). Choose another folder, or empty "
@@ -181,7 +181,7 @@ class _MergedTensors:
                 f"{name} is {list(base.shapes[name])} in the base, {where} {list(shape)} gives "
                 f"{need}"
             )
-        if kind_of_dtype(leaf.dtype) == "float" and name in base.quantisation.problems:
+        if is_floating(leaf.dtype) and name in base.quantisation.problems:
             mismatch.misshapen.append(base.quantisation.problems[name])
         return name
 
@@ -194,9 +194,8 @@ class _MergedTensors:
             else:
                 position, _ = self.owners[key][0]
                 leaf = self.tree.leaves[position]
-                kind, shape = np.dtype(leaf.dtype), self.sources[position].torch_shape(leaf.shape)
-            given = dtype is not None and kind_of_dtype(kind) == "float"
-            plan.append((key, np.dtype(dtype) if given else kind, tuple(shape)))
+                kind, shape = leaf.dtype, self.sources[position].torch_shape(leaf.shape)
+            plan.append((key, written_dtype(kind, dtype), tuple(shape)))
         return plan
 
     def write(

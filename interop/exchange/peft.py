@@ -7,7 +7,6 @@ The format is that of files which PEFT 0.21.2 wrote (tests/data/peft).
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +18,7 @@ from jaxtyping import PyTree
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.processes import in_first_process
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
-from loha_jax.targets.matching import match_pattern
+from loha_jax.targets.matching import exact_patterns, match_pattern
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names, check_new_adapter
@@ -27,14 +26,18 @@ from loha_jax.tree.before_saving import check_before_saving
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 
-from ..disk.atomic import write_atomically
+from ..disk.atomic import folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
-from ..formats.ranks import exact_pattern
-from ..names.name_map import GPT2_CONV1D
-from .from_tree import adapted_kernels, chosen_adapter, from_tree
+from .from_tree import (
+    adapted_kernels,
+    chosen_adapter,
+    from_tree,
+    is_gpt2_conv1d,
+    required_kernels,
+)
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
 
@@ -81,9 +84,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; save_peft writes a folder")
+    folder = folder_to_write(folder, "save_peft")
     known = adapter_names(params)
     chosen = known if adapters is None else tuple(adapters)
     if unknown := [name for name in chosen if name not in known]:
@@ -117,10 +118,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
 
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
-    """Warn of GPT-2's projections, which are `oi` in Flax, a Linear `io`."""
     leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
-    named = [name for leaf in leaves if leaf.layout.word == "oi" for name in leaf.names]
-    if found := [name for name in dict.fromkeys(named) if re.fullmatch(GPT2_CONV1D, name)]:
+    if found := dict.fromkeys(leaf.names[0] for leaf in leaves if is_gpt2_conv1d(leaf)):
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
@@ -182,22 +181,20 @@ def peft_config(params: PyTree, adapter_name: str | None = None) -> LoHaConfig:
             PEFT has one setting for: convolutions with and without cores, or the dropouts.
     """
     adapter_name = chosen_adapter(params, adapter_name)
-    config: LoHaConfig | None = None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     settings: dict[str, dict[float, str]] = {field: {} for field in _SAME_FOR_ALL}
-    for _, leaf in adapted_kernels(params, adapter_name):
+    kernels = required_kernels(params, adapter_name)
+    config = kernels[-1][1].adapters[adapter_name].config
+    for _, leaf in kernels:
         factors = leaf.adapters[adapter_name]
-        config = factors.config
         for field in ("rank_dropout", "module_dropout"):
-            settings[field].setdefault(getattr(config, field), leaf.label)
+            settings[field].setdefault(getattr(factors.config, field), leaf.label)
         if any(size != 1 for size in leaf.layout.sizes("k", leaf.kernel.shape)):
             settings["use_effective_conv2d"].setdefault(factors.is_cp, leaf.label)
         for name, r, alpha in zip(leaf.names, factors.ranks, factors.alphas, strict=True):
             if r:
                 ranks[name], alphas[name] = r, alpha
-    if config is None:
-        raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
     for field, found in settings.items():
         if len(found) > 1:
             raise ValueError(
@@ -224,7 +221,7 @@ def _sortable(patterns: Mapping[str, N], default: N, wanted: Mapping[str, N]) ->
     ordered = dict(sorted(patterns.items()))
     if all(match_pattern(name, ordered, default) == value for name, value in wanted.items()):
         return dict(patterns)
-    return {exact_pattern(name): value for name, value in wanted.items() if value != default}
+    return exact_patterns(wanted, default)
 
 
 @takes_model(argument="base_params")

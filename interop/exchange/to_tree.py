@@ -13,12 +13,13 @@ import numpy as np
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
-from loha_jax.tree.inject import apply_plan, factor_dtype, stack_factors
+from loha_jax.tree.inject import apply_plan, stack_factors
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Plan, Saved, Target, plan_injection
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
-from ..formats.peft_files import PREFIX, peft_tensors
+from ..formats.peft_files import peft_tensors
+from ..formats.peft_names import PREFIX
 from ..names.resized_vocabulary import resizing_hint
 from ..updates.shapes import module_shapes
 from .base_layers import base_layer_shapes, with_base_layers
@@ -59,7 +60,7 @@ def to_tree(
             loha(modules[name], target).tensors if r else {}
             for name, r in zip(target.names, target.ranks, strict=True)
         ]
-        return stack_factors(own, target, factor_dtype(target.dtype))
+        return stack_factors(own, target)
 
     def make_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
         return _stacked_norms(target, modules)
@@ -184,4 +185,4 @@ def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict
         return {}
     stacked = np.stack([np.zeros_like(first) if norms is None else norms for norms in given])
     stacked = stacked.reshape(*target.stack, *first.shape)
-    return {"dora_scale": jnp.asarray(stacked, factor_dtype(target.dtype))}
+    return {"dora_scale": jnp.asarray(stacked, target.factor_dtype)}

@@ -108,6 +108,11 @@ class AdapterFile:
         return {**own, **self.others}
 
 
+def times_core(core: np.ndarray, w_b: np.ndarray) -> np.ndarray:
+    """Return a core `[r, r, *spatial]` times a right factor `[r, in]`: `[r, in, *spatial]`."""
+    return np.einsum("pq...,qi->pi...", core, w_b)
+
+
 @contextlib.contextmanager
 def errors_about(path: str | Path) -> Generator[None]:
     """Re-raise any ValueError from the block as a `FileError` with `path` in its message."""

@@ -8,12 +8,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
+from loha_jax.targets.config import PEFT_VERSION, LoHaConfig, peft_fields
 from loha_jax.targets.lycoris_config import LycorisConfig
-from loha_jax.targets.matching import find_minimal_target_modules, match_pattern, name_endings
+from loha_jax.targets.matching import (
+    exact_patterns,
+    find_minimal_target_modules,
+    match_pattern,
+    name_endings,
+)
 
 from .adapter_file import AdapterModule
-from .ranks import exact_pattern
 
 # Fields of both configs, by LoHa's names.
 _SHARED = (
@@ -49,7 +53,7 @@ def lora_config(
         fan_in_fan_out: whether some are transformers' `Conv1D`.
     """
     r = max(module.r for module in modules.values())
-    smaller = {exact_pattern(name): m.r for name, m in sorted(modules.items()) if m.r != r}
+    smaller = exact_patterns({name: m.r for name, m in sorted(modules.items())}, r)
     common = config.to_dict()
     return {
         "alpha_pattern": smaller,
@@ -177,11 +181,10 @@ def loha_config(values: Mapping[str, Any], modules: Mapping[str, AdapterModule])
     config = like_loha(values)
     if values.get("use_rslora", False):
         alpha = config.alpha * math.sqrt(config.r)
-        patterns = {exact_pattern(n): m.alpha for n, m in modules.items() if m.alpha != alpha}
+        patterns = exact_patterns({name: m.alpha for name, m in modules.items()}, alpha)
         config = dataclasses.replace(config, alpha=alpha, alpha_pattern=patterns)
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=sorted(modules))
     if not values.get("use_dora", False):
         return config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(LoHaConfig)}
-    return LycorisConfig(**fields, weight_decompose=True)
+    return LycorisConfig(**peft_fields(config), weight_decompose=True)

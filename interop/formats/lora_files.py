@@ -76,8 +76,7 @@ def lora_file(values: dict[str, Any], state: Mapping[str, np.ndarray], path: Pat
         for name, parts in parts_of.items():
             r, alpha = rank_and_alpha(values, config, name)
             modules[name] = _module(name, parts, r, alpha, bool(values.get("use_dora", False)))
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return AdapterFile(path, "lora", modules, others, values, metadata, keys=keys)
+    return AdapterFile(path, "lora", modules, others, values, read_metadata(path), keys=keys)
 
 
 def _module(

@@ -20,11 +20,13 @@ from jax.typing import DTypeLike
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
+from loha_jax.targets.matching import most_common
 
+from ..disk.base_checkpoint import accumulator
 from ..disk.tensor_files import safetensors_bytes
-from .adapter_file import AdapterModule
+from .adapter_file import AdapterModule, times_core
 from .lycoris_keys import group_keys
-from .ranks import check_floating, misfit, most_common, rank_of
+from .ranks import check_floating, misfit, rank_of
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"
@@ -130,9 +132,8 @@ def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.nd
     if not fits:
         raise misfit(name, tensors)
     if core is not None:
-        wide = np.float64 if a.dtype == np.float64 else np.float32
-        flat = a.reshape(a.shape[:2]).astype(wide)
-        a = np.einsum("pq...,qi->pi...", core.astype(wide), flat)
+        wide = accumulator(a.dtype)
+        a = times_core(core.astype(wide), a.reshape(a.shape[:2]).astype(wide))
     return {"lora_A": a, "lora_B": b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))}
 
 
@@ -233,7 +234,7 @@ def module_key(prefix: str, name: str) -> str:
 
 
 def file_bytes(
-    state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str] = ()
+    state: Mapping[str, np.ndarray], metadata: Mapping[str, str], convolutions: Iterable[str]
 ) -> bytes:
     """Return the content of a file: the tensors, and metadata with their hash.
 

@@ -17,6 +17,7 @@ from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
 
 from .adapter_file import Foreign
+from .peft_names import PREFIX
 
 PARAMETER_OF = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b": "bias"}
 """The parameter that each difference is added to.
@@ -27,7 +28,6 @@ PARAMETER_OF = {"w_norm": "weight", "b_norm": "bias", "diff": "weight", "diff_b"
 EMBEDDINGS = "bundle_emb."
 """The prefix of token embeddings, which A1111 and OneTrainer put into an adapter's file."""
 
-_PEFT = re.compile(r"base_model\.model\.")
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
     rf"(?P<part>{'|'.join((*FACTOR_NAMES, 'alpha', 'dora_scale', *PARAMETER_OF))})"
@@ -75,7 +75,7 @@ def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
         >>> list(groups.modules["lora_unet_q"]), groups.foreign["lora_unet_k"].kind
         (['lora_B'], 'LoKr')
     """
-    if any(_PEFT.match(key) for key in state):
+    if any(key.startswith(PREFIX) for key in state):
         raise FileError(
             "these are PEFT's keys, whose settings are in an adapter_config.json; give the folder "
             "that holds both (in Python to `load_peft` or, of a LoRA, `load_lora`)"

@@ -19,22 +19,16 @@ from ..disk.paired_files import DIFFUSERS_NAME, pending_or_own
 from ..disk.tensor_files import (
     check_finite,
     read_metadata,
-    read_safetensors,
-    read_torch_pickle,
+    read_tensors,
     safetensors_bytes,
     without_wrappers,
 )
 from .adapter_file import AdapterFile, AdapterModule, errors_about
+from .peft_names import BIN_NAME, PREFIX, SAFETENSORS_NAME
 from .ranks import rank_of
 from .wrong_loader import DIFFUSERS_CONFIG_KEY, header_config, hints
 
 C = TypeVar("C")
-
-PREFIX = "base_model.model."
-"""The beginning of every key in PEFT's files."""
-
-SAFETENSORS_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
 
 
 def read_folder(
@@ -50,12 +44,10 @@ def read_folder(
     values, origin = _config_values(folder)
     with errors_about(origin):
         config = config_of(values)
-    if origin.name == DIFFUSERS_NAME:
-        return config, read_safetensors(origin), origin
-    if (path := pending_or_own(folder, SAFETENSORS_NAME)).is_file():
-        return config, read_safetensors(path), path
-    if (path := folder / BIN_NAME).is_file():
-        return config, read_torch_pickle(path), path
+    own = [pending_or_own(folder, SAFETENSORS_NAME), folder / BIN_NAME]
+    for path in [origin] if origin.name == DIFFUSERS_NAME else own:
+        if path.is_file():
+            return config, read_tensors(path), path
     raise FileNotFoundError(f"Can't find '{SAFETENSORS_NAME}' or '{BIN_NAME}' at '{folder}'")
 
 
@@ -125,7 +117,7 @@ def peft_file(config: LoHaConfig, state: Mapping[str, Any], path: Path) -> Adapt
             alpha = float(match_pattern(module, config.alpha_pattern, config.alpha))
             modules[module] = AdapterModule(module, "loha", r, alpha, {})
         modules[module].tensors[part] = state[key]
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    metadata = read_metadata(path)
     return AdapterFile(path, "peft", modules, others, config.to_dict(), metadata, keys=keys)
 
 

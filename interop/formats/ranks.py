@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import collections
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
+from loha_jax.targets.matching import exact_patterns, most_common
 
 from .adapter_file import AdapterModule
-
-T = TypeVar("T")
-
-
-def exact_pattern(name: str) -> str:
-    """Return the key of `rank_pattern` or `alpha_pattern` that matches only this full name."""
-    return f"^{re.escape(name)}"
-
-
-def most_common(values: Iterable[T]) -> T:
-    """Return the value that occurs most often; the first of several."""
-    return collections.Counter(values).most_common(1)[0][0]
 
 
 def plain_number(alpha: float) -> float:
@@ -35,15 +22,14 @@ def plain_number(alpha: float) -> float:
 
 def ranks_and_alphas(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
     """Return the fields of a config that give each module its rank and alpha."""
-    r = most_common(m.r for m in modules.values())
-    alpha = most_common(m.alpha for m in modules.values())
+    ranks = {name: m.r for name, m in modules.items()}
+    alphas = {name: plain_number(m.alpha) for name, m in modules.items()}
+    r, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "r": r,
-        "alpha": plain_number(alpha),
-        "rank_pattern": {exact_pattern(n): m.r for n, m in modules.items() if m.r != r},
-        "alpha_pattern": {
-            exact_pattern(n): plain_number(m.alpha) for n, m in modules.items() if m.alpha != alpha
-        },
+        "alpha": alpha,
+        "rank_pattern": exact_patterns(ranks, r),
+        "alpha_pattern": exact_patterns(alphas, alpha),
     }
 
 

@@ -14,7 +14,7 @@ from loha_jax.runtime.untrusted import FileError, read_json
 from loha_jax.targets.config import LoHaConfig
 
 from ..disk.paired_files import DIFFUSERS_NAME, find_adapter_file
-from ..disk.tensor_files import read_metadata, read_safetensors, read_torch_pickle
+from ..disk.tensor_files import read_metadata, read_tensors
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config
 from .lora_files import lora_file
@@ -23,7 +23,6 @@ from .lycoris_keys import PARAMETER_OF, foreign_message, group_keys
 from .peft_files import check_peft_file, peft_file, read_folder
 from .wrong_loader import (
     DIFFUSERS_CONFIG_KEY,
-    TORCH_SUFFIXES,
     has_peft_config,
     header_config,
     hints,
@@ -31,7 +30,7 @@ from .wrong_loader import (
 
 _LYCORIS_CONFIG = "lycoris_config.json"  # SimpleTuner's, in the same folder
 _ALPHAS = ("alpha", "lora_alpha", "linear_alpha", "conv_alpha")
-_BASE_LAYER = re.compile(r"(.*)\.base_layer\.[^.]+")
+_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 
 
 def read_adapter(
@@ -122,10 +121,7 @@ def _read(path: Path, names: ModuleNames | None) -> AdapterFile:
     file = find_adapter_file(path) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"There is no adapter at '{path}'")
-    if file.suffix in TORCH_SUFFIXES:
-        state, metadata = read_torch_pickle(file), {}
-    else:
-        state, metadata = read_safetensors(file), read_metadata(file)
+    state, metadata = read_tensors(file), read_metadata(file)
     try:
         adapter = _lycoris(path, state, metadata, names)
         if without := [own for own in adapter.modules if f"{own}.alpha" not in state]:
@@ -143,7 +139,7 @@ def _check_scale(file: Path, ranks: set[int], example: str) -> None:
         ranks: of its modules without alpha.
         example: the name of one of these.
     """
-    said = {} if file.suffix in TORCH_SUFFIXES else header_config(file)
+    said = header_config(file)
     place, beside = f"its header ({DIFFUSERS_CONFIG_KEY})", file.parent / _LYCORIS_CONFIG
     if not said and file.name == DIFFUSERS_NAME and beside.is_file():
         said, place = read_json(beside), str(beside)
@@ -190,8 +186,15 @@ def _chosen(adapter: AdapterFile, only: str) -> AdapterFile:
 
 def module_of(key: str) -> str:
     """Return the module that a tensor of `AdapterFile.others` belongs to."""
-    base_layer = _BASE_LAYER.fullmatch(key)
-    return base_layer[1] if base_layer else key.rpartition(".")[0]
+    return split_parameter(key)[0]
+
+
+def split_parameter(key: str) -> tuple[str, str]:
+    """Return the module and the parameter, also of an adapted module's base layer."""
+    if base_layer := _BASE_LAYER.fullmatch(key):
+        return base_layer[1], base_layer[2]
+    module, _, parameter = key.rpartition(".")
+    return module, parameter
 
 
 def _lycoris(

@@ -12,11 +12,11 @@ from loha_jax.targets.config import CONFIG_NAME
 
 from ..disk.base_checkpoint import Checkpoint
 from ..disk.paired_files import DIFFUSERS_NAME, find_adapter_file, pending_or_own
-from ..disk.tensor_files import read_metadata
+from ..disk.tensor_files import TORCH_SUFFIXES, read_metadata
 from .lycoris_keys import are_adapters
+from .peft_names import BIN_NAME, PREFIX, SAFETENSORS_NAME
 
 DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class Kind(NamedTuple):
@@ -107,13 +107,13 @@ def _folder_kind(folder: Path) -> Kind | None:
 
 
 def _file_kind(file: Path) -> Kind | None:
-    if file.name in ("adapter_model.bin", "adapter_model.safetensors"):
+    if file.name in (BIN_NAME, SAFETENSORS_NAME):
         return _peft_file(file)
     if file.suffix in TORCH_SUFFIXES:
         advice = "`load_lycoris` opens it if it holds only an adapter's tensors"
         return Kind("a torch pickle", "load_lycoris", advice)
     keys = list(Checkpoint(file).shapes)
-    if any(key.startswith("base_model.model.") for key in keys):
+    if any(key.startswith(PREFIX) for key in keys):
         return _peft_file(file)
     if are_adapters(keys):
         return Kind("an adapter's file of LyCORIS, kohya or diffusers", "load_lycoris")

@@ -33,7 +33,7 @@ class BaseRows:
         shape: of the matrix.
     """
 
-    def __init__(self, checkpoint: Checkpoint, key: str, replaced: np.ndarray | None = None):
+    def __init__(self, checkpoint: Checkpoint, key: str, replaced: np.ndarray | None):
         shape = checkpoint.shapes[key] if replaced is None else replaced.shape
         self.dtype = checkpoint.dtypes[key] if replaced is None else replaced.dtype
         self.shape = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
@@ -60,7 +60,7 @@ class ScaledRows(BaseRows):
         new_scale: the scale that `fit` finds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, key: str, replaced: np.ndarray | None = None):
+    def __init__(self, checkpoint: Checkpoint, key: str, replaced: np.ndarray | None):
         super().__init__(checkpoint, key, None if replaced is None else replaced.astype(np.float32))
         self._key, self._scale = key, checkpoint.quantisation.scales[key]
         self._torch_shape = checkpoint.shapes[key]

@@ -18,7 +18,7 @@ import numpy as np
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.weight_decomposition import gain
 
-from ..updates.low_rank_update import accumulator
+from ..disk.base_checkpoint import accumulator
 from .base_rows import BaseRows, Span
 from .plan import MergePlan, TensorUpdate
 
@@ -90,12 +90,7 @@ class MergedRows:
         # Norms over all rows: the base is read twice.
         totals = iter(np.asarray(sum(pool.map(squares, self.spans))))
         return [
-            (
-                u,
-                None
-                if (norms := u.column_norms) is None
-                else column_gains(next(totals), norms, wide),
-            )
+            (u, None if (n := u.column_norms) is None else column_gains(next(totals), n, wide))
             for u in updates
         ]
 

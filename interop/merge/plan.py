@@ -18,13 +18,12 @@ from ..exchange.mismatch import Mismatch
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from ..formats.module_lookup import ModuleLookup
-from ..formats.read_adapter import read_adapter
-from ..names.name_map import GPT2_CONV1D
+from ..formats.read_adapter import read_adapter, split_parameter
+from ..names.name_map import looks_like_conv1d
 from ..names.renames import rename_hint, renamed
 from ..names.resized_vocabulary import is_resized, resizing_note, resizing_problems
 from ..updates.low_rank_update import LowRankUpdate
 
-_PREFIX_OF_BASE_LAYER = re.compile(r"(.*)\.base_layer\.([^.]+)")
 _COUNTER = "num_batches_tracked"
 _HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings)\.weight$")
@@ -202,22 +201,17 @@ class _Planner:
 
     def _is_conv1d(self, adapter: AdapterFile, found: list[_Found]) -> Callable[[str], bool]:
         """Return a test by name for GPT-2's projections, stored as [in, out], also square ones."""
-        named = [
-            (update, self._base.shapes[key])
-            for m, key, update in found
-            if re.fullmatch(GPT2_CONV1D, m.name)
-        ]
+        named = [(u, self._base.shapes[key]) for m, key, u in found if looks_like_conv1d(m.name)]
         shown = {update.fits(shape) for update, shape in named if len(set(shape)) > 1}
         gpt2 = self._config.get("model_type") in ("gpt2", "openai-gpt")
         told = adapter.config.get("fan_in_fan_out") or gpt2
         if shown == {False} or (told and True not in shown):
-            return lambda name: re.fullmatch(GPT2_CONV1D, name) is not None
+            return looks_like_conv1d
         return lambda name: False
 
     def _replace(self, path: Path, lookup: ModuleLookup, key: str, value: np.ndarray) -> None:
         """Put the values of a saved module, or of an adapted module's base layer, into the plan."""
-        base_layer = _PREFIX_OF_BASE_LAYER.fullmatch(key)
-        module, part = base_layer.groups() if base_layer else key.rpartition(".")[::2]
+        module, part = split_parameter(key)
         target = f"{lookup.find(module, '')}.{part}"
         if target not in self._base.shapes:  # a head beside the model that has the prefix
             target = f"{module}.{part}"

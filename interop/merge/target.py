@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..disk.atomic import write_atomically
-from ..disk.base_checkpoint import Checkpoint, is_floating, side_file_content, side_files
+from ..disk.base_checkpoint import Checkpoint, side_file_content, side_files, written_dtype
 from ..disk.safetensors_file import Header
 from ..formats.adapter_file import AdapterFile
 from ..names.resized_vocabulary import with_vocabulary_size
@@ -39,8 +39,7 @@ class MergeTarget:
 
     def dtype_of(self, key: str) -> np.dtype:
         """Return the dtype of a merged tensor."""
-        own = self.base.dtypes[key]
-        return self.dtype if self.dtype is not None and is_floating(own) else own
+        return written_dtype(self.base.dtypes[key], self.dtype)
 
     def shape_of(self, key: str) -> tuple[int, ...]:
         """Return the shape of a merged tensor."""

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from loha_jax.targets.module_names import is_kernel_leaf, path_parts, torch_parameter
-from loha_jax.tree.leaves import base_of, is_whole
+from loha_jax.targets.module_names import is_kernel_leaf, torch_parameter
+from loha_jax.tree.leaves import base_of, leaves_by_path
 from loha_jax.tree.quantised import wrapped
 
 from ..disk.base_checkpoint import Checkpoint
@@ -116,7 +116,7 @@ def _leaves(params: PyTree) -> list[_Leaf]:
         TypeError: the tree holds shapes.
     """
     leaves: list[_Leaf] = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)[0]:
+    for parts, leaf in leaves_by_path(params):
         leaf = wrapped(base_of(leaf))
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
@@ -125,7 +125,6 @@ def _leaves(params: PyTree) -> list[_Leaf]:
             )
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if is_array and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            parts = path_parts(path)
             leaves.append(_Leaf(leaf_path(parts), parts, leaf))
     return leaves
 

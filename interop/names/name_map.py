@@ -19,8 +19,7 @@ from .leaf_source import Source
 from .settled_names import Choice, SettledNames
 from .torch_mapping import Preprocess, TorchMapping, is_torch_mapping, map_sources
 
-GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
-"""GPT-2's projections: in torch transformers' own `Conv1D`, with weights [in, out]."""
+_GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 
 _TRANSFORMERS_NAMES = {
     r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
@@ -147,7 +146,7 @@ class NameMap:
         """
         result = cls(_TRANSFORMERS_NAMES, layouts=_TRANSFORMERS_LAYOUTS)
         if model_type == "gpt2":
-            result._given[GPT2_CONV1D] = "oi"
+            result._given[_GPT2_CONV1D] = "oi"
             result._is_gpt2 = True
         return result
 
@@ -273,7 +272,7 @@ class NameMap:
 
     def is_conv1d(self, name: str) -> bool:
         """Return whether torch stores the weight of a module (by default name) as [in, out]."""
-        return self._is_gpt2 and re.fullmatch(GPT2_CONV1D, name) is not None
+        return self._is_gpt2 and looks_like_conv1d(name)
 
     def table(self) -> str:
         """Return the map as text: leaf, shape, torch name and layout; then what is not settled."""
@@ -285,6 +284,14 @@ class NameMap:
         if isinstance(self._names, Mapping):
             return f"NameMap({len(self._names)} patterns)"
         return f"NameMap({getattr(self._names, '__qualname__', repr(self._names))})"
+
+
+def looks_like_conv1d(name: str) -> bool:
+    """Return whether a module is called like GPT-2's projections.
+
+    In torch these are transformers' own `Conv1D`, with weights [in, out].
+    """
+    return re.fullmatch(_GPT2_CONV1D, name) is not None
 
 
 def _diffusers_part(name: str) -> str:

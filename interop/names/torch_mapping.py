@@ -141,7 +141,7 @@ class _Tensor(NamedTuple):
 def map_sources(
     mapping: TorchMapping,
     base: str | Path | Mapping[str, Sequence[int]],
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | None,
 ) -> SettledNames:
     """Apply a mapping to the names and shapes of a checkpoint; see `NameMap`.
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from loha_jax.runtime.scalars import plain_scalar
+from loha_jax.runtime.scalars import is_integer, plain_scalar
 
 from ..formats.adapter_file import AdapterModule
 from .best_factors import best_factors, over_all_channels
@@ -71,7 +71,7 @@ def lora_of(
     update = LowRankUpdate.of(module)
     in_shape = _in_shape(module, update, shape)
     groups = plain_scalar(groups)
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if not is_integer(groups) or groups < 1:
         raise ValueError(
             f"The groups of {module.name} should be a positive integer value but are {groups!r}"
         )
@@ -127,7 +127,7 @@ def check_limits(rank: int | None, energy: float | None) -> None:
     rank, energy = plain_scalar(rank), plain_scalar(energy)
     if rank is not None and energy is not None:
         raise ValueError(f"Give `rank` or `energy`, not both: got rank={rank} and energy={energy}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not is_integer(rank) or rank < 1):
         raise ValueError(
             f"`rank` should be a positive integer value but the value passed is {rank!r}"
         )

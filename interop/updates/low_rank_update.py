@@ -8,18 +8,11 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from ..formats.adapter_file import AdapterModule
+from ..disk.base_checkpoint import accumulator
+from ..formats.adapter_file import AdapterModule, times_core
 
 Left = Float[np.ndarray, "rows r"]
 Right = Float[np.ndarray, "r columns"]
-
-
-def accumulator(*dtypes: np.dtype) -> np.dtype:
-    """Return the dtype to add values of these dtypes in: float64 if one of them is, else float32.
-
-    `float32_or_wider` without JAX, which has no float64 by default.
-    """
-    return np.dtype(np.float64 if any(dtype.itemsize > 4 for dtype in dtypes) else np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +38,7 @@ class LowRankUpdate:
             ValueError: it is the LoRA of a convolution in groups, whose factors do not multiply to
                 a weight's change.
         """
-        tensors = {
-            name: t.astype(np.float64 if t.dtype == np.float64 else np.float32, copy=False)
-            for name, t in module.tensors.items()
-        }
+        tensors = {n: t.astype(accumulator(t.dtype), copy=False) for n, t in module.tensors.items()}
         scale = module.alpha / module.r
         if module.kind == "lora":
             a, b = tensors["lora_A"], tensors["lora_B"]
@@ -68,7 +58,7 @@ class LowRankUpdate:
         pairs = []
         for n in "12":
             core, w_b = tensors[f"hada_t{n}"], tensors[f"hada_w{n}_b"]
-            right = np.einsum("pq...,qi->pi...", core, w_b)
+            right = times_core(core, w_b)
             pairs.append(
                 (tensors[f"hada_w{n}_a"].T, np.ascontiguousarray(right).reshape(right.shape[0], -1))
             )

@@ -282,7 +282,7 @@ def _fields(name: str, given: object, held: object) -> list[str]:
 
 
 def _has_fields(described: object) -> TypeGuard[dict[str, object]]:
-    """Say whether this describes an adapted leaf, an adapter or a config."""
+    """Return whether this describes an adapted leaf, an adapter or a config."""
     return isinstance(described, dict) and bool({"layout", "ranks", "class"} & described.keys())
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loha_jax.runtime.untrusted import FileError
+from loha_jax.tree.placement import chosen_sharding
 
 if TYPE_CHECKING:
     from etils.epath import Path as EPath
@@ -89,20 +90,13 @@ def as_given(value: Array, given: Any, described: Mapping[str, Any], cast: bool)
     if described.get("weak_type"):  # it determines the dtype of products
         weak = jnp.full(value.shape, value.dtype.type(0).item())
         value = weak.at[...].set(value) if weak.dtype == value.dtype else value
-    sharding = wanted_sharding(given)
+    sharding = chosen_sharding(given)
     return value if sharding is None else jax.device_put(value, sharding)
-
-
-def wanted_sharding(given: object) -> Any:
-    """Return the sharding of a leaf; None if it is uncommitted, so that JAX may move it."""
-    if isinstance(given, jax.ShapeDtypeStruct):
-        return given.sharding
-    return given.sharding if isinstance(given, jax.Array) and given.committed else None
 
 
 def _sharding_to_read(given: object, described: Mapping[str, Any]) -> Any:
     """Return the sharding in which Orbax reads an array; None to read it whole, as numpy."""
-    sharding = wanted_sharding(given)
+    sharding = chosen_sharding(given)
     if sharding is None or described["kind"] == "key" or described.get("weak_type"):
         return None
     if jax.dtypes.canonicalize_dtype(described["dtype"]) != described["dtype"]:

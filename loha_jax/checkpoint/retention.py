@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loha_jax.runtime.scalars import plain_scalar
+from loha_jax.runtime.scalars import is_integer, plain_scalar
 
 
 class Retention:
@@ -47,11 +47,11 @@ class Retention:
         read_metrics: Callable[[int], dict[str, float] | None],
     ):
         keep, keep_best = plain_scalar(keep), plain_scalar(keep_best)
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        if keep is not None and (not is_integer(keep) or keep < 1):
             raise ValueError(
                 f"`keep` should be a positive integer, or None for all checkpoints, got {keep!r}"
             )
-        if isinstance(keep_best, bool) or not isinstance(keep_best, int) or keep_best < 0:
+        if not is_integer(keep_best) or keep_best < 0:
             raise ValueError(f"`keep_best` should be an integer of at least 0, got {keep_best!r}")
         if best_mode not in ("min", "max"):
             raise ValueError(f"`best_mode` should be 'min' or 'max', got {best_mode!r}")

@@ -18,14 +18,14 @@ from flax.core import meta
 
 from loha_jax.linen.described import Described, describing
 from loha_jax.linen.initial_factors import boxed_factor, initial_factor
-from loha_jax.linen.layer_adapter import loha_weight, make_target, product
+from loha_jax.linen.layer_adapter import loha_weight, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import module_name
+from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.transform.adapt import adapt
 from loha_jax.tree.dropout import dropout
-from loha_jax.tree.plan import Target
+from loha_jax.tree.plan import Target, make_target
 
 LayoutOf = Callable[[Sequence[int]], Layout]
 """The layout of a kernel, given its shape."""
@@ -208,7 +208,8 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
     except ValueError as error:
         raise ValueError(f"{where(layer)}: {error}") from None
     path = (*layer.path, kernel_name)
-    return make_target(path, module_name(path), layout, kernel, config, None), config
+    names = stack_names(module_name(path), layout.sizes("s", kernel.shape), None)
+    return make_target(config, path, names, layout, kernel), config
 
 
 def where(layer: nn.Module) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.matching import exact_patterns, most_common
 from loha_jax.tree.plan import Target
 
 Path = tuple[str, ...]
@@ -38,17 +38,14 @@ def common_config(targets: Mapping[Path, Target], configs: Mapping[Path, LoHaCon
             )
         return next(iter(values.values()), getattr(LoHaConfig, field))
 
-    r, alpha = (
-        Counter(getattr(c, f) for c in configs.values()).most_common(1)[0][0]
-        for f in ("r", "alpha")
-    )
+    r, alpha = (most_common(getattr(c, f) for c in configs.values()) for f in ("r", "alpha"))
     large = [path for path, t in targets.items() if set(t.layout.sizes("k", t.shape)) - {1}]
 
     def patterns(field: str, default: float) -> dict[str, Any]:
         values = {
             name: getattr(configs[path], field) for path, t in targets.items() for name in t.names
         }
-        return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+        return exact_patterns(values, default)
 
     return LoHaConfig(
         r=r,

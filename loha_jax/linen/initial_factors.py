@@ -10,7 +10,6 @@ import jax
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES, init_factors
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.tree.inject import factor_dtype
 from loha_jax.tree.placement import factor_axes
 from loha_jax.tree.plan import Target
 
@@ -24,7 +23,7 @@ def initial_factor(
     key: jax.Array,
 ) -> jax.Array:
     """Draw one factor of all modules of the kernel: `[*stack, *shape]`."""
-    dtype = factor_dtype(target.dtype)
+    dtype = target.factor_dtype
     if layer.fedpara:
         key = jax.random.fold_in(key, FACTOR_NAMES.index(name))
         return _fedpara_std(layer, target, config) * jax.random.normal(

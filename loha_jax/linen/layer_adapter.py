@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
-from loha_jax.targets.module_names import Names, stack_names
-from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.placement import ArrayOrShape
-from loha_jax.tree.plan import Target, has_cores
-
-
-def make_target(
-    path: tuple[str, ...],
-    name: str,
-    layout: Layout,
-    kernel: ArrayOrShape,
-    config: LoHaConfig,
-    names: Names | None,
-) -> Target:
-    """Return what a layer adapts, with its module names in the model."""
-    module_names = stack_names(name, layout.sizes("s", kernel.shape), names)
-    return Target(
-        path=path,
-        names=module_names,
-        layout=layout,
-        shape=tuple(kernel.shape),
-        dtype=jnp.dtype(kernel.dtype),
-        ranks=(config.r,) * len(module_names),
-        alphas=(config.alpha,) * len(module_names),
-        cp=has_cores(config, layout, kernel.shape),
-    )
+from loha_jax.tree.plan import Target
 
 
 def loha_weight(
@@ -47,7 +19,7 @@ def loha_weight(
     adapter_name: str,
 ) -> LoHaWeight:
     """Return the kernel with its factors as a leaf of a tree."""
-    adapters = {adapter_name: _factors(target, config, tensors)}
+    adapters = {adapter_name: target.factors(tensors, config)}
     return LoHaWeight(kernel, adapters, target.layout, target.names, (adapter_name,))
 
 
@@ -58,9 +30,5 @@ def product(
     forward_mode: bool = False,
 ) -> jax.Array:
     """Return FedPara's weight, in the kernel's shape and dtype."""
-    delta = _factors(target, config, tensors).delta(forward_mode=forward_mode)
+    delta = target.factors(tensors, config).delta(forward_mode=forward_mode)
     return target.layout.fold(delta, target.shape).astype(target.dtype)
-
-
-def _factors(target: Target, config: LoHaConfig, tensors: Mapping[str, Any]) -> Factors:
-    return Factors(**tensors, ranks=target.ranks, alphas=target.alphas, config=config)

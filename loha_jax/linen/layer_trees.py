@@ -17,12 +17,12 @@ from jaxtyping import PyTree
 
 from loha_jax.linen.common_config import Path, common_config
 from loha_jax.linen.described import Described, describe
-from loha_jax.linen.layer_adapter import loha_weight, make_target, product
+from loha_jax.linen.layer_adapter import loha_weight, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.targets.module_names import Names, module_name
+from loha_jax.targets.module_names import Names, module_name, stack_names
 from loha_jax.tree.factors import EXTRA_NAMES
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.plan import Target
+from loha_jax.tree.plan import Target, make_target
 
 
 def _layers(described: Mapping[Path, object]) -> dict[Path, Described]:
@@ -154,8 +154,8 @@ def _target(path: Path, d: Described, factor: tuple[int, ...], names: Names | No
         d.target.shape[axis] if isinstance(axis, int) else sizes[axis] for axis in d.kernel_axes
     )
     kernel = jax.ShapeDtypeStruct(shape, d.target.dtype)
-    name = module_name((*path, d.kernel_name))
-    return make_target(path, name, d.layout, kernel, d.config, names)
+    name, stack = module_name((*path, d.kernel_name)), d.layout.sizes("s", shape)
+    return make_target(d.config, path, stack_names(name, stack, names), d.layout, kernel)
 
 
 def from_adapted(

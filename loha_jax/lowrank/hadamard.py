@@ -92,14 +92,8 @@ def _plain_weight_cp(
     factors = (t1, w1_a, w1_b, t2, w2_a, w2_b)
     dtype = _accumulator(*factors)
 
-    def one(
-        t1: jax.Array,
-        w1_a: jax.Array,
-        w1_b: jax.Array,
-        t2: jax.Array,
-        w2_a: jax.Array,
-        w2_b: jax.Array,
-    ) -> jax.Array:
+    def one(*factors: jax.Array) -> jax.Array:
+        (t1, w1_a, w1_b), (t2, w2_a, w2_b) = factors[:3], factors[3:]
         return _cp_matrix(t1, w1_a, w1_b, dtype) * _cp_matrix(t2, w2_a, w2_b, dtype)
 
     for _ in range(w1_a.ndim - 2):  # each takes one stack axis away

@@ -29,7 +29,7 @@ from loha_jax.nnx.variables import axis_names, scanned_axis, values_of, variable
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.placement import MeshAxis, factor_axes
+from loha_jax.tree.placement import named_axes
 from loha_jax.tree.stack_axes import StackPlaces, with_stack_in_front
 
 LoHaParam = nnx.LoRAParam
@@ -303,12 +303,14 @@ class Siblings:
         places = _places(leaf, old)
         adapters, variables = {}, {}
         for name, factors in leaf.adapters.items():
-            axes = _factor_axes(base, leaf, factors, places)
+            axes = named_axes(axis_names(base), leaf, factors)
             names = {array: _name(name, array) for array in factors.arrays}
             for array, value in factors.arrays.items():
                 kind = Untrained if array in UNTRAINED_NAMES else _kind(name in leaf.active)
-                stored = places.from_front(value)
-                variables[names[array]] = variable_beside(base, kind, stored, axes.get(array))
+                stored, own = places.from_front(value), axes.get(array)
+                if own is not None:
+                    own = tuple(own[axis] for axis in places.order(len(own)))
+                variables[names[array]] = variable_beside(base, kind, stored, own)
             adapters[name] = dataclasses.replace(factors, **names)
         if any(map(_drops, adapters.values())):
             variables["rngs"] = mode or DropoutMode()
@@ -354,17 +356,6 @@ def _check_ranks(leaf: LoHaWeight) -> None:
                 f"{rank}. nnx.update copies arrays without ranks and alphas: load the adapter into "
                 "this model under another name, interop.load_peft(folder, model, adapter_name=…)."
             )
-
-
-def _factor_axes(
-    base: PyTree[nnx.Variable], leaf: LoHaWeight, factors: Factors, places: StackPlaces
-) -> dict[str, tuple[MeshAxis, ...]]:
-    """Return what each axis of an adapter's arrays is split over, as the kernel's metadata says."""
-    names = axis_names(base)
-    if names is None or len(names) != leaf.layout.ndim:
-        return {}
-    axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
-    return {name: tuple(own[axis] for axis in places.order(len(own))) for name, own in axes.items()}
 
 
 def _places(leaf: LoHaWeight, old: AdaptedVariable | None) -> StackPlaces:

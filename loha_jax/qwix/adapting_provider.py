@@ -16,11 +16,12 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.lowrank.layout import Layout
 from loha_jax.nnx.siblings import adapted_in, intercepted_in
 from loha_jax.qwix._qwix_internals import current_module, current_path, is_quantised
 from loha_jax.qwix.frozen_product import with_gradient
 from loha_jax.qwix.operands import holds, stored_word
-from loha_jax.qwix.rules import LoHaRule, is_target, target_of
+from loha_jax.qwix.rules import LoHaRule, is_target
 from loha_jax.qwix.storage import LinenStorage, NnxStorage, parameters
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.device_types import split_as
@@ -30,7 +31,7 @@ from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.transform.options import Options
 from loha_jax.transform.update_alone import update_alone
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.plan import Target
+from loha_jax.tree.plan import Target, make_target
 
 if TYPE_CHECKING:
     from loha_jax.qwix._qwix_internals import WithAux
@@ -201,7 +202,8 @@ class AdaptingProvider(qwix.PtqProvider):
             )
         sizes = [size for size, kind in zip(shape, stored, strict=True) if kind == "s"]
         names = stack_names(use.name, sizes, None)
-        target = target_of(use.config, use.path, names, stored, kernel)
+        like = jax.ShapeDtypeStruct(shape, kernel.dtype)
+        target = make_target(use.config, use.path, names, Layout(stored), like)
         self.targets[use.path] = (target, use.config)
         return target
 

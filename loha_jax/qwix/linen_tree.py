@@ -16,7 +16,6 @@ from loha_jax.lowrank.layout import Layout
 from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.factors import Factors, module_index
 from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.stack_axes import with_stack_in_front
 
@@ -72,15 +71,8 @@ def _leaf(
 ) -> LoHaWeight:
     """Return an adapted kernel; axes that a scan has added are stack axes."""
     target, config = provider.targets[path]
-    adapter = Factors(
-        **cast(dict[str, Any], factors),
-        ranks=target.ranks,
-        alphas=target.alphas,
-        module_index=module_index(target.ranks, target.alphas, target.stack),
-        config=config,
-    )
+    adapters = {ADAPTER: target.factors(factors, config)}
     layout = Layout(target.layout.word)
-    leaf = LoHaWeight(kernel, {ADAPTER: adapter}, layout, target.names, (ADAPTER,))
-    leaf, _ = with_stack_in_front(leaf)
+    leaf, _ = with_stack_in_front(LoHaWeight(kernel, adapters, layout, target.names, (ADAPTER,)))
     names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), None)
     return dataclasses.replace(leaf, names=names)

@@ -11,21 +11,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from loha_jax.qwix._qwix_internals import is_quantised
+from loha_jax.transform.structural_rules import SAME_ARRAY
 
 if TYPE_CHECKING:
     from loha_jax.qwix._qwix_internals import WithAux
 
-_SAME_AXES = {
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "optimization_barrier",
-    "reshape",
-    "reshard",
-    "sharding_constraint",
-    "pvary",
-    "device_put",
-}
+_SAME_AXES = {*SAME_ARRAY, "convert_element_type", "reshape", "device_put"}
 """Primitives after which an array has the values of its operand, in the same order."""
 
 

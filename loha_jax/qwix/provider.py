@@ -112,24 +112,16 @@ class LoHaProvider(AdaptingProvider):
     ) -> jax.Array:
         """`jax.lax.dot_general`, with the update of an adapted `rhs`."""
 
+        common: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}
+
         def base() -> jax.Array:
             return super(LoHaProvider, self).dot_general(
-                lhs,
-                rhs,
-                dimension_numbers,
-                precision,
-                preferred_element_type,
-                out_sharding=out_sharding,
+                lhs, rhs, dimension_numbers, **common, preferred_element_type=preferred_element_type
             )
 
         def product(dtype: DTypeLike | None) -> Product:
             return lambda x, kernel: lax.dot_general(
-                x,
-                kernel,
-                dimension_numbers,
-                precision=precision,
-                preferred_element_type=dtype,
-                out_sharding=out_sharding,
+                x, kernel, dimension_numbers, **common, preferred_element_type=dtype
             )
 
         (_, contracted), (_, batch) = dimension_numbers
@@ -150,24 +142,20 @@ class LoHaProvider(AdaptingProvider):
     ) -> jax.Array:
         """`jax.numpy.einsum`, with the update of an adapted second operand."""
 
+        common: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}
+
         def base() -> jax.Array:
             return super(LoHaProvider, self).einsum(
                 einsum_str,
                 *operands,  # type: ignore[arg-type]
-                precision=precision,
+                **common,
                 preferred_element_type=preferred_element_type,
                 _dot_general=_dot_general,
-                out_sharding=out_sharding,
             )
 
         def product(dtype: DTypeLike | None) -> Product:
             return lambda x, kernel: jnp.einsum(
-                einsum_str,
-                x,
-                kernel,
-                precision=precision,
-                preferred_element_type=dtype,
-                out_sharding=out_sharding,
+                einsum_str, x, kernel, **common, preferred_element_type=dtype
             )
 
         def word() -> str:
@@ -240,17 +228,12 @@ class LoHaProvider(AdaptingProvider):
         Each expert is a module of its own. qwix quantises no such kernels. ΔW is materialised.
         """
         numbers = ragged_dot_dimension_numbers
+        common: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}
+        common["group_offset"] = group_offset
 
         def product(dtype: DTypeLike | None) -> Product:
             return lambda x, kernel: lax.ragged_dot_general(
-                x,
-                kernel,
-                group_sizes,
-                numbers,
-                precision=precision,
-                preferred_element_type=dtype,
-                group_offset=group_offset,
-                out_sharding=out_sharding,
+                x, kernel, group_sizes, numbers, **common, preferred_element_type=dtype
             )
 
         def word() -> str:

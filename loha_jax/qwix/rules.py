@@ -6,11 +6,9 @@ import dataclasses
 
 import qwix
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import ALL_LINEAR, Match, match_target
-from loha_jax.tree.plan import Target, has_cores, ranks_and_alphas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,22 +81,3 @@ def checked_config(config: LoHaConfig) -> LoHaConfig:
 def is_target(config: LoHaConfig, name: str) -> bool:
     """Return whether a config adapts the module of this dotted name."""
     return match_target(name, config) is Match.TARGETED
-
-
-def target_of(
-    config: LoHaConfig, path: tuple[str, ...], names: tuple[str, ...], word: str, kernel: object
-) -> Target:
-    """Return the plan of one kernel's adapter.
-
-    Args:
-        config: of the adapter.
-        path: of the kernel.
-        names: of its modules, one per stack index.
-        word: its layout.
-        kernel: has its shape and dtype.
-    """
-    layout, shape = Layout(word), tuple(kernel.shape)  # type: ignore[attr-defined]
-    ranks, alphas = ranks_and_alphas(config, names, [True] * len(names))
-    cp = has_cores(config, layout, shape)
-    dtype = kernel.dtype  # type: ignore[attr-defined]
-    return Target(path, names, layout, shape, dtype, ranks, alphas, cp)

@@ -11,15 +11,13 @@ from flax import linen as nn
 from flax import nnx
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.lowrank.layout import Layout
 from loha_jax.nnx.siblings import AdaptedVariable, Settings, Siblings, prefix
 from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.dropout import dropout
-from loha_jax.tree.factors import Factors, module_index
 from loha_jax.tree.inject import initial_factors
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.placement import factor_axes, follow_kernel
+from loha_jax.tree.placement import follow_kernel, named_axes
 from loha_jax.tree.plan import Target
 
 if TYPE_CHECKING:
@@ -123,12 +121,8 @@ def _boxed(
 ) -> nn.meta.AxisMetadata:
     """Return a factor in a box like the kernel's, with the names of its own axes."""
     boxed = box.replace_boxed(array)
-    axes = getattr(box, "names", None)
-    if axes is None or len(axes) != leaf.layout.ndim:
-        return boxed
-    factors = leaf.adapters[ADAPTER]
-    own = factor_axes(leaf.layout, leaf.shape, axes, factors.arrays, cp=factors.is_cp)
-    return dataclasses.replace(boxed, names=own[name])  # type: ignore[type-var]
+    own = named_axes(getattr(box, "names", None), leaf, leaf.adapters[ADAPTER])
+    return dataclasses.replace(boxed, names=own[name]) if own else boxed  # type: ignore[type-var]
 
 
 def _leaf(
@@ -144,16 +138,9 @@ def _leaf(
     Its module names are left empty: they follow from its place in the model, which is known when
     the whole model is read.
     """
-    stack = target.stack
-    factors = Factors(
-        **cast(dict[str, Any], arrays),
-        ranks=target.ranks,
-        alphas=target.alphas,
-        module_index=module_index(target.ranks, target.alphas, stack),
-        config=config,
-    )
+    factors = target.factors(arrays, config)
     if not placed:
         array = kernel.array.qvalue if is_quantised(kernel) else kernel
         factors = follow_kernel(factors, array, target.layout)
     names = ("",) * len(target.names)
-    return LoHaWeight(kernel, {ADAPTER: factors}, Layout(target.layout.word), names, (ADAPTER,))
+    return LoHaWeight(kernel, {ADAPTER: factors}, target.layout, names, (ADAPTER,))

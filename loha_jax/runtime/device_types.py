@@ -21,11 +21,13 @@ Typed = ArrayLike | jax.ShapeDtypeStruct
 """An array, or a shape with the type of one."""
 
 
+def _type_of(x: Typed) -> object:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
 def explicit_sharding(x: Typed) -> NamedSharding | None:
     """Return the sharding in the type of an array or a shape; None without explicit axes."""
-    sharding = getattr(
-        x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None
-    )
+    sharding = getattr(_type_of(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return sharding if mesh is not None and not mesh.empty and mesh.explicit_axes else None
 
@@ -66,9 +68,7 @@ def split_as(array: jax.Array, other: Typed) -> jax.Array:
 
 def varying(x: Typed) -> frozenset[str]:
     """Return the mesh axes over which an array or a shape varies inside a `shard_map`."""
-    kind = getattr(
-        x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None
-    )
+    kind = getattr(_type_of(x), "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 

@@ -96,7 +96,7 @@ def _device_words(data: jax.Array) -> jax.Array:
 
 
 def _is_narrow(dtype: DTypeLike) -> bool:
-    """Say whether elements are smaller than a byte: float32 holds them all."""
+    """Return whether elements are smaller than a byte: float32 holds them all."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return False
     return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits < 8

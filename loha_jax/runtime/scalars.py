@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.core
@@ -25,6 +25,11 @@ def plain_scalar(value: object) -> Any:
         return value
     extended = jnp.issubdtype(value.dtype, jax.dtypes.extended)
     return value if value.ndim or extended else value.item()
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is one of Python's integers, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_key(key: Any) -> None:

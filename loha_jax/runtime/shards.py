@@ -45,7 +45,7 @@ def grid(shape: Sequence[int], elements: int) -> list[np.ndarray]:
     return result
 
 
-def own_points(array: Array, chosen: Sequence[np.ndarray] | None = None) -> list[Points]:
+def own_points(array: Array, chosen: Sequence[np.ndarray] | None) -> list[Points]:
     """Return the elements that this process holds and counts: one replica of each shard.
 
     Args:

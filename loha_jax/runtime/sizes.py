@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 
 def is_known(size: object) -> TypeGuard[int]:
-    """Say whether a size is a number, and not a symbol."""
+    """Return whether a size is a number, and not a symbol."""
     return isinstance(size, int)
 
 
@@ -24,5 +24,5 @@ def nominal(sizes: Iterable[object], unknown: int = 1) -> int:
 
 
 def is_empty(shape: Iterable[object]) -> bool:
-    """Say whether an array of this shape is known to hold no elements."""
+    """Return whether an array of this shape is known to hold no elements."""
     return any(is_known(size) and size == 0 for size in shape)

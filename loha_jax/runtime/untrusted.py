@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +95,17 @@ def parse_json(text: str | bytes, origin: str | Path) -> Any:
         raise FileError(f"{origin} is not JSON: {error}") from None
     level = [value]
     for _ in range(_MAX_JSON_DEPTH):
-        level = [
-            child
-            for parent in level
-            for child in (
-                parent.values()
-                if isinstance(parent, dict)
-                else parent
-                if isinstance(parent, list)
-                else ()
-            )
-        ]
+        level = [child for parent in level for child in _children(parent)]
         if not level:
             return value
     raise FileError(f"{origin}: JSON nested more than {_MAX_JSON_DEPTH} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    """Return the values inside a JSON value."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def json_object(text: str | bytes, origin: str | Path) -> dict[str, Any]:

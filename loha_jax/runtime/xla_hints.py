@@ -30,7 +30,7 @@ def _unknown_zeros(x: jax.Array) -> jax.Array:
     return jnp.minimum(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 1, 0)
 
 
-def materialized(x: jax.Array, source: jax.Array) -> jax.Array:
+def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     """Return `x`, a sum for example, as one array that its readers do not recompute.
 
     XLA does not repeat a division by an unknown number, 1, in each reader.

@@ -258,6 +258,11 @@ class LoHaConfig:
             raise FileError(f"{path}: {error}") from error
 
 
+def peft_fields(config: LoHaConfig) -> dict[str, Any]:
+    """Return the fields of a config that PEFT has, by name."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(LoHaConfig)}
+
+
 def _hashable(value: object) -> Hashable:
     """Return a field's value with tuples in place of dicts and lists."""
     if isinstance(value, Mapping):

@@ -70,7 +70,7 @@ _TORCH = {
 
 
 def is_torch_oriented(leaf: str) -> bool:
-    """Say whether a leaf is named as in torch, Equinox and haliax.
+    """Return whether a leaf is named as in torch, Equinox and haliax.
 
     These keep weights as [out, in, *spatial].
 
@@ -82,12 +82,12 @@ def is_torch_oriented(leaf: str) -> bool:
 
 
 def is_named_convolution(path: Sequence[str]) -> bool:
-    """Say whether the module of a leaf is named like a convolution, transposed or not."""
+    """Return whether the module of a leaf is named like a convolution, transposed or not."""
     return is_transposed_convolution(path) or _CONVOLUTION.fullmatch(_module(path)) is not None
 
 
 def is_named_lookup(path: Sequence[str]) -> bool:
-    """Say whether the module of a `weight` is named like an embedding of torch.
+    """Return whether the module of a `weight` is named like an embedding of torch.
 
     Such names are `embed_tokens` and `wte`.
 
@@ -99,7 +99,7 @@ def is_named_lookup(path: Sequence[str]) -> bool:
 
 
 def is_transposed_convolution(path: Sequence[str]) -> bool:
-    """Say whether the module of a leaf is named like a transposed convolution.
+    """Return whether the module of a leaf is named like a transposed convolution.
 
     Such names are `ConvTranspose_0` and `conv2_d_transpose`.
     """
@@ -190,7 +190,7 @@ def _bias(path: tuple[str, ...], shape_at: _Shapes) -> tuple[int, ...] | None:
 
 
 def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
-    """Say whether a bias with these axes fits a kernel with this layout."""
+    """Return whether a bias with these axes fits a kernel with this layout."""
     sizes = {
         kind: [n for n, letter in zip(shape, word, strict=True) if letter == kind] for kind in "so"
     }
@@ -202,7 +202,7 @@ def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]
 
 
 def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[int]) -> bool:
-    """Say whether a kernel with this layout is one module of this shape in torch, flat or not."""
+    """Return whether a kernel with this layout is one torch module of this shape, flat or not."""
     if layout.axes("s"):
         return False
     out, *rest = layout.torch_shape(shape)
@@ -213,7 +213,7 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
 def _is_convolution(
     shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
 ) -> bool:
-    """Say whether names and neighbours prove a kernel without a bias to be one convolution's."""
+    """Return whether names and neighbours prove a kernel without a bias to be one convolution's."""
     parent = path[:-2]
     vectors = {
         p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1], len(s)) == ("weight", 1)

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from loha_jax.lowrank.initial_values import INIT_SCHEMES
-from loha_jax.runtime.scalars import plain_scalar
+from loha_jax.runtime.scalars import is_integer, plain_scalar
 from loha_jax.runtime.untrusted import check_pattern
 
 TASK_TYPES = (
@@ -59,16 +59,12 @@ def _task_type(name: str, value: object) -> Any:
     return value
 
 
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, float) or _is_integer(value)
+    return isinstance(value, float) or is_integer(value)
 
 
 def _rank(name: str, value: object) -> int:
-    if not _is_integer(value) or not 1 <= value <= _LARGEST_RANK:
+    if not is_integer(value) or not 1 <= value <= _LARGEST_RANK:
         raise _wrong(name, "be a positive integer value", value)
     return value
 
@@ -135,10 +131,10 @@ def _modules_to_save(name: str, value: object) -> tuple[str, ...] | None:
 
 
 def _layers_to_transform(name: str, value: object) -> object:
-    if value is None or _is_integer(value):
+    if value is None or is_integer(value):
         return value
     indices = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not all(map(_is_integer, indices)):
+    if not all(map(is_integer, indices)):
         raise _wrong(name, "hold integers", value)
     return indices
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from jax.typing import DTypeLike
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import weight_norms
-from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.config import LoHaConfig, peft_fields
+from loha_jax.targets.matching import most_common
 
 _FLAGS = ("rs_lora", "use_scalar", "weight_decompose", "wd_on_out", "rank_dropout_scale")
 
@@ -107,6 +107,4 @@ class LycorisConfig(LoHaConfig):
 
     def as_peft(self, alphas: Iterable[float]) -> LoHaConfig:
         """Return PEFT's fields as a `LoHaConfig`, with the most frequent alpha of the modules."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoHaConfig)}
-        ((alpha, _),) = Counter(alphas).most_common(1)
-        return LoHaConfig(**{**fields, "alpha": alpha})
+        return LoHaConfig(**{**peft_fields(self), "alpha": most_common(alphas)})

@@ -6,9 +6,11 @@ They are checked against PEFT 0.21.2 on several thousand cases
 
 from __future__ import annotations
 
+import collections
 import difflib
 import enum
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -159,6 +161,19 @@ def match_pattern(name: str, patterns: Mapping[str, T], default: T) -> T:
 def match_pattern_key(name: str, patterns: Iterable[str]) -> str | None:
     """Return the first pattern that matches `name`, or None (PEFT's `get_pattern_key`)."""
     return next((p for p in patterns if match(rf"(.*\.)?({p})$", name)), None)
+
+
+def exact_patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Return the `rank_pattern` or `alpha_pattern` that gives each of some modules its own value.
+
+    A key matches only one full name. Modules with the default value need none.
+    """
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def most_common(values: Iterable[T]) -> T:
+    """Return the value that occurs most often; the first of several."""
+    return collections.Counter(values).most_common(1)[0][0]
 
 
 def resolve_target_modules(

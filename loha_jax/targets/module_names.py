@@ -100,7 +100,7 @@ def _key_parts(key: object) -> list[str]:
 
 
 def is_kernel_leaf(parts: Sequence[str]) -> bool:
-    """Say whether a leaf can hold a kernel, by its name.
+    """Return whether a leaf can hold a kernel, by its name.
 
     Biases and normalisation scales cannot.
     """

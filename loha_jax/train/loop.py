@@ -139,6 +139,7 @@ def fit(
         (20, 'finished', True)
     """
     counts = {"accumulate": accumulate, "log_every": log_every}
+    counts |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
     _check(params, key, steps, dtype, counts)
     pauses = _Pauses(evaluate, eval_every, checkpoint_every)
     pauses.check(with_checkpoints=checkpoints is not None)
@@ -175,7 +176,9 @@ def _check(
     )
     if steps is not None and steps < 0:
         raise ValueError(f"steps is a number of steps or None, got {steps}")
-    _check_counts(counts)
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is 1 or more, got {count}")
     if dtype is not None and (
         not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.float16
     ):
@@ -183,12 +186,6 @@ def _check(
             f"dtype is a floating dtype, got {jnp.dtype(dtype)}; for 16 bits take bfloat16: "
             "gradients in float16 would need a scaled loss, which this loop does not have"
         )
-
-
-def _check_counts(counts: Mapping[str, int | None]) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is 1 or more, got {count}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +197,7 @@ class _Pauses:
     checkpoint_every: int | None
 
     def check(self, *, with_checkpoints: bool) -> None:
-        """Raise ValueError for numbers that are wrong or have no use."""
-        _check_counts({"eval_every": self.eval_every, "checkpoint_every": self.checkpoint_every})
+        """Raise ValueError for numbers that have no use."""
         if self.eval_every is not None and self.evaluate is None:
             raise ValueError(
                 "eval_every needs evaluate=, a function of the parameters that returns "

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
-from loha_jax.tree.placement import place
+from loha_jax.tree.placement import chosen_sharding, place
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def _put(x: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
 def default_sharding(tree: PyTree) -> Sharding:
     """Return where uncommitted arrays go: to all devices of the first committed one in `tree`."""
     for x in jax.tree.leaves(tree):
-        sharding = x if isinstance(x, jax.sharding.Sharding) else _committed(x)
+        sharding = x if isinstance(x, jax.sharding.Sharding) else chosen_sharding(x)
         if sharding is not None:
             if isinstance(sharding, NamedSharding):
                 return NamedSharding(sharding.mesh, PartitionSpec())
@@ -53,8 +53,6 @@ def commit(tree: T, default: Sharding, *, may_alias: bool | None = None) -> T:
 
     So no step moves an array, or is compiled again for another place.
     """
-    return jax.tree.map(lambda x: place(x, _committed(x) or default, may_alias=may_alias), tree)
-
-
-def _committed(x: object) -> Sharding | None:
-    return x.sharding if isinstance(x, jax.Array) and getattr(x, "committed", False) else None
+    return jax.tree.map(
+        lambda x: place(x, chosen_sharding(x) or default, may_alias=may_alias), tree
+    )

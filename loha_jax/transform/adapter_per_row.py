@@ -121,7 +121,7 @@ def _choose(leaf: LoHaWeight | SavedWeight, index: jax.Array) -> RowAdapter:
             [*(leaf.copies.get(name, leaf.original) for name in leaf.active), leaf.original]
         )
         return _take(copies, index)
-    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    held = leaf.active_adapters
     if not held:
         return None
     shapes = [{name: w.shape for name, w in f.trained.items()} for f in held]
@@ -182,7 +182,7 @@ def _with_row(leaf: LoHaWeight | SavedWeight, chosen: RowAdapter) -> object:
         return chosen
     if not isinstance(chosen, dict):
         return dataclasses.replace(leaf, active=())
-    held = [leaf.adapters[name] for name in leaf.active if name in leaf.adapters]
+    held = leaf.active_adapters
     if _scalings_differ(held) or "gate" in chosen:
         # One rank for all modules of a stack, and the alpha/r of those that are adapted.
         r = max(held[0].ranks)

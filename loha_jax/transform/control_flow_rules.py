@@ -32,8 +32,9 @@ from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.operation import NoRule
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import before_scan, inside_scan, plain
-from loha_jax.transform.typed_jax import Operand, map_arrays
+from loha_jax.transform.typed_jax import Operand, map_arrays, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
+from loha_jax.tree.placement import MeshAxis
 
 
 @register("jit", "pjit")
@@ -255,9 +256,8 @@ def _custom_derivative(eqn: JaxprEqn, values: list[Value], context: Context) -> 
         by_jvp = jax.custom_jvp(factored)
         by_jvp.defjvp(functools.partial(jax.jvp, dense))
         return by_jvp(values)
-    by_vjp = cast(Any, jax.custom_vjp(factored))
-    by_vjp.defvjp(functools.partial(jax.vjp, dense), operator.call)
-    return by_vjp(values)
+    forward = cast(Callable[..., Any], functools.partial(jax.vjp, dense))
+    return with_vjp(factored, forward, operator.call)(values)
 
 
 @register("shard_map")
@@ -296,12 +296,8 @@ def _shard_map(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     return mapped(*values)
 
 
-MeshAxes = str | tuple[str, ...] | None
-"""The mesh axes that one axis of an array is split over."""
-
-
 def shard(
-    view: KernelView, spec: Sequence[MeshAxes], mesh_shape: Mapping[str, int]
+    view: KernelView, spec: Sequence[MeshAxis], mesh_shape: Mapping[str, int]
 ) -> tuple[KernelView, KernelView] | None:
     """Shard a view over the devices of a `shard_map`.
 
@@ -316,7 +312,7 @@ def shard(
         factors.
     """
     atoms = list(view.atoms)
-    split: dict[int, MeshAxes] = {}  # mesh axes by atom
+    split: dict[int, MeshAxis] = {}  # mesh axes by atom
     for dims, axes in zip(view.dims, spec, strict=False):  # axes that the spec leaves out are whole
         count = math.prod(
             mesh_shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name

@@ -27,7 +27,6 @@ from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_convolution import FactoredConvolution, down, pull_back, up
 from loha_jax.transform.kernel_view import KernelView, size_of
 from loha_jax.transform.operation import Intermediates, NoRule, Operation, Params
-from loha_jax.transform.strategy import Strategy
 from loha_jax.transform.typed_jax import vjp
 from loha_jax.transform.view_factors import ViewFactors
 
@@ -126,7 +125,7 @@ class Convolution(Operation):
         for f in view.factors:
             steps = self._steps(x, f)
             f = self._in_axis_order(view, f)
-            hs.append(down(steps, self._channels_last(x), f))
+            hs.append(down(steps, _channels_last(x, self.numbers.lhs_spec), f))
             total = total + self._from_channels_last(up(steps, hs[-1], f))
         return total, tuple(hs)
 
@@ -138,12 +137,15 @@ class Convolution(Operation):
         def in_axis_order(f: ViewFactors) -> ViewFactors:
             return self._in_axis_order(view, f)
 
+        def last(x: jax.Array) -> jax.Array:
+            return _channels_last(x, self.numbers.lhs_spec)
+
         dx, dfactors = jnp.zeros((), x.dtype), list[ViewFactors]()
         for f, h_f in zip(view.factors, h, strict=True):
             steps = self._steps(x, f)
-            g_last = self._to_channels_last(g).astype(steps.dtype)
+            g_last = _channels_last(g, self.numbers.out_spec).astype(steps.dtype)
             ordered, from_ordered = vjp(in_axis_order, f)
-            x_last, from_last = vjp(self._channels_last, x.astype(steps.dtype))
+            x_last, from_last = vjp(last, x.astype(steps.dtype))
             dx_f, df = pull_back(steps, x_last, ordered, h_f, g_last)
             dx = dx + from_last(dx_f)[0]
             dfactors.append(from_ordered(df)[0])
@@ -160,14 +162,6 @@ class Convolution(Operation):
             float32_or_wider(x.dtype, f.w1_a.dtype),
             params["precision"],
         )
-
-    def _channels_last(self, x: jax.Array) -> jax.Array:
-        batch, feature, *space = self.numbers.lhs_spec
-        return jnp.transpose(x, (batch, *space, feature))
-
-    def _to_channels_last(self, g: jax.Array) -> jax.Array:
-        batch, feature, *space = self.numbers.out_spec
-        return jnp.transpose(g, (batch, *space, feature))
 
     def _from_channels_last(self, y: jax.Array) -> jax.Array:
         batch, feature, *space = self.numbers.out_spec
@@ -220,32 +214,26 @@ class Convolution(Operation):
             arrange(f.scaling),
         )
 
-    def elements(self, view: KernelView) -> int:
-        """See `Operation.elements`."""
-        return math.prod(self._sizes(view))
-
     def factored_flops(self, view: KernelView) -> float:
         """See `Operation.factored_flops`."""
-        into, out, positions = self._sizes(view)
+        into, out, positions = self.sizes(view)
         steps = sum(self._flops(view, f, self._uses_cores(view, f)) for f in view.factors)
         return steps + sum(2 * f.r**2 * (into * positions + out) for f in view.factors)
 
-    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
-        """See `Operation.temporary_bytes`."""
-        if strategy != "factored":
-            return 4 * math.prod(view.shape)
-        into, out, positions = self._sizes(view)
+    def factored_elements(self, view: KernelView) -> int:
+        """See `Operation.factored_elements`."""
+        into, out, positions = self.sizes(view)
         rows = self.rows * self.stacked * self.groups
-        return 4 * max(f.r**2 * max(into * positions, out, rows) for f in view.factors)
+        return max(f.r**2 * max(into * positions, out, rows) for f in view.factors)
 
-    def _sizes(self, view: KernelView) -> tuple[int, int, int]:
+    def sizes(self, view: KernelView) -> tuple[int, int, int]:
         """Return the in features (per group), out features and positions of the whole kernel."""
         out, in_, *spatial = self.numbers.rhs_spec
         return view.shape[in_], view.shape[out], math.prod(view.shape[axis] for axis in spatial)
 
     def _flops(self, view: KernelView, f: ViewFactors, cores: bool) -> float:
         """Return the FLOPs of the factored update's forward pass."""
-        into, out, positions = self._sizes(view)
+        into, out, positions = self.sizes(view)
         squared, groups = f.r**2, self.stacked * self.groups
         if cores:
             down = groups * squared * (self.x_rows * into + self.rows * squared * positions)
@@ -256,3 +244,9 @@ class Convolution(Operation):
     def _uses_cores(self, view: KernelView, f: ViewFactors) -> bool:
         """Return whether the steps of the CP form cost less than those of the equal flat update."""
         return f.t1 is not None and self._flops(view, f, True) < self._flops(view, f, False)
+
+
+def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """Return an array with its batch axis first and its feature axis last."""
+    batch, feature, *space = spec
+    return jnp.transpose(x, (batch, *space, feature))

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import jax
-from jax.extend.core import JaxprEqn
 
 from loha_jax.transform.adapt import make_options, run
 from loha_jax.transform.arguments import flat_arguments
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.operation import Operation
+from loha_jax.transform.options import Observer
 from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import adapted_leaves
 from loha_jax.tree.leaves import LoHaWeight
@@ -78,25 +78,14 @@ class Explanation:
 
     def __str__(self) -> str:
         header = (
-            "module",
-            "primitive",
-            "kernel",
-            "rows",
-            "strategy",
-            "FLOPs/base",
-            "extra bytes",
-            "note",
+            *("module", "primitive", "kernel", "rows"),
+            *("strategy", "FLOPs/base", "extra bytes", "note"),
         )
         cells = [
             (
-                use.module,
-                use.primitive,
-                "x".join(map(str, use.shape)),
-                f"{use.rows:,}" if use.rows else "-",
-                use.strategy,
-                f"{use.ratio:.3f}" if use.flops else "-",
-                f"{use.extra_bytes:,}",
-                use.note,
+                *(use.module, use.primitive, "x".join(map(str, use.shape))),
+                *(f"{use.rows:,}" if use.rows else "-", use.strategy),
+                *(f"{use.ratio:.3f}" if use.flops else "-", f"{use.extra_bytes:,}", use.note),
             )
             for use in self.uses
         ]
@@ -113,18 +102,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _Recorder:
+class _Recorder(Observer):
     """The `Observer` that collects uses."""
 
     def __init__(self, training: bool):
         self.training = training
         self.uses: list[Use] = []
-
-    def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
-        pass
-
-    def scanned(self, view: KernelView, atom: int | None) -> None:
-        pass
 
     def computed(
         self, view: KernelView, operation: Operation, strategy: Strategy, times: int
@@ -132,14 +115,10 @@ class _Recorder:
         costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
-                view.name,
-                operation.primitive,
-                view.shape,
-                operation.rows * times,
-                strategy,
-                costs.base * times,
-                (costs.factored if strategy == "factored" else costs.fused) * times,
-                operation.temporary_bytes(view, strategy),
+                *(view.name, operation.primitive, view.shape, operation.rows * times, strategy),
+                flops=costs.base * times,
+                extra_flops=(costs.factored if strategy == "factored" else costs.fused) * times,
+                extra_bytes=operation.temporary_bytes(view, strategy),
             )
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import lax
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import split_as
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.runtime.xla_hints import behind_barrier, isolated, materialized, wait_for
+from loha_jax.runtime.xla_hints import behind_barrier, computed_once, isolated, wait_for
 from loha_jax.transform.decomposed_base import has_gain, scaled_base
 from loha_jax.transform.input_recomputation import KeptInput
 from loha_jax.transform.kernel_view import KernelView
@@ -30,7 +30,7 @@ from loha_jax.transform.materialised import dense_kernel
 from loha_jax.transform.operation import Intermediates, Operation
 from loha_jax.transform.packed_kernel import Kernel
 from loha_jax.transform.strategy import Strategy
-from loha_jax.transform.typed_jax import is_traced, jit, vjp
+from loha_jax.transform.typed_jax import is_traced, jit, vjp, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -41,72 +41,72 @@ AllFactors = tuple[ViewFactors, ...]
 Arrays = tuple[jax.Array, ...]
 
 
-class Form(NamedTuple):
+class Computation(NamedTuple):
     """How an operation is computed.
 
     Attributes:
         strategy: "factored", "fused" or "dense".
         forward_mode: plain operations that `jax.jvp` can differentiate, instead of a `custom_vjp`.
-        update_only: x·ΔW, without x·W. Of the kernel only the shape and the dtype are used.
+        update_alone: x·ΔW, without x·W. Of the kernel only the shape and the dtype are used.
     """
 
     strategy: Strategy
     forward_mode: bool
-    update_only: bool
+    update_alone: bool
 
 
 def compute(
-    operation: Operation, form: Form, x: jax.Array, view: KernelView, kept: KeptInput
+    operation: Operation, how: Computation, x: jax.Array, view: KernelView, kept: KeptInput
 ) -> jax.Array:
-    """Return the operation of x with the adapted kernel, computed in the given form.
+    """Return the operation of x with the adapted kernel, computed as `how` says.
 
     Where nothing is traced, it is one compiled program that equal layers and later calls share.
 
     Args:
         operation: the operation.
-        form: the strategy, and what else says how it is computed.
+        how: the strategy, and what else says how it is computed.
         x: the plain operand.
         view: the adapted one.
         kept: what to hold until the backward pass, to have x there.
     """
     if not is_traced((x, view)):
-        return _compiled(operation, form, x, view)
-    return _traced(operation, form, x, view, kept)
+        return _compiled(operation, how, x, view)
+    return _traced(operation, how, x, view, kept)
 
 
 def _traced(
-    operation: Operation, form: Form, x: jax.Array, view: KernelView, kept: KeptInput
+    operation: Operation, how: Computation, x: jax.Array, view: KernelView, kept: KeptInput
 ) -> jax.Array:
-    if form.update_only:
-        return _update_only(operation, form, x, view, kept)
-    if form.strategy == "factored":
-        return _factored(operation, x, view, kept, form.forward_mode)
-    if form.strategy == "fused":
+    if how.update_alone:
+        return _update_alone(operation, how, x, view, kept)
+    if how.strategy == "factored":
+        return _factored(operation, x, view, kept, how.forward_mode)
+    if how.strategy == "fused":
         return _fused(operation, x, view, kept)
-    return _dense(operation, x, view, form.forward_mode)
+    return _dense(operation, x, view, how.forward_mode)
 
 
 @functools.partial(jit, static=(0, 1))
 @standard_promotion()
-def _compiled(operation: Operation, form: Form, x: jax.Array, view: KernelView) -> jax.Array:
-    return _traced(operation, form, x, view, KeptInput.whole(x))
+def _compiled(operation: Operation, how: Computation, x: jax.Array, view: KernelView) -> jax.Array:
+    return _traced(operation, how, x, view, KeptInput.whole(x))
 
 
-def _update_only(
-    operation: Operation, form: Form, x: jax.Array, view: KernelView, kept: KeptInput
+def _update_alone(
+    operation: Operation, how: Computation, x: jax.Array, view: KernelView, kept: KeptInput
 ) -> jax.Array:
     """Return x·ΔW in the operation's dtype. "fused" does not keep ΔW for the backward pass."""
     like = jax.ShapeDtypeStruct(view.shape, view.kernel.dtype)
     dtype = jax.eval_shape(operation.apply, x, like).dtype
-    if form.strategy == "factored":
-        return _low_rank(operation, x, view, kept, form.forward_mode).astype(dtype)
+    if how.strategy == "factored":
+        return _low_rank(operation, x, view, kept, how.forward_mode).astype(dtype)
 
     def product(x: jax.Array, factors: AllFactors) -> jax.Array:
         kernel = jnp.zeros(view.shape, view.kernel.dtype)
         update = dataclasses.replace(view, kernel=kernel, factors=factors)
-        return _dense(operation, x, update, form.forward_mode)
+        return _dense(operation, x, update, how.forward_mode)
 
-    if form.strategy == "fused":
+    if how.strategy == "fused":
         return cast(jax.Array, jax.checkpoint(product)(x, view.factors))
     return product(x, view.factors)
 
@@ -118,7 +118,7 @@ def _factored(
     base = scaled_base(operation, x, view, forward_mode)
     delta = _low_rank(operation, x, view.without_gain(), kept, forward_mode)
     total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
-    return materialized(total, view.factors[0].w1_a).astype(base.dtype)
+    return computed_once(total, view.factors[0].w1_a).astype(base.dtype)
 
 
 def _low_rank(
@@ -159,9 +159,7 @@ def _low_rank(
     arguments = (x, kept.arrays, view.factors)
     if forward_mode:
         return update(*arguments)
-    differentiable = cast(Any, jax.custom_vjp(update))
-    differentiable.defvjp(forward, backward)
-    return cast(jax.Array, differentiable(*arguments))
+    return with_vjp(update, forward, backward)(*arguments)
 
 
 def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput) -> jax.Array:
@@ -214,8 +212,7 @@ def _fused(operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput
     ) -> tuple[jax.Array, tuple[Arrays, AllFactors, Kernel]]:
         return forward(x, kept_arrays, factors, kernel), (kept_arrays, factors, kernel)
 
-    fused = cast(Any, jax.custom_vjp(forward))
-    fused.defvjp(forward_and_residuals, backward)
+    fused = with_vjp(forward, forward_and_residuals, backward)
     return fused(x, kept.arrays, view.factors, view.kernel)
 
 

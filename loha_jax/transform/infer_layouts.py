@@ -18,9 +18,7 @@ from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_part
 from loha_jax.transform.adapt import trace_and_evaluate
 from loha_jax.transform.arguments import flat_arguments, flatten_with_path, has_shape
 from loha_jax.transform.kernel_view import KernelView
-from loha_jax.transform.operation import Operation
-from loha_jax.transform.options import Options
-from loha_jax.transform.strategy import Strategy
+from loha_jax.transform.options import Observer, Options
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
 from loha_jax.tree.quantised import types_of_quantised
@@ -92,7 +90,7 @@ def infer_layouts(
 
 
 @dataclasses.dataclass
-class _Roles:
+class _Roles(Observer):
     """The `Observer` that notes what each axis of each kernel is at its first use."""
 
     ndims: dict[str, int]
@@ -150,19 +148,6 @@ class _Roles:
         if len(ones) == len(stored_ones):
             return ones[stored_ones.index(axis)]
         return "s"
-
-    def computed(
-        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
-    ) -> None:
-        pass
-
-    def rows(self, view: KernelView, count: int, times: int) -> None:
-        pass
-
-    def dense(
-        self, name: str, shape: tuple[int, ...], primitive: str, reason: str, times: int
-    ) -> None:
-        pass
 
 
 def _operand_kinds(eqn: JaxprEqn, operand: int, view: KernelView) -> list[str] | None:

@@ -13,7 +13,7 @@ from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.packed_kernel import plain
 
 
-def dense_kernel(view: KernelView, *, forward_mode: bool = False) -> jax.Array:
+def dense_kernel(view: KernelView, *, forward_mode: bool) -> jax.Array:
     """Return W + ΔW in W's dtype, added in float32 or wider.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -67,16 +68,16 @@ class Operation(abc.ABC):
         """Return the cotangents of x and of the factors for the cotangent `g` of the update."""
 
     @abc.abstractmethod
-    def elements(self, view: KernelView) -> int:
-        """Return the number of elements of ΔW."""
+    def sizes(self, view: KernelView) -> tuple[int, int, int]:
+        """Return three numbers, the product of which is the number of elements of ΔW."""
 
     @abc.abstractmethod
     def factored_flops(self, view: KernelView) -> float:
         """Return the FLOPs of the factored update's forward pass."""
 
     @abc.abstractmethod
-    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
-        """Return the size of the largest array that the strategy adds to the frozen operation."""
+    def factored_elements(self, view: KernelView) -> int:
+        """Return the number of elements of the largest array that the factored update adds."""
 
     @abc.abstractmethod
     def place_gain(self, x: jax.Array, gain: jax.Array) -> BaseScaling | None:
@@ -86,6 +87,15 @@ class Operation(abc.ABC):
             x: the plain operand.
             gain: a multiple of the weight that broadcasts against the view.
         """
+
+    def elements(self, view: KernelView) -> int:
+        """Return the number of elements of ΔW."""
+        return math.prod(self.sizes(view))
+
+    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
+        """Return the size of the largest array that the strategy adds to the frozen operation."""
+        factored = strategy == "factored"
+        return 4 * (self.factored_elements(view) if factored else math.prod(view.shape))
 
     def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
         """Return an axis of the kernel and the result's axis of the same positions, or None."""
@@ -117,7 +127,7 @@ class Operation(abc.ABC):
         """Return the FLOPs of ΔW: two products with r columns, their product, scaled and added."""
         return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
 
-    def choose(self, view: KernelView, training: bool, *, alone: bool = False) -> Strategy:
+    def choose(self, view: KernelView, training: bool, *, update_alone: bool = False) -> Strategy:
         """Return the strategy that "auto" stands for.
 
         In training on several devices fused is never chosen: they would have to gather W + ΔW
@@ -126,11 +136,11 @@ class Operation(abc.ABC):
         Args:
             view: the adapted operand.
             training: whether the backward pass counts.
-            alone: the frozen operation is computed elsewhere, and only x·ΔW here.
+            update_alone: the frozen operation is computed elsewhere, and only x·ΔW here.
         """
         if training and jax.device_count() > 1:
             return "factored"
         costs = self.costs(view, training)
-        if alone:  # a product with ΔW comes on top of the frozen one
+        if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
         return cheapest(costs, training)

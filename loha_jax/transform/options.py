@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from jax.extend.core import JaxprEqn
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from loha_jax.transform.operation import Operation
 
 
-class Observer(Protocol):
-    """Told of every use of a kernel (`explain`, `infer_layouts`)."""
+class Observer:
+    """Told of every use of a kernel (`explain`, `infer_layouts`); each method does nothing here."""
 
     def used(self, view: KernelView, eqn: JaxprEqn, operand: int) -> None:
         """An equation that is not a structural operation reads the view."""
@@ -45,7 +45,7 @@ class Options:
         strategy: one for all modules, or pairs of a pattern of module names and a strategy.
         training: whether costs count the backward pass.
         forward_mode: plain products that `jax.jvp` can differentiate, instead of `custom_vjp`.
-        update_only: the result is what the adapters add: the values of the kernel are not read.
+        update_alone: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
     """
@@ -53,7 +53,7 @@ class Options:
     strategy: Strategies = "auto"
     training: bool = True
     forward_mode: bool = False
-    update_only: bool = False
+    update_alone: bool = False
     observer: Observer | None = None
     times: int = 1
 

@@ -23,7 +23,7 @@ from jax import lax
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.xla_hints import behind_barrier, isolated, wait_for
 from loha_jax.transform.arguments import flatten
-from loha_jax.transform.typed_jax import is_traced, map_arrays
+from loha_jax.transform.typed_jax import is_traced, map_arrays, with_vjp
 from loha_jax.tree.quantised import QuantisedArray
 
 AxisOperation = Callable[[jax.Array, int], jax.Array]
@@ -224,8 +224,8 @@ def frozen_product(
     x: jax.Array,
     kernel: Kernel,
     *,
-    branches: bool = True,
-    forward_mode: bool = False,
+    branches: bool,
+    forward_mode: bool,
 ) -> jax.Array:
     """Return `apply(x, kernel)`, linear in x, for a frozen kernel.
 
@@ -260,9 +260,7 @@ def frozen_product(
     def forward_and_residuals(x: jax.Array, kernel: PackedKernel) -> tuple[jax.Array, PackedKernel]:
         return forward(x, kernel), kernel
 
-    product = cast(Any, jax.custom_vjp(forward))
-    product.defvjp(forward_and_residuals, backward)
-    return product(x, kernel)
+    return with_vjp(forward, forward_and_residuals, backward)(x, kernel)
 
 
 def _swapped(

@@ -25,7 +25,6 @@ from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_product import ROW_LABELS, FactoredProduct
 from loha_jax.transform.kernel_view import KernelView, size_of
 from loha_jax.transform.operation import Intermediates, NoRule, Operation, Params
-from loha_jax.transform.strategy import Strategy
 from loha_jax.transform.typed_jax import vjp
 from loha_jax.transform.view_factors import ViewFactors
 
@@ -203,23 +202,17 @@ class Product(Operation):
             precision=dict(self.params).get("precision"),
         )
 
-    def elements(self, view: KernelView) -> int:
-        """See `Operation.elements`."""
-        return math.prod(self._sizes(view))
-
     def factored_flops(self, view: KernelView) -> float:
         """See `Operation.factored_flops`."""
-        into, out, modules = self._sizes(view)
+        into, out, modules = self.sizes(view)
         return sum(f.r**2 for f in view.factors) * (into + out) * modules * (2.0 * self.rows + 2)
 
-    def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
-        """See `Operation.temporary_bytes`."""
-        if strategy != "factored":
-            return 4 * math.prod(view.shape)
-        into, out, modules = self._sizes(view)
-        return 4 * sum(f.r**2 for f in view.factors) * max(into, out, self.rows) * modules
+    def factored_elements(self, view: KernelView) -> int:
+        """See `Operation.factored_elements`."""
+        into, out, modules = self.sizes(view)
+        return sum(f.r**2 for f in view.factors) * max(into, out, self.rows) * modules
 
-    def _sizes(self, view: KernelView) -> tuple[int, int, int]:
+    def sizes(self, view: KernelView) -> tuple[int, int, int]:
         """Return the contracted and the free features of a module, and the number of modules."""
         stack = self.batch + self.contracted + self.free
         return size_of(view, self.main), size_of(view, self.rest), size_of(view, stack)

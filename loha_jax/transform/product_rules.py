@@ -19,7 +19,7 @@ from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.sizes import is_empty, nominal
 from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
-from loha_jax.transform.forms import Form, compute
+from loha_jax.transform.forms import Computation, compute
 from loha_jax.transform.interpreter import Context, Outputs, register
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import update_rows
@@ -95,15 +95,15 @@ def _computed(
     kept = dataclasses.replace(kept, arrays=arrays)
     strategy = strategy_of(options.strategy, view.name)
     if strategy == "auto":
-        strategy = operation.choose(view, options.training, alone=options.update_only)
+        strategy = operation.choose(view, options.training, update_alone=options.update_alone)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
         return [operation.apply(x, plain(view.kernel))]
-    form = Form(strategy, options.forward_mode, options.update_only)
-    return [compute(operation, form, x, view, kept)]
+    how = Computation(strategy, options.forward_mode, options.update_alone)
+    return [compute(operation, how, x, view, kept)]
 
 
 @register("gather", reads=True)

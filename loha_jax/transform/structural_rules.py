@@ -25,6 +25,13 @@ Follower = Callable[[JaxprEqn, KernelView], KernelView | None]
 """Takes an equation and its only operand; returns its only output, or None if it cannot follow."""
 
 
+SAME_ARRAY = (
+    *("sharding_constraint", "reshard", "pvary"),
+    *("copy", "copy_p", "optimization_barrier"),
+)
+"""Primitives whose result is their operand, to a reader of its values and its shape."""
+
+
 def _follow(*primitives: str, fails: str = "") -> Callable[[Follower], Follower]:
     """Decorate a rule for primitives with one operand.
 
@@ -86,7 +93,7 @@ def _slice(eqn: JaxprEqn, view: KernelView) -> KernelView | None:
     return view.slice(p["start_indices"], p["limit_indices"], p["strides"])
 
 
-@_follow("sharding_constraint", "reshard", "pvary", "copy", "copy_p", "optimization_barrier")
+@_follow(*SAME_ARRAY)
 def _unchanged(eqn: JaxprEqn, view: KernelView) -> KernelView:
     if isinstance(view.kernel, PackedKernel) and eqn.primitive.name in ("copy", "copy_p"):
         return view

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, TypeVarTuple, cast
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, cast
 
 import jax
 from jax.core import Tracer
@@ -37,6 +37,15 @@ def map_arrays(fn: Callable[[jax.Array], object], tree: T) -> T:
 def jit(fn: Callable[P, R], static: tuple[int, ...] = ()) -> Callable[P, R]:
     """`jax.jit`, with the positions of arguments that are static."""
     return cast("Callable[P, R]", jax.jit(fn, static_argnums=static))
+
+
+def with_vjp(
+    fn: Callable[P, R], forward: Callable[..., tuple[R, Any]], backward: Callable[..., Any]
+) -> Callable[P, R]:
+    """Return a function with a derivative of its own: `jax.custom_vjp`."""
+    differentiable = cast(Any, jax.custom_vjp(fn))
+    differentiable.defvjp(forward, backward)
+    return cast("Callable[P, R]", differentiable)
 
 
 def vjp(fn: Callable[[*Ts], R], *primals: *Ts) -> tuple[R, Callable[[R], tuple[*Ts]]]:

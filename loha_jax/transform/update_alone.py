@@ -44,4 +44,4 @@ def update_alone(
         (5, 4)
     """
     zero = dataclasses.replace(leaf, kernel=jnp.zeros(leaf.kernel.shape, x.dtype))
-    return run(fn, (x, zero), {}, dataclasses.replace(options, update_only=True))
+    return run(fn, (x, zero), {}, dataclasses.replace(options, update_alone=True))

@@ -143,11 +143,11 @@ class ArrayLike:
         return self
 
     def is_ready(self) -> bool:
-        """Say whether all arrays of the node are computed."""
+        """Return whether all arrays of the node are computed."""
         return all(array.is_ready() for array in self._arrays())
 
     def is_deleted(self) -> bool:
-        """Say whether an array of the node was deleted or donated."""
+        """Return whether an array of the node was deleted or donated."""
         return any(array.is_deleted() for array in self._arrays())
 
     def delete(self) -> None:

@@ -25,7 +25,7 @@ from loha_jax.tree.leaves import (
     is_adapted,
     map_adapted,
 )
-from loha_jax.tree.placement import factor_axes
+from loha_jax.tree.placement import named_axes
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ class Box(Protocol):
 
 
 def is_box(x: object) -> bool:
-    """Say whether `x` is a box.
+    """Return whether `x` is a box.
 
     Flax is not imported: whoever has a box has imported it.
     """
@@ -104,13 +104,11 @@ def boxed(leaf: object, box: Box) -> Any:
 
 
 def _boxed_factors(factors: Factors, leaf: LoHaWeight, box: Any) -> Factors:
-    names = getattr(box, "names", None)
-    if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
-        return factors  # a box of some other kind says nothing of axes
-    axes = factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+    # A box of some other kind says nothing of axes.
+    axes = named_axes(getattr(box, "names", None), leaf, factors)
     boxes = {
-        name: dataclasses.replace(box, value=x, names=axes[name])
-        for name, x in factors.arrays.items()
+        name: dataclasses.replace(box, value=getattr(factors, name), names=own)
+        for name, own in axes.items()
     }
     return dataclasses.replace(factors, **boxes)
 

@@ -57,7 +57,7 @@ class Container(Protocol):
         ...
 
     def is_node(self, x: object) -> bool:
-        """Say whether `x` is a model, a part of one, or a variable in it."""
+        """Return whether `x` is a model, a part of one, or a variable in it."""
         ...
 
     def nodes_among(self, args: PyTree) -> Iterator[Any]:
@@ -166,7 +166,7 @@ def adapted_leaves(tree: object) -> list[Any]:
 
 
 def is_model_part(x: object) -> bool:
-    """Say whether `x` is a part of a model, or a variable in it."""
+    """Return whether `x` is a part of a model, or a variable in it."""
     return any(container.is_node(x) for container in _used_containers())
 
 

@@ -6,7 +6,6 @@ layouts, names, ranks, configs. They are written as JSON, so that reading a file
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +22,6 @@ from loha_jax.tree.provenance import Counters, Origin
 from loha_jax.tree.quantised import QuantisedArray
 from loha_jax.tree.scaled_array import ScaledArray
 
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
 _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     tuple: (list, tuple),
     frozenset: (sorted, frozenset),
@@ -38,8 +32,8 @@ _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda parts: Origin(parts[0], alphas=parts[1]),
     ),
     Counters: (list, Counters),
-    LoHaConfig: (_fields, lambda fields: LoHaConfig(**fields)),
-    LycorisConfig: (_fields, lambda fields: LycorisConfig(**fields)),
+    LoHaConfig: (LoHaConfig.__getstate__, lambda fields: LoHaConfig(**fields)),
+    LycorisConfig: (LycorisConfig.__getstate__, lambda fields: LycorisConfig(**fields)),
 }
 """For each type of static value, what it is made of, and the way back."""
 _TYPES = {kind.__name__: kind for kind in _WAYS}

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from loha_jax.targets.module_names import path_parts
-from loha_jax.tree.leaves import is_adapted
+from loha_jax.tree.leaves import is_adapted, leaves_by_path
 
 _STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracked", "count"}
 
@@ -20,12 +19,11 @@ def frozen_leaves(params: PyTree) -> dict[tuple[str, ...], Any]:
     Adapted leaves are left out. So is what a model changes by itself: statistics, and collections
     other than `params`.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)
-    paths = [path_parts(path) for path, _ in flat]
-    only_params = any(path[:1] == ("params",) for path in paths)
+    found = leaves_by_path(params, is_adapted)
+    only_params = any(path[:1] == ("params",) for path, _ in found)
     return {
         path: leaf
-        for path, (_, leaf) in zip(paths, flat, strict=True)
+        for path, leaf in found
         if not is_adapted(leaf)
         and jax.numpy.issubdtype(getattr(leaf, "dtype", np.int32), np.floating)
         and path[-1] not in _STATISTICS

@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
@@ -23,7 +22,7 @@ from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import check_new_adapter
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.factors import Factors, module_index, norms_of_adapted
+from loha_jax.tree.factors import norms_of_adapted
 from loha_jax.tree.frozen_leaves import frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, flatten_whole, is_adapted
@@ -134,7 +133,7 @@ def apply_plan(
     adapter_name: str,
     make_factors: Callable[[Target], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
-    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]] = lambda *_: {},
+    make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]],
 ) -> T:
     """Put the leaves of `plan` into a tree.
 
@@ -147,19 +146,12 @@ def apply_plan(
     kernels = {n: base_of(leaves[n]) for n in plan.targets}
     samples = _base_samples(kernels, frozen_leaves(treedef.unflatten(others)))
     for n, target in plan.targets.items():
-        extras: dict[str, Any] = make_extras(target, plan.config, kernels[n])
+        extras = make_extras(target, plan.config, kernels[n])
         if "dora_scale" in extras:
             norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
             extras = {**extras, "dora_scale": norms}
-        factors = Factors(
-            **make_factors(target),
-            **extras,
-            module_index=module_index(target.ranks, target.alphas, target.stack),
-            ranks=target.ranks,
-            alphas=target.alphas,
-            config=plan.config,
-            base=samples.get(n),
-        )
+        arrays = {**make_factors(target), **extras}
+        factors = target.factors(arrays, plan.config, samples.get(n))
         known = leaves[n].adapters if isinstance(leaves[n], LoHaWeight) else {}
         leaf = LoHaWeight(kernels[n], known, target.layout, target.names, active=())
         factors = follow_kernel(factors, kernels[n], target.layout)
@@ -214,18 +206,10 @@ def _with_shardings(shapes: T, params: T) -> T:
     return jax.tree.map(like, shapes, params, is_leaf=is_adapted)
 
 
-def factor_dtype(kernel_dtype: DTypeLike) -> jnp.dtype:
-    """Return the dtype of factors: float32, or the kernel's if it is wider.
-
-    PEFT's `autocast_adapter_dtype=True` has the same effect.
-    """
-    return float32_or_wider(kernel_dtype)
-
-
 @standard_promotion()
 def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
     """Draw the factors of a new adapter of one kernel, by the law that its config names."""
-    scheme, dtype = config.initial_values, factor_dtype(target.dtype)
+    scheme, dtype = config.initial_values, target.factor_dtype
     if len(set(target.ranks)) == 1:
         shapes = target.shapes(target.ranks[0])
         return init_factors(key, target.names, shapes, scheme, dtype, target.stack)
@@ -233,22 +217,22 @@ def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[
         init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
         for name, r in zip(target.names, target.ranks, strict=True)
     ]
-    return stack_factors(per_module, target, dtype)
+    return stack_factors(per_module, target)
 
 
 @standard_promotion()
 def _initial_extras(target: Target, config: LoHaConfig, kernel: jax.Array) -> dict[str, jax.Array]:
-    return config.extra_arrays(as_array(kernel), target.layout, factor_dtype(target.dtype))
+    return config.extra_arrays(as_array(kernel), target.layout, target.factor_dtype)
 
 
 def stack_factors(
-    per_module: Sequence[Mapping[str, ArrayLike]], target: Target, dtype: DTypeLike
+    per_module: Sequence[Mapping[str, ArrayLike]], target: Target
 ) -> dict[str, jax.Array]:
     """Stack PEFT's tensors of each module of one kernel, as `Factors` holds them.
 
     They are stacked along the kernel's stack axes and padded with zeros to the largest rank.
     """
-    padded = target.shapes(max(target.ranks))
+    padded, dtype = target.shapes(max(target.ranks)), target.factor_dtype
     stacked = {}
     for name, shape in padded.items():
         rows = []

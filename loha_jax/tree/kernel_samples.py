@@ -39,7 +39,7 @@ class KernelSample:
     )
 
     def differs(self, other: KernelSample) -> bool:
-        """Say whether two samples come from different kernels.
+        """Return whether two samples come from different kernels.
 
         False if they have no element in common.
         """

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.flat_node import FlatNode, keep, register
@@ -254,12 +255,12 @@ def _held(leaf: AdaptedLeaf, what: str, array: A | None) -> A:
 
 
 def is_adapted(leaf: object) -> TypeGuard[AdaptedLeaf]:
-    """Say whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
+    """Return whether a node of a tree is a `LoHaWeight` or a `SavedWeight` (for `is_leaf=`)."""
     return isinstance(leaf, AdaptedLeaf)
 
 
 def is_whole(leaf: object) -> bool:
-    """Say whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
+    """Return whether a node of a tree is an adapted leaf or a quantised array (for `is_leaf=`)."""
     return is_adapted(leaf) or is_quantised(leaf)
 
 
@@ -293,6 +294,14 @@ def map_factors(fn: Callable[[LoHaWeight, str, Factors], Factors], tree: T) -> T
 def flatten_whole(tree: PyTree) -> tuple[list[Any], Any]:
     """Flatten a tree like `jax.tree.flatten`, with adapted leaves and quantised arrays whole."""
     return jax.tree.flatten(tree, is_leaf=is_whole)
+
+
+def leaves_by_path(
+    tree: PyTree, is_leaf: Callable[[object], bool] = is_whole
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Return the leaves of a tree, each with its path as strings."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [(path_parts(path), leaf) for path, leaf in flat]
 
 
 def leaves_of(kind: type[A], tree: PyTree) -> list[A]:

@@ -120,7 +120,7 @@ def merge(
 
 @dataclasses.dataclass
 class Losses:
-    """What rounding and quantising the merged kernels of a tree lose, by their names."""
+    """The losses of rounding and quantising the merged kernels of a tree, by their names."""
 
     rounding: dict[str, float] = dataclasses.field(default_factory=dict)
     quantising: dict[str, Requantised] = dataclasses.field(default_factory=dict)

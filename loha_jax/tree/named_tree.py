@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-import jax
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
@@ -27,12 +26,11 @@ from loha_jax.targets.module_names import (
     all_names,
     is_kernel_leaf,
     module_name,
-    path_parts,
     stack_names,
 )
 from loha_jax.targets.target_advice import require_named_leaves
 from loha_jax.tree.equinox_layers import equinox_layers
-from loha_jax.tree.leaves import LoHaWeight, is_adapted, is_whole
+from loha_jax.tree.leaves import LoHaWeight, is_adapted, leaves_by_path
 from loha_jax.tree.quantised import wrapped
 
 
@@ -63,9 +61,9 @@ class NamedTree:
         torch_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         require_named_leaves(params)
-        flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)
-        self.paths = [path_parts(path) for path, _ in flat]
-        self.leaves = [wrapped(leaf) for _, leaf in flat]
+        found = leaves_by_path(params)
+        self.paths = [path for path, _ in found]
+        self.leaves = [wrapped(leaf) for _, leaf in found]
         self.names = {
             n: module_name(self.paths[n]) for n, leaf in enumerate(self.leaves) if _is_array(leaf)
         }
@@ -88,7 +86,7 @@ class NamedTree:
         self._layouts: dict[int, Layout] = {}
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
-        """Say whether a leaf is the scale, or a stack of scales, of a normalisation."""
+        """Return whether a leaf is the scale, or a stack of scales, of a normalisation."""
         *parent, leaf = self.paths[position]
         shape = tuple(self.leaves[position].shape)
         return leaf == "weight" and self.shape_at.get((*parent, "bias")) == shape
@@ -142,7 +140,7 @@ class NamedTree:
         return self._torch_shapes.get(own[0]) if len(own) == 1 else None
 
     def is_transposed_convolution(self, position: int) -> bool:
-        """Say whether a kernel is a transposed convolution's with other axes in torch than here."""
+        """Return whether a kernel is a transposed convolution's with other axes in torch."""
         path = self.paths[position]
         named = is_transposed_convolution(path) and not is_torch_oriented(path[-1])
         return named or self.names[position] in self._known.transposed

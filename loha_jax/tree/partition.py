@@ -113,7 +113,7 @@ def trainable_mask(params: PyTree) -> PyTree:
 
 
 def _is_trained(leaf: AdaptedLeaf, path: Sequence[Any]) -> bool:
-    """Say whether the array at a key path in a leaf is trained: `.adapters["style"].hada_w1_a`."""
+    """Return whether an array is trained, by its key path in a leaf: `.adapters["a"].hada_w1_a`."""
     part, *inside = path
     if part.name not in ("adapters", "copies") or inside[0].key not in leaf.active:
         return False

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.device_types import explicit_sharding
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.quantised import QuantisedArray
 
 MeshAxis = str | tuple[str, ...] | None
@@ -92,6 +93,15 @@ def factor_axes(
     }
 
 
+def named_axes(
+    names: Sequence[MeshAxis] | None, leaf: LoHaWeight, factors: Factors
+) -> dict[str, tuple[MeshAxis, ...]]:
+    """Return `factor_axes` of an adapter; {} where there is no name for each axis of the kernel."""
+    if names is None or leaf.kernel is None or len(names) != leaf.layout.ndim:
+        return {}
+    return factor_axes(leaf.layout, leaf.shape, names, factors.arrays, cp=factors.is_cp)
+
+
 def _padded(
     axes: tuple[MeshAxis, ...], shape: tuple[int, ...], stacked: int
 ) -> tuple[MeshAxis, ...]:
@@ -142,6 +152,13 @@ def _place_of(
     sharding = getattr(x, "sharding", None)
     on_one = isinstance(sharding, SingleDeviceSharding) and getattr(x, "committed", False)
     return sharding if on_one or isinstance(sharding, NamedSharding) else None
+
+
+def chosen_sharding(x: object) -> Any:
+    """Return the sharding of an array or of a shape; None if JAX may move the array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding
+    return x.sharding if isinstance(x, jax.Array) and getattr(x, "committed", False) else None
 
 
 def place(array: ArrayOrShape, sharding: Sharding, *, may_alias: bool | None = None) -> Any:

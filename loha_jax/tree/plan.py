@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
 from loha_jax.runtime.caller import warn_caller
@@ -32,7 +33,10 @@ from loha_jax.targets.target_advice import (
     scaled_kernel,
     spelling_advice,
 )
+from loha_jax.tree.factors import Factors, module_index
+from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.placement import ArrayOrShape
 from loha_jax.tree.quantised import unknown_quantised
 
 
@@ -59,10 +63,31 @@ class Target:
         """Shape of one module's weight in torch: `(out, in, *spatial)`."""
         return self.layout.torch_shape(self.shape)[len(self.stack) :]
 
+    @property
+    def factor_dtype(self) -> jnp.dtype:
+        """Dtype of the factors: float32, or the kernel's if it is wider.
+
+        PEFT's `autocast_adapter_dtype=True` has the same effect.
+        """
+        return float32_or_wider(self.dtype)
+
     def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         """Return PEFT's shapes of the factors of one module."""
         out, in_, *spatial = self.module_shape
         return factor_shapes(out, in_, spatial, r, self.cp)
+
+    def factors(
+        self, arrays: Mapping[str, Any], config: LoHaConfig, base: KernelSample | None = None
+    ) -> Factors:
+        """Return the adapter of the kernel that holds these arrays, by their names in `Factors`."""
+        return Factors(
+            **arrays,
+            module_index=module_index(self.ranks, self.alphas, self.stack),
+            ranks=self.ranks,
+            alphas=self.alphas,
+            config=config,
+            base=base,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,38 +207,40 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
 def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Target:
     leaf, layout = tree.leaves[candidate.position], tree.layout(candidate.position)
     targeted = [match is Match.TARGETED for match in candidate.matches]
-    ranks, alphas = ranks_and_alphas(config, candidate.names, targeted)
-    return Target(
-        path=tree.paths[candidate.position],
-        names=candidate.names,
-        layout=layout,
-        shape=tuple(leaf.shape),
-        dtype=leaf.dtype,
-        ranks=ranks,
-        alphas=alphas,
-        cp=has_cores(config, layout, leaf.shape),
-    )
+    path = tree.paths[candidate.position]
+    return make_target(config, path, candidate.names, layout, leaf, targeted)
 
 
-def ranks_and_alphas(
-    config: LoHaConfig, names: Sequence[str], targeted: Sequence[bool]
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the rank and alpha of each module; the rank of one that is not targeted is 0."""
+def make_target(
+    config: LoHaConfig,
+    path: tuple[str, ...],
+    names: Sequence[str],
+    layout: Layout,
+    kernel: ArrayOrShape,
+    targeted: Sequence[bool] | None = None,
+) -> Target:
+    """Return what an adapter of one kernel is.
+
+    Args:
+        config: of the adapter.
+        path: of the kernel.
+        names: of its modules, one per stack index.
+        layout: of the kernel.
+        kernel: has its shape and dtype.
+        targeted: which modules get an adapter, all by default; the rank of the others is 0.
+    """
+    shape = tuple(kernel.shape)
     ranks = tuple(
         match_pattern(name, config.rank_pattern, config.r) if own else 0
-        for name, own in zip(names, targeted, strict=True)
+        for name, own in zip(names, targeted or [True] * len(names), strict=True)
     )
     alphas = tuple(
         config.effective_alpha(match_pattern(name, config.alpha_pattern, config.alpha), r)
         for name, r in zip(names, ranks, strict=True)
     )
-    return ranks, alphas
-
-
-def has_cores(config: LoHaConfig, layout: Layout, shape: Sequence[int]) -> bool:
-    """Say whether an adapter of a kernel has cores: one of a convolution larger than 1."""
-    large = any(n != 1 for n in layout.sizes("k", shape))
-    return large and bool(config.use_effective_conv2d)
+    # The kernel of a 1x1 convolution has no use for cores.
+    cp = any(n != 1 for n in layout.sizes("k", shape)) and bool(config.use_effective_conv2d)
+    return Target(path, tuple(names), layout, shape, kernel.dtype, ranks, alphas, cp)
 
 
 def _plan_saved(

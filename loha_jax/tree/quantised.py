@@ -51,7 +51,7 @@ class QuantisedArray(ArrayLike):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the arrays are there."""
+        """True if the arrays are there."""
         return bool(jax.tree.leaves(self.node))
 
     @property
@@ -141,7 +141,7 @@ class QuantisedArray(ArrayLike):
         return as_array(array)[tuple(indices)]
 
     def lies_along(self, axis: int) -> bool:
-        """Whether each stored array has this axis, whole or with length 1."""
+        """Return whether each stored array has this axis, whole or with length 1."""
         return self.kind.axiswise and all(
             x.ndim == self.ndim and x.shape[axis] in (1, self.shape[axis])
             for x in jax.tree.leaves(self.node)

@@ -22,7 +22,7 @@ _NOTED = 0.1
 
 
 class Requantised(NamedTuple):
-    """What quantising one merged kernel again loses, as Euclidean norms squared.
+    """The loss of quantising one merged kernel again, as Euclidean norms squared.
 
     Attributes:
         scheme: of the numbers that are stored, such as "int4".

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from jaxtyping import PyTree
 
+from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import EXTRA_NAMES, Factors
-from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, SavedWeight, flatten_whole, is_adapted
+from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, flatten_whole, is_adapted
 from loha_jax.tree.merge import unload
 from loha_jax.tree.quantised import QuantisedArray, wrapped
 from loha_jax.tree.short_repr import number_range
@@ -93,14 +95,14 @@ def summary(params: PyTree) -> Summary:
 
 
 def _rows(leaf: AdaptedLeaf) -> Iterator[AdapterRow]:
-    held = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies
+    held: dict[str, Any] = leaf.adapters if isinstance(leaf, LoHaWeight) else leaf.copies
     for name, adapter in held.items():
-        if isinstance(adapter, Factors):
+        if isinstance(leaf, LoHaWeight):
             kind = ", ".join(("loha", *adapter.extra_kinds)) + _scheme(leaf.original)
-            parameters = _parameters(adapter)
+            parameters = _parameters(leaf, adapter)
             shape, r = leaf.shape, number_range(adapter.ranks)
         else:
-            kind = STATISTICS if isinstance(leaf, SavedWeight) and leaf.is_buffer else "saved"
+            kind = STATISTICS if leaf.is_buffer else "saved"
             shape, r, parameters = adapter.shape, "-", adapter.size
         yield AdapterRow(
             module=leaf.label,
@@ -118,23 +120,11 @@ def _scheme(kernel: object) -> str:
     return f" ({kernel.scheme})" if isinstance(kernel, QuantisedArray) else ""
 
 
-def _parameters(factors: Factors) -> int:
-    """Return the number of trained values."""
+def _parameters(leaf: LoHaWeight, factors: Factors) -> int:
+    """Return the number of trained values, without the zeros that pad a stack of unequal ranks."""
+    out, in_, *spatial = leaf.layout.torch_shape(leaf.shape)[len(leaf.layout.axes("s")) :]
+    per_module = [factor_shapes(out, in_, spatial, r, factors.is_cp) for r in factors.ranks]
     return sum(
-        math.prod(array.shape)
-        if name in EXTRA_NAMES
-        else _true_size(array.shape, factors.ranks, factors.stack, name, factors.is_cp)
-        for name, array in factors.trained.items()
-    )
-
-
-def _true_size(
-    shape: Sequence[int], ranks: Sequence[int], stack: Sequence[int], name: str, cp: bool
-) -> int:
-    """Return the number of values without the zeros that pad a stack of unequal ranks."""
-    one = shape[len(stack) :]  # of one module
-    of_matrix = (0,) if cp or name.endswith("b") else (1,)
-    rank_axes = {"hada_t1": (0, 1), "hada_t2": (0, 1)}.get(name, of_matrix)
-    return sum(
-        math.prod(r if axis in rank_axes else n for axis, n in enumerate(one)) for r in ranks
+        x.size if name in EXTRA_NAMES else sum(math.prod(shapes[name]) for shapes in per_module)
+        for name, x in factors.trained.items()
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -14,6 +12,7 @@ from jaxtyping import PyTree
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import plain_scalar
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.matching import exact_patterns, most_common
 from loha_jax.tree.adapters import check_adapters, check_new_adapter, check_number
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
@@ -146,8 +145,8 @@ def _config_of_sum(params: PyTree, adapters: Sequence[str]) -> LoHaConfig:
                 ranks[name] = r
     copied = [leaf for leaf in leaves_of(SavedWeight, params) if leaf.copies.keys() & set(adapters)]
     saved = {leaf.name.rpartition(".")[0] for leaf in copied}
-    (r, _), *_ = Counter(ranks.values()).most_common(1)
-    others = dict(sorted((f"^{re.escape(name)}", own) for name, own in ranks.items() if own != r))
+    r = most_common(ranks.values())
+    others = dict(sorted(exact_patterns(ranks, r).items()))
     return LoHaConfig(
         r=r,
         alpha=r,

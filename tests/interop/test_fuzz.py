@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from lycoris_samples import LAYOUTS, base_params
 from mutations import mutate_folder
 from peft_samples import Sample
@@ -91,13 +92,25 @@ def sources(folder):
     return found
 
 
-def test_broken_files_are_loaded_rightly_or_refused(tmp_path, request):
-    cases, seed = request.config.option.fuzz_cases, request.config.option.fuzz_seed
+CHUNKS = 4
+"""The number of tests that the broken files are spread over. The first one runs every day."""
+
+
+def part_of(cases, chunk):
+    """Return the numbers of the cases of one of the tests."""
+    return range(chunk * cases // CHUNKS, (chunk + 1) * cases // CHUNKS)
+
+
+@pytest.mark.parametrize(
+    "chunk", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, CHUNKS))]
+)
+def test_broken_files_are_loaded_rightly_or_refused(chunk, tmp_path, request):
+    cases, seed = part_of(request.config.option.fuzz_cases, chunk), request.config.option.fuzz_seed
     kinds = sources(tmp_path)
     whole = {what: load(path) for what, path, load in kinds}
     grown_from = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = {"loaded": 0, "refused": 0}
-    for case in range(cases):
+    for case in cases:
         random = np.random.default_rng((seed, case))
         what, path, load = kinds[case % len(kinds)]
         target = tmp_path / "case" / path.name
@@ -118,7 +131,7 @@ def test_broken_files_are_loaded_rightly_or_refused(tmp_path, request):
                 check(tree, whole[what], f"case {case} of seed {seed}: {what}, {changed.name}")
         assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
         shutil.rmtree(tmp_path / "case")
-    assert min(outcomes.values()) > cases // 20, outcomes
+    assert min(outcomes.values()) > len(cases) // 20, outcomes
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown_from) / (
         2**20 if sys.platform == "darwin" else 1024
     )

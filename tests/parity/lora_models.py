@@ -51,7 +51,7 @@ def random_adapter(base, config, **kwargs):
             {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {}
             for r in target.ranks
         ]
-        return stack_factors(modules, target, jnp.float32)
+        return stack_factors(modules, target)
 
     def norms(target, config, kernel):
         if not isinstance(config, LycorisConfig) or not config.weight_decompose:

@@ -1,4 +1,4 @@
-"""What `loha_jax.qwix` refuses, and what its errors say."""
+"""The refusals of `loha_jax.qwix`, and what its errors say."""
 
 import jax
 import pytest

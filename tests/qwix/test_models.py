@@ -194,7 +194,7 @@ def test_operands_that_no_adapter_fits_are_refused(left, jit):
 
 
 def test_errors():
-    """What cannot be done says so, and what to do."""
+    """An error says what cannot be done, and what to do."""
     x = tokens()
 
     def apply(**fields):

@@ -320,7 +320,7 @@ def layers(count, scheme, scanned):
 
 
 def temporary_bytes(count, scheme, scanned, strategy, dequantised=False):
-    """What a training step holds besides its arguments and results."""
+    """Bytes that a training step holds besides its arguments and results."""
 
     def layer(h, p):
         return h + jnp.tanh(h @ p["a"]["kernel"]) @ p["b"]["kernel"], None

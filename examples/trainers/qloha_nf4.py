@@ -19,7 +19,7 @@ from tunix.tests import test_common
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.qwix import LoHaProvider, merge
+from loha_jax.qwix import LoHaProvider
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=60)
@@ -54,4 +54,4 @@ trainer.with_gen_model_input_fn(inputs).train([batch] * args.steps)
 losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
 print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
 interop.save_peft(args.out / "adapter", model)
-print("merged:", merge(model).layers[0].w1.kernel.get_value().dtype)
+print("merged:", loha_jax.merge(model).layers[0].w1.kernel.get_value().dtype)

@@ -125,6 +125,33 @@ class Layout:
         """Return a kernel as `[*stack, out, in, *spatial]`, the inverse of `fold`."""
         return jnp.transpose(kernel, self.order).reshape(self.torch_shape(kernel.shape))
 
+    def with_stack(self, places: Sequence[int]) -> Layout:
+        """Return the layout with new stack axes, which get these places in the kernel.
+
+        Example:
+            >>> Layout("ioo").with_stack([1]).word
+            'isoo'
+        """
+        tokens = list(self._tokens)
+        if any(index for kind, index in tokens if kind == "s"):  # the new ones come first
+            tokens = [(k, str(int(n) + len(places)) if k == "s" else n) for k, n in tokens]
+            new = [("s", str(n)) for n in range(len(places))]
+        else:
+            new = [("s", "")] * len(places)
+        for place, token in sorted(zip(places, new, strict=True)):
+            tokens.insert(place, token)
+        return Layout(" ".join(map("".join, tokens)))
+
+    def in_front(self, axes: Sequence[int]) -> Layout:
+        """Return the layout with some of its axes in front, where `strip` takes them away.
+
+        Example:
+            >>> Layout("isoo").in_front([1]).word
+            'sioo'
+        """
+        rest = [axis for axis in range(self.ndim) if axis not in axes]
+        return Layout(" ".join("".join(self._tokens[axis]) for axis in (*axes, *rest)))
+
     def strip(self, ndim: int) -> Layout:
         """Return the layout inside a scan or vmap, which takes leading stack axes away.
 

@@ -36,8 +36,9 @@ def inject(
     makes it the active one.
 
     Args:
-        model: any `nnx.Module`. Its layers may be stacked by `nnx.vmap`, and may be the model's own
-            einsum modules.
+        model: any `nnx.Module`. Its layers may be stacked by `nnx.vmap` or a scan, on any axis, and
+            may be the model's own einsum modules. The factors are stacked on the same axis as their
+            kernel, counted from the first: scan over `in_axes=2`, not over `-2`.
         config: which modules to adapt, and how. With a dropout, the model gets random streams
             (`set_dropout`); `model.eval()` and `model.train()` switch them off and on.
         rngs: the stream `params` (or `default`) draws the factors, `dropout` seeds dropout.

@@ -9,6 +9,7 @@ jit, grad, scan, remat, vmap, …) see an ordinary model, in graph mode and in t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -33,10 +34,8 @@ from loha_jax.nnx.siblings import (
     AdaptedVariable,
     Siblings,
     adapted_in,
-    set_values,
-    values_of,
-    variables_of,
 )
+from loha_jax.nnx.variables import scanned_axis, set_values, values_of, variables_of
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, is_adapted
@@ -200,9 +199,8 @@ def _siblings(
             " Keep it in an attribute of a module."
         )
     if weight.adapted:
-        old = weight.adapted[0]
-        intercepted = old.settings.intercepted and not floating
-        return Siblings.of(leaf, weight.base, mode=old.mode, intercepted=intercepted)
+        siblings = Siblings.of(leaf, weight.base, old=weight.adapted[0])
+        return dataclasses.replace(siblings, intercepted=False) if floating else siblings
     if is_packed(weight.base):
         raise ValueError(
             f"The kernel {name} is quantised and has no adapter: qwix computes its product, and "
@@ -225,7 +223,8 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     transposed: set[str] = set()
     for path, weight in _weights(model).items():
         for owner, way in () if weight.adapted else weight.holders:
-            word = layer_layout(owner, str(way[0]), wrapped(values_of(weight.base)).shape)
+            shape = wrapped(values_of(weight.base)).shape
+            word = layer_layout(owner, str(way[0]), shape, scanned_axis(weight.base))
             if word and len(way) == 1:
                 name = module_name(tuple(map(str, path)))
                 found[name] = Layout(word)
@@ -234,33 +233,66 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     return ModelLayouts(given or {}, found, transposed)
 
 
-def layer_layout(layer: object, key: str, shape: tuple[int, ...]) -> str | None:
+def layer_layout(
+    layer: object, key: str, shape: tuple[int, ...], scanned: int | None = None
+) -> str | None:
     """Return the layout of a layer's kernel by the layer's fields, or None.
 
-    Axes in front, added by `nnx.vmap`, are stack axes.
+    Axes that `nnx.vmap` or a scan has added are stack axes. None if they could be several.
+
+    Args:
+        layer: the module that holds the kernel.
+        key: the name of the kernel's attribute.
+        shape: of the kernel.
+        scanned: the axis of the kernel that was added, if the model says so.
     """
-    word, core = "", ()
+    word, core = _own_layout(layer, key, shape)
+    added = len(shape) - len(word)
+    if not word or added < 0:
+        return None
+    bias = getattr(getattr(layer, "bias", None), "shape", None)
+    found = {
+        Layout(word).with_stack(places).word
+        for places in itertools.combinations(range(len(shape)), added)
+        if _without(shape, places) == tuple(core)
+        and (not added or scanned is None or scanned in places)
+        and (bias is None or not added or _is_end(_without(bias, places), core))
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _own_layout(layer: object, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Return the layout and shape of a layer's kernel without stack axes; ("", ()) if unknown."""
     if isinstance(layer, nnx.Linear) and key == "kernel":
-        word, core = "io", (layer.in_features, layer.out_features)
-    elif isinstance(layer, nnx.LinearGeneral) and key == "kernel":
-        core = (*layer.in_features, *layer.out_features)
-        word = "i" * len(layer.in_features) + "o" * len(layer.out_features)
-    elif isinstance(layer, nnx.Conv) and key == "kernel":
+        return "io", (layer.in_features, layer.out_features)
+    if isinstance(layer, nnx.LinearGeneral) and key == "kernel":
+        return _general(layer.in_features, layer.out_features)
+    if isinstance(layer, nnx.Conv) and key == "kernel":
         core = tuple(layer.kernel_shape)
-        word = "k" * (len(core) - 2) + "io"
-    elif isinstance(layer, nnx.ConvTranspose) and key == "kernel":
+        return "k" * (len(core) - 2) + "io", core
+    if isinstance(layer, nnx.ConvTranspose) and key == "kernel":
         core = tuple(layer.kernel_shape)
-        word = "k" * (len(core) - 2) + ("oi" if layer.transpose_kernel else "io")
-    elif (
-        isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2
-    ):  # 2-D: the default for this name
-        word, core = "oi", (layer.num_embeddings, layer.features)
-    elif isinstance(
-        equation := getattr(layer, "einsum_str", None), str
-    ):  # nnx.Einsum, tunix's Einsum
+        return "k" * (len(core) - 2) + ("oi" if layer.transpose_kernel else "io"), core
+    if isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2:
+        return "oi", (layer.num_embeddings, layer.features)  # 2-D: the default for this name
+    inputs, outputs = (getattr(layer, f"{of}_features_shape", None) for of in ("in", "out"))
+    if key == "kernel" and isinstance(inputs, tuple) and isinstance(outputs, tuple):
+        return _general(inputs, outputs)  # MaxText's DenseGeneral
+    equation = getattr(layer, "einsum_str", None)  # nnx.Einsum, tunix's Einsum
+    if isinstance(equation, str):
         word = einsum_layout(equation) or ""
         core = shape if len(word) == len(shape) else tuple(getattr(layer, "kernel_shape", ()))
-    missing = len(shape) - len(word)
-    if not word or missing < 0 or tuple(shape[missing:]) != tuple(core):
-        return None
-    return "s" * missing + word
+        return word, core
+    return "", ()
+
+
+def _general(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    return "i" * len(inputs) + "o" * len(outputs), (*inputs, *outputs)
+
+
+def _without(shape: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(shape) if axis not in places)
+
+
+def _is_end(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
+    return shape == tuple(of[len(of) - len(shape) :])

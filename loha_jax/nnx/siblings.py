@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -25,13 +24,14 @@ import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
+from loha_jax.nnx.variables import axis_names, scanned_axis, values_of, variable_beside
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
-from loha_jax.tree.placement import MeshAxis, named_axes
+from loha_jax.tree.placement import named_axes
 from loha_jax.tree.quantised import wrapped
+from loha_jax.tree.stack_axes import StackPlaces, with_stack_in_front
 
 LoHaParam = nnx.LoRAParam
 """A trained array: a factor of an active adapter, or a copy of a module in `modules_to_save`.
@@ -86,11 +86,13 @@ class Settings:
         template: the leaf without its base, and with the ends of the attributes' names for arrays.
         intercepted: True if a provider adds the update while the model runs. Calls of the module
             then do not run through `adapt`.
+        from_end: where the stack axes of the arrays are (`StackPlaces`).
     """
 
     path: Path
     template: LoHaWeight | SavedWeight
     intercepted: bool = False
+    from_end: bool = False
 
     @functools.cached_property
     def flat(self) -> tuple[list[str], Any]:
@@ -99,7 +101,7 @@ class Settings:
 
     @property
     def _computing(self) -> tuple[object, ...]:
-        return self.path, *self.flat, self.intercepted
+        return self.path, *self.flat, self.intercepted, self.from_end
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and self._computing == other._computing
@@ -108,7 +110,7 @@ class Settings:
         return hash((self.path, self.flat[1]))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Settings, (self.path, self.template, self.intercepted)
+        return Settings, (self.path, self.template, self.intercepted, self.from_end)
 
     def __repr__(self) -> str:
         return repr(self.template)
@@ -163,20 +165,36 @@ class AdaptedVariable:
         setattr(self.owner, self.attribute("rngs"), mode)
 
     def leaf(self) -> LoHaWeight | SavedWeight:
-        """Return the variable as a leaf of a tree.
+        """Return the variable as a leaf of a tree, whose factors have their stack axes in front.
 
-        Axes that `nnx.vmap` has added in front since it was adapted are stack axes.
+        Axes that a scan or vmap has added since it was adapted are stack axes.
 
         Raises:
             ValueError: the factors have another rank than the settings, as after `nnx.update` with
-                an adapter of another rank.
+                an adapter of another rank; or it is unclear which axes were added
+                (`with_stack_in_front`).
         """
+        leaf = self._stored()
+        return leaf if isinstance(leaf, SavedWeight) else self._in_front(leaf)[0]
+
+    def _stored(self) -> LoHaWeight | SavedWeight:
         leaf = self.settings.flat[1].unflatten([variable.get_value() for variable in self.arrays])
         base = wrapped(values_of(self.base))
         if isinstance(leaf, SavedWeight):
             return dataclasses.replace(leaf, original=base)
-        _check_ranks(leaf)
-        return _with_stack(dataclasses.replace(leaf, kernel=base))
+        return dataclasses.replace(leaf, kernel=base)
+
+    def _in_front(self, leaf: LoHaWeight) -> tuple[LoHaWeight, StackPlaces]:
+        axis = scanned_axis(self.base)
+        found = with_stack_in_front(leaf, from_end=self.settings.from_end, axis=axis)
+        _check_ranks(found[0])
+        return found
+
+    @property
+    def places(self) -> StackPlaces | None:
+        """The places of the stack axes; None for a variable without factors."""
+        leaf = self._stored()
+        return None if isinstance(leaf, SavedWeight) else self._in_front(leaf)[1]
 
     def leaf_for_call(self) -> LoHaWeight | SavedWeight:
         """Return the leaf, with dropout's masks in training mode.
@@ -244,13 +262,14 @@ class Siblings:
     """New variables for a leaf. A variable of several modules has the same ones in each.
 
     Attributes:
-        template, intercepted: see `Settings`.
+        template, intercepted, from_end: see `Settings`.
         variables: the arrays and the random stream, by the ends of the attributes' names.
     """
 
     template: LoHaWeight | SavedWeight
     variables: dict[str, nnx.Variable | DropoutMode]
     intercepted: bool = False
+    from_end: bool = False
 
     @classmethod
     def of(
@@ -258,7 +277,7 @@ class Siblings:
         leaf: LoHaWeight | SavedWeight,
         base: PyTree[nnx.Variable],
         *,
-        mode: DropoutMode | None = None,
+        old: AdaptedVariable | None = None,
         intercepted: bool = False,
     ) -> Siblings:
         """Make the variables of a leaf.
@@ -267,35 +286,44 @@ class Siblings:
             leaf: an adapted leaf.
             base: the variable that is adapted, which gives its metadata; for a quantised kernel,
                 the tree of its variables.
-            mode: the mode or random stream that the variable's dropout has had, if any.
+            old: the adapted variable that it was, if any. Its dropout's mode or random stream, the
+                places of its stack axes, and `intercepted` stay.
             intercepted: see `Settings`.
         """
+        mode = None
+        if old is not None:
+            mode, intercepted = old.mode, old.settings.intercepted
         if isinstance(leaf, SavedWeight):
             copies = {name: _name(name, "copy") for name in leaf.copies}
             template = dataclasses.replace(leaf, original=None, copies=copies)
             variables: dict[str, nnx.Variable | DropoutMode] = {}
             for name, copy in leaf.copies.items():
                 kind = type(base) if leaf.is_buffer else _kind(name in leaf.active)
-                variables[copies[name]] = _variable(kind, copy, base, _axes(base))
+                variables[copies[name]] = variable_beside(base, kind, copy, axis_names(base))
             return cls(template, variables)
+        places = _places(leaf, old)
         adapters, variables = {}, {}
         for name, factors in leaf.adapters.items():
-            axes = named_axes(_axes(base), leaf, factors)
+            axes = named_axes(axis_names(base), leaf, factors)
             names = {array: _name(name, array) for array in factors.arrays}
             for array, value in factors.arrays.items():
                 kind = Untrained if array in UNTRAINED_NAMES else _kind(name in leaf.active)
-                variables[names[array]] = _variable(kind, value, base, axes.get(array))
+                stored, own = places.from_front(value), axes.get(array)
+                if own is not None:
+                    own = tuple(own[axis] for axis in places.order(len(own)))
+                variables[names[array]] = variable_beside(base, kind, stored, own)
             adapters[name] = dataclasses.replace(factors, **names)
         if any(map(_drops, adapters.values())):
             variables["rngs"] = mode or DropoutMode()
         template = dataclasses.replace(leaf, kernel=None, adapters=adapters)
-        return cls(template, variables, intercepted)
+        return cls(template, variables, intercepted, places.from_end)
 
     def attributes(self, path: Path) -> dict[str, Settings | nnx.Variable | DropoutMode]:
         """Return the attributes of a module from which `path` leads to the variable."""
         start = prefix(path)
         beside = {f"{start}_{name}": variable for name, variable in self.variables.items()}
-        return {start: Settings(path, self.template, self.intercepted), **beside}
+        settings = Settings(path, self.template, self.intercepted, self.from_end)
+        return {start: settings, **beside}
 
     def put(self, owner: nnx.Pytree, path: Path) -> None:
         """Set the attributes of a module from which `path` leads to the variable."""
@@ -306,24 +334,6 @@ class Siblings:
 def prefix(path: Path) -> str:
     """Return the name of the static attribute, with which the names of all siblings begin."""
     return "_".join((*map(str, path), "lora"))
-
-
-def variables_of(base: PyTree[nnx.Variable]) -> list[nnx.Variable]:
-    """Return the variables of a base: the base itself, or those of a quantised kernel."""
-    return [x for x in jax.tree.leaves(base, is_leaf=is_variable) if is_variable(x)]
-
-
-def values_of(base: PyTree[nnx.Variable]) -> PyTree[jax.Array]:
-    """Return the value of a variable, or a tree of the values of its variables."""
-    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, base, is_leaf=is_variable)
-
-
-def set_values(base: PyTree[nnx.Variable], values: PyTree[jax.Array]) -> None:
-    """Set the values of a variable, or of a tree of variables, where they have changed."""
-    parts, treedef = jax.tree.flatten(base, is_leaf=is_variable)
-    for part, value in zip(parts, treedef.flatten_up_to(values), strict=True):
-        if is_variable(part) and part.get_value() is not value:
-            part.set_value(value)
 
 
 def _name(adapter: str, array: str) -> str:
@@ -349,33 +359,7 @@ def _check_ranks(leaf: LoHaWeight) -> None:
             )
 
 
-def _with_stack(leaf: LoHaWeight) -> LoHaWeight:
-    """Return the leaf with the axes that were added in front of its kernel as stack axes."""
-    added = len(leaf.kernel.shape) - leaf.layout.ndim
-    if added <= 0:
-        return leaf
-    copies = math.prod(leaf.kernel.shape[:added])
-    adapters = {
-        name: dataclasses.replace(f, ranks=f.ranks * copies, alphas=f.alphas * copies, base=None)
-        for name, f in leaf.adapters.items()
-    }
-    layout = Layout("s" * added + leaf.layout.word)
-    return LoHaWeight(leaf.kernel, adapters, layout, leaf.names * copies, leaf.active)
-
-
-def _variable(
-    kind: type[nnx.Variable], array: jax.Array, base: PyTree[nnx.Variable], axes: object
-) -> nnx.Variable:
-    """Return a variable with the metadata of the one that it is beside, but its own axes."""
-    variable = kind(array)
-    own = ("out_sharding", *nnx.Variable.required_metadata)
-    for key, value in variables_of(base)[0].get_metadata().items():
-        if key not in own and not key.startswith("on_"):  # hooks
-            variable.set_metadata(key, value)
-    if axes is not None:
-        variable.set_metadata("out_sharding", axes)
-    return variable
-
-
-def _axes(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:
-    return variables_of(base)[0].get_metadata().get("out_sharding")
+def _places(leaf: LoHaWeight, old: AdaptedVariable | None) -> StackPlaces:
+    """Return the places of the stack axes in the new arrays: where they have been, if anywhere."""
+    places = None if old is None else old.places
+    return StackPlaces(leaf.layout.strip(len(leaf.kernel.shape))) if places is None else places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -12,12 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
-from loha_jax.lowrank.layout import Layout
 from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.plan import Target
+from loha_jax.tree.stack_axes import with_stack_in_front
 
 if TYPE_CHECKING:
     from loha_jax.qwix.provider import LoHaProvider
@@ -69,14 +68,10 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
 def _leaf(
     provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
 ) -> LoHaWeight:
-    """Return an adapted kernel; axes that a scan has added in front are stack axes."""
+    """Return an adapted kernel; axes that a scan has added are stack axes."""
     target, config = provider.targets[path]
-    shape: tuple[int, ...] = kernel.shape
-    added = len(shape) - target.layout.ndim
-    layout = Layout("s" * added + target.layout.word) if added else target.layout
-    copies = math.prod(shape[:added])
-    names = stack_names(module_name(path), layout.sizes("s", shape), provider.names)
-    ranks, alphas = target.ranks * copies, target.alphas * copies
-    whole = Target(path, names, layout, shape, target.dtype, ranks, alphas, target.cp)
-    adapters = {ADAPTER: whole.factors(factors, config)}
-    return LoHaWeight(kernel, adapters, layout, names, (ADAPTER,))
+    adapters = {ADAPTER: target.factors(factors, config)}
+    leaf = LoHaWeight(kernel, adapters, target.layout, target.names, (ADAPTER,))
+    leaf, _ = with_stack_in_front(leaf)
+    names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), provider.names)
+    return dataclasses.replace(leaf, names=names)

@@ -157,14 +157,15 @@ def _dequantise_qwix(node: Node) -> jax.Array:
 
 
 def _requantise_qwix(kernel: jax.Array, node: Node) -> Node:
+    # The blocks are those of the scale: the axes that a `WithAux` notes are those of one layer of a
+    # stack.
     old, how = _qwix(node), getattr(node, "how", None)
+    counts = _blocks(old.qvalue.shape, old.scale.shape)
+    channels = [axis for axis, (count, size) in enumerate(counts) if size == 1 and count > 1]
+    tiles = {axis: size for axis, (count, size) in enumerate(counts) if count > 1 and size > 1}
+    method = "absmax" if old.zero_point is None else "minmax"
     if how is not None:
-        channels, tiles, method = how.channelwise_axes, how.tiled_axes, how.calibration_method
-    else:
-        counts = _blocks(old.qvalue.shape, old.scale.shape)
-        channels = [axis for axis, (count, size) in enumerate(counts) if size == 1 and count > 1]
-        tiles = {axis: size for axis, (count, size) in enumerate(counts) if count > 1 and size > 1}
-        method = "absmax" if old.zero_point is None else "minmax"
+        method = how.calibration_method
     new = sys.modules["qwix"].quantize(
         kernel,
         old.qtype,

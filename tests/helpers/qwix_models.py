@@ -53,7 +53,9 @@ class Layer(nn.Module):
 
 
 class LinenModel(nn.Module):
-    """Linen's dot_generals, and a scanned stack."""
+    """Linen's dot_generals, and a stack scanned over an axis."""
+
+    axis: int = 0
 
     @nn.compact
     def __call__(self, x):
@@ -61,7 +63,7 @@ class LinenModel(nn.Module):
         x = nn.DenseGeneral(16, axis=(-2, -1), name="out")(x)
         stack = nn.scan(
             Layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": self.axis},
             split_rngs={"params": True},
             length=3,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -151,6 +151,17 @@ def test_the_axis_that_a_stack_adds_is_in_the_metadata():
     assert factor.get_metadata()["out_sharding"] == ("layers", "model", None)
 
 
+def test_axis_names_of_the_kernel_are_not_those_of_a_factor():
+    """Metadata with one entry per axis, under an older name of Flax, as MaxText has it."""
+    layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    axes = ("embed", "mlp")
+    layer.kernel = layer.kernel.replace(out_sharding=axes, sharding_names=axes, kept=1)
+    model = inject(nnx.Dict(a=layer), config({"a/kernel": dense}), rngs=nnx.Rngs(1))
+    own = model.a.kernel_lora_hada_w1_a.get_metadata()
+    assert own["kept"] == 1
+    assert own["out_sharding"] == ("mlp", None)
+
+
 # ------------------------------------------------------------------------------- reads of a kernel
 
 

@@ -79,10 +79,12 @@ def test_scanned_stack_is_one_module_per_layer():
     np.testing.assert_allclose(model(x), h, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["float", "int8", "nf4"])
-def test_linen(base):
+@pytest.mark.parametrize(
+    ("base", "axis"), [("float", 0), ("int8", 0), ("nf4", 0), ("float", 1), ("int8", 1)]
+)
+def test_linen(base, axis):
     """Parameters beside the kernel, the base's function at first, and then the formula's."""
-    model, x = LinenModel(), tokens()
+    model, x = LinenModel(axis), tokens()
     provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0, **BASES[base])
     new = qwix.apply_lora_to_model(model, provider)
     params = nn.unbox(new.init(jax.random.key(1), x)["params"])
@@ -93,7 +95,8 @@ def test_linen(base):
     np.testing.assert_array_equal(
         new.apply({"params": params}, x), plain.apply({"params": bare}, x)
     )
-    assert params["layers"]["dense"]["kernel_lora_hada_w1_b"].shape == (3, 2, 16)
+    shape = {0: (3, 2, 16), 1: (2, 3, 16)}[axis]
+    assert params["layers"]["dense"]["kernel_lora_hada_w1_b"].shape == shape
     random = {
         k: jax.random.normal(jax.random.key(n), v.shape) * 0.5 if "_lora_" in k[-1] else v
         for n, (k, v) in enumerate(flat.items())

@@ -13,7 +13,7 @@ from qwix_models import BASES, Attention, LinenModel, randomise, tokens
 
 import loha_jax
 from loha_jax import interop
-from loha_jax.nnx.siblings import values_of
+from loha_jax.nnx.variables import values_of
 from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -4,7 +4,7 @@
     python3 run.py processes [...]          train in several processes, kill one, resume with others
     python3 run.py test [pytest arguments]  run the daily tests, or those that the arguments choose
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
-    python3 run.py test-trainers [...]      run the tests of trainers (google-tunix)
+    python3 run.py test-trainers [...]      run the tests of trainers (tunix, MaxText)
     python3 run.py newer-python             print the Python that the tests of trainers run on
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job
@@ -58,9 +58,10 @@ TRAINERS = (
     "loha-jax and what its tests of trainers need",
     ["--no-compile", "-e", f"{REPOSITORY}[trainers]"],
 )
+PACKAGES = REPOSITORY / "tests" / "trainers" / "packages.txt"
 TRAINERS_ALONE = (
-    "the trainers, which ask for far more than the tests need",
-    ["--no-compile", "--no-deps", "google-tunix==0.1.7", "google-metrax==0.2.4"],
+    "the trainers and what the tests need of their dependencies",
+    ["--no-compile", "--no-deps", *PACKAGES.read_text(encoding="utf-8").split()],
 )
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.
@@ -142,11 +143,17 @@ def run_long_tests(arguments: list[str]) -> int:
 
 
 def run_trainer_tests(arguments: list[str]) -> int:
-    """Runs tests/trainers, or what the arguments choose, in an environment of its own."""
+    """Runs tests/trainers, or what the arguments choose, in an environment of its own.
+
+    PyTorch and PEFT open what the trainers have trained, in the environment of the other tests.
+    """
+    with_peft = find_environment()
+    prepare_tests(with_peft, [])
     python = environment_in(REPOSITORY / ".venv-trainers", find_newer_python)
-    installer = Installer(python, ["jax", "flax", "torch", "peft", "pytest", "google-tunix"])
-    for what in (("PyTorch", ["--no-compile", *TORCH[1]]), TRAINERS, TRAINERS_ALONE):
+    installer = Installer(python, ["jax", "flax", "pytest", "google-tunix", "maxtext"])
+    for what in (TRAINERS, TRAINERS_ALONE):
         installer.install(what)
+    os.environ["PYTHON_WITH_PEFT"] = str(with_peft)
     return run(python, ["-m", "pytest", *(arguments or ["tests/trainers"])], folder=REPOSITORY)
 
 

@@ -1,8 +1,5 @@
-"""A tiny Qwen3: tunix' model, and transformers' with the same weights."""
+"""A tiny Qwen3: tunix' model with the weights of a checkpoint of transformers."""
 
-import numpy as np
-import torch
-import transformers
 from flax import nnx
 from tunix.models.qwen3 import model as qwen3
 from tunix.models.qwen3 import params
@@ -10,35 +7,6 @@ from tunix.models.qwen3 import params
 from loha_jax import interop
 
 TARGETS = ("q_proj", "v_proj", "gate_proj")
-
-
-def save_checkpoint(folder):
-    """Write transformers' folder with random weights."""
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        rope_theta=1e6,  # tunix 0.1.7's, whatever its config says
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
-
-
-def torch_twin(folder):
-    """transformers' model of a checkpoint."""
-    return transformers.Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
-def torch_logits(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor(np.array(tokens)).long()).logits.numpy()
 
 
 def model_config():

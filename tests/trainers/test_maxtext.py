@@ -12,21 +12,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import qwix
-import torch
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from maxtext.common import checkpointing
 from maxtext.trainers.post_train.sft import train_sft
 from maxtext.utils import lora_utils, model_creation_utils
-from peft.tuners.loha.layer import make_weight
 from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.nnx.variables import values_of
+from tests.trainers import torch_process
 
 # MaxText 0.2.5 was written for earlier versions of Flax.
 THEIRS = "(maxtext|flax|jax|optax|orbax|tunix)"
@@ -216,20 +214,9 @@ def test_export(trained, tmp_path):
         ours, trained.logits(base_with_updates(trained, tensors)), rtol=0, atol=1e-5
     )
     if trained.case != "int8":
-        peft_formula(tmp_path, tensors)
-
-
-def peft_formula(folder, tensors):
-    """PEFT reads the file, and its ΔW is the one of `update`."""
-    file = peft.PeftConfig.from_pretrained(folder)
-    assert (file.r, file.alpha) == (RANK, ALPHA)
-    module = next(iter(tensors)).removeprefix("base_model.model.").rpartition(".")[0]
-    a1, b1, a2, b2 = (
-        torch.tensor(tensors[f"base_model.model.{module}.hada_{part}"])
-        for part in ("w1_a", "w1_b", "w2_a", "w2_b")
-    )
-    theirs = make_weight(a1, b1, a2, b2, scale=torch.tensor(ALPHA / RANK))
-    np.testing.assert_allclose(update(tensors, module), theirs.numpy(), rtol=0, atol=1e-5)
+        module = next(iter(tensors)).removeprefix("base_model.model.").rpartition(".")[0]
+        theirs = torch_process.update_of(tmp_path, module, tmp_path)
+        np.testing.assert_allclose(update(tensors, module), theirs, rtol=0, atol=1e-5)
 
 
 def test_functions_of_the_library(trained, tmp_path):

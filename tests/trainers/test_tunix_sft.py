@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import peft
 import pytest
 import qwix
 from flax import nnx
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file
 from tunix.sft import peft_trainer
 
 from loha_jax import interop
-from tests.trainers import qwen3_twin
+from tests.trainers import qwen3_twin, torch_process
 from tests.trainers.tunix_models import (
     ALPHA,
     BASES,
@@ -136,7 +135,7 @@ def train(model, folder):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3")
-    qwen3_twin.save_checkpoint(folder)
+    torch_process.save_checkpoint(folder)
     return folder
 
 
@@ -238,14 +237,12 @@ def module_at(model, parts):
 def test_peft_and_transformers_open_the_files(run, checkpoint, tmp_path):
     """PEFT on transformers' model, and the merged checkpoint, compute what tunix trained."""
     interop.save_peft(tmp_path / "adapter", run.model)
-    base = qwen3_twin.torch_twin(checkpoint)
-    tokens = model_inputs()[0]
-    before = qwen3_twin.torch_logits(base, tokens)
-    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    want = logits(run.model)
+    tokens, want = model_inputs()[0], logits(run.model)
+    before = torch_process.logits_of(checkpoint, tokens, tmp_path)
     assert np.abs(want - before).max() > 0.1
     names = qwen3_twin.names(checkpoint)
     interop.save_merged(tmp_path / "merged", run.model, names=names, base=checkpoint)
-    merged = qwen3_twin.torch_twin(tmp_path / "merged")
-    np.testing.assert_allclose(qwen3_twin.torch_logits(merged, tokens), want, atol=1e-5)
-    np.testing.assert_allclose(qwen3_twin.torch_logits(opened, tokens), want, atol=1e-5)
+    merged = torch_process.logits_of(tmp_path / "merged", tokens, tmp_path)
+    np.testing.assert_allclose(merged, want, atol=1e-5)
+    opened = torch_process.logits_of(checkpoint, tokens, tmp_path, tmp_path / "adapter")
+    np.testing.assert_allclose(opened, want, atol=1e-5)

@@ -1,0 +1,58 @@
+"""A script for an environment with PyTorch, PEFT and transformers: their side of the comparisons.
+
+python in_torch.py checkpoint FOLDER              write transformers' Qwen3 with random weights
+python in_torch.py logits FOLDER TOKENS OUT       compute its logits; TOKENS and OUT are .npy
+python in_torch.py logits FOLDER TOKENS OUT DIR   with the adapter in DIR, opened by PEFT
+python in_torch.py update DIR MODULE OUT          compute ΔW of a module of an adapter by PEFT
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft.tuners.loha.layer import make_weight
+from safetensors.torch import load_file
+
+
+def checkpoint(folder):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_theta=1e6,  # tunix 0.1.7's, whatever its config says
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        attn_implementation="eager",
+    )
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def logits(folder, tokens, out, adapter=None):
+    model = transformers.Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        np.save(out, model.eval()(torch.tensor(np.load(tokens)).long()).logits.numpy())
+
+
+def update(adapter, module, out):
+    config = peft.PeftConfig.from_pretrained(adapter)
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    factors = (
+        tensors[f"base_model.model.{module}.hada_{part}"]
+        for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+    )
+    np.save(out, make_weight(*factors, scale=torch.tensor(config.alpha / config.r)).numpy())
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    {"checkpoint": checkpoint, "logits": logits, "update": update}[command](*arguments)

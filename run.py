@@ -154,7 +154,16 @@ def run_trainer_tests(arguments: list[str]) -> int:
     for what in (TRAINERS, TRAINERS_ALONE):
         installer.install(what)
     os.environ["PYTHON_WITH_PEFT"] = str(with_peft)
-    return run(python, ["-m", "pytest", *(arguments or ["tests/trainers"])], folder=REPOSITORY)
+    chosen = arguments or [
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "4",
+        "--dist",
+        "loadfile",
+        "tests/trainers",
+    ]
+    return run(python, ["-m", "pytest", *chosen], folder=REPOSITORY)
 
 
 def print_newer_python(arguments: list[str]) -> int:

@@ -44,6 +44,7 @@ THIRD_PARTY = (
     [
         "--no-deps",
         "aqtp==0.9.0",
+        "bitsandbytes==0.50.2",
         "diffusers==0.39.0",
         "google-tunix==0.1.7",
         "keras-hub==0.32.0",

@@ -55,7 +55,7 @@ class Packed:
         """Return the floating weight.
 
         Raises:
-            FileError: a scale is not finite.
+            FileError: a scale is not finite, or a value is not in the weight's dtype.
         """
         if not self.state:
             largest = _finite(f"{self.key.removesuffix('weight')}SCB", read)
@@ -64,16 +64,21 @@ class Packed:
         codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: math.prod(self.shape)]
         values = _finite(f"{self.key}.quant_map", read)[codes]
         scale = _repeated(self._absmax(read), self.state["blocksize"], values.size)
-        return (values * scale).astype(self.dtype).reshape(self.shape)
+        with np.errstate(over="ignore"):
+            whole = (values * scale).astype(self.dtype)
+        if not np.isfinite(whole.astype(np.float32)).all():
+            raise FileError(f"{self.key} holds values that {self.dtype} does not")
+        return whole.reshape(self.shape)
 
     def _absmax(self, read: Read) -> np.ndarray:
-        if "nested_blocksize" not in self.state:
+        if self.state.get("nested_blocksize") is None:
             return _finite(f"{self.key}.absmax", read)
         codes = read(f"{self.key}.absmax")
         values = _finite(f"{self.key}.nested_quant_map", read)[codes]
         scale = _finite(f"{self.key}.nested_absmax", read)
         scale = _repeated(scale, self.state["nested_blocksize"], values.size)
-        return values * scale + np.float32(self.state["nested_offset"])
+        with np.errstate(over="ignore"):
+            return values * scale + np.float32(self.state["nested_offset"])
 
 
 def packed_weights(
@@ -95,7 +100,7 @@ def packed_weights(
         if state := [f"{key}.{name}" for name in _STATES if f"{key}.{name}" in shapes]:
             packed = _four_bits(key, state[0], shapes, dtypes, read, origin)
         elif key.endswith("weight") and f"{key.removesuffix('weight')}SCB" in shapes:
-            packed = _eight_bits(key, shapes, dtypes, origin)
+            packed = _eight_bits(key, shapes, dtypes, read, origin)
         if packed is not None:
             found[key] = packed
     return found
@@ -123,6 +128,7 @@ def _four_bits(
         or len(shape) > _MOST_AXES
         or not isinstance(block, int)
         or not _is_count(block)
+        or block & (block - 1)  # bitsandbytes' are powers of two
         or not isinstance(dtype, str)
         or dtype not in _DTYPES
         or (nested is not None and not (_is_count(nested) and _is_finite(offset)))
@@ -147,7 +153,7 @@ def _four_bits(
 
 
 def _eight_bits(
-    key: str, shapes: Shapes, dtypes: Mapping[str, np.dtype], origin: object
+    key: str, shapes: Shapes, dtypes: Mapping[str, np.dtype], read: Read, origin: object
 ) -> Packed | None:
     if dtypes[key] != np.int8 or len(shapes[key]) != 2:
         return None
@@ -155,6 +161,11 @@ def _eight_bits(
     wanted = {f"{start}SCB": (shapes[key][0], "float32")}
     _check(wanted, shapes, dtypes, f"{origin}: {key} with {start}SCB (bitsandbytes 8-bit)")
     parts = tuple(n for n in (f"{start}SCB", f"{start}weight_format") if n in shapes)
+    if len(parts) > 1 and read(parts[1]).any():
+        raise FileError(
+            f"{origin}: {parts[1]} (bitsandbytes 8-bit) says that {key} is not stored row by row. "
+            "Load it in transformers, call model.dequantize(), save that, and read it."
+        )
     return Packed(key, parts, shapes[key], np.dtype(np.float32), {})
 
 
@@ -190,4 +201,5 @@ def _is_count(x: object) -> bool:
 
 
 def _is_finite(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """Return whether x is a number that float32 holds."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e38

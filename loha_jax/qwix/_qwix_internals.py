@@ -6,13 +6,17 @@ quantised parameter looks like. These names are those of qwix 0.1.8.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import qwix
 from flax import linen as nn
 from flax import nnx
 from typing_extensions import TypeIs
+
+from loha_jax.runtime.promotion import also_enter
 
 if TYPE_CHECKING:
     from qwix._src.providers.ptq import WithAux
@@ -30,11 +34,14 @@ def _changed(name: str) -> ImportError:
 
 
 try:
+    from qwix._src.interception import interception_manager as _interception
     from qwix._src.providers import ptq as _ptq
     from qwix._src.utils import flax_util as _flax
 except ImportError as error:
     raise _changed(str(error)) from error
 for _owner, _name in (
+    (_interception, "disable_interception"),
+    (_interception, "enable_interception"),
     (_flax, "get_current_module"),
     (_flax, "get_current_module_path"),
     (_flax, "unbox"),
@@ -42,7 +49,7 @@ for _owner, _name in (
     (qwix.PtqProvider, "_get_current_rule_and_op_id"),
 ):
     if not hasattr(_owner, _name):
-        raise _changed(f"{_owner.__name__}.{_name}")
+        raise _changed(f"{_owner!r}.{_name}")
 
 
 def is_quantised(x: object) -> TypeIs[WithAux[qwix.QArray]]:
@@ -63,3 +70,20 @@ def current_path() -> tuple[str, ...]:
 def unboxed(x: object) -> object:
     """Return an array, or a quantised one, without boxes and variables."""
     return _flax.unbox(x)
+
+
+@contextlib.contextmanager
+def _interception_off() -> Iterator[None]:
+    """Let no provider intercept the products of this library itself.
+
+    In the gradient of a scan, JAX traces the forward pass of an update again, while the model runs
+    and no module of it: a provider would take it for a product of the model.
+    """
+    disabled = _interception.disable_interception()
+    try:
+        yield
+    finally:
+        _interception.enable_interception(disabled)
+
+
+also_enter(_interception_off)

@@ -17,11 +17,12 @@ from jax.typing import DTypeLike
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
+from loha_jax.nnx.model_tree import provided_among
 from loha_jax.nnx.siblings import adapted_in, intercepted_in
 from loha_jax.qwix._qwix_internals import current_module, current_path, is_quantised
 from loha_jax.qwix.frozen_product import with_gradient
 from loha_jax.qwix.operands import holds, stored_word
-from loha_jax.qwix.rules import LoHaRule, is_target
+from loha_jax.qwix.rules import LoHaRule, check_stack, is_target
 from loha_jax.qwix.storage import LinenStorage, NnxStorage, parameters
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.device_types import split_as
@@ -86,6 +87,7 @@ class AdaptingProvider(qwix.PtqProvider):
         self._seen: set[tuple[str, ...]] = set()  # parameters with a product
         self._lost: dict[tuple[str, ...], str] = {}  # parameters that no operand was known to be
         self._checked = False
+        self._model: object = None  # during the first run
 
     def _computed(
         self,
@@ -223,6 +225,8 @@ class AdaptingProvider(qwix.PtqProvider):
         """Check before the run that adds the adapters that the model has none."""
         if isinstance(model, nnx.Module) and getattr(model, "disable_quant_stats_update", False):
             _refuse_adapted(model)
+        if not self._checked:
+            self._model = model
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: object) -> object:
@@ -232,6 +236,10 @@ class AdaptingProvider(qwix.PtqProvider):
         if first:
             self._checked = True
             self._check()
+            if self.config is not None and isinstance(self._model, nnx.Module):
+                for _, leaf in provided_among(self._model):
+                    check_stack(self.config, leaf)
+            self._model = None
         return output
 
     def _check(self) -> None:

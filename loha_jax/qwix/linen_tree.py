@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.qwix._qwix_internals import is_quantised, unboxed
+from loha_jax.qwix.rules import check_stack
 from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.leaves import LoHaWeight
@@ -33,7 +34,8 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
         params: the parameters (without the collection), with the factors beside the kernels.
 
     Raises:
-        ValueError: the parameters have no factors, or factors that the provider did not make.
+        ValueError: the parameters have no factors, or factors that the provider did not make; or
+            its config does not say the same of all modules of a stack.
     """
     plain = unfreeze(cast(dict[str, Any], unboxed(params)))
     flat: dict[tuple[str, ...], Any] = flatten_dict(
@@ -74,4 +76,7 @@ def _leaf(
     leaf = LoHaWeight(kernel, adapters, target.layout, target.names, (ADAPTER,))
     leaf, _ = with_stack_in_front(leaf)
     names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), provider.names)
-    return dataclasses.replace(leaf, names=names)
+    leaf = dataclasses.replace(leaf, names=names)
+    if provider.config is not None:
+        check_stack(config, leaf)
+    return leaf

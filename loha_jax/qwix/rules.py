@@ -6,10 +6,13 @@ import dataclasses
 
 import qwix
 
+from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import ALL_LINEAR, Match, match_target
 from loha_jax.targets.module_names import Names, UnknownNameError, all_names
+from loha_jax.tree.leaves import LoHaWeight
+from loha_jax.tree.plan import make_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,26 @@ def checked_config(config: LoHaConfig) -> LoHaConfig:
             "loha_jax.nnx.inject on a float model."
         )
     return config
+
+
+def check_stack(config: LoHaConfig, leaf: LoHaWeight) -> None:
+    """Check that a config says the same of all modules of a stack.
+
+    A scan adapts its layers all at once, before their numbers are known.
+
+    Raises:
+        ValueError: it excludes some of them, or gives them other ranks or alphas.
+    """
+    own = leaf.adapters[ADAPTER]
+    each = make_target(config, (), leaf.names, leaf.layout, leaf.kernel)
+    targeted = {match_target(name, config) is Match.TARGETED for name in leaf.names}
+    if len(targeted) > 1 or (each.ranks, each.alphas) != (own.ranks, own.alphas):
+        raise ValueError(
+            f"The config does not say the same of all modules of the stack {leaf.label}, which a "
+            "provider adapts at once. Remove what is said of single ones (target_modules, "
+            "exclude_modules, rank_pattern, alpha_pattern), or use loha_jax.nnx.inject on a float "
+            "model."
+        )
 
 
 def is_target(config: LoHaConfig, name: str, names: Names | None) -> bool:

@@ -1,11 +1,23 @@
-"""Promotion of dtypes and ranks in this library's own arithmetic."""
+"""The settings under which this library's own arithmetic runs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import jax
+
+_MORE: list[Callable[[], AbstractContextManager[object]]] = []
+
+
+def also_enter(context: Callable[[], AbstractContextManager[object]]) -> None:
+    """Let `standard_promotion` enter another context, too.
+
+    For a library that changes what JAX's functions do while a model runs: they do here what JAX
+    says, also in derivatives, which JAX may trace while the model runs.
+    """
+    _MORE.append(context)
 
 
 @contextlib.contextmanager
@@ -15,5 +27,9 @@ def standard_promotion() -> Iterator[None]:
     Callers may have `jax_numpy_dtype_promotion="strict"` or `jax_numpy_rank_promotion="raise"`,
     which are meant for the model's code: that is traced outside of this.
     """
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        for context in _MORE:
+            stack.enter_context(context())
         yield

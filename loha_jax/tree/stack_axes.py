@@ -110,7 +110,8 @@ def with_stack_in_front(
     Args:
         leaf: the arrays of its factors are as they are kept beside the kernel.
         from_end: see `StackPlaces`; known if no axis has been added or taken away.
-        axis: an axis of the kernel that was added, if the model says so.
+        axis: an axis of the kernel that was added, if the model says so. It is negative for a scan
+            over a negative axis.
 
     Raises:
         ValueError: the shapes fit no place of the axes, or several.
@@ -121,9 +122,12 @@ def with_stack_in_front(
         return _arranged(leaf, _Reading(places, (), leaf.layout)), places
     fitting = [reading for reading in _readings(leaf, change, from_end) if _fits(leaf, reading)]
     if change > 0 and axis is not None:
-        fitting = [reading for reading in fitting if axis in reading.added]
-    # A scan over a negative axis is read only where none over another axis is possible.
-    fitting = [reading for reading in fitting if not reading.places.from_end] or fitting
+        added = axis % len(leaf.kernel.shape)
+        fitting = [
+            reading
+            for reading in fitting
+            if added in reading.added and (axis >= 0 or reading.places.from_end)
+        ]
     results = {_meaning(leaf, reading): reading for reading in reversed(fitting)}
     if len(results) != 1:
         raise _unclear(leaf, [reading.places.layout.word for reading in results.values()])
@@ -222,8 +226,9 @@ def _unclear(leaf: LoHaWeight, words: Sequence[str]) -> ValueError:
     )
     if words:
         return ValueError(
-            f"{what} The axes fit the layouts {', '.join(map(repr, words))}. Say which axis of the "
-            "kernel holds the layers: variable.set_metadata(param_scan_axis=…)."
+            f"{what} The axes fit the layouts {', '.join(map(repr, dict.fromkeys(words)))}, for a "
+            "scan over a positive or a negative axis. Say over which axis of the kernel the layers "
+            "are scanned: variable.set_metadata(param_scan_axis=…)."
         )
     return ValueError(
         f"{what} They fit no place of the axes that a scan or vmap has added or taken away. Scan "

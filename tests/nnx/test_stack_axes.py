@@ -249,6 +249,42 @@ def test_axes_that_could_be_several():
     assert plain.layers.kernel_lora.template.layout.word == "iso"
 
 
+class Heads(nnx.Module):
+    """As many heads as layers."""
+
+    def __init__(self, rngs):
+        self.query = nnx.LinearGeneral(WIDTH, (LAYERS, 2), use_bias=False, rngs=rngs, **F64)
+
+    def __call__(self, x):
+        return x + self.query(x).reshape(x.shape)
+
+
+class Image(nnx.Module):
+    """A kernel as wide as there are layers."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 4, (LAYERS, LAYERS), use_bias=False, rngs=rngs, **F64)
+
+    def __call__(self, x):
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(Heads, (4, WIDTH)), (Image, (2, 5, 5, 4))])
+def test_negative_axes_that_could_be_others(layer, shape):
+    """The factors of a scan over axis -2 fit a scan over another axis, too: an error, or said."""
+    x = jax.random.normal(jax.random.key(3), shape, jnp.float64)
+    model = Stacked(-2, nnx.Rngs(0), layer)
+    provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0)
+    model = qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
+    for n, (_, factor) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
+        factor.set_value(jax.random.normal(jax.random.key(n), factor.get_value().shape) * 0.5)
+    with pytest.raises(ValueError, match="param_scan_axis"):
+        loha_jax.merge(nnx.clone(model))
+    (owner,) = vars(model.layers).keys() & {"query", "conv"}
+    getattr(model.layers, owner).kernel.set_metadata(param_scan_axis=-2)
+    close(loha_jax.merge(nnx.clone(model))(x), model(x))
+
+
 def test_factors_that_do_not_fit_their_kernel():
     """Factors on another axis than the kernel, as a scan over the kernel alone leaves them."""
     model = with_provider(1)[0]

@@ -13,6 +13,7 @@ from qwix_models import (
     Attention,
     LinenModel,
     adapted,
+    randomise,
     tokens,
 )
 
@@ -113,6 +114,42 @@ def test_linen(base, axis):
     )
     names = interop.to_peft_state_dict(tree)
     assert "base_model.model.layers.2.dense.hada_w1_a" in names
+
+
+class Mixed(nnx.Module):
+    """A scanned stack, a kernel that is only quantised, and one that is only adapted."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs))(rngs.split(3))
+        self.only, self.head = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 5, rngs=rngs)
+
+    def __call__(self, x):
+        axes = nnx.StateAxes({nnx.RngState: nnx.Carry, ...: 0})
+        run = lambda x, layer: jnp.tanh(layer(x))  # noqa: E731
+        x = nnx.scan(run, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(x, self.layers)
+        return self.head(self.only(x))
+
+
+def test_no_rule_meets_the_products_of_an_update():
+    """JAX traces an update in a scan again for its gradient, while no module runs."""
+    rules = [
+        LoHaRule(module_path="layers", rank=2, alpha=4.0, weight_qtype="int8"),
+        LoHaRule(module_path="head", rank=2, alpha=4.0),
+        qwix.QuantizationRule(module_path=".*", weight_qtype="int8"),
+    ]
+    x = jax.random.normal(jax.random.key(2), (4, 16))
+    model = qwix.apply_lora_to_model(Mixed(nnx.Rngs(0)), LoHaProvider(rules), x, rngs=nnx.Rngs(1))
+    randomise(model)
+
+    def gradients(model):
+        loss = lambda model: (model(x) ** 2).sum()  # noqa: E731
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        return {path: x.get_value() for path, x in nnx.to_flat_state(grads)}
+
+    got, want = gradients(model), gradients(loha_jax.dequantise(nnx.clone(model)))
+    assert got.keys() == want.keys()
+    for path, array in want.items():
+        np.testing.assert_allclose(got[path], array, rtol=1e-4, atol=1e-4, err_msg=str(path))
 
 
 def test_rules():

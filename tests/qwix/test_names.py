@@ -81,6 +81,22 @@ def test_scanned_stack():
         modules(model)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude_modules": ["layers.0"]},
+        {"rank_pattern": {"layers.1": 1}},
+        {"alpha_pattern": {"layers.2": 8.0}},
+    ],
+)
+def test_single_modules_of_a_scanned_stack(fields):
+    """A scan adapts all of its layers at once: what a config says of one is refused."""
+    stack = {"names": {"layers": "layers.{}"}}
+    config = LoHaConfig(r=2, alpha=4.0, target_modules=r"layers.*", **fields)
+    with pytest.raises(ValueError, match=r"not say the same of all modules of the stack.*inject"):
+        adapted(Stack(nnx.Rngs(0)), config=config, **stack)
+
+
 def test_linen():
     """The tree of a Linen model has the names."""
     provider = LoHaProvider(

@@ -48,6 +48,14 @@ def four_bits(shape, block, nested=None, prefix="", dtype="float32"):
     return named, np.array(values, np.float32).astype(kind).reshape(shape)
 
 
+STATE = "q.weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**fields):
+    known = {"quant_type": "nf4", "blocksize": 16, "dtype": "float32", "shape": [8, 16]}
+    return {STATE: np.frombuffer(json.dumps(known | fields).encode(), np.uint8)}
+
+
 def loaded(folder, tensors, shape, **kwargs):
     save_file(tensors, folder / "model.safetensors")
     like = {"q": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
@@ -71,6 +79,20 @@ def test_eight_bits(tmp_path):
     tensors = {"q.weight": values, "q.SCB": largest, "q.weight_format": form}
     got = loaded(tmp_path, tensors, (4, 6))
     np.testing.assert_allclose(got, values * largest[:, None] / 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [1, 2, 3])
+def test_eight_bits_in_tiles(form, tmp_path):
+    """bitsandbytes' layouts for some GPUs."""
+    tensors = {"q.weight": np.ones((4, 6), np.int8), "q.SCB": np.ones(4, np.float32)}
+    with pytest.raises(FileError, match=r"q\.weight_format.*not stored row by row.*dequantize"):
+        loaded(tmp_path, tensors | {"q.weight_format": np.array(form, np.uint8)}, (4, 6))
+
+
+def test_a_state_with_nulls(tmp_path):
+    tensors, want = four_bits((8, 16), 16)
+    tensors |= state(nested_blocksize=None, nested_offset=None)
+    np.testing.assert_array_equal(loaded(tmp_path, tensors, (8, 16)), want.astype(np.float32))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -102,14 +124,6 @@ def test_merges_are_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-STATE = "q.weight.quant_state.bitsandbytes__nf4"
-
-
-def state(**fields):
-    known = {"quant_type": "nf4", "blocksize": 16, "dtype": "float32", "shape": [8, 16]}
-    return {STATE: np.frombuffer(json.dumps(known | fields).encode(), np.uint8)}
-
-
 BROKEN = {
     "no JSON": ({STATE: np.ones(4, np.uint8)}, "is not JSON"),
     "a number": ({STATE: np.frombuffer(b"3", np.uint8)}, "no JSON object"),
@@ -124,6 +138,12 @@ BROKEN = {
     "a large block": (state(blocksize=1 << 40), "absmax to hold 1 values of float32"),
     "another dtype": (state(dtype="int8"), "dtype 'int8'"),
     "a list": (state(dtype=["float32"]), "which no weight has"),
+    "a block of 17": (state(blocksize=17), "blocksize 17"),
+    "an offset": (state(nested_blocksize=4, nested_offset=10**400), "which no weight has"),
+    "not in float16": (
+        state(dtype="float16") | {"q.weight.absmax": np.full(8, 1e6, np.float32)},
+        "values that float16 does not",
+    ),
     "nested by half": (state(nested_blocksize=4), "nested_offset None"),
     "nested": (state(nested_blocksize=4, nested_offset=0.1), "values of uint8, and it is float32"),
     "scales": ({"q.weight.absmax": np.ones(7, np.float32)}, "absmax to hold 8 values of float32"),

@@ -149,21 +149,13 @@ def run_trainer_tests(arguments: list[str]) -> int:
     PyTorch and PEFT open what the trainers have trained, in the environment of the other tests.
     """
     with_peft = find_environment()
-    prepare_tests(with_peft, [])
+    workers = prepare_tests(with_peft, [])
     python = environment_in(REPOSITORY / ".venv-trainers", find_newer_python)
     installer = Installer(python, ["jax", "flax", "pytest", "google-tunix", "maxtext"])
     for what in (TRAINERS, TRAINERS_ALONE):
         installer.install(what)
     os.environ["PYTHON_WITH_PEFT"] = str(with_peft)
-    chosen = arguments or [
-        "-n",
-        "auto",
-        "--maxprocesses",
-        "4",
-        "--dist",
-        "loadfile",
-        "tests/trainers",
-    ]
+    chosen = arguments or [*workers, "--dist", "loadfile", "tests/trainers"]
     return run(python, ["-m", "pytest", *chosen], folder=REPOSITORY)
 
 

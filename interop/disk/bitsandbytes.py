@@ -12,17 +12,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
+from loha_jax.runtime.scalars import is_integer
 from loha_jax.runtime.untrusted import FileError, parse_json
 
 Read = Callable[[str], np.ndarray]
 """Returns the values of a tensor by name, as they are stored."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+ADVICE = (
+    "load it in transformers, call model.dequantize() and save_pretrained, and take that, or the "
+    "float checkpoint that it was quantised from"
+)
+"""The way to a floating checkpoint."""
 
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 _LONGEST_STATE = 1 << 14
@@ -126,7 +133,6 @@ def _four_bits(
         not isinstance(shape, list)
         or not all(map(_is_count, shape))
         or len(shape) > _MOST_AXES
-        or not isinstance(block, int)
         or not _is_count(block)
         or block & (block - 1)  # bitsandbytes' are powers of two
         or not isinstance(dtype, str)
@@ -163,8 +169,8 @@ def _eight_bits(
     parts = tuple(n for n in (f"{start}SCB", f"{start}weight_format") if n in shapes)
     if len(parts) > 1 and read(parts[1]).any():
         raise FileError(
-            f"{origin}: {parts[1]} (bitsandbytes 8-bit) says that {key} is not stored row by row. "
-            "Load it in transformers, call model.dequantize(), save that, and read it."
+            f"{origin}: {parts[1]} (bitsandbytes 8-bit) says that {key} is not stored row by row: "
+            f"{ADVICE}"
         )
     return Packed(key, parts, shapes[key], np.dtype(np.float32), {})
 
@@ -196,10 +202,10 @@ def _finite(key: str, read: Read) -> np.ndarray:
     return values
 
 
-def _is_count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+def _is_count(x: object) -> TypeGuard[int]:
+    return is_integer(x) and x > 0
 
 
 def _is_finite(x: object) -> bool:
     """Return whether x is a number that float32 holds."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e38
+    return (is_integer(x) or isinstance(x, float)) and abs(x) < 1e38

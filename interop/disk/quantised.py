@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from . import bitsandbytes
+
 _ACTIVATION = re.compile(
     r"(input|output|activation|act|[qkv]|kv|[kv]_cache|prob_output)(_global)?_scale(_ub|_inv)?|scale_(input|output)"
 )
@@ -27,10 +29,6 @@ _PACKED = re.compile(
 _SCALE_LIKE = re.compile(r".*(scale|zero_point|absmax|amax|quant|_inv).*", re.IGNORECASE)
 _ADVICE = (
     "take the float checkpoint that it was quantised from (after a merge, quantise the result)"
-)
-_BITSANDBYTES = (
-    "load it in transformers, call model.dequantize() and save_pretrained, and take that, or the "
-    "float checkpoint that it was quantised from"
 )
 
 
@@ -322,7 +320,7 @@ def _grid(
 
 def _advice(found: str) -> str:
     """Return what to do about a packed weight."""
-    return _BITSANDBYTES if "bitsandbytes" in found else _ADVICE
+    return bitsandbytes.ADVICE if "bitsandbytes" in found else _ADVICE
 
 
 def _scheme(found: Iterable[str]) -> str:

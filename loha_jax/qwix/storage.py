@@ -20,6 +20,7 @@ from loha_jax.tree.leaves import LoHaWeight
 from loha_jax.tree.placement import follow_kernel, named_axes
 from loha_jax.tree.plan import Target
 from loha_jax.tree.quantised import wrapped
+from loha_jax.tree.unbox import is_box
 
 if TYPE_CHECKING:
     from loha_jax.qwix._qwix_internals import WithAux
@@ -119,10 +120,6 @@ class LinenStorage:
 
     def _box(self) -> nn.meta.AxisMetadata | None:
         """Return the box of the kernel, or of the integers of a quantised one."""
-
-        def is_box(x: object) -> bool:
-            return isinstance(x, nn.meta.AxisMetadata)
-
         first = jax.tree.leaves(self.module.get_variable("params", self.name), is_leaf=is_box)[0]
         return first if is_box(first) else None
 

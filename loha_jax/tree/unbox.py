@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def is_box(x: object) -> bool:
-    """Say whether `x` is a box.
+    """Return whether `x` is a box.
 
     Flax is not imported: whoever has a box has imported it.
     """

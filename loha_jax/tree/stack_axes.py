@@ -97,6 +97,11 @@ class _Reading(NamedTuple):
     added: tuple[int, ...]
     layout: Layout
 
+    @property
+    def is_in_front(self) -> bool:
+        """True if the new axes are the first ones, counted from the first."""
+        return self.added == tuple(range(len(self.added))) != () and not self.places.from_end
+
 
 def with_stack_in_front(
     leaf: LoHaWeight, *, from_end: bool = False, axis: int | None = None
@@ -128,6 +133,10 @@ def with_stack_in_front(
             for reading in fitting
             if added in reading.added and (axis >= 0 or reading.places.from_end)
         ]
+    # In front is where vmap and scan put them by default. What fits there is no scan over a
+    # negative axis, unless the model says so.
+    if any(reading.is_in_front for reading in fitting):
+        fitting = [reading for reading in fitting if not reading.places.from_end]
     results = {_meaning(leaf, reading): reading for reading in reversed(fitting)}
     if len(results) != 1:
         raise _unclear(leaf, [reading.places.layout.word for reading in results.values()])

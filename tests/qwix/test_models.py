@@ -153,7 +153,7 @@ def test_no_rule_meets_the_products_of_an_update():
     def gradients(model):
         loss = lambda model: (model(x) ** 2).sum()  # noqa: E731
         grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-        return {path: x.get_value() for path, x in nnx.to_flat_state(grads)}
+        return {path: factor.get_value() for path, factor in nnx.to_flat_state(grads)}
 
     got, want = gradients(model), gradients(loha_jax.dequantise(nnx.clone(model)))
     assert got.keys() == want.keys()

@@ -229,7 +229,7 @@ class LoHaProvider(AdaptingProvider):
     ) -> jax.Array:
         """`jax.lax.ragged_dot_general`, which `ragged_dot` calls, with the update of experts.
 
-        Each expert is a module of its own. qwix quantises no such kernels. ΔW is materialised.
+        Each expert is a module of its own. qwix quantises no such kernels.
         """
         numbers = ragged_dot_dimension_numbers
         common: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}

@@ -16,7 +16,7 @@ from loha_jax.transform.adapt import make_options, run
 from loha_jax.transform.arguments import flat_arguments
 from loha_jax.transform.closures import closed_over
 from loha_jax.transform.kernel_view import KernelView
-from loha_jax.transform.operation import Operation
+from loha_jax.transform.operation import CostModel
 from loha_jax.transform.options import OBSERVER, Observer
 from loha_jax.transform.strategy import Strategy
 from loha_jax.tree.containers import adapted_leaves, provided_leaves
@@ -110,7 +110,7 @@ class _Recorder(Observer):
         self.uses: list[Use] = []
 
     def computed(
-        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
+        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int
     ) -> None:
         costs = operation.costs(view, self.training)
         self.uses.append(

@@ -117,7 +117,7 @@ class FactoredProduct:
         self, factors: tuple[ViewFactors, ...]
     ) -> tuple[Float[Array, "*kb"], Float[Array, "*ka"]]:
         """Return KB and the scaled KA of all adapters, with the axes of `kb` and `ka`."""
-        pairs = [self._khatri_rao_pair(f) for f in factors]
+        pairs = [khatri_rao_pair(f, self.dtype) for f in factors]
         kb, ka = (
             jnp.concatenate(side, -2) if len(pairs) > 1 else side[0]
             for side in zip(*pairs, strict=True)
@@ -125,15 +125,6 @@ class FactoredProduct:
         if self.swapped:
             kb, ka = ka, kb
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
-
-    def _khatri_rao_pair(
-        self, f: ViewFactors
-    ) -> tuple[Float[Array, "*stack squared in"], Float[Array, "*stack squared out"]]:
-        """Return KB and the scaled KAᵀ of one adapter."""
-        a1, b1, a2, b2 = (w.astype(self.dtype) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
-        # [*stack, out, r] twice -> [*stack, r², out]
-        ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
-        return khatri_rao_columns(b1, b2), ka * f.scaling.astype(self.dtype)[..., None, None]
 
     def _arrange(
         self, k: Float[Array, "*stack squared features"], label: str
@@ -175,6 +166,16 @@ class FactoredProduct:
             y = y + (contract(h, f"{n}pq", a2, "qo", f"{n}po", self.precision) * a1).sum(-2) * of_y
             hs.append(h.reshape(*x.shape[:-1], math.prod(h.shape[-2:])))  # [n, R]
         return y, jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
+
+
+def khatri_rao_pair(
+    f: ViewFactors, dtype: jnp.dtype
+) -> tuple[Float[Array, "*stack squared in"], Float[Array, "*stack squared out"]]:
+    """Return KB and the scaled KAᵀ of one adapter."""
+    a1, b1, a2, b2 = (w.astype(dtype) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+    # [*stack, out, r] twice -> [*stack, r², out]
+    ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
+    return khatri_rao_columns(b1, b2), ka * f.scaling.astype(dtype)[..., None, None]
 
 
 run = typed_jax.jit(FactoredProduct.run, static=(0,))

@@ -30,7 +30,7 @@ from loha_jax.transform.materialised import dense_kernel
 from loha_jax.transform.operation import Intermediates, Operation
 from loha_jax.transform.packed_kernel import Kernel
 from loha_jax.transform.strategy import Strategy
-from loha_jax.transform.typed_jax import is_traced, jit, vjp, with_vjp
+from loha_jax.transform.typed_jax import checkpoint, is_traced, jit, vjp, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -107,7 +107,7 @@ def _update_alone(
         return _dense(operation, x, update, how.forward_mode)
 
     if how.strategy == "fused":
-        return cast(jax.Array, jax.checkpoint(product)(x, view.factors))
+        return checkpoint(product)(x, view.factors)
     return product(x, view.factors)
 
 

@@ -156,6 +156,11 @@ def _operand_kinds(eqn: JaxprEqn, operand: int, view: KernelView) -> list[str] |
     if primitive == "dot_general":
         contracted, batch = (sides[operand] for sides in eqn.params["dimension_numbers"])
         return ["i" if d in contracted else "s" if d in batch else "o" for d in range(ndim)]
+    if primitive == "ragged_dot_general" and operand == 1:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        stacked = (*batch, *numbers.rhs_group_dimensions)
+        return ["i" if d in contracted else "s" if d in stacked else "o" for d in range(ndim)]
     if primitive == "conv_general_dilated" and operand == 1:
         out, in_, *_ = eqn.params["dimension_numbers"].rhs_spec
         return ["o" if d == out else "i" if d == in_ else "k" for d in range(ndim)]

@@ -34,59 +34,30 @@ class NoRule:
     reason: str
 
 
-class Operation(abc.ABC):
-    """An operation, linear in x and in the kernel, of a plain array x with a `KernelView`.
-
-    Hashable, so that equal layers share compiled programs.
+class CostModel(abc.ABC):
+    """What an adapted operation costs by each strategy, and the choice between them.
 
     Attributes:
         primitive: its name in a jaxpr.
-        branches: whether XLA:CPU computes it as fast inside a branch as outside.
-        rows: the number of rows of x: tokens, or positions of an image.
+        rows: the number of rows of x for each module: tokens, or positions of an image.
     """
 
     primitive: ClassVar[str]
-    branches: ClassVar[bool] = True
     rows: int
-
-    @abc.abstractmethod
-    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Return the plain operation with a kernel of the view's shape."""
-
-    @abc.abstractmethod
-    def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, Intermediates]:
-        """Return what the adapters add to the result, without materialising ΔW.
-
-        Returns:
-            The update in float32 or wider, and the intermediate values that `pull_back` takes as h.
-        """
-
-    @abc.abstractmethod
-    def pull_back(
-        self, x: jax.Array, view: KernelView, h: Intermediates, g: jax.Array
-    ) -> tuple[jax.Array, tuple[ViewFactors, ...]]:
-        """Return the cotangents of x and of the factors for the cotangent `g` of the update."""
 
     @abc.abstractmethod
     def sizes(self, view: KernelView) -> tuple[int, int, int]:
         """Return three numbers, the product of which is the number of elements of ΔW."""
 
-    @abc.abstractmethod
     def factored_flops(self, view: KernelView) -> float:
         """Return the FLOPs of the factored update's forward pass."""
+        into, out, modules = self.sizes(view)
+        return sum(f.r**2 for f in view.factors) * (into + out) * modules * (2.0 * self.rows + 2)
 
-    @abc.abstractmethod
     def factored_elements(self, view: KernelView) -> int:
         """Return the number of elements of the largest array that the factored update adds."""
-
-    @abc.abstractmethod
-    def place_gain(self, x: jax.Array, gain: jax.Array) -> BaseScaling | None:
-        """Return a gain as a multiple of the result or of x; None where it is neither.
-
-        Args:
-            x: the plain operand.
-            gain: a multiple of the weight that broadcasts against the view.
-        """
+        into, out, modules = self.sizes(view)
+        return sum(f.r**2 for f in view.factors) * max(into, out, self.rows) * modules
 
     def elements(self, view: KernelView) -> int:
         """Return the number of elements of ΔW."""
@@ -96,10 +67,6 @@ class Operation(abc.ABC):
         """Return the size of the largest array that the strategy adds to the frozen operation."""
         factored = strategy == "factored"
         return 4 * (self.factored_elements(view) if factored else math.prod(view.shape))
-
-    def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
-        """Return an axis of the kernel and the result's axis of the same positions, or None."""
-        return None
 
     def costs(self, view: KernelView, training: bool) -> Costs:
         """Return the FLOPs of the frozen operation, and what each strategy adds to them."""
@@ -144,3 +111,46 @@ class Operation(abc.ABC):
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
         return cheapest(costs, training)
+
+
+class Operation(CostModel):
+    """An operation, linear in x and in the kernel, of a plain array x with a `KernelView`.
+
+    Hashable, so that equal layers share compiled programs.
+
+    Attributes:
+        branches: whether XLA:CPU computes it as fast inside a branch as outside.
+    """
+
+    branches: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Return the plain operation with a kernel of the view's shape."""
+
+    @abc.abstractmethod
+    def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, Intermediates]:
+        """Return what the adapters add to the result, without materialising ΔW.
+
+        Returns:
+            The update in float32 or wider, and the intermediate values that `pull_back` takes as h.
+        """
+
+    @abc.abstractmethod
+    def pull_back(
+        self, x: jax.Array, view: KernelView, h: Intermediates, g: jax.Array
+    ) -> tuple[jax.Array, tuple[ViewFactors, ...]]:
+        """Return the cotangents of x and of the factors for the cotangent `g` of the update."""
+
+    @abc.abstractmethod
+    def place_gain(self, x: jax.Array, gain: jax.Array) -> BaseScaling | None:
+        """Return a gain as a multiple of the result or of x; None where it is neither.
+
+        Args:
+            x: the plain operand.
+            gain: a multiple of the weight that broadcasts against the view.
+        """
+
+    def free_axis(self, x: jax.Array, view: KernelView) -> tuple[int, int] | None:
+        """Return an axis of the kernel and the result's axis of the same positions, or None."""
+        return None

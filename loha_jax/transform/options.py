@@ -12,7 +12,7 @@ from loha_jax.transform.strategy import Strategies, Strategy
 
 if TYPE_CHECKING:
     from loha_jax.transform.kernel_view import KernelView
-    from loha_jax.transform.operation import Operation
+    from loha_jax.transform.operation import CostModel
 
 
 class Observer:
@@ -25,7 +25,7 @@ class Observer:
         """A scan slices the leading axis: this atom, or None for an axis of size 1."""
 
     def computed(
-        self, view: KernelView, operation: Operation, strategy: Strategy, times: int
+        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int
     ) -> None:
         """A product or convolution is computed `times` times (scans around it) by this strategy."""
 

@@ -202,16 +202,6 @@ class Product(Operation):
             precision=dict(self.params).get("precision"),
         )
 
-    def factored_flops(self, view: KernelView) -> float:
-        """See `Operation.factored_flops`."""
-        into, out, modules = self.sizes(view)
-        return sum(f.r**2 for f in view.factors) * (into + out) * modules * (2.0 * self.rows + 2)
-
-    def factored_elements(self, view: KernelView) -> int:
-        """See `Operation.factored_elements`."""
-        into, out, modules = self.sizes(view)
-        return sum(f.r**2 for f in view.factors) * max(into, out, self.rows) * modules
-
     def sizes(self, view: KernelView) -> tuple[int, int, int]:
         """Return the contracted and the free features of a module, and the number of modules."""
         stack = self.batch + self.contracted + self.free

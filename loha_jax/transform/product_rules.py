@@ -22,12 +22,14 @@ from loha_jax.transform.decomposed_base import base_scaling
 from loha_jax.transform.forms import Computation, compute
 from loha_jax.transform.interpreter import Context, Outputs, register
 from loha_jax.transform.kernel_view import KernelView, Value
-from loha_jax.transform.materialised import update_rows
-from loha_jax.transform.operation import NoRule, Operation
-from loha_jax.transform.packed_kernel import frozen_product, plain
+from loha_jax.transform.materialised import dense_kernel, update_rows
+from loha_jax.transform.operation import CostModel, NoRule, Operation
+from loha_jax.transform.options import Options
+from loha_jax.transform.packed_kernel import Kernel, PackedKernel, frozen_product, plain
 from loha_jax.transform.product import Product
-from loha_jax.transform.strategy import strategy_of
-from loha_jax.transform.typed_jax import Operand, array_type
+from loha_jax.transform.ragged_product import RaggedProduct
+from loha_jax.transform.strategy import Strategy, strategy_of
+from loha_jax.transform.typed_jax import Operand, array_type, checkpoint
 
 
 @register("dot_general", reads=True)
@@ -93,6 +95,15 @@ def _computed(
     options, kept = context.options, context.keep(x_var)
     view, x, arrays = vary_alike((view, x, kept.arrays))
     kept = dataclasses.replace(kept, arrays=arrays)
+    strategy = _chosen(operation, view, options)
+    if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
+        return [operation.apply(x, plain(view.kernel))]
+    how = Computation(strategy, options.forward_mode, options.update_alone)
+    return [compute(operation, how, x, view, kept)]
+
+
+def _chosen(operation: CostModel, view: KernelView, options: Options) -> Strategy:
+    """Return the strategy for the view's module, and tell the observer of it."""
     strategy = strategy_of(options.strategy, view.name)
     if strategy == "auto":
         strategy = operation.choose(view, options.training, update_alone=options.update_alone)
@@ -100,10 +111,43 @@ def _computed(
         strategy = "dense"  # without a custom_vjp the two are the same
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times)
-    if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
-        return [operation.apply(x, plain(view.kernel))]
-    how = Computation(strategy, options.forward_mode, options.update_alone)
-    return [compute(operation, how, x, view, kept)]
+    return strategy
+
+
+@register("ragged_dot_general", reads=True)
+def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
+    x, view, sizes = values
+    if not isinstance(view, KernelView) or isinstance(x, KernelView):
+        return NoRule("the weight is what the groups are cut from")
+    assert not isinstance(sizes, KernelView)
+
+    def apply(x: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
+        return bind_equation(eqn, [x, plain(kernel), sizes])[0]
+
+    def base(x: jax.Array, kernel: Kernel) -> jax.Array:
+        packed = isinstance(kernel, PackedKernel)  # dequantised again in the backward pass
+        return (checkpoint(apply) if packed else apply)(x, kernel, sizes)
+
+    if not view.factors:
+        return [base(x, view.kernel)]
+    product = RaggedProduct.of(view, x, eqn.params)
+    if isinstance(product, NoRule):
+        return product
+    options = context.options
+    view, x, sizes = vary_alike((view, x, sizes))
+    strategy = _chosen(product, view, options)
+    if strategy != "factored":
+
+        def whole(x: jax.Array, view: KernelView, sizes: jax.Array) -> jax.Array:
+            return apply(x, dense_kernel(view, forward_mode=options.forward_mode), sizes)
+
+        return [(checkpoint(whole) if strategy == "fused" else whole)(x, view, sizes)]
+    delta = product.update(x, view, sizes, forward_mode=options.forward_mode)
+    if options.update_alone:
+        return [delta.astype(array_type(eqn.outvars[0]).dtype)]
+    result = base(x, view.kernel)
+    wide = float32_or_wider(result.dtype, delta.dtype)
+    return [(result.astype(wide) + delta).astype(result.dtype)]
 
 
 @register("gather", reads=True)

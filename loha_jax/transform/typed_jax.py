@@ -39,6 +39,11 @@ def jit(fn: Callable[P, R], static: tuple[int, ...] = ()) -> Callable[P, R]:
     return cast("Callable[P, R]", jax.jit(fn, static_argnums=static))
 
 
+def checkpoint(fn: Callable[P, R]) -> Callable[P, R]:
+    """`jax.checkpoint`."""
+    return cast("Callable[P, R]", jax.checkpoint(cast(Any, fn)))
+
+
 def with_vjp(
     fn: Callable[P, R], forward: Callable[..., tuple[R, Any]], backward: Callable[..., Any]
 ) -> Callable[P, R]:

@@ -209,6 +209,8 @@ def test_ragged_products():
     kernel = model.w.get_value() + 2.0 * jnp.swapaxes((w[0] @ w[1]) * (w[2] @ w[3]), 1, 2)
     expert = jnp.array([0, 0, 1, 1, 1, 2])
     np.testing.assert_allclose(model(x), jnp.einsum("ti,tio->to", x, kernel[expert]), atol=1e-4)
+    (use,) = loha_jax.explain(lambda model, x: model(x), model, x).uses
+    assert (use.primitive, use.strategy) == ("ragged_dot_general", "factored")
     graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     gradients = jax.grad(lambda lora: nnx.merge(graph, lora, rest)(x).sum())(lora)
     assert all(jnp.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(gradients))

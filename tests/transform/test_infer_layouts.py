@@ -14,6 +14,7 @@ USES = {
     "output": (lambda w, x: jnp.einsum("bthk,hkd->btd", x, w), (2, 3, 4), (2, 5, 2, 3), "iio"),
     "gemma query": (lambda w, x: jnp.einsum("btd,ndh->btnh", x, w), (2, 4, 3), (2, 3, 4), "oio"),
     "experts": (lambda w, x: jnp.einsum("eti,eio->eto", x, w), (3, 4, 6), (3, 5, 4), "sio"),
+    "ragged": (lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([2, 3])), (2, 4, 6), (5, 4), "sio"),
     "scan": (
         lambda w, x: jax.lax.scan(lambda c, v: (c @ v, None), x, w)[0],
         (3, 4, 4),

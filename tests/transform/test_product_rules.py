@@ -1,5 +1,7 @@
 """Every way to use a kernel in a product, and its rule."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,20 @@ from pullbacks import BOUNDS, adapted, assert_equals_merged_in_float64, check, n
 import loha_jax
 
 einsum = jnp.einsum
+
+
+def ragged(x, w, sizes):
+    return jax.lax.ragged_dot(x, w, jnp.array(sizes))
+
+
+def ragged_heads(x, w, sizes, order):
+    """Contract two axes of each row, in the order that is given."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        ((order, order), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return jax.lax.ragged_dot_general(x, w, jnp.array(sizes), numbers)
+
+
 USES = {
     "matmul": (lambda w, x: x @ w, (4, 6), "io", (5, 4), ()),
     "left operand": (lambda w, x: w @ x, (6, 4), "oi", (4, 5), ()),
@@ -63,6 +79,72 @@ USES = {
         (3, 2, 4, 6),
         "ssio",
         (2, 3, 5, 4),
+        (),
+    ),
+    "ragged": (lambda w, x: ragged(x, w, [2, 0, 5]), (3, 4, 6), "sio", (7, 4), ()),
+    "ragged, rows of no expert": (lambda w, x: ragged(x, w, [2, 3]), (2, 4, 6), "sio", (7, 4), ()),
+    "ragged, one expert": (lambda w, x: ragged(x, w, [7]), (1, 4, 6), "sio", (7, 4), ()),
+    "ragged, some of the experts": (
+        lambda w, x: ragged(x, w[1:], [4, 3]),
+        (3, 4, 6),
+        "sio",
+        (7, 4),
+        (),
+    ),
+    "ragged, out side contracted": (
+        lambda w, x: ragged(x, w.swapaxes(1, 2), [2, 0, 5]),
+        (3, 6, 4),
+        "sio",
+        (7, 4),
+        (),
+    ),
+    "ragged, stack in the middle": (
+        lambda w, x: ragged(x, w.swapaxes(0, 1), [2, 0, 5]),
+        (4, 3, 6),
+        "iso",
+        (7, 4),
+        (),
+    ),
+    "ragged, two stack axes": (
+        lambda w, x: ragged(x, w.reshape(6, 4, 3), [1, 2, 0, 1, 2, 1]),
+        (2, 3, 4, 3),
+        "ssio",
+        (7, 4),
+        (),
+    ),
+    "ragged, two stack axes exchanged": (
+        lambda w, x: ragged(x, w.swapaxes(0, 1).reshape(6, 4, 3), [1, 2, 0, 1, 2, 1]),
+        (2, 3, 4, 3),
+        "ssio",
+        (7, 4),
+        ("ragged_dot_general",),
+    ),
+    "ragged, two in axes": (
+        lambda w, x: ragged_heads(x, w, [2, 5], (1, 2)),
+        (2, 3, 2, 6),
+        "siio",
+        (7, 3, 2),
+        (),
+    ),
+    "ragged, two in axes the other way round": (
+        lambda w, x: ragged_heads(x, w, [2, 5], (2, 1)),
+        (2, 3, 2, 6),
+        "siio",
+        (7, 3, 2),
+        (),
+    ),
+    "ragged, two out axes": (
+        lambda w, x: ragged_heads(x, w, [2, 5], (1,)),
+        (2, 4, 3, 2),
+        "sioo",
+        (7, 4),
+        (),
+    ),
+    "ragged, scanned over layers": (
+        lambda w, x: jax.lax.scan(lambda x, w: (ragged(x, w, [2, 5]), None), x, w)[0],
+        (3, 2, 4, 4),
+        "ssio",
+        (7, 4),
         (),
     ),
     "reshape joins out": (lambda w, x: x @ w.reshape(4, 6), (4, 2, 3), "ioo", (5, 4), ()),
@@ -187,6 +269,56 @@ def test_use(name):
         normal(*x_shape, seed=1),
         dense=dense,
     )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("strategy", ["factored", "fused"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_ragged_products_of_any_dtype(dtype, strategy):
+    """In float64, with the gradient of the rows and two adapters."""
+    base = {"m": {"kernel": normal(3, 4, 6, dtype=dtype)}}
+    params = adapted(base, {"m": "sio"}, r".*\bm")
+    other = loha_jax.LoHaConfig(r=2, alpha=1, target_modules=r".*\bm", init_weights=False)
+    params = loha_jax.inject(params, other, key=jax.random.key(3), adapter_name="other")
+    params = loha_jax.set_adapter(params, ["default", "other"])
+
+    def fn(p, x):
+        return ragged(x, jnp.asarray(p["m"]["kernel"]), [2, 0, 5])
+
+    x = normal(7, 4, seed=1, dtype=dtype)
+    assert_equals_merged_in_float64(fn, params, x, dtype, strategy)
+
+
+def test_ragged_products_by_forward_mode():
+    params, x = adapted({"m": {"kernel": normal(3, 4, 6)}}, {"m": "sio"}, r".*\bm"), normal(7, 4)
+    apply = loha_jax.adapt(
+        lambda p, x: ragged(x, jnp.asarray(p["m"]["kernel"]), [2, 0, 5]), forward_mode=True
+    )
+    got = jax.jvp(lambda x: apply(params, x), (x,), (jnp.ones_like(x),))
+    kernel = loha_jax.merge(params)["m"]["kernel"]
+    want = jax.jvp(lambda x: ragged(x, kernel, [2, 0, 5]), (x,), (jnp.ones_like(x),))
+    for one, other in zip(got, want, strict=True):
+        assert jnp.allclose(one, other, atol=1e-4)
+
+
+def test_a_ragged_training_step_materialises_no_update():
+    """No array of the factored step but the kernel has the kernel's shape."""
+    params = adapted({"m": {"kernel": normal(3, 5, 6)}}, {"m": "sio"}, r".*\bm", r=2)
+    trainable, frozen = loha_jax.partition(params)
+
+    def makers(strategy):
+        apply = loha_jax.adapt(
+            lambda p, x: ragged(x, jnp.asarray(p["m"]["kernel"]), [2, 0, 5]), strategy=strategy
+        )
+
+        def loss(trainable, x):
+            return apply(loha_jax.combine(trainable, frozen), x).sum()
+
+        step = jax.make_jaxpr(jax.grad(loss, (0, 1)))(trainable, normal(7, 5))
+        return re.findall(r":f32\[3,5,6\] = (\w+)", str(step))
+
+    assert makers("factored") == ["stop_gradient"]
+    assert len(makers("dense")) > 1
 
 
 LETTERS = "abcdefgh"

@@ -4,13 +4,13 @@
     python3 run.py processes [...]          train in several processes, kill one, resume with others
     python3 run.py test [pytest arguments]  run the daily tests, or those that the arguments choose
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
-    python3 run.py test-trainers [...]      run the tests of trainers (tunix, MaxText)
-    python3 run.py newer-python             print the Python that the tests of trainers run on
+    python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
+                                            MaxText) on the newest JAX
 
 It uses the active virtual environment, or makes one in .venv, and installs there what the job
 needs: some minutes and gigabytes the first time, nothing after that. It needs only Python 3.11 or
-newer with venv. The tests of trainers need Python 3.12 or newer, which is looked for, and have an
-environment of their own, .venv-trainers.
+newer with venv. The newest JAX needs Python 3.12 or newer, which is looked for, and its tests have
+an environment of their own, .venv-newest.
 """
 
 # This file must parse on older Pythons, to be able to say that they are too old.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
-NEWER_PYTHON = (3, 12)  # of the newest JAX, and so of the trainers
+NEWER_PYTHON = (3, 12)  # of the newest JAX
 
 TORCH = (
     "PyTorch",
@@ -55,15 +55,25 @@ THIRD_PARTY = (
 )
 
 # Without compiled bytecode: most of it is never imported.
-TRAINERS = (
-    "loha-jax and what its tests of trainers need",
-    ["--no-compile", "-e", f"{REPOSITORY}[trainers]"],
+NEWEST = (
+    "loha-jax and what its tests need on the newest JAX",
+    ["--no-compile", "-e", f"{REPOSITORY}[newest]"],
 )
 PACKAGES = REPOSITORY / "tests" / "trainers" / "packages.txt"
-TRAINERS_ALONE = (
+TRAINERS = (
     "the trainers and what the tests need of their dependencies",
     ["--no-compile", "--no-deps", *PACKAGES.read_text(encoding="utf-8").split()],
 )
+# Left out is what no version of JAX changes: files, and this repository itself. Two cases of each
+# test are enough to see it run there.
+CORE_ON_NEWEST = [
+    *("-m", "not slow", "--cases", "2", "tests"),
+    *("--ignore=tests/parity", "--ignore=tests/models", "--ignore-glob=tests/interop/test_*"),
+    *("--ignore=tests/interop/disk", "--ignore=tests/interop/exchange"),
+    *("--ignore=tests/interop/formats", "--ignore=tests/interop/merge"),
+    *("--ignore=tests/interop/names", "--ignore=tests/test_ci.py"),
+    *("--ignore=tests/test_house.py", "--ignore=tests/test_run.py"),
+]
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.
 PROBE = """
@@ -143,26 +153,26 @@ def run_long_tests(arguments: list[str]) -> int:
     )
 
 
-def run_trainer_tests(arguments: list[str]) -> int:
-    """Runs tests/trainers, or what the arguments choose, in an environment of its own.
+def run_newest_tests(arguments: list[str]) -> int:
+    """Runs the core tests and tests/trainers on the newest JAX, or what the arguments choose.
 
     PyTorch and PEFT open what the trainers have trained, in the environment of the other tests.
     """
     with_peft = find_environment()
     workers = prepare_tests(with_peft, [])
-    python = environment_in(REPOSITORY / ".venv-trainers", find_newer_python)
+    python = environment_in(REPOSITORY / ".venv-newest", find_newer_python)
     installer = Installer(python, ["jax", "flax", "pytest", "google-tunix", "maxtext"])
-    for what in (TRAINERS, TRAINERS_ALONE):
+    for what in (NEWEST, TRAINERS):
         installer.install(what)
     os.environ["PYTHON_WITH_PEFT"] = str(with_peft)
-    chosen = arguments or [*workers, "--dist", "loadfile", "tests/trainers"]
-    return run(python, ["-m", "pytest", *chosen], folder=REPOSITORY)
-
-
-def print_newer_python(arguments: list[str]) -> int:
-    """Prints the path that `find_newer_python` returns."""
-    print(find_newer_python())
-    return 0
+    # Some start with more devices, in processes of their own.
+    runs = [
+        [*workers, *CORE_ON_NEWEST],
+        [*workers, "--cases", "2", "tests/devices"],
+        [*workers, "--dist", "loadfile", "tests/trainers"],
+    ]
+    chosen = [arguments] if arguments else runs
+    return max(run(python, ["-m", "pytest", *more], folder=REPOSITORY) for more in chosen)
 
 
 def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
@@ -193,7 +203,7 @@ def check_python() -> None:
 
 
 def find_newer_python() -> Path:
-    """Returns a Python that is new enough for the trainers and can make virtual environments.
+    """Returns a Python that is new enough for the newest JAX and can make virtual environments.
 
     Raises:
         Failed: there is none here, in PATH, or in pyenv's folder.
@@ -207,7 +217,7 @@ def find_newer_python() -> Path:
         if subprocess.run([str(python), "-c", probe], stderr=subprocess.DEVNULL).returncode == 0:
             return Path(python)
     raise Failed(
-        "The tests of trainers need Python 3.12 or newer with venv, and none was found: this one "
+        "The newest JAX needs Python 3.12 or newer with venv, and none was found: this one "
         f"({sys.executable}), python3.14, python3.13 and python3.12 in PATH, and {pyenv} were "
         "looked at. Install one, or run this with it."
     )
@@ -357,8 +367,7 @@ COMMANDS = {
     "processes": run_processes,
     "test": run_tests,
     "test-long": run_long_tests,
-    "test-trainers": run_trainer_tests,
-    "newer-python": print_newer_python,
+    "test-newest": run_newest_tests,
 }
 
 if __name__ == "__main__":

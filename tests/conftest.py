@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import collections
 import os
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ settings.load_profile("default")
 
 
 def pytest_addoption(parser):
+    group = parser.getgroup("cases", "tests with parameters")
+    group.addoption("--cases", type=int, help="of each such test, run so many cases at most")
     group = parser.getgroup(
         "parity", "generated cases beside the real PEFT (tests/parity/test_harness.py)"
     )
@@ -103,9 +106,26 @@ def pytest_ignore_collect(collection_path, config):
     return None if any(collection_path.name in parts for parts in asked) else True
 
 
+def pytest_collection_modifyitems(config, items):
+    """Keep so many cases of each test as --cases says: the first, the last, and some between."""
+    most = config.option.cases
+    if most is None:
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item)
+    kept = set()
+    for of_test in cases.values():
+        step = max(1.0, (len(of_test) - 1) / max(1, most - 1))
+        kept |= {of_test[round(n * step)] for n in range(min(most, len(of_test)))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_report_header(config):
     o = config.option
     return [
+        f"cases of each test: {o.cases or 'all'}",
         f"parity cases: --parity-seed {o.parity_seed} --parity-cases {o.parity_cases}",
         f"models: --models-seed {o.models_seed} --models-width {o.models_width} --models-layers "
         f"{o.models_layers}",

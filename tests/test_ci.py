@@ -3,17 +3,44 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_ci_leaves_out_only_what_exists():
+def test_the_newest_jax_leaves_out_only_what_exists():
     """A missing path would leave out nothing, or everything if it were the one to run."""
-    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    named = re.findall(r"(?<![\w/])tests/[\w/*.]+", text)
+    import run
+
+    named = re.findall(r"tests/[\w/*.]+", " ".join(run.CORE_ON_NEWEST))
     assert len(named) > 5
     for path in named:
         assert list(ROOT.glob(path)), path
+
+
+class Item:
+    def __init__(self, nodeid):
+        self.nodeid = nodeid
+
+
+def test_cases_of_each_test(request):
+    """`--cases` keeps the first, the last and some between, and tests without parameters."""
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    names = ["a.py::one", *(f"a.py::many[{n}]" for n in range(7)), "a.py::Class::two[0]"]
+
+    def kept(most):
+        items, dropped = [Item(name) for name in names], []
+        hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))
+        config = SimpleNamespace(option=SimpleNamespace(cases=most), hook=hook)
+        conftest.pytest_collection_modifyitems(config, items)
+        assert len(items) + len(dropped) == len(names)
+        return [name for name in names if name in {item.nodeid for item in items}]
+
+    assert kept(None) == names
+    assert kept(1) == ["a.py::one", "a.py::many[0]", "a.py::Class::two[0]"]
+    assert kept(2) == ["a.py::one", "a.py::many[0]", "a.py::many[6]", "a.py::Class::two[0]"]
+    assert kept(3)[1:4] == ["a.py::many[0]", "a.py::many[3]", "a.py::many[6]"]
+    assert kept(9) == names
 
 
 def test_ci_calls_commands_that_exist():
@@ -21,7 +48,7 @@ def test_ci_calls_commands_that_exist():
 
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     called = re.findall(r"python3? run\.py ([\w-]+)", text)
-    assert {"test", "test-long", "test-trainers", "example"} <= set(called) <= run.COMMANDS.keys()
+    assert {"test", "test-long", "test-newest", "example"} <= set(called) <= run.COMMANDS.keys()
 
 
 def test_the_workflow_calls_what_exists():
@@ -40,7 +67,7 @@ def test_the_workflow_calls_what_exists():
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions), actions
     lines = [line for step in steps for line in step.get("run", "").splitlines()]
     called = [line.split()[2:] for line in lines if line.startswith("python run.py ")]
-    assert {command for command, *_ in called} >= {"test", "test-long", "test-trainers", "example"}
+    assert {command for command, *_ in called} >= {"test", "test-long", "test-newest", "example"}
     for command, *arguments in called:
         assert command in run.COMMANDS
         assert all((ROOT / path).exists() for path in arguments if "/" in path), arguments

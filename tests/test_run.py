@@ -29,14 +29,12 @@ def alone(monkeypatch, tmp_path):
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the programs are shell scripts")
 
 
-def test_no_newer_python(alone, capsys):
+def test_no_newer_python(alone):
     """The message says what is needed, and where was looked."""
-    with pytest.raises(run.Failed, match=r"need Python 3\.12 or newer.*none was found") as error:
+    with pytest.raises(run.Failed, match=r"needs Python 3\.12 or newer.*none was found") as error:
         run.find_newer_python()
     assert str(alone / "this" / "python") in str(error.value)
     assert str(alone / "pyenv" / "versions") in str(error.value)
-    assert run.main(["newer-python"]) == 1
-    assert "need Python 3.12" in capsys.readouterr().err
 
 
 def test_path_before_pyenv(alone):
@@ -52,25 +50,30 @@ def test_path_before_pyenv(alone):
     assert run.find_newer_python() == named
 
 
-def test_this_python_if_new_enough(alone, monkeypatch, capsys):
+def test_this_python_if_new_enough(alone, monkeypatch):
     this = fake(alone / "newer" / "python", 0)
     monkeypatch.setattr(sys, "executable", str(this))
-    assert run.main(["newer-python"]) == 0
-    assert Path(capsys.readouterr().out.strip()) == this
+    assert run.find_newer_python() == this
 
 
-def test_tests_of_trainers_have_an_environment_of_their_own(monkeypatch):
-    """Not the active one; and they run if no arguments choose others."""
-    ran = []
+def test_the_newest_jax_has_an_environment_of_its_own(monkeypatch):
+    """Not the active one. Without arguments all three runs are made, whichever fails."""
+    installed, ran = [], []
+
+    def fake_run(python, command, folder):
+        ran.append((python, command))
+        return len(ran) % 2
+
     monkeypatch.setattr(run, "environment_in", lambda folder, find: folder / "python")
     monkeypatch.setattr(run.Installer, "__init__", lambda self, python, distributions: None)
-    monkeypatch.setattr(run.Installer, "install", lambda self, what: ran.append(what[1]))
+    monkeypatch.setattr(run.Installer, "install", lambda self, what: installed.append(what[1]))
     monkeypatch.setenv("PYTHON_WITH_PEFT", "")
     monkeypatch.setattr(run, "find_environment", lambda: Path(sys.executable))
-    monkeypatch.setattr(run, "run", lambda python, command, folder: ran.append((python, command)))
-    run.main(["test-trainers"])
-    *installed, (python, command) = ran
-    assert python.parent.name == ".venv-trainers"
-    assert command[-1] == "tests/trainers"
+    monkeypatch.setattr(run, "run", fake_run)
+    assert run.main(["test-newest"]) == 1
+    assert {python.parent.name for python, _ in ran} == {".venv-newest"}
+    assert [command[-1] for _, command in ran][1:] == ["tests/devices", "tests/trainers"]
     assert os.environ["PYTHON_WITH_PEFT"] == sys.executable
     assert any("google-tunix==0.1.7" in packages for packages in installed)
+    run.main(["test-newest", "tests/tree"])
+    assert ran[3:] == [(ran[0][0], ["-m", "pytest", "tests/tree"])]

@@ -1,6 +1,6 @@
 """Tests of trainers, unmodified, in an environment and a process of their own.
 
-`python run.py test-trainers` makes the environment and runs them. Two virtual CPU devices stand for
+`python run.py test-newest` makes the environment and runs them. Two virtual CPU devices stand for
 the two meshes of reinforcement learning.
 """
 

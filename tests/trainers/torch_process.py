@@ -1,7 +1,7 @@
 """PyTorch, PEFT and transformers in a process of another environment.
 
 Where the trainers run, PyTorch would be gigabytes of CUDA. `PYTHON_WITH_PEFT` names the Python of
-an environment that has it, as `python run.py test-trainers` does.
+an environment that has it, as `python run.py test-newest` does.
 """
 
 import os

@@ -6,8 +6,8 @@
 It needs the extra `qwix`: `pip install 'loha-jax[qwix]'`.
 """
 
-from loha_jax.qwix.linen_tree import linen_tree
+from loha_jax.qwix.linen_tree import linen_params, linen_tree
 from loha_jax.qwix.provider import LoHaProvider
 from loha_jax.qwix.rules import LoHaRule
 
-__all__ = ["LoHaProvider", "LoHaRule", "linen_tree"]
+__all__ = ["LoHaProvider", "LoHaRule", "linen_params", "linen_tree"]

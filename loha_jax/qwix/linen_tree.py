@@ -1,11 +1,13 @@
-"""A Linen model's parameters as a tree with adapted leaves, for files, `summary` and `merge`."""
+"""A Linen model's parameters as a tree with adapted leaves, for files and `merge`, and back."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import jax.numpy as jnp
 import qwix
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,8 +18,10 @@ from loha_jax.qwix._qwix_internals import is_quantised, unboxed
 from loha_jax.qwix.rules import check_stack
 from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
-from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.stack_axes import with_stack_in_front
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.stack_axes import StackPlaces, with_stack_in_front
+from loha_jax.tree.unbox import is_box
 
 if TYPE_CHECKING:
     from loha_jax.qwix.provider import LoHaProvider
@@ -37,26 +41,19 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
         ValueError: the parameters have no factors, or factors that the provider did not make; or
             its config does not say the same of all modules of a stack.
     """
-    plain = unfreeze(cast(dict[str, Any], unboxed(params)))
-    flat: dict[tuple[str, ...], Any] = flatten_dict(
-        plain, is_leaf=lambda _, x: not isinstance(x, dict)
-    )
+    flat = _flat(unboxed(params))
     tree = {}
     for path, value in flat.items():
         if is_quantised(value):
             value = qwix.dequantize(value.array)
-        factors = {
-            name: flat[*path[:-1], f"{path[-1]}_lora_{name}"]
-            for name in FACTOR_NAMES
-            if (*path[:-1], f"{path[-1]}_lora_{name}") in flat
-        }
+        factors = _factors_beside(flat, path)
         if factors and path not in provider.targets:
             raise ValueError(
                 f"{'/'.join(path)} has an adapter that this provider has not seen: run the model "
                 "with it once (`jax.eval_shape(model.init, key, *inputs)` does)."
             )
         if factors:
-            tree[path] = _leaf(provider, path, value, factors)
+            tree[path], _ = _leaf(provider, path, value, factors)
         elif not any(path[-1].endswith(f"_lora_{name}") for name in FACTOR_NAMES):
             tree[path] = value
     if not any(isinstance(leaf, LoHaWeight) for leaf in tree.values()):
@@ -67,16 +64,100 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
     return unflatten_dict(tree)
 
 
+def linen_params(provider: LoHaProvider, params: PyTree, tree: PyTree) -> PyTree:
+    """Return parameters of a Linen model with the factors of a tree, such as a file was read into.
+
+    The inverse of `linen_tree`: all but the factors stays as it is, quantised or in boxes.
+
+    Args:
+        provider: that the model was adapted with, and has run with.
+        params: the parameters (without the collection), with the factors beside the kernels.
+        tree: of the float model, with one active adapter on the same kernels as the parameters.
+
+    Returns:
+        A dict like `params`; the factors in the dtypes that they have there.
+
+    Raises:
+        ValueError: the tree has an adapter on other kernels, or of another rank or alpha than the
+            provider's rules; or more than factors.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, qwix
+        >>> from loha_jax.qwix import LoHaProvider
+        >>> provider = LoHaProvider(rank=2, alpha=4.0)
+        >>> model = qwix.apply_lora_to_model(nn.Dense(6), provider)
+        >>> params = model.init(jax.random.key(0), jnp.ones((2, 8)))["params"]
+        >>> tree = linen_tree(provider, params)  # or interop.load_peft(folder, unload(tree))
+        >>> linen_params(provider, params, tree)["kernel_lora_hada_w1_a"].shape
+        (6, 2)
+    """
+    own, given = _flat(linen_tree(provider, params)), _flat(unboxed(tree))
+    result, values = _flat(params), _flat(unboxed(params))
+    adapted = {path for path, leaf in own.items() if isinstance(leaf, LoHaWeight)}
+    more = {path for path, leaf in given.items() if is_adapted(leaf)} - adapted
+    if more:
+        raise ValueError(
+            f"The tree has an adapter on {_listed(more)}, which the provider has not adapted. Give "
+            "it a rule for them."
+        )
+    for path in adapted:
+        beside = _factors_beside(values, path)
+        leaf, places = _leaf(provider, path, own[path].kernel, beside)
+        new = _given_factors(path, leaf.adapters[ADAPTER], given.get(path))
+        for name, old in beside.items():
+            place = (*path[:-1], f"{path[-1]}_lora_{name}")
+            array = places.from_front(jnp.asarray(new.arrays[name], old.dtype))
+            box = result[place]
+            result[place] = box.replace_boxed(array) if is_box(box) else array
+    return unflatten_dict(result)
+
+
+def _given_factors(path: tuple[str, ...], own: Factors, leaf: object) -> Factors:
+    """Return the active adapter of a tree's leaf, which fits the parameters' own."""
+    active = leaf.active_adapters if isinstance(leaf, LoHaWeight) else ()
+    if len(active) != 1:
+        raise ValueError(
+            f"{_listed([path])} has an adapter in the parameters and {len(active) or 'no'} active "
+            "ones in the tree: exactly one is needed there. See loha_jax.set_adapter."
+        )
+    (new,) = active
+    shapes = [{name: array.shape for name, array in f.arrays.items()} for f in (own, new)]
+    if own.description != new.description or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The tree's adapter of {_listed([path])} has {new.description}, and the provider made "
+            f"{own.description}. Make the provider with the rank and alpha of the tree: "
+            "LoHaProvider(config=LoHaConfig.from_pretrained(folder)) takes them from a file."
+        )
+    return new
+
+
+def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    plain = unfreeze(cast(dict[str, Any], tree))
+    return flatten_dict(plain, is_leaf=lambda _, x: not isinstance(x, dict))
+
+
+def _factors_beside(
+    flat: dict[tuple[str, ...], Any], path: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Return the factors beside a kernel, by PEFT's names; empty where there are none."""
+    places = {name: (*path[:-1], f"{path[-1]}_lora_{name}") for name in FACTOR_NAMES}
+    return {name: flat[place] for name, place in places.items() if place in flat}
+
+
+def _listed(paths: Iterable[tuple[str, ...]]) -> str:
+    return ", ".join(sorted("/".join(path) for path in paths))
+
+
 def _leaf(
     provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
-) -> LoHaWeight:
-    """Return an adapted kernel; axes that a scan has added are stack axes."""
+) -> tuple[LoHaWeight, StackPlaces]:
+    """Return an adapted kernel, and where its stack axes are; those of a scan are among them."""
     target, config = provider.targets[path]
     adapters = {ADAPTER: target.factors(factors, config)}
     leaf = LoHaWeight(kernel, adapters, target.layout, target.names, (ADAPTER,))
-    leaf, _ = with_stack_in_front(leaf)
+    leaf, places = with_stack_in_front(leaf)
     names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), provider.names)
     leaf = dataclasses.replace(leaf, names=names)
     if provider.config is not None:
         check_stack(config, leaf)
-    return leaf
+    return leaf, places

@@ -158,7 +158,7 @@ class RaggedProduct(CostModel):
         return size_of(view, self.main), size_of(view, self.rest), size_of(view, self.groups)
 
     def _khatri_rao(self, factors: Factors, dtype: jnp.dtype) -> tuple[Experts, Experts]:
-        """Return KB and the scaled KA of all adapters: `[experts, main, R]`, `[experts, R, rest]`."""
+        """Return KB `[experts, main, R]` and the scaled KA `[experts, R, rest]` of all adapters."""
         pairs = [khatri_rao_pair(f, dtype) for f in factors]
         kb, ka = (jnp.concatenate(side, -2) for side in zip(*pairs, strict=True))
         if self.swapped:

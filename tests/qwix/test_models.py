@@ -20,7 +20,7 @@ from qwix_models import (
 import loha_jax
 from loha_jax import interop
 from loha_jax.nnx.siblings import values_of
-from loha_jax.qwix import LoHaProvider, LoHaRule, linen_tree
+from loha_jax.qwix import LoHaProvider, LoHaRule, linen_params, linen_tree
 
 
 class Stack(nnx.Module):
@@ -114,6 +114,54 @@ def test_linen(base, axis):
     )
     names = interop.to_peft_state_dict(tree)
     assert "base_model.model.layers.2.dense.hada_w1_a" in names
+
+
+@pytest.mark.parametrize("base", ["float", "int8"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_file_is_loaded_into_linen_parameters(base, axis, tmp_path):
+    """Other parameters then compute with the same updates, in their boxes, with the base packed."""
+    model, x = LinenModel(axis), tokens()
+    provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0, **BASES[base])
+    new = qwix.apply_lora_to_model(model, provider)
+    params = new.init(jax.random.key(1), x)["params"]
+    flat = flatten_dict(nn.unbox(params))
+    trained = unflatten_dict(
+        {
+            k: jax.random.normal(jax.random.key(n), v.shape) * 0.5 if "_lora_" in k[-1] else v
+            for n, (k, v) in enumerate(flat.items())
+        }
+    )
+    interop.save_peft(tmp_path, linen_tree(provider, trained))
+    bare = loha_jax.unload(linen_tree(provider, params))
+    got = linen_params(provider, params, interop.load_peft(tmp_path, bare))
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(got), trained)
+    np.testing.assert_array_equal(new.apply({"params": got}, x), new.apply({"params": trained}, x))
+
+
+def test_trees_that_do_not_fit_linen_parameters():
+    model, x = LinenModel(0), tokens()
+
+    def made(**fields):
+        provider = LoHaProvider(**fields)
+        new = qwix.apply_lora_to_model(model, provider)
+        return provider, new.init(jax.random.key(1), x)["params"]
+
+    provider, params = made(module_path="layers.*", rank=2, alpha=4.0)
+    tree = linen_tree(provider, params)
+    with pytest.raises(ValueError, match=r"layers/dense/kernel has .* and no active ones"):
+        linen_params(provider, params, loha_jax.unload(tree))
+    with pytest.raises(ValueError, match=r"layers/dense/kernel has .* and no active ones"):
+        linen_params(provider, params, loha_jax.set_adapter(tree, []))
+    for fields, text in [({"rank": 3}, "r=3 alpha=4"), ({"alpha": 2.0}, "r=2 alpha=2")]:
+        other = linen_tree(*made(**{"module_path": "layers.*", "rank": 2, "alpha": 4.0, **fields}))
+        with pytest.raises(ValueError, match=rf"has {text}, and the provider made r=2 alpha=4"):
+            linen_params(provider, params, other)
+    with pytest.raises(ValueError, match=r"has r=2 alpha=4 scaled by 0\.5, and"):
+        linen_params(provider, params, loha_jax.scale(tree, {"default": 0.5}))
+    whole = linen_tree(*made(module_path=".*", rank=2, alpha=4.0))
+    with pytest.raises(ValueError, match=r"adapter on .*, which the provider has not adapted"):
+        linen_params(provider, params, whole)
 
 
 class UpAndDown(nnx.Module):

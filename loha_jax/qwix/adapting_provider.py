@@ -265,6 +265,11 @@ class AdaptingProvider(qwix.PtqProvider):
         if self.config is not None:
             wanted = [str(self.config.target_modules)]
             hint = near_misses(wanted, sorted(set(map(module_name, self._seen))))
+            if self.config.layers_to_transform is not None or re.search(r"\d", wanted[0]):
+                hint += (
+                    " A provider adapts all layers of a scan at once, before they have numbers: "
+                    "name no single ones, or use loha_jax.nnx.inject on a float model."
+                )
         else:
             wanted = [rule.module_path for rule in self._rules if isinstance(rule, LoHaRule)]
             known = sorted({"/".join(path[:-1]) for path in self._seen})

@@ -88,17 +88,17 @@ def check_stack(config: LoHaConfig, leaf: LoHaWeight) -> None:
     A scan adapts its layers all at once, before their numbers are known.
 
     Raises:
-        ValueError: it excludes some of them, or gives them other ranks or alphas.
+        ValueError: it leaves out some of them, or gives them other ranks or alphas.
     """
     own = leaf.adapters[ADAPTER]
     each = make_target(config, (), leaf.names, leaf.layout, leaf.kernel)
-    targeted = {match_target(name, config) is Match.TARGETED for name in leaf.names}
-    if len(targeted) > 1 or (each.ranks, each.alphas) != (own.ranks, own.alphas):
+    targeted = all(match_target(name, config) is Match.TARGETED for name in leaf.names)
+    if not targeted or (each.ranks, each.alphas) != (own.ranks, own.alphas):
         raise ValueError(
             f"The config does not say the same of all modules of the stack {leaf.label}, which a "
-            "provider adapts at once. Remove what is said of single ones (target_modules, "
-            "exclude_modules, rank_pattern, alpha_pattern), or use loha_jax.nnx.inject on a float "
-            "model."
+            "provider adapts at once: all layers of a scan, before they have numbers. Remove what "
+            "is said of single ones (target_modules, layers_to_transform, exclude_modules, "
+            "rank_pattern, alpha_pattern), or use loha_jax.nnx.inject on a float model."
         )
 
 

@@ -124,12 +124,10 @@ def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) ->
     def apply(x: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
         return bind_equation(eqn, [x, plain(kernel), sizes])[0]
 
-    def base(x: jax.Array, kernel: Kernel) -> jax.Array:
-        packed = isinstance(kernel, PackedKernel)  # dequantised again in the backward pass
-        return (checkpoint(apply) if packed else apply)(x, kernel, sizes)
-
+    # A packed kernel is dequantised again in the backward pass.
+    base = checkpoint(apply) if isinstance(view.kernel, PackedKernel) else apply
     if not view.factors:
-        return [base(x, view.kernel)]
+        return [base(x, view.kernel, sizes)]
     product = RaggedProduct.of(view, x, eqn.params)
     if isinstance(product, NoRule):
         return product
@@ -145,7 +143,7 @@ def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) ->
     delta = product.update(x, view, sizes, forward_mode=options.forward_mode)
     if options.update_alone:
         return [delta.astype(array_type(eqn.outvars[0]).dtype)]
-    result = base(x, view.kernel)
+    result = base(x, view.kernel, sizes)
     wide = float32_or_wider(result.dtype, delta.dtype)
     return [(result.astype(wide) + delta).astype(result.dtype)]
 

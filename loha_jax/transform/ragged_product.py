@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from loha_jax.transform.decomposed_base import has_gain
 from loha_jax.transform.factored_product import khatri_rao_pair
 from loha_jax.transform.kernel_view import KernelView, size_of
 from loha_jax.transform.operation import CostModel, NoRule
+from loha_jax.transform.product import Dims
 from loha_jax.transform.typed_jax import vjp, with_vjp
 from loha_jax.transform.view_factors import ViewFactors
 
@@ -70,8 +71,10 @@ class RaggedProduct(CostModel):
     ) -> RaggedProduct | NoRule:
         """Return the product with its axes sorted, or why it has no factored form."""
         numbers = params["ragged_dot_dimension_numbers"]
-        (x_axes, kernel_axes), batch = numbers.dot_dimension_numbers
-        ragged, experts = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
+        contracting, batch = cast("tuple[Dims, Dims]", numbers.dot_dimension_numbers)
+        x_axes, kernel_axes = contracting
+        ragged: tuple[int, ...] = tuple(numbers.lhs_ragged_dimensions)
+        experts: tuple[int, ...] = tuple(numbers.rhs_group_dimensions)
         offset = params["group_offset"] is not None
         if len(experts) != 1 or any(batch) or set(ragged) & set(x_axes) or offset:
             return NoRule("the groups are not rows of x, each with the kernel of its expert")

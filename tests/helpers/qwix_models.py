@@ -52,6 +52,27 @@ class Layer(nn.Module):
         return nn.gelu(nn.Dense(16, name="dense", kernel_init=init)(x)), None
 
 
+class Stack(nnx.Module):
+    """Layers of one width, run by a scan."""
+
+    def __init__(self, layers, width, rngs):
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(rngs):
+            return nnx.Linear(width, width, use_bias=False, rngs=rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        axes = nnx.StateAxes({nnx.RngState: nnx.Carry, ...: 0})
+
+        @nnx.scan(in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
+        def run(x, layer):
+            return jnp.tanh(layer(x))
+
+        return run(x, self.layers)
+
+
 class LinenModel(nn.Module):
     """Linen's dot_generals, and a stack scanned over an axis."""
 

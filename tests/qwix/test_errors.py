@@ -1,6 +1,7 @@
 """The refusals of `loha_jax.qwix`, and what its errors say."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
@@ -10,6 +11,7 @@ from qwix_models import (
     BASES,
     Attention,
     LinenModel,
+    Stack,
     adapted,
     arrays,
     quantised,
@@ -166,3 +168,19 @@ def test_a_file_onto_a_provider_s_model(base, tmp_path):
     nnx.update(other, nnx.state(saved, nnx.LoRAParam))
     with pytest.raises(ValueError, match=r"have rank 3, but its settings say 2.*load_peft"):
         other(x)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["0.layers"]}, {"target_modules": ["layers"], "layers_to_transform": [0]}],
+)
+def test_single_layers_of_a_scan(fields):
+    """The layers have no numbers while a scan runs: the error says what to do."""
+    config = loha_jax.LoHaConfig(r=2, **fields)
+    with pytest.raises(ValueError, match="all layers of a scan.*before they have numbers"):
+        qwix.apply_lora_to_model(
+            Stack(3, 16, nnx.Rngs(0)),
+            LoHaProvider(config=config),
+            jnp.ones((4, 16)),
+            rngs=nnx.Rngs(1),
+        )

@@ -12,6 +12,7 @@ from qwix_models import (
     BASES,
     Attention,
     LinenModel,
+    Stack,
     adapted,
     randomise,
     tokens,
@@ -21,27 +22,6 @@ import loha_jax
 from loha_jax import interop
 from loha_jax.nnx.siblings import values_of
 from loha_jax.qwix import LoHaProvider, LoHaRule, linen_params, linen_tree
-
-
-class Stack(nnx.Module):
-    """Layers of one width, run by a scan."""
-
-    def __init__(self, layers, width, rngs):
-        @nnx.split_rngs(splits=layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make(rngs):
-            return nnx.Linear(width, width, use_bias=False, rngs=rngs)
-
-        self.layers = make(rngs)
-
-    def __call__(self, x):
-        axes = nnx.StateAxes({nnx.RngState: nnx.Carry, ...: 0})
-
-        @nnx.scan(in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
-        def run(x, layer):
-            return jnp.tanh(layer(x))
-
-        return run(x, self.layers)
 
 
 def temporary_bytes(layers, **fields):

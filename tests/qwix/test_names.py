@@ -7,7 +7,7 @@ import pytest
 import qwix
 from flax import linen as nn
 from flax import nnx
-from qwix_models import BASES, Attention, LinenModel, arrays, randomise, tokens
+from qwix_models import BASES, Attention, LinenModel, Stack, arrays, randomise, tokens
 
 from loha_jax import LoHaConfig, interop
 from loha_jax.qwix import LoHaProvider, linen_tree
@@ -58,25 +58,12 @@ def test_config_targets_torch_names():
     assert model.out.kernel_lora_hada_w1_a.get_value().shape == (16, 3)
 
 
-class Stack(nnx.Module):
-    """Three layers, run by a scan."""
-
-    def __init__(self, rngs):
-        make = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
-
-    def __call__(self, x):
-        axes = nnx.StateAxes({nnx.RngState: nnx.Carry, ...: 0})
-        scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
-        return scan(x, self.layers)
-
-
 def test_scanned_stack():
     """One name with a place for the index; without it, the error says so."""
     rule = {"module_path": ".*", "rank": 2, "alpha": 4.0}
-    model = adapted(Stack(nnx.Rngs(0)), names={"layers": "model.layers.{}.proj"}, **rule)
+    model = adapted(Stack(3, 16, nnx.Rngs(0)), names={"layers": "model.layers.{}.proj"}, **rule)
     assert modules(model) == {f"model.layers.{n}.proj" for n in range(3)}
-    model = adapted(Stack(nnx.Rngs(0)), names={"layers": "proj"}, **rule)
+    model = adapted(Stack(3, 16, nnx.Rngs(0)), names={"layers": "proj"}, **rule)
     with pytest.raises(ValueError, match=r"layers 'proj', but its kernel holds 3 module.*\{\}"):
         modules(model)
 
@@ -94,7 +81,7 @@ def test_single_modules_of_a_scanned_stack(fields):
     stack = {"names": {"layers": "layers.{}"}}
     config = LoHaConfig(r=2, alpha=4.0, target_modules=r"layers.*", **fields)
     with pytest.raises(ValueError, match=r"not say the same of all modules of the stack.*inject"):
-        adapted(Stack(nnx.Rngs(0)), config=config, **stack)
+        adapted(Stack(3, 16, nnx.Rngs(0)), config=config, **stack)
 
 
 def test_linen():

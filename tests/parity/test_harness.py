@@ -155,7 +155,9 @@ def jax_training(
     trainable, frozen = loha_jax.partition(params)
     apply = loha_jax.adapt(jax_forward(spec), strategy=strategy)
 
-    def loss_fn(trainable, frozen, x, y):
+    @jax.jit  # traced and lowered once for all three uses
+    @jax.value_and_grad
+    def loss_and_gradient(trainable, frozen, x, y):
         return ((apply(loha_jax.combine(trainable, frozen), x) - y) ** 2).mean()
 
     optimizers = {"sgd": optax.sgd(0.01), "adamw": optax.adamw(0.01, weight_decay=0.1)}
@@ -166,14 +168,14 @@ def jax_training(
 
             def step(carry, _, tx=tx):
                 trainable, state = carry
-                loss, gradient = jax.value_and_grad(loss_fn)(trainable, *rest)
+                loss, gradient = loss_and_gradient(trainable, *rest)
                 updates, state = tx.update(gradient, state, trainable)
                 return (optax.apply_updates(trainable, updates), state), loss
 
             (ends[name], _), losses[name] = jax.lax.scan(
                 step, (trainable, tx.init(trainable)), length=STEPS
             )
-        return jax.grad(loss_fn)(trainable, *rest), losses, ends["adamw"]
+        return loss_and_gradient(trainable, *rest)[1], losses, ends["adamw"]
 
     gradient, losses, end = jax.jit(train)(trainable, frozen, x, y)
     return loha_jax.combine(gradient, frozen), losses, loha_jax.combine(end, frozen)

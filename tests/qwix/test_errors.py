@@ -177,7 +177,7 @@ def test_a_file_onto_a_provider_s_model(base, tmp_path):
 def test_single_layers_of_a_scan(fields):
     """The layers have no numbers while a scan runs: the error says what to do."""
     config = loha_jax.LoHaConfig(r=2, **fields)
-    with pytest.raises(ValueError, match="all layers of a scan.*before they have numbers"):
+    with pytest.raises(ValueError, match=r"all layers of a scan.*before they have numbers"):
         qwix.apply_lora_to_model(
             Stack(3, 16, nnx.Rngs(0)),
             LoHaProvider(config=config),

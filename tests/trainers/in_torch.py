@@ -1,11 +1,14 @@
 """A script for an environment with PyTorch, PEFT and transformers: their side of the comparisons.
 
-python in_torch.py checkpoint FOLDER              write transformers' Qwen3 with random weights
-python in_torch.py logits FOLDER TOKENS OUT       compute its logits; TOKENS and OUT are .npy
-python in_torch.py logits FOLDER TOKENS OUT DIR   with the adapter in DIR, opened by PEFT
-python in_torch.py update DIR MODULE OUT          compute ΔW of a module of an adapter by PEFT
+It reads commands from standard input, one JSON list a line, and prints `done` after each:
+
+["checkpoint", FOLDER]              write transformers' Qwen3 with random weights
+["logits", FOLDER, TOKENS, OUT]     compute its logits; TOKENS and OUT are .npy
+["logits", FOLDER, TOKENS, OUT, DIR]  with the adapter in DIR, opened by PEFT
+["update", DIR, MODULE, OUT]        compute ΔW of a module of an adapter by PEFT
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -53,6 +56,10 @@ def update(adapter, module, out):
     np.save(out, make_weight(*factors, scale=torch.tensor(config.alpha / config.r)).numpy())
 
 
+COMMANDS = {"checkpoint": checkpoint, "logits": logits, "update": update}
+
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    {"checkpoint": checkpoint, "logits": logits, "update": update}[command](*arguments)
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        COMMANDS[command](*arguments)
+        print("done", flush=True)

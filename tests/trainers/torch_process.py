@@ -4,6 +4,9 @@ Where the trainers run, PyTorch would be gigabytes of CUDA. `PYTHON_WITH_PEFT` n
 an environment that has it, as `python run.py test-newest` does.
 """
 
+import atexit
+import functools
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -36,6 +39,19 @@ def update_of(adapter, module, folder):
 
 
 def _run(*arguments):
-    python = os.environ["PYTHON_WITH_PEFT"]
+    process = _process()
+    print(json.dumps([str(argument) for argument in arguments]), file=process.stdin, flush=True)
+    if not any(line == "done\n" for line in process.stdout):
+        raise RuntimeError(f"{SCRIPT} has failed, see its traceback: {arguments}")
+
+
+@functools.cache
+def _process():
+    """Start the process, once: its imports take longer than all that it is asked for."""
+    command = [os.environ["PYTHON_WITH_PEFT"], SCRIPT]
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, SCRIPT, *map(str, arguments)], check=True, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    atexit.register(process.communicate)  # which closes its input, and so ends it
+    return process

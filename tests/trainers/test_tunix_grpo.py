@@ -1,6 +1,7 @@
 """Reinforcement learning: tunix' `GRPOLearner` with its own sampler, on one mesh and on two."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,21 @@ from tunix.rl.rollout import base_rollout
 from tunix.tests import test_common
 
 from tests.trainers.tunix_models import (
+    BASES,
     base_arrays,
     changed,
     factors,
     toy,
     with_inject,
     with_provider,
+    without_adapter,
 )
 
-WAYS = {"provider": with_provider, "inject": with_inject}
+WAYS = {
+    "provider": with_provider,
+    "int8 provider": partial(with_provider, **BASES["int8"]),
+    "inject": with_inject,
+}
 VOCABULARY = test_common.MockVocab()
 PROMPT, ANSWER = (
     jnp.array([[0, 0, 3, 4], [0, 0, 5, 6]]),
@@ -46,13 +53,14 @@ class Run:
 
     Attributes:
         cluster: tunix' models.
-        before, factors_before: the actor's arrays before the first step.
+        before, factors_before, of_reference: the arrays before the first step.
         shared: whether actor and reference shared their base arrays at first.
     """
 
     cluster: rl_cluster.RLCluster
     before: dict[str, np.ndarray]
     factors_before: dict[str, np.ndarray]
+    of_reference: dict[str, np.ndarray]
     shared: bool
 
     @property
@@ -66,8 +74,10 @@ class Run:
 
 def train(way, meshes):
     """Three steps of learning to say "hello"."""
-    reference = toy(VOCABULARY.GetPieceSize())
-    actor = WAYS[way](nnx.merge(*nnx.split(reference)))
+    base = toy(VOCABULARY.GetPieceSize())
+    actor = WAYS[way](nnx.merge(*nnx.split(base)))
+    reference = without_adapter(actor) if way == "int8 provider" else base
+    of_reference = base_arrays(reference)
     before, factors_before = base_arrays(actor), factors(actor)
     role = rl_cluster.Role
     actor_mesh, rollout_mesh = mesh(0), mesh(meshes - 1)
@@ -94,7 +104,7 @@ def train(way, meshes):
     assert learner.should_sync_weights == (meshes == 2)
     shared = rl_utils.is_sharing_backbone(actor, reference)
     learner.train([{"prompts": np.array(["input string", "hello world"])}] * 3)
-    return Run(cluster, before, factors_before, shared)
+    return Run(cluster, before, factors_before, of_reference, shared)
 
 
 CASES = [(way, meshes) for way in WAYS for meshes in (1, 2)]
@@ -110,7 +120,7 @@ def test_only_the_factors_of_the_actor_change(run):
     assert run.cluster.actor_trainer.train_steps == 3
     assert not changed(run.before, base_arrays(run.actor))
     assert len(changed(run.factors_before, factors(run.actor))) == len(run.factors_before) > 0
-    assert not changed(base_arrays(toy(VOCABULARY.GetPieceSize())), base_arrays(run.reference))
+    assert not changed(run.of_reference, base_arrays(run.reference))
 
 
 def test_actor_and_reference_share_their_base(run):

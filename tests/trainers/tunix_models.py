@@ -7,6 +7,7 @@ from flax import nnx
 from tunix.sft import peft_trainer, utils
 from tunix.tests import test_common
 
+import loha_jax
 from loha_jax import LoHaConfig
 from loha_jax.nnx import inject
 from loha_jax.qwix import LoHaProvider
@@ -31,6 +32,11 @@ def with_provider(model, targets=("w1", "w2"), seed=5, names=None, **fields):
     rule = {"module_path": path_of(targets), "rank": RANK, "alpha": ALPHA, **fields}
     provider = LoHaProvider(names=names, **rule)
     return qwix.apply_lora_to_model(model, provider, *model_inputs(), rngs=nnx.Rngs(seed))
+
+
+def without_adapter(model):
+    """A model of the same base arrays, quantised ones too."""
+    return loha_jax.unload(nnx.merge(*nnx.split(model)))
 
 
 def with_inject(model, targets=("w1", "w2"), seed=5, names=None):

@@ -22,7 +22,7 @@ from loha_jax.nnx.siblings import adapted_in, intercepted_in
 from loha_jax.qwix._qwix_internals import current_module, current_path, is_quantised
 from loha_jax.qwix.frozen_product import with_gradient
 from loha_jax.qwix.operands import holds, stored_word
-from loha_jax.qwix.rules import LoHaRule, check_stack, is_target
+from loha_jax.qwix.rules import LoHaRule, check_stack, is_target, warn_of_unmatched
 from loha_jax.qwix.storage import LinenStorage, NnxStorage, parameters
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.device_types import split_as
@@ -239,6 +239,8 @@ class AdaptingProvider(qwix.PtqProvider):
             if self.config is not None and isinstance(self._model, nnx.Module):
                 for _, leaf in provided_among(self._model):
                     check_stack(self.config, leaf)
+            if self.config is not None:
+                warn_of_unmatched(self.config, map(module_name, self._seen), self.names)
             self._model = None
         return output
 
@@ -263,9 +265,12 @@ class AdaptingProvider(qwix.PtqProvider):
     def _nothing_adapted(self) -> str:
         """Return the error for rules, or a config, that match nothing."""
         if self.config is not None:
-            wanted = [str(self.config.target_modules)]
+            targets = self.config.target_modules or ()
+            wanted = [targets] if isinstance(targets, str) else sorted(targets)
             hint = near_misses(wanted, sorted(set(map(module_name, self._seen))))
-            if self.config.layers_to_transform is not None or re.search(r"\d", wanted[0]):
+            if self.config.layers_to_transform is not None or any(
+                re.search(r"\d", name) for name in wanted
+            ):
                 hint += (
                     " A provider adapts all layers of a scan at once, before they have numbers: "
                     "name no single ones, or use loha_jax.nnx.inject on a float model."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -87,7 +87,7 @@ def linen_params(provider: LoHaProvider, params: PyTree, tree: PyTree) -> PyTree
         >>> provider = LoHaProvider(rank=2, alpha=4.0)
         >>> model = qwix.apply_lora_to_model(nn.Dense(6), provider)
         >>> params = model.init(jax.random.key(0), jnp.ones((2, 8)))["params"]
-        >>> tree = linen_tree(provider, params)  # or interop.load_peft(folder, unload(tree))
+        >>> tree = linen_tree(provider, params)  # then load_peft(folder, tree, adapter_name="new")
         >>> linen_params(provider, params, tree)["kernel_lora_hada_w1_a"].shape
         (6, 2)
     """
@@ -103,7 +103,7 @@ def linen_params(provider: LoHaProvider, params: PyTree, tree: PyTree) -> PyTree
     for path in adapted:
         beside = _factors_beside(values, path)
         leaf, places = _leaf(provider, path, own[path].kernel, beside)
-        new = _given_factors(path, leaf.adapters[ADAPTER], given.get(path))
+        new = _given_factors(path, leaf, given.get(path))
         for name, old in beside.items():
             place = (*path[:-1], f"{path[-1]}_lora_{name}")
             array = places.from_front(jnp.asarray(new.arrays[name], old.dtype))
@@ -112,17 +112,25 @@ def linen_params(provider: LoHaProvider, params: PyTree, tree: PyTree) -> PyTree
     return unflatten_dict(result)
 
 
-def _given_factors(path: tuple[str, ...], own: Factors, leaf: object) -> Factors:
+def _given_factors(path: tuple[str, ...], parameters: LoHaWeight, leaf: object) -> Factors:
     """Return the active adapter of a tree's leaf, which fits the parameters' own."""
+    own = parameters.adapters[ADAPTER]
     active = leaf.active_adapters if isinstance(leaf, LoHaWeight) else ()
-    if len(active) != 1:
+    if not isinstance(leaf, LoHaWeight) or len(active) != 1:
         raise ValueError(
             f"{_listed([path])} has an adapter in the parameters and {len(active) or 'no'} active "
             "ones in the tree: exactly one is needed there. See loha_jax.set_adapter."
         )
     (new,) = active
-    shapes = [{name: array.shape for name, array in f.arrays.items()} for f in (own, new)]
-    if own.description != new.description or shapes[0] != shapes[1]:
+    kernels = [(x.layout.word, tuple(x.kernel.shape)) for x in (leaf, parameters)]
+    if kernels[0] != kernels[1]:
+        raise ValueError(
+            f"{_listed([path])} has the layout {kernels[0][0]!r} and the shape {kernels[0][1]} in "
+            f"the tree, and {kernels[1][0]!r} and {kernels[1][1]} in the parameters. Read the file "
+            "into the tree of the parameters: interop.load_peft(folder, linen_tree(provider, "
+            'params), adapter_name="other").'
+        )
+    if own.description != new.description:
         raise ValueError(
             f"The tree's adapter of {_listed([path])} has {new.description}, and the provider made "
             f"{own.description}. Make the provider with the rank and alpha of the tree: "
@@ -132,6 +140,12 @@ def _given_factors(path: tuple[str, ...], own: Factors, leaf: object) -> Factors
 
 
 def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, Mapping) or set(tree) == {"params"}:
+        kind = "the collections" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
+        raise ValueError(
+            f"Expected the parameters of a Linen model, a dict of modules, and got {kind}: give "
+            "variables['params']."
+        )
     plain = unfreeze(cast(dict[str, Any], tree))
     return flatten_dict(plain, is_leaf=lambda _, x: not isinstance(x, dict))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import qwix
 
@@ -12,7 +13,7 @@ from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.targets.matching import ALL_LINEAR, Match, match_target
 from loha_jax.targets.module_names import Names, UnknownNameError, all_names
 from loha_jax.tree.leaves import LoHaWeight
-from loha_jax.tree.plan import make_target
+from loha_jax.tree.plan import make_target, warn_unmatched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,8 @@ def check_stack(config: LoHaConfig, leaf: LoHaWeight) -> None:
             f"The config does not say the same of all modules of the stack {leaf.label}, which a "
             "provider adapts at once: all layers of a scan, before they have numbers. Remove what "
             "is said of single ones (target_modules, layers_to_transform, exclude_modules, "
-            "rank_pattern, alpha_pattern), or use loha_jax.nnx.inject on a float model."
+            "rank_pattern, alpha_pattern), write patterns that match the name without a number, or "
+            "use loha_jax.nnx.inject on a float model."
         )
 
 
@@ -108,10 +110,7 @@ def is_target(config: LoHaConfig, name: str, names: Names | None) -> bool:
     Raises:
         ValueError: it adapts some modules of a stack and not the others.
     """
-    try:
-        known = all_names(name, names)
-    except UnknownNameError:
-        known = (name,)
+    known = _known_names(name, names)
     found = {match_target(own, config) is Match.TARGETED for own in known}
     if len(found) > 1:
         raise ValueError(
@@ -119,3 +118,27 @@ def is_target(config: LoHaConfig, name: str, names: Names | None) -> bool:
             "the others. A provider adapts all modules of a stack, or none: change target_modules."
         )
     return True in found
+
+
+def warn_of_unmatched(config: LoHaConfig, seen: Iterable[str], names: Names | None) -> None:
+    """Warn of what a config says of no module, as `loha_jax.inject` does.
+
+    Args:
+        config: of a provider.
+        seen: the default names of all kernels with a product.
+        names: torch names by default name.
+    """
+    modules = sorted({own for name in seen for own in _known_names(name, names)})
+    found = {name: match_target(name, config) for name in modules}
+    targeted, excluded = (
+        [name for name, match in found.items() if match is kind]
+        for kind in (Match.TARGETED, Match.EXCLUDED)
+    )
+    warn_unmatched(config, config, modules, targeted, excluded)
+
+
+def _known_names(name: str, names: Names | None) -> tuple[str, ...]:
+    try:
+        return all_names(name, names)
+    except UnknownNameError:
+        return (name,)

@@ -168,7 +168,7 @@ def plan_injection(
         warn_caller(f"layouts={unused} match no kernel.{advice}")
     saved = _plan_saved(tree, resolved, targets)
     matched = [name for c in targeted for name in c.named(Match.TARGETED)]
-    _warn_unmatched(config, resolved, modules, matched, excluded)
+    warn_unmatched(config, resolved, modules, matched, excluded)
     return Plan(resolved, targets, saved)
 
 
@@ -296,7 +296,7 @@ def _require_distinct(named: Sequence[tuple[str, tuple[str, ...]]]) -> None:
         seen[name] = path
 
 
-def _warn_unmatched(
+def warn_unmatched(
     config: LoHaConfig,
     resolved: LoHaConfig,
     modules: list[str],

@@ -170,6 +170,23 @@ def test_a_file_onto_a_provider_s_model(base, tmp_path):
         other(x)
 
 
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # qwix' own
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"target_modules": ["layers.1.dense", "out"]}, "target_modules=.* match no module"),
+        ({"exclude_modules": ["layers.1.dense"]}, "no modules were excluded"),
+        ({"rank_pattern": {"layers.1.dense": 3}}, "rank_pattern keys did not match"),
+    ],
+)
+def test_parts_of_a_config_that_match_nothing(fields, text):
+    """Single layers of a scan have no names while a Linen model runs: a warning says so."""
+    config = loha_jax.LoHaConfig(r=2, **{"target_modules": ["dense", "out"], **fields})
+    model = qwix.apply_lora_to_model(LinenModel(0), LoHaProvider(config=config))
+    with pytest.warns(match=text):
+        jax.eval_shape(model.init, jax.random.key(0), tokens())
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"target_modules": ["0.layers"]}, {"target_modules": ["layers"], "layers_to_transform": [0]}],

@@ -112,8 +112,8 @@ def test_a_file_is_loaded_into_linen_parameters(base, axis, tmp_path):
         }
     )
     interop.save_peft(tmp_path, linen_tree(provider, trained))
-    bare = loha_jax.unload(linen_tree(provider, params))
-    got = linen_params(provider, params, interop.load_peft(tmp_path, bare))
+    tree = interop.load_peft(tmp_path, linen_tree(provider, params), adapter_name="other")
+    got = linen_params(provider, params, tree)
     assert jax.tree.structure(got) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, nn.unbox(got), trained)
     np.testing.assert_array_equal(new.apply({"params": got}, x), new.apply({"params": trained}, x))
@@ -139,6 +139,16 @@ def test_trees_that_do_not_fit_linen_parameters():
             linen_params(provider, params, other)
     with pytest.raises(ValueError, match=r"has r=2 alpha=4 scaled by 0\.5, and"):
         linen_params(provider, params, loha_jax.scale(tree, {"default": 0.5}))
+    config = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=r".*dense")
+    other = loha_jax.inject(
+        loha_jax.unload(tree), config, key=jax.random.key(0), layouts={"layers.dense": "soi"}
+    )
+    with pytest.raises(ValueError, match=r"layout 'soi' .* and 'sio' and"):
+        linen_params(provider, params, other)
+    with pytest.raises(ValueError, match=r"got the collections: give variables\['params'\]"):
+        linen_tree(provider, {"params": params})
+    with pytest.raises(ValueError, match="got a NoneType"):
+        linen_params(provider, params, None)
     whole = linen_tree(*made(module_path=".*", rank=2, alpha=4.0))
     with pytest.raises(ValueError, match=r"adapter on .*, which the provider has not adapted"):
         linen_params(provider, params, whole)

@@ -75,3 +75,10 @@ def test_the_workflow_calls_what_exists():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     named = {name for names in extras for name in names.split(",")}
     assert named <= settings["project"]["optional-dependencies"].keys()
+
+
+def test_the_readme_lists_the_extras():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"Extras: ([^.]+)\.", text)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(settings["project"]["optional-dependencies"])

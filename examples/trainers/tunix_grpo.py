@@ -33,7 +33,7 @@ vocabulary = test_common.MockVocab()
 config = test_common.ModelConfig(num_layers=2, vocab_size=vocabulary.GetPieceSize())
 base = test_common.ToyTransformer(config=config, rngs=nnx.Rngs(0))
 provider = LoHaProvider(module_path=".*(w1|w2)", rank=4, alpha=8.0)
-copy = nnx.merge(*nnx.split(base))  # of the same arrays: actor and reference share the base
+copy = nnx.clone(base)  # of the same arrays: actor and reference share the base
 actor = qwix.apply_lora_to_model(copy, provider, **base.get_model_input(), rngs=nnx.Rngs(1))
 
 

@@ -75,7 +75,7 @@ class Run:
 def train(way, meshes):
     """Three steps of learning to say "hello"."""
     base = toy(VOCABULARY.GetPieceSize())
-    actor = WAYS[way](nnx.merge(*nnx.split(base)))
+    actor = WAYS[way](nnx.clone(base))
     reference = without_adapter(actor) if way == "int8 provider" else base
     of_reference = base_arrays(reference)
     before, factors_before = base_arrays(actor), factors(actor)

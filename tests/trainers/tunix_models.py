@@ -36,7 +36,7 @@ def with_provider(model, targets=("w1", "w2"), seed=5, names=None, **fields):
 
 def without_adapter(model):
     """A model of the same base arrays, quantised ones too."""
-    return loha_jax.unload(nnx.merge(*nnx.split(model)))
+    return loha_jax.unload(nnx.clone(model))
 
 
 def with_inject(model, targets=("w1", "w2"), seed=5, names=None):

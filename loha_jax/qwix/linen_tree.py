@@ -20,6 +20,7 @@ from loha_jax.qwix.storage import ADAPTER
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight, is_adapted
+from loha_jax.tree.quantised import QuantisedArray, wrapped
 from loha_jax.tree.stack_axes import StackPlaces, with_stack_in_front
 from loha_jax.tree.unbox import is_box
 
@@ -42,25 +43,13 @@ def linen_tree(provider: LoHaProvider, params: PyTree) -> PyTree:
             its config does not say the same of all modules of a stack.
     """
     flat = _flat(unboxed(params))
-    tree = {}
+    adapted, tree = _adapted(provider, flat), {}
     for path, value in flat.items():
-        if is_quantised(value):
-            value = qwix.dequantize(value.array)
-        factors = _factors_beside(flat, path)
-        if factors and path not in provider.targets:
-            raise ValueError(
-                f"{'/'.join(path)} has an adapter that this provider has not seen: run the model "
-                "with it once (`jax.eval_shape(model.init, key, *inputs)` does)."
-            )
-        if factors:
-            tree[path], _ = _leaf(provider, path, value, factors)
+        kernel = qwix.dequantize(value.array) if is_quantised(value) else value
+        if path in adapted:
+            tree[path] = dataclasses.replace(adapted[path][0], kernel=kernel)
         elif not any(path[-1].endswith(f"_lora_{name}") for name in FACTOR_NAMES):
-            tree[path] = value
-    if not any(isinstance(leaf, LoHaWeight) for leaf in tree.values()):
-        raise ValueError(
-            "The parameters have no factors of the provider: take those of the adapted model, "
-            "qwix.apply_lora_to_model(model, provider).init(key, *inputs)['params']."
-        )
+            tree[path] = kernel
     return unflatten_dict(tree)
 
 
@@ -91,25 +80,44 @@ def linen_params(provider: LoHaProvider, params: PyTree, tree: PyTree) -> PyTree
         >>> linen_params(provider, params, tree)["kernel_lora_hada_w1_a"].shape
         (6, 2)
     """
-    own, given = _flat(linen_tree(provider, params)), _flat(unboxed(tree))
-    result, values = _flat(params), _flat(unboxed(params))
-    adapted = {path for path, leaf in own.items() if isinstance(leaf, LoHaWeight)}
-    more = {path for path, leaf in given.items() if is_adapted(leaf)} - adapted
+    result, values, given = _flat(params), _flat(unboxed(params)), _flat(unboxed(tree))
+    adapted = _adapted(provider, values)
+    more = {path for path, leaf in given.items() if is_adapted(leaf)} - adapted.keys()
     if more:
         raise ValueError(
             f"The tree has an adapter on {_listed(more)}, which the provider has not adapted. Give "
             "it a rule for them."
         )
-    for path in adapted:
-        beside = _factors_beside(values, path)
-        leaf, places = _leaf(provider, path, own[path].kernel, beside)
+    for path, (leaf, places) in adapted.items():
         new = _given_factors(path, leaf, given.get(path))
-        for name, old in beside.items():
+        for name, old in _factors_beside(values, path).items():
             place = (*path[:-1], f"{path[-1]}_lora_{name}")
             array = places.from_front(jnp.asarray(new.arrays[name], old.dtype))
             box = result[place]
             result[place] = box.replace_boxed(array) if is_box(box) else array
     return unflatten_dict(result)
+
+
+def _adapted(
+    provider: LoHaProvider, flat: dict[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], tuple[LoHaWeight, StackPlaces]]:
+    """Return the adapted kernels as they are, packed ones too, and where their stack axes are."""
+    found = {}
+    for path, value in flat.items():
+        factors = _factors_beside(flat, path)
+        if factors and path not in provider.targets:
+            raise ValueError(
+                f"{'/'.join(path)} has an adapter that this provider has not seen: run the model "
+                "with it once (`jax.eval_shape(model.init, key, *inputs)` does)."
+            )
+        if factors:
+            found[path] = _leaf(provider, path, wrapped(value), factors)
+    if not found:
+        raise ValueError(
+            "The parameters have no factors of the provider: take those of the adapted model, "
+            "qwix.apply_lora_to_model(model, provider).init(key, *inputs)['params']."
+        )
+    return found
 
 
 def _given_factors(path: tuple[str, ...], parameters: LoHaWeight, leaf: object) -> Factors:
@@ -163,7 +171,10 @@ def _listed(paths: Iterable[tuple[str, ...]]) -> str:
 
 
 def _leaf(
-    provider: LoHaProvider, path: tuple[str, ...], kernel: jax.Array, factors: dict[str, jax.Array]
+    provider: LoHaProvider,
+    path: tuple[str, ...],
+    kernel: jax.Array | QuantisedArray,
+    factors: dict[str, jax.Array],
 ) -> tuple[LoHaWeight, StackPlaces]:
     """Return an adapted kernel, and where its stack axes are; those of a scan are among them."""
     target, config = provider.targets[path]

@@ -117,13 +117,7 @@ class FactoredProduct:
         self, factors: tuple[ViewFactors, ...]
     ) -> tuple[Float[Array, "*kb"], Float[Array, "*ka"]]:
         """Return KB and the scaled KA of all adapters, with the axes of `kb` and `ka`."""
-        pairs = [khatri_rao_pair(f, self.dtype) for f in factors]
-        kb, ka = (
-            jnp.concatenate(side, -2) if len(pairs) > 1 else side[0]
-            for side in zip(*pairs, strict=True)
-        )
-        if self.swapped:
-            kb, ka = ka, kb
+        kb, ka = khatri_rao(factors, self.dtype, swapped=self.swapped)
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
 
     def _arrange(
@@ -168,7 +162,19 @@ class FactoredProduct:
         return y, jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
 
 
-def khatri_rao_pair(
+def khatri_rao(
+    factors: tuple[ViewFactors, ...], dtype: jnp.dtype, *, swapped: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return KB and the scaled KAᵀ of all adapters, `[*stack, R, features]`; swapped, KAᵀ first."""
+    pairs = [_khatri_rao_pair(f, dtype) for f in factors]
+    kb, ka = (
+        jnp.concatenate(side, -2) if len(pairs) > 1 else side[0]
+        for side in zip(*pairs, strict=True)
+    )
+    return (ka, kb) if swapped else (kb, ka)
+
+
+def _khatri_rao_pair(
     f: ViewFactors, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*stack squared in"], Float[Array, "*stack squared out"]]:
     """Return KB and the scaled KAᵀ of one adapter."""

@@ -337,6 +337,11 @@ Value = jax.Array | KernelView
 """A value while a jaxpr is evaluated."""
 
 
+def large_atoms(view: KernelView, side: str) -> tuple[int, ...]:
+    """Return the atoms of a side that the view has axes for, as the factors flatten them."""
+    return tuple(n for n in view.of_side(side) if view.atoms[n].size > 1)
+
+
 def size_of(view: KernelView, atoms: Sequence[int]) -> int:
     """Return the product of the sizes of some atoms."""
     return math.prod(view.atoms[n].size for n in atoms)

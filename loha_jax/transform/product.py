@@ -23,7 +23,7 @@ from loha_jax.runtime.sizes import is_known, nominal
 from loha_jax.transform import factored_product
 from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_product import ROW_LABELS, FactoredProduct
-from loha_jax.transform.kernel_view import KernelView, size_of
+from loha_jax.transform.kernel_view import KernelView, large_atoms, size_of
 from loha_jax.transform.operation import Intermediates, NoRule, Operation, Params
 from loha_jax.transform.typed_jax import vjp
 from loha_jax.transform.view_factors import ViewFactors
@@ -95,9 +95,7 @@ class Product(Operation):
         main, rest = ("o", "i") if swapped else ("i", "o")
         if main in kinds(in_free) or rest in kinds(in_contracted):
             return NoRule("only some of the in or out axes are contracted")
-        large = {
-            side: tuple(n for n in view.of_side(side) if view.atoms[n].size > 1) for side in "sio"
-        }
+        large = {side: large_atoms(view, side) for side in "sio"}
         rows = nominal(size for d, size in enumerate(x.shape) if d not in x_dims[0] + x_dims[1])
         return cls(
             kernel_first=kernel_first,
@@ -188,7 +186,7 @@ class Product(Operation):
     def _steps(self, x: jax.Array, view: KernelView) -> FactoredProduct:
         """Return the two products for arrays of these shapes, a letter for each group of axes."""
         groups = (self.batch, self.contracted, self.free)
-        stack = [n for n in view.of_kind("s") if view.atoms[n].size > 1]
+        stack = large_atoms(view, "s")
         rows = len(self._row_sizes(x, view))
         return FactoredProduct(
             *("bcf"[n] if group else "" for n, group in enumerate(groups)),

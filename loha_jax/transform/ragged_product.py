@@ -21,8 +21,8 @@ from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.sizes import nominal
 from loha_jax.transform.decomposed_base import has_gain
-from loha_jax.transform.factored_product import khatri_rao_pair
-from loha_jax.transform.kernel_view import KernelView, size_of
+from loha_jax.transform.factored_product import khatri_rao
+from loha_jax.transform.kernel_view import KernelView, large_atoms, size_of
 from loha_jax.transform.operation import CostModel, NoRule
 from loha_jax.transform.product import Dims
 from loha_jax.transform.typed_jax import vjp, with_vjp
@@ -31,11 +31,6 @@ from loha_jax.transform.view_factors import ViewFactors
 Factors = tuple[ViewFactors, ...]
 Residuals = tuple[jax.Array, Factors, jax.Array, jax.Array]
 Experts = Float[Array, "experts rows columns"]
-
-
-def _atoms(view: KernelView, side: str) -> tuple[int, ...]:
-    """Return the atoms of a side that the view has axes for, as the factors flatten them."""
-    return tuple(n for n in view.of_side(side) if view.atoms[n].size > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ class RaggedProduct(CostModel):
         free = [d for d in range(len(view.dims)) if d not in experts and d not in kernel_axes]
         contracted = tuple(n for d, _ in pairs for n in view.dims[d])
         kept = tuple(n for d in free for n in view.dims[d])
-        sides = {side: _atoms(view, side) for side in "sio"}
+        sides = {side: large_atoms(view, side) for side in "sio"}
         if view.dims[experts[0]] != sides["s"]:
             return NoRule("the groups are not the kernel's stack of experts")
         swapped = (contracted, kept) != (sides["i"], sides["o"])
@@ -162,10 +157,7 @@ class RaggedProduct(CostModel):
 
     def _khatri_rao(self, factors: Factors, dtype: jnp.dtype) -> tuple[Experts, Experts]:
         """Return KB `[experts, main, R]` and the scaled KA `[experts, R, rest]` of all adapters."""
-        pairs = [khatri_rao_pair(f, dtype) for f in factors]
-        kb, ka = (jnp.concatenate(side, -2) for side in zip(*pairs, strict=True))
-        if self.swapped:
-            kb, ka = ka, kb
+        kb, ka = khatri_rao(factors, dtype, swapped=self.swapped)
         # [*stack, R, features] -> [experts, R, features]
         kb, ka = (k.reshape(-1, *k.shape[-2:]) for k in (kb, ka))
         return jnp.swapaxes(kb, 1, 2), ka

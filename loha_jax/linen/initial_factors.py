@@ -30,7 +30,8 @@ def initial_factor(
             key, (*target.stack, *shape), dtype
         )
     names = [str(n) for n in range(len(target.names))]
-    return init_factors(key, names, {name: shape}, config.init_weights, dtype, target.stack)[name]
+    law, shapes = config.init_weights, target.shapes(max(target.ranks))
+    return init_factors(key, names, shapes, law, dtype, target.stack, only=name)[name]
 
 
 def _fedpara_std(layer: Any, target: Target, config: LoHaConfig) -> float:

@@ -1,4 +1,4 @@
-"""Initial values of the factors: PEFT's law, LyCORIS' law, and PEFT's all-random one.
+"""Initial values of the factors: PEFT's law, LyCORIS' law, a calibrated one, and PEFT's all-random.
 
 Every draw depends only on the key and on the module's name: not on the order of the tree, the
 adapter's name, or whether a layer is part of a stack.
@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-INIT_SCHEMES = ("lycoris",)
+INIT_SCHEMES = ("lycoris", "calibrated")
 """Named values that `LoHaConfig.init_weights` takes besides True and False."""
 
 FACTOR_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -70,6 +70,8 @@ def init_factors(
     init_weights: bool | str,
     dtype: DTypeLike,
     stack: Sequence[int] | None = None,
+    *,
+    only: str | None = None,
 ) -> dict[str, jax.Array]:
     """Draw the factors of several modules of equal shape, stacked: `[*stack, *shape]` each.
 
@@ -84,9 +86,11 @@ def init_factors(
             dimension times the spatial ones (torch's `kaiming_uniform_(a=√5)`), with w2_b zero.
             False: the same with w2_b random too. "lycoris": normal with standard deviation 0.1 for
             w1_a and the cores, 1 for w*_b, and w2_a zero. "lycoris, all random": the same with w2_a
-            as w1_a, for an update that a scalar makes zero.
+            as w1_a, for an update that a scalar makes zero. "calibrated": w1_a w1_b has entries of
+            mean square 1, w2_b is LoRA's A (uniform in ±1/√fan_in), and w2_a is zero, as LoRA's B.
         dtype: of the factors.
         stack: shape of the stack axes, whose product is the number of modules; by default one axis.
+        only: the one factor to draw; by default all.
     """
     digests = [hashlib.sha256(name.encode()).digest() for name in module_names]
     seeds = np.array(
@@ -95,11 +99,13 @@ def init_factors(
     stack = (len(module_names),) if stack is None else tuple(stack)
     key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
     traced = any(isinstance(array, Tracer) for array in (key, jax.device_put(seeds)))
-    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a", _LYCORIS_RANDOM: None}
+    zero = {True: "hada_w2_b", False: None, _LYCORIS_RANDOM: None}
     factors: dict[str, jax.Array] = {}
     for name, shape in shapes.items():
+        if name != (only or name):
+            continue
         full = (*stack, *shape)
-        if name == zero[init_weights]:
+        if name == zero.get(init_weights, "hada_w2_a"):
             factors[name] = jnp.zeros(full, dtype) if traced else _put(np.zeros(full, dtype), key)
             continue
         size = math.prod(shape)
@@ -112,7 +118,7 @@ def init_factors(
                 np.asarray(1 / math.sqrt(math.prod(shape[1:])), dtype),
                 size=size if traced and _begins_alike(key) else max(_SMALLEST, _power_of_two(size)),
                 dtype=jnp.dtype(dtype),
-                std=_std(name, init_weights),
+                std=_std(name, shapes, init_weights),
                 at_once=_begins_alike(key),
             ),
         )  # [modules, at least size]
@@ -123,11 +129,22 @@ def init_factors(
     return factors
 
 
-def _std(name: str, init_weights: bool | str) -> float | None:
-    """Return the standard deviation of LyCORIS' law; None for PEFT's."""
+def _std(
+    name: str, shapes: Mapping[str, tuple[int, ...]], init_weights: bool | str
+) -> float | None:
+    """Return the standard deviation of a normal law; None for a uniform one, PEFT's and LoRA's."""
     if not isinstance(init_weights, str):
         return None
-    return _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
+    if init_weights != "calibrated":
+        return _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
+    if name == "hada_w2_b":
+        return None
+    if (
+        name == "hada_t2"
+    ):  # a row of the core times w2_b has the variance of LoRA's A: 1 / (3 fan_in)
+        return 1 / math.sqrt(math.prod(shapes[name][1:]))
+    # An entry of w1_a w1_b is a sum of r products of two numbers; with a core, of r² of three.
+    return shapes["hada_w1_b"][0] ** (-1 / 3 if "hada_t1" in shapes else -1 / 4)
 
 
 def _power_of_two(size: int) -> int:

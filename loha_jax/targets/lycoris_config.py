@@ -77,7 +77,7 @@ class LycorisConfig(LoHaConfig):
         """The factors' distribution: with a scalar, which starts at zero, all are random."""
         if not self.use_scalar:
             return self.init_weights
-        return "lycoris, all random" if self.init_weights == "lycoris" else False
+        return "lycoris, all random" if isinstance(self.init_weights, str) else False
 
     @property
     def file_metadata(self) -> Mapping[str, str]:

@@ -104,10 +104,10 @@ def test_shapes_are_those_that_inject_gives(case):
     assert {name: s.shape for name, s in shapes.items() if name.startswith("hada")} == want
 
 
-@pytest.mark.parametrize("init_weights", [True, False, "lycoris"])
+@pytest.mark.parametrize("init_weights", [True, False, "lycoris", "calibrated"])
 def test_factors_follow_the_law_that_init_weights_names(init_weights):
     params = LoHaDense(300, r=40, init_weights=init_weights).init(KEY, jnp.ones((1, 200)))["params"]
-    zero = {True: "hada_w2_b", False: None, "lycoris": "hada_w2_a"}[init_weights]
+    zero = {True: "hada_w2_b", False: None}.get(init_weights, "hada_w2_a")
     values = [np.ravel(params[name]) for name in sorted(params) if name.startswith("hada")]
     assert all(
         abs(np.corrcoef(a[:8000], b[:8000])[0, 1]) < 0.05
@@ -125,6 +125,8 @@ def test_factors_follow_the_law_that_init_weights_names(init_weights):
             assert (
                 stats.kstest(w, stats.norm(scale={"a": 0.1, "b": 1.0}[name[-1]]).cdf).pvalue > 1e-3
             )
+        elif init_weights == "calibrated" and name != "hada_w2_b":
+            assert stats.kstest(w, stats.norm(scale=40**-0.25).cdf).pvalue > 1e-3
         else:
             bound = 1 / np.sqrt({"a": 40, "b": 200}[name[-1]])
             assert stats.kstest(w, stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3

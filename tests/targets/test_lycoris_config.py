@@ -57,7 +57,7 @@ def test_peft_gets_rank_stabilisation_folded_into_alpha(tmp_path):
         np.testing.assert_array_equal(delta(back, name), delta(params, name))
 
 
-@pytest.mark.parametrize("scheme", [True, "lycoris", False])
+@pytest.mark.parametrize("scheme", [True, "lycoris", "calibrated", False])
 def test_the_scalar_starts_the_adapter_as_a_no_op_that_trains(scheme):
     params = inject(use_scalar=True, init_weights=scheme)
     for name in ("q", "v"):

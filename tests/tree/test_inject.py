@@ -52,7 +52,12 @@ def test_targets_become_loha_weights_around_the_very_same_arrays():
 def test_an_adapted_tree_starts_as_a_no_op():
     """An adapted tree starts as a no-op and `init_weights=False` does not."""
     base = tree()
-    for init_weights, moves in ((True, False), ("lycoris", False), (False, True)):
+    for init_weights, moves in (
+        (True, False),
+        ("lycoris", False),
+        ("calibrated", False),
+        (False, True),
+    ):
         config = LoHaConfig(r=2, target_modules=["query"], init_weights=init_weights)
         merged = loha_jax.merge(loha_jax.inject(base, config, key=KEY))
         same = jax.tree.map(lambda a, b: bool((a == b).all()), base, merged)

@@ -55,7 +55,7 @@ def to_tree(
         saved: makes the copy of a leaf that the adapter holds whole, of the original.
     """
 
-    def make_factors(target: Target) -> dict[str, jax.Array]:
+    def make_factors(target: Target, kernel: jax.Array) -> dict[str, jax.Array]:
         own = [
             loha(modules[name], target).tensors if r else {}
             for name, r in zip(target.names, target.ranks, strict=True)

@@ -207,6 +207,12 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
         )
     except ValueError as error:
         raise ValueError(f"{where(layer)}: {error}") from None
+    if config.init_weights == "abba":
+        raise ValueError(
+            f"{where(layer)}: init_weights='abba' starts from the singular vectors of the kernel, "
+            "which the layer creates at the same time. Use 'calibrated', or `loha_jax.inject` on "
+            "the parameters that hold the pretrained weights."
+        )
     path = (*layer.path, kernel_name)
     names = stack_names(module_name(path), layout.sizes("s", kernel.shape), None)
     return make_target(config, path, names, layout, kernel), config

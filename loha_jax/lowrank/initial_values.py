@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,15 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-INIT_SCHEMES = ("lycoris", "calibrated")
+CALIBRATED = ("calibrated", "abba")
+"""The named values whose first steps move ΔW as LoRA's do."""
+
+INIT_SCHEMES = ("lycoris", *CALIBRATED)
 """Named values that `LoHaConfig.init_weights` takes besides True and False."""
 
 FACTOR_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+_Draw = Literal["uniform", "normal", "signs"]
 
 _LYCORIS_RANDOM = "lycoris, all random"
 
@@ -88,6 +93,7 @@ def init_factors(
             w1_a and the cores, 1 for w*_b, and w2_a zero. "lycoris, all random": the same with w2_a
             as w1_a, for an update that a scalar makes zero. "calibrated": w1_a w1_b has entries of
             mean square 1, w2_b is LoRA's A (uniform in ±1/√fan_in), and w2_a is zero, as LoRA's B.
+            "abba": the same; `singular_pair` then replaces the first pair.
         dtype: of the factors.
         stack: shape of the stack axes, whose product is the number of modules; by default one axis.
         only: the one factor to draw; by default all.
@@ -109,6 +115,7 @@ def init_factors(
             factors[name] = jnp.zeros(full, dtype) if traced else _put(np.zeros(full, dtype), key)
             continue
         size = math.prod(shape)
+        how, std = _law(name, shapes, init_weights)
         flat = cast(
             jax.Array,
             _draw(
@@ -118,7 +125,8 @@ def init_factors(
                 np.asarray(1 / math.sqrt(math.prod(shape[1:])), dtype),
                 size=size if traced and _begins_alike(key) else max(_SMALLEST, _power_of_two(size)),
                 dtype=jnp.dtype(dtype),
-                std=_std(name, shapes, init_weights),
+                how=how,
+                std=std,
                 at_once=_begins_alike(key),
             ),
         )  # [modules, at least size]
@@ -129,22 +137,23 @@ def init_factors(
     return factors
 
 
-def _std(
+def _law(
     name: str, shapes: Mapping[str, tuple[int, ...]], init_weights: bool | str
-) -> float | None:
-    """Return the standard deviation of a normal law; None for a uniform one, PEFT's and LoRA's."""
+) -> tuple[_Draw, float]:
+    """Return how a factor is drawn, and its standard deviation unless it is uniform."""
+    core = name.startswith("hada_t")
     if not isinstance(init_weights, str):
-        return None
-    if init_weights != "calibrated":
-        return _LYCORIS_STD["t" if name.startswith("hada_t") else name[-1]]
+        return "uniform", 0.0
+    if init_weights not in CALIBRATED:
+        return "normal", _LYCORIS_STD["t" if core else name[-1]]
     if name == "hada_w2_b":
-        return None
-    if (
-        name == "hada_t2"
-    ):  # a row of the core times w2_b has the variance of LoRA's A: 1 / (3 fan_in)
-        return 1 / math.sqrt(math.prod(shapes[name][1:]))
-    # An entry of w1_a w1_b is a sum of r products of two numbers; with a core, of r² of three.
-    return shapes["hada_w1_b"][0] ** (-1 / 3 if "hada_t1" in shapes else -1 / 4)
+        return "uniform", 0.0
+    if name == "hada_t2":  # each row of t2 w2_b has the variance of LoRA's A, 1 / (3 fan_in)
+        return "signs", 1 / math.sqrt(math.prod(shapes[name][1:]))
+    # An entry of w1_a w1_b is a sum of r products of two numbers; with a core, of r² of three. A
+    # core has few numbers: as signs they have the same mean square in every draw.
+    std = shapes["hada_w1_b"][0] ** (-1 / 3 if "hada_t1" in shapes else -1 / 4)
+    return ("signs" if core else "normal"), std
 
 
 def _power_of_two(size: int) -> int:
@@ -162,7 +171,7 @@ def _put(array: np.ndarray, key: jax.Array) -> jax.Array:
     return jax.device_put(array, key.sharding if key.committed else None)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "dtype", "std", "at_once"))
+@functools.partial(jax.jit, static_argnames=("size", "dtype", "how", "std", "at_once"))
 def _draw(
     key: jax.Array,
     seeds: UInt32[Array, "modules 2"],
@@ -171,10 +180,11 @@ def _draw(
     *,
     size: int,
     dtype: jnp.dtype,
-    std: float | None,
+    how: _Draw,
+    std: float,
     at_once: bool,
 ) -> Float[Array, "modules {size}"]:
-    """Draw one factor of each module: normal, or uniform in ±bound if `std` is None.
+    """Draw one factor of each module: normal, random signs times `std`, or uniform in ±bound.
 
     `std` is static because XLA rounds its product otherwise where it is not a constant.
     """
@@ -182,8 +192,10 @@ def _draw(
     def one(seed: UInt32[Array, "2"]) -> Float[Array, "values"]:
         module_key = jax.random.fold_in(jax.random.fold_in(key, seed[0]), seed[1])
         factor_key = jax.random.fold_in(module_key, index)
-        if std is not None:
+        if how == "normal":
             return std * jax.random.normal(factor_key, (size,), dtype)
+        if how == "signs":
+            return std * jax.random.rademacher(factor_key, (size,), dtype)
         return jax.random.uniform(factor_key, (size,), dtype, -bound, bound)
 
     # The values of other kinds of keys depend on what is drawn besides them.

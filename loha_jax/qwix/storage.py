@@ -81,7 +81,8 @@ class NnxStorage:
         Its module names are empty where they follow from its place in the model, which is known
         when the whole model is read.
         """
-        arrays = initial_factors(target, cast(Any, self.module).qwix_rngs.params(), config)
+        key = cast(Any, self.module).qwix_rngs.params()
+        arrays = initial_factors(target, wrapped(kernel), key, config)
         leaf = dataclasses.replace(_leaf(target, config, arrays, kernel), names=names)
         base = vars(self.module)[self.name]
         Siblings.of(leaf, base, intercepted=True).put(self.module, (self.name,))
@@ -102,7 +103,8 @@ class LinenStorage:
 
         def initial(name: str) -> Callable[[jax.Array], object]:
             def draw(key: jax.Array) -> object:
-                leaf = _leaf(target, config, initial_factors(target, key, config), kernel)
+                factors = initial_factors(target, wrapped(kernel), key, config)
+                leaf = _leaf(target, config, factors, kernel)
                 array = leaf.adapters[ADAPTER].arrays[name]
                 return array if box is None else _boxed(array, name, box, leaf)
 

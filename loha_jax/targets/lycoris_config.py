@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from loha_jax.lowrank.initial_values import CALIBRATED
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.weight_decomposition import weight_norms
 from loha_jax.targets.config import LoHaConfig, peft_fields
@@ -65,6 +66,11 @@ class LycorisConfig(LoHaConfig):
             raise ValueError(
                 f"`metadata` should be a dict of strings but the value passed is {self.metadata!r}"
             )
+        if self.use_scalar and self.init_weights in CALIBRATED:
+            raise ValueError(
+                f"init_weights={self.init_weights!r} sets the size of the first steps, but with "
+                "use_scalar=True the update starts at zero times random factors. Leave one out."
+            )
         object.__setattr__(self, "metadata", dict(self.metadata))
 
     @property
@@ -77,7 +83,7 @@ class LycorisConfig(LoHaConfig):
         """The factors' distribution: with a scalar, which starts at zero, all are random."""
         if not self.use_scalar:
             return self.init_weights
-        return "lycoris, all random" if isinstance(self.init_weights, str) else False
+        return "lycoris, all random" if self.init_weights == "lycoris" else False
 
     @property
     def file_metadata(self) -> Mapping[str, str]:

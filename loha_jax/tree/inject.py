@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from loha_jax.lowrank.initial_values import init_factors
+from loha_jax.lowrank.singular_pair import singular_pair
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
@@ -131,7 +132,7 @@ def apply_plan(
     params: T,
     plan: Plan,
     adapter_name: str,
-    make_factors: Callable[[Target], dict[str, jax.Array]],
+    make_factors: Callable[[Target, jax.Array], dict[str, jax.Array]],
     make_copy: Callable[[Saved, jax.Array], jax.Array],
     make_extras: Callable[[Target, LoHaConfig, jax.Array], dict[str, jax.Array]],
 ) -> T:
@@ -150,7 +151,7 @@ def apply_plan(
         if "dora_scale" in extras:
             norms = norms_of_adapted(extras["dora_scale"], target.ranks, target.stack)
             extras = {**extras, "dora_scale": norms}
-        arrays = {**make_factors(target), **extras}
+        arrays = {**make_factors(target, kernels[n]), **extras}
         factors = target.factors(arrays, plan.config, samples.get(n))
         known = leaves[n].adapters if isinstance(leaves[n], LoHaWeight) else {}
         leaf = LoHaWeight(kernels[n], known, target.layout, target.names, active=())
@@ -207,17 +208,23 @@ def _with_shardings(shapes: T, params: T) -> T:
 
 
 @standard_promotion()
-def initial_factors(target: Target, key: jax.Array, config: LoHaConfig) -> dict[str, jax.Array]:
+def initial_factors(
+    target: Target, kernel: jax.Array, key: jax.Array, config: LoHaConfig
+) -> dict[str, jax.Array]:
     """Draw the factors of a new adapter of one kernel, by the law that its config names."""
     scheme, dtype = config.initial_values, target.factor_dtype
     if len(set(target.ranks)) == 1:
         shapes = target.shapes(target.ranks[0])
-        return init_factors(key, target.names, shapes, scheme, dtype, target.stack)
-    per_module = [
-        init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
-        for name, r in zip(target.names, target.ranks, strict=True)
-    ]
-    return stack_factors(per_module, target)
+        drawn = init_factors(key, target.names, shapes, scheme, dtype, target.stack)
+    else:
+        per_module = [
+            init_factors(key, [name], target.shapes(r), scheme, dtype, ()) if r else {}
+            for name, r in zip(target.names, target.ranks, strict=True)
+        ]
+        drawn = stack_factors(per_module, target)
+    if scheme == "abba":
+        drawn |= singular_pair(as_array(kernel), target.layout, drawn, target.ranks)
+    return drawn
 
 
 @standard_promotion()

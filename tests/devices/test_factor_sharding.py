@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
+from tests.devices.meshes import collectives
 
 KEY = jax.random.key(0)
 
@@ -124,6 +125,42 @@ def test_inject(name, kind):
     )
     described = inject(shapes)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), described, tree)
+
+
+@pytest.mark.parametrize("name", ["dense", "torch's order", "stack behind", "fused key and value"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_singular_vectors_of_a_split_kernel(name, kind):
+    shape, word, spec, w_a, w_b, _ = FLAT[name]
+    kernel = jax.random.normal(KEY, shape)
+    config = LoHaConfig(r=2, target_modules=".*", init_weights="abba")
+    plain, split = (
+        factors_of(
+            loha_jax.inject({"layer": {"kernel": k}}, config, key=KEY, layouts={"layer": word})
+        )
+        for k in (kernel, place(kernel, spec, kind))
+    )
+    products = [np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b) for f in (plain, split)]
+    np.testing.assert_allclose(*products, atol=1e-4)
+    assert split.hada_w1_a.sharding.is_equivalent_to(
+        NamedSharding(split.hada_w1_a.sharding.mesh, w_a), split.hada_w1_a.ndim
+    )
+    assert split.hada_w1_b.sharding.is_equivalent_to(
+        NamedSharding(split.hada_w1_b.sharding.mesh, w_b), split.hada_w1_b.ndim
+    )
+
+
+def test_singular_vectors_move_no_kernel():
+    """Between devices go arrays of r + 8 columns."""
+    kernel = place(jax.random.normal(KEY, (1024, 512)), P("fsdp", "tensor"))
+    config = LoHaConfig(r=4, target_modules=".*", init_weights="abba")
+    compiled = jax.jit(
+        lambda kernel: (
+            factors_of(loha_jax.inject({"layer": {"kernel": kernel}}, config, key=KEY)).tensors
+        )
+    )
+    moved = collectives(compiled.lower(kernel).compile())
+    assert moved
+    assert max(elements for _, elements in moved) == 1024 * (4 + 8)
 
 
 def test_cores_and_norms():

@@ -36,6 +36,7 @@ X = jnp.ones((2, 4))
         ({"alpha": float("nan")}, "LoHaDense at a: `alpha` should be a finite number"),
         ({"rank_dropout": 1.0}, "LoHaDense at a: `rank_dropout`"),
         ({"init_weights": "zeros"}, "LoHaDense at a: `init_weights`"),
+        ({"init_weights": "abba"}, "LoHaDense at a: init_weights='abba' starts from the singular"),
         ({"strategy": "best"}, "The strategy is one of"),
     ],
 )

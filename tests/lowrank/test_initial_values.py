@@ -9,7 +9,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy import stats
 
@@ -151,62 +150,3 @@ def test_a_raw_key_that_was_read_from_a_file_is_a_key():
     key = jax.random.PRNGKey(3)
     trees = [loha_jax.inject(base, config, key=k) for k in (key, np.asarray(key))]
     assert all(map(np.array_equal, *map(jax.tree.leaves, trees)))
-
-
-def first_updates(shape, r, cp, step, seed):
-    """ΔW of LoHa after one step and of LoRA of equal rank, for a random gradient of the weight.
-
-    Both have alpha/r = 1. PEFT's LoRA: A uniform in ±1/√fan_in, B zero, for a convolution on the
-    flattened kernel.
-    """
-    out, in_, *spatial = shape
-    random = np.random.default_rng(seed)
-    g = jnp.asarray(random.standard_normal(shape))
-    shapes = factor_shapes(out, in_, spatial, r, cp)
-    drawn = init_factors(jax.random.key(seed), ["q"], shapes, "calibrated", jnp.float64)
-    factors = {name: w[0] for name, w in drawn.items()}
-
-    def loha(f):
-        if not cp:
-            product = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
-            return product.reshape(shape)
-        both = [
-            jnp.einsum("ijkl,jr,ip->prkl", f[f"hada_t{n}"], f[f"hada_w{n}_b"], f[f"hada_w{n}_a"])
-            for n in (1, 2)
-        ]
-        return both[0] * both[1]
-
-    fan_in = in_ * math.prod(spatial)
-    bound = 1 / math.sqrt(fan_in)
-    pair = {"a": jnp.asarray(random.uniform(-bound, bound, (r, fan_in))), "b": jnp.zeros((out, r))}
-
-    def lora(p):
-        return (p["b"] @ p["a"]).reshape(shape)
-
-    def moved(weight, factors):
-        assert not weight(factors).any()
-        gradient = jax.grad(lambda f: (weight(f) * g).sum())(factors)
-        updates, _ = step.update(gradient, step.init(factors), factors)
-        return np.asarray(weight(optax.apply_updates(factors, updates)))
-
-    return np.asarray(g), moved(loha, factors), moved(lora, pair)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("step", [optax.sgd(1e-3), optax.adam(1e-3)], ids=["sgd", "adam"])
-@pytest.mark.parametrize(
-    ("shape", "cp"),
-    [((64, 48), False), ((96, 256), False), ((64, 16, 3, 3), False), ((64, 16, 3, 3), True)],
-)
-@pytest.mark.parametrize("r", [1, 2, 8, 32, 128])
-def test_the_first_step_of_calibrated_factors_is_loras(shape, cp, r, step):
-    """The size of ΔW and its effect on the loss are within a factor of 2 of LoRA's."""
-    ratios = []
-    for seed in range(4):
-        g, loha, lora = first_updates(shape, r, cp, step, seed)
-        ratios.append(
-            [np.linalg.norm(loha) / np.linalg.norm(lora), (g * loha).sum() / (g * lora).sum()]
-        )
-    size, effect = np.exp(np.log(ratios).mean(0))
-    assert 1 / 2 < size < 2
-    assert 1 / 2 < effect < 2

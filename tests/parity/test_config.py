@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import peft
 import pytest
+import torch
 
-from loha_jax import LoHaConfig
+import loha_jax
+from loha_jax import LoHaConfig, interop
 from loha_jax.targets.matching import DEFAULT_TARGET_MODULES
 
 
@@ -63,3 +67,23 @@ def test_default_targets_are_pefts():
     assert {k: v if isinstance(v, str) else sorted(v) for k, v in ours.items()} == {
         k: v if isinstance(v, str) else sorted(v) for k, v in theirs.items()
     }
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("init_weights", ["lycoris", "calibrated", "abba"])
+def test_peft_opens_an_adapter_whose_initial_values_it_does_not_know(
+    tmp_path, init_weights, low_cpu_mem_usage
+):
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=init_weights)
+    weight = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    params = loha_jax.inject({"q": {"kernel": weight.T}}, config, key=jax.random.key(0))
+    factors, rest = loha_jax.partition(params)
+    params = loha_jax.combine(jax.tree.map(lambda x: x + 0.1, factors), rest)  # as if trained
+    interop.save_peft(tmp_path, params)
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5, bias=False)})
+    model["q"].weight.data = torch.tensor(weight)
+    model = peft.PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    merged = model.merge_and_unload()["q"].weight.detach().numpy()
+    want = np.asarray(loha_jax.merge(params)["q"]["kernel"]).T
+    np.testing.assert_allclose(merged, want, rtol=1e-6)
+    assert LoHaConfig.from_pretrained(tmp_path).init_weights == init_weights

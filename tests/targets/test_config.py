@@ -122,7 +122,7 @@ def test_a_folder_without_a_config_or_with_a_broken_one_says_so(tmp_path):
             "target_modules": st.lists(
                 st.text("abq.", min_size=1, max_size=5), min_size=1, max_size=3
             ),
-            "init_weights": st.sampled_from([True, False, "lycoris", "calibrated"]),
+            "init_weights": st.sampled_from([True, False, "lycoris", "calibrated", "abba"]),
         },
     )
 )

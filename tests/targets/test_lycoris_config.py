@@ -57,7 +57,7 @@ def test_peft_gets_rank_stabilisation_folded_into_alpha(tmp_path):
         np.testing.assert_array_equal(delta(back, name), delta(params, name))
 
 
-@pytest.mark.parametrize("scheme", [True, "lycoris", "calibrated", False])
+@pytest.mark.parametrize("scheme", [True, "lycoris", False])
 def test_the_scalar_starts_the_adapter_as_a_no_op_that_trains(scheme):
     params = inject(use_scalar=True, init_weights=scheme)
     for name in ("q", "v"):
@@ -163,3 +163,9 @@ def test_sums_with_a_weight_decomposition_are_refused_by_name():
     params = inject(weight_decompose=True)
     with pytest.raises(ValueError, match=r"default decompose\(s\) the weight of q"):
         loha_jax.add_weighted_adapter(params, ["default"], [1.0], "sum")
+
+
+@pytest.mark.parametrize("init_weights", ["calibrated", "abba"])
+def test_calibrated_values_are_refused_with_a_scalar(init_weights):
+    with pytest.raises(ValueError, match=f"init_weights='{init_weights}'.*use_scalar=True"):
+        LycorisConfig(init_weights=init_weights, use_scalar=True)

@@ -103,8 +103,10 @@ def _pairs(
     def one_of(module: tuple[jax.Array, dict[str, jax.Array], jax.Array]) -> dict[str, jax.Array]:
         return one(*module)
 
-    mapped: object = jax.lax.map(one_of, modules) if one_by_one else jax.vmap(one)(*modules)
-    pairs = cast(dict[str, jax.Array], mapped)
+    if one_by_one:
+        pairs = cast(dict[str, jax.Array], jax.lax.map(one_of, modules))
+    else:
+        pairs = jax.vmap(one)(*modules)
     return {
         name: x.reshape(drawn[name].shape).astype(drawn[name].dtype) for name, x in pairs.items()
     }

@@ -51,6 +51,18 @@ def test_new_adapter_changes_nothing(base):
         np.testing.assert_array_equal(value, theirs[path])
 
 
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_abba_starts_from_the_singular_vectors_of_the_kernel(base):
+    model = adapted(
+        Attention(nnx.Rngs(0)), tokens(), trained=False, init_weights="abba", **BASES[base]
+    )
+    factors = (model.mlp.kernel_lora_hada_w1_a, model.mlp.kernel_lora_hada_w1_b)
+    got = np.matmul(*(np.asarray(x.get_value()) for x in factors))
+    u, s, vt = np.linalg.svd(np.asarray(Attention(nnx.Rngs(0)).mlp.kernel.get_value()).T)
+    want = (u[:, :2] * s[:2]) @ vt[:2]
+    np.testing.assert_allclose(got, want / np.sqrt(np.mean(want**2)), atol=0.05)
+
+
 def test_factors_are_lora_params_beside_the_kernel():
     """Exactly nnx.LoRAParam, under the kernel's name."""
     model = adapted(Attention(nnx.Rngs(0)), tokens())

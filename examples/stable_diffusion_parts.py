@@ -116,7 +116,7 @@ def batches(count: int, seed: int, held_out: bool = False) -> list[dict[str, np.
 
 def run(options: argparse.Namespace) -> None:
     """Inject, train, save, open in PyTorch."""
-    steps = 30 if options.quick else 300
+    steps = 16 if options.quick else 300
     keys = jax.random.split(jax.random.key(options.seed), 3)
     text_encoder = FlaxCLIPTextModel(TEXT_CONFIG, seed=options.seed)
     config = UNET_CONFIG | QUICK if options.quick else UNET_CONFIG

@@ -91,7 +91,7 @@ def vectors_in_torch(module: Any, data: Tokenized) -> np.ndarray:
 
 def run(options: argparse.Namespace) -> None:
     """In, adapt, out."""
-    sizes = (320, 160) if options.quick else (2400, 2293)
+    sizes = (160, 96) if options.quick else (2400, 2293)
     checkpoint = model_folder()
     train_sentences, _, test_sentences = split(load())
     tokenizer = load_tokenizer(checkpoint)

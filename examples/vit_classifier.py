@@ -141,7 +141,7 @@ def logits_in_torch(base: Params, adapter: Path, images: np.ndarray) -> np.ndarr
 
 def run(options: argparse.Namespace) -> None:
     """Pretrains, adapts, compares, saves."""
-    steps = 60 if options.quick else 400
+    steps = 30 if options.quick else 400
     low, few, validation, test = map(enlarged, load_pictures(options.seed))
     model = FlaxViTForImageClassification(CONFIG, input_shape=SHAPE, seed=options.seed)
     console.print("Pretraining on 0 to 4")

@@ -39,7 +39,7 @@ class LoHaLayer(nn.Module):
         alpha: the update is scaled by alpha/r. None is `LoHaConfig`'s 8; with `fedpara` no scaling.
         rank_dropout, module_dropout: as in `LoHaConfig`, in each call that is not deterministic.
             Every call draws a new mask, one for the whole batch.
-        init_weights: as in `LoHaConfig`: True, False or "lycoris".
+        init_weights: as in `LoHaConfig`: True, False, "lycoris" or "calibrated".
         strategy: as for `loha_jax.adapt`: "auto", "factored", "fused" or "dense".
         forward_mode: plain products that `jax.jvp` can differentiate.
         deterministic: whether dropout is off; here or as an argument of the call, as for

@@ -61,9 +61,10 @@ class LoHaConfig:
             (`inject(..., model_type=...)`).
         exclude_modules: names, endings or a regular expression of modules that are never adapted.
         init_weights: True (PEFT's initial values: the adapter starts as an exact no-op), False (all
-            factors random: the adapter starts as noise), "lycoris" (LyCORIS' normal distribution,
-            also a no-op at the start), or "calibrated" (a no-op whose first steps move ΔW as
-            LoRA's of equal rank do, whatever the rank and the width).
+            factors random: the adapter starts as noise), or the name of another no-op: "lycoris"
+            (LyCORIS' normal distribution), "calibrated" (the first steps move ΔW as LoRA's of equal
+            rank do, whatever the rank and the width), "abba" (the same, and the first pair of
+            factors holds the kernel's largest singular vectors). See docs/initial-values.md.
         layers_to_transform: index or indices of the layers to adapt.
         layers_pattern: name or names of the container that holds the layers.
         modules_to_save: modules that are trained and saved whole.

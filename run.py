@@ -1,16 +1,19 @@
 """Sets up and runs the jobs of this repository, each with one command.
 
     python3 run.py example [--quick ...]    fine-tune a real model, open the result in PyTorch PEFT
+                                            (4 minutes; --quick: 1)
     python3 run.py processes [...]          train in several processes, kill one, resume with others
-    python3 run.py test [pytest arguments]  run the daily tests, or those that the arguments choose
+    python3 run.py test [pytest arguments]  run the daily tests (10 minutes)
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
+                                            (14 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
-                                            MaxText) on the newest JAX
+                                            MaxText) on the newest JAX (10 minutes)
 
-It uses the active virtual environment, or makes one in .venv, and installs there what the job
-needs: some minutes and gigabytes the first time, nothing after that. It needs only Python 3.11 or
-newer with venv. The newest JAX needs Python 3.12 or newer, which is looked for, and its tests have
-an environment of their own, .venv-newest.
+Times are of two cores, after installation. Arguments of `test` choose the tests: with any, the slow
+ones among them run too. It uses the active virtual environment, or makes one in .venv, and installs
+there what the job needs: some minutes and gigabytes the first time, nothing after that. It needs
+only Python 3.11 or newer with venv. The newest JAX needs Python 3.12 or newer, which is looked for,
+and its tests have an environment of their own, .venv-newest.
 """
 
 # This file must parse on older Pythons, to be able to say that they are too old.

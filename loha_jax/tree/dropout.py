@@ -13,7 +13,7 @@ from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.scalars import check_key
 from loha_jax.tree.boxes import keeps_boxes
-from loha_jax.tree.containers import refuse_model
+from loha_jax.tree.containers import refuse_loose_factors, refuse_model
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.forgotten_dropout import note_dropout
 from loha_jax.tree.leaves import LoHaWeight, map_factors
@@ -57,6 +57,7 @@ def dropout(params: T, key: jax.Array) -> T:
         params,
         "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).",
     )
+    refuse_loose_factors(params)
     check_key(key)
 
     def drop(leaf: LoHaWeight, name: str, factors: Factors) -> Factors:

@@ -230,6 +230,15 @@ FUNCTIONS = {
     "partition": loha_jax.partition,
     "trainable_mask": loha_jax.trainable_mask,
     "inject": lambda tree: loha_jax.inject(tree, CONFIG, key=KEY),
+    "dropout": lambda tree: loha_jax.dropout(tree, KEY),
+    "apply_max_norm": lambda tree: loha_jax.apply_max_norm(tree, 1.0),
+    "scale": lambda tree: loha_jax.scale(tree, {"default": 2.0}),
+    "set_adapter": lambda tree: loha_jax.set_adapter(tree, "default"),
+    "delete_adapter": lambda tree: loha_jax.delete_adapter(tree, "default"),
+    "add_weighted_adapter": lambda tree: loha_jax.add_weighted_adapter(
+        tree, ["default"], [1.0], "sum"
+    ),
+    "dequantise": loha_jax.dequantise,
     "save_peft": lambda tree: interop.save_peft("nowhere", tree),
     "to_lora": interop.to_lora,
 }

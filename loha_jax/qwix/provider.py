@@ -44,6 +44,7 @@ class LoHaProvider(AdaptingProvider):
             `loha_jax.inject`. A kernel that a scan stacks takes one name with `{}`.
         strategy: "auto", "factored", "fused" or "dense", or a dict by module name; see
             `loha_jax.adapt`.
+        compute_dtype: as for `loha_jax.adapt`.
         training: whether "auto" counts the backward pass.
         forward_mode: use plain products that `jax.jvp` can differentiate.
         disable_jit: see `qwix.PtqProvider`.
@@ -73,6 +74,7 @@ class LoHaProvider(AdaptingProvider):
         config: LoHaConfig | None = None,
         names: Names | None = None,
         strategy: str | dict[str, str] = "auto",
+        compute_dtype: str = "auto",
         training: bool = True,
         forward_mode: bool = False,
         disable_jit: bool = False,
@@ -99,7 +101,7 @@ class LoHaProvider(AdaptingProvider):
                 "qwix.QuantizationRule, or leave `config` out."
             )
         checked = None if config is None else checked_config(config)
-        options = make_options(strategy, training, forward_mode)
+        options = make_options(strategy, training, forward_mode, compute_dtype)
         super().__init__(rules, checked, options, names=names, disable_jit=disable_jit)
 
     # --- the operations that qwix intercepts ---

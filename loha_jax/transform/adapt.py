@@ -30,6 +30,7 @@ from loha_jax.transform import control_flow_rules, product_rules, structural_rul
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.arguments import FlatArguments, TreeDef, flatten, is_array
 from loha_jax.transform.closures import closed_over
+from loha_jax.transform.compute_dtype import checked_compute_dtype
 from loha_jax.transform.interpreter import densify, evaluate
 from loha_jax.transform.kernel_view import KernelView, Value, frozen_kernel
 from loha_jax.transform.options import Options
@@ -55,6 +56,7 @@ def adapt(
     strategy: str | Mapping[str, str] = "auto",
     training: bool = True,
     forward_mode: bool = False,
+    compute_dtype: str = "auto",
     adapter_index: ArrayLike | Sequence[int] | None = None,
     in_axes: object = None,
     out_axes: object = 0,
@@ -79,6 +81,10 @@ def adapt(
         training: whether "auto" counts the backward pass. False for inference.
         forward_mode: use plain products, which `jax.jvp` can differentiate, at some cost in speed.
             Without it adapted products are `jax.custom_vjp`.
+        compute_dtype: what the update is computed in, where the input is bfloat16 or float16.
+            "float32": in float32, as in PEFT. "input": in the input's dtype, with sums and the
+            factors' gradients in float32, as JAX's LoRA libraries do. "auto": "float32" on CPU, and
+            "input" on other devices (`jax.default_backend()`).
         adapter_index: integers `[batch]`, one per row: the active adapter (in the order of
             `set_adapter`) that the row runs through, -1 for the base model. The adapters have equal
             ranks and targets; one that lacks a module leaves it as it is. Results are those of
@@ -99,9 +105,9 @@ def adapt(
         A function with the same signature and results. Jit it (or `fn`) like `fn`.
 
     Raises:
-        ValueError: the strategy is unknown; or, when called, a leaf comes from one half of
-            `partition`, `adapter_index` is out of range (NaN results where it is traced), the
-            adapters differ in shape, no argument has rows, or several may have.
+        ValueError: the strategy or `compute_dtype` is unknown; or, when called, a leaf comes from
+            one half of `partition`, `adapter_index` is out of range (NaN results where it is
+            traced), the adapters differ in shape, no argument has rows, or several may have.
 
     Example:
         >>> import loha_jax
@@ -110,7 +116,7 @@ def adapt(
         >>> adapt(lambda p, x: x @ p["q"]["kernel"])(params, jnp.ones((2, 3))).shape
         (2, 3)
     """
-    options = make_options(strategy, training, forward_mode)
+    options = make_options(strategy, training, forward_mode, compute_dtype)
 
     @functools.wraps(fn)
     def adapted(*args: object, **kwargs: object) -> object:
@@ -136,14 +142,20 @@ def adapt(
     return cast(F, adapted)
 
 
-def make_options(strategy: str | Mapping[str, str], training: bool, forward_mode: bool) -> Options:
+def make_options(
+    strategy: str | Mapping[str, str],
+    training: bool,
+    forward_mode: bool,
+    compute_dtype: str = "auto",
+) -> Options:
     """Return the options of an evaluation, from the arguments of `adapt`."""
+    rule = checked_compute_dtype(compute_dtype)
     if isinstance(strategy, str):
-        return Options(checked_strategy(strategy), training, forward_mode)
+        return Options(checked_strategy(strategy), training, forward_mode, rule)
     by_name: list[tuple[re.Pattern[str], Strategy]] = [
         (re.compile(pattern), checked_strategy(chosen)) for pattern, chosen in strategy.items()
     ]
-    return Options(tuple(by_name), training, forward_mode)
+    return Options(tuple(by_name), training, forward_mode, rule)
 
 
 def run(

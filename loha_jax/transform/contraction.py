@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -20,6 +21,7 @@ def contract(
     out: str,
     precision: lax.PrecisionLike = None,
     like: Float[Array, "*result"] | None = None,
+    dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*result"]:
     """Return a two-operand einsum, accumulated in float32 or wider.
 
@@ -34,6 +36,8 @@ def contract(
         precision: of the `dot_general`.
         like: on a mesh with explicit axes, an array that the result is sharded like. By default it
             is sharded like the operands; where both say something of an axis, like `a`.
+        dtype: of the result, by default float32 or wider. A narrower result is rounded once, from
+            sums in float32.
     """
     batch = [c for c in a_labels if c in b_labels and c in out]
     summed = [c for c in a_labels if c in b_labels and c not in out]
@@ -53,7 +57,7 @@ def contract(
         b,
         numbers,
         precision=precision,
-        preferred_element_type=float32_or_wider(a.dtype, b.dtype),
+        preferred_element_type=dtype or float32_or_wider(a.dtype, b.dtype),
         out_sharding=result_sharding(labels, sources),
     )
     order = [labels.index(c) for c in out]

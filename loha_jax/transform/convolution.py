@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.sizes import nominal
+from loha_jax.transform.compute_dtype import ComputeDtype, dtype_of_update
 from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_convolution import FactoredConvolution, down, pull_back, up
 from loha_jax.transform.kernel_view import KernelView, size_of
@@ -42,6 +42,7 @@ class Convolution(Operation):
         x_rows: the same of x.
         stacked: modules stacked in the kernel's out axis.
         groups: of each module.
+        computed_in: the rule for the update's dtype.
     """
 
     primitive: ClassVar[str] = "conv_general_dilated"
@@ -53,6 +54,7 @@ class Convolution(Operation):
     x_rows: int
     stacked: int
     groups: int
+    computed_in: ComputeDtype
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Convolution(Operation):
         x: jax.Array,
         result_shape: Sequence[int],
         params: Mapping[str, Any],
+        computed_in: ComputeDtype,
     ) -> Convolution | NoRule:
         """Return the convolution with its axes sorted, or why it has no factored form."""
         numbers: lax.ConvDimensionNumbers = params["dimension_numbers"]
@@ -95,6 +98,7 @@ class Convolution(Operation):
             x_rows=nominal(x.shape[axis] for axis in (numbers.lhs_spec[0], *numbers.lhs_spec[2:])),
             stacked=stacked,
             groups=groups // stacked,
+            computed_in=computed_in,
         )
 
     def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -159,7 +163,7 @@ class Convolution(Operation):
             self.stacked,
             self.groups,
             tuple((name, params[name]) for name in names),
-            float32_or_wider(x.dtype, f.w1_a.dtype),
+            dtype_of_update(self.computed_in, x.dtype, f.w1_a.dtype),
             params["precision"],
         )
 

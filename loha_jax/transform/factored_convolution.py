@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from loha_jax.lowrank.hadamard import khatri_rao_columns
+from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.transform.contraction import contract
 from loha_jax.transform.operation import Params
 from loha_jax.transform.typed_jax import jit, vjp
@@ -36,7 +36,7 @@ class FactoredConvolution:
         stacked: modules stacked in the kernel's out axis.
         groups: of each module.
         window: strides, padding and dilations of the convolution, as items.
-        dtype: of all steps.
+        dtype: of x, h and y. The factors are multiplied in float32 or wider.
         precision: of all steps.
     """
 
@@ -50,7 +50,7 @@ class FactoredConvolution:
         self, x: Float[Array, "n *space features"], f: ViewFactors
     ) -> Float[Array, "images *space_of_h {self.stacked}*{f.r}**2"]:
         """Return h for x."""
-        x, f = x.astype(self.dtype), f.astype(self.dtype)
+        x, f = x.astype(self.dtype), f.astype(float32_or_wider(self.dtype))
         n, *space, features = x.shape
         letters, per_group = _SPACE[: len(space)], features // (self.stacked * self.groups)
         if self.groups > 1:  # groups become images: [n·groups, *space, stacked·in]
@@ -61,12 +61,15 @@ class FactoredConvolution:
         else:
             kb = khatri_rao_columns(f.w1_b, f.w2_b)  # [stacked, r², in]
             x = x.reshape(*x.shape[:-1], self.stacked, per_group)
-            x = contract(x, f"n{letters}sc", kb, "sRc", f"n{letters}sR", self.precision)
+            kb = kb.astype(self.dtype)
+            x = self._contract(x, f"n{letters}sc", kb, "sRc", f"n{letters}sR")
             x = x.reshape(*x.shape[:-2], self.stacked * f.r**2)
             # the Kronecker product of the cores: [stacked, r, r, r, r, *spatial]
             core = f.t1[:, :, None, :, None] * f.t2[:, None, :, None, :]
             kernel = core.reshape(self.stacked, f.r**2, f.r**2, *core.shape[5:])
-        kernel = kernel.reshape(-1, *kernel.shape[2:])  # [stacked·r², from, *spatial]
+        kernel = kernel.reshape(-1, *kernel.shape[2:]).astype(
+            self.dtype
+        )  # [stacked·r², from, *spatial]
         axes = len(space)
         kernel = jnp.transpose(kernel, [*range(2, 2 + axes), 1, 0])  # [*spatial, from, stacked·r²]
         numbers = lax.ConvDimensionNumbers(
@@ -87,14 +90,19 @@ class FactoredConvolution:
         self, h: Float[Array, "images *space {self.stacked}*{f.r}**2"], f: ViewFactors
     ) -> Float[Array, "n *space features"]:
         """Return y for h."""
-        f = f.astype(self.dtype)
+        f = f.astype(float32_or_wider(self.dtype))
         a1, a2 = (jnp.swapaxes(a, -1, -2) for a in (f.w1_a, f.w2_a))
         ka = khatri_rao_columns(a1, a2) * f.scaling.reshape(-1, 1, 1)  # [stacked, r², groups·out]
-        ka = ka.reshape(*ka.shape[:2], self.groups, -1)
+        ka = ka.reshape(*ka.shape[:2], self.groups, -1).astype(self.dtype)
         letters = _SPACE[: h.ndim - 2]
         h = h.reshape(h.shape[0] // self.groups, self.groups, *h.shape[1:-1], self.stacked, f.r**2)
-        y = contract(h, f"ng{letters}sR", ka, "sRgo", f"n{letters}sgo", self.precision)
+        y = self._contract(h, f"ng{letters}sR", ka, "sRgo", f"n{letters}sgo")
         return y.reshape(*y.shape[:-3], math.prod(y.shape[-3:]))
+
+    def _contract(
+        self, a: Float[Array, "*a"], a_labels: str, b: Float[Array, "*b"], b_labels: str, out: str
+    ) -> Float[Array, "*result"]:
+        return contract(a, a_labels, b, b_labels, out, self.precision, dtype=self.dtype)
 
     def pull_back(
         self,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from loha_jax.lowrank.hadamard import khatri_rao_columns
+from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns
 from loha_jax.runtime.sizes import is_known
 from loha_jax.transform import typed_jax
 from loha_jax.transform.contraction import contract
@@ -36,7 +36,7 @@ class FactoredProduct:
         stack_order: permutation of the factors' stack axes to b, c, f.
         stack_shape: the shape that they then take.
         swapped: the kernel's out axes are contracted.
-        dtype: of the factors' products.
+        dtype: of the two products, and of the cotangent of x.
         precision: of the `dot_general`.
     """
 
@@ -83,11 +83,11 @@ class FactoredProduct:
         """Return y and h = x KB."""
         if self._has_few_rows(x, factors):
             return self._run_few_rows(x, factors)
-        kb, ka = self.khatri_rao(factors)
+        kb, ka = (k.astype(self.dtype) for k in self.khatri_rao(factors))
         # [b, n, c, i] · [b, c, f, R, i] -> [b, c, n, f, R]
-        h = contract(x.astype(self.dtype), self.x, kb, self.kb, self.h, self.precision)
+        h = self._of_rows(x.astype(self.dtype), self.x, kb, self.kb, self.h)
         # [b, c, n, f, R] · [b, c, f, R, o] -> [b, f, n, o]
-        return contract(h, self.h, ka, self.ka, self.y, self.precision), h
+        return self._of_rows(h, self.h, ka, self.ka, self.y), h
 
     def pull_back(
         self,
@@ -107,17 +107,33 @@ class FactoredProduct:
 
             return typed_jax.vjp(few_rows, x.astype(self.dtype), factors)[1](g)
         (kb, ka), to_factors = typed_jax.vjp(self.khatri_rao, factors)
-        dh = contract(g, self.y, ka, self.ka, self.h, self.precision)
-        dx = contract(dh, self.h, kb, self.kb, self.x, self.precision, like=x)
-        dkb = contract(dh, self.h, x.astype(self.dtype), self.x, self.kb, self.precision, like=kb)
+        x = x.astype(self.dtype)
+        dh = self._of_rows(g, self.y, ka.astype(self.dtype), self.ka, self.h)
+        dx = self._of_rows(dh, self.h, kb.astype(self.dtype), self.kb, self.x, like=x)
+        dkb = contract(dh, self.h, x, self.x, self.kb, self.precision, like=kb)
         dka = contract(h, self.h, g, self.y, self.ka, self.precision, like=ka)
         return dx, *to_factors((dkb, dka))
+
+    def _of_rows(
+        self,
+        a: Float[Array, "*a"],
+        a_labels: str,
+        b: Float[Array, "*b"],
+        b_labels: str,
+        out: str,
+        like: Float[Array, "*result"] | None = None,
+    ) -> Float[Array, "*result"]:
+        """Return a product that has rows, in `dtype`."""
+        return contract(a, a_labels, b, b_labels, out, self.precision, like, self.dtype)
 
     def khatri_rao(
         self, factors: tuple[ViewFactors, ...]
     ) -> tuple[Float[Array, "*kb"], Float[Array, "*ka"]]:
-        """Return KB and the scaled KA of all adapters, with the axes of `kb` and `ka`."""
-        kb, ka = khatri_rao(factors, self.dtype, swapped=self.swapped)
+        """Return KB and the scaled KA of all adapters, with the axes of `kb` and `ka`.
+
+        They are in float32 or wider, and so are their cotangents.
+        """
+        kb, ka = khatri_rao(factors, float32_or_wider(self.dtype), swapped=self.swapped)
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
 
     def _arrange(
@@ -142,11 +158,12 @@ class FactoredProduct:
         """Return the same for fewer rows than ranks, as in decoding, without KB and KA.
 
         (x KB)[n, p, q] = Σ_i x[n, i] b1[p, i] b2[q, i]. KA works the same way. The arrays are
-        smaller, and the cost is no higher.
+        smaller, and the cost is no higher. They are in float32 or wider, y is in `dtype`.
         """
-        y, hs = jnp.zeros((), self.dtype), list[jax.Array]()
+        dtype = float32_or_wider(self.dtype)
+        y, hs = jnp.zeros((), dtype), list[jax.Array]()
         for f in factors:
-            f = f.astype(self.dtype)
+            f = f.astype(dtype)
             # every stack has size 1: [out, r] and [r, in]
             a1, b1, a2, b2 = (w.reshape(w.shape[-2:]) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
             a1, a2 = a1.T, a2.T
@@ -155,11 +172,11 @@ class FactoredProduct:
             if self.swapped:
                 a1, b1, a2, b2 = b1, a1, b2, a2
                 of_h, of_y = of_y, of_h
-            n, scaled = self.n, x.astype(self.dtype)[..., None, :] * b1  # [n, p, i]
+            n, scaled = self.n, x.astype(dtype)[..., None, :] * b1  # [n, p, i]
             h = contract(scaled, f"{n}pi", b2, "qi", f"{n}pq", self.precision) * of_h
             y = y + (contract(h, f"{n}pq", a2, "qo", f"{n}po", self.precision) * a1).sum(-2) * of_y
             hs.append(h.reshape(*x.shape[:-1], math.prod(h.shape[-2:])))  # [n, R]
-        return y, jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
+        return y.astype(self.dtype), jnp.concatenate(hs, -1) if len(hs) > 1 else hs[0]
 
 
 def khatri_rao(

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.device_types import split_as
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.xla_hints import behind_barrier, computed_once, isolated, wait_for
+from loha_jax.transform.compute_dtype import with_update
 from loha_jax.transform.decomposed_base import has_gain, scaled_base
 from loha_jax.transform.input_recomputation import KeptInput
 from loha_jax.transform.kernel_view import KernelView
@@ -114,17 +114,17 @@ def _update_alone(
 def _factored(
     operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput, forward_mode: bool
 ) -> jax.Array:
-    """Return x·W + (x·KB)·KA, added in float32 or wider."""
+    """Return x·W + (x·KB)·KA."""
     base = scaled_base(operation, x, view, forward_mode)
     delta = _low_rank(operation, x, view.without_gain(), kept, forward_mode)
-    total = base.astype(float32_or_wider(base.dtype, delta.dtype)) + split_as(delta, base)
+    total = with_update(base, split_as(delta, base))
     return computed_once(total, view.factors[0].w1_a).astype(base.dtype)
 
 
 def _low_rank(
     operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput, forward_mode: bool
 ) -> jax.Array:
-    """Return (x·KB)·KA in float32 or wider."""
+    """Return (x·KB)·KA in the dtype that it is computed in."""
     dtype = x.dtype
     # The backward pass holds no array of `kept`: a scan's would be leaked tracers.
     shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed

@@ -133,7 +133,8 @@ class Operation(CostModel):
         """Return what the adapters add to the result, without materialising ΔW.
 
         Returns:
-            The update in float32 or wider, and the intermediate values that `pull_back` takes as h.
+            The update in the dtype that it is computed in, and the intermediate values that
+            `pull_back` takes as h.
         """
 
     @abc.abstractmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jax.extend.core import JaxprEqn
 
+from loha_jax.transform.compute_dtype import ComputeDtype
 from loha_jax.transform.strategy import Strategies, Strategy
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Options:
         strategy: one for all modules, or pairs of a pattern of module names and a strategy.
         training: whether costs count the backward pass.
         forward_mode: plain products that `jax.jvp` can differentiate, instead of `custom_vjp`.
+        compute_dtype: the rule for the dtype that updates are computed in.
         update_alone: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
@@ -58,6 +60,7 @@ class Options:
     strategy: Strategies = "auto"
     training: bool = True
     forward_mode: bool = False
+    compute_dtype: ComputeDtype = "auto"
     update_alone: bool = False
     observer: Observer | None = None
     times: int = 1

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.sizes import is_known, nominal
 from loha_jax.transform import factored_product
+from loha_jax.transform.compute_dtype import ComputeDtype, dtype_of_update
 from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.factored_product import ROW_LABELS, FactoredProduct
 from loha_jax.transform.kernel_view import KernelView, large_atoms, size_of
@@ -44,6 +44,7 @@ class Product(Operation):
             an input gradient).
         params: of the `dot_general`, as items, without the dimension numbers.
         kernel_dims, x_dims: (contracted, batch) axes of the two operands, pairwise.
+        computed_in: the rule for the update's dtype.
         rows: number of rows of x per batch stack index; symbolic sizes count as 1.
     """
 
@@ -59,11 +60,17 @@ class Product(Operation):
     params: Params
     kernel_dims: Dims
     x_dims: Dims
+    computed_in: ComputeDtype
     rows: int
 
     @classmethod
     def of(
-        cls, view: KernelView, x: jax.Array, kernel_first: bool, params: Mapping[str, Any]
+        cls,
+        view: KernelView,
+        x: jax.Array,
+        kernel_first: bool,
+        params: Mapping[str, Any],
+        computed_in: ComputeDtype,
     ) -> Product | NoRule:
         """Return the product with its axes sorted, or why it has no factored form."""
         numbers: tuple[Dims, Dims] = params["dimension_numbers"]
@@ -72,12 +79,8 @@ class Product(Operation):
         kernel_dims, x_dims = (left, right) if kernel_first else (right, left)
         in_contracted = [n for d in kernel_dims[0] for n in view.dims[d]]
         in_batch = [n for d in kernel_dims[1] for n in view.dims[d]]
-        in_free = [
-            n
-            for d, atoms in enumerate(view.dims)
-            if d not in kernel_dims[0] + kernel_dims[1]
-            for n in atoms
-        ]
+        used = sum(kernel_dims, ())
+        in_free = [n for d, atoms in enumerate(view.dims) if d not in used for n in atoms]
 
         def kinds(atoms: Iterable[int]) -> set[str]:
             return {"i" if view.atoms[n].kind == "k" else view.atoms[n].kind for n in atoms}
@@ -108,6 +111,7 @@ class Product(Operation):
             params=tuple(item for item in params.items() if item[0] != "dimension_numbers"),
             kernel_dims=kernel_dims,
             x_dims=x_dims,
+            computed_in=computed_in,
             rows=rows * size_of(view, [n for n in in_batch if view.atoms[n].kind == "b"]),
         )
 
@@ -196,7 +200,7 @@ class Product(Operation):
             stack_order=tuple(stack.index(n) for group in groups for n in group),
             stack_shape=tuple(size_of(view, group) for group in groups if group),
             swapped=self.swapped,
-            dtype=float32_or_wider(x.dtype, *(f.w1_a.dtype for f in view.factors)),
+            dtype=dtype_of_update(self.computed_in, x.dtype, *(f.w1_a.dtype for f in view.factors)),
             precision=dict(self.params).get("precision"),
         )
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime._compat import bind_equation
 from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.sizes import is_empty, nominal
+from loha_jax.transform.compute_dtype import with_update
 from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
 from loha_jax.transform.forms import Computation, compute
@@ -42,7 +42,7 @@ def _dot_general(eqn: JaxprEqn, values: list[Value], context: Context) -> Output
         return NoRule("a product with an operand that is not floating")
     if not view.factors:
         return [_frozen(eqn, x, view, kernel_first, context)]
-    product = Product.of(view, x, kernel_first, eqn.params)
+    product = Product.of(view, x, kernel_first, eqn.params, context.options.compute_dtype)
     return _computed(product, view, x, eqn.invars[int(kernel_first)], context)
 
 
@@ -53,7 +53,8 @@ def _conv_general_dilated(eqn: JaxprEqn, values: list[Value], context: Context) 
         return NoRule("the weight is what a convolution slides over")
     if not view.factors:
         return [_frozen(eqn, x, view, False, context)]
-    convolution = Convolution.of(view, x, array_type(eqn.outvars[0]).shape, eqn.params)
+    shape, dtype = array_type(eqn.outvars[0]).shape, context.options.compute_dtype
+    convolution = Convolution.of(view, x, shape, eqn.params, dtype)
     return _computed(convolution, view, x, eqn.invars[0], context)
 
 
@@ -128,7 +129,7 @@ def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) ->
     base = checkpoint(apply) if isinstance(view.kernel, PackedKernel) else apply
     if not view.factors:
         return [base(x, view.kernel, sizes)]
-    product = RaggedProduct.of(view, x, eqn.params)
+    product = RaggedProduct.of(view, x, eqn.params, context.options.compute_dtype)
     if isinstance(product, NoRule):
         return product
     options = context.options
@@ -144,8 +145,7 @@ def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) ->
     if options.update_alone:
         return [delta.astype(array_type(eqn.outvars[0]).dtype)]
     result = base(x, view.kernel, sizes)
-    wide = float32_or_wider(result.dtype, delta.dtype)
-    return [(result.astype(wide) + delta).astype(result.dtype)]
+    return [with_update(result, delta).astype(result.dtype)]
 
 
 @register("gather", reads=True)
@@ -183,7 +183,7 @@ def _gather(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
     if not numbers.collapsed_slice_dims:  # the axis that is looked up stays, with size 1
         delta = jnp.expand_dims(delta, delta.ndim - count + 1 + axis)
     delta = jnp.moveaxis(delta, tuple(range(delta.ndim - count, delta.ndim)), numbers.offset_dims)
-    return [(base.astype(float32_or_wider(base.dtype, delta.dtype)) + delta).astype(base.dtype)]
+    return [with_update(base, delta).astype(base.dtype)]
 
 
 def _row_axis(eqn: JaxprEqn, shape: Sequence[int]) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.sizes import nominal
+from loha_jax.transform.compute_dtype import ComputeDtype, dtype_of_update
 from loha_jax.transform.decomposed_base import has_gain
 from loha_jax.transform.factored_product import khatri_rao
 from loha_jax.transform.kernel_view import KernelView, large_atoms, size_of
@@ -46,6 +47,7 @@ class RaggedProduct(CostModel):
         order: permutation of x's axes to rows and the contracted axes in the order of `main`.
         result: sizes of the result's axes after the rows.
         rows: the mean number of rows of an expert, at least 1.
+        computed_in: the rule for the update's dtype.
         precision: of the product.
     """
 
@@ -58,11 +60,12 @@ class RaggedProduct(CostModel):
     order: tuple[int, ...]
     result: tuple[int, ...]
     rows: int
+    computed_in: ComputeDtype
     precision: lax.PrecisionLike
 
     @classmethod
     def of(
-        cls, view: KernelView, x: jax.Array, params: Mapping[str, Any]
+        cls, view: KernelView, x: jax.Array, params: Mapping[str, Any], computed_in: ComputeDtype
     ) -> RaggedProduct | NoRule:
         """Return the product with its axes sorted, or why it has no factored form."""
         numbers = params["ragged_dot_dimension_numbers"]
@@ -98,13 +101,14 @@ class RaggedProduct(CostModel):
             order=(*ragged, *(axis for _, axis in pairs)),
             result=tuple(view.shape[d] for d in free),
             rows=max(1, nominal(x.shape[axis] for axis in ragged) // size_of(view, sides["s"])),
+            computed_in=computed_in,
             precision=params["precision"],
         )
 
     def update(
         self, x: jax.Array, view: KernelView, sizes: jax.Array, *, forward_mode: bool
     ) -> jax.Array:
-        """Return what the adapters add to the result, in float32 or wider.
+        """Return what the adapters add to the result, in the dtype that it is computed in.
 
         The backward pass keeps x, x KB and the factors.
 
@@ -115,7 +119,7 @@ class RaggedProduct(CostModel):
             forward_mode: plain products that `jax.jvp` can differentiate.
         """
         factors = view.flat().factors
-        dtype = float32_or_wider(x.dtype, *(f.w1_a.dtype for f in factors))
+        dtype = dtype_of_update(self.computed_in, x.dtype, *(f.w1_a.dtype for f in factors))
 
         @standard_promotion()
         def forward(
@@ -157,9 +161,9 @@ class RaggedProduct(CostModel):
 
     def _khatri_rao(self, factors: Factors, dtype: jnp.dtype) -> tuple[Experts, Experts]:
         """Return KB `[experts, main, R]` and the scaled KA `[experts, R, rest]` of all adapters."""
-        kb, ka = khatri_rao(factors, dtype, swapped=self.swapped)
+        kb, ka = khatri_rao(factors, float32_or_wider(dtype), swapped=self.swapped)
         # [*stack, R, features] -> [experts, R, features]
-        kb, ka = (k.reshape(-1, *k.shape[-2:]) for k in (kb, ka))
+        kb, ka = (k.reshape(-1, *k.shape[-2:]).astype(dtype) for k in (kb, ka))
         return jnp.swapaxes(kb, 1, 2), ka
 
     def _ragged(

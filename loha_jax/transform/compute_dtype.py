@@ -1,0 +1,49 @@
+"""The dtype that an update is computed in."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from loha_jax.lowrank.hadamard import float32_or_wider
+
+ComputeDtype = Literal["auto", "input", "float32"]
+"""A rule. "float32": float32 or wider, as PEFT computes. "input": the input's dtype, if it is
+bfloat16 or float16, as JAX's LoRA libraries do. "auto": "float32" on CPU, "input" elsewhere."""
+
+_RULES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+
+
+def checked_compute_dtype(name: str) -> ComputeDtype:
+    """Return the rule of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for rule in _RULES:
+        if name == rule:
+            return rule
+    raise ValueError(f"compute_dtype is one of {', '.join(_RULES)}, got {name!r}")
+
+
+def dtype_of_update(rule: ComputeDtype, x: DTypeLike, *factors: DTypeLike) -> jnp.dtype:
+    """Return the dtype of an update's products, for an input and factors of these dtypes.
+
+    Products in bfloat16 and float16 are accumulated in float32.
+    """
+    if rule == "auto":
+        rule = "float32" if jax.default_backend() == "cpu" else "input"
+    narrow = jnp.dtype(x) in (jnp.bfloat16, jnp.float16)
+    return jnp.dtype(x) if narrow and rule == "input" else float32_or_wider(x, *factors)
+
+
+def with_update(base: jax.Array, update: jax.Array) -> jax.Array:
+    """Return the sum in float32 or wider.
+
+    Compilers fuse it, and no array of that dtype is stored.
+    """
+    wide = float32_or_wider(base.dtype, update.dtype)
+    return base.astype(wide) + update.astype(wide)

@@ -1,0 +1,194 @@
+"""The dtype that updates are computed in: float32 as in PEFT, or the input's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import loha_jax
+
+TOKENS, WIDTH, OUT, R = 96, 64, 80, 4
+KEYS = jax.random.split(jax.random.key(0), 4)
+
+
+def conv(kernel, x):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+CASES = {
+    "dense": ((WIDTH, OUT), "io", (TOKENS, WIDTH), lambda w, x: x @ w),
+    "transposed": ((OUT, WIDTH), "oi", (TOKENS, WIDTH), lambda w, x: x @ w.T),
+    "kernel first": ((OUT, WIDTH), "oi", (WIDTH, TOKENS), lambda w, x: w @ x),
+    "heads": (
+        (WIDTH, 4, 20),
+        "ioo",
+        (2, 48, WIDTH),
+        lambda w, x: jnp.einsum("btd,dnh->btnh", x, w),
+    ),
+    "scan": (
+        (3, WIDTH, WIDTH),
+        "sio",
+        (TOKENS, WIDTH),
+        lambda w, x: lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0],
+    ),
+    "convolution": ((3, 3, 16, 24), "kkio", (4, 8, 8, 16), conv),
+    "core": ((3, 3, 16, 24), "kkio", (4, 8, 8, 16), conv),
+    "experts": (
+        (3, WIDTH, OUT),
+        "sio",
+        (TOKENS, WIDTH),
+        lambda w, x: lax.ragged_dot(x, w, jnp.array([40, 0, 56])),
+    ),
+}
+
+
+def case(name, dtype):
+    """An adapted tree, its input and the model."""
+    shape, word, x_shape, fn = CASES[name]
+    kernel = jax.random.normal(KEYS[0], shape) / np.sqrt(WIDTH)
+    config = loha_jax.LoHaConfig(
+        r=R, alpha=R, target_modules=["q"], init_weights=False, use_effective_conv2d=name == "core"
+    )
+    base = {"q": {"kernel": kernel.astype(dtype)}}
+    params = loha_jax.inject(base, config, key=KEYS[1], layouts={"q": word})
+    x = jax.random.normal(KEYS[2], x_shape).astype(dtype)
+    return params, x, lambda params, x: fn(params["q"]["kernel"], x)
+
+
+def pulled(fn, params, x, **options):
+    """The output, and the cotangents of the factors and of x."""
+    factors, frozen = loha_jax.partition(params)
+    run = loha_jax.adapt(fn, **{"strategy": "factored"} | options)
+    y, pull = jax.vjp(lambda factors, x: run(loha_jax.combine(factors, frozen), x), factors, x)
+    g = ((37 * jnp.arange(y.size, dtype=jnp.int32) % 17 - 8).astype(y.dtype) / 8).reshape(y.shape)
+    return y, *pull(g)
+
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+def arrays(jaxpr):
+    """The types of the operands and results of all products in a jaxpr, also of inner ones."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in PRODUCTS:
+            yield from (var.aval for var in (*eqn.invars, *eqn.outvars))
+        for param in jax.tree.leaves(
+            eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(param, "jaxpr", param)
+            if hasattr(inner, "eqns"):
+                yield from arrays(inner)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_no_product_has_rows_in_float32(name, dtype):
+    """Float32 are only operands and results without rows: the factors and their gradients."""
+    params, x, fn = case(name, dtype)
+    run = functools.partial(pulled, fn, compute_dtype="input")
+    jaxpr = jax.make_jaxpr(run)(params, x).jaxpr
+    rows = {TOKENS, 48, 2 * 48, 4 * 8 * 8}
+    wide = [a for a in arrays(jaxpr) if a.dtype == jnp.float32 and rows & set(a.shape)]
+    assert not wide
+    y, dfactors, dx = run(params, x)
+    assert y.dtype == dx.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(dfactors)} == {jnp.dtype("float32")}
+
+
+def relative_errors(got, want):
+    """Of each array, in the mean square."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return [
+        np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b)) / np.linalg.norm(np.asarray(b))
+        for a, b in pairs
+    ]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CASES)
+def test_the_update_is_right_to_the_input_s_precision(name):
+    """Against float64: outputs and gradients within 2^-7 in the mean, bfloat16's steps are 2^-8."""
+    params, x, fn = case(name, jnp.bfloat16)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))
+    want = pulled(fn, *wide, compute_dtype="float32")
+    got = pulled(fn, params, x, compute_dtype="input")
+    assert max(relative_errors(got, want)) < (0.03 if name == "scan" else 2**-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_errors_are_those_of_a_lora_in_bfloat16():
+    """A LoRA of the same two matrices, cast to bfloat16 as JAX's LoRA libraries do."""
+    params, x, _ = case("dense", jnp.bfloat16)
+    f = params["q"]["kernel"].adapters["default"]
+    ka = (f.hada_w1_a[:, :, None] * f.hada_w2_a[:, None, :]).reshape(OUT, -1)
+    kb = (f.hada_w1_b[:, None] * f.hada_w2_b[None]).reshape(-1, WIDTH)
+    g = jax.random.normal(KEYS[3], (TOKENS, OUT)).astype(x.dtype)
+
+    def lora(pair, x):
+        a, b = (m.astype(x.dtype) for m in pair)
+        return (x @ b.T) @ a.T
+
+    def loha(pair, x):
+        zero = {"q": {"kernel": jnp.zeros_like(params["q"]["kernel"].kernel)}}
+        leaf = params["q"]["kernel"]
+        tree = {
+            "q": {
+                "kernel": loha_jax.LoHaWeight(
+                    zero["q"]["kernel"], {"default": pair}, leaf.layout, leaf.names, leaf.active
+                )
+            }
+        }
+        run = loha_jax.adapt(
+            lambda p, x: x @ p["q"]["kernel"], strategy="factored", compute_dtype="input"
+        )
+        return run(tree, x)
+
+    errors = {}
+    for name, fn, pair in (("lora", lora, (ka, kb)), ("loha", loha, f)):
+        y, pull = jax.vjp(functools.partial(fn, pair), x)
+        exact = functools.partial(lora, (ka.astype(jnp.float64), kb.astype(jnp.float64)))
+        want, pull_want = jax.vjp(exact, x.astype(jnp.float64))
+        errors[name] = [
+            *relative_errors(y, want),
+            *relative_errors(pull(g), pull_want(g.astype(jnp.float64))),
+        ]
+    np.testing.assert_array_less(errors["loha"], np.multiply(errors["lora"], 1.1))
+
+
+def test_by_default_it_is_float32_on_cpu_and_the_input_s_elsewhere(monkeypatch):
+    params, x, fn = case("dense", jnp.bfloat16)
+
+    def widest(**options):
+        jaxpr = jax.make_jaxpr(functools.partial(pulled, fn, **options))(params, x).jaxpr
+        return any(a.dtype == jnp.float32 and TOKENS in a.shape for a in arrays(jaxpr))
+
+    assert widest()
+    assert widest(compute_dtype="float32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not widest()
+    assert widest(compute_dtype="float32")
+
+
+def test_a_float32_input_is_computed_in_float32_by_every_rule():
+    params, x, fn = case("dense", jnp.float32)
+    one, two = (pulled(fn, params, x, compute_dtype=rule) for rule in ("input", "float32"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_few_rows():
+    """Decoding computes without Khatri-Rao factors; its results have the input's dtype, too."""
+    params, x, fn = case("dense", jnp.bfloat16)
+    got = pulled(fn, params, x[:2], compute_dtype="input")
+    want = pulled(fn, params, x[:2], compute_dtype="float32")
+    assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(want)]
+    assert max(relative_errors(got, jax.tree.map(lambda a: a.astype(jnp.float32), want))) < 2**-7
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="compute_dtype is one of auto, input, float32"):
+        loha_jax.adapt(jnp.dot, compute_dtype="bfloat16")

@@ -92,7 +92,7 @@ def sources(folder):
     return found
 
 
-CHUNKS = 4
+CHUNKS = 8
 """The number of tests that the broken files are spread over. The first one runs every day."""
 
 

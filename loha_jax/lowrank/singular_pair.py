@@ -92,7 +92,9 @@ def _pairs(
         weight = of_module.unfold(weight)  # [out, in, *spatial]
         factors = {name: x.astype(dtype) for name, x in factors.items()}
         pair = _with_core if "hada_t1" in factors else _flat
-        return pair(weight.astype(dtype), factors, rank)
+        weight = weight.astype(dtype)
+        largest = jnp.max(jnp.abs(weight))  # squares of very small or large values are 0 or inf
+        return pair(weight / jnp.where(largest > 0, largest, 1), factors, rank)
 
     def flat(x: jax.Array) -> jax.Array:  # [modules, ...]
         return x.reshape(-1, *x.shape[len(axes) :])

@@ -86,6 +86,15 @@ def test_directions_that_the_kernel_does_not_have_are_drawn(rank, core):
         assert np.all(np.linalg.norm(rows, axis=1) > 0.1)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("core", [False, True])
+def test_very_small_and_very_large_kernels(size, core):
+    kernel = jnp.asarray(RANDOM.standard_normal((3, 3, 16, 24)) * size, jnp.float32)
+    factors = inject(kernel, "kkio", use_effective_conv2d=core)
+    usual = inject(kernel / size, "kkio", use_effective_conv2d=core)
+    np.testing.assert_allclose(first_product(factors), first_product(usual), atol=1e-3)
+
+
 def test_more_ranks_than_the_kernel_has_rows():
     factors = inject(jnp.asarray(RANDOM.standard_normal((64, 3)), jnp.float32), "io", r=6)
     assert np.linalg.matrix_rank(np.asarray(factors.hada_w1_b)) == 6

@@ -96,7 +96,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="by default results/TASK.jsonl")
     parser.add_argument("--quick", action="store_true", help="a slice, to see that it works")
     options = parser.parse_args()
-    options.methods = options.methods or _offered()
+    if options.what != "report":
+        options.methods = options.methods or _offered()
     return options
 
 

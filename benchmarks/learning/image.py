@@ -1,7 +1,9 @@
-"""Image: a convolutional net that knows the digits 0 to 4 learns 5 to 9 from 100 pictures.
+"""Image: a convolutional net that knows the digits 0 to 4 learns to call 5 to 9 so.
 
-The net is that of examples/digits_convnet.py. All seeds have the same 200 validation and 400 test
-pictures. A seed draws the net, which is trained on 0 to 4, and 100 of the other 296 pictures.
+The net is that of examples/digits_convnet.py. Its classifier stays as it is: only the convolutions
+learn, for a new classifier on the frozen ones is as good here as any adapter. All seeds have the
+same 200 validation and 400 test pictures. A seed draws the net, which is trained on 0 to 4, and 100
+of the other 296 pictures.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks.learning.methods import Tree
 from benchmarks.learning.task import Batch, Task
+from benchmarks.learning.training import ADAM
 from loha_jax import LoHaConfig
 
-CONFIG = LoHaConfig(r=4, alpha=8, target_modules=r"Conv_\d")
-HEAD_RATE = 3e-3
+CONFIG = LoHaConfig(r=2, alpha=4, target_modules=r"Conv_\d")
 BASE_RATE = 3e-3
 TRAIN, VALIDATION, TEST = 100, 200, 400
 BATCH = 32
@@ -38,9 +40,7 @@ def task(quick: bool) -> Task:
 
     @functools.cache
     def start(seed: int) -> tuple[Tree, Tree]:
-        params = pretrained(low, seed, 2 * steps)
-        head = new_net(1000 + seed)["classifier"]
-        return {name: value for name, value in params.items() if name != "classifier"}, head
+        return pretrained(low, seed, 2 * steps), {}
 
     def batches(seed: int) -> list[Batch]:
         few, _ = cut(pool, TRAIN, seed)
@@ -48,7 +48,7 @@ def task(quick: bool) -> Task:
 
     return Task(
         config=CONFIG,
-        head_rate=HEAD_RATE,
+        head_rate=0.0,
         start=start,
         loss=loss,
         batches=batches,
@@ -85,21 +85,21 @@ def draws(pictures: Pictures, steps: int, seed: int) -> list[Batch]:
     return [{"images": images[row], "labels": labels[row]} for row in rows]
 
 
-def logits(params: Tree, head: Tree, images: np.ndarray | jax.Array) -> jax.Array:
+def logits(params: Tree, images: np.ndarray | jax.Array) -> jax.Array:
     """Return the net's logits, [n, 5]."""
-    return ConvNet().apply({"params": {**params, "classifier": head}}, images)  # type: ignore[return-value]  # it also returns tuples
+    return ConvNet().apply({"params": params}, images)  # type: ignore[return-value]  # it also returns tuples
 
 
 def loss(params: Tree, head: Tree, batch: Batch) -> jax.Array:
     """Return the mean cross-entropy."""
-    scores = logits(params, head, batch["images"])
+    scores = logits(params, batch["images"])
     return optax.softmax_cross_entropy_with_integer_labels(scores, batch["labels"]).mean()
 
 
 def accuracy(pictures: Pictures, params: Tree, head: Tree) -> float:
     """Return the share of pictures whose label the net finds."""
     images, labels = pictures
-    return float((np.asarray(_compiled(params, head, images)).argmax(1) == labels).mean())
+    return float((np.asarray(_compiled(params, images)).argmax(1) == labels).mean())
 
 
 _compiled = jax.jit(logits)
@@ -113,17 +113,15 @@ def new_net(seed: int) -> Tree:
 def pretrained(pictures: Pictures, seed: int, steps: int) -> Tree:
     """Return a net that was trained whole on these pictures."""
     params = new_net(seed)
-    adam = optax.adam(optax.cosine_decay_schedule(BASE_RATE, steps))
-
-    @jax.jit
-    def step(params: Tree, state: optax.OptState, batch: Batch):
-        def of_params(params: Tree) -> jax.Array:
-            return loss(params, params["classifier"], batch)
-
-        updates, state = adam.update(jax.grad(of_params)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    state = adam.init(params)
-    for batch in draws(pictures, steps, seed):
-        params, state = step(params, state, batch)
+    schedule = optax.cosine_decay_schedule(BASE_RATE, steps)
+    state = ADAM.init(params)
+    for n, batch in enumerate(draws(pictures, steps, seed)):
+        params, state = _step(params, state, batch, schedule(n))
     return params
+
+
+@jax.jit
+def _step(params: Tree, state: optax.OptState, batch: Batch, rate: jax.Array):
+    gradient = jax.grad(lambda params: loss(params, {}, batch))(params)
+    direction, state = ADAM.update(gradient, state)
+    return optax.apply_updates(params, optax.tree.scale(-rate, direction)), state

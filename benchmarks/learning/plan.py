@@ -7,13 +7,15 @@ runs with other seeds at that rate, and the test is read once for each seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.records import Records
 from benchmarks.learning.task import Facts, Run
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+MIDDLE = 4
+"""The rates in the middle of the grid, which are run first."""
 FURTHER = 4
 """The most rates that the grid goes on by, at one end."""
 
@@ -86,13 +88,10 @@ def best_rate(facts: Facts, scores: dict[float, float]) -> float:
     return max(scores, key=lambda rate: (sign * scores[rate], -rate))
 
 
-def chosen_rate(facts: Facts, name: str, method: str, done: Records) -> float | None:
-    """Return the rate that the validation chooses; None while it needs more runs."""
+def is_settled(facts: Facts, name: str, method: str, done: Records) -> bool:
+    """Return whether no run is missing before the choice of the rate."""
     scores = validation(facts, name, method, done)
-    if not set(grid(method)) <= set(scores):
-        return None
-    best, ladder = best_rate(facts, scores), sorted(scores)
-    return None if _next_rate(method, best, ladder) else best
+    return set(grid(method)) <= set(scores) and not _next_rate(facts, method, scores)
 
 
 def comparison(
@@ -100,30 +99,31 @@ def comparison(
 ) -> Iterator[Run]:
     """Yield the missing runs of a task's comparison; the first of them is right for now.
 
-    Call it anew after each run: the later ones depend on its score.
+    Call it anew after each run: the later ones depend on its score. The test follows already the
+    middle of the grid. It is read anew if the rest of the grid moves the choice.
     """
-    for group in [[method for method in group if method in methods] for group in GROUPS]:
-        of = _maker(facts, name)
-        wanted = [
-            of(method, "validation", rate * METHODS[method].rates, seed)
-            for rate in middle_out(RATES)
-            for method in group
-            for seed in range(facts.choice_seeds)
+
+    def missing(stage: str, settings: Iterable[tuple[str, float]], count: int) -> Iterator[Run]:
+        runs = [
+            Run(name, stage, method, facts.r, rate, seed)
+            for method, rate in settings
+            for seed in range(count)
         ]
-        yield from (run for run in wanted if run not in done)
-        rates = {}
-        for method in group:
-            scores = validation(facts, name, method, done)
-            if not scores:
+        return (run for run in runs if run not in done)
+
+    for group in [[method for method in group if method in methods] for group in GROUPS]:
+        for rates in (middle_out(RATES)[:MIDDLE], middle_out(RATES)):
+            wanted = [(m, rate * METHODS[m].rates) for rate in rates for m in group]
+            yield from missing("validation", wanted, facts.choice_seeds)
+            scores = {method: validation(facts, name, method, done) for method in group}
+            if not all(scores.values()):
                 return
-            rates[method] = best_rate(facts, scores)
-            if rate := _next_rate(method, rates[method], sorted(scores)):
-                further = [
-                    of(method, "validation", rate, seed) for seed in range(facts.choice_seeds)
-                ]
-                yield from (run for run in further if run not in done)
-        wanted = [of(m, "test", rate, seed) for seed in range(seeds) for m, rate in rates.items()]
-        yield from (run for run in wanted if run not in done)
+            further = {method: _next_rate(facts, method, scores[method]) for method in group}
+            if len(rates) == len(RATES):
+                wanted = [(method, rate) for method, rate in further.items() if rate]
+                yield from missing("validation", wanted, facts.choice_seeds)
+            best = [(method, best_rate(facts, found)) for method, found in scores.items()]
+            yield from missing("test", best, seeds)
 
 
 def ranks(facts: Facts, name: str, methods: Iterable[str], done: Records) -> Iterator[Run]:
@@ -136,15 +136,12 @@ def ranks(facts: Facts, name: str, methods: Iterable[str], done: Records) -> Ite
                     yield run
 
 
-def _next_rate(method: str, best: float, ladder: Sequence[float]) -> float | None:
+def _next_rate(facts: Facts, method: str, scores: dict[float, float]) -> float | None:
     """Return the rate with which the grid goes on where its best one is at an end."""
     lowest, highest = grid(method)[0], grid(method)[-1]
-    if best == ladder[0] and best > lowest / 2**FURTHER:
+    best = best_rate(facts, scores)
+    if best == min(scores) and lowest / 2**FURTHER < best <= lowest:
         return best / 2
-    if best == ladder[-1] and best < highest * 2**FURTHER:
+    if best == max(scores) and highest <= best < highest * 2**FURTHER:
         return best * 2
     return None
-
-
-def _maker(facts: Facts, name: str) -> Callable[[str, str, float, int], Run]:
-    return lambda method, stage, rate, seed: Run(name, stage, method, facts.r, rate, seed)

@@ -65,7 +65,7 @@ def task_report(name: str, facts: Facts, done: Records) -> list[str]:
         parts += [
             f"Test {facts.score} ({better} is better) at the rate that the validation chose, r = "
             f"{facts.r} (LoRA and HiRA: rank {2 * facts.r}). Mean ± standard error over seeds; "
-            "differences to LoRA are paired by seed.",
+            "differences to LoRA are paired by seed. With *: not all runs of the choice are done.",
             table(rows),
         ]
     if rows := choice_rows(name, facts, done):
@@ -93,10 +93,12 @@ def test_rows(name: str, facts: Facts, done: Records) -> Iterable[dict[str, str]
         both = sorted(found.keys() & reference.keys())
         difference = Estimate.of([found[s]["score"] - reference[s]["score"] for s in both] or [0])
         first = next(iter(found.values()))
+        rate = plan.best_rate(facts, plan.validation(facts, name, method, done))
+        open_end = "" if plan.is_settled(facts, name, method, done) else " *"
         yield {
             "method": method,
             "trained": f"{first['parameters']:,}",
-            "rate": f"{plan.chosen_rate(facts, name, method, done):.2g}",
+            "rate": f"{rate:.2g}{open_end}",
             f"test {facts.score}": Estimate.of([r["score"] for r in found.values()]).text(),
             "− LoRA": "" if method == REFERENCE or not both else difference.text(sign=True),
             "seeds": str(len(found)),
@@ -108,7 +110,8 @@ def test_rows(name: str, facts: Facts, done: Records) -> Iterable[dict[str, str]
 
 def test_records(name: str, facts: Facts, method: str, done: Records) -> dict[int, dict[str, Any]]:
     """Return the test records of a method at its chosen rate, by seed."""
-    rate = plan.chosen_rate(facts, name, method, done)
+    scores = plan.validation(facts, name, method, done)
+    rate = plan.best_rate(facts, scores) if scores else None
     found = {
         run.seed: record
         for run, record in done.items()
@@ -144,7 +147,7 @@ def choice_rows(name: str, facts: Facts, done: Records) -> list[dict[str, str]]:
     rates = sorted({rate for found in scores.values() for rate in found})
     rows = []
     for method, found in scores.items():
-        best = plan.chosen_rate(facts, name, method, done)
+        best = plan.best_rate(facts, found)
         cells = {f"{rate:.2g}": _cell(found.get(rate), rate == best) for rate in rates}
         rows.append({"method": method, **cells})
     return rows

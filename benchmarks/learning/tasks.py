@@ -17,6 +17,12 @@ def _image(quick: bool) -> Task:
     return image.task(quick)
 
 
+def _language(quick: bool) -> Task:
+    from benchmarks.learning import language  # it reads the weights of a model
+
+    return language.task(quick)
+
+
 TASKS = {
     "text": Facts(
         load=_text,
@@ -33,11 +39,22 @@ TASKS = {
         load=_image,
         score="accuracy",
         higher_is_better=True,
-        r=4,
+        r=2,
         choice_seeds=5,
         test_seeds=10,
         goal=0.3,
         shared_rate=4e-3,
-        ranks=(2, 4, 8, 16, 32),
+        ranks=(1, 2, 4, 8, 16, 32),
+    ),
+    "language": Facts(
+        load=_language,
+        score="loss",
+        higher_is_better=False,
+        r=8,
+        choice_seeds=2,
+        test_seeds=5,
+        goal=4.3,
+        shared_rate=4e-3,
+        ranks=(2, 8, 32),
     ),
 }

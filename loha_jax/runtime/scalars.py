@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+C = TypeVar("C", bound=str)
 
 
 def plain_scalar(value: object) -> Any:
@@ -30,6 +32,18 @@ def plain_scalar(value: object) -> Any:
 def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is one of Python's integers, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_of(what: str, value: str, choices: tuple[C, ...]) -> C:
+    """Return the choice that a string names.
+
+    Raises:
+        ValueError: there is none; the message begins with `what`.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise ValueError(f"{what} is one of {', '.join(choices)}, got {value!r}")
 
 
 def check_key(key: Any) -> None:

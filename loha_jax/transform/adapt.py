@@ -26,17 +26,18 @@ from jax.typing import ArrayLike
 from loha_jax.runtime._compat import without_dead_code
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.runtime.scalars import one_of
 from loha_jax.transform import control_flow_rules, product_rules, structural_rules
 from loha_jax.transform.adapter_per_row import check_index, run_per_example
 from loha_jax.transform.arguments import FlatArguments, TreeDef, flatten, is_array
 from loha_jax.transform.closures import closed_over
-from loha_jax.transform.compute_dtype import checked_compute_dtype
+from loha_jax.transform.compute_dtype import COMPUTE_DTYPES, ComputeDtype
 from loha_jax.transform.interpreter import densify, evaluate
 from loha_jax.transform.kernel_view import KernelView, Value, frozen_kernel
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import PackedKernel, plain
 from loha_jax.transform.rows import mark_rows
-from loha_jax.transform.strategy import Strategy, checked_strategy
+from loha_jax.transform.strategy import STRATEGIES, Strategy
 from loha_jax.transform.typed_jax import Operand, array_type
 from loha_jax.tree.containers import is_model_part, on_trees
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
@@ -149,11 +150,15 @@ def make_options(
     compute_dtype: str = "auto",
 ) -> Options:
     """Return the options of an evaluation, from the arguments of `adapt`."""
-    rule = checked_compute_dtype(compute_dtype)
+    rule: ComputeDtype = one_of("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+
+    def checked(strategy: str) -> Strategy:
+        return one_of("The strategy", strategy, STRATEGIES)
+
     if isinstance(strategy, str):
-        return Options(checked_strategy(strategy), training, forward_mode, rule)
+        return Options(checked(strategy), training, forward_mode, rule)
     by_name: list[tuple[re.Pattern[str], Strategy]] = [
-        (re.compile(pattern), checked_strategy(chosen)) for pattern, chosen in strategy.items()
+        (re.compile(pattern), checked(chosen)) for pattern, chosen in strategy.items()
     ]
     return Options(tuple(by_name), training, forward_mode, rule)
 

@@ -14,19 +14,7 @@ ComputeDtype = Literal["auto", "input", "float32"]
 """A rule. "float32": float32 or wider, as PEFT computes. "input": the input's dtype, if it is
 bfloat16 or float16, as JAX's LoRA libraries do. "auto": "float32" on CPU, "input" elsewhere."""
 
-_RULES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
-
-
-def checked_compute_dtype(name: str) -> ComputeDtype:
-    """Return the rule of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for rule in _RULES:
-        if name == rule:
-            return rule
-    raise ValueError(f"compute_dtype is one of {', '.join(_RULES)}, got {name!r}")
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 
 
 def dtype_of_update(rule: ComputeDtype, x: DTypeLike, *factors: DTypeLike) -> jnp.dtype:

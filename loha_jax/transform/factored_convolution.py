@@ -67,9 +67,8 @@ class FactoredConvolution:
             # the Kronecker product of the cores: [stacked, r, r, r, r, *spatial]
             core = f.t1[:, :, None, :, None] * f.t2[:, None, :, None, :]
             kernel = core.reshape(self.stacked, f.r**2, f.r**2, *core.shape[5:])
-        kernel = kernel.reshape(-1, *kernel.shape[2:]).astype(
-            self.dtype
-        )  # [stacked·r², from, *spatial]
+        # [stacked·r², from, *spatial]
+        kernel = kernel.reshape(-1, *kernel.shape[2:]).astype(self.dtype)
         axes = len(space)
         kernel = jnp.transpose(kernel, [*range(2, 2 + axes), 1, 0])  # [*spatial, from, stacked·r²]
         numbers = lax.ConvDimensionNumbers(

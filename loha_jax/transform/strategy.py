@@ -51,18 +51,6 @@ class GradientCosts(NamedTuple):
     through_factors: float
 
 
-def checked_strategy(name: str) -> Strategy:
-    """Return the strategy of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for strategy in STRATEGIES:
-        if name == strategy:
-            return strategy
-    raise ValueError(f"The strategy is one of {', '.join(STRATEGIES)}, got {name!r}")
-
-
 def strategy_of(strategies: Strategies, name: str) -> Strategy:
     """Return the strategy for the module of this name; "auto" where no pattern matches."""
     if not isinstance(strategies, tuple):

@@ -1,5 +1,6 @@
 """The dtype that updates are computed in: float32 as in PEFT, or the input's."""
 
+import dataclasses
 import functools
 
 import jax
@@ -135,19 +136,10 @@ def test_errors_are_those_of_a_lora_in_bfloat16():
         return (x @ b.T) @ a.T
 
     def loha(pair, x):
-        zero = {"q": {"kernel": jnp.zeros_like(params["q"]["kernel"].kernel)}}
         leaf = params["q"]["kernel"]
-        tree = {
-            "q": {
-                "kernel": loha_jax.LoHaWeight(
-                    zero["q"]["kernel"], {"default": pair}, leaf.layout, leaf.names, leaf.active
-                )
-            }
-        }
-        run = loha_jax.adapt(
-            lambda p, x: x @ p["q"]["kernel"], strategy="factored", compute_dtype="input"
-        )
-        return run(tree, x)
+        zero = jnp.zeros_like(leaf.kernel)
+        leaf = dataclasses.replace(leaf, kernel=zero, adapters={"default": pair})
+        return loha_jax.adapt(jnp.matmul, strategy="factored", compute_dtype="input")(x, leaf)
 
     errors = {}
     for name, fn, pair in (("lora", lora, (ka, kb)), ("loha", loha, f)):

@@ -25,13 +25,8 @@ from jaxtyping import Array, Float
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.truncated_svd import largest_singular_values, precise_product
 from loha_jax.runtime.device_types import explicit_sharding
-
-_SPARE = 8
-"""Columns of the random start beyond the rank (Halko, Martinsson and Tropp, 2011)."""
-
-_ITERATIONS = 3
-"""Passes over the kernel and its transpose: enough for the slowly falling values of a weight."""
 
 Factor = Float[Array, "..."]
 
@@ -119,7 +114,7 @@ def _flat(
 ) -> dict[str, Factor]:
     """Return w1_a `[out, r]` and w1_b `[r, in·prod(spatial)]`."""
     a, b = drawn["hada_w1_a"], drawn["hada_w1_b"]
-    left, values, right = _largest(weight.reshape(len(weight), -1), a.shape[1])
+    left, values, right = largest_singular_values(weight.reshape(len(weight), -1), a.shape[1])
     found = (values > 0) & (jnp.arange(len(values)) < rank)
     roots = jnp.sqrt(jnp.where(found, values, 0))
     # Both factors get the same mean square, as Adam moves all entries alike.
@@ -133,7 +128,7 @@ def _flat(
 def _calibrated(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scale two factors so that their product has entries of mean square 1, or is zero."""
     # ‖ab‖² = sum of (aᵀa) ⊙ (bbᵀ)
-    square = jnp.sum(_product(a.T, a) * _product(b, b.T)) / (a.shape[0] * b.shape[1])
+    square = jnp.sum(precise_product(a.T, a) * precise_product(b, b.T)) / (a.shape[0] * b.shape[1])
     scale = jnp.where(square > 0, jnp.where(square > 0, square, 1) ** -0.25, 0)
     return a * scale, b * scale
 
@@ -151,7 +146,7 @@ def _with_core(
 
     def vectors(features: int, name: str) -> tuple[jax.Array, jax.Array]:
         rows = jnp.moveaxis(flat, features, 0).reshape(flat.shape[features], -1)
-        found, values, _ = _largest(rows, r)
+        found, values, _ = largest_singular_values(rows, r)
         is_real = (values > 0) & (jnp.arange(r) < rank)
         # [r, features], with entries of mean square r^(-2/3)
         unit = found.T * math.sqrt(flat.shape[features]) * r ** (-1 / 3)
@@ -159,7 +154,7 @@ def _with_core(
 
     a, left = vectors(0, "hada_w1_a")
     b, right = vectors(1, "hada_w1_b")
-    seen = _product(left, flat.reshape(len(flat), -1)).reshape(r, *flat.shape[1:])
+    seen = precise_product(left, flat.reshape(len(flat), -1)).reshape(r, *flat.shape[1:])
     seen = jnp.einsum("ric,ji->rjc", seen, right, precision=jax.lax.Precision.HIGHEST)
     mean_square = jnp.mean(seen**2)
     scale = r ** (-1 / 3) / jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1))
@@ -168,30 +163,3 @@ def _with_core(
         "hada_w1_b": b,
         "hada_t1": jnp.where(mean_square > 0, scale * seen.reshape(core.shape), core),
     }
-
-
-def _largest(
-    matrix: Float[Array, "rows columns"], count: int
-) -> tuple[Float[Array, "rows {count}"], Float[Array, "{count}"], Float[Array, "{count} columns"]]:
-    """Return the largest singular values with their vectors; values that there are not are 0."""
-    width = min(count + _SPARE, *matrix.shape)
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[1], width), matrix.dtype)
-    columns = jnp.linalg.qr(start)[0]  # [columns, width]
-    for _ in range(_ITERATIONS):
-        rows = jnp.linalg.qr(_product(matrix, columns))[0]  # [rows, width]
-        columns = jnp.linalg.qr(_product(matrix.T, rows))[0]
-    rows, triangle = jnp.linalg.qr(_product(matrix, columns))
-    u, values, vt = jnp.linalg.svd(triangle)
-    eps = float(cast(float, jnp.finfo(matrix.dtype).eps))
-    smallest = values[0] * max(matrix.shape) * eps
-    values = jnp.where(values > smallest, values, 0)
-    missing = max(0, count - width)
-    return (
-        jnp.pad(_product(rows, u)[:, :count], ((0, 0), (0, missing))),
-        jnp.pad(values[:count], (0, missing)),
-        jnp.pad(_product(vt, columns.T)[:count], ((0, missing), (0, 0))),
-    )
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

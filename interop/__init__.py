@@ -9,10 +9,13 @@ from .exchange.lycoris_load import load_lycoris
 from .exchange.merged_checkpoint import save_merged
 from .exchange.peft import from_peft_state_dict, load_peft, save_peft, to_peft_state_dict
 from .names.name_map import NameMap
+from .updates.fitting import FittedLoHa, fit_loha
 
 __all__ = [
     "FileError",
+    "FittedLoHa",
     "NameMap",
+    "fit_loha",
     "from_peft_state_dict",
     "load_base",
     "load_lora",

@@ -14,15 +14,8 @@ from jax.typing import DTypeLike
 
 from loha_jax.targets.module_names import Names
 
-from ..disk.atomic import (
-    check_place,
-    move_into_place,
-    naming,
-    temporary_folder,
-    write_atomically,
-    write_files,
-)
-from .conversion_source import ConversionSource
+from ..disk.atomic import check_place
+from .conversion_source import read_source
 from .lycoris_file import lycoris_file
 from .peft_folder import loha_folder, lora_folder
 
@@ -124,7 +117,7 @@ def convert_adapter(
     check_place(target, force)
     if target == Path(os.path.abspath(source)):
         raise ValueError(f"{target} is the source itself")
-    read = ConversionSource(source, base, only, names)
+    read = read_source(source, base, only, names)
     if dtype is not None and to != "lora":  # whose factors are computed from the source's own
         read.cast(dtype)
     if to == "peft":
@@ -133,13 +126,6 @@ def convert_adapter(
         made = lora_folder(read, rank, energy, dtype)
     else:
         made = lycoris_file(read, to, prefix)
-    with naming(target), temporary_folder(target) as work:
-        new = work / "new"
-        if isinstance(made.content, bytes):
-            write_atomically(new, made.content)
-        else:
-            new.mkdir()
-            write_files(new, made.content)
-        move_into_place(new, target, force)
+    made.write(target, force)
     ranks = {module.name: module.r for module in made.modules}
     return Conversion(read.adapter.form, ranks, made.errors, tuple(read.notes))

@@ -1,4 +1,4 @@
-"""The command line `loha-jax`: inspect, convert, merge and compare adapter files."""
+"""The command line `loha-jax`: inspect, convert, merge, extract and compare adapter files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from ..merge import files as merge_files
 from . import convert as conversion
 from . import differences, inspection, tables
+from . import extract as extraction
 from .command_run import DIFFERENT, FINE, run_command
 from .options import (
     DtypeOption,
@@ -32,8 +33,8 @@ _EPILOG = (
 
 app = typer.Typer(
     name="loha-jax",
-    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge and compare them. Works on "
-    "files only, on the CPU and offline; no model is built.",
+    help="LoHa, LoRA and LyCORIS adapter files: inspect, convert, merge, extract and compare "
+    "them. Works on files only, on the CPU and offline; no model is built.",
     epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -180,6 +181,63 @@ def merge(
             raise
         result = report.to_json()
         command.show(result, lambda console: tables.show_merge(console, result))
+
+
+@app.command(epilog=_EPILOG)
+def extract(
+    tuned: Annotated[
+        Path, typer.Argument(help="The tuned model's safetensors checkpoint: a file, or a folder.")
+    ],
+    base: Annotated[Path, typer.Argument(help="The base model's, with the same names.")],
+    out: Annotated[Path, typer.Argument(help="The folder (or LyCORIS' or kohya's file) to write.")],
+    rank: Annotated[int, typer.Option(help="The rank r of every module.")] = 8,
+    alpha: Annotated[
+        float | None, typer.Option(help="Updates are scaled by alpha/r; r by default.")
+    ] = None,
+    to: Annotated[
+        extraction.Format, typer.Option("--to", help="The format to write.")
+    ] = extraction.Format.peft,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_)."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Only modules whose whole name in BASE matches."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="At most so many steps of L-BFGS a module.")] = 200,
+    starts: Annotated[
+        int, typer.Option(help="Starts to try for each module; the best result is kept.")
+    ] = 1,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the LoHa that comes closest to what fine-tuning has changed.
+
+    Each changed matrix and convolution gets one. Its error stands beside that of the best LoRA with
+    as many parameters, which is often the smaller one: then write a LoRA with another tool.
+    """
+    with run_command("extract", as_json) as command:
+        with command.progress("extracting", in_bytes=False) as progress:
+            done = extraction.extract_adapter(
+                tuned,
+                base,
+                out,
+                r=rank,
+                alpha=alpha,
+                to=to,
+                prefix=prefix,
+                only=only,
+                steps=steps,
+                starts=starts,
+                dtype=dtype,
+                force=force,
+                progress=progress,
+            )
+        result = {"tuned": str(tuned), "base": str(base), "out": str(out), "to": to}
+        result |= done.to_json()
+        command.show(result, lambda console: tables.show_extraction(console, result))
 
 
 @app.command(epilog=_EPILOG)

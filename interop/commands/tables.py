@@ -126,6 +126,26 @@ def show_conversion(console: Console, result: dict[str, Any]) -> None:
     _list(console, "Notes", result["notes"], "yellow")
 
 
+def show_extraction(console: Console, result: dict[str, Any]) -> None:
+    """`extract`."""
+    facts = [
+        ("out", f"{result['out']} ({result['to']})"),
+        ("modules", f"{len(result['modules'])} fitted, {result['unchanged']} unchanged"),
+        ("rank", str(result["r"])),
+        ("relative error", f"{result['error']:.4f}"),
+        (f"best LoRA of rank {2 * result['r']}", f"{result['lora_error']:.4f}"),
+    ]
+    _facts(console, facts)
+    rows = [
+        (m["name"], f"{m['size']:.3g}", f"{m['error']:.4f}", f"{m['lora_error']:.4f}")
+        for m in result["modules"]
+    ]
+    _table(console, ("module", "‖change‖", "relative error", "best LoRA's"), rows)
+    left_out = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
+    _list(console, "Left out", left_out, "yellow")
+    _list(console, "Notes", result["notes"], "yellow")
+
+
 def show_merge(console: Console, result: dict[str, Any]) -> None:
     """`merge`."""
     tensors = "{merged} merged, {replaced} replaced, {copied} as they were".format_map(result)

@@ -112,7 +112,8 @@ def fit_loha(
         >>> fitted.factors["hada_w1_b"].shape, fitted.error < fitted.lora_error
         ((4, 64), True)
     """
-    r, alpha, steps, starts = _checked(r, alpha, steps, starts)
+    r, steps, starts = _count("r", r), _count("steps", steps), _count("starts", starts)
+    alpha = _positive("alpha", r if alpha is None else alpha)
     matrix = _matrix(change)
     largest = float(np.abs(matrix).max(initial=0.0))
     if largest == 0:
@@ -127,23 +128,23 @@ def fit_loha(
     return FittedLoHa(factors, r, alpha, error, _lora_error(matrix, 2 * r))
 
 
-def _checked(r: int, alpha: float | None, steps: int, starts: int) -> tuple[int, float, int, int]:
-    """Return the arguments as plain numbers.
+def _count(name: str, value: int) -> int:
+    """Return a positive integer argument; raise ValueError for others."""
+    count = plain_scalar(value)
+    if not is_integer(count) or count < 1:
+        raise ValueError(
+            f"`{name}` should be a positive integer value but the value passed is {value!r}"
+        )
+    return count
 
-    Raises:
-        ValueError: one is out of range.
-    """
-    counts = [plain_scalar(n) for n in (r, steps, starts)]
-    for name, count in zip(("r", "steps", "starts"), counts, strict=True):
-        if not is_integer(count) or count < 1:
-            raise ValueError(
-                f"`{name}` should be a positive integer value but the value passed is {count!r}"
-            )
-    alpha = plain_scalar(counts[0] if alpha is None else alpha)
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not is_number or not 0 < alpha < math.inf:
-        raise ValueError(f"`alpha` should be a positive number but the value passed is {alpha!r}")
-    return counts[0], float(alpha), counts[1], counts[2]
+
+def _positive(name: str, value: float) -> float:
+    """Return a positive number as a float; raise ValueError for others."""
+    number = plain_scalar(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not 0 < number < math.inf:
+        raise ValueError(f"`{name}` should be a positive number but the value passed is {value!r}")
+    return float(number)
 
 
 def _matrix(change: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Float[np.ndarray, "out columns"]:

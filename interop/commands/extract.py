@@ -20,7 +20,7 @@ from ..disk.base_checkpoint import Checkpoint, accumulator, is_floating, read_co
 from ..formats.adapter_file import AdapterFile
 from ..formats.module_lookup import ModuleLookup
 from ..names.name_map import looks_like_conv1d
-from ..updates.fitting import FittedLoHa, fit_loha
+from ..updates.fitting import FittedLoHa, checked_settings, fit_loha
 from .conversion_source import ConversionSource
 from .lycoris_file import lycoris_file
 from .peft_folder import loha_folder
@@ -162,6 +162,7 @@ def extract_adapter(
     one_of("`to`", to, FORMATS)
     if prefix is not None and to == "peft":
         raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
+    r, alpha, steps, starts = checked_settings(r, alpha, steps, starts)
     target = Path(os.path.abspath(target))
     check_place(target, force)
     differences = _Differences(Checkpoint(tuned), Checkpoint(base), only)

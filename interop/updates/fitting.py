@@ -112,8 +112,7 @@ def fit_loha(
         >>> fitted.factors["hada_w1_b"].shape, fitted.error < fitted.lora_error
         ((4, 64), True)
     """
-    r, steps, starts = _count("r", r), _count("steps", steps), _count("starts", starts)
-    alpha = _positive("alpha", r if alpha is None else alpha)
+    r, alpha, steps, starts = checked_settings(r, alpha, steps, starts)
     matrix = _matrix(change)
     largest = float(np.abs(matrix).max(initial=0.0))
     if largest == 0:
@@ -126,6 +125,14 @@ def fit_loha(
     scale = (size * largest * r / alpha) ** 0.25
     factors = {f"hada_{name}": np.asarray(x) * scale for name, x in pairs._asdict().items()}
     return FittedLoHa(factors, r, alpha, error, _lora_error(matrix, 2 * r))
+
+
+def checked_settings(
+    r: int, alpha: float | None, steps: int, starts: int
+) -> tuple[int, float, int, int]:
+    """Return the settings of a fit as plain numbers; raise ValueError if one is out of range."""
+    r, steps, starts = _count("r", r), _count("steps", steps), _count("starts", starts)
+    return r, _positive("alpha", r if alpha is None else alpha), steps, starts
 
 
 def _count(name: str, value: int) -> int:

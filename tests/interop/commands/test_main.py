@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from loha_jax.interop.commands.main import app
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["convert"], ["merge"], ["diff"]])
+@pytest.mark.parametrize(
+    "command", [[], ["inspect"], ["convert"], ["merge"], ["extract"], ["diff"]]
+)
 def test_help_says_the_exit_codes(command):
     out, _ = run(*command, "--help")
     text = " ".join(out.split())

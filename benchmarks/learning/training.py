@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,38 @@ def ramp(step: int, steps: int) -> float:
     return step / warmup if step < warmup else (steps - step) / (steps - warmup)
 
 
+class Trained(NamedTuple):
+    """What a training leaves behind."""
+
+    base: Tree
+    model: Tree
+    """The base with the update merged."""
+    head: Tree
+    losses: list[float | None]
+    parameters: int
+    steps: int
+    seconds: float
+    cpu_seconds: float
+    compile_seconds: float
+
+
 def train(task: Task, run: Run) -> dict[str, Any]:
     """Train as `run` says and return the score of its held-out part, the losses and the seconds."""
+    done = run_training(task, run)
+    score = task.scores[run.stage](done.model, done.head)
+    return {
+        "score": score if math.isfinite(score) else None,
+        "losses": done.losses,
+        "steps": done.steps,
+        "parameters": done.parameters,
+        "seconds": round(done.seconds, 2),
+        "cpu_seconds": round(done.cpu_seconds, 2),
+        "compile_seconds": round(done.compile_seconds, 1),
+    }
+
+
+def run_training(task: Task, run: Run) -> Trained:
+    """Train as `run` says."""
     method = METHODS[run.method]
     scale = task.config.alpha / task.config.r
     config = dataclasses.replace(task.config, r=run.r, alpha=scale * run.r)
@@ -83,18 +113,17 @@ def train(task: Task, run: Run) -> dict[str, Any]:
     curve = _curve(np.asarray(jax.device_get(losses)))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     trained, _ = state
-    score = task.scores[run.stage](
-        loha_jax.merge(method.tree(trained["factors"], frozen)), trained["head"]
+    return Trained(
+        base,
+        loha_jax.merge(method.tree(trained["factors"], frozen)),
+        trained["head"],
+        curve,
+        sum(leaf.size for leaf in jax.tree.leaves(factors)),
+        len(batches),
+        wall,
+        cpu,
+        compile_seconds,
     )
-    return {
-        "score": score if math.isfinite(score) else None,
-        "losses": curve,
-        "steps": len(batches),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(factors)),
-        "seconds": round(wall, 2),
-        "cpu_seconds": round(cpu, 2),
-        "compile_seconds": round(compile_seconds, 1),
-    }
 
 
 def _compile(

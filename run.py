@@ -57,15 +57,14 @@ THIRD_PARTY = (
     ],
 )
 
-# Without compiled bytecode: most of it is never imported.
 NEWEST = (
     "loha-jax and what its tests need on the newest JAX",
-    ["--no-compile", "-e", f"{REPOSITORY}[newest]"],
+    ["-e", f"{REPOSITORY}[newest]"],
 )
 PACKAGES = REPOSITORY / "tests" / "trainers" / "packages.txt"
 TRAINERS = (
     "the trainers and what the tests need of their dependencies",
-    ["--no-compile", "--no-deps", *PACKAGES.read_text(encoding="utf-8").split()],
+    ["--no-deps", *PACKAGES.read_text(encoding="utf-8").split()],
 )
 # Left out is what no version of JAX changes: files, and this repository itself. Two cases of each
 # test are enough to see it run there.
@@ -303,7 +302,9 @@ class Installer:
         if key in self.done:
             return True
         try:
+            # Without compiled bytecode: most of it is never imported.
             pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check"]
+            pip.append("--no-compile")
             step(f"Installing {name}", [*pip, *arguments])
         except Failed:
             if needed:

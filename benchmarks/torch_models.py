@@ -45,14 +45,15 @@ def llama(config: Any, batch: dict[str, np.ndarray], dtype: str) -> TorchModel:
 
 
 class SentenceClassifier(torch.nn.Module):
-    """BERT, its outputs averaged over the tokens, and a linear classifier."""
+    """The first layers of BERT, its outputs averaged over the tokens, and a linear classifier."""
 
-    def __init__(self, folder: Path, classes: int):
+    def __init__(self, folder: Path, layers: int, classes: int):
         import transformers
 
         super().__init__()
         self.bert: Any = transformers.BertModel.from_pretrained(
             folder,
+            num_hidden_layers=layers,
             add_pooling_layer=False,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -65,9 +66,11 @@ class SentenceClassifier(torch.nn.Module):
         return self.classifier((hidden * weights).sum(1) / weights.sum(1))
 
 
-def minilm(folder: Path, classes: int, batch: dict[str, np.ndarray], dtype: str) -> TorchModel:
-    """The example's sentence encoder with a classifier."""
-    module = frozen(SentenceClassifier(folder, classes), dtype)
+def minilm(
+    folder: Path, layers: int, classes: int, batch: dict[str, np.ndarray], dtype: str
+) -> TorchModel:
+    """The example's sentence encoder, its first layers, with a classifier."""
+    module = frozen(SentenceClassifier(folder, layers, classes), dtype)
     require_output_gradient(module.get_submodule("bert.embeddings"))
     labels = integers(batch["labels"])
     inputs = {name: integers(batch[name]) for name in ("ids", "mask")}

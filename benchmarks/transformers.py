@@ -38,13 +38,14 @@ QUICK_LLAMA = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
 }
 
 MINILM_TARGETS = ("query", "key", "value", "attention.output.dense")
 MINILM_WIDTH = 384
 MINILM_CLASSES = 2
+MINILM_LAYERS = 6
 
 Batch = dict[str, np.ndarray]
 
@@ -54,6 +55,7 @@ def cases(settings: Settings) -> list[Case]:
     sequences, length = (2, 16) if settings.quick else (4, 512)
     sentences, words = (2, 8) if settings.quick else (16, 32)
     sizes = QUICK_LLAMA if settings.quick else LLAMA
+    layers = 1 if settings.quick else MINILM_LAYERS
     llama = functools.partial(_llama_batch, sizes["vocab_size"], sequences, length)
     minilm = functools.partial(_minilm_batch, sentences, words)
     return [
@@ -71,8 +73,8 @@ def cases(settings: Settings) -> list[Case]:
             name="minilm",
             shape={"tokens": f"{sentences} x {words}", "r": 8},
             adapter=Adapter(8, MINILM_TARGETS),
-            jax_model=lambda: _jax_minilm(minilm(), settings.dtype),
-            torch_model=lambda: _torch_minilm(minilm(), settings.dtype),
+            jax_model=lambda: _jax_minilm(minilm(), settings.dtype, layers),
+            torch_model=lambda: _torch_minilm(minilm(), settings.dtype, layers),
             process_memory=not settings.quick,
         ),
     ]
@@ -164,12 +166,16 @@ def _example() -> Any:
     return minilm
 
 
-def _jax_minilm(batch: Batch, dtype: str) -> JaxModel:
+def _jax_minilm(batch: Batch, dtype: str, layers: int) -> JaxModel:
     example = _example()
     model, bert = example.load_minilm(example.model_folder())
+    model.config.num_hidden_layers = layers
     model = type(model)(
         model.config, dtype=jnp.dtype(dtype), add_pooling_layer=False, _do_init=False
     )
+    stack = bert["encoder"]["layer"]
+    kept = {name: stack[name] for name in map(str, range(layers))}
+    bert = bert | {"encoder": {"layer": kept}}
     classifier = example.init_classifier(MINILM_WIDTH, MINILM_CLASSES, jax.random.key(0))
 
     def apply(params: Any, shift: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -186,7 +192,8 @@ def _jax_minilm(batch: Batch, dtype: str) -> JaxModel:
     )
 
 
-def _torch_minilm(batch: Batch, dtype: str) -> TorchModel:
+def _torch_minilm(batch: Batch, dtype: str, layers: int) -> TorchModel:
     from benchmarks import torch_models
 
-    return torch_models.minilm(_example().model_folder(), MINILM_CLASSES, batch, dtype)
+    folder = _example().model_folder()
+    return torch_models.minilm(folder, layers, MINILM_CLASSES, batch, dtype)

@@ -106,7 +106,17 @@ def pytest_ignore_collect(collection_path, config):
     return None if any(collection_path.name in parts for parts in asked) else True
 
 
+# Each of them has tests of a minute. Begun last, they would leave the other workers idle.
+LONGEST = ("test_examples.py", "test_several_processes.py", "test_harness.py", "test_docs.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    """Begin with the longest tests, and keep so many cases of each test as --cases says."""
+    items.sort(key=lambda item: Path(item.nodeid.split("::")[0]).name not in LONGEST)
+    keep_cases(config, items)
+
+
+def keep_cases(config, items):
     """Keep so many cases of each test as --cases says: the first, the last, and some between."""
     most = config.option.cases
     if most is None:

@@ -55,6 +55,11 @@ class FittedLoHa:
         r, alpha: the update is (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · alpha/r.
         error: ‖change − update‖ / ‖change‖ (Frobenius); 0 for a change that is zero.
         lora_error: the same for the best LoRA with equally many parameters, of rank 2r.
+
+    Example:
+        >>> fitted = fit_loha(np.eye(3), r=2, alpha=8)
+        >>> fitted.alpha, fitted.factors["hada_w2_a"].shape
+        (8.0, (3, 2))
     """
 
     factors: dict[str, np.ndarray]

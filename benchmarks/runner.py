@@ -11,11 +11,9 @@ from benchmarks import peak_memory
 from benchmarks.case import (
     AUTO,
     CHOICES,
-    JAX_FROZEN,
     JAX_METHODS,
     KINDS,
     PEFT_LOHA,
-    TORCH_FROZEN,
     Case,
     Settings,
     frozen_of,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -38,6 +38,16 @@ class Pairs(NamedTuple):
     w1_b: Float[Array, "r columns"]
     w2_a: Float[Array, "out r"]
     w2_b: Float[Array, "r columns"]
+
+    @classmethod
+    def of(cls, flat: Float[Array, "numbers"], shape: tuple[int, ...], r: int) -> Pairs:
+        """Return the factors whose numbers stand one after the other in `flat`."""
+        out, columns = shape
+        ends = np.cumsum([out * r, r * columns, out * r])
+        a1, b1, a2, b2 = jnp.split(flat, ends)
+        return cls(
+            a1.reshape(out, r), b1.reshape(r, columns), a2.reshape(out, r), b2.reshape(r, columns)
+        )
 
     def update(self) -> Float[Array, "out columns"]:
         """Return the product that they stand for."""
@@ -224,6 +234,7 @@ def _roots(
     return jnp.sign(target) * root, root
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _best(
     matrix: Float[Array, "out columns"], r: int
 ) -> tuple[Float[Array, "out {r}"], Float[Array, "{r} columns"]]:
@@ -234,25 +245,26 @@ def _best(
 
 def _descend(target: Float[Array, "out columns"], start: Pairs, steps: int) -> tuple[Pairs, float]:
     """Return the factors that L-BFGS reaches from a start, and their relative error."""
-    flat, unflatten = ravel_pytree(start)
+    r = start.w1_a.shape[1]
 
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _loss_and_slope(unflatten(jnp.asarray(flat, jnp.float32)), target)
-        return float(value), np.asarray(ravel_pytree(slope)[0], np.float64)
+    def loss(flat: Float[np.ndarray, "numbers"]) -> tuple[float, Float[np.ndarray, "numbers"]]:
+        value, slope = _loss_and_slope(flat.astype(np.float32), target, r)
+        return float(value), np.asarray(slope, np.float64)
 
+    flat = np.concatenate([np.asarray(x, np.float64).ravel() for x in start])
     options = {"maxiter": steps, "maxcor": _MEMORY, "ftol": _SMALLEST_GAIN, "gtol": 0.0}
-    found = scipy.optimize.minimize(
-        loss, np.asarray(flat, np.float64), jac=True, method="L-BFGS-B", options=options
-    )
-    pairs = unflatten(jnp.asarray(found.x, jnp.float32))
-    return pairs, math.sqrt(float(_loss_and_slope(pairs, target)[0]))
+    found = scipy.optimize.minimize(loss, flat, jac=True, method="L-BFGS-B", options=options)
+    reached = Pairs.of(jnp.asarray(found.x, jnp.float32), target.shape, r)
+    return reached, math.sqrt(loss(found.x)[0])
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=2)
 @jax.value_and_grad
-def _loss_and_slope(pairs: Pairs, target: Float[Array, "out columns"]) -> jax.Array:
+def _loss_and_slope(
+    flat: Float[Array, "numbers"], target: Float[Array, "out columns"], r: int
+) -> jax.Array:
     """Return the mean square of what is missing. The target's own mean square is 1."""
-    return jnp.mean(jnp.square(pairs.update() - target))
+    return jnp.mean(jnp.square(Pairs.of(flat, target.shape, r).update() - target))
 
 
 def _lora_error(matrix: Float[np.ndarray, "out columns"], rank: int) -> float:

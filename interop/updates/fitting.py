@@ -1,6 +1,6 @@
 """`fit_loha`: the LoHa that comes closest to a given change of a weight."""
 
-# JAX's own functions are only partly typed.
+# JAX's and Optax' own functions are only partly typed.
 # pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -23,8 +23,9 @@ from loha_jax.runtime.scalars import is_integer, plain_scalar
 from ..disk.base_checkpoint import accumulator
 from ..formats.adapter_file import AdapterModule
 
-_SMALLEST_GAIN = 1e-8
-"""A fit ends at a step that lowers the mean square, which is 1 at first, by less than this."""
+_STEPS_AT_ONCE = 20
+_SMALLEST_GAIN = 1e-4
+"""A fit ends when so many steps lower the error by less than this share."""
 _MEMORY = 20
 """The steps that L-BFGS remembers."""
 _NOISE = 0.01
@@ -38,16 +39,6 @@ class Pairs(NamedTuple):
     w1_b: Float[Array, "r columns"]
     w2_a: Float[Array, "out r"]
     w2_b: Float[Array, "r columns"]
-
-    @classmethod
-    def of(cls, flat: Float[Array, "numbers"], shape: tuple[int, ...], r: int) -> Pairs:
-        """Return the factors whose numbers stand one after the other in `flat`."""
-        out, columns = shape
-        ends = np.cumsum([out * r, r * columns, out * r])
-        a1, b1, a2, b2 = jnp.split(flat, ends)
-        return cls(
-            a1.reshape(out, r), b1.reshape(r, columns), a2.reshape(out, r), b2.reshape(r, columns)
-        )
 
     def update(self) -> Float[Array, "out columns"]:
         """Return the product that they stand for."""
@@ -117,7 +108,7 @@ def fit_loha(
         ValueError: r, alpha, steps or starts are out of range; the change has no two axes, holds
             values that are not finite, or is a pair of unequal shapes.
 
-    Source: LyCORIS' `extract` does this for LoRA and LoKr, and has no LoHa. L-BFGS is SciPy's.
+    Source: LyCORIS' `extract` does this for LoRA and LoKr, and has no LoHa. L-BFGS is Optax'.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -245,26 +236,47 @@ def _best(
 
 def _descend(target: Float[Array, "out columns"], start: Pairs, steps: int) -> tuple[Pairs, float]:
     """Return the factors that L-BFGS reaches from a start, and their relative error."""
-    r = start.w1_a.shape[1]
+    pairs, state, error = start, _optimizer().init(start), float(_relative_error(target, start))
+    for done in range(0, steps, _STEPS_AT_ONCE):
+        count = min(_STEPS_AT_ONCE, steps - done)
+        moved, state = _some_steps(target, pairs, state, count)
+        new = float(_relative_error(target, moved))
+        if not new < error:  # the rounding of float32 is reached
+            break
+        gain, pairs, error = 1 - new / error, moved, new
+        if gain < _SMALLEST_GAIN:
+            break
+    return pairs, error
 
-    def loss(flat: Float[np.ndarray, "numbers"]) -> tuple[float, Float[np.ndarray, "numbers"]]:
-        value, slope = _loss_and_slope(flat.astype(np.float32), target, r)
-        return float(value), np.asarray(slope, np.float64)
 
-    flat = np.concatenate([np.asarray(x, np.float64).ravel() for x in start])
-    options = {"maxiter": steps, "maxcor": _MEMORY, "ftol": _SMALLEST_GAIN, "gtol": 0.0}
-    found = scipy.optimize.minimize(loss, flat, jac=True, method="L-BFGS-B", options=options)
-    reached = Pairs.of(jnp.asarray(found.x, jnp.float32), target.shape, r)
-    return reached, math.sqrt(loss(found.x)[0])
+def _optimizer() -> optax.GradientTransformationExtraArgs:
+    return optax.lbfgs(memory_size=_MEMORY)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-@jax.value_and_grad
-def _loss_and_slope(
-    flat: Float[Array, "numbers"], target: Float[Array, "out columns"], r: int
-) -> jax.Array:
-    """Return the mean square of what is missing. The target's own mean square is 1."""
-    return jnp.mean(jnp.square(Pairs.of(flat, target.shape, r).update() - target))
+@jax.jit
+def _some_steps(
+    target: Float[Array, "out columns"], pairs: Pairs, state: optax.OptState, count: int
+) -> tuple[Pairs, optax.OptState]:
+    """Take `count` steps of L-BFGS."""
+    optimizer = _optimizer()
+
+    def loss(pairs: Pairs) -> jax.Array:
+        return jnp.mean(jnp.square(pairs.update() - target))
+
+    def step(_: int, carry: tuple[Pairs, optax.OptState]) -> tuple[Pairs, optax.OptState]:
+        pairs, state = carry
+        value, gradient = optax.value_and_grad_from_state(loss)(pairs, state=state)
+        moves, state = optimizer.update(
+            gradient, state, pairs, value=value, grad=gradient, value_fn=loss
+        )
+        return cast(Pairs, optax.apply_updates(pairs, moves)), state
+
+    return jax.lax.fori_loop(0, count, step, (pairs, state))
+
+
+@jax.jit
+def _relative_error(target: Float[Array, "out columns"], pairs: Pairs) -> jax.Array:
+    return jnp.linalg.norm(pairs.update() - target) / jnp.linalg.norm(target)
 
 
 def _lora_error(matrix: Float[np.ndarray, "out columns"], rank: int) -> float:

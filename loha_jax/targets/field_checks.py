@@ -147,8 +147,8 @@ def _layers_pattern(name: str, value: object) -> str | tuple[str, ...] | None:
     return tuple(_regex(name, pattern) for pattern in _strings(name, value))
 
 
-def _init_weights(name: str, value: object) -> object:
-    if isinstance(value, str) and value not in INIT_SCHEMES:
+def _init_weights(name: str, value: object) -> bool | str:
+    if not isinstance(value, bool) and (not isinstance(value, str) or value not in INIT_SCHEMES):
         raise _wrong(name, f"be True, False or one of {sorted(INIT_SCHEMES)}", value)
     return value
 

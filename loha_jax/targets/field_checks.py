@@ -153,6 +153,19 @@ def _init_weights(name: str, value: object) -> bool | str:
     return value
 
 
+def refuse_unknown_kernel(init_weights: bool | str, where: str, instead: str) -> None:
+    """Check, where a kernel is created together with its factors, that they do not depend on it.
+
+    Raises:
+        ValueError: they do; the message begins with `where` and ends with what to do `instead`.
+    """
+    if init_weights == "abba":
+        raise ValueError(
+            f"{where}: init_weights='abba' starts from the singular vectors of the kernel, which "
+            f"is created at the same time. Use 'calibrated', or {instead}."
+        )
+
+
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "task_type": _task_type,
     "peft_type": lambda *_: "LOHA",

@@ -118,7 +118,8 @@ class RaggedProduct(CostModel):
             forward_mode: plain products that `jax.jvp` can differentiate.
         """
         factors = view.flat().factors
-        dtype = dtype_of_update(self.computed_in, x.dtype, *(f.w1_a.dtype for f in factors))
+        own = (f.w1_a.dtype for f in factors)
+        dtype = dtype_of_update(self.computed_in, x.dtype, view.kernel, *own)
 
         @standard_promotion()
         def forward(

@@ -208,6 +208,22 @@ def test_a_float32_input_is_computed_in_float32_by_every_rule():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kernel", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", ["dense", "kernel first", "heads", "experts"])
+def test_a_product_of_a_narrow_input_and_a_wider_kernel_is_computed_in_the_wider_dtype(
+    name, kernel
+):
+    """As the model's own product is: its result is in float32 or float64."""
+    params, x, fn = case(name, kernel)
+    x = x.astype(jnp.bfloat16)
+    got = pulled(fn, params, x, compute_dtype="input")
+    assert got[0].dtype == kernel
+    wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))
+    want = pulled(fn, *wide, compute_dtype="float32")
+    assert max(relative_errors(got[:2], want[:2])) < 1e-6
+
+
 def test_few_rows():
     """Decoding computes without Khatri-Rao factors; its results have the input's dtype, too."""
     params, x, fn = case("dense", jnp.bfloat16)

@@ -22,6 +22,7 @@ from loha_jax.linen.layer_adapter import loha_weight, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.field_checks import refuse_unknown_kernel
 from loha_jax.targets.module_names import module_name, stack_names
 from loha_jax.transform.adapt import adapt
 from loha_jax.tree.dropout import dropout
@@ -207,12 +208,8 @@ def _target(layer: Any, kernel_name: str, kernel: Any, layout: Layout) -> tuple[
         )
     except ValueError as error:
         raise ValueError(f"{where(layer)}: {error}") from None
-    if config.init_weights == "abba":
-        raise ValueError(
-            f"{where(layer)}: init_weights='abba' starts from the singular vectors of the kernel, "
-            "which the layer creates at the same time. Use 'calibrated', or `loha_jax.inject` on "
-            "the parameters that hold the pretrained weights."
-        )
+    instead = "`loha_jax.inject` on the parameters that hold the pretrained weights"
+    refuse_unknown_kernel(config.init_weights, where(layer), instead)
     path = (*layer.path, kernel_name)
     names = stack_names(module_name(path), layout.sizes("s", kernel.shape), None)
     return make_target(config, path, names, layout, kernel), config

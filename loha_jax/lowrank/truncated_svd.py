@@ -28,7 +28,8 @@ def largest_singular_values(
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 2011.
     """
     width = min(count + _SPARE, *matrix.shape)
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[1], width), matrix.dtype)
+    key = jax.random.key(0, impl="threefry2x32")  # whatever the default is
+    start = jax.random.normal(key, (matrix.shape[1], width), matrix.dtype)
     columns = jnp.linalg.qr(start)[0]  # [columns, width]
     for _ in range(_ITERATIONS):
         rows = jnp.linalg.qr(precise_product(matrix, columns))[0]  # [rows, width]

@@ -13,6 +13,7 @@ from loha_jax.nnx.inject import set_dropout
 from loha_jax.nnx.model_tree import layer_layout
 from loha_jax.nnx.siblings import Siblings
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.field_checks import refuse_unknown_kernel
 from loha_jax.tree.inject import inject
 
 
@@ -29,9 +30,12 @@ def _constructor(kernel: str = "kernel", *more_options: str) -> Callable[..., No
         **kwargs: object,
     ) -> None:
         options: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        config = LoHaConfig(r=r, alpha=alpha, **options)
+        instead = "`loha_jax.nnx.inject` on the model that has the pretrained weights"
+        refuse_unknown_kernel(config.init_weights, type(self).__name__, instead)
         flax_layer: Any = base_class(self)
         flax_layer.__init__(self, *args, rngs=rngs, **kwargs)
-        _adapt(self, kernel, LoHaConfig(r=r, alpha=alpha, **options), rngs)
+        _adapt(self, kernel, config, rngs)
 
     return __init__
 
@@ -43,7 +47,8 @@ class LoHaLinear(adapted_class(nnx.Linear)):
         in_features, out_features: as for `nnx.Linear`, as are further keyword arguments. The
             initial values are those of `nnx.Linear` too.
         r, alpha: the rank of the factors; the update is scaled by alpha/r.
-        rank_dropout, module_dropout, init_weights: as in `LoHaConfig`.
+        rank_dropout, module_dropout, init_weights: as in `LoHaConfig`, but for "abba": it needs the
+            weights of the kernel, which come later. Use `loha_jax.nnx.inject` on the whole model.
         rngs: streams for the parameters and for dropout.
 
     The kernel is `self.kernel`, frozen; the factors are `nnx.LoRAParam`s beside it. In a model, the

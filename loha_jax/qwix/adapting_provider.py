@@ -27,6 +27,7 @@ from loha_jax.qwix.storage import LinenStorage, NnxStorage, parameters
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.runtime.device_types import split_as
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.field_checks import refuse_unknown_kernel
 from loha_jax.targets.matching import near_misses
 from loha_jax.targets.module_names import Names, module_name, stack_names
 from loha_jax.transform.options import Options
@@ -185,6 +186,12 @@ class AdaptingProvider(qwix.PtqProvider):
                 storage.create(target, use.config, _parameter(use.module, name), names)
                 leaf = storage.leaf()
             return leaf
+        if use.module.is_initializing():
+            instead = (
+                "give the parameters the factors of `loha_jax.inject` on the pretrained ones, by "
+                "`loha_jax.qwix.linen_params`"
+            )
+            refuse_unknown_kernel(use.config.init_weights, use.name, instead)
         if use.path not in self.targets:
             self._target(use, word, operand)
         target, config = self.targets[use.path]

@@ -147,10 +147,23 @@ def _layers_pattern(name: str, value: object) -> str | tuple[str, ...] | None:
     return tuple(_regex(name, pattern) for pattern in _strings(name, value))
 
 
-def _init_weights(name: str, value: object) -> object:
-    if isinstance(value, str) and value not in INIT_SCHEMES:
+def _init_weights(name: str, value: object) -> bool | str:
+    if not isinstance(value, bool) and (not isinstance(value, str) or value not in INIT_SCHEMES):
         raise _wrong(name, f"be True, False or one of {sorted(INIT_SCHEMES)}", value)
     return value
+
+
+def refuse_unknown_kernel(init_weights: bool | str, where: str, instead: str) -> None:
+    """Check, where a kernel is created together with its factors, that they do not depend on it.
+
+    Raises:
+        ValueError: they do; the message begins with `where` and ends with what to do `instead`.
+    """
+    if init_weights == "abba":
+        raise ValueError(
+            f"{where}: init_weights='abba' starts from the singular vectors of the kernel, which "
+            f"is created at the same time. Use 'calibrated', or {instead}."
+        )
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {

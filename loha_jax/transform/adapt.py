@@ -82,10 +82,12 @@ def adapt(
         training: whether "auto" counts the backward pass. False for inference.
         forward_mode: use plain products, which `jax.jvp` can differentiate, at some cost in speed.
             Without it adapted products are `jax.custom_vjp`.
-        compute_dtype: what the update is computed in, where the input is bfloat16 or float16.
-            "float32": in float32, as in PEFT. "input": in the input's dtype, with sums and the
-            factors' gradients in float32, as JAX's LoRA libraries do. "auto": "float32" on CPU, and
-            "input" on other devices (`jax.default_backend()`).
+        compute_dtype: what a factored update is computed in, where input and kernel are bfloat16 or
+            float16. "float32": in float32, as in PEFT. "input": in the common dtype of the two (in
+            the input's if the kernel is quantised), with sums and the factors' gradients in
+            float32, as JAX's LoRA libraries do. "auto": "float32" on CPU, and "input" on other
+            devices (`jax.default_backend()`). Fused products round W + ΔW to W's dtype by either
+            rule; `strategy="factored"` does not.
         adapter_index: integers `[batch]`, one per row: the active adapter (in the order of
             `set_adapter`) that the row runs through, -1 for the base model. The adapters have equal
             ranks and targets; one that lacks a module leaves it as it is. Results are those of

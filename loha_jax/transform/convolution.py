@@ -127,7 +127,7 @@ class Convolution(Operation):
         """See `Operation.update`: the sum over the adapters, and the h of each."""
         total, hs = jnp.zeros((), x.dtype), list[jax.Array]()
         for f in view.factors:
-            steps = self._steps(x, f)
+            steps = self._steps(x, view, f)
             f = self._in_axis_order(view, f)
             hs.append(down(steps, _channels_last(x, self.numbers.lhs_spec), f))
             total = total + self._from_channels_last(up(steps, hs[-1], f))
@@ -146,7 +146,7 @@ class Convolution(Operation):
 
         dx, dfactors = jnp.zeros((), x.dtype), list[ViewFactors]()
         for f, h_f in zip(view.factors, h, strict=True):
-            steps = self._steps(x, f)
+            steps = self._steps(x, view, f)
             g_last = _channels_last(g, self.numbers.out_spec).astype(steps.dtype)
             ordered, from_ordered = vjp(in_axis_order, f)
             x_last, from_last = vjp(last, x.astype(steps.dtype))
@@ -155,15 +155,15 @@ class Convolution(Operation):
             dfactors.append(from_ordered(df)[0])
         return dx, tuple(dfactors)
 
-    def _steps(self, x: jax.Array, f: ViewFactors) -> FactoredConvolution:
-        """Return the two steps of one adapter, for an x of this dtype."""
+    def _steps(self, x: jax.Array, view: KernelView, f: ViewFactors) -> FactoredConvolution:
+        """Return the two steps of one adapter, for an x and a kernel of these dtypes."""
         params = dict(self.params)
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
         return FactoredConvolution(
             self.stacked,
             self.groups,
             tuple((name, params[name]) for name in names),
-            dtype_of_update(self.computed_in, x.dtype, f.w1_a.dtype),
+            dtype_of_update(self.computed_in, x.dtype, view.kernel, f.w1_a.dtype),
             params["precision"],
         )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from loha_jax.lowrank.hadamard import float32_or_wider, khatri_rao_columns
+from loha_jax.lowrank.hadamard import khatri_rao_columns
 from loha_jax.transform.contraction import contract
 from loha_jax.transform.operation import Params
 from loha_jax.transform.typed_jax import jit, vjp
@@ -50,7 +50,7 @@ class FactoredConvolution:
         self, x: Float[Array, "n *space features"], f: ViewFactors
     ) -> Float[Array, "images *space_of_h {self.stacked}*{f.r}**2"]:
         """Return h for x."""
-        x, f = x.astype(self.dtype), f.astype(float32_or_wider(self.dtype))
+        x, f = x.astype(self.dtype), f.for_products(self.dtype)
         n, *space, features = x.shape
         letters, per_group = _SPACE[: len(space)], features // (self.stacked * self.groups)
         if self.groups > 1:  # groups become images: [n·groups, *space, stacked·in]
@@ -89,7 +89,7 @@ class FactoredConvolution:
         self, h: Float[Array, "images *space {self.stacked}*{f.r}**2"], f: ViewFactors
     ) -> Float[Array, "n *space features"]:
         """Return y for h."""
-        f = f.astype(float32_or_wider(self.dtype))
+        f = f.for_products(self.dtype)
         a1, a2 = (jnp.swapaxes(a, -1, -2) for a in (f.w1_a, f.w2_a))
         ka = khatri_rao_columns(a1, a2) * f.scaling.reshape(-1, 1, 1)  # [stacked, r², groups·out]
         ka = ka.reshape(*ka.shape[:2], self.groups, -1).astype(self.dtype)

@@ -133,7 +133,7 @@ class FactoredProduct:
 
         They are in float32 or wider, and so are their cotangents.
         """
-        kb, ka = khatri_rao(factors, float32_or_wider(self.dtype), swapped=self.swapped)
+        kb, ka = khatri_rao(factors, self.dtype, swapped=self.swapped)
         return self._arrange(kb, self.i), self._arrange(ka, self.o)
 
     def _arrange(
@@ -182,7 +182,10 @@ class FactoredProduct:
 def khatri_rao(
     factors: tuple[ViewFactors, ...], dtype: jnp.dtype, *, swapped: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Return KB and the scaled KAᵀ of all adapters, `[*stack, R, features]`; swapped, KAᵀ first."""
+    """Return KB and the scaled KAᵀ of all adapters, `[*stack, R, features]`; swapped, KAᵀ first.
+
+    They are in float32 or wider, for products in `dtype`.
+    """
     pairs = [_khatri_rao_pair(f, dtype) for f in factors]
     kb, ka = (
         jnp.concatenate(side, -2) if len(pairs) > 1 else side[0]
@@ -195,10 +198,10 @@ def _khatri_rao_pair(
     f: ViewFactors, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*stack squared in"], Float[Array, "*stack squared out"]]:
     """Return KB and the scaled KAᵀ of one adapter."""
-    a1, b1, a2, b2 = (w.astype(dtype) for w in (f.w1_a, f.w1_b, f.w2_a, f.w2_b))
+    f = f.for_products(dtype)
     # [*stack, out, r] twice -> [*stack, r², out]
-    ka = khatri_rao_columns(jnp.swapaxes(a1, -1, -2), jnp.swapaxes(a2, -1, -2))
-    return khatri_rao_columns(b1, b2), ka * f.scaling.astype(dtype)[..., None, None]
+    ka = khatri_rao_columns(jnp.swapaxes(f.w1_a, -1, -2), jnp.swapaxes(f.w2_a, -1, -2))
+    return khatri_rao_columns(f.w1_b, f.w2_b), ka * f.scaling[..., None, None]
 
 
 run = typed_jax.jit(FactoredProduct.run, static=(0,))

@@ -200,7 +200,9 @@ class Product(Operation):
             stack_order=tuple(stack.index(n) for group in groups for n in group),
             stack_shape=tuple(size_of(view, group) for group in groups if group),
             swapped=self.swapped,
-            dtype=dtype_of_update(self.computed_in, x.dtype, *(f.w1_a.dtype for f in view.factors)),
+            dtype=dtype_of_update(
+                self.computed_in, x.dtype, view.kernel, *(f.w1_a.dtype for f in view.factors)
+            ),
             precision=dict(self.params).get("precision"),
         )
 

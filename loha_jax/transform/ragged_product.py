@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.runtime.sizes import nominal
 from loha_jax.transform.compute_dtype import ComputeDtype, dtype_of_update
@@ -119,7 +118,8 @@ class RaggedProduct(CostModel):
             forward_mode: plain products that `jax.jvp` can differentiate.
         """
         factors = view.flat().factors
-        dtype = dtype_of_update(self.computed_in, x.dtype, *(f.w1_a.dtype for f in factors))
+        own = (f.w1_a.dtype for f in factors)
+        dtype = dtype_of_update(self.computed_in, x.dtype, view.kernel, *own)
 
         @standard_promotion()
         def forward(
@@ -161,7 +161,7 @@ class RaggedProduct(CostModel):
 
     def _khatri_rao(self, factors: Factors, dtype: jnp.dtype) -> tuple[Experts, Experts]:
         """Return KB `[experts, main, R]` and the scaled KA `[experts, R, rest]` of all adapters."""
-        kb, ka = khatri_rao(factors, float32_or_wider(dtype), swapped=self.swapped)
+        kb, ka = khatri_rao(factors, dtype, swapped=self.swapped)
         # [*stack, R, features] -> [experts, R, features]
         kb, ka = (k.reshape(-1, *k.shape[-2:]).astype(dtype) for k in (kb, ka))
         return jnp.swapaxes(kb, 1, 2), ka

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,20 @@ class ViewFactors:
         """Return all arrays in another dtype."""
         return map_arrays(lambda w: w.astype(dtype), self)
 
+    def for_products(self, dtype: jnp.dtype) -> ViewFactors:
+        """Return the factors, in float32 or wider, for products that are computed in a dtype.
+
+        The Khatri-Rao products of small factors and large ones would leave the range of float16, so
+        for it all arrays of a pair are made about equally large.
+        """
+        f = self.astype(float32_or_wider(dtype))
+        if dtype != jnp.float16:
+            return f
+        w1_a, w1_b, *t1 = _balanced(f.w1_a, f.w1_b, f.t1)
+        w2_a, w2_b, *t2 = _balanced(f.w2_a, f.w2_b, f.t2)
+        (t1,), (t2,) = t1 or (None,), t2 or (None,)
+        return dataclasses.replace(f, w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b, t1=t1, t2=t2)
+
     def flat(self) -> ViewFactors:
         """Return the same update without cores, which multiply into w*_b at the same rank."""
         if self.t1 is None or self.t2 is None:
@@ -90,3 +105,20 @@ class ViewFactors:
         w2_b = multiply_core(self.t2, self.w2_b, self.dtype)
         f = dataclasses.replace(self, w1_b=w1_b, w2_b=w2_b, t1=None, t2=None)
         return f.astype(self.dtype)
+
+
+def _balanced(a: jax.Array, *others: jax.Array | None) -> list[jax.Array]:
+    """Return arrays `[*s, r, ...]` times powers of two whose product is 1, about equally large."""
+    arrays = [a, *(x for x in others if x is not None)]
+    stack = a.ndim - 2
+    largest = [
+        jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=range(stack, x.ndim)) for x in arrays
+    ]
+    sizes = [jnp.where(x > 0, x, 1) for x in largest]  # [*s]
+    mean = math.prod(size ** (1 / len(sizes)) for size in sizes)
+    powers = [jax.lax.reduce_precision(mean / size, 8, 0) for size in sizes[1:]]
+    powers = [1 / math.prod(powers), *powers]
+    return [
+        x * jnp.expand_dims(power, range(stack, x.ndim))
+        for x, power in zip(arrays, powers, strict=True)
+    ]

@@ -223,7 +223,9 @@ def initial_factors(
         ]
         drawn = stack_factors(per_module, target)
     if scheme == "abba":
-        drawn |= singular_pair(as_array(kernel), target.layout, drawn, target.ranks)
+        # The factors lie where the key is, which may be another device than the kernel's.
+        placed = follow_kernel(target.factors(drawn, config), kernel, target.layout).tensors
+        drawn |= singular_pair(as_array(kernel), target.layout, placed, target.ranks)
     return drawn
 
 

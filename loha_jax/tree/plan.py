@@ -186,12 +186,13 @@ def _refuse_quantised(quantised: Mapping[str, str], config: LoHaConfig) -> None:
 
 
 def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
-    """Raise ValueError for targets that no adapter fits: vectors, integers, scaled float8."""
+    """Raise ValueError for targets that no adapter fits: vectors, empty, integers, float8."""
     misfits: list[str] = []
     is_quantised = False
     for position in (candidate.position for candidate in targeted):
         leaf = tree.leaves[position]
-        if position not in tree.kernels or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if position not in tree.kernels or not floating or 0 in leaf.shape:
             misfits.append(f"{'.'.join(tree.paths[position])} {leaf.dtype}{list(leaf.shape)}")
             is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
         elif scaled := scaled_kernel(tree.paths[position], leaf.dtype, tree.shape_at):
@@ -199,8 +200,9 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
     if misfits:
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or "
-            f"more axes and a floating dtype): {', '.join(misfits)}. Narrow `target_modules` or "
-            "use `exclude_modules`." + (f" {QUANTISED_ADVICE}" if is_quantised else "")
+            f"more axes, is not empty, and has a floating dtype): {', '.join(misfits)}. Narrow "
+            "`target_modules` or use `exclude_modules`."
+            + (f" {QUANTISED_ADVICE}" if is_quantised else "")
         )
 
 

@@ -149,6 +149,30 @@ def test_singular_vectors_of_a_split_kernel(name, kind):
     )
 
 
+@pytest.mark.parametrize("scheme", [True, "abba"])
+@pytest.mark.parametrize("kernel", ["device", "mesh", "explicit mesh"])
+@pytest.mark.parametrize("key", ["device", "mesh"])
+def test_a_key_that_is_committed_to_other_devices_than_the_kernel(scheme, kernel, key):
+    plain = jax.random.normal(KEY, (8, 12))
+    places = {
+        "device": lambda x: jax.device_put(x, jax.devices()[3]),
+        "mesh": lambda x: place(x, P("fsdp", "tensor")),
+        "explicit mesh": lambda x: place(x, P("fsdp", "tensor"), AxisType.Explicit),
+    }
+    keys = {"device": jax.device_put(KEY, jax.devices()[1]), "mesh": place(KEY, P())}
+    config = LoHaConfig(r=2, target_modules=".*", init_weights=scheme)
+    got, want = (
+        factors_of(loha_jax.inject({"layer": {"kernel": k}}, config, key=key_))
+        for k, key_ in ((places[kernel](plain), keys[key]), (plain, KEY))
+    )
+    for name, x in want.tensors.items():
+        assert getattr(got, name).sharding.device_set == places[kernel](plain).sharding.device_set
+        if name.startswith("hada_w2") or scheme is True:
+            np.testing.assert_array_equal(getattr(got, name), x)
+    products = [np.asarray(f.hada_w1_a) @ np.asarray(f.hada_w1_b) for f in (got, want)]
+    np.testing.assert_allclose(*products, atol=1e-4)
+
+
 def test_singular_vectors_move_no_kernel():
     """Between devices go arrays of r + 8 columns."""
     kernel = place(jax.random.normal(KEY, (1024, 512)), P("fsdp", "tensor"))

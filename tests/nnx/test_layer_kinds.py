@@ -23,7 +23,7 @@ from nnx_reference import (
 
 import loha_jax
 from loha_jax import LoHaConfig
-from loha_jax.nnx import inject
+from loha_jax.nnx import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral, inject
 
 
 class Holder(nnx.Module):
@@ -207,3 +207,19 @@ def test_a_layer_computes_with_its_adapted_kernel_and_factored(name, cores):
     assert explained.dense == ()
     assert explained.unused == ()
     assert len(explained.uses) >= len(folds)
+
+
+@pytest.mark.parametrize(
+    ("layer", "args"),
+    [
+        (LoHaLinear, (4, 8)),
+        (LoHaLinearGeneral, (4, (2, 3))),
+        (LoHaConv, (4, 8, (3, 3))),
+        (LoHaEinsum, ("btd,ndh->btnh", (2, 4, 3))),
+        (LoHaEmbed, (11, 4)),
+    ],
+)
+def test_a_layer_that_creates_its_kernel_cannot_start_from_its_singular_vectors(layer, args):
+    message = rf"{layer.__name__}: init_weights='abba' .*loha_jax\.nnx\.inject"
+    with pytest.raises(ValueError, match=message):
+        layer(*args, r=2, init_weights="abba", rngs=nnx.Rngs(0))

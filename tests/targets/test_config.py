@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,7 +69,10 @@ def test_lists_become_sets_and_survive_hash_copy_and_pickle():
             {"task_type": "FOO"},
             "Invalid task type: 'FOO'. Must be one of the following task types: SEQ_CLS,",
         ),
-        ({"init_weights": "gaussian"}, "`init_weights` should be True, False or one of"),
+        *(
+            ({"init_weights": value}, "`init_weights` should be True, False or one of")
+            for value in ("gaussian", None, 2, 2.5, b"abba", ("abba",), ["abba"], {})
+        ),
     ],
 )
 def test_invalid_fields_are_named(kwargs, message):
@@ -93,8 +97,9 @@ def test_unknown_keys_of_a_file_are_reported_and_left_out():
 
 def test_what_peft_reads_is_read():
     assert LoHaConfig.from_dict({"peft_type": "LOHA", "rank_pattern": None}).rank_pattern == {}
-    assert LoHaConfig.from_dict({"init_weights": 1}).init_weights is True
-    assert LoHaConfig.from_dict({"init_weights": "foo"}).init_weights is True
+    for value, truth in ((1, True), ("foo", True), (np.True_, True), (None, False), ([], False)):
+        assert LoHaConfig.from_dict({"init_weights": value}).init_weights is truth
+    assert LoHaConfig(init_weights=np.False_).init_weights is False
     with pytest.raises(ValueError, match="'LORA' adapter"):
         LoHaConfig.from_dict({"peft_type": "LORA"})
     with pytest.raises(ValueError, match="JSON object"):

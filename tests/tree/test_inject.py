@@ -311,6 +311,15 @@ def test_two_kernels_of_one_name_are_an_error():
         )
 
 
+@pytest.mark.parametrize("init_weights", [True, "lycoris", "calibrated", "abba"])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_kernels_are_refused(shape, init_weights):
+    config = LoHaConfig(target_modules=["q"], init_weights=init_weights)
+    base = {"block": {"q": {"kernel": jnp.ones(shape)}}}
+    with pytest.raises(ValueError, match=r"cannot be adapted.*block\.q\.kernel float32\[.*0"):
+        loha_jax.inject(base, config, key=KEY)
+
+
 def test_integer_kernels_are_refused():
     with pytest.raises(ValueError, match="cannot be adapted"):
         loha_jax.inject(

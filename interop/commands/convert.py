@@ -114,9 +114,7 @@ def convert_adapter(
     if prefix is not None and to not in ("lycoris", "kohya"):
         raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
     target = Path(os.path.abspath(target))
-    check_place(target, force)
-    if target == Path(os.path.abspath(source)):
-        raise ValueError(f"{target} is the source itself")
+    check_place(target, force, [source] if base is None else [source, base])
     read = read_source(source, base, only, names)
     if dtype is not None and to != "lora":  # whose factors are computed from the source's own
         read.cast(dtype)

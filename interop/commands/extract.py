@@ -78,7 +78,8 @@ class Extraction:
     notes: tuple[str, ...]
 
     def _overall(self, errors: list[float]) -> float:
-        sizes = [module.size for module in self.modules]
+        largest = max(module.size for module in self.modules)
+        sizes = [module.size / largest for module in self.modules]  # their squares are finite
         missing = (error * size for error, size in zip(errors, sizes, strict=True))
         return math.hypot(*missing) / math.hypot(*sizes)
 
@@ -133,14 +134,15 @@ def extract_adapter(
         to: "peft", "lycoris" or "kohya".
         prefix: of keys in LyCORIS' and kohya's files.
         only: a regular expression for the whole names of modules; the others are left alone.
-        dtype: of the factors; float32 by default.
+        dtype: of the factors; float32 by default, in which the errors are taken.
         force: a target that is there is replaced.
         progress: is called with the number of tensors done and that of all.
 
     Raises:
         FileExistsError: the target is there.
-        ValueError: wrong arguments; the checkpoints have no module in common or no difference that
-            a LoHa can hold; or the difference of a module is not finite. Nothing is written then.
+        ValueError: wrong arguments; the target is, or holds, a checkpoint; the checkpoints have no
+            module in common or no difference that a LoHa can hold; or the difference of a module is
+            not finite. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -164,8 +166,8 @@ def extract_adapter(
         raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
     r, alpha, steps, starts = checked_settings(r, alpha, steps, starts)
     target = Path(os.path.abspath(target))
-    check_place(target, force)
-    differences = _Differences(Checkpoint(tuned), Checkpoint(base), only)
+    check_place(target, force, [tuned, base])
+    differences = _Differences(Checkpoint(tuned), Checkpoint(base), only, to)
     shapes: dict[str, tuple[int, ...]] = {}
     fits: dict[str, FittedLoHa] = {}
     rows: list[ExtractedModule] = []
@@ -173,10 +175,11 @@ def extract_adapter(
         try:
             fit = fit_loha(change, r, alpha=alpha, steps=steps, starts=starts)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(
+                f"{name}, {tuned} less {base}: {error}. `only=` can leave it out"
+            ) from error
         shapes[name], fits[name] = change.shape, fit
-        size = float(np.linalg.norm(change))
-        rows.append(ExtractedModule(name, size, fit.error, fit.lora_error))
+        rows.append(ExtractedModule(name, fit.size, fit.error, fit.lora_error))
     differences.check(rows)
     source = _source(differences.base, fits, shapes)
     if dtype is not None:
@@ -197,14 +200,17 @@ class _Differences:
         notes: remarks for the user.
     """
 
-    def __init__(self, tuned: Checkpoint, base: Checkpoint, only: str | None):
+    def __init__(self, tuned: Checkpoint, base: Checkpoint, only: str | None, to: str):
         self.tuned, self.base = tuned, base
+        self._to = to
         self.unchanged = 0
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
+        self._conv1d: list[str] = []
         config = read_config(base.folder)
         self._has_conv1d = config.get("model_type") in ("gpt2", "openai-gpt")
-        self._has_tied_head = bool(config.get("tie_word_embeddings"))
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        self._has_tied_head = any(part.get("tie_word_embeddings") for part in parts)
         scales = {
             scale.key
             for checkpoint in (tuned, base)
@@ -218,8 +224,8 @@ class _Differences:
         ]
         if not any(key in tuned.shapes and key in base.shapes for key in self._keys):
             raise ValueError(
-                f"{tuned.path} and {base.path} have no tensor in common"
-                f"{f' that `only=` {only!r} chooses' if only else ''}: the first has "
+                f"{tuned.path} and {base.path} have no tensor of one name in "
+                f"common{f' that `only=` {only!r} chooses' if only else ''}: the first has "
                 f"{', '.join([*tuned.shapes][:3])}, the second {', '.join([*base.shapes][:3])}"
             )
 
@@ -239,20 +245,29 @@ class _Differences:
         if reason := self._why_not_comparable(key):
             self.left_out[key] = reason
             return None
-        for checkpoint in (self.tuned, self.base):
-            checkpoint.check_readable(key)
-        tuned, base = (c.read_values(key) for c in (self.tuned, self.base))
-        if np.array_equal(tuned, base):
+        if _same(self.tuned.read(key), self.base.read(key)) and self._has_same_scale(key):
             self.unchanged += key.endswith(".weight")
             return None
         if reason := self._why_no_loha(key):
             self.left_out[key] = reason
             return None
+        for checkpoint in (self.tuned, self.base):
+            checkpoint.check_readable(key)
+        tuned, base = (c.read_values(key) for c in (self.tuned, self.base))
         dtype = accumulator(tuned.dtype, base.dtype)
-        difference = tuned.astype(dtype) - base.astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # fit_loha refuses what is not finite
+            difference = tuned.astype(dtype) - base.astype(dtype)
+        if difference.ndim == 3:
+            self._conv1d.append(_module(key))
         if self._has_conv1d and looks_like_conv1d(_module(key)):
             return difference.T  # GPT-2's projections are stored as [in, out]
         return difference
+
+    def _has_same_scale(self, key: str) -> bool:
+        scales = [c.quantisation.scales.get(key) for c in (self.tuned, self.base)]
+        if scales == [None, None]:
+            return True
+        return None not in scales and _same(self.tuned.read_scale(key), self.base.read_scale(key))
 
     def _why_not_comparable(self, key: str) -> str | None:
         for checkpoint in (self.tuned, self.base):
@@ -265,13 +280,16 @@ class _Differences:
 
     def _why_no_loha(self, key: str) -> str | None:
         shape = self.base.shapes[key]
+        module = _module(key)
         if not is_floating(self.base.dtypes[key]) or not is_floating(self.tuned.dtypes[key]):
-            return "its values are integers"
-        if not key.endswith(".weight") or len(shape) < 2:
-            return "a LoHa changes matrices and convolutions only"
-        if len(shape) == 2 and _EMBEDDING.fullmatch(_module(key)):
+            return "its values are integers, or quantised"
+        if not key.endswith(".weight") or len(shape) < 2 or "" in module.split("."):
+            return "a LoHa changes `<module>.weight` of two or more axes only"
+        if len(shape) > 4 and self._to == "peft":
+            return "PEFT's LoHa cannot hold a Conv3d"
+        if len(shape) == 2 and _EMBEDDING.fullmatch(module):
             return "no format has a LoHa for an embedding"
-        if key == "lm_head.weight" and self._has_tied_head:
+        if module.rpartition(".")[2] == "lm_head" and self._has_tied_head:
             return "it is tied to the embeddings (tie_word_embeddings in config.json)"
         return None
 
@@ -283,6 +301,10 @@ class _Differences:
             raise ValueError(f"{what} have the same values; there is nothing to extract")
         if not found:
             raise ValueError(f"{what} differ in nothing that a LoHa can hold. {reasons}")
+        if self._conv1d:
+            self.notes.append(
+                f"weights of three axes count as those of a Conv1d: {', '.join(self._conv1d)}"
+            )
         if self._has_conv1d and any(looks_like_conv1d(module.name) for module in found):
             self.notes.append(
                 "PEFT has no LoHa for GPT-2's Conv1D: merge the adapter, or convert it to lora"
@@ -297,6 +319,11 @@ def _source(
     adapter = AdapterFile(base.path, "tree", modules, {}, {}, {})
     lookup = ModuleLookup(base.modules, modules.values())
     return ConversionSource(adapter, base, shapes, lookup, is_unchanged=True, notes=[])
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether two arrays have the same values; NaN is the same as NaN."""
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _module(key: str) -> str:

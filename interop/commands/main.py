@@ -215,8 +215,8 @@ def extract(
 ) -> None:
     """Write the LoHa that comes closest to what fine-tuning has changed.
 
-    Each changed matrix and convolution gets one. Its error stands beside that of the best LoRA with
-    as many parameters, which is often the smaller one: then write a LoRA with another tool.
+    Each changed matrix and convolution gets one. Its relative error stands beside that of the best
+    LoRA with as many parameters, which is often the smaller one. What has no place is named.
     """
     with run_command("extract", as_json) as command:
         with command.progress("extracting", in_bytes=False) as progress:

@@ -141,7 +141,10 @@ def show_extraction(console: Console, result: dict[str, Any]) -> None:
         for m in result["modules"]
     ]
     _table(console, ("module", "‖change‖", "relative error", "best LoRA's"), rows)
-    left_out = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in result["left_out"].items():
+        by_reason.setdefault(reason, []).append(name)
+    left_out = [f"{_several(names)}: {reason}" for reason, names in by_reason.items()]
     _list(console, "Left out", left_out, "yellow")
     _list(console, "Notes", result["notes"], "yellow")
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .system import IS_WINDOWS, exchange, lock, opened_folder, sync_folder, write_at
@@ -188,13 +188,24 @@ def restore(folder: Path, out: Path) -> None:
         os.rename(folder / _REPLACED, out)
 
 
-def check_place(out: Path, force: bool) -> None:
-    """Refuse a place for a result that is taken, or has no folder.
+def check_place(out: Path, force: bool, inputs: Iterable[str | Path]) -> None:
+    """Refuse a place for a result that is taken, has no folder, or holds what is read.
+
+    Args:
+        out: the place.
+        force: what is there is to be replaced.
+        inputs: the files and folders that the result is made of.
 
     Raises:
         FileExistsError: something is there and `force` is false.
         FileNotFoundError: the folder that it is to be in does not exist.
+        ValueError: an input is there, or inside.
     """
+    real = out.resolve()
+    for path in inputs:
+        source = Path(path).resolve()
+        if real == source or real in source.parents:
+            raise ValueError(f"{out} is, or holds, {path}, which would be replaced")
     if os.path.lexists(out) and not force:
         raise FileExistsError(
             f"{out} is there already. Choose another place, or pass `force=True` to replace it"

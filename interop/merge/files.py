@@ -124,10 +124,7 @@ def merge_checkpoint(
         ('base.safetensors',)
     """
     checkpoint, out = Checkpoint(base), Path(os.path.abspath(out))
-    check_place(out, force)
-    real, source = out.resolve(), checkpoint.folder.resolve()
-    if real == source or real in source.parents:
-        raise ValueError(f"{out} holds the base checkpoint; a merge does not replace its own base")
+    check_place(out, force, [checkpoint.folder, *(path for path, _ in adapters)])
     if dtype is not None and checkpoint.quantisation.is_used:
         raise ValueError(
             f"{checkpoint.path} is quantised ({checkpoint.quantisation.example}): its tensors keep "

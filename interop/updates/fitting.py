@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, cast
+import sys
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from ..formats.adapter_file import AdapterModule
 _STEPS_AT_ONCE = 20
 _SMALLEST_GAIN = 1e-4
 """A fit ends when so many steps lower the error by less than this share."""
+_SMALLEST_SCALE = 1e-12
+"""Of a factor. The product of four is then just within float32."""
 _MEMORY = 20
 """The steps that L-BFGS remembers."""
 _NOISE = 0.01
@@ -56,6 +59,7 @@ class FittedLoHa:
         r, alpha: the update is (w1_a @ w1_b) ⊙ (w2_a @ w2_b) · alpha/r.
         error: ‖change − update‖ / ‖change‖ (Frobenius); 0 for a change that is zero.
         lora_error: the same for the best LoRA with equally many parameters, of rank 2r.
+        size: ‖change‖.
 
     Example:
         >>> fitted = fit_loha(np.eye(3), r=2, alpha=8)
@@ -68,6 +72,7 @@ class FittedLoHa:
     alpha: float
     error: float
     lora_error: float
+    size: float
 
     def module(self, name: str, shape: tuple[int, ...]) -> AdapterModule:
         """Return it as a module of an adapter file, for a weight `[out, in, *spatial]`."""
@@ -94,7 +99,7 @@ def fit_loha(
 
     Args:
         change: `[out, in]` or `[out, in, *spatial]`, in torch's orientation: pass the transpose of
-            a Dense kernel. Or the pair (tuned weight, base weight).
+            a Dense kernel. Or the tuple (tuned weight, base weight). Torch's tensors are read too.
         r: the rank.
         alpha: of the result, which is scaled by alpha/r; by default r.
         steps: at most so many steps from each start. A fit ends before, when it stands still.
@@ -105,8 +110,9 @@ def fit_loha(
         has to fit several times.
 
     Raises:
-        ValueError: r, alpha, steps or starts are out of range; the change has no two axes, holds
-            values that are not finite, or is a pair of unequal shapes.
+        ValueError: r, alpha, steps or starts are out of range. Or the change has no two axes, is
+            empty, a list or complex, holds values that are not finite or too far from 1 for factors
+            in float32, or is a pair of unequal shapes.
 
     Source: LyCORIS' `extract` does this for LoRA and LoKr, and has no LoHa. L-BFGS is Optax'.
 
@@ -128,9 +134,15 @@ def fit_loha(
     target = jnp.asarray(matrix / size, jnp.float32)
     fits = (_descend(target, _start(target, r, n), steps) for n in range(starts))
     pairs, error = min(fits, key=lambda fit: fit[1])
-    scale = (size * largest * r / alpha) ** 0.25
+    scale = (size * largest) ** 0.25 * (r / alpha) ** 0.25
+    if not _SMALLEST_SCALE < scale < 1 / _SMALLEST_SCALE:
+        raise ValueError(
+            f"`change` has values up to {largest:.3g}; with alpha={alpha:.3g}, the factors would "
+            "be too large or too small for float32"
+        )
+    norm = size * largest * math.sqrt(matrix.size)
     factors = {f"hada_{name}": np.asarray(x) * scale for name, x in pairs._asdict().items()}
-    return FittedLoHa(factors, r, alpha, error, _lora_error(matrix, 2 * r))
+    return FittedLoHa(factors, r, alpha, error, _lora_error(matrix, 2 * r), norm)
 
 
 def checked_settings(
@@ -155,7 +167,7 @@ def _positive(name: str, value: float) -> float:
     """Return a positive number as a float; raise ValueError for others."""
     number = plain_scalar(value)
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or not 0 < number < math.inf:
+    if not is_number or not 0 < number <= sys.float_info.max:
         raise ValueError(f"`{name}` should be a positive number but the value passed is {value!r}")
     return float(number)
 
@@ -177,12 +189,13 @@ def _matrix(change: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Float[np.ndarray
                 f"The tuned weight is {list(tuned.shape)} and the base weight {list(base.shape)}; "
                 "they should have one shape"
             )
-        difference = tuned - base
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = tuned - base
     else:
         difference = _wide(change)
-    if difference.ndim < 2:
+    if difference.ndim < 2 or not difference.size:
         raise ValueError(
-            "`change` should be [out, in] or [out, in, *spatial] but has the shape "
+            "`change` should be [out, in] or [out, in, *spatial], not empty, but has the shape "
             f"{list(difference.shape)}"
         )
     if not np.isfinite(difference).all():
@@ -191,7 +204,20 @@ def _matrix(change: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Float[np.ndarray
 
 
 def _wide(array: ArrayLike) -> np.ndarray:
+    """Return an array in float32 or wider; torch's too.
+
+    Raises:
+        ValueError: it is a list or complex.
+    """
+    if isinstance(array, list):
+        raise ValueError("`change` is an array or a tuple (tuned, base), not a list")
+    if hasattr(array, "detach"):  # of torch; numpy has no bfloat16
+        tensor: Any = array
+        tensor = tensor.detach().cpu()
+        array = tensor if tensor.element_size() > 4 else tensor.float()
     values = np.asarray(array)
+    if np.iscomplexobj(values):
+        raise ValueError("`change` has complex values")
     return values.astype(accumulator(values.dtype), copy=False)
 
 
@@ -201,7 +227,7 @@ def _zero(shape: tuple[int, ...], r: int, alpha: float) -> FittedLoHa:
     ones = {"a": np.ones((out, r), np.float32), "b": np.ones((r, columns), np.float32)}
     factors = {f"hada_w{n}_{side}": value for n in "12" for side, value in ones.items()}
     factors["hada_w2_a"] = np.zeros((out, r), np.float32)
-    return FittedLoHa(factors, r, alpha, 0.0, 0.0)
+    return FittedLoHa(factors, r, alpha, 0.0, 0.0, 0.0)
 
 
 def _start(target: Float[Array, "out columns"], r: int, number: int) -> Pairs:
@@ -231,7 +257,7 @@ def _best(
 ) -> tuple[Float[Array, "out {r}"], Float[Array, "{r} columns"]]:
     left, values, right = largest_singular_values(matrix, r)
     roots = jnp.sqrt(values)
-    return left * roots, roots[:, None] * right
+    return left * roots[None, :], roots[:, None] * right
 
 
 def _descend(target: Float[Array, "out columns"], start: Pairs, steps: int) -> tuple[Pairs, float]:

@@ -109,7 +109,7 @@ def test_merging_it_gives_the_tuned_weights_but_for_the_error(to, tmp_path):
     for module in done.modules:
         key = f"{module.name}.weight"
         assert missing(merged[key], tuned, base, key) == pytest.approx(module.error, rel=1e-4)
-    assert done.left_out == {"q.bias": "a LoHa changes matrices and convolutions only"}
+    assert done.left_out == {"q.bias": "a LoHa changes `<module>.weight` of two or more axes only"}
 
 
 def test_lycoris_file_is_loaded_onto_a_tree(tmp_path):
@@ -167,7 +167,7 @@ def test_bfloat16_checkpoints_and_factors(tmp_path):
     [
         ({"wte.weight": (20, 8)}, {}, "wte.weight", "no format has a LoHa for an embedding"),
         ({"lm_head.weight": (20, 8)}, {"tie_word_embeddings": True}, "lm_head.weight", "is tied"),
-        ({"q.scale": (8, 8)}, {}, "q.scale", "matrices and convolutions only"),
+        ({"q.scale": (8, 8)}, {}, "q.scale", "of two or more axes only"),
     ],
 )
 def test_what_no_loha_holds_is_named(shapes, config, key, reason, tmp_path):
@@ -198,7 +198,7 @@ def test_tensors_that_only_one_has_or_of_two_shapes_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "no tensor in common that --only 'nothing' chooses"),
+        (["--only", "nothing"], "no tensor of one name in common that --only 'nothing' chooses"),
         (["--only", "same"], "have the same values"),
         (["--only", "norm"], "differ in nothing that a LoHa can hold. norm.weight:"),
         (["--rank", "0"], "`r` should be a positive integer"),
@@ -218,7 +218,68 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path):
     _, base = checkpoints(tmp_path, {"q.weight": (8, 8)})
     tuned = write(tmp_path / "nan", {"q.weight": np.full((8, 8), np.nan, np.float32)})
     _, error = run("extract", tuned, base, tmp_path / "adapter", code=2)
-    assert "q: `change` has values that are not finite" in " ".join(error.split())
+    assert "`change` has values that are not finite" in " ".join(error.split())
+
+
+def test_a_convolution_of_three_axes_is_left_out_of_peft_s_folder(tmp_path):
+    tuned, base = checkpoints(tmp_path, {"q.weight": (8, 8), "c.weight": (4, 2, 2, 2, 2)})
+    done = extract_adapter(tuned, base, tmp_path / "adapter", r=2, steps=5)
+    assert done.left_out == {"c.weight": "PEFT's LoHa cannot hold a Conv3d"}
+    target = tmp_path / "a.safetensors"
+    assert not extract_adapter(tuned, base, target, r=2, steps=5, to="lycoris").left_out
+
+
+def test_a_weight_of_three_axes_counts_as_a_conv1d_and_is_named(tmp_path):
+    tuned, base = checkpoints(tmp_path, {"experts.weight": (3, 4, 5)})
+    done = extract_adapter(tuned, base, tmp_path / "adapter", r=2, steps=5)
+    assert done.notes == ("weights of three axes count as those of a Conv1d: experts",)
+
+
+def test_a_head_tied_in_a_part_of_the_config(tmp_path):
+    config = {"text_config": {"tie_word_embeddings": True}}
+    shapes = {"q.weight": (8, 8), "language_model.lm_head.weight": (9, 8)}
+    tuned, base = checkpoints(tmp_path, shapes, config=config)
+    done = extract_adapter(tuned, base, tmp_path / "adapter", r=2, steps=5)
+    assert "is tied" in done.left_out["language_model.lm_head.weight"]
+
+
+def test_equal_nans_and_integers_are_unchanged(tmp_path):
+    same = {"n.weight": np.full((2, 2), np.nan, np.float32), "i.weight": np.ones((2, 2), np.int8)}
+    weight = np.ones((4, 4), np.float32)
+    base = write(tmp_path / "base", same | {"q.weight": weight})
+    tuned = write(tmp_path / "tuned", same | {"q.weight": 2 * weight, "i.weight": same["i.weight"]})
+    done = extract_adapter(tuned, base, tmp_path / "adapter", r=2, steps=5)
+    assert (done.unchanged, done.left_out) == (2, {})
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_very_large_and_small_changes_are_reported(size, tmp_path):
+    tuned, base = checkpoints(tmp_path, {"q.weight": (8, 8)})
+    paths = [
+        write(tmp_path / f"scaled {n}", {"q.weight": size * load_file(p / "model.safetensors")["q.weight"]})
+        for n, p in enumerate((tuned, base))
+    ]  # fmt: skip
+    found = run_json("extract", *paths, tmp_path / "adapter", "--steps", 5, "--rank", 2)
+    assert 0 < found["error"] < 1
+    change = change_of(*(load_file(p / "model.safetensors") for p in paths), "q.weight")
+    assert found["modules"][0]["size"] == pytest.approx(np.linalg.norm(change), rel=1e-6)
+
+
+@pytest.mark.parametrize("command", ["extract", "convert", "merge"])
+def test_no_command_replaces_what_it_reads(command, tmp_path):
+    tuned, base = checkpoints(tmp_path, {"q.weight": (8, 8)})
+    adapter = tmp_path / "adapter"
+    extract_adapter(tuned, base, adapter, r=2, steps=5)
+    inputs = {"extract": [tuned, base], "merge": [base, adapter], "convert": [adapter]}[command]
+    more = ["--to", "peft", "--base", base] if command == "convert" else []
+    (tmp_path / "link").symlink_to(base)
+    places = [*inputs, base, tmp_path] + ([] if command == "merge" else [tmp_path / "link"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for place in places:
+        _, error = run(command, *inputs, place, *more, "--force", code=2)
+        assert "which would be replaced" in " ".join(error.split())
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_what_is_there_is_kept_without_force(tmp_path):

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.optimize
+import torch
 
 from loha_jax.interop import fit_loha
 
@@ -34,6 +35,7 @@ def test_the_errors_are_those_of_the_factors_and_of_the_svd(size, alpha):
     best_lora = (u[:, :6] * s[:6]) @ vt[:6]
     assert fit.lora_error == pytest.approx(relative(best_lora - matrix, matrix), rel=1e-9)
     assert (fit.r, fit.alpha) == (3, alpha or 3.0)
+    assert fit.size == pytest.approx(size * np.linalg.norm(matrix / size), rel=1e-9)
     assert {name: f.shape for name, f in fit.factors.items()} == {
         "hada_w1_a": (24, 3), "hada_w1_b": (3, 36), "hada_w2_a": (24, 3), "hada_w2_b": (3, 36),
     }  # fmt: skip
@@ -133,6 +135,11 @@ SQUARE = np.eye(3)
         ((SQUARE * np.nan, 2), "not finite"),
         (((SQUARE, np.eye(4)), 2), r"\[3, 3\] and the base weight \[4, 4\]"),
         (((SQUARE,), 2), "a tuple of 1"),
+        (([SQUARE, SQUARE], 2), "not a list"),
+        ((1j * SQUARE, 2), "complex"),
+        ((np.zeros((0, 4)), 2), r"not empty, but has the shape \[0, 4\]"),
+        ((1e200 * SQUARE, 2), "up to 1e\\+200; with alpha=2, .* too large or too small"),
+        ((1e-200 * SQUARE, 2), "up to 1e-200"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(arguments, message):
@@ -142,11 +149,24 @@ def test_what_cannot_be_fitted_is_refused(arguments, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", 0), ("alpha", np.nan), ("alpha", "8"), ("steps", 0), ("starts", 1.5)],
+    [("alpha", 0), ("alpha", np.nan), ("alpha", "8"), ("alpha", 10**400), ("steps", 0), ("starts", 1.5)],
 )
 def test_a_setting_out_of_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` should be a positive"):
         fit_loha(SQUARE, 2, **{name: value})
+
+
+def test_an_alpha_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match="alpha=1e-300, the factors would be too large"):
+        fit_loha(SQUARE, 2, alpha=1e-300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_of_torch_are_read(dtype):
+    weight = torch.nn.Parameter(torch.tensor(random(6, 5), dtype=dtype))
+    fit = fit_loha((weight, 0 * weight), 2)
+    change = weight.detach().double().numpy()
+    assert fit.error == pytest.approx(relative(update_of(fit) - change, change), rel=1e-5)
 
 
 def test_scalars_of_numpy_are_numbers():

@@ -119,36 +119,6 @@ def test_a_file_is_loaded_into_linen_parameters(base, axis, tmp_path):
     np.testing.assert_array_equal(new.apply({"params": got}, x), new.apply({"params": trained}, x))
 
 
-@pytest.mark.parametrize("base", ["float", "int8"])
-def test_abba_needs_the_weights_which_come_after_a_linen_model_s_init(base):
-    """`init` makes other kernels; `inject` on the parameters with the weights finds the vectors."""
-    model, x = LinenModel(), tokens()
-
-    def made(init_weights):
-        rule = {"module_path": "query", "rank": 2, "alpha": 4.0, "init_weights": init_weights}
-        provider = LoHaProvider(**rule, **BASES[base])
-        return provider, qwix.apply_lora_to_model(model, provider)
-
-    with pytest.raises(ValueError, match=r"query: init_weights='abba' .*linen_params"):
-        made("abba")[1].init(jax.random.key(1), x)
-    provider, new = made("calibrated")
-    params = nn.unbox(new.init(jax.random.key(1), x)["params"])
-    weights = nn.unbox(model.init(jax.random.key(2), x)["params"])
-    quantised = qwix.quantize_params(weights, params)
-    params = {**quantised, "query": {**params["query"], **quantised["query"]}}
-    config = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["query"], init_weights="abba")
-    tree = loha_jax.inject(
-        linen_tree(provider, params), config, key=jax.random.key(3), adapter_name="abba"
-    )
-    before = new.apply({"params": params}, x)
-    params = linen_params(provider, params, tree)
-    np.testing.assert_array_equal(new.apply({"params": params}, x), before)
-    got = params["query"]["kernel_lora_hada_w1_a"] @ params["query"]["kernel_lora_hada_w1_b"]
-    u, s, vt = np.linalg.svd(np.asarray(weights["query"]["kernel"]).reshape(16, 16).T)
-    want = (u[:, :2] * s[:2]) @ vt[:2]
-    np.testing.assert_allclose(got, want / np.sqrt(np.mean(want**2)), atol=0.05)
-
-
 def test_trees_that_do_not_fit_linen_parameters():
     model, x = LinenModel(0), tokens()
 

@@ -255,10 +255,10 @@ def test_equal_nans_and_integers_are_unchanged(tmp_path):
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_very_large_and_small_changes_are_reported(size, tmp_path):
     tuned, base = checkpoints(tmp_path, {"q.weight": (8, 8)})
-    paths = [
-        write(tmp_path / f"scaled {n}", {"q.weight": size * load_file(p / "model.safetensors")["q.weight"]})
-        for n, p in enumerate((tuned, base))
-    ]  # fmt: skip
+    paths = []
+    for path in (tuned, base):
+        weight = load_file(path / "model.safetensors")["q.weight"]
+        paths.append(write(tmp_path / f"scaled {path.name}", {"q.weight": size * weight}))
     found = run_json("extract", *paths, tmp_path / "adapter", "--steps", 5, "--rank", 2)
     assert 0 < found["error"] < 1
     change = change_of(*(load_file(p / "model.safetensors") for p in paths), "q.weight")

@@ -40,7 +40,7 @@ def test_what_is_there_is_replaced_only_with_force(tmp_path):
     assert files_in(out) == ["model.safetensors"]
     assert files_in(tmp_path) == ["adapter", "base", "out"]
     for place in (path, tmp_path):
-        with pytest.raises(ValueError, match="is, or holds, .*, which would be replaced"):
+        with pytest.raises(ValueError, match=r"is, or holds, .*, which would be replaced"):
             merge_checkpoint(path, adapter, place, force=True)
 
 

@@ -149,7 +149,14 @@ def test_what_cannot_be_fitted_is_refused(arguments, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", 0), ("alpha", np.nan), ("alpha", "8"), ("alpha", 10**400), ("steps", 0), ("starts", 1.5)],
+    [
+        ("alpha", 0),
+        ("alpha", np.nan),
+        ("alpha", "8"),
+        ("alpha", 10**400),
+        ("steps", 0),
+        ("starts", 1.5),
+    ],
 )
 def test_a_setting_out_of_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` should be a positive"):

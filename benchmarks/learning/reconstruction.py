@@ -129,11 +129,12 @@ def plot(records: list[dict[str, object]], path: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "reconstruction"  # the same records give the same file
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for kind, by_rank in cells(records).items():
-        ratios = [loha / lora for loha, lora in by_rank.values()]
-        axes.plot(list(by_rank), ratios, "o-", ms=3, label=kind)
+        # a LoRA of the matrix' own rank has no error
+        ratios = {r: loha / lora for r, (loha, lora) in by_rank.items() if lora > 1e-3}
+        axes.plot(list(ratios), list(ratios.values()), "o-", ms=3, label=kind)
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="r", ylabel="error of LoHa / of LoRA", ylim=(0.4, 1.6))
+    axes.set(xlabel="r", ylabel="error of LoHa / of LoRA", ylim=(0.1, 1.3))
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
@@ -158,7 +159,8 @@ def main() -> int:
     if not quick:
         about = measure.machine()
         document = {"machine": about["cpu"], "packages": about["packages"], "records": records}
-        text = json.dumps(document, indent=1)
+        lines = ",\n".join(json.dumps(record) for record in records)
+        text = json.dumps(document | {"records": []})[:-2] + f"\n{lines}\n]}}"
         (RESULTS / "reconstruction.json").write_text(text + "\n", encoding="utf-8")
         plot(records, RESULTS / "reconstruction.svg")
     return 0

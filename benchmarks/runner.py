@@ -11,9 +11,11 @@ from benchmarks import peak_memory
 from benchmarks.case import (
     AUTO,
     CHOICES,
+    JAX_FROZEN,
     JAX_METHODS,
     KINDS,
     PEFT_LOHA,
+    TORCH_FROZEN,
     Case,
     Settings,
     frozen_of,
@@ -75,7 +77,7 @@ def _peaks(measured: list[str], case: Case, settings: Settings) -> dict[str, Rec
     """Peak memory of a training step with each method, in a process of its own."""
     names = [name for name in peak_memory.METHODS if name in (*JAX_METHODS, *measured)]
     if settings.quick:
-        names = [name for name in names if name in (AUTO, PEFT_LOHA)]
+        names = [name for name in names if name in (JAX_FROZEN, AUTO, TORCH_FROZEN, PEFT_LOHA)]
     peaks = {}
     for name in names:
         say(f"    peak memory: {name}")

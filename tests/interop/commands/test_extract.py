@@ -6,9 +6,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from command_line import run, run_json
-from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from loha_jax.interop import load_lycoris
@@ -54,22 +52,19 @@ def missing(found, tuned, base, key):
     return np.linalg.norm(found.astype(np.float64) - tuned[key].astype(np.float64)) / size
 
 
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q = torch.nn.Linear(8, 8)
-        self.conv = torch.nn.Conv2d(4, 8, 3)
-
-
 def test_peft_opens_it_and_adds_what_was_reported(tmp_path):
+    torch, peft = (
+        pytest.importorskip(name, reason="the main test run has it") for name in ("torch", "peft")
+    )
     tuned_path, base_path = checkpoints(tmp_path)
     done = extract_adapter(tuned_path, base_path, tmp_path / "adapter", r=2, alpha=6)
     tuned, base = (load_file(p / "model.safetensors") for p in (tuned_path, base_path))
-    model = Model()
+    model = torch.nn.Module()
+    model.q, model.conv = torch.nn.Linear(8, 8), torch.nn.Conv2d(4, 8, 3)
     with torch.no_grad():
         model.q.weight.copy_(torch.tensor(base["q.weight"]))
         model.conv.weight.copy_(torch.tensor(base["conv.weight"]))
-    merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
     errors = {module.name: module.error for module in done.modules}
     assert set(errors) == {"q", "conv"}
     for name, error in errors.items():

@@ -23,7 +23,7 @@ from ..names.name_map import looks_like_conv1d
 from ..updates.fitting import FittedLoHa, checked_settings, fit_loha
 from .conversion_source import ConversionSource
 from .lycoris_file import lycoris_file
-from .peft_folder import loha_folder
+from .peft_folder import loha_folder, owner
 
 
 class Format(enum.StrEnum):
@@ -220,7 +220,7 @@ class _Differences:
         self._keys = [
             key
             for key in dict.fromkeys([*base.shapes, *tuned.shapes])
-            if key not in scales and chosen.fullmatch(_module(key))
+            if key not in scales and chosen.fullmatch(owner(key))
         ]
         if not any(key in tuned.shapes and key in base.shapes for key in self._keys):
             raise ValueError(
@@ -236,7 +236,7 @@ class _Differences:
         for done, key in enumerate(self._keys, 1):
             change = self._change(key)
             if change is not None:
-                yield _module(key), change
+                yield owner(key), change
             if progress is not None:
                 progress(done, len(self._keys))
 
@@ -258,8 +258,8 @@ class _Differences:
         with np.errstate(over="ignore", invalid="ignore"):  # fit_loha refuses what is not finite
             difference = tuned.astype(dtype) - base.astype(dtype)
         if difference.ndim == 3:
-            self._conv1d.append(_module(key))
-        if self._has_conv1d and looks_like_conv1d(_module(key)):
+            self._conv1d.append(owner(key))
+        if self._has_conv1d and looks_like_conv1d(owner(key)):
             return difference.T  # GPT-2's projections are stored as [in, out]
         return difference
 
@@ -280,7 +280,7 @@ class _Differences:
 
     def _why_no_loha(self, key: str) -> str | None:
         shape = self.base.shapes[key]
-        module = _module(key)
+        module = owner(key)
         if not is_floating(self.base.dtypes[key]) or not is_floating(self.tuned.dtypes[key]):
             return "its values are integers, or quantised"
         if not key.endswith(".weight") or len(shape) < 2 or "" in module.split("."):
@@ -324,8 +324,3 @@ def _source(
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Return whether two arrays have the same values; NaN is the same as NaN."""
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def _module(key: str) -> str:
-    """Return the module of a parameter."""
-    return key.rpartition(".")[0]

@@ -83,7 +83,7 @@ def _config(
     elif given:
         config = like_loha(given)
     else:
-        config = LoHaConfig(modules_to_save=sorted({*map(_owner, saved)}) or None)
+        config = LoHaConfig(modules_to_save=sorted({*map(owner, saved)}) or None)
     config = dataclasses.replace(config, inference_mode=True, peft_version=PEFT_VERSION)
     if is_loha and source.is_unchanged:
         return config
@@ -104,7 +104,7 @@ def _targets(source: ConversionSource, modules: Modules) -> list[str] | str:
         return sorted(given)
     if source.checkpoint is None:
         return sorted(modules)
-    return exact_targets(set(modules), set(map(_owner, source.checkpoint.shapes)) - {""})
+    return exact_targets(set(modules), set(map(owner, source.checkpoint.shapes)) - {""})
 
 
 def _dotted(source: ConversionSource, modules: Modules) -> Modules:
@@ -142,15 +142,15 @@ def _saved(source: ConversionSource) -> Mapping[str, np.ndarray]:
     if base is None:
         raise ValueError(
             "The source has differences of whole parameters "
-            f"({', '.join(sorted(set(map(_owner, others))))}), PEFT has the parameters themselves: "
+            f"({', '.join(sorted(set(map(owner, others))))}), PEFT has the parameters themselves: "
             "give the base model's checkpoint, `base=`"
         )
     differences = {
-        f"{source.lookup.find_own(_owner(key))}.{PARAMETER_OF[part]}": value
+        f"{source.lookup.find_own(owner(key))}.{PARAMETER_OF[part]}": value
         for key, value in others.items()
         if (part := key.rpartition(".")[2]) in PARAMETER_OF
     }
-    changed = set(map(_owner, differences))
+    changed = set(map(owner, differences))
     if both := sorted(changed & {module.name for module in source.adapter.modules.values()}):
         raise ValueError(
             f"{', '.join(both)} have factors and differences of whole parameters (diff, diff_b), "
@@ -201,6 +201,6 @@ def _check_for_peft(source: ConversionSource, modules: Modules) -> None:
         )
 
 
-def _owner(key: str) -> str:
+def owner(key: str) -> str:
     """Return the module of a parameter."""
     return key.rpartition(".")[0]

@@ -131,15 +131,15 @@ def fit_loha(
         return _zero(matrix.shape, r, alpha)
     matrix = matrix / largest  # squares of very small or large values are 0 or inf
     size = math.sqrt(float(np.mean(np.square(matrix, dtype=np.float64))))
-    target = jnp.asarray(matrix / size, jnp.float32)
-    fits = (_descend(target, _start(target, r, n), steps) for n in range(starts))
-    pairs, error = min(fits, key=lambda fit: fit[1])
     scale = (size * largest) ** 0.25 * (r / alpha) ** 0.25
     if not _SMALLEST_SCALE < scale < 1 / _SMALLEST_SCALE:
         raise ValueError(
             f"`change` has values up to {largest:.3g}; with alpha={alpha:.3g}, the factors would "
             "be too large or too small for float32"
         )
+    target = jnp.asarray(matrix / size, jnp.float32)
+    fits = (_descend(target, _start(target, r, n), steps) for n in range(starts))
+    pairs, error = min(fits, key=lambda fit: fit[1])
     norm = size * largest * math.sqrt(matrix.size)
     factors = {f"hada_{name}": np.asarray(x) * scale for name, x in pairs._asdict().items()}
     return FittedLoHa(factors, r, alpha, error, _lora_error(matrix, 2 * r), norm)

@@ -48,13 +48,13 @@ def test_random_matrices_are_held_better_than_by_lora():
 
 
 def test_a_change_of_few_directions_is_held_better_by_lora():
-    fit = fit_loha(random(40, 8) @ random(8, 50, seed=1), 4)
+    fit = fit_loha(random(96, 8) @ random(8, 128, seed=1), 4)
     assert fit.lora_error < 1e-6
     assert fit.error > 0.1
 
 
 def test_a_change_of_rank_one_is_found_again():
-    assert fit_loha(random(20, 1) @ random(1, 30, seed=1), 2).error < 1e-3
+    assert fit_loha(random(10, 1) @ random(1, 12, seed=1), 2).error < 1e-3
 
 
 def test_it_is_as_good_as_least_squares_in_float64():
@@ -93,17 +93,17 @@ def test_more_starts_find_what_the_first_does_not():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_pair_is_the_difference_of_its_weights(dtype):
-    base = random(12, 16).astype(dtype)
-    tuned = (base.astype(np.float32) + 0.1 * random(12, 16, seed=1)).astype(dtype)
+    base = random(10, 12).astype(dtype)
+    tuned = (base.astype(np.float32) + 0.1 * random(10, 12, seed=1)).astype(dtype)
     change = tuned.astype(np.float32) - base.astype(np.float32)
-    fit = fit_loha((tuned, base), 3)
+    fit = fit_loha((tuned, base), 2)
     assert fit.error == pytest.approx(relative(update_of(fit) - change, change), rel=1e-5)
 
 
 def test_a_pair_of_float64_is_subtracted_in_float64():
-    base = 1e8 * random(12, 16)
-    change = 0.1 * random(12, 16, seed=1)
-    fit = fit_loha((base + change, base), 3)
+    base = 1e8 * random(10, 12)
+    change = 0.1 * random(10, 12, seed=1)
+    fit = fit_loha((base + change, base), 2)
     assert fit.error == pytest.approx(relative(update_of(fit) - change, change), rel=1e-4)
 
 
@@ -170,12 +170,12 @@ def test_an_alpha_beyond_float32_is_refused():
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_parameters_of_torch_are_read(dtype):
     torch = pytest.importorskip("torch", reason="the main test run has it")
-    weight = torch.nn.Parameter(torch.tensor(random(6, 5), dtype=getattr(torch, dtype)))
+    weight = torch.nn.Parameter(torch.tensor(random(10, 12), dtype=getattr(torch, dtype)))
     fit = fit_loha((weight, 0 * weight), 2)
     change = weight.detach().double().numpy()
     assert fit.error == pytest.approx(relative(update_of(fit) - change, change), rel=1e-5)
 
 
 def test_scalars_of_numpy_are_numbers():
-    fit = fit_loha(SQUARE, np.int64(2), alpha=np.float32(4), steps=np.int32(5))
+    fit = fit_loha(random(10, 12), np.int64(2), alpha=np.float32(4), steps=np.int32(5))
     assert (fit.r, fit.alpha) == (2, 4.0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from benchmarks.learning import plan, records
@@ -17,8 +18,8 @@ from benchmarks.learning.tasks import TASKS
 CONFIG = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["query", "Conv_0"])
 KEY = jax.random.key(0)
 BASE = {
-    "query": {"kernel": jax.random.normal(KEY, (6, 5)), "bias": jnp.zeros(5)},
-    "Conv_0": {"kernel": jax.random.normal(KEY, (3, 3, 4, 7)), "bias": jnp.zeros(7)},
+    "query": {"kernel": normal_array(0, (6, 5)), "bias": jnp.zeros(5)},
+    "Conv_0": {"kernel": normal_array(0, (3, 3, 4, 7)), "bias": jnp.zeros(7)},
     "other": {"kernel": jnp.ones((5, 5))},
 }
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from random_arrays import normal_array
 
 import loha_jax
 from tests.devices.meshes import (
@@ -36,7 +37,7 @@ def steps(name, kind):
     with jax.set_mesh(mesh):
         base = place(init(jax.random.key(0)), setting, mesh)
         batch = NamedSharding(mesh, setting.batch)
-        x = jax.device_put(jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH)), batch)
+        x = jax.device_put(normal_array(1, (BATCH, LENGTH, WIDTH)), batch)
         trainable, frozen = loha_jax.partition(
             loha_jax.inject(base, adapter(), key=jax.random.key(2))
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
@@ -109,7 +110,7 @@ def check(factors, plain, w_a, w_b, _=None):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_inject(name, kind):
     shape, word, spec, *wanted = FLAT[name]
-    kernel = jax.random.normal(KEY, shape)
+    kernel = normal_array(0, shape)
     config = LoHaConfig(r=2, target_modules=".*", init_weights=False)
     inject = functools.partial(
         loha_jax.inject, config=config, key=jax.random.key(1), layouts={"layer": word}
@@ -131,7 +132,7 @@ def test_inject(name, kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_singular_vectors_of_a_split_kernel(name, kind):
     shape, word, spec, w_a, w_b, _ = FLAT[name]
-    kernel = jax.random.normal(KEY, shape)
+    kernel = normal_array(0, shape)
     config = LoHaConfig(r=2, target_modules=".*", init_weights="abba")
     plain, split = (
         factors_of(
@@ -153,7 +154,7 @@ def test_singular_vectors_of_a_split_kernel(name, kind):
 @pytest.mark.parametrize("kernel", ["device", "mesh", "explicit mesh"])
 @pytest.mark.parametrize("key", ["device", "mesh"])
 def test_a_key_that_is_committed_to_other_devices_than_the_kernel(scheme, kernel, key):
-    plain = jax.random.normal(KEY, (8, 12))
+    plain = normal_array(0, (8, 12))
     places = {
         "device": lambda x: jax.device_put(x, jax.devices()[3]),
         "mesh": lambda x: place(x, P("fsdp", "tensor")),
@@ -175,7 +176,7 @@ def test_a_key_that_is_committed_to_other_devices_than_the_kernel(scheme, kernel
 
 def test_singular_vectors_move_no_kernel():
     """Between devices go arrays of r + 8 columns."""
-    kernel = place(jax.random.normal(KEY, (1024, 512)), P("fsdp", "tensor"))
+    kernel = place(normal_array(0, (1024, 512)), P("fsdp", "tensor"))
     config = LoHaConfig(r=4, target_modules=".*", init_weights="abba")
     compiled = jax.jit(
         lambda kernel: (
@@ -188,7 +189,7 @@ def test_singular_vectors_move_no_kernel():
 
 
 def test_cores_and_norms():
-    kernel = jax.random.normal(KEY, (3, 3, 4, 6))
+    kernel = normal_array(0, (3, 3, 4, 6))
 
     def place_kernel(tree):
         return {"layer": {"kernel": place(tree, P(None, None, "fsdp", "tensor"))}}
@@ -217,7 +218,7 @@ def test_cores_and_norms():
 
 def test_files_and_sums(tmp_path):
     """Loaded factors, and those made of other adapters, lie there too."""
-    kernel, spec = jax.random.normal(KEY, (8, 12)), P("fsdp", "tensor")
+    kernel, spec = normal_array(0, (8, 12)), P("fsdp", "tensor")
     base = {"layer": {"kernel": kernel}, "head": {"kernel": kernel}}
     placed = {"layer": {"kernel": place(kernel, spec)}, "head": {"kernel": place(kernel, spec)}}
     config = LoHaConfig(r=2, target_modules=["layer"], modules_to_save=["head"], init_weights=False)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_arrays import normal_array
 
 import loha_jax
 import loha_jax.nnx
@@ -54,7 +55,7 @@ class Net(nn.Module):
 
 def test_linen_logical_names():
     """Shard everything from abstract parameters, as Flax' guide does, then train on the mesh."""
-    model, x = Net(), jax.random.normal(jax.random.key(1), (16, 8))
+    model, x = Net(), normal_array(1, (16, 8))
     layouts = {r"rest\..*": "sio"}
     inject = functools.partial(
         loha_jax.inject, config=CONFIG, key=jax.random.key(3), layouts=layouts
@@ -107,7 +108,7 @@ def test_nnx_metadata():
         )
 
     config = LoHaConfig(r=2, target_modules=["layers.0", "layers.2"], init_weights=False)
-    x = jax.random.normal(jax.random.key(1), (16, 8))
+    x = normal_array(1, (16, 8))
     with jax.set_mesh(mesh()):
         model = build(nnx.Rngs(0))
     loha_jax.nnx.inject(model, config, rngs=nnx.Rngs(1))

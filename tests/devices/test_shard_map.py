@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_arrays import normal_array
 
 import loha_jax
 from tests.devices.meshes import collectives
@@ -128,8 +129,8 @@ def test_a_shard_that_is_no_block_of_the_factors():
     """Where the inner one of two out axes is split, the weight is formed: slower, never wrong."""
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
     kernel, x = (
-        jax.random.normal(jax.random.key(0), (6, 3, 8)),
-        jax.random.normal(jax.random.key(1), (5, 6)),
+        normal_array(0, (6, 3, 8)),
+        normal_array(1, (5, 6)),
     )
     config = loha_jax.LoHaConfig(r=2, target_modules=["heads"], init_weights=False)
     params = loha_jax.inject(

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_arrays import normal_array
 
 import loha_jax
 from tests.devices.meshes import BATCH, LENGTH, SETTINGS, WIDTH, adapter, init, model, place
@@ -61,7 +62,7 @@ def assert_same(ours, theirs):
 
 @functools.cache
 def single(accumulate=1, **fields):
-    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH))
+    x = normal_array(1, (BATCH, LENGTH, WIDTH))
     params = loha_jax.inject(init(jax.random.key(0)), adapter(**fields), key=jax.random.key(2))
     return jax.device_get(train(params, x, loha_jax.adapt(model), accumulate=accumulate))
 
@@ -70,7 +71,7 @@ def sharded(name, kind=AxisType.Auto, accumulate=1, **fields):
     setting = dataclasses.replace(SETTINGS[name], kind=kind)
     mesh = setting.make_mesh()
     with jax.set_mesh(mesh):
-        x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH))
+        x = normal_array(1, (BATCH, LENGTH, WIDTH))
         x = jax.device_put(x, NamedSharding(mesh, setting.batch))
         params = loha_jax.inject(
             place(init(jax.random.key(0)), setting, mesh), adapter(**fields), key=jax.random.key(2)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 from loha_jax.linen import LoHaConv, LoHaDense, LoHaDenseGeneral, LoHaEinsum, LoHaEmbed
 
@@ -89,7 +90,7 @@ class Case:
     def inputs(self, dtype=None):
         if self.kernel == "embedding" and self.method is None:
             return jax.random.randint(jax.random.key(5), self.shape, 0, 7)
-        return jax.random.normal(jax.random.key(5), self.shape, dtype)
+        return normal_array(5, self.shape, dtype)
 
 
 MASK = (np.arange(3 * 3 * 4 * 6).reshape(3, 3, 4, 6) % 3 > 0).astype(np.float32)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -42,7 +43,7 @@ KEY = jax.random.key(0)
 
 
 def normal(*shape, seed=0, scale=1.0, dtype=jnp.float32):
-    return scale * jax.random.normal(jax.random.key(seed), shape, dtype)
+    return scale * normal_array(seed, shape, dtype)
 
 
 def adapted(base, layouts=None, targets="all-linear", r=3, **kwargs):

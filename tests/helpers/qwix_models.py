@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from flax import nnx
+from random_arrays import normal_array
 
 from loha_jax.qwix import LoHaProvider
 
@@ -93,11 +94,11 @@ class LinenModel(nn.Module):
 
 
 def tokens(dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(0), (3, 5, 16), dtype)
+    return normal_array(0, (3, 5, 16), dtype)
 
 
 def images():
-    return jax.random.normal(jax.random.key(0), (2, 9, 8, 8))
+    return normal_array(0, (2, 9, 8, 8))
 
 
 def adapted(model, x, *, trained=True, **fields):
@@ -112,7 +113,7 @@ def adapted(model, x, *, trained=True, **fields):
 def randomise(model):
     """Give all factors random values, as training would."""
     for n, (_, variable) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
-        draw = jax.random.normal(jax.random.key(n), variable.get_value().shape)
+        draw = normal_array(n, variable.get_value().shape)
         variable.set_value(draw.astype(variable.get_value().dtype) * 0.5)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LycorisConfig
@@ -262,7 +263,7 @@ def test_two_adapters_add_their_differences_from_the_base(x64):
 
 
 def test_modules_of_a_stack_that_are_not_targeted_stay_the_base():
-    base = {"layers": {"q": {"kernel": jax.random.normal(KEY, (3, 4, 4))}}}
+    base = {"layers": {"q": {"kernel": normal_array(0, (3, 4, 4))}}}
     config = LycorisConfig(
         r=2, target_modules=["layers.1.q"], weight_decompose=True, init_weights=False
     )
@@ -289,7 +290,7 @@ def test_each_row_through_its_own_adapter():
     both = dataclasses.replace(
         leaf, adapters={"a": leaf.adapters["default"], "b": changed}, active=("a", "b")
     )
-    x = jax.random.normal(KEY, (3, 4))
+    x = normal_array(0, (3, 4))
     apply = loha_jax.adapt(lambda p, x: x @ p["q"]["kernel"], adapter_index=jnp.array([1, -1, 0]))
     got = apply({"q": {"kernel": both}}, x)
     other = dataclasses.replace(other, adapters={"default": changed})

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 from nnx_models import FOLDS, IDS, Model, adapted, close, config
 from nnx_reference import ALPHA, at, factors, ndh, numpy_delta, with_sums
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax.nnx import InactiveLoHaParam, LoHaParam, inject, set_dropout
@@ -143,7 +144,7 @@ def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
             p: np.asarray(v.get_value())
             for p, v in nnx.to_flat_state(nnx.state(Normed(nnx.Rngs(0))))
         }
-        x = jax.random.normal(jax.random.key(0), (5, 4))
+        x = normal_array(0, (5, 4))
         optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=LoHaParam)
         plain = loha_jax.merge(nnx.clone(model))
 

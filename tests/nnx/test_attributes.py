@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
 
-X = jax.random.normal(jax.random.key(9), (2, 4))
+X = normal_array(9, (2, 4))
 
 
 class Cached(nnx.Module):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from nnx_models import FOLDS, IDS, WIDTH, Block, Model, adapted, close
 from nnx_reference import ALPHA, R, dense, factors, with_sums
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax.nnx import LoHaParam
@@ -118,7 +119,7 @@ def test_layers_stacked_by_vmap_and_scanned(scanned, remat):
 
     run = (lambda m, x: m(x)) if scanned == "inside" else (lambda m, x: forward(x, m.layers))
     folds = {"layers/up/kernel": dense, "layers/down/kernel": dense}
-    x = jax.random.normal(jax.random.key(0), (3, WIDTH), jnp.float64)
+    x = normal_array(0, (3, WIDTH), jnp.float64)
     model = adapted(Stacked, folds, target_modules=["up", "down"])
     assert model.layers.up.kernel_lora.template.names == (
         "layers.0.up",

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from nnx_reference import conv, dense, ndh, numpy_delta, table
+from random_arrays import normal_array
 from safetensors.numpy import load_file
 
 import loha_jax
@@ -283,11 +284,7 @@ LAYERS = {  # the layer, Flax's own, the shape of its input, and how ΔW folds i
 def test_author_layers(name, x64):
     cls, plain_cls, args, options, shape, fold = LAYERS[name]
     dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-    x = (
-        jnp.array([[3, 7]])
-        if shape is None
-        else jax.random.normal(jax.random.key(0), shape, jnp.float64)
-    )
+    x = jnp.array([[3, 7]]) if shape is None else normal_array(0, shape, jnp.float64)
     kernel = "embedding" if cls is LoHaEmbed else "kernel"
     ours = {"r": 2, "alpha": 3, "init_weights": False}
     plain_options = {k: v for k, v in options.items() if k != "use_effective_conv2d"}

@@ -20,6 +20,7 @@ from nnx_reference import (
     transposed_conv,
     with_sums,
 )
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -169,7 +170,7 @@ def made(build, seed=0):
 def input_of(shape_or_array):
     if isinstance(shape_or_array, np.ndarray):
         return jnp.asarray(shape_or_array)
-    return jax.random.normal(jax.random.key(3), shape_or_array, jnp.float64)
+    return normal_array(3, shape_or_array, jnp.float64)
 
 
 RECURRENT = ("LSTM", "OptimizedLSTM", "GRU", "SimpleCell")

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from nnx_models import IDS, adapted, close
 from nnx_reference import F64, dense, with_sums
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax.nnx import LoHaParam
@@ -143,7 +144,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_models_of_any_structure(name):
     build, folds = STRUCTURES[name]
-    x = jax.random.normal(jax.random.key(0), (3, 4), jnp.float64)
+    x = normal_array(0, (3, 4), jnp.float64)
     targets_ = [path.removesuffix("/kernel").removesuffix("/w").replace("/", ".") for path in folds]
     model = adapted(build, folds, target_modules=targets_)
     reference = with_sums(build(nnx.Rngs(0)), model, folds)
@@ -187,7 +188,7 @@ class Unusual(nnx.Module):
 
 
 def test_what_a_call_changes_is_changed_in_the_model():
-    x = jax.random.normal(jax.random.key(0), (3, 4), jnp.float64)
+    x = normal_array(0, (3, 4), jnp.float64)
     folds = {"a/kernel": dense, "w": dense}
     model = adapted(Unusual, folds, target_modules=["a", "w"])
     plain = with_sums(Unusual(nnx.Rngs(0)), model, folds)
@@ -276,7 +277,7 @@ def test_attention_decodes_with_its_cache():
     plain = with_sums(build(nnx.Rngs(0)), model, folds)
     step = nnx.jit(lambda m, x: m(x))
     for n in range(5):
-        x = jax.random.normal(jax.random.key(n), (2, 1, 4), jnp.float64)
+        x = normal_array(n, (2, 1, 4), jnp.float64)
         close((model if n % 2 else lambda x: step(model, x))(x), plain(x))
     close(model.cached_key[...], plain.cached_key[...])
     assert model.cache_index[...] == 5

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, ScaledArray, interop
 
-X = jax.random.normal(jax.random.key(0), (5, 8))
+X = normal_array(0, (5, 8))
 CONFIG = LoHaConfig(r=2, alpha=3, target_modules=["up"], init_weights=False)
 
 

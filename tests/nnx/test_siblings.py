@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from nnx_models import Model, adapted, close, config
 from nnx_reference import dense, factors, with_sums
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -166,7 +167,7 @@ def test_axis_names_of_the_kernel_are_not_those_of_a_factor():
 
 
 def test_reads_outside_of_the_layer():
-    x = jax.random.normal(jax.random.key(0), (3, 4))
+    x = normal_array(0, (3, 4))
     model = adapted(Tied, {"a/kernel": dense}, target_modules=["a"])
     plain = with_sums(Tied(nnx.Rngs(0)), model, {"a/kernel": dense})
     close(model(x), plain(x), 1e-5)
@@ -195,7 +196,7 @@ class Net(nnx.Module):
         return self.down(jnp.tanh(self.up(x)))
 
 
-X = jax.random.normal(jax.random.key(5), (6, 4))
+X = normal_array(5, (6, 4))
 NET_CONFIG = LoHaConfig(r=2, alpha=4, target_modules=["up", "down"])
 
 

@@ -11,6 +11,7 @@ import qwix
 from flax import nnx
 from nnx_models import close
 from nnx_reference import F64
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -97,7 +98,7 @@ def kernels_of(model):
 
 
 def inputs():
-    return jax.random.normal(jax.random.key(3), (4, WIDTH), jnp.float64)
+    return normal_array(3, (4, WIDTH), jnp.float64)
 
 
 AXES = [0, 1, 2, -1, -2]
@@ -149,7 +150,7 @@ def with_provider(axis, **fields):
     provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0, **fields)
     model = qwix.apply_lora_to_model(Stacked(axis, nnx.Rngs(0)), provider, x, rngs=nnx.Rngs(1))
     for n, (_, factor) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
-        factor.set_value(jax.random.normal(jax.random.key(n), factor.get_value().shape) * 0.5)
+        factor.set_value(normal_array(n, factor.get_value().shape) * 0.5)
     return model, x
 
 
@@ -272,12 +273,12 @@ class Image(nnx.Module):
 @pytest.mark.parametrize(("layer", "shape"), [(Heads, (4, WIDTH)), (Image, (2, 5, 5, 4))])
 def test_negative_axes_that_could_be_others(layer, shape):
     """The factors of a scan over axis -2 fit a scan over another axis, too: an error, or said."""
-    x = jax.random.normal(jax.random.key(3), shape, jnp.float64)
+    x = normal_array(3, shape, jnp.float64)
     model = Stacked(-2, nnx.Rngs(0), layer)
     provider = LoHaProvider(module_path=".*", rank=2, alpha=4.0)
     model = qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
     for n, (_, factor) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
-        factor.set_value(jax.random.normal(jax.random.key(n), factor.get_value().shape) * 0.5)
+        factor.set_value(normal_array(n, factor.get_value().shape) * 0.5)
     with pytest.raises(ValueError, match="param_scan_axis"):
         loha_jax.merge(nnx.clone(model))
     (owner,) = vars(model.layers).keys() & {"query", "conv"}

@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from random_arrays import normal_array
 
 from loha_jax import interop, linen
 from loha_jax.linen import LoHaConv, LoHaDense
@@ -58,7 +59,7 @@ def twin_of(params):
 @pytest.mark.parametrize("cores", [False, True], ids=["flat", "cores"])
 def test_adapters_of_linen_models_both_ways(cores, tmp_path):
     """The real PEFT opens a Linen model's adapter and its own comes back."""
-    model, x = ToPeft(cores), jax.random.normal(KEY, (2, 5, 5, 4))
+    model, x = ToPeft(cores), normal_array(0, (2, 5, 5, 4))
     image = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
     params = model.init(KEY, x)["params"]
     adapted = linen.to_adapted(params, model.init, KEY, x)

@@ -8,13 +8,14 @@ import qwix
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 from qwix_models import BASES
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
 from loha_jax.tree.quantised import is_quantised
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (4, 16))
+X = normal_array(1, (4, 16))
 CONFIG = LoHaConfig(r=2, target_modules=["up"], init_weights=False, rank_dropout=0.5)
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 

@@ -17,6 +17,7 @@ from qwix_models import (
     randomise,
     tokens,
 )
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import interop
@@ -79,7 +80,7 @@ def test_linen(base, axis):
     shape = {0: (3, 2, 16), 1: (2, 3, 16)}[axis]
     assert params["layers"]["dense"]["kernel_lora_hada_w1_b"].shape == shape
     random = {
-        k: jax.random.normal(jax.random.key(n), v.shape) * 0.5 if "_lora_" in k[-1] else v
+        k: normal_array(n, v.shape) * 0.5 if "_lora_" in k[-1] else v
         for n, (k, v) in enumerate(flat.items())
     }
     params = unflatten_dict(random)
@@ -107,7 +108,7 @@ def test_a_file_is_loaded_into_linen_parameters(base, axis, tmp_path):
     flat = flatten_dict(nn.unbox(params))
     trained = unflatten_dict(
         {
-            k: jax.random.normal(jax.random.key(n), v.shape) * 0.5 if "_lora_" in k[-1] else v
+            k: normal_array(n, v.shape) * 0.5 if "_lora_" in k[-1] else v
             for n, (k, v) in enumerate(flat.items())
         }
     )
@@ -184,7 +185,7 @@ def test_no_rule_meets_the_products_of_an_update():
         LoHaRule(module_path="layers/down|head", rank=2, alpha=4.0),
         qwix.QuantizationRule(module_path=".*", weight_qtype="int8"),
     ]
-    x = jax.random.normal(jax.random.key(2), (4, 16))
+    x = normal_array(2, (4, 16))
     model = qwix.apply_lora_to_model(Mixed(nnx.Rngs(0)), LoHaProvider(rules), x, rngs=nnx.Rngs(1))
     randomise(model)
 
@@ -233,7 +234,7 @@ class Experts(nnx.Module):
     """Rows sorted by expert, each multiplied with its expert's kernel."""
 
     def __init__(self):
-        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (3, 16, 8)))
+        self.w = nnx.Param(normal_array(0, (3, 16, 8)))
 
     def __call__(self, x):
         return jax.lax.ragged_dot(x, self.w.get_value(), jnp.array([2, 3, 1]))
@@ -241,7 +242,7 @@ class Experts(nnx.Module):
 
 def test_ragged_products():
     """Each expert has an adapter of its own."""
-    x = jax.random.normal(jax.random.key(1), (6, 16))
+    x = normal_array(1, (6, 16))
     model = adapted(Experts(), x)
     w = [getattr(model, f"w_lora_hada_{n}").get_value() for n in ("w1_a", "w1_b", "w2_a", "w2_b")]
     kernel = model.w.get_value() + 2.0 * jnp.swapaxes((w[0] @ w[1]) * (w[2] @ w[3]), 1, 2)
@@ -258,7 +259,7 @@ class Transposed(nnx.Module):
     """Multiplies with the transposed kernel, or with the kernel on the left."""
 
     def __init__(self, left):
-        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (4, 4)))
+        self.w = nnx.Param(normal_array(0, (4, 4)))
         self.left = left
 
     def __call__(self, x):

@@ -8,6 +8,7 @@ import qwix
 from flax import linen as nn
 from flax import nnx
 from qwix_models import BASES, Attention, LinenModel, Stack, arrays, randomise, tokens
+from random_arrays import normal_array
 
 from loha_jax import LoHaConfig, interop
 from loha_jax.qwix import LoHaProvider, linen_tree
@@ -102,7 +103,7 @@ class Experts(nnx.Module):
     """Two kernels in one array."""
 
     def __init__(self):
-        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (2, 16, 8)))
+        self.w = nnx.Param(normal_array(0, (2, 16, 8)))
 
     def __call__(self, x):
         return jnp.einsum("ebti,eio->ebto", jnp.stack([x, -x]), self.w.get_value())

@@ -8,6 +8,7 @@ import pytest
 import qwix
 from flax import nnx
 from qwix_models import BASES, Attention, Images, adapted, arrays, images, quantised, tokens
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax.lowrank.layout import Layout
@@ -114,7 +115,7 @@ def float_twin(make, layer):
 def test_value_and_gradients_are_the_formula_s(layer, base, strategy):
     """They equal autodiff of the base's product plus the product with the materialised ΔW."""
     make, word, shape = LAYERS[layer]
-    x = jax.random.normal(jax.random.key(0), shape)
+    x = normal_array(0, shape)
     new = adapted(make(nnx.Rngs(0)), x, strategy=strategy, **BASES[base])
     plain = quantised(make(nnx.Rngs(0)), x, **BASES[base])
     dequantised = plain if base == "float" else float_twin(make, plain)
@@ -139,7 +140,7 @@ def test_value_and_gradients_are_the_formula_s(layer, base, strategy):
 def test_gradients_in_float64():
     """On a float64 base the factors are float64, and so are their gradients."""
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (3, 5, 16), jnp.float64)
+        x = normal_array(0, (3, 5, 16), jnp.float64)
         layer = nnx.Linear(16, 24, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         new = adapted(layer, x)
         graph, lora, rest = nnx.split(new, nnx.LoRAParam, ...)
@@ -160,7 +161,7 @@ def test_gradients_in_float64():
 def test_cp_cores(base):
     """`use_effective_conv2d` gives convolutions PEFT's cores."""
     make, word, shape = LAYERS["conv"]
-    x = jax.random.normal(jax.random.key(0), shape)
+    x = normal_array(0, shape)
     new = adapted(make(nnx.Rngs(0)), x, use_effective_conv2d=True, **BASES[base])
     assert new.kernel_lora_hada_t1.get_value().shape == (2, 2, 3, 3)
     plain = quantised(make(nnx.Rngs(0)), x, **BASES[base])

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix_models import BASES, Attention, LinenModel, randomise, tokens
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import interop
@@ -93,7 +94,7 @@ def test_linen(base, tmp_path):
     flat = flatten_dict(nn.unbox(model.init(jax.random.key(1), tokens())["params"]))
     for n, (path, value) in enumerate(flat.items()):
         if "_lora_" in path[-1]:
-            flat[path] = 0.5 * jax.random.normal(jax.random.key(n), value.shape)
+            flat[path] = 0.5 * normal_array(n, value.shape)
     params = unflatten_dict(flat)
     own = linen_tree(used, params)
     interop.save_peft(tmp_path, own)

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, interop
 
 KEY = jax.random.key(0)
 BASE = {
-    "q": {"kernel": jax.random.normal(KEY, (5, 6))},
-    "v": {"kernel": jax.random.normal(KEY, (5, 6))},
+    "q": {"kernel": normal_array(0, (5, 6))},
+    "v": {"kernel": normal_array(0, (5, 6))},
 }
 
 
@@ -65,7 +66,7 @@ def test_the_scalar_starts_the_adapter_as_a_no_op_that_trains(scheme):
     (factors,) = params["q"]["kernel"].adapters.values()
     assert all(np.abs(w).min() > 0 for w in factors.tensors.values())
     trainable, frozen = loha_jax.partition(params)
-    x = jax.random.normal(KEY, (3, 5))
+    x = normal_array(0, (3, 5))
 
     def loss(trainable):
         p = loha_jax.combine(trainable, frozen)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -38,7 +39,7 @@ def apply(params, ids, image):
 
 def inputs(batch):
     ids = jax.random.randint(jax.random.key(1), (batch, 6), 0, 11)
-    return ids, jax.random.normal(jax.random.key(2), (batch, 5, 5, 3))
+    return ids, normal_array(2, (batch, 5, 5, 3))
 
 
 def tree(names=NAMES, r=2, **kwargs):
@@ -93,13 +94,13 @@ def test_equals_the_rows_one_by_one(cp):
 
 def test_one_row_decoding():
     """Fewer rows than ranks take another path through the factors."""
-    base = {"q": {"kernel": jax.random.normal(KEY, (24, 30))}}
+    base = {"q": {"kernel": normal_array(0, (24, 30))}}
     params = base
     for n, name in enumerate(NAMES):
         config = LoHaConfig(r=8, target_modules=["q"], init_weights=False)
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
     params = loha_jax.set_adapter(params, NAMES)
-    x = jax.random.normal(jax.random.key(1), (3, 24))
+    x = normal_array(1, (3, 24))
 
     got = loha_jax.adapt(product, adapter_index=jnp.array([1, 1, 0]))(params, x)
     for row, name in enumerate(("german", "german", "french")):
@@ -125,7 +126,7 @@ def test_gradients_reach_each_rows_own_adapter():
 
 
 def test_an_adapter_that_lacks_a_module_leaves_it_alone():
-    base = {n: {"kernel": jax.random.normal(KEY, (6, 6))} for n in "ab"}
+    base = {n: {"kernel": normal_array(0, (6, 6))} for n in "ab"}
     params = base
     for name, targets in (("both", ["a", "b"]), ("one", ["a"])):
         config = LoHaConfig(r=2, target_modules=targets, init_weights=False)
@@ -135,7 +136,7 @@ def test_an_adapter_that_lacks_a_module_leaves_it_alone():
     def fn(p, x):
         return x @ p["a"]["kernel"] @ p["b"]["kernel"]
 
-    x = jax.random.normal(KEY, (2, 6))
+    x = normal_array(0, (2, 6))
     got = loha_jax.adapt(fn, adapter_index=jnp.array([1, 0]))(params, x)
     for row, name in enumerate(("one", "both")):
         want = fn(loha_jax.merge(loha_jax.set_adapter(params, name)), x[row])
@@ -205,7 +206,7 @@ def test_bad_arguments():
 
 
 def small(r=2):
-    params = {"q": {"kernel": jax.random.normal(KEY, (4, 4))}}
+    params = {"q": {"kernel": normal_array(0, (4, 4))}}
     for n, name in enumerate(NAMES):
         config = LoHaConfig(r=r, target_modules=["q"], init_weights=False)
         params = loha_jax.inject(params, config, key=jax.random.key(n), adapter_name=name)
@@ -237,7 +238,7 @@ def noisy(p, x, key):
     return (x + jax.random.normal(key, x.shape)) @ p["q"]["kernel"]
 
 
-B3 = jax.random.normal(jax.random.key(5), (3, 3, 4))
+B3 = normal_array(5, (3, 3, 4))
 COINCIDENCES = {  # one of the arguments is as long as the batch by chance
     "positions": (positions, B3, jnp.arange(3.0)),
     "a square mask": (masked, B3, jnp.tril(jnp.ones((3, 3)))),
@@ -262,7 +263,7 @@ def test_what_is_as_long_as_the_batch_by_chance(case):
 
 def test_other_axes_trees_and_keyword_arguments():
     params, index = small(), [2, 0, 1]
-    x = jax.random.normal(jax.random.key(7), (5, 3, 4))  # time first
+    x = normal_array(7, (5, 3, 4))  # time first
 
     def fn(p, inputs, *, scale, flag=True):
         return {
@@ -339,13 +340,13 @@ def test_a_decomposed_stack_of_several_ranks():
         init_weights=False,
         weight_decompose=True,
     )
-    base = {"l": {"kernel": jax.random.normal(KEY, (2, 6, 6))}}
+    base = {"l": {"kernel": normal_array(0, (2, 6, 6))}}
     params = loha_jax.inject(base, config, key=KEY, layouts={"l": "sio"}, names=lambda name: "l.{}")
 
     def fn(params, x):
         return jnp.einsum("bi,sio->bso", x, params["l"]["kernel"])
 
-    x = jax.random.normal(KEY, (3, 6))
+    x = normal_array(0, (3, 6))
     got = loha_jax.adapt(fn, adapter_index=[0, -1, 0], in_axes=(None, 0))(params, x)
     want = np.stack(
         [fn(p, x)[n] for n, p in enumerate((loha_jax.merge(params), base, loha_jax.merge(params)))]

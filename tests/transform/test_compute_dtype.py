@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from random_arrays import normal_array
 
 import loha_jax
 
 TOKENS, WIDTH, OUT, R = 96, 64, 80, 4
-KEYS = jax.random.split(jax.random.key(0), 4)
+KEY = jax.random.key(1)
 
 
 def conv(kernel, x):
@@ -54,18 +55,18 @@ def case(name, dtype, *, shift=0):
     w2_b is 2^shift times as large as usual, and w2_a as small: the update is the same.
     """
     shape, word, x_shape, fn = CASES[name]
-    kernel = jax.random.normal(KEYS[0], shape) / np.sqrt(WIDTH)
+    kernel = normal_array(0, shape) / np.sqrt(WIDTH)
     config = loha_jax.LoHaConfig(
         r=R, alpha=R, target_modules=["q"], init_weights=False, use_effective_conv2d=name == "core"
     )
     base = {"q": {"kernel": kernel.astype(dtype)}}
-    params = loha_jax.inject(base, config, key=KEYS[1], layouts={"q": word})
+    params = loha_jax.inject(base, config, key=KEY, layouts={"q": word})
     f = params["q"]["kernel"].adapters["default"]
     w2 = {"hada_w2_a": f.hada_w2_a / 2.0**shift, "hada_w2_b": f.hada_w2_b * 2.0**shift}
     params["q"]["kernel"] = dataclasses.replace(
         params["q"]["kernel"], adapters={"default": dataclasses.replace(f, **w2)}
     )
-    x = jax.random.normal(KEYS[2], x_shape).astype(dtype)
+    x = normal_array(2, x_shape).astype(dtype)
     return params, x, lambda params, x: fn(params["q"]["kernel"], x)
 
 
@@ -147,7 +148,7 @@ def test_errors_are_those_of_a_lora(dtype, shift):
     f = params["q"]["kernel"].adapters["default"]
     ka = (f.hada_w1_a[:, :, None] * f.hada_w2_a[:, None, :]).reshape(OUT, -1)
     kb = (f.hada_w1_b[:, None] * f.hada_w2_b[None]).reshape(-1, WIDTH)
-    g = jax.random.normal(KEYS[3], (TOKENS, OUT)).astype(x.dtype)
+    g = normal_array(3, (TOKENS, OUT)).astype(x.dtype)
 
     def lora(pair, x):
         a, b = (m.astype(x.dtype) for m in pair)
@@ -178,7 +179,7 @@ def test_errors_are_those_of_a_lora(dtype, shift):
 def test_in_float16_zero_factors_stay_zero_and_learn(init_weights, zero):
     params, x, fn = case("dense", jnp.float16)
     config = loha_jax.LoHaConfig(r=R, target_modules=["q"], init_weights=init_weights)
-    params = loha_jax.inject(loha_jax.unload(params), config, key=KEYS[1], layouts={"q": "io"})
+    params = loha_jax.inject(loha_jax.unload(params), config, key=KEY, layouts={"q": "io"})
     got, want = (pulled(fn, params, x, compute_dtype=rule) for rule in ("input", "float32"))
     np.testing.assert_array_equal(got[0], want[0])
     got, want = (jax.tree.leaves(pulls[1]) for pulls in (got, want))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from pullbacks import BOUNDS, assert_equals_merged_in_float64, value_and_pullback
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -22,7 +23,7 @@ STRATEGIES = ("factored", "fused", "auto")
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return normal_array(seed, shape, dtype)
 
 
 def adapted(base, layout, cp, r=3, names=("conv",)):

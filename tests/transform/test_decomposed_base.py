@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LycorisConfig
@@ -24,7 +25,7 @@ def test_nnx_and_linen_models_train_the_norms():
         r=2, target_modules=["q"], weight_decompose=True, use_scalar=True, init_weights="lycoris"
     )
     model = loha_jax.nnx.inject(Model(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
-    x = jax.random.normal(KEY, (3, 4))
+    x = normal_array(0, (3, 4))
     state = nnx.state(model, loha_jax.nnx.LoHaParam)
     assert {path[-1] for path, _ in nnx.to_flat_state(state)} >= {
         "kernel_lora_dora_scale",

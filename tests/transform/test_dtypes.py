@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -16,7 +17,7 @@ BASES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e
 
 
 def adapted(dtype):
-    kernel = jax.random.normal(jax.random.key(1), (16, 8), jnp.float32).astype(dtype)
+    kernel = normal_array(1, (16, 8), jnp.float32).astype(dtype)
     params = loha_jax.inject({"q": {"kernel": kernel}}, CONFIG, key=jax.random.key(0))
     mask, random = loha_jax.trainable_mask(params), np.random.default_rng(0)
     return jax.tree.map(
@@ -67,7 +68,7 @@ def test_outputs_have_the_dtype_of_the_models_own_product(dtype, strategy, x64):
     compute = (
         jnp.dtype(dtype) if "float8" not in dtype else jnp.dtype("bfloat16")
     )  # a float8 kernel is cast for use
-    x = jax.random.normal(jax.random.key(2), (5, 16), jnp.float32).astype(compute)
+    x = normal_array(2, (5, 16), jnp.float32).astype(compute)
 
     def fn(params, x):
         return x @ jnp.asarray(params["q"]["kernel"]).astype(compute)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 
@@ -47,7 +48,7 @@ def residual(p, x):  # a sum of two arrays: nothing else is kept for it, so it i
 
 def base():
     def normal(seed, *shape):
-        return jax.random.normal(jax.random.key(seed), shape) / shape[0] ** 0.5
+        return normal_array(seed, shape) / shape[0] ** 0.5
 
     shapes = {
         "gate": (WIDTH, HIDDEN),
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_the_dense_weight(fn):
     )
     params = loha_jax.inject(base(), config, key=jax.random.key(0))
     trainable, frozen = loha_jax.partition(params)
-    x = jax.random.normal(jax.random.key(1), (ROWS, WIDTH))
+    x = normal_array(1, (ROWS, WIDTH))
 
     def gradient(apply):
         def loss(t, x):

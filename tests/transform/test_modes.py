@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig
@@ -236,10 +237,7 @@ def test_exported_with_unknown_sizes(case):
 def test_exported_functions_are_written_and_read():
     """Exported functions are written and read with the tree as argument."""
     pytest.importorskip("flatbuffers")  # jax.export writes with it
-    base = {
-        name: {"w": jax.random.normal(jax.random.key(n), (8, 8))}
-        for n, name in enumerate(("q", "k", "head"))
-    }
+    base = {name: {"w": normal_array(n, (8, 8))} for n, name in enumerate(("q", "k", "head"))}
     config = LoHaConfig(
         r=2,
         target_modules=["q"],
@@ -259,7 +257,7 @@ def test_exported_functions_are_written_and_read():
 
     unknown = jax.ShapeDtypeStruct(export.symbolic_shape("b, 8"), jnp.float32)
     written = export.export(jax.jit(loha_jax.adapt(fn)))(params, unknown).serialize()
-    read, x = export.deserialize(written), jax.random.normal(KEY, (3, 8))
+    read, x = export.deserialize(written), normal_array(0, (3, 8))
     assert read.in_tree == jax.tree.structure(((params, x), {}))
     want = fn(loha_jax.merge(params), x)
     np.testing.assert_allclose(read.call(params, x), want, rtol=0, atol=2e-5 * np.abs(want).max())

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -13,10 +14,10 @@ from tests.helpers.quantised_kernels import KEY, SCHEMES, float_and_quantised, q
 
 
 def kernel(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape) / np.sqrt(shape[-2])
+    return normal_array(seed, shape) / np.sqrt(shape[-2])
 
 
-X = jax.random.normal(jax.random.key(9), (3, 8))
+X = normal_array(9, (3, 8))
 
 
 def config(*targets):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, LoHaWeight, interop
@@ -13,9 +14,9 @@ KEY = jax.random.key(0)
 
 def base():
     return {
-        "q": {"kernel": jax.random.normal(KEY, (3, 4)), "bias": jnp.zeros(4)},
-        "conv": {"kernel": jax.random.normal(jax.random.key(1), (3, 2, 4, 5))},
-        "layers": {"v": {"kernel": jax.random.normal(jax.random.key(2), (3, 4, 5))}},
+        "q": {"kernel": normal_array(0, (3, 4)), "bias": jnp.zeros(4)},
+        "conv": {"kernel": normal_array(1, (3, 2, 4, 5))},
+        "layers": {"v": {"kernel": normal_array(2, (3, 4, 5))}},
         "head": {"kernel": jnp.ones((4, 2))},
     }
 

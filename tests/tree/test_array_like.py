@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -18,10 +19,7 @@ OTHER = np.random.default_rng(1).uniform(0.5, 2, (3, 3)).astype(np.float32)
 
 
 def tree():
-    base = {
-        name: {"kernel": jax.random.normal(jax.random.key(n), (3, 3))}
-        for n, name in enumerate(("q", "head"))
-    }
+    base = {name: {"kernel": normal_array(n, (3, 3))} for n, name in enumerate(("q", "head"))}
     params = loha_jax.inject(base, CONFIG, key=jax.random.key(2))
     return jax.tree.map(lambda x, m: x + 0.5 if m else x, params, loha_jax.trainable_mask(params))
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -10,7 +11,7 @@ KEY = jax.random.key(0)
 
 
 def two_adapters():
-    base = {"q": {"kernel": jax.random.normal(KEY, (3, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+    base = {"q": {"kernel": normal_array(0, (3, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
     one = LoHaConfig(
         r=2, alpha=3, target_modules=["q"], modules_to_save=["head"], init_weights=False
     )
@@ -80,7 +81,7 @@ def test_merge_checks_names():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_bases_are_rounded_once(dtype):
-    base = {"q": {"kernel": jax.random.normal(KEY, (16, 16), dtype)}}
+    base = {"q": {"kernel": normal_array(0, (16, 16), dtype)}}
     params = loha_jax.inject(
         base, LoHaConfig(r=4, target_modules=["q"], init_weights=False), key=KEY
     )
@@ -102,7 +103,7 @@ def test_summary_counts_as_peft_does():
 
 
 def test_merging_into_float8_says_what_rounding_loses():
-    kernel = (4 * jax.random.normal(KEY, (16, 16))).astype(jnp.float8_e4m3fn)
+    kernel = (4 * normal_array(0, (16, 16))).astype(jnp.float8_e4m3fn)
     config = LoHaConfig(r=2, alpha=4, target_modules=["q"], init_weights=False)
     params = loha_jax.inject({"q": {"kernel": kernel}}, config, key=KEY)
     with pytest.warns(

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig, ScaledArray, checkpoint, interop
@@ -23,7 +24,7 @@ LAYOUTS = {"c": "sio"}
 
 
 def kernel(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return normal_array(seed, shape)
 
 
 def tree(scheme):

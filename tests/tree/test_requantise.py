@@ -9,6 +9,7 @@ import pytest
 import qwix
 from qwix._src.core.qarray import HowToQuantize
 from qwix._src.providers.ptq import WithAux
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax import LoHaConfig
@@ -23,13 +24,7 @@ def test_layers_that_a_scan_has_stacked_are_quantised_one_by_one(axis):
         in_axes=axis,
         out_axes=axis,
     )
-    base = {
-        "a": {
-            "kernel": quantise(
-                jnp.moveaxis(jax.random.normal(jax.random.key(0), (3, 8, 12)), 0, axis)
-            )
-        }
-    }
+    base = {"a": {"kernel": quantise(jnp.moveaxis(normal_array(0, (3, 8, 12)), 0, axis))}}
     config = LoHaConfig(r=2, alpha=8, target_modules=["a"], init_weights=False)
     layouts = {"a": ["sio", "iso"][axis]}
     params = loha_jax.inject(base, config, key=jax.random.key(1), layouts=layouts)

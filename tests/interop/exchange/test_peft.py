@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_samples import LINEAR, NAMES, Sample, torch_value, two_kernels
+from random_arrays import normal_array
 from safetensors.numpy import load_file, save_file
 
 import loha_jax
@@ -215,7 +216,7 @@ def test_the_order_of_patterns_survives_sorting(tmp_path):
 
 
 def test_stacks_are_written_as_the_modules_they_hold(tmp_path):
-    base = {"layers": {"q": {"kernel": jax.random.normal(jax.random.key(1), (3, 4, 5))}}}
+    base = {"layers": {"q": {"kernel": normal_array(1, (3, 4, 5))}}}
     config = LoHaConfig(
         r=2,
         target_modules=["q"],

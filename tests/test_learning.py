@@ -14,6 +14,7 @@ from benchmarks.learning.methods import METHODS
 from benchmarks.learning.report import Estimate, task_report
 from benchmarks.learning.task import Facts, Run
 from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.training import scaled
 
 CONFIG = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["query", "Conv_0"])
 KEY = jax.random.key(0)
@@ -49,6 +50,14 @@ def test_a_low_rank_update_is_that_of_the_paper(name):
     product = 2 * np.asarray(pair["a"]) @ np.asarray(pair["b"])
     product = product.reshape(3, 3, 4, 7) * (w if name == "hira" else 1)
     np.testing.assert_allclose(found, w + product, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora-plus", "loha-calibrated-plus"])
+def test_with_plus_the_factors_that_start_at_zero_learn_four_times_as_fast(name):
+    trained, _ = METHODS[name].start(BASE, CONFIG, KEY)
+    moved = scaled(jax.tree.map(jnp.ones_like, trained), 0.5, METHODS[name].faster)
+    for factor, move in zip(*map(jax.tree.leaves, (trained, moved)), strict=True):
+        assert (move == (0.5 if factor.any() else 2.0)).all()
 
 
 FACTS = Facts(lambda quick: NotImplemented, "accuracy", True, 8, 2, 5, 0.5, 4e-3, (2, 8))

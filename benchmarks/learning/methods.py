@@ -19,6 +19,8 @@ Tree = dict[str, Any]
 Kernels = dict[tuple[str, ...], jax.Array]
 """Kernels by their paths."""
 
+FASTER = 4
+
 
 class Method(NamedTuple):
     """A way of fine-tuning the kernels that a config names."""
@@ -29,6 +31,8 @@ class Method(NamedTuple):
     """From what is trained and what is frozen to the model's tree."""
     rates: float = 1.0
     """The factor that the grid of learning rates is multiplied by."""
+    faster: str = ""
+    """The last name of the arrays that learn at `FASTER` times the rate: LoRA+ (2402.12354)."""
 
 
 def targets(base: Tree, config: loha_jax.LoHaConfig) -> Kernels:
@@ -107,4 +111,6 @@ METHODS = {
     "loha-abba": loha("abba"),
     "hira": low_rank(lambda w, product: w + w * product),
     "full": full(),
+    "loha-calibrated-plus": loha("calibrated")._replace(faster="hada_w2_a"),
+    "lora-plus": low_rank(lambda w, product: w + product)._replace(faster="b"),
 }

@@ -23,6 +23,7 @@ GROUPS = (
     ("loha-calibrated", "lora", "loha-abba", "loha-peft"),
     ("loha-lycoris", "hira"),
     ("full",),
+    ("loha-calibrated-plus", "lora-plus"),
 )
 """Methods in the order in which they are done: if all is cut short, a comparison is there."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import loha_jax
-from benchmarks.learning.methods import METHODS, Tree
+from benchmarks.learning.methods import FASTER, METHODS, Method, Tree
 from benchmarks.learning.task import Batch, Run, Task
 
 WARMUP = 0.1
@@ -33,7 +33,7 @@ ADAM = optax.scale_by_adam()
 
 
 @functools.cache
-def make_step(loss: Loss, tree: Callable[[Tree, Tree], Tree]) -> Callable[..., Any]:
+def make_step(loss: Loss, method: Method) -> Callable[..., Any]:
     """Return one compiled step, for all seeds and learning rates of a method."""
     adapted = loha_jax.adapt(loss)  # the same function of a tree without LoHa
 
@@ -42,15 +42,27 @@ def make_step(loss: Loss, tree: Callable[[Tree, Tree], Tree]) -> Callable[..., A
         trained, moments = state
 
         def of_trained(trained: Tree) -> jax.Array:
-            return adapted(tree(trained["factors"], frozen), trained["head"], batch)
+            return adapted(method.tree(trained["factors"], frozen), trained["head"], batch)
 
         value, gradient = jax.value_and_grad(of_trained)(trained)
         direction, moments = ADAM.update(gradient, moments)
-        rates = {"factors": rate, "head": head_rate}  # a prefix of the trained arrays
-        updates = jax.tree.map(lambda r, part: optax.tree.scale(-r, part), rates, direction)
+        updates = {
+            "factors": scaled(direction["factors"], -rate, method.faster),
+            "head": optax.tree.scale(-head_rate, direction["head"]),
+        }
         return (optax.apply_updates(trained, updates), moments), value
 
     return step
+
+
+def scaled(factors: Tree, rate: jax.Array | float, faster: str) -> Tree:
+    """Return the factors times the rate; those of the name `faster` times `FASTER` more."""
+
+    def scale(path: tuple[Any, ...], factor: jax.Array) -> jax.Array:
+        last = jax.tree_util.keystr(path[-1:], simple=True)
+        return factor * rate * (FASTER if last == faster else 1)
+
+    return jax.tree_util.tree_map_with_path(scale, factors)
 
 
 def ramp(step: int, steps: int) -> float:
@@ -101,7 +113,7 @@ def run_training(task: Task, run: Run) -> Trained:
     batches = task.batches(run.seed)
     trained: Tree = {"factors": factors, "head": head}
     state: State = (trained, ADAM.init(trained))
-    step = make_step(task.loss, method.tree)
+    step = make_step(task.loss, method)
     compile_seconds = _compile(step, state, frozen, batches)
     wall, cpu = time.perf_counter(), time.process_time()
     losses = []

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from loha_jax.runtime.scalars import one_of
 from loha_jax.targets.module_names import Names
 
 from ..disk.atomic import check_place
+from ..formats.lora_files import LORA_FILES
 from .conversion_source import read_source
 from .lycoris_file import lycoris_file
 from .peft_folder import loha_folder, lora_folder
@@ -65,6 +67,7 @@ def convert_adapter(
     rank: int | None = None,
     energy: float | None = None,
     base: str | Path | None = None,
+    form: str = "peft",
     prefix: str | None = None,
     only: str | None = None,
     names: Names | None = None,
@@ -75,13 +78,14 @@ def convert_adapter(
 
     Args:
         source: PEFT's folder (LoHa or LoRA), LyCORIS' or kohya's file.
-        target: the folder (or, of LyCORIS and kohya, file) to write.
+        target: the folder or file to write.
         to: "peft", "lycoris", "kohya" or "lora". A LoRA becomes the LoHa of the same rank that is
             equal to it.
         rank, energy: of `to="lora"`, see `lora_of`; the exact LoRA of rank r² by default.
         base: the base model's checkpoint: its names say what a LyCORIS file's underscores stand
             for, its shapes which modules are convolutions.
-        prefix: of keys in LyCORIS' and kohya's files.
+        form: of `to="lora"`: "peft" for a folder, "kohya" or "diffusers" for a file.
+        prefix: of keys in files.
         only: a regular expression for the whole names of modules in the source; the others are left
             out.
         names: other names for modules, `{regex: template}` or a function, where the base model's
@@ -111,8 +115,11 @@ def convert_adapter(
         raise ValueError(
             '`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are'
         )
-    if prefix is not None and to not in ("lycoris", "kohya"):
-        raise ValueError('`prefix=` is for `to="lycoris"` and `to="kohya"`')
+    one_of("`form`", form, ("peft", *LORA_FILES))
+    if form != "peft" and to != "lora":
+        raise ValueError('`form=` is for `to="lora"`')
+    if prefix is not None and form == "peft" and to not in ("lycoris", "kohya"):
+        raise ValueError('`prefix=` is for `to="lycoris"`, `to="kohya"` and `form=`')
     target = Path(os.path.abspath(target))
     check_place(target, force, [source] if base is None else [source, base])
     read = read_source(source, base, only, names)
@@ -121,7 +128,7 @@ def convert_adapter(
     if to == "peft":
         made = loha_folder(read)
     elif to == "lora":
-        made = lora_folder(read, rank, energy, dtype)
+        made = lora_folder(read, rank, energy, dtype, form, prefix)
     else:
         made = lycoris_file(read, to, prefix)
     made.write(target, force)

@@ -98,9 +98,13 @@ def convert(
             "shapes which modules are convolutions. Needed from LyCORIS or kohya to PEFT."
         ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(help="--to lora: peft for a folder; kohya or diffusers for one file."),
+    ] = "peft",
     prefix: Annotated[
         str | None,
-        typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_)."),
+        typer.Option(help="Of a file: what keys begin with (lycoris_, lora_unet_, transformer.)."),
     ] = None,
     only: OnlyOption = None,
     names: NamesOption = None,
@@ -121,6 +125,7 @@ def convert(
             rank=rank,
             energy=energy,
             base=base,
+            form=form,
             prefix=prefix,
             only=only,
             names=parse_names(names or []),

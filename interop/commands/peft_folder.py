@@ -1,4 +1,4 @@
-"""The content of PEFT's folder that a conversion writes, for a LoHa or a LoRA."""
+"""The content that a conversion writes for PEFT: a folder of a LoHa or a LoRA, or a LoRA file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 from ..disk.base_checkpoint import Checkpoint, read_config
 from ..formats.adapter_file import AdapterModule
 from ..formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
+from ..formats.lora_files import single_file
 from ..formats.lycoris_keys import PARAMETER_OF
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.ranks import ranks_and_alphas
-from ..updates.lora_conversion import lora_of
+from ..updates.lora_conversion import lora_of, of_one_rank
 from .conversion_source import ConversionSource, Converted, cast_module
 
 Modules = Mapping[str, AdapterModule]
@@ -40,12 +41,23 @@ def loha_folder(source: ConversionSource) -> Converted:
 
 
 def lora_folder(
-    source: ConversionSource, rank: int | None, energy: float | None, dtype: DTypeLike | None
+    source: ConversionSource,
+    rank: int | None,
+    energy: float | None,
+    dtype: DTypeLike | None,
+    form: str,
+    prefix: str | None,
 ) -> Converted:
-    """Return a PEFT LoRA folder; rank and energy as for `lora_of`.
+    """Return a PEFT LoRA folder, or a LoRA file of another form.
+
+    Args:
+        source: the adapter.
+        rank, energy: as for `lora_of`.
+        dtype: of the factors, instead of their own.
+        form, prefix: as for `save_lora`.
 
     Raises:
-        ValueError: PEFT's LoRA cannot hold something.
+        ValueError: the folder or the file cannot hold something.
     """
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
@@ -54,15 +66,19 @@ def lora_folder(
         lora, errors[name] = lora_of(module, rank, energy, shape=shape)
         modules[name] = lora if dtype is None else cast_module(lora, dtype)
     saved, base = _saved(source), source.checkpoint
-    is_gpt2 = base is not None and read_config(base.folder).get("model_type") == "gpt2"
-    config = _config(source, modules, saved)
-    fields = lora_config(config, modules, _targets(source, modules), fan_in_fan_out=is_gpt2)
     check_decomposed(modules)
     if convolutions := [name for name in modules if len(source.shapes.get(name, ())) > 2]:
         source.notes.append(
             "a checkpoint does not show the groups of convolutions: "
             f"{', '.join(convolutions)} count as having none"
         )
+    if form != "peft":
+        modules = of_one_rank(modules) if form == "diffusers" else modules
+        content = single_file(form, prefix, peft_state(modules.values(), saved))
+        return Converted([*modules.values()], content, errors)
+    is_gpt2 = base is not None and read_config(base.folder).get("model_type") == "gpt2"
+    config = _config(source, modules, saved)
+    fields = lora_config(config, modules, _targets(source, modules), fan_in_fan_out=is_gpt2)
     return Converted([*modules.values()], _files(modules, saved, fields), errors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
+from loha_jax.runtime.scalars import one_of
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
@@ -27,15 +28,16 @@ from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
-from ..disk.atomic import folder_to_write
+from ..disk.atomic import folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
-from ..formats.lora_files import read_lora
+from ..formats.lora_files import LORA_FILES, read_lora, single_file
+from ..formats.lora_servers import LoraServer, find_server, server_option
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.peft_names import PREFIX
-from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of
+from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of, of_one_rank
 from .from_tree import (
     adapted_modules,
     chosen_adapter,
@@ -61,18 +63,21 @@ class LoraAdapter:
         config: the content of `adapter_config.json`.
         errors: by module, the relative error of its update in the Frobenius norm; 0 where the LoRA
             is exact.
+        server_option: what `save_lora(..., server=)` says the server has to be started with.
     """
 
     tensors: dict[str, np.ndarray]
     config: dict[str, Any]
     errors: dict[str, float]
+    server_option: str | None = None
 
     def __str__(self) -> str:
         rows = [("module", "rank", "relative error")]
         for name, error in self.errors.items():
             rank = self.tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0]
             rows.append((name, str(rank), f"{error:.2e}" if error else "exact"))
-        return "\n".join(text_table(rows, right=(1, 2)))
+        start = [f"start the server with {self.server_option}"] if self.server_option else []
+        return "\n".join([*text_table(rows, right=(1, 2)), *start])
 
 
 @takes_model(changes=False)
@@ -82,6 +87,7 @@ def to_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    uniform_rank: bool = False,
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
@@ -97,6 +103,7 @@ def to_lora(
         rank: at most this rank; exact where that is enough.
         energy: in (0, 1], instead of `rank`: the smallest rank of each module that keeps this share
             of the squared singular values.
+        uniform_rank: give all modules the largest rank, with zeros, for readers that know only one.
         names: what was given to `inject`, if anything. The tree holds the torch names of adapted
             modules only; without the others' `target_modules` are full names.
         groups: `{regex: groups}` of the adapted convolutions with groups, by torch name
@@ -145,6 +152,7 @@ def to_lora(
     if unused := [pattern for pattern in groups if pattern not in used]:
         raise ValueError(f"groups={unused} match no adapted module; these are {', '.join(found)}")
     check_decomposed(found)
+    found = of_one_rank(found) if uniform_rank else found
     targets = _targets(params, adapter_name, names)
     tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
     config = kernels[-1][1].adapters[adapter_name].config
@@ -200,36 +208,47 @@ def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str
 
 @takes_model(changes=False)
 def save_lora(
-    folder: str | Path,
+    path: str | Path,
     params: PyTree,
     *,
     adapter_name: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    uniform_rank: bool = False,
+    form: str = "peft",
+    prefix: str | None = None,
+    server: str | None = None,
     dtype: DTypeLike | None = None,
     names: Names | None = None,
     groups: Mapping[str, int] | None = None,
 ) -> LoraAdapter:
-    """Write an adapter as a PEFT LoRA folder, for `PeftModel.from_pretrained` and LoRA servers.
+    """Write an adapter as a LoRA: PEFT's folder, for servers too, or one file for image models.
 
-    `adapter_config.json` and `adapter_model.safetensors` go into `folder`, and a model card,
+    `adapter_config.json` and `adapter_model.safetensors` go into PEFT's folder, and a model card,
     README.md, where there is none. Config and weights appear, or are replaced, together. alpha is r
     in every module, so that the scaling is 1 also for a reader that ignores `alpha_pattern`;
     `target_modules` is a list of names.
 
     Args:
-        folder: made if it is not there.
-        params, adapter_name, rank, energy, names, groups: as for `to_lora`.
+        path: the folder, made if it is not there; or the file.
+        params, adapter_name, rank, energy, uniform_rank, names, groups: as for `to_lora`.
+        form: "peft" for a folder; "kohya" or "diffusers" for a file. In diffusers' all modules have
+            one rank, as its reader scales others wrongly.
+        prefix: of a file's keys. kohya's default is "lora_unet_"; diffusers wants the model's part,
+            such as "unet." or "transformer.", and MaxDiffusion "diffusion_model.".
+        server: "vllm" or "sglang": refuse what this server would refuse, cut off or leave out.
         dtype: of the LoRA's tensors; the factors' own by default.
 
     Returns:
         A report of what was written. `print` shows the error of each module, without that of
-        rounding to `dtype`.
+        rounding to `dtype`, and how to start the server.
 
     Raises:
-        ValueError: see `to_lora`; or `dtype` holds no floating-point numbers, or a value is too
-            large for it.
-        NotADirectoryError: `folder` is a file.
+        ValueError: see `to_lora`; or the server does not take this adapter, and of a rank that is
+            too large for it, what the best of the largest loses; or a file has no place for
+            `modules_to_save`, a weight decomposition or a convolution in groups; or `dtype` holds
+            no floating-point numbers, or a value is too large for it.
+        NotADirectoryError: `path` is a file, and `form` is "peft".
 
     Example:
         >>> import tempfile, loha_jax
@@ -240,19 +259,56 @@ def save_lora(
         ...     save_lora(folder, params, rank=1).config["r"]
         1
     """
-    folder = folder_to_write(folder, "save_lora")
+    one_of("`form`", form, ("peft", *LORA_FILES))
+    if form == "peft":
+        path = folder_to_write(path, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"
         )
-    lora = to_lora(params, adapter_name, rank=rank, energy=energy, names=names, groups=groups)
+    uniform_rank = uniform_rank or form == "diffusers"
+    make = functools.partial(
+        to_lora, params, adapter_name, uniform_rank=uniform_rank, names=names, groups=groups
+    )
+    known = None if server is None else find_server(server)
+    if known is not None and form != "peft":
+        raise ValueError(f"`server` reads PEFT's folders, not `form={form!r}`")
+    lora = make(rank=rank, energy=energy)
+    if known is not None:
+        option = server_option(known, lora.config, lora.tensors)
+        _check_rank(known, lora, make)
+        lora = dataclasses.replace(lora, server_option=option)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
-    files = folder_contents(lora.tensors, lora.config)
-    card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
+    write = _writer(Path(path), lora, form, prefix)
     check_before_saving(params, None if adapter_name is None else [adapter_name])
-    in_first_process(lambda: write_together(folder, files, card), f"{folder} was not written")
+    in_first_process(write, f"{path} was not written")
     return lora
+
+
+def _writer(path: Path, lora: LoraAdapter, form: str, prefix: str | None) -> Callable[[], None]:
+    """Return the function that writes the adapter; its content is checked here."""
+    if form == "peft":
+        if prefix is not None:
+            raise ValueError('`prefix` is for `form="kohya"` and `form="diffusers"`')
+        files = folder_contents(lora.tensors, lora.config)
+        card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
+        return lambda: write_together(path, files, card)
+    content = single_file(form, prefix, lora.tensors)
+    return lambda: write_atomically(path, content)
+
+
+def _check_rank(server: LoraServer, lora: LoraAdapter, make: Callable[..., LoraAdapter]) -> None:
+    """Raise ValueError if the rank is more than the server takes, with what that many lose."""
+    most = max(server.ranks, default=lora.config["r"])
+    if lora.config["r"] > most:
+        errors = make(rank=most).errors
+        worst = max(errors, key=errors.__getitem__)
+        raise ValueError(
+            f"The LoRA has rank {lora.config['r']}, and {server.title} takes {most} at most. With "
+            f"`rank={most}` the largest relative error of an update is {errors[worst]:.2g} "
+            f"({worst}). Or merge the adapter."
+        )
 
 
 def _in_dtype(lora: LoraAdapter, dtype: jnp.dtype) -> LoraAdapter:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders as they are, without a model."""
+"""PEFT's LoRA folders as they are, and files of kohya and diffusers, without a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from loha_jax.runtime.untrusted import FileError
 from ..disk.tensor_files import check_finite, read_metadata
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config, like_loha, rank_and_alpha
+from .lycoris_files import KOHYA_PREFIX, file_bytes, module_key
 from .peft_files import read_folder, torch_name
+from .peft_names import PREFIX
 from .ranks import check_floating, check_present, misfit, shown_shapes
 from .wrong_loader import hints
 
@@ -23,6 +25,11 @@ _KEYS = re.compile(
     r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight"
     r"|(?P<norms>lora_magnitude_vector)(?:\.[^.]+){0,2})"
 )
+LORA_FILES = ("kohya", "diffusers")
+"""The forms of a LoRA in one file."""
+
+_KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
 _OTHER_PART = re.compile(r"(?:^|\.)(lora_\w+)")
 
 
@@ -108,3 +115,48 @@ def _module(
             f"{name} does not fit its lora_magnitude_vector {list(norms.shape)}: {shown}"
         )
     return AdapterModule(name, "lora", r, alpha, tensors, norms.reshape(b[0], *(1,) * (len(b) - 1)))
+
+
+def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Return the content of kohya's or diffusers' file of a LoRA.
+
+    Args:
+        form: one of `LORA_FILES`.
+        prefix: of all keys; None for kohya's default.
+        tensors: by PEFT's keys, with alpha = r in every module.
+
+    Raises:
+        ValueError: a file has no place for a tensor, two modules would have one name, or diffusers'
+            prefix is missing or ends with no dot.
+    """
+    if form == "diffusers" and not (prefix or "").endswith("."):
+        raise ValueError(
+            f'`prefix` of `form="diffusers"` is the part of the model and a dot, such as "unet." '
+            f'or "transformer.", got {prefix!r}'
+        )
+    prefix = f"{KOHYA_PREFIX}unet_" if prefix is None else prefix
+    state: dict[str, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        found = _KEYS.fullmatch(key.removeprefix(PREFIX))
+        if found is None or found["factor"] is None:
+            raise ValueError(
+                f"A LoRA file of {form} has no place for {key}: write a folder of PEFT, or merge "
+                "the adapter"
+            )
+        part = f"{found['factor']}.weight"
+        own = f"{module_key(prefix, found['module'])}."
+        if form == "kohya":
+            part = f"{_KOHYA[found['factor']]}.weight"
+        if own + part in state:
+            raise ValueError(f"Two modules would both be {own[:-1]!r} in the file")
+        state[own + part] = tensor
+        if found["factor"] == "lora_A":
+            a, b = tensor, tensors[key.replace("lora_A", "lora_B")]
+            if len(a) != b.shape[1]:
+                raise ValueError(
+                    f"{found['module']} is a convolution in groups, which a LoRA file of {form} "
+                    "cannot hold: write a folder of PEFT, or merge the adapter"
+                )
+            if form == "kohya":
+                state[f"{own}alpha"] = np.array(len(a), np.float32)
+    return file_bytes(state, {}, [])

@@ -103,6 +103,30 @@ def lora_of(
     return dataclasses.replace(module, kind="lora", r=r, alpha=float(r), tensors=tensors), error
 
 
+def of_one_rank(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Return LoRAs of one rank: the largest, or the next one that all groups divide.
+
+    Zeros are added to the factors; the updates are the same, and alpha is r.
+    """
+    groups = {name: m.r // m.tensors["lora_B"].shape[1] for name, m in modules.items()}
+    step = math.lcm(*groups.values())
+    r = -(-max(module.r for module in modules.values()) // step) * step
+    return {name: _padded(module, r, groups[name]) for name, module in modules.items()}
+
+
+def _padded(module: AdapterModule, r: int, groups: int) -> AdapterModule:
+    a, b = module.tensors["lora_A"], module.tensors["lora_B"]
+    slots = b.shape[1]
+    more = (0, r // groups - slots)
+    by_group = a.reshape(groups, slots, *a.shape[1:])  # [r, in, ...] -> [groups, slots, in, ...]
+    by_group = np.pad(by_group, [(0, 0), more, *[(0, 0)] * (a.ndim - 1)])
+    tensors = {
+        "lora_A": by_group.reshape(r, *a.shape[1:]),
+        "lora_B": np.pad(b, [(0, 0), more, *[(0, 0)] * (b.ndim - 2)]),
+    }
+    return dataclasses.replace(module, r=r, alpha=float(r), tensors=tensors)
+
+
 def cast_tensors(
     name: str, tensors: Mapping[str, np.ndarray], dtype: DTypeLike
 ) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""diffusers itself opens a LoRA folder of an adapted UNet."""
+"""diffusers itself opens a LoRA, a folder or a file, of an adapted UNet."""
 
 import copy
 
@@ -17,8 +17,23 @@ from tests.parity.unet import small_unet
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 
 
-@pytest.mark.parametrize("cores", [False, True], ids=["flat", "cores"])
-def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_path):
+def save_folder(folder, params):
+    interop.save_lora(folder, params)
+    return {"weight_name": "adapter_model.safetensors", "prefix": "base_model.model"}
+
+
+def save_file(folder, params):
+    lora = interop.save_lora(folder / "a.safetensors", params, form="diffusers", prefix="unet.")
+    assert lora.config["rank_pattern"] == {}  # it would scale the others by a wrong rank
+    return {"weight_name": "a.safetensors", "prefix": "unet"}
+
+
+@pytest.mark.parametrize(
+    ("save", "cores"),
+    [(save_folder, False), (save_folder, True), (save_file, False)],
+    ids=["folder-flat", "folder-cores", "file-flat"],
+)
+def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(save, cores, tmp_path):
     torch.manual_seed(0)
     unet = small_unet().eval()
     kernels = {
@@ -36,11 +51,12 @@ def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_pat
         target_modules=["to_q", "to_v", "conv1"],
         init_weights=False,
         use_effective_conv2d=cores,
+        rank_pattern={"to_v": 3} if save is save_file else {},
     )
     params = loha_jax.inject(
         unflatten_dict(flat), config, key=jax.random.key(0), layouts={r".*\.conv1": "kkio"}
     )
-    interop.save_lora(tmp_path, params)
+    names = save(tmp_path, params)
 
     merged = copy.deepcopy(unet)
     weights = flatten_dict(loha_jax.merge(params))
@@ -50,12 +66,7 @@ def test_a_unet_with_the_lora_computes_what_the_merged_weights_do(cores, tmp_pat
     }
     merged.load_state_dict({**unet.state_dict(), **state})
     unet_with_lora = copy.deepcopy(unet)
-    unet_with_lora.load_lora_adapter(
-        tmp_path,
-        weight_name="adapter_model.safetensors",
-        prefix="base_model.model",
-        local_files_only=True,
-    )
+    unet_with_lora.load_lora_adapter(tmp_path, local_files_only=True, **names)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     with torch.no_grad():
         base, want, got = (

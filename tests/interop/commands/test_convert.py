@@ -6,6 +6,7 @@ import lycoris_samples
 import ml_dtypes
 import numpy as np
 import pytest
+from lora_folders import dense
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
@@ -230,6 +231,9 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
         ("native_plain", "lycoris", {"rank": 2}, r'`rank=` and `energy=` are for `to="lora"`'),
         ("native_plain", "peft", {"prefix": "x_"}, r'`prefix=` is for `to="lycoris"`'),
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),
+        ("native_plain", "peft", {"form": "kohya"}, r'`form=` is for `to="lora"`'),
+        ("native_plain", "lora", {"form": "peft2"}, r"`form` is one of peft, kohya, diffusers"),
+        ("native_plain", "lora", {"base": BASE, "form": "diffusers"}, r"a dot, such as"),
         ("native_plain", "lora", {"base": BASE, "rank": 0}, r"positive integer"),
         ("native_plain", "lora", {"base": BASE, "rank": 2, "energy": 0.5}, r"not both"),
         ("native_dora_in", "lora", {"base": BASE}, r"norms per input feature"),
@@ -248,6 +252,31 @@ def test_what_cannot_be_is_refused_and_nothing_written(source, to, options, matc
     with pytest.raises(ValueError, match=match):
         convert_adapter(path, tmp_path / "out", to, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "prefix", "down", "up"),
+    [("kohya", None, "lora_down", "lora_up"), ("diffusers", "unet.", "lora_A", "lora_B")],
+)
+def test_a_lora_in_one_file_has_the_update(form, prefix, down, up, tmp_path):
+    path, _ = lycoris_samples.native("plain")
+    target = tmp_path / "a.safetensors"
+    done = convert_adapter(path, target, "lora", base=BASE, form=form, prefix=prefix)
+    written, found = load_file(target), {}
+    for key, a in written.items():
+        own = key.removesuffix(f".{down}.weight")
+        if own != key:
+            b, r = written[f"{own}.{up}.weight"], len(a)
+            scale = written.get(f"{own}.alpha", r) / r
+            name = own.removeprefix(prefix or "lora_unet_").replace(".", "_")
+            found[name] = scale * (b.reshape(len(b), -1) @ a.reshape(r, -1))
+    assert set(done.errors.values()) == {0}
+    assert (len(set(done.modules.values())) == 1) == (form == "diffusers")
+    modules = {module.name: module for module in read_adapter(path).modules.values()}
+    assert found.keys() == modules.keys()
+    for name, module in modules.items():
+        want = dense(module, (len(module.tensors["hada_w1_a"]), -1))
+        np.testing.assert_allclose(found[name], want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_cores_beside_flat_convolutions_are_refused(tmp_path):

@@ -35,8 +35,8 @@ def compare_paths(
         progress: of checkpoints, called with the number of tensors compared so far and in total.
 
     Returns:
-        Only JSON's types: `different`, `only_first`, `only_second`, and a row for each common
-        module or tensor.
+        Only JSON's types: `different`, `only_first`, `only_second`, `tolerance`, and a row for each
+        common module or tensor.
 
     Raises:
         ValueError: one is an adapter and the other one a checkpoint, or a file cannot be read.
@@ -59,8 +59,10 @@ def compare_paths(
             f"{adapter} is an adapter and {other} a checkpoint; two of a kind can be compared"
         )
     if kinds[0]:
-        return _compare_adapters(*_read_both(first, second), tolerance)
-    return _compare_checkpoints(Checkpoint(first), Checkpoint(second), tolerance, progress)
+        result = _compare_adapters(*_read_both(first, second), tolerance)
+    else:
+        result = _compare_checkpoints(Checkpoint(first), Checkpoint(second), tolerance, progress)
+    return {**result, "tolerance": tolerance}
 
 
 def _read_both(first: Path, second: Path) -> tuple[AdapterFile, AdapterFile]:

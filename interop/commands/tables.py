@@ -201,8 +201,12 @@ def show_difference(console: Console, found: dict[str, Any], every: bool) -> Non
     _table(console, head, rows)
     others = [f"{other['name']}: {other['difference']}" for other in found.get("others", ())]
     _list(console, "Other tensors", others, "yellow")
+    if not compared:
+        console.print(f"There are no common {kind}: no name of one is in the other.")
+        return
     same = sum(not item["different"] for item in compared)
-    console.print(f"{same} of {len(compared)} common {kind} are equal{bits}.")
+    equal = f"within {found['tolerance']:g}" if found["tolerance"] else "equal"
+    console.print(f"{same} of {len(compared)} common {kind} are {equal}{bits}.")
 
 
 def _said(module: dict[str, Any]) -> bool:

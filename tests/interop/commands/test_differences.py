@@ -34,11 +34,17 @@ def test_the_tolerance_of_diff(tmp_path):
     first, second = peft_folder(tmp_path / "a", factors()), peft_folder(tmp_path / "b", near)
     row = run_json("diff", first, second, code=1)["modules"][0]
     np.testing.assert_allclose(row["relative"], 2**-10, rtol=1e-9)
-    run("diff", first, second, "--tolerance", 0.001, code=0)
+    out, _ = run("diff", first, second, "--tolerance", 0.001, code=0)
+    assert "1 of 1 common modules are within 0.001" in out
     run("diff", first, second, "--tolerance", 0.0009, code=1)
     half = peft_folder(tmp_path / "c", factors(), alpha=4)
     row = run_json("diff", first, half, code=1)["modules"][0]
     assert (row["bit_equal"], row["alpha"], row["relative"]) == (True, [8.0, 4.0], 0.5)
+
+
+def test_no_common_modules(tmp_path):
+    out, _ = run("diff", NATIVE, peft_folder(tmp_path / "a", factors()), code=1)
+    assert "There are no common modules: no name of one is in the other." in out
 
 
 def test_diff_of_checkpoints(tmp_path):

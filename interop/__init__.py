@@ -2,6 +2,7 @@
 
 from loha_jax.runtime.untrusted import FileError
 
+from .exchange.as_lora import as_lora
 from .exchange.base_weights import load_base
 from .exchange.lora import load_lora, save_lora, to_lora
 from .exchange.lycoris import save_lycoris, to_lycoris_state_dict
@@ -15,6 +16,7 @@ __all__ = [
     "FileError",
     "FittedLoHa",
     "NameMap",
+    "as_lora",
     "fit_loha",
     "from_peft_state_dict",
     "load_base",

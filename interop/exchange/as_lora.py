@@ -1,0 +1,114 @@
+"""`as_lora`: an adapter as a LoRA in the model's own layout, under `jax.jit` too."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from loha_jax.lowrank.layout import Layout
+from loha_jax.runtime.promotion import standard_promotion
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.factors import Factors
+from loha_jax.tree.leaves import LoHaWeight
+
+from ..updates.lora_conversion import check_limits
+from .from_tree import chosen_adapter, required_kernels
+
+
+class _Pair(NamedTuple):
+    """KA and KB with ΔW = KA @ KB, the scale included."""
+
+    left: Float[Array, "*stack out k"]
+    right: Float[Array, "*stack k in"]
+
+
+@takes_model(changes=False)
+def as_lora(
+    params: PyTree, adapter_name: str | None = None, *, rank: int | None = None
+) -> dict[str, Any]:
+    """Return an adapter as LoRA arrays: exact, of rank r², or the best ones of a smaller rank.
+
+    It is for rollouts and exporters that know only LoRA, and works under `jax.jit`. The scale is in
+    the arrays: their scaling is 1. For files see `save_lora`.
+
+    Args:
+        params: an adapted tree, or an NNX model.
+        adapter_name: which adapter; may be left out where the tree has only one.
+        rank: at most this rank, by an SVD of matrices of r² rows. ΔW is not materialised.
+
+    Returns:
+        Nested dicts like the tree. For a kernel `w` they hold `w_lora_a` `[*stack, *in, k]` and
+        `w_lora_b` `[*stack, k, *out]`, with the kernel's own axes of each kind, in float32 or wider.
+        Their product over k is ΔW.
+
+    Raises:
+        ValueError: no such adapter, or several and none is named; rank is no positive integer; or
+            an adapted kernel is a convolution or has a weight decomposition.
+
+    Named as the arrays of qwix' and tunix' LoRA are.
+
+    Example:
+        >>> import loha_jax
+        >>> config = loha_jax.LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+        >>> base = {"q": {"kernel": jnp.ones((6, 5))}}
+        >>> params = loha_jax.inject(base, config, key=jax.random.key(0))
+        >>> jax.tree.map(jnp.shape, as_lora(params))
+        {'q': {'kernel_lora_a': (6, 4), 'kernel_lora_b': (4, 5)}}
+    """
+    name = chosen_adapter(params, adapter_name)
+    check_limits(rank, None)
+    result: dict[str, Any] = {}
+    for path, leaf in required_kernels(params, name):
+        _check(leaf, name)
+        pair = _pair(leaf.adapters[name])
+        pair = pair if rank is None or rank >= pair.left.shape[-1] else _best(pair, rank)
+        node = result
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        a, b = _folded(pair, leaf.layout, leaf.kernel.shape)
+        node |= {f"{path[-1]}_lora_a": a, f"{path[-1]}_lora_b": b}
+    return result
+
+
+def _check(leaf: LoHaWeight, name: str) -> None:
+    """Raise ValueError for what is no LoRA of a linear layer."""
+    what = "is a convolution" if leaf.layout.axes("k") else None
+    if leaf.adapters[name].dora_scale is not None:
+        what = "has a weight decomposition"
+    if what:
+        raise ValueError(
+            f"{leaf.label} {what}, of which `as_lora` makes no LoRA: write it with "
+            "`save_lora`, or merge the adapter"
+        )
+
+
+@standard_promotion()
+def _pair(factors: Factors) -> _Pair:
+    left, right = factors.khatri_rao()
+    return _Pair(left * factors.scale[..., None, None], right)
+
+
+@standard_promotion()
+def _best(pair: _Pair, rank: int) -> _Pair:
+    """Return the best approximation of a rank: the SVD of the triangles of two QR decompositions.
+
+    Both sides get the root of the singular values.
+    """
+    left, left_triangle = jnp.linalg.qr(pair.left)  # [*stack, out, m], [*stack, m, k]
+    right, right_triangle = jnp.linalg.qr(jnp.swapaxes(pair.right, -1, -2))
+    core = left_triangle @ jnp.swapaxes(right_triangle, -1, -2)  # [*stack, m, n]
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    kept = left @ (u[..., :rank] * root[..., None, :])
+    return _Pair(kept, root[..., :, None] * (vt[..., :rank, :] @ jnp.swapaxes(right, -1, -2)))
+
+
+def _folded(pair: _Pair, layout: Layout, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return both matrices with the kernel's own in and out axes."""
+    stack, k = layout.sizes("s", shape), pair.left.shape[-1]
+    a = jnp.swapaxes(pair.right, -1, -2).reshape(*stack, *layout.sizes("i", shape), k)
+    b = jnp.swapaxes(pair.left, -1, -2).reshape(*stack, k, *layout.sizes("o", shape))
+    return a, b

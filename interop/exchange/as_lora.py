@@ -41,8 +41,8 @@ def as_lora(
 
     Returns:
         Nested dicts like the tree. For a kernel `w` they hold `w_lora_a` `[*stack, *in, k]` and
-        `w_lora_b` `[*stack, k, *out]`, with the kernel's own axes of each kind, in float32 or wider.
-        Their product over k is ΔW.
+        `w_lora_b` `[*stack, k, *out]`, with the kernel's own axes of each kind, in float32 or
+        wider. Their product over k is ΔW.
 
     Raises:
         ValueError: no such adapter, or several and none is named; rank is no positive integer; or

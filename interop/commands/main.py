@@ -17,9 +17,11 @@ from .command_run import DIFFERENT, FINE, run_command
 from .options import (
     DtypeOption,
     ForceOption,
+    FormOption,
     JsonOption,
     NamesOption,
     OnlyOption,
+    PrefixOption,
     check_finite,
     parse_names,
     parse_with,
@@ -98,14 +100,8 @@ def convert(
             "shapes which modules are convolutions. Needed from LyCORIS or kohya to PEFT."
         ),
     ] = None,
-    form: Annotated[
-        str,
-        typer.Option(help="--to lora: peft for a folder; kohya or diffusers for one file."),
-    ] = "peft",
-    prefix: Annotated[
-        str | None,
-        typer.Option(help="Of a file: what keys begin with (lycoris_, lora_unet_, transformer.)."),
-    ] = None,
+    form: FormOption = "peft",
+    prefix: PrefixOption = None,
     only: OnlyOption = None,
     names: NamesOption = None,
     dtype: DtypeOption = None,
@@ -202,10 +198,7 @@ def extract(
     to: Annotated[
         extraction.Format, typer.Option("--to", help="The format to write.")
     ] = extraction.Format.peft,
-    prefix: Annotated[
-        str | None,
-        typer.Option(help="--to lycoris, kohya: what keys begin with (lycoris_, lora_unet_)."),
-    ] = None,
+    prefix: PrefixOption = None,
     only: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Only modules whose whole name in BASE matches."),

@@ -41,6 +41,13 @@ NamesOption = Annotated[
         "'language_model\\.model\\.(.*)=model.language_model.\\1'; may be given several times.",
     ),
 ]
+FormOption = Annotated[
+    str, typer.Option(help="--to lora: peft for a folder; kohya or diffusers for one file.")
+]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(help="Of a file: what keys begin with (lycoris_, lora_unet_, transformer.)."),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of the floating tensors that are written; their own by default."),

@@ -8,7 +8,7 @@ r`, for all modules, and no patterns: ours is 1 everywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ def server_option(
 
 def _problems(
     server: LoraServer, config: Mapping[str, Any], factors: Mapping[str, np.ndarray]
-) -> Iterable[str]:
+) -> Iterator[str]:
     """Yield what the server has no place for."""
     if config["use_dora"]:
         yield "a weight decomposition (DoRA)"

@@ -71,7 +71,8 @@ TRAINERS = (
 CORE_ON_NEWEST = [
     *("-m", "not slow", "--cases", "2", "tests"),
     *("--ignore=tests/parity", "--ignore=tests/models", "--ignore-glob=tests/interop/test_*"),
-    *("--ignore=tests/interop/disk", "--ignore=tests/interop/exchange"),
+    *("--ignore=tests/interop/commands", "--ignore=tests/interop/disk"),
+    "--ignore=tests/interop/exchange",
     *("--ignore=tests/interop/formats", "--ignore=tests/interop/merge"),
     *("--ignore=tests/interop/names", "--ignore=tests/test_ci.py"),
     *("--ignore=tests/test_house.py", "--ignore=tests/test_run.py"),

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ def make_step(loss: Loss, method: Method) -> Callable[..., Any]:
             return adapted(method.tree(trained["factors"], frozen), trained["head"], batch)
 
         value, gradient = jax.value_and_grad(of_trained)(trained)
-        direction, moments = ADAM.update(gradient, moments)
+        found, moments = ADAM.update(gradient, moments)
+        direction = cast(Tree, found)
         updates = {
             "factors": scaled(direction["factors"], -rate, method.faster),
             "head": optax.tree.scale(-head_rate, direction["head"]),

@@ -24,6 +24,7 @@ MODULES = sorted(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+FACES = ("nnx", "linen", "qwix", "train", "checkpoint")
 FOLDERS = [Path(path) for package in (loha_jax, interop) for path in package.__path__]
 
 
@@ -60,6 +61,18 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         if " peft" in block and importlib.util.find_spec("peft") is None:
             continue  # on the newest JAX; the main run has PEFT
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_site_has_every_page_and_every_public_name():
+    """`mkdocs build` checks the links; it is not installed here."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs).as_posix()): path for path in docs.rglob("*.md")}
+    assert set(re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE)) == set(pages)
+    named = re.findall(r"^::: ([\w.]+)$", "".join(map(Path.read_text, pages.values())), re.MULTILINE)
+    faces = [loha_jax, interop, *(importlib.import_module(f"loha_jax.{n}") for n in FACES)]
+    public = [f"{face.__name__}.{name}" for face in faces for name in face.__all__]
+    assert sorted(named) == sorted(public)
 
 
 def test_every_public_name_has_a_docstring_with_an_example():

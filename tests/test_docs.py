@@ -21,7 +21,7 @@ MODULES = sorted(
     for _, name, is_package in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not is_package
 )
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 FACES = ("nnx", "linen", "qwix", "train", "checkpoint")
@@ -53,14 +53,32 @@ def test_no_file_with_examples_is_left_out():
     assert sum(map(examples, texts.values())) > 250
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def test_the_pages_have_blocks():
+    assert len([page for page in PAGES if BLOCK.search(page.read_text())]) > 15
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.stem
+)
 def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in BLOCK.findall(page.read_text()):
         if " peft" in block and importlib.util.find_spec("peft") is None:
             continue  # on the newest JAX; the main run has PEFT
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_pages_have_up_to_100_columns():
+    folders = [ROOT / name for name in ("docs", "examples", "benchmarks")]
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        rows = (line for line in text.splitlines() if not line.lstrip().startswith("|"))
+        assert max(map(len, rows)) <= 100 or page.name == "tables.md", page  # a report writes that
 
 
 def test_the_site_has_every_page_and_every_public_name():
@@ -69,7 +87,9 @@ def test_the_site_has_every_page_and_every_public_name():
     docs = ROOT / "docs"
     pages = {str(path.relative_to(docs).as_posix()): path for path in docs.rglob("*.md")}
     assert set(re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE)) == set(pages)
-    named = re.findall(r"^::: ([\w.]+)$", "".join(map(Path.read_text, pages.values())), re.MULTILINE)
+    named = re.findall(
+        r"^::: ([\w.]+)$", "".join(map(Path.read_text, pages.values())), re.MULTILINE
+    )
     faces = [loha_jax, interop, *(importlib.import_module(f"loha_jax.{n}") for n in FACES)]
     public = [f"{face.__name__}.{name}" for face in faces for name in face.__all__]
     assert sorted(named) == sorted(public)

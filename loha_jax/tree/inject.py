@@ -67,7 +67,7 @@ def inject(
             `{regex: template}`; see `loha_jax.targets.module_names.stack_names`.
         layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of
             three or more axes that neither their layer nor a bias or a name settles
-            (docs/guide.md). `infer_layouts` reads them off the model.
+            (docs/guide/layouts.md). `infer_layouts` reads them off the model.
         model_type: a Hugging Face model type, for PEFT's default `target_modules` if the config has
             None.
 

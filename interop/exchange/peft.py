@@ -56,8 +56,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
     and `adapter_model.safetensors` each, in the factors' dtype. Of a `LycorisConfig` the rank
     stabilisation is folded into alpha and the scalar into `hada_w1_a`. A model card, README.md, is
     put into `folder` where there is none. Config and weights of an adapter appear, or are replaced,
-    together, whatever ends the process (docs/guide/saving.md). Of several processes all call this, and the
-    first one writes.
+    together, whatever ends the process (docs/guide/saving.md). Of several processes all call this,
+    and the first one writes.
 
     Args:
         folder: made if it is not there.

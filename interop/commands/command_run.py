@@ -32,7 +32,7 @@ _PIPE_WIDTH = 160
 """Columns of tables that go to a file or another program."""
 
 _ARGUMENT = re.compile(
-    r"""`(only|base|prefix|dtype|rank|energy|force|names|to)=(True|"\w+"|\{'[^`{}]*'\}|)`"""
+    r"""`(only|base|prefix|dtype|rank|energy|force|names|form|to)=(True|"\w+"|\{'[^`{}]*'\}|)`"""
 )
 """An argument of the library that is an option of a command, as the library's errors write it."""
 

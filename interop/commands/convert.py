@@ -12,11 +12,10 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
-from loha_jax.runtime.scalars import one_of
 from loha_jax.targets.module_names import Names
 
 from ..disk.atomic import check_place
-from ..formats.lora_files import LORA_FILES
+from ..formats.lora_files import check_form
 from .conversion_source import read_source
 from .lycoris_file import lycoris_file
 from .peft_folder import loha_folder, lora_folder
@@ -115,11 +114,14 @@ def convert_adapter(
         raise ValueError(
             '`rank=` and `energy=` are for `to="lora"`: other formats hold the factors as they are'
         )
-    one_of("`form`", form, ("peft", *LORA_FILES))
     if form != "peft" and to != "lora":
         raise ValueError('`form=` is for `to="lora"`')
     if prefix is not None and form == "peft" and to not in ("lycoris", "kohya"):
-        raise ValueError('`prefix=` is for `to="lycoris"`, `to="kohya"` and `form=`')
+        raise ValueError(
+            '`prefix=` is for `to="lycoris"`, `to="kohya"` and `to="lora"` as one file'
+        )
+    if form != "peft":
+        check_form(form, prefix)
     target = Path(os.path.abspath(target))
     check_place(target, force, [source] if base is None else [source, base])
     read = read_source(source, base, only, names)

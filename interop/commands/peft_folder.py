@@ -16,6 +16,7 @@ from ..disk.base_checkpoint import Checkpoint, read_config
 from ..formats.adapter_file import AdapterModule
 from ..formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
 from ..formats.lora_files import single_file
+from ..formats.lycoris_files import KOHYA_PREFIX
 from ..formats.lycoris_keys import PARAMETER_OF
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
@@ -73,6 +74,12 @@ def lora_folder(
             f"{', '.join(convolutions)} count as having none"
         )
     if form != "peft":
+        if source.checkpoint is None:
+            source.notes.append(
+                "without the base model's checkpoint (`base=`) flat factors count as those of "
+                "linear layers"
+            )
+        prefix = _own_prefix(source) if prefix is None else prefix
         modules = of_one_rank(modules) if form == "diffusers" else modules
         content = single_file(form, prefix, peft_state(modules.values(), saved))
         return Converted([*modules.values()], content, errors)
@@ -80,6 +87,12 @@ def lora_folder(
     config = _config(source, modules, saved)
     fields = lora_config(config, modules, _targets(source, modules), fan_in_fan_out=is_gpt2)
     return Converted([*modules.values()], _files(modules, saved, fields), errors)
+
+
+def _own_prefix(source: ConversionSource) -> str | None:
+    """Return the prefix of a kohya source, which says the part of the model; else None."""
+    given = {module.prefix for module in source.adapter.modules.values()}
+    return next((p for p in given if p.startswith(KOHYA_PREFIX)), None)
 
 
 def _files(

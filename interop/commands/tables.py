@@ -205,7 +205,8 @@ def show_difference(console: Console, found: dict[str, Any], every: bool) -> Non
         console.print(f"There are no common {kind}: no name of one is in the other.")
         return
     same = sum(not item["different"] for item in compared)
-    equal = f"within {found['tolerance']:g}" if found["tolerance"] else "equal"
+    relative = "relative" if kind == "modules" else "absolute"
+    equal = f"within {found['tolerance']:g} ({relative})" if found["tolerance"] else "equal"
     console.print(f"{same} of {len(compared)} common {kind} are {equal}{bits}.")
 
 

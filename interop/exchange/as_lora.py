@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.truncated_svd import precise_product
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.leaves import LoHaWeight
 
 from ..updates.lora_conversion import check_limits
-from .from_tree import chosen_adapter, required_kernels
+from .from_tree import chosen_adapter, required_kernels, saved_leaves
 
 
 class _Pair(NamedTuple):
@@ -40,13 +41,15 @@ def as_lora(
         rank: at most this rank, by an SVD of matrices of r² rows. ΔW is not materialised.
 
     Returns:
-        Nested dicts like the tree. For a kernel `w` they hold `w_lora_a` `[*stack, *in, k]` and
-        `w_lora_b` `[*stack, k, *out]`, with the kernel's own axes of each kind, in float32 or
-        wider. Their product over k is ΔW.
+        Nested dicts, whose keys are the tree's as strings ("0" for the first item of a list). For a
+        kernel `w` they hold `w_lora_a` `[*stack, *in, k]` and `w_lora_b` `[*stack, k, *out]`, with
+        the kernel's own axes of each kind, in float32 or wider. Their product over k is ΔW, from
+        inputs to outputs; k is r² where no smaller rank was asked for.
 
     Raises:
         ValueError: no such adapter, or several and none is named; rank is no positive integer; or
-            an adapted kernel is a convolution or has a weight decomposition.
+            an adapted kernel is a convolution or has a weight decomposition, or the adapter has
+            `modules_to_save`.
 
     Named as the arrays of qwix' and tunix' LoRA are.
 
@@ -60,6 +63,11 @@ def as_lora(
     """
     name = chosen_adapter(params, adapter_name)
     check_limits(rank, None)
+    if saved := [leaf.name for leaf in saved_leaves(params, name)]:
+        raise ValueError(
+            f"The adapter {name} also has trained copies of {', '.join(saved)} (modules_to_save), "
+            "which no LoRA holds: hand them over beside it, or `merge` the adapter"
+        )
     result: dict[str, Any] = {}
     for path, leaf in required_kernels(params, name):
         _check(leaf, name)
@@ -68,7 +76,7 @@ def as_lora(
         node = result
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        a, b = _folded(pair, leaf.layout, leaf.kernel.shape)
+        a, b = _folded(pair, leaf.layout.strip(leaf.kernel.ndim), leaf.kernel.shape)
         node |= {f"{path[-1]}_lora_a": a, f"{path[-1]}_lora_b": b}
     return result
 
@@ -99,11 +107,12 @@ def _best(pair: _Pair, rank: int) -> _Pair:
     """
     left, left_triangle = jnp.linalg.qr(pair.left)  # [*stack, out, m], [*stack, m, k]
     right, right_triangle = jnp.linalg.qr(jnp.swapaxes(pair.right, -1, -2))
-    core = left_triangle @ jnp.swapaxes(right_triangle, -1, -2)  # [*stack, m, n]
+    core = precise_product(left_triangle, jnp.swapaxes(right_triangle, -1, -2))  # [*stack, m, n]
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
-    kept = left @ (u[..., :rank] * root[..., None, :])
-    return _Pair(kept, root[..., :, None] * (vt[..., :rank, :] @ jnp.swapaxes(right, -1, -2)))
+    kept = precise_product(left, u[..., :rank] * root[..., None, :])
+    others = precise_product(vt[..., :rank, :], jnp.swapaxes(right, -1, -2))
+    return _Pair(kept, root[..., :, None] * others)
 
 
 def _folded(pair: _Pair, layout: Layout, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

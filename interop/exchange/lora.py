@@ -17,7 +17,6 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
-from loha_jax.runtime.scalars import one_of
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
@@ -32,7 +31,7 @@ from ..disk.atomic import folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
-from ..formats.lora_files import LORA_FILES, read_lora, single_file
+from ..formats.lora_files import check_form, read_lora, single_file
 from ..formats.lora_servers import LoraServer, find_server, server_option
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
@@ -103,7 +102,8 @@ def to_lora(
         rank: at most this rank; exact where that is enough.
         energy: in (0, 1], instead of `rank`: the smallest rank of each module that keeps this share
             of the squared singular values.
-        uniform_rank: give all modules the largest rank, with zeros, for readers that know only one.
+        uniform_rank: give all modules the largest rank, with zeros, for readers that know only one;
+            with convolutions in groups, the next rank that all groups divide.
         names: what was given to `inject`, if anything. The tree holds the torch names of adapted
             modules only; without the others' `target_modules` are full names.
         groups: `{regex: groups}` of the adapted convolutions with groups, by torch name
@@ -236,7 +236,8 @@ def save_lora(
             one rank, as its reader scales others wrongly.
         prefix: of a file's keys. kohya's default is "lora_unet_"; diffusers wants the model's part,
             such as "unet." or "transformer.", and MaxDiffusion "diffusion_model.".
-        server: "vllm" or "sglang": refuse what this server would refuse, cut off or leave out.
+        server: "vllm" or "sglang": refuse what this server would refuse, cut off or leave out. Not
+            checked is, for vLLM, whether the model that it serves has modules of these names.
         dtype: of the LoRA's tensors; the factors' own by default.
 
     Returns:
@@ -259,7 +260,7 @@ def save_lora(
         ...     save_lora(folder, params, rank=1).config["r"]
         1
     """
-    one_of("`form`", form, ("peft", *LORA_FILES))
+    check_form(form, prefix)
     if form == "peft":
         path = folder_to_write(path, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -289,8 +290,6 @@ def save_lora(
 def _writer(path: Path, lora: LoraAdapter, form: str, prefix: str | None) -> Callable[[], None]:
     """Return the function that writes the adapter; its content is checked here."""
     if form == "peft":
-        if prefix is not None:
-            raise ValueError('`prefix` is for `form="kohya"` and `form="diffusers"`')
         files = folder_contents(lora.tensors, lora.config)
         card = {MODEL_CARD_NAME: model_card(lora.config).encode()}  # an author's own stays
         return lambda: write_together(path, files, card)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loha_jax.runtime.scalars import one_of
 from loha_jax.runtime.untrusted import FileError
 
 from ..disk.tensor_files import check_finite, read_metadata
@@ -117,6 +118,19 @@ def _module(
     return AdapterModule(name, "lora", r, alpha, tensors, norms.reshape(b[0], *(1,) * (len(b) - 1)))
 
 
+def check_form(form: str, prefix: str | None) -> None:
+    """Raise ValueError for a form that there is not, or a prefix that it does not take."""
+    one_of("`form`", form, ("peft", *LORA_FILES))
+    if form == "peft" and prefix is not None:
+        raise ValueError('`prefix=` is for `form="kohya"` and `form="diffusers"`')
+    if form == "diffusers" and not (prefix or "").endswith("."):
+        raise ValueError(
+            '`form="diffusers"` needs the part of the model and a dot as `prefix=`, such as '
+            f'"unet." or "transformer."; got {prefix!r}'
+        )
+    module_key(prefix or "", "")
+
+
 def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]) -> bytes:
     """Return the content of kohya's or diffusers' file of a LoRA.
 
@@ -129,11 +143,7 @@ def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]
         ValueError: a file has no place for a tensor, two modules would have one name, or diffusers'
             prefix is missing or ends with no dot.
     """
-    if form == "diffusers" and not (prefix or "").endswith("."):
-        raise ValueError(
-            f'`prefix` of `form="diffusers"` is the part of the model and a dot, such as "unet." '
-            f'or "transformer.", got {prefix!r}'
-        )
+    check_form(form, prefix)
     prefix = f"{KOHYA_PREFIX}unet_" if prefix is None else prefix
     state: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
@@ -148,10 +158,13 @@ def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]
         if form == "kohya":
             part = f"{_KOHYA[found['factor']]}.weight"
         if own + part in state:
-            raise ValueError(f"Two modules would both be {own[:-1]!r} in the file")
+            raise ValueError(
+                f"{found['module']} and another module would both be {own[:-1]!r} in the file: "
+                "give a `prefix=` that ends with a dot"
+            )
         state[own + part] = tensor
         if found["factor"] == "lora_A":
-            a, b = tensor, tensors[key.replace("lora_A", "lora_B")]
+            a, b = tensor, tensors[f"{key.removesuffix('lora_A.weight')}lora_B.weight"]
             if len(a) != b.shape[1]:
                 raise ValueError(
                     f"{found['module']} is a convolution in groups, which a LoRA file of {form} "

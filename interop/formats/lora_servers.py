@@ -17,9 +17,7 @@ from loha_jax.runtime.scalars import one_of
 
 from .peft_names import PREFIX
 
-_PROJECTIONS = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-)
+_PROJECTIONS = r"(?:model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 
 
 class LoraServer(NamedTuple):
@@ -28,16 +26,17 @@ class LoraServer(NamedTuple):
     Attributes:
         title: its name in messages.
         ranks: what `--max-lora-rank` takes; empty where it takes any.
-        modules: the last parts of the names that it knows; empty where it knows all linear layers.
+        modules: a regular expression of the names that it reads; None where the model that it
+            serves says which these are.
     """
 
     title: str
     ranks: tuple[int, ...]
-    modules: frozenset[str]
+    modules: str | None
 
 
 SERVERS = {
-    "vllm": LoraServer("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), frozenset()),
+    "vllm": LoraServer("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), None),
     "sglang": LoraServer("sglang-jax", (), _PROJECTIONS),
 }
 
@@ -81,14 +80,16 @@ def _problems(
         yield f"modules_to_save ({', '.join(config['modules_to_save'])})"
     if solid := [name for name, tensor in factors.items() if tensor.ndim > 2]:
         yield f"convolutions ({', '.join(solid)})"
-    if not server.modules:
+    if server.modules is None:
         return
-    seen: dict[tuple[str, str], str] = {}
     for name in factors:
-        layer, last = re.search(r"(?:^|\.)layers\.(\d+)\.", name), name.rpartition(".")[2]
-        if layer is None or last not in server.modules:
+        if not re.fullmatch(server.modules, name):
             yield (
-                f"{name}: it reads {', '.join(sorted(server.modules))} of `layers.<number>` alone"
+                f"{name}: it reads only model.layers.<n>.self_attn.{{q,k,v,o}}_proj and "
+                "model.layers.<n>.mlp.{gate,up,down}_proj"
             )
-        elif (other := seen.setdefault((layer[1], last), name)) != name:
-            yield f"{other} and {name}, which it takes for one"
+    if isinstance(config["target_modules"], str):
+        yield (
+            f"`target_modules` as a regular expression ({config['target_modules']}), which is "
+            "needed as other modules' names end as these"
+        )

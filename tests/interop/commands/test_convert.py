@@ -110,6 +110,11 @@ def test_kohya_keeps_its_components_and_takes_one_to_peft(tmp_path):
             only=only,
         )
         convert_adapter(
+            *(path, tmp_path / f"{part}_lora", "lora"),
+            **{"base": tmp_path / f"{part}.safetensors", "only": only, "form": "kohya"},
+        )
+        assert all(key.startswith(f"lora_{part}_") for key in load_file(tmp_path / f"{part}_lora"))
+        convert_adapter(
             *(tmp_path / f"{part}_peft", tmp_path / f"{part}_back", "kohya"),
             **{"base": tmp_path / f"{part}.safetensors", "prefix": f"lora_{part}_"},
         )
@@ -233,7 +238,7 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
         ("native_plain", "kohya", {"prefix": "x"}, r"should end with '_'"),
         ("native_plain", "peft", {"form": "kohya"}, r'`form=` is for `to="lora"`'),
         ("native_plain", "lora", {"form": "peft2"}, r"`form` is one of peft, kohya, diffusers"),
-        ("native_plain", "lora", {"base": BASE, "form": "diffusers"}, r"a dot, such as"),
+        ("native_plain", "lora", {"base": BASE, "form": "diffusers"}, r"a dot as `prefix=`"),
         ("native_plain", "lora", {"base": BASE, "rank": 0}, r"positive integer"),
         ("native_plain", "lora", {"base": BASE, "rank": 2, "energy": 0.5}, r"not both"),
         ("native_dora_in", "lora", {"base": BASE}, r"norms per input feature"),

@@ -35,7 +35,7 @@ def test_the_tolerance_of_diff(tmp_path):
     row = run_json("diff", first, second, code=1)["modules"][0]
     np.testing.assert_allclose(row["relative"], 2**-10, rtol=1e-9)
     out, _ = run("diff", first, second, "--tolerance", 0.001, code=0)
-    assert "1 of 1 common modules are within 0.001" in out
+    assert "1 of 1 common modules are within 0.001 (relative)" in out
     run("diff", first, second, "--tolerance", 0.0009, code=1)
     half = peft_folder(tmp_path / "c", factors(), alpha=4)
     row = run_json("diff", first, half, code=1)["modules"][0]

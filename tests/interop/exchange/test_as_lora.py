@@ -95,6 +95,10 @@ def test_what_is_no_lora_is_refused():
     params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"q": "kkio"})
     with pytest.raises(ValueError, match="q is a convolution"):
         interop.as_lora(params)
+    config = LoHaConfig(r=2, target_modules=["k"], modules_to_save=["q"])
+    params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={"q": "kkio"})
+    with pytest.raises(ValueError, match=r"trained copies of q\.weight \(modules_to_save\)"):
+        interop.as_lora(params)
     config = LycorisConfig(r=2, target_modules=["k"], weight_decompose=True)
     params = loha_jax.inject(base, config, key=jax.random.key(0))
     with pytest.raises(ValueError, match="k has a weight decomposition"):

@@ -103,18 +103,20 @@ def test_a_server_computes_the_update(server, reader, options, tmp_path):
     ("server", "names", "options", "message"),
     [
         ("tgi", NAMES, {}, "`server` is one of vllm, sglang, got 'tgi'"),
-        (
-            "sglang",
-            ("layers.0.q_proj", "layers.0.fc1"),
-            {},
-            "sglang-jax does not take layers.0.fc1",
-        ),
-        ("sglang", ("q_proj",), {}, "of `layers.<number>` alone"),
-        (
-            "sglang",
-            ("layers.0.self.q_proj", "layers.0.cross.q_proj"),
-            {},
-            "layers.0.cross.q_proj and layers.0.self.q_proj, which it takes for one",
+        *(
+            (
+                "sglang",
+                (name,),
+                {},
+                f"does not take {name}: it reads only model.layers.<n>.self_attn",
+            )
+            for name in (
+                "q_proj",
+                "model.layers.0.q_proj",
+                "model.layers.0.mlp.fc1",
+                "model.layers.0.mlp.experts.0.up_proj",
+                "vision.layers.0.self_attn.q_proj",
+            )
         ),
         (
             "vllm",
@@ -126,24 +128,33 @@ def test_a_server_computes_the_update(server, reader, options, tmp_path):
 )
 def test_what_a_server_would_get_wrong_is_refused(server, names, options, message, tmp_path):
     params, _ = tree(names, **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         interop.save_lora(tmp_path / "lora", params, server=server)
     assert not (tmp_path / "lora").exists()
 
 
+def test_sglang_does_not_take_a_regular_expression_apart(tmp_path):
+    name = "layers.0.self_attn.q_proj"
+    params, _ = tree((name, f"mtp.{name}"), target_modules=rf"{name}")
+    with pytest.raises(ValueError, match="`target_modules` as a regular expression"):
+        interop.save_lora(tmp_path / "lora", params, server="sglang")
+
+
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_a_weight_decomposition_and_convolutions_are_refused(server, tmp_path):
-    base = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((4, 4))}}}}
+    base = {"layers": {"0": {"self_attn": {"q_proj": {"kernel": jnp.ones((4, 4))}}}}}
     config = LycorisConfig(
         r=2, target_modules=["q_proj"], init_weights=False, weight_decompose=True
     )
     params = loha_jax.inject(base, config, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"does not take a weight decomposition \(DoRA\)"):
         interop.save_lora(tmp_path, params, server=server)
-    base = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((3, 3, 4, 4))}}}}
+    base = {"layers": {"0": {"self_attn": {"q_proj": {"kernel": jnp.ones((3, 3, 4, 4))}}}}}
     config = LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)
     params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={".*": "kkio"})
-    with pytest.raises(ValueError, match=r"does not take convolutions \(layers.0.q_proj\)"):
+    with pytest.raises(
+        ValueError, match=r"does not take convolutions \(layers.0.self_attn.q_proj\)"
+    ):
         interop.save_lora(tmp_path, params, server=server)
 
 
@@ -218,7 +229,7 @@ def test_kohyas_file(tmp_path):
         ({"form": "a1111"}, "`form` is one of peft, kohya, diffusers, got 'a1111'"),
         ({"form": "diffusers"}, "the part of the model and a dot"),
         ({"form": "diffusers", "prefix": "unet_"}, "got 'unet_'"),
-        ({"prefix": "x."}, '`prefix` is for `form="kohya"`'),
+        ({"prefix": "x."}, '`prefix=` is for `form="kohya"`'),
         ({"form": "kohya", "prefix": "x"}, "should end with '_'"),
         ({"form": "kohya", "server": "vllm"}, "`server` reads PEFT's folders"),
     ],
@@ -228,6 +239,19 @@ def test_wrong_arguments_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         interop.save_lora(tmp_path / "a.safetensors", params, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_look_like_keys_and_names_that_meet(tmp_path):
+    params, want = tree(("my_lora_A.q",))
+    interop.save_lora(tmp_path / "a.safetensors", params, form="diffusers", prefix="unet.")
+    tensors = load_file(tmp_path / "a.safetensors")
+    found = tensors["unet.my_lora_A.q.lora_B.weight"] @ tensors["unet.my_lora_A.q.lora_A.weight"]
+    np.testing.assert_allclose(found, want["my_lora_A.q"], rtol=0, atol=1e-6)
+    params, _ = tree(("a.b_c", "a_b.c"))
+    with pytest.raises(
+        ValueError, match=r"a_b.c and another module would both be 'lora_unet_a_b_c'"
+    ):
+        interop.save_lora(tmp_path / "b.safetensors", params, form="kohya")
 
 
 def test_a_file_has_no_place_for_whole_parameters(tmp_path):

@@ -15,7 +15,7 @@ from loha_jax.runtime.untrusted import FileError
 from ..disk.tensor_files import check_finite, read_metadata
 from .adapter_file import AdapterFile, AdapterModule, errors_about
 from .lora_config import check_lora_config, like_loha, rank_and_alpha
-from .lycoris_files import KOHYA_PREFIX, file_bytes, module_key
+from .lycoris_files import KOHYA_PARTS, KOHYA_PREFIX, file_bytes, module_key
 from .peft_files import read_folder, torch_name
 from .peft_names import PREFIX
 from .ranks import check_floating, check_present, misfit, shown_shapes
@@ -28,8 +28,6 @@ _KEYS = re.compile(
 )
 LORA_FILES = ("kohya", "diffusers")
 """The forms of a LoRA in one file."""
-
-_KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 _OTHER_PART = re.compile(r"(?:^|\.)(lora_\w+)")
 
@@ -136,14 +134,12 @@ def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]
 
     Args:
         form: one of `LORA_FILES`.
-        prefix: of all keys; None for kohya's default.
+        prefix: of all keys, by `check_form`; None for kohya's default.
         tensors: by PEFT's keys, with alpha = r in every module.
 
     Raises:
-        ValueError: a file has no place for a tensor, two modules would have one name, or diffusers'
-            prefix is missing or ends with no dot.
+        ValueError: a file has no place for a tensor, or two modules would have one name.
     """
-    check_form(form, prefix)
     prefix = f"{KOHYA_PREFIX}unet_" if prefix is None else prefix
     state: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
@@ -156,7 +152,7 @@ def single_file(form: str, prefix: str | None, tensors: Mapping[str, np.ndarray]
         part = f"{found['factor']}.weight"
         own = f"{module_key(prefix, found['module'])}."
         if form == "kohya":
-            part = f"{_KOHYA[found['factor']]}.weight"
+            part = f"{KOHYA_PARTS[found['factor']]}.weight"
         if own + part in state:
             raise ValueError(
                 f"{found['module']} and another module would both be {own[:-1]!r} in the file: "

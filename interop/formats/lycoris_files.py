@@ -30,6 +30,8 @@ from .ranks import check_floating, misfit, rank_of
 
 NATIVE_PREFIX = "lycoris_"
 KOHYA_PREFIX = "lora_"
+KOHYA_PARTS: Mapping[str, str] = {"lora_A": "lora_down", "lora_B": "lora_up"}
+"""kohya's names of a LoRA's factors."""
 NORM_PARTS: Mapping[str, str] = {"weight": "w_norm", "bias": "b_norm"}
 """LyCORIS' differences of a normalisation layer's parameters (`train_norm=True`)."""
 
@@ -41,7 +43,6 @@ _PREFIX = re.compile(
 )
 # A child of transformers 4's CLIPTextModel; in transformers 5 its children are the model's own.
 _CLIP = "text_model"
-_LORA_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -120,9 +121,9 @@ def _loha_tensors(
 
 def _lora_tensors(name: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return `lora_A [r, in, *spatial]` and `lora_B [out, r, 1, ...]` of a LoRA."""
-    if missing := [f"{part} ({other})" for part, other in _LORA_NAMES.items() if part not in parts]:
+    if missing := [f"{part} ({other})" for part, other in KOHYA_PARTS.items() if part not in parts]:
         raise FileError(f"{name} lacks {', '.join(missing)}; it has {', '.join(parts)}")
-    tensors = {part: parts[part] for part in (*_LORA_NAMES, "lora_mid") if part in parts}
+    tensors = {part: parts[part] for part in (*KOHYA_PARTS, "lora_mid") if part in parts}
     check_floating(name, tensors)
     a, b, core = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_mid")
     fits = a.ndim >= 2 and b.ndim >= 2 and set(b.shape[2:]) <= {1} and a.shape[0] == b.shape[1]

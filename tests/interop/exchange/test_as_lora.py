@@ -24,11 +24,9 @@ KERNELS = {
 }
 
 
-def adapted(word, **options):
+def adapted(word):
     shape = KERNELS[word][0]
-    config = LoHaConfig(
-        **{"r": 2, "alpha": 5, "target_modules": r".*\bq", "init_weights": False} | options
-    )
+    config = LoHaConfig(r=2, alpha=5, target_modules=r".*\bq", init_weights=False)
     base = {"block": {"q": {"kernel": jnp.asarray(normal(0, *shape))}, "bias": jnp.ones(3)}}
     params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={".*q": word})
     return base, loha_jax.scale(params, {"default": 0.7})

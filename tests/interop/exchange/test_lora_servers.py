@@ -30,9 +30,9 @@ def tree(names=NAMES, shape=(24, 20), **options):
             node = node.setdefault(part, {})
         node["kernel"] = jnp.zeros(shape)
     params = loha_jax.inject(base, LoHaConfig(**given | options), key=jax.random.key(0))
-    found = {}
+    merged, found = loha_jax.merge(params), {}
     for name in names:
-        node = loha_jax.merge(params)
+        node = merged
         for part in name.split("."):
             node = node[part]
         found[name] = np.asarray(node["kernel"]).T

@@ -14,7 +14,7 @@ from benchmarks.learning.methods import METHODS
 from benchmarks.learning.report import Estimate, task_report
 from benchmarks.learning.task import Facts, Run
 from benchmarks.learning.tasks import TASKS
-from benchmarks.learning.training import scaled
+from benchmarks.learning.training import ADAM, decayed, make_step, scaled
 
 CONFIG = loha_jax.LoHaConfig(r=2, alpha=4, target_modules=["query", "Conv_0"])
 KEY = jax.random.key(0)
@@ -58,6 +58,39 @@ def test_with_plus_the_factors_that_start_at_zero_learn_four_times_as_fast(name)
     moved = scaled(jax.tree.map(jnp.ones_like, trained), 0.5, METHODS[name].faster)
     for factor, move in zip(*map(jax.tree.leaves, (trained, moved)), strict=True):
         assert (move == (0.5 if factor.any() else 2.0)).all()
+
+
+def test_what_decays_is_pulled_to_its_start_and_nothing_else():
+    method = METHODS["loha-calibrated-decay"]
+    start, _ = method.start(BASE, CONFIG, KEY)
+    moved = jax.tree.map(lambda x: x + 0.5, start)
+    pull = decayed(jax.tree.map(jnp.zeros_like, start), moved, start, method)
+    found = {
+        jax.tree_util.keystr(path[-1:], simple=True): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pull)
+    }
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, 0.5 if "_w1_" in name else 0, rtol=1e-5)
+    assert set(found) == {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}
+
+
+@pytest.mark.parametrize("name", ["loha-calibrated-clip", "lora-clip", "lora"])
+def test_only_what_clips_is_deaf_to_the_size_of_a_later_gradient(name):
+    """Adam's first step is deaf to the size; a second gradient shows it unless it is clipped."""
+
+    def loss(base, head, batch):
+        return batch["size"] * jnp.sum(jnp.sin(base["query"]["kernel"]))
+
+    def second_step(size):
+        factors, frozen = METHODS[name].start(BASE, CONFIG, KEY)
+        trained = {"factors": factors, "head": {}}
+        state = (trained, ADAM.init(trained))
+        for scale in (100.0, size):
+            step = make_step(loss, METHODS[name])
+            state, _ = step(state, factors, frozen, {"size": jnp.float32(scale)}, 0.1, 0.0)
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(state[0]["factors"])])
+
+    assert np.allclose(second_step(100.0), second_step(300.0), atol=1e-5) == ("clip" in name)
 
 
 FACTS = Facts(lambda quick: NotImplemented, "accuracy", True, 8, 2, 5, 0.5, 4e-3, (2, 8))

@@ -20,6 +20,8 @@ Kernels = dict[tuple[str, ...], jax.Array]
 """Kernels by their paths."""
 
 FASTER = 4
+DECAY = 1.0
+CLIP = 1.0
 
 
 class Method(NamedTuple):
@@ -33,6 +35,10 @@ class Method(NamedTuple):
     """The factor that the grid of learning rates is multiplied by."""
     faster: str = ""
     """The last name of the arrays that learn at `FASTER` times the rate: LoRA+ (2402.12354)."""
+    decays: str = ""
+    """How the names of the arrays begin that decay, at `DECAY` times the rate, to their start."""
+    clips: bool = False
+    """Whether the gradient of the factors is clipped to the norm `CLIP` before Adam."""
 
 
 def targets(base: Tree, config: loha_jax.LoHaConfig) -> Kernels:
@@ -113,4 +119,7 @@ METHODS = {
     "full": full(),
     "loha-calibrated-plus": loha("calibrated")._replace(faster="hada_w2_a"),
     "lora-plus": low_rank(lambda w, product: w + product)._replace(faster="b"),
+    "loha-calibrated-decay": loha("calibrated")._replace(decays="hada_w1"),
+    "loha-calibrated-clip": loha("calibrated")._replace(clips=True),
+    "lora-clip": low_rank(lambda w, product: w + product)._replace(clips=True),
 }

@@ -24,6 +24,7 @@ GROUPS = (
     ("loha-lycoris", "hira"),
     ("full",),
     ("loha-calibrated-plus", "lora-plus"),
+    ("loha-calibrated-decay", "loha-calibrated-clip", "lora-clip"),
 )
 """Methods in the order in which they are done: if all is cut short, a comparison is there."""
 

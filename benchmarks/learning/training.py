@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import loha_jax
-from benchmarks.learning.methods import FASTER, METHODS, Method, Tree
+from benchmarks.learning.methods import CLIP, DECAY, FASTER, METHODS, Method, Tree
 from benchmarks.learning.task import Batch, Run, Task
 
 WARMUP = 0.1
@@ -30,6 +30,7 @@ State = tuple[Tree, Any]
 """The trained arrays, with the head, and Adam's moments."""
 
 ADAM = optax.scale_by_adam()
+CLIPPING = optax.clip_by_global_norm(CLIP)
 
 
 @functools.cache
@@ -38,15 +39,21 @@ def make_step(loss: Loss, method: Method) -> Callable[..., Any]:
     adapted = loha_jax.adapt(loss)  # the same function of a tree without LoHa
 
     @jax.jit
-    def step(state: State, frozen: Tree, batch: Batch, rate: float, head_rate: float):
+    def step(
+        state: State, start: Tree, frozen: Tree, batch: Batch, rate: float, head_rate: float
+    ) -> tuple[State, jax.Array]:
         trained, moments = state
 
         def of_trained(trained: Tree) -> jax.Array:
             return adapted(method.tree(trained["factors"], frozen), trained["head"], batch)
 
         value, gradient = jax.value_and_grad(of_trained)(trained)
+        if method.clips:
+            gradient["factors"], _ = CLIPPING.update(gradient["factors"], CLIPPING.init(trained))
         found, moments = ADAM.update(gradient, moments)
         direction = cast(Tree, found)
+        if method.decays:
+            direction["factors"] = decayed(direction["factors"], trained["factors"], start, method)
         updates = {
             "factors": scaled(direction["factors"], -rate, method.faster),
             "head": optax.tree.scale(-head_rate, direction["head"]),
@@ -64,6 +71,19 @@ def scaled(factors: Tree, rate: jax.Array | float, faster: str) -> Tree:
         return factor * rate * (FASTER if last == faster else 1)
 
     return jax.tree_util.tree_map_with_path(scale, factors)
+
+
+def decayed(direction: Tree, factors: Tree, start: Tree, method: Method) -> Tree:
+    """Return the direction, with a pull to their start on the factors that decay."""
+
+    def pulled(
+        path: tuple[Any, ...], direction: jax.Array, factor: jax.Array, start: jax.Array
+    ) -> jax.Array:
+        last = jax.tree_util.keystr(path[-1:], simple=True)
+        pull = DECAY * (factor - start) if last.startswith(method.decays) else 0
+        return direction + pull
+
+    return jax.tree_util.tree_map_with_path(pulled, direction, factors, start)
 
 
 def ramp(step: int, steps: int) -> float:
@@ -115,13 +135,13 @@ def run_training(task: Task, run: Run) -> Trained:
     trained: Tree = {"factors": factors, "head": head}
     state: State = (trained, ADAM.init(trained))
     step = make_step(task.loss, method)
-    compile_seconds = _compile(step, state, frozen, batches)
+    compile_seconds = _compile(step, state, factors, frozen, batches)
     wall, cpu = time.perf_counter(), time.process_time()
     losses = []
     for n, batch in enumerate(batches):
         share = np.float32(ramp(n, len(batches)))
         rates = np.float32(run.rate) * share, np.float32(task.head_rate) * share
-        state, loss = step(state, frozen, batch, *rates)
+        state, loss = step(state, factors, frozen, batch, *rates)
         losses.append(loss)
     curve = _curve(np.asarray(jax.device_get(losses)))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -140,15 +160,15 @@ def run_training(task: Task, run: Run) -> Trained:
 
 
 def _compile(
-    step: Callable[..., Any], state: State, frozen: Tree, batches: Sequence[Batch]
+    step: Callable[..., Any], state: State, start: Tree, frozen: Tree, batches: Sequence[Batch]
 ) -> float:
     """Compile the step for all shapes of the batches; return the seconds that it took."""
-    start = time.perf_counter()
+    begun = time.perf_counter()
     zero = np.float32(0)
     by_shape = {next(iter(batch.values())).shape: batch for batch in batches}
     for batch in by_shape.values():
-        jax.block_until_ready(step(state, frozen, batch, zero, zero))
-    return time.perf_counter() - start
+        jax.block_until_ready(step(state, start, frozen, batch, zero, zero))
+    return time.perf_counter() - begun
 
 
 def _curve(losses: np.ndarray) -> list[float | None]:

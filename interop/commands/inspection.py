@@ -26,19 +26,27 @@ from ..formats.peft_names import SAFETENSORS_NAME
 from ..formats.ranks import rank_of
 from ..formats.read_adapter import module_of, read_everything
 from ..formats.wrong_loader import has_peft_config
+from ..updates.best_factors import singular_values
 from ..updates.low_rank_update import LowRankUpdate
 from ..updates.norms import update_norm
+from .training_checkpoint import is_training_checkpoint, read_training_checkpoint
 
 _KINDS = {"loha": "LoHa", "lora": "LoRA"}
 
 
-def inspect_path(path: str | Path) -> dict[str, Any]:
+def inspect_path(path: str | Path, *, effective_ranks: bool = False) -> dict[str, Any]:
     """Describe what is at a path.
+
+    Args:
+        path: of an adapter, a checkpoint, or a folder that Orbax has written.
+        effective_ranks: whether modules get an `effective_rank`: the exponential of the entropy of
+            ΔW's singular values over their sum (Roy and Vetterli, 2007). It takes longer.
 
     Returns:
         Only JSON's types. For an adapter: `kind`, `modules` (name, own name, r, alpha, shapes,
         dtype, parameters, and ‖scale·ΔW‖ computed without materialising ΔW), `others`, `config`,
-        `metadata`, `parameters`; of a checkpoint its tensors. `problems` lists what is broken:
+        `metadata`, `parameters`; of a checkpoint its tensors; of a folder that Orbax has written
+        `modules`, `others`, `step`, `steps`, `items`. `problems` lists what is broken:
         values that are not finite, tensors that lack their partners or do not fit them. `remarks`
         lists what may be wrong: updates that are zero.
 
@@ -57,6 +65,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         ['the update of q is zero: hada_w2_b is zero']
     """
     path = Path(path)
+    if is_training_checkpoint(path):
+        return _describe_training_checkpoint(path, effective_ranks)
     if not is_adapter(path):
         return _describe_checkpoint(Checkpoint(path))
     try:
@@ -67,7 +77,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
             raise
         problems = problems or [str(error)]
         return {"path": str(path), "kind": None, "problems": problems, "remarks": []}
-    return _describe_adapter(adapter)
+    return _describe_adapter(adapter, effective_ranks)
 
 
 def is_adapter(path: Path) -> bool:
@@ -114,11 +124,12 @@ def _broken_modules(path: Path) -> list[str] | None:
     return problems if tensors else None
 
 
-def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
+def _describe_adapter(adapter: AdapterFile, effective_ranks: bool) -> dict[str, Any]:
     problems: list[str] = []
     remarks: list[str] = []
     modules = [
-        _describe_module(own, module, problems, remarks) for own, module in adapter.modules.items()
+        _describe_module(own, module, effective_ranks, problems, remarks)
+        for own, module in adapter.modules.items()
     ]
     for key, tensor in (*adapter.others.items(), *adapter.embeddings.items()):
         _check_finite(key, tensor, problems)
@@ -139,11 +150,7 @@ def _describe_adapter(adapter: AdapterFile) -> dict[str, Any]:
         "kind": adapter.form,
         "adapter": next(iter(kinds)).lower() if len(kinds) == 1 else "mixed",
         "kinds": kinds,
-        "ranks": sorted({m["r"] for m in modules}),
-        "alphas": sorted({m["alpha"] for m in modules}),
-        "dtypes": sorted({m["dtype"] for m in modules}),
-        "parameters": sum(m["parameters"] for m in modules),
-        "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
+        **_sums(modules),
         "modules": modules,
         "foreign": [
             {"file_name": own, "kind": f.kind, "tensors": _shapes(f.tensors)}
@@ -187,7 +194,11 @@ def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
 
 
 def _describe_module(
-    own: str, module: AdapterModule, problems: list[str], remarks: list[str]
+    own: str,
+    module: AdapterModule,
+    effective_ranks: bool,
+    problems: list[str],
+    remarks: list[str],
 ) -> dict[str, Any]:
     tensors = module.arrays
     finite = [_check_finite(f"{own}.{part}", tensor, problems) for part, tensor in tensors.items()]
@@ -216,8 +227,17 @@ def _describe_module(
         "dtype": dtypes_of(module),
         "parameters": sum(tensor.size for tensor in tensors.values()),
         "norm": _number(norm),
+        **({"effective_rank": _effective_rank(update, norm)} if effective_ranks else {}),
         "tensors": _shapes(tensors),
     }
+
+
+def _effective_rank(update: LowRankUpdate | None, norm: float | None) -> float | None:
+    if update is None or not norm or not math.isfinite(norm):
+        return None
+    values = singular_values(update)
+    shares = values[values > 0] / values.sum()
+    return _number(math.exp(-float(np.sum(shares * np.log(shares)))))
 
 
 def _check_finite(key: str, tensor: np.ndarray, problems: list[str]) -> bool:
@@ -246,6 +266,37 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": checkpoint.header(checkpoint.files[0]).metadata,
         "problems": [],
         "remarks": [],
+    }
+
+
+def _describe_training_checkpoint(path: Path, effective_ranks: bool) -> dict[str, Any]:
+    found = read_training_checkpoint(path)
+    problems: list[str] = []
+    modules = [
+        _describe_module(m.name, m, effective_ranks, problems, found.remarks) for m in found.modules
+    ]
+    return {
+        "path": str(path),
+        "kind": "orbax",
+        "step": found.step,
+        "steps": found.steps,
+        "items": found.items,
+        **_sums(modules),
+        "modules": modules,
+        "others": [_describe_tensor(*array) for array in found.others],
+        "problems": problems,
+        "remarks": found.remarks,
+    }
+
+
+def _sums(modules: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all modules of an adapter have together."""
+    return {
+        "ranks": sorted({m["r"] for m in modules}),
+        "alphas": sorted({m["alpha"] for m in modules}),
+        "dtypes": sorted({m["dtype"] for m in modules}),
+        "parameters": sum(m["parameters"] for m in modules),
+        "norm": _number(math.hypot(*(m["norm"] for m in modules if m["norm"] is not None))),
     }
 
 

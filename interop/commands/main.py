@@ -26,6 +26,7 @@ from .options import (
     parse_names,
     parse_with,
 )
+from .plots import plot_modules
 
 _EPILOG = (
     "Exit codes: 0 fine; 1 diff: they differ, inspect: something is broken; 2 wrong use or "
@@ -57,11 +58,22 @@ def _main_options(
 @app.command(epilog=_EPILOG)
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="An adapter (folder or file), or a base checkpoint.")
+        Path,
+        typer.Argument(
+            help="An adapter (folder or file), a base checkpoint, or a folder of Orbax: a "
+            "checkpoint of loha_jax.checkpoint, tunix or MaxText."
+        ),
     ],
     every: Annotated[
         bool, typer.Option("--all", help="A row for every module, not for every kind of module.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="A picture to write: the norm and the effective rank of each update by layer and "
+            "kind of module. It needs matplotlib."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a file or folder.
@@ -69,9 +81,13 @@ def inspect(
     Shows rank, alpha, modules with their shapes, dtype and parameters, the norm of each update
     (without materialising it) and metadata; and what is broken: NaN or infinity, missing or
     misshapen tensors. Exit code 1 if something is.
+
+    Example: loha-jax inspect adapter/ --plot updates.png
     """
     with run_command("inspect", as_json) as command:
-        found = inspection.inspect_path(path)
+        found = inspection.inspect_path(path, effective_ranks=plot is not None)
+        if plot is not None:
+            plot_modules(found.get("modules", []), plot)
         command.show(found, lambda out: tables.show_inspection(out, found, every))
         command.finish(DIFFERENT if found["problems"] else FINE)
 
@@ -112,6 +128,8 @@ def convert(
 
     An error names everything that the target cannot hold, and nothing is written. PEFT's LoHa has
     no Conv3d and no weight decomposition, LyCORIS no modules_to_save.
+
+    Example: loha-jax convert style.safetensors style-peft/ --to peft --base unet/
     """
     with run_command("convert", as_json) as command:
         done = conversion.convert_adapter(
@@ -162,6 +180,8 @@ def merge(
     Shards, index, key order and metadata are the base's; config and tokenizer are copied. Only a
     few rows of a tensor are in memory at a time. If a run is interrupted, the same command resumes
     from the files that are finished.
+
+    Example: loha-jax merge Llama-2-7b-hf/ adapter/ merged/ --weight 0.8
     """
     with run_command("merge", as_json) as command:
         adapters = [(adapter, check_finite("--weight", weight)), *map(parse_with, more or [])]
@@ -215,6 +235,8 @@ def extract(
 
     Each changed matrix and convolution gets one. Its relative error stands beside that of the best
     LoRA with as many parameters, which is often the smaller one. What has no place is named.
+
+    Example: loha-jax extract tuned/ base/ adapter/ --rank 8
     """
     with run_command("extract", as_json) as command:
         with command.progress("extracting", in_bytes=False) as progress:
@@ -259,6 +281,8 @@ def diff(
 
     For adapters, ‖ΔW_A − ΔW_B‖/‖ΔW_A‖ is computed without materialising ΔW. Names with underscores
     are matched with the dotted names of the other adapter. Exit code 1 if they differ.
+
+    Example: loha-jax diff adapter/ style.safetensors --tolerance 1e-6
     """
     with run_command("diff", as_json) as command:
         check_finite("--tolerance", tolerance)

@@ -21,6 +21,7 @@ _KINDS = {
     "lycoris": "LyCORIS file",
     "kohya": "kohya file",
     "checkpoint": "safetensors checkpoint",
+    "orbax": "checkpoint of a training run (Orbax)",
     None: "broken adapter",
 }
 
@@ -51,21 +52,31 @@ def show_inspection(console: Console, found: dict[str, Any], every: bool) -> Non
 
 def _inspection_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("path", found["path"]), ("kind", _KINDS[found["kind"]])]
-    if "modules" in found:
+    if "steps" in found:
+        steps = _several(found["steps"]) or "-"
         facts += [
-            ("adapter", _kinds(found["kinds"])),
+            ("step", str(found["step"])),
+            ("steps", steps),
+            ("items", _several(found["items"])),
+        ]
+    if "kinds" in found:
+        facts += [("adapter", _kinds(found["kinds"]))]
+    if found.get("modules"):
+        facts += [
             ("rank", _several(found["ranks"])),
             ("alpha", _several(found["alphas"])),
             ("modules", str(len(found["modules"]))),
             ("‖ΔW‖ of all", _number(found["norm"])),
         ]
-        config = found["config"]
+        config = found.get("config", {})
         facts += [(name, _several(config[name])) for name in _SHOWN if config.get(name)]
     if "files" in found:
         facts += [("files", _several(found["files"])), ("size", _size(found["bytes"]))]
-    if "parameters" in found:
+    if found.get("parameters"):
         facts += [("dtype", _several(found["dtypes"])), ("parameters", f"{found['parameters']:,}")]
-        facts += [(f"metadata {key}", value[:200]) for key, value in found["metadata"].items()]
+        facts += [
+            (f"metadata {key}", value[:200]) for key, value in found.get("metadata", {}).items()
+        ]
     return facts
 
 

@@ -17,13 +17,7 @@ def best_factors(
     update: LowRankUpdate, rank: int | None, energy: float | None, groups: int
 ) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "groups k columns"], float]:
     """Return `left`, `right` and the relative error; each group of rows has a `right`."""
-    ka = (
-        functools.reduce(khatri_rao_rows, (left.astype(np.float64) for left, _ in update.pairs))
-        * update.scale
-    )
-    kb = functools.reduce(
-        khatri_rao_rows, (right.T.astype(np.float64) for _, right in update.pairs)
-    ).T
+    ka, kb = _exact_factors(update)
     # a pair that makes a matrix of ones has one column that is not zero
     kept = ka.any(0) & kb.any(1)
     if not kept.any():
@@ -47,6 +41,29 @@ def best_factors(
     total = energies.sum()
     error = math.sqrt(energies[slots:].sum() / total) if total else 0.0
     return left.reshape(update.rows, slots), right, error
+
+
+def singular_values(update: LowRankUpdate) -> Float[np.ndarray, " k"]:
+    """Return the singular values of ΔW that may differ from zero, in float64.
+
+    Example:
+        >>> one = np.ones((3, 2), np.float32)
+        >>> np.abs(singular_values(LowRankUpdate(((one, one.T), (one, one.T)), 0.5))).round(6)
+        array([6., 0., 0.])
+    """
+    ka, kb = _exact_factors(update)
+    ra, rb = np.linalg.qr(ka, mode="r"), np.linalg.qr(kb.T, mode="r")
+    return np.linalg.svd(ra @ rb.T, compute_uv=False)
+
+
+def _exact_factors(
+    update: LowRankUpdate,
+) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k columns"]]:
+    """Return the two matrices whose product is ΔW, in float64: Khatri-Rao products of factors."""
+    lefts = (left.astype(np.float64) for left, _ in update.pairs)
+    rights = (right.T.astype(np.float64) for _, right in update.pairs)
+    ka = functools.reduce(khatri_rao_rows, lefts) * update.scale
+    return ka, functools.reduce(khatri_rao_rows, rights).T
 
 
 def over_all_channels(

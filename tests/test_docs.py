@@ -81,6 +81,23 @@ def test_pages_have_up_to_100_columns():
         assert max(map(len, rows)) <= 100 or page.name == "tables.md", page  # a report writes that
 
 
+def test_the_figures_are_those_that_the_script_draws_and_the_pages_show(tmp_path):
+    """The numbers are read from the pages and records; drawing fails where they are missing."""
+    pytest.importorskip("matplotlib", reason="the newest environment has none; the main run has it")
+    path = ROOT / "docs" / "_site" / "figures.py"
+    spec = importlib.util.spec_from_file_location("figures", path)
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    figures.main(tmp_path)
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn <= {file.name for file in (ROOT / "docs" / "figures").iterdir()}
+    text = "".join(page.read_text() for page in PAGES)
+    for file in (ROOT / "docs" / "figures").iterdir():
+        assert f"figures/{file.name})" in text, file
+    ((_, *bars),) = [t for t in figures.tables(ROOT / "docs/notes/speed.md") if "seconds" in t[0]]
+    assert [row[0] for row in bars][-1] == "PEFT LoRA r=16"
+
+
 def test_the_site_has_every_page_and_every_public_name():
     """`mkdocs build` checks the links; it is not installed here."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

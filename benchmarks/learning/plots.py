@@ -16,7 +16,7 @@ from benchmarks.learning.methods import METHODS
 from benchmarks.learning.records import Records
 from benchmarks.learning.task import Facts
 
-COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]  # of a listed map
+COLOURS = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]  # of a listed map
 
 
 def plot(name: str, facts: Facts, done: Records, path: Path) -> None:

@@ -6,6 +6,8 @@ linear probe on the frozen net's features, logistic regression on the raw pixels
 of the net. Data: scikit-learn's 8x8 digits.
 
     python examples/digits_convnet.py [--quick]
+
+It takes 2 minutes on two cores (--quick: 16 s). It needs `pip install -e ".[examples]"`.
 """
 
 from __future__ import annotations

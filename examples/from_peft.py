@@ -6,6 +6,8 @@ which PEFT wrote. The text is Python's documentation. The model is far too small
 losses show is that nothing is lost on the way.
 
     python examples/from_peft.py [--quick]
+
+It takes 2.5 minutes on two cores (--quick: 10 s). It needs `pip install -e ".[examples]"`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     python examples/several_processes.py            the demonstration: all processes on this machine
     python examples/several_processes.py train ...  one process; on a cluster, JAX finds the others
 
+It takes 2 minutes on two cores. It needs nothing besides loha-jax.
+
 The base's kernels, the factors and the optimizer's state are split over all devices (fsdp); each
 process reads its own rows of the data, and writes its own part of the checkpoints. A run of two
 processes is interrupted by SIGKILL; four processes, and one, restore what it left and go on. Every

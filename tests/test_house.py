@@ -269,7 +269,9 @@ def test_a_wheel_has_every_file(tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, copy]
     subprocess.run(pip, check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"loha_jax-{loha_jax.__version__}-")
     with zipfile.ZipFile(wheel) as archive:
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
         held = {name for name in archive.namelist() if name.startswith("loha_jax/")}
     assert held == {
         name.replace("interop/", "loha_jax/interop/", 1) if name.startswith("interop/") else name

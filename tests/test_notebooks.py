@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom; what they show is there, small, and of no one's machine."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -59,6 +60,21 @@ def test_a_notebook_shows_its_results_and_no_errors(notebook):
     assert "largest difference of a logit" in shown
     assert not any(word in shown for word in ("/home", "/root", "/tmp", "Warning"))
     assert notebook.stat().st_size < 40_000
+
+
+MAIN = 'if __name__ == "__main__"'
+SCRIPTS = sorted(
+    path
+    for path in EXAMPLES.rglob("*.py")
+    if path.parent.name == "trainers" or MAIN in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_says_first_how_long_it_takes_and_what_it_needs(script):
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
+    assert "It takes" in text
+    assert "It needs" in text
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

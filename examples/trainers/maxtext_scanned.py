@@ -4,6 +4,8 @@
 
 A tiny model with random weights learns MaxText's synthetic data. For a real one leave TINY out, and
 give `model_name`, `load_parameters_path` and the data set, as for MaxText's own LoRA.
+
+It takes about a minute on two cores. It needs the trainer's packages: docs/trainers.md.
 """
 
 import sys

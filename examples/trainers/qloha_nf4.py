@@ -4,6 +4,8 @@
 
 A float base has the same lines without `weight_qtype` and `tile_size`. The adapter fits the float
 model, which it is merged into at the end.
+
+It takes about a minute on two cores. It needs the trainer's packages: docs/trainers.md.
 """
 
 import argparse

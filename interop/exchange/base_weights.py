@@ -185,7 +185,9 @@ def _read_leaf(
     for n, key in enumerate(source.keys):
         raw = key in scales and scales[key].key in taken  # the tree holds the scale too
         tensor = checkpoint.read(key) if raw else checkpoint.read_values(key)
-        source.put(cast_values(tensor, target, key), value, n)
+        # A transform of rows rounds once, after its scale.
+        tensor = cast_values(tensor, target, key) if source.rows is None else tensor
+        source.put(tensor, value, n)
     return jax.device_put(value, chosen_sharding(like))
 
 

@@ -262,7 +262,10 @@ class _MergedTensors:
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
                 leaf = _module_of_stack(cast(LoHaWeight, leaf), index, len(stack))
                 moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
-                source, index = Source(source.keys[index : index + 1], (), moved), 0
+                source, index = (
+                    Source(source.keys[index : index + 1], (), moved, rows=source.rows),
+                    0,
+                )
             leaf = merge(leaf, own, safe=self.safe, force=self.force)
         return source.tensor(np.asarray(leaf), index)
 
@@ -274,4 +277,4 @@ def _module_of_stack(leaf: LoHaWeight, index: int, axes: int) -> LoHaWeight:
     kernel = base.part(where) if isinstance(base, QuantisedArray) else base[where]
     adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
     layout, names = leaf.layout.strip(leaf.layout.ndim - axes), (leaf.names[index],)
-    return LoHaWeight(kernel, adapters, layout, names, leaf.active)
+    return dataclasses.replace(leaf, kernel=kernel, adapters=adapters, layout=layout, names=names)

@@ -11,8 +11,10 @@ from typing import cast
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, all_names
+from loha_jax.targets.row_transforms import checked_rows
 
 from .content_match import match_contents
 from .leaf_source import Source
@@ -54,8 +56,12 @@ class NameMap:
         preprocess: the function that stacks tensors after the mapping (tunix' `preprocess_fn`).
         layouts: `{regex: layout}` by default dotted name; they come before those that the mapping
             gives.
+        rows: `{regex: RowTransform}` by default dotted name, for modules whose output rows torch
+            has in another order, or multiplied by a number. It applies to weight and bias. A
+            pattern that matches no module of a tree is an error there.
 
     Raises:
+        TypeError: a value of `rows` is no `RowTransform`.
         ValueError: a transform is of no known form; a mapping without `base`; `preprocess` or
             `base` without a mapping.
 
@@ -74,10 +80,12 @@ class NameMap:
         base: str | Path | Mapping[str, Sequence[int]] | None = None,
         preprocess: Preprocess | None = None,
         layouts: Layouts | None = None,
+        rows: Mapping[str, RowTransform] | None = None,
     ):
         self._names: Names | None = None
         self._settled: SettledNames | None = None
         self._given = dict(layouts or {})
+        self.rows = checked_rows(rows)
         self._after: tuple[Names, ...] = ()
         self._is_gpt2 = False
         if is_torch_mapping(names):

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
+from loha_jax.targets.row_transforms import row_transform
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
@@ -53,7 +54,7 @@ def _find_sources(
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue  # a PRNG key: no weight
         try:
-            sources[position] = finder.source(position)
+            sources[position] = finder.source_with_rows(position)
         except ValueError as error:
             problems.append(f"{'.'.join(tree.paths[position])} {list(leaf.shape)}: {error}")
     return tree, sources, problems
@@ -75,6 +76,24 @@ class _Finder:
 
     def _shape(self, key: str) -> tuple[int, ...] | None:
         return (self.shapes or {}).get(key)
+
+    def source_with_rows(self, position: int) -> Source:
+        """Return the source of a leaf with the transform that its rows have.
+
+        Raises:
+            ValueError: it has no source, or the transform does not fit; the message says why.
+        """
+        source, rows = self.source(position), self.tree.rows(position)
+        if rows is None:
+            return source
+        if row_transform(self.tree.names[position], self.names) is None:
+            raise ValueError(
+                f"its adapter was made with {rows}, and `names=` has none for it, nor for the other "
+                "leaves. Give the name map that `inject` or the loader took"
+            )
+        if problem := rows.problem((*source.torch_shape(self.tree.leaves[position].shape), 1)[0]):
+            raise ValueError(problem)
+        return dataclasses.replace(source, rows=rows)
 
     def source(self, position: int) -> Source:
         """Return the source of a leaf.

@@ -149,4 +149,6 @@ def _leaf(
         array = kernel.array.qvalue if is_quantised(kernel) else kernel
         factors = follow_kernel(factors, array, target.layout)
     names = ("",) * len(target.names)
-    return LoHaWeight(wrapped(kernel), {ADAPTER: factors}, target.layout, names, (ADAPTER,))
+    return LoHaWeight(
+        wrapped(kernel), {ADAPTER: factors}, target.layout, names, (ADAPTER,), target.rows
+    )

@@ -101,7 +101,7 @@ def with_base_layers(params: T, weights: Mapping[str, np.ndarray]) -> T:
                 new = dataclasses.replace(leaf, kernel=leaf.layout.fold(new, leaf.kernel.shape))
         elif torch_parameter(path) == "bias" and not is_adapted(leaf):
             owner = adapted.get(path[:-1])
-            if owner and (given := _given(owner, "bias", weights, leaf.dtype)):
+            if owner is not None and (given := _given(owner, "bias", weights, leaf.dtype)):
                 new = _replaced(leaf, len(owner.names), given)
         if new is not None:
             leaves[n], changed = new, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from jaxtyping import PyTree
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names, all_names
-from loha_jax.targets.row_transforms import checked_rows
+from loha_jax.targets.module_names import Names, all_names, module_name
+from loha_jax.targets.row_transforms import checked_rows, row_transform
 
 from .content_match import match_contents
 from .leaf_source import Source
@@ -109,7 +110,11 @@ class NameMap:
     @property
     def sources(self) -> dict[str, Source]:
         """`Source` by leaf path ("layers.0.attn.q_proj.w"), where a checkpoint settled it."""
-        return self._leaves.sources
+        return {path: self._with_rows(path, s) for path, s in self._leaves.sources.items()}
+
+    def _with_rows(self, path: str, source: Source) -> Source:
+        rows = row_transform(module_name(path.split(".")), self)
+        return dataclasses.replace(source, rows=rows)
 
     @property
     def unmatched(self) -> dict[str, str]:
@@ -172,7 +177,13 @@ class NameMap:
         return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
-    def infer(cls, params: PyTree, base: str | Path) -> NameMap:
+    def infer(
+        cls,
+        params: PyTree,
+        base: str | Path,
+        *,
+        rows: Mapping[str, RowTransform] | None = None,
+    ) -> NameMap:
         """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
         It finds permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
@@ -190,6 +201,8 @@ class NameMap:
         Args:
             params: the tree with the checkpoint's values, adapted or not.
             base: a safetensors file, or a folder with one or with shards and an index.
+            rows: as for `NameMap`. Contents are compared with the transforms applied. A scale that
+                is no power of two rounds, and a leaf that no tensor equals then is unmatched.
 
         Raises:
             TypeError: `params` has shapes instead of values.
@@ -210,8 +223,8 @@ class NameMap:
             leaf    shape    torch                layout
             attn.q  [6,2,4]  model.q_proj.weight  ioo
         """
-        result = cls()
-        result._settled = match_contents(params, base)
+        result = cls(rows=rows)
+        result._settled = match_contents(params, base, result)
         return result
 
     def then(self, names: Names) -> NameMap:
@@ -271,7 +284,7 @@ class NameMap:
         Raises:
             ValueError: the map does not know it; the message says why.
         """
-        return self._leaves.source(path)
+        return self._with_rows(path, self._leaves.source(path))
 
     @property
     def is_settled(self) -> bool:
@@ -283,8 +296,12 @@ class NameMap:
         return self._is_gpt2 and looks_like_conv1d(name)
 
     def table(self) -> str:
-        """Return the map as text: leaf, shape, torch name and layout; then what is not settled."""
-        return self._leaves.table()
+        """Return the map as text: leaf, shape, torch name and layout; then what is not settled.
+
+        Transforms of rows are listed below, by their patterns.
+        """
+        own = [f"rows: {pattern}: {transform}" for pattern, transform in self.rows.items()]
+        return "\n".join([self._leaves.table(), *own])
 
     def __repr__(self) -> str:
         if self._settled is not None:

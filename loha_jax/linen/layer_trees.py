@@ -157,10 +157,8 @@ def _target(path: Path, d: Described, factor: tuple[int, ...], names: Names | No
     )
     kernel = jax.ShapeDtypeStruct(shape, d.target.dtype)
     name, stack = module_name((*path, d.kernel_name)), d.layout.sizes("s", shape)
-    rows = row_transform(name, names)
-    return make_target(
-        d.config, path, stack_names(name, stack, names), d.layout, kernel, None, rows
-    )
+    modules, rows = stack_names(name, stack, names), row_transform(name, names)
+    return make_target(d.config, path, modules, d.layout, kernel, rows=rows)
 
 
 def from_adapted(

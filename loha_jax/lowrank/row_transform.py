@@ -149,15 +149,11 @@ class RowTransform:
 
     def _index(self, rows: int) -> np.ndarray | None:
         """Return the permutation of all rows, or None."""
-        if self.permutation is None:
+        if (order := self.permutation) is None:
             return None
         if problem := self.problem(rows):
             raise ValueError(problem)
-        return (
-            np.arange(rows)
-            .reshape(-1, len(self.permutation))[:, list(self.permutation)]
-            .reshape(-1)
-        )
+        return np.arange(rows).reshape(-1, len(order))[:, list(order)].reshape(-1)
 
 
 def _check_permutation(order: tuple[int, ...]) -> None:

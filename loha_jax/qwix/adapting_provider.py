@@ -218,7 +218,7 @@ class AdaptingProvider(qwix.PtqProvider):
         names = stack_names(use.name, sizes, self.names)
         like = jax.ShapeDtypeStruct(shape, kernel.dtype)
         rows = row_transform(use.name, self.names)
-        target = make_target(use.config, use.path, names, Layout(stored), like, None, rows)
+        target = make_target(use.config, use.path, names, Layout(stored), like, rows=rows)
         self.targets[use.path] = (target, use.config)
         return target
 

@@ -1,7 +1,8 @@
 """Serialisation of adapted leaves for `jax.export`.
 
 An exported function describes its arguments, including the static parts of each adapted leaf:
-layouts, names, transforms of rows, ranks, configs. They are written as JSON, so that reading a file runs no code.
+layouts, names, transforms of rows, ranks, configs. They are written as JSON, so that reading a file
+runs no code.
 """
 
 from __future__ import annotations

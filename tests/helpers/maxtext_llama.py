@@ -20,32 +20,40 @@ ATTENTION = r"decoder\.layers\.self_attention\."
 IDS = np.random.default_rng(3).integers(0, VOCABULARY, (2, 7))
 
 
-def names(rows=True):
-    """The names of the Hugging Face model, and how its rows differ."""
-    mlp, layer = r"decoder\.layers\.mlp\.", "model.layers.{}."
+def names(head=HEAD, *, rows=True, scanned=True):
+    """The names of the Hugging Face model, and how its rows differ.
+
+    Args:
+        head: the size of a head.
+        rows: False leaves the transforms out.
+        scanned: the layers are one stack, and not `layers_0`, `layers_1`, ….
+    """
+    start = r"decoder\.layers\." if scanned else r"decoder\.layers_(\d+)\."
+    layer = "model.layers.{}." if scanned else r"model.layers.\1."
+    attention, mlp, stack = start + r"self_attention\.", start + r"mlp\.", "s" * scanned
     return NameMap(
         {
-            ATTENTION + "query": layer + "self_attn.q_proj",
-            ATTENTION + "key": layer + "self_attn.k_proj",
-            ATTENTION + "value": layer + "self_attn.v_proj",
-            ATTENTION + "out": layer + "self_attn.o_proj",
+            attention + "query": layer + "self_attn.q_proj",
+            attention + "key": layer + "self_attn.k_proj",
+            attention + "value": layer + "self_attn.v_proj",
+            attention + "out": layer + "self_attn.o_proj",
             mlp + "wi_0": layer + "mlp.gate_proj",
             mlp + "wi_1": layer + "mlp.up_proj",
             mlp + "wo": layer + "mlp.down_proj",
-            r"decoder\.layers\.pre_self_attention_layer_norm": layer + "input_layernorm",
-            r"decoder\.layers\.post_self_attention_layer_norm": layer + "post_attention_layernorm",
+            start + "pre_self_attention_layer_norm": layer + "input_layernorm",
+            start + "post_self_attention_layer_norm": layer + "post_attention_layernorm",
             r"decoder\.decoder_norm": "model.norm",
             r"decoder\.logits_dense": "lm_head",
             "token_embedder": "model.embed_tokens",
         },
         layouts={
-            ATTENTION + "(query|key|value)": "isoo",
-            ATTENTION + "out": "isio",
-            mlp + ".*": "iso",
+            attention + "(query|key|value)": f"i{stack}oo",
+            attention + "out": f"i{stack}io",
+            mlp + ".*": f"i{stack}o",
         },
         rows={
-            ATTENTION + "query": RowTransform.rotary(HEAD, scale=HEAD**0.5),
-            ATTENTION + "key": RowTransform.rotary(HEAD),
+            attention + "query": RowTransform.rotary(head, scale=head**0.5),
+            attention + "key": RowTransform.rotary(head),
         }
         if rows
         else None,

@@ -65,7 +65,7 @@ def save_merged(
         folder: made if it is not there; may not hold weights.
         params: an adapted tree, or a plain one.
         names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they
-            have.
+            have. A map with transforms of rows is given here too.
         base: the checkpoint that the tree came from (a safetensors file or folder). With it, the
             result has its tensors, names, shapes and dtypes; those that the tree does not hold are
             copied through, and the files next to it (config, tokenizer) too.

@@ -10,23 +10,26 @@ from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.matching import near_misses
 from loha_jax.targets.module_names import Names
 
+Rows = Mapping[str, RowTransform]
+"""`{regex: transform}`, fullmatched against the default name of a module."""
+
 
 @runtime_checkable
 class NamesWithRows(Protocol):
     """A function of the default name that also knows transforms, such as `interop.NameMap`.
 
     Attributes:
-        rows: `{regex: transform}`, fullmatched against the default name of a module.
+        rows: see `Rows`.
     """
 
-    rows: Mapping[str, RowTransform]
+    rows: Rows
 
     def __call__(self, name: str, /) -> object:
         """Return the torch module name, or one name per stack index."""
         ...
 
 
-def checked_rows(rows: Mapping[str, RowTransform] | None) -> dict[str, RowTransform]:
+def checked_rows(rows: Rows | None) -> dict[str, RowTransform]:
     """Return transforms by pattern; TypeError for another value."""
     for pattern, value in (rows or {}).items():
         if not isinstance(value, RowTransform):

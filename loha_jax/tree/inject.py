@@ -64,7 +64,8 @@ def inject(
         adapter_name: PEFT's name of the adapter; may not contain a dot.
         names: torch module names if they differ from the tree's: an `interop.NameMap`, a function
             of the default name (the path joined with dots, without "params" and "kernel"), or
-            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`.
+            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`. Leaves keep the
+            transforms of rows that a map has for them.
         layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of
             three or more axes that neither their layer nor a bias or a name settles
             (docs/guide/layouts.md). `infer_layouts` reads them off the model.

@@ -54,7 +54,7 @@ def _find_sources(
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue  # a PRNG key: no weight
         try:
-            sources[position] = finder.source_with_rows(position)
+            sources[position] = finder.checked_source(position)
         except ValueError as error:
             problems.append(f"{'.'.join(tree.paths[position])} {list(leaf.shape)}: {error}")
     return tree, sources, problems
@@ -77,13 +77,18 @@ class _Finder:
     def _shape(self, key: str) -> tuple[int, ...] | None:
         return (self.shapes or {}).get(key)
 
-    def source_with_rows(self, position: int) -> Source:
+    def checked_source(self, position: int) -> Source:
         """Return the source of a leaf with the transform that its rows have.
 
         Raises:
             ValueError: it has no source, or the transform does not fit; the message says why.
         """
         source, rows = self.source(position), self.tree.rows(position)
+        if open_name := next((key for key in source.keys if "{" in key), None):
+            raise ValueError(
+                f"its name {open_name} has a place for the index of a stack, and only a torch "
+                "checkpoint says which axis that is; give `base=`"
+            )
         if rows is None:
             return source
         if row_transform(self.tree.names[position], self.names) is None:

@@ -150,6 +150,21 @@ def test_names_are_inferred_with_transforms_applied(dtype, tmp_path):
     assert "with RowTransform((2, 1, 0), scale=1)" in wrong.unmatched["layers.q.kernel"]
 
 
+def test_a_stack_of_norms_without_a_base_is_an_error(tmp_path):
+    """Only the base says which axis is that of the stack; no name with {} is written."""
+    tree, names = (
+        {"layers": {"norm": {"scale": jnp.arange(10.0).reshape(5, 2)}}},
+        {r"layers\.norm": "l.{}.norm"},
+    )
+    with pytest.raises(ValueError, match=r"l\.\{\}\.norm\.weight has a place for the index"):
+        interop.save_merged(tmp_path / "out", tree, names=names)
+    norms = {f"l.{n}.norm.weight": np.zeros(5, np.float32) for n in range(2)}
+    save_file(norms, tmp_path / "base.safetensors")
+    interop.save_merged(tmp_path / "out", tree, names=names, base=tmp_path / "base.safetensors")
+    out = load_file(tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(out["l.1.norm.weight"], [1, 3, 5, 7, 9])
+
+
 @pytest.mark.parametrize("form", ["tensor", "row", "blocks"])
 def test_scaled_float8_has_torchs_rows(form, tmp_path):
     """It is multiplied by its scales first; a tree with the stored values is refused."""

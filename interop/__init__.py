@@ -1,5 +1,6 @@
 """Exchange with PyTorch: adapters of PEFT and LyCORIS, base checkpoints and names."""
 
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.runtime.untrusted import FileError
 
 from .exchange.as_lora import as_lora
@@ -16,6 +17,7 @@ __all__ = [
     "FileError",
     "FittedLoHa",
     "NameMap",
+    "RowTransform",
     "as_lora",
     "fit_loha",
     "from_peft_state_dict",

@@ -6,7 +6,7 @@ PEFT writes them as `<module>.base_layer.weight` and `.bias` (`save_embedding_la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
@@ -39,12 +39,13 @@ def base_layers(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
             continue
         weights = on_host(leaf.layout.unfold(leaf.kernel))
         weights = weights.reshape(-1, *weights.shape[len(leaf.layout.axes("s")) :])
+        move = (lambda x: x) if leaf.rows is None else leaf.rows.to_torch
         for name in embeddings:
             index = leaf.names.index(name)
-            state[f"{name}.base_layer.weight"] = weights[index]
+            state[f"{name}.base_layer.weight"] = move(weights[index])
             if (bias := biases.get(path[:-1])) is not None:
                 stacked = on_host(bias).reshape(-1, weights.shape[1])
-                state[f"{name}.base_layer.bias"] = stacked[index]
+                state[f"{name}.base_layer.bias"] = move(stacked[index])
     return state
 
 
@@ -85,8 +86,8 @@ def with_base_layers(params: T, weights: Mapping[str, np.ndarray]) -> T:
     """
     leaves, treedef = flatten_whole(params)
     paths = [path for path, _ in leaves_by_path(params)]
-    names = {
-        path[:-1]: leaf.names
+    adapted = {
+        path[:-1]: leaf
         for path, leaf in zip(paths, leaves, strict=True)
         if isinstance(leaf, LoHaWeight)
     }
@@ -94,14 +95,14 @@ def with_base_layers(params: T, weights: Mapping[str, np.ndarray]) -> T:
     for n, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         new = None
         if isinstance(leaf, LoHaWeight):
-            if given := _given(leaf.names, "weight", weights):
+            if given := _given(leaf, "weight", weights, leaf.kernel.dtype):
                 new = _replaced(leaf.layout.unfold(leaf.kernel), len(leaf.names), given)
             if new is not None:
                 new = dataclasses.replace(leaf, kernel=leaf.layout.fold(new, leaf.kernel.shape))
         elif torch_parameter(path) == "bias" and not is_adapted(leaf):
-            modules = names.get(path[:-1], ())
-            if given := _given(modules, "bias", weights):
-                new = _replaced(leaf, len(modules), given)
+            owner = adapted.get(path[:-1])
+            if owner is not None and (given := _given(owner, "bias", weights, leaf.dtype)):
+                new = _replaced(leaf, len(owner.names), given)
         if new is not None:
             leaves[n], changed = new, True
     result = treedef.unflatten(leaves)
@@ -109,11 +110,14 @@ def with_base_layers(params: T, weights: Mapping[str, np.ndarray]) -> T:
 
 
 def _given(
-    names: Sequence[str], part: str, weights: Mapping[str, np.ndarray]
+    leaf: LoHaWeight, part: str, weights: Mapping[str, np.ndarray], dtype: np.dtype
 ) -> dict[int, np.ndarray]:
-    """Return the base weights of a stack that the file holds, by index."""
-    keys = {n: f"{name}.base_layer.{part}" for n, name in enumerate(names)}
-    return {n: np.asarray(weights[key]) for n, key in keys.items() if key in weights}
+    """Return the base weights of a stack that the file holds, by index, with the kernel's rows."""
+    keys = {n: f"{name}.base_layer.{part}" for n, name in enumerate(leaf.names)}
+    found = {n: np.asarray(weights[key]) for n, key in keys.items() if key in weights}
+    if (rows := leaf.rows) is None:
+        return found
+    return {n: rows.from_torch(value, dtype=dtype) for n, value in found.items()}
 
 
 def _replaced(old: jax.Array, count: int, given: Mapping[int, np.ndarray]) -> jax.Array | None:

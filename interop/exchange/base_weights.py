@@ -23,7 +23,7 @@ from loha_jax.tree.quantised import is_quantised
 
 from ..disk.base_checkpoint import Checkpoint, is_floating, written_dtype
 from ..names.leaf_source import Source
-from ..names.scaled_leaves import quantised_problem
+from ..names.scaled_leaves import quantised_problem, rows_problem
 from ..names.tree_sources import find_sources_in
 from .mismatch import Mismatch
 
@@ -129,6 +129,9 @@ def _check_leaf(
     """Note the tensors of a leaf that the checkpoint lacks, and those that do not fit."""
     leaf, where = tree.leaves[position], ".".join(tree.paths[position])
     shape, quantisation = tuple(leaf.shape), checkpoint.quantisation
+    if problem := rows_problem(quantisation, source, taken):
+        mismatch.misshapen.append(f"{where}: {problem}")
+        return
     for key in source.keys:
         if key not in checkpoint.shapes:
             mismatch.missing.append(
@@ -185,7 +188,9 @@ def _read_leaf(
     for n, key in enumerate(source.keys):
         raw = key in scales and scales[key].key in taken  # the tree holds the scale too
         tensor = checkpoint.read(key) if raw else checkpoint.read_values(key)
-        source.put(cast_values(tensor, target, key), value, n)
+        # A transform of rows rounds once, after its scale.
+        tensor = cast_values(tensor, target, key) if source.rows is None else tensor
+        source.put(tensor, value, n)
     return jax.device_put(value, chosen_sharding(like))
 
 

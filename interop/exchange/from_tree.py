@@ -16,6 +16,7 @@ from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..names.name_map import looks_like_conv1d
+from .row_transforms import with_torch_rows
 
 
 def from_tree(
@@ -74,12 +75,14 @@ def saved_leaves(params: PyTree, adapter_name: str) -> list[SavedWeight]:
 def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModule]:
     """Yield the modules of a kernel that the adapter targets, without the padding of a stack.
 
-    Rank stabilisation is folded into alpha, and the scalar, if any, into `hada_w1_a`.
+    Rank stabilisation is folded into alpha, and the scalar, if any, into `hada_w1_a`. Rows are
+    torch's.
     """
     leaf.require_whole()
     factors, shape = leaf.adapters[adapter_name], tuple(leaf.kernel.shape)
     names, layout = leaf.names, leaf.layout
-    target = Target((), names, layout, shape, None, factors.ranks, factors.alphas, factors.is_cp)
+    own = factors.ranks, factors.alphas, factors.is_cp
+    target = Target((), names, layout, shape, None, *own, leaf.rows)
     axes = len(target.stack)
     # [*stack, ...] -> [modules, ...]
     trained = {n: on_host(t).reshape(-1, *t.shape[axes:]) for n, t in factors.trained.items()}
@@ -96,7 +99,8 @@ def module_factors(leaf: LoHaWeight, adapter_name: str) -> Iterator[AdapterModul
             own["hada_w1_a"] = own["hada_w1_a"] * scalar
         norms = trained["dora_scale"][index] if "dora_scale" in trained else None
         spatial = in_shape if len(in_shape) > 1 else None
-        yield AdapterModule(name, "loha", r, alpha, own, norms, in_shape=spatial)
+        module = AdapterModule(name, "loha", r, alpha, own, norms, in_shape=spatial)
+        yield with_torch_rows(module, target)
 
 
 def chosen_adapter(params: PyTree, adapter_name: str | None) -> str:

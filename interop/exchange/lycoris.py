@@ -164,5 +164,7 @@ def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
             wide = float32_or_wider(leaf.original.dtype)
             copy, original = on_host(leaf.copies[adapter_name]), on_host(leaf.original)
             part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
-            result[f"{module}.{part}"] = copy.astype(wide) - original.astype(wide)
+            change = copy.astype(wide) - original.astype(wide)
+            rows = leaf.rows
+            result[f"{module}.{part}"] = change if rows is None else rows.to_torch(change)
     return result

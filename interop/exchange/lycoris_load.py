@@ -133,6 +133,8 @@ def load_lycoris(
         if added is None:
             return jnp.array(original, copy=True)
         wide = float32_or_wider(original.dtype)
+        if leaf.rows is not None:
+            added = leaf.rows.from_torch(added, dtype=wide)
         change = jnp.asarray(added, wide)
         change = leaf.layout.fold(change, leaf.shape) if leaf.layout else change
         return (original.astype(wide) + change).astype(original.dtype)

@@ -196,7 +196,9 @@ def _saved(
                 f"{path} of shape {list(shape)} holds a stack of layers; only single ones are "
                 "loaded"
             )
-        saved[position] = Saved(tree.paths[position], f"{module}.{parameter}", layout, shape)
+        saved[position] = Saved(
+            tree.paths[position], f"{module}.{parameter}", layout, shape, tree.rows(position)
+        )
     mismatch.misshapen += refused
     shapes = saved_shapes(saved.values())
     for module, parts in differences.items() if not refused else ():

@@ -34,7 +34,7 @@ from ..disk.base_checkpoint import (
 from ..disk.checkpoint_writer import CheckpointWriter, parse_size
 from ..disk.quantised import Scale, is_float8
 from ..names.leaf_source import Source
-from ..names.scaled_leaves import requantised, warn_of_losses
+from ..names.scaled_leaves import requantised, rows_problem, warn_of_losses
 from ..names.tree_sources import find_sources_in
 from ..updates.rounding import Loss
 from .base_weights import cast_values
@@ -65,7 +65,7 @@ def save_merged(
         folder: made if it is not there; may not hold weights.
         params: an adapted tree, or a plain one.
         names, layouts: as for `load_base`. Adapted kernels keep the names and layouts that they
-            have.
+            have. A map with transforms of rows is given here too.
         base: the checkpoint that the tree came from (a safetensors file or folder). With it, the
             result has its tensors, names, shapes and dtypes; those that the tree does not hold are
             copied through, and the files next to it (config, tokenizer) too.
@@ -155,7 +155,11 @@ class _MergedTensors:
 
     def find_owners(self, tied: Mapping[str, str], mismatch: Mismatch) -> None:
         """Find the tensors that the leaves hold, and note those that do not fit the base."""
+        base = self.checkpoint
+        taken = {key for source in self.sources.values() for key in source.keys}
         for position, source in self.sources.items():
+            if base and (problem := rows_problem(base.quantisation, source, taken)):
+                mismatch.misshapen.append(f"{'.'.join(self.tree.paths[position])}: {problem}")
             for n, key in [*enumerate(source.keys), *((0, key) for key in source.also)]:
                 if name := self._name_in_base(position, key, tied, mismatch):
                     self.owners.setdefault(name, []).append((position, n))
@@ -262,7 +266,8 @@ class _MergedTensors:
             if stack and stack == source.stack and stack == tuple(range(len(stack))):
                 leaf = _module_of_stack(cast(LoHaWeight, leaf), index, len(stack))
                 moved = tuple(tuple(axis - len(stack) for axis in group) for group in source.axes)
-                source, index = Source(source.keys[index : index + 1], (), moved), 0
+                key = source.keys[index : index + 1]
+                source, index = Source(key, (), moved, rows=source.rows), 0
             leaf = merge(leaf, own, safe=self.safe, force=self.force)
         return source.tensor(np.asarray(leaf), index)
 
@@ -274,4 +279,4 @@ def _module_of_stack(leaf: LoHaWeight, index: int, axes: int) -> LoHaWeight:
     kernel = base.part(where) if isinstance(base, QuantisedArray) else base[where]
     adapters = jax.tree.map(lambda array: array[where], leaf.adapters)
     layout, names = leaf.layout.strip(leaf.layout.ndim - axes), (leaf.names[index],)
-    return LoHaWeight(kernel, adapters, layout, names, leaf.active)
+    return dataclasses.replace(leaf, kernel=kernel, adapters=adapters, layout=layout, names=names)

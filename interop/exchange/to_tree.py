@@ -24,6 +24,7 @@ from ..names.resized_vocabulary import resizing_hint
 from ..updates.shapes import module_shapes
 from .base_layers import base_layer_shapes, with_base_layers
 from .mismatch import Mismatch
+from .row_transforms import norms_of_kernel, with_kernel_rows
 from .saved_modules import batch_counters, saved_shapes, with_counters, with_names_that_end_alike
 from .wrapper_names import unwrapped
 
@@ -51,13 +52,13 @@ def to_tree(
         base_params: the base model's tree.
         plan: which module goes to which kernel.
         adapter_name: of the new adapter.
-        loha: makes a module of the file the LoHa that its kernel gets.
+        loha: makes a module of the file the LoHa that its kernel gets, with torch's rows.
         saved: makes the copy of a leaf that the adapter holds whole, of the original.
     """
 
     def make_factors(target: Target, kernel: jax.Array) -> dict[str, jax.Array]:
         own = [
-            loha(modules[name], target).tensors if r else {}
+            with_kernel_rows(loha(modules[name], target), target).tensors if r else {}
             for name, r in zip(target.names, target.ranks, strict=True)
         ]
         return stack_factors(own, target)
@@ -109,7 +110,10 @@ def peft_to_tree(
 
     def saved(leaf: Saved, original: jax.Array) -> jax.Array:
         dtype = jax.dtypes.canonicalize_dtype(original.dtype)
-        value = jnp.asarray(file.others[leaf.name]).astype(dtype)
+        given = file.others[leaf.name]
+        if leaf.rows is not None:
+            given = leaf.rows.from_torch(given, dtype=dtype)
+        value = jnp.asarray(given).astype(dtype)
         return leaf.layout.fold(value, leaf.shape) if leaf.layout else value
 
     params = to_tree(file.modules, base_params, plan, adapter_name, loha=loha, saved=saved)
@@ -183,6 +187,7 @@ def _stacked_norms(target: Target, modules: Mapping[str, AdapterModule]) -> dict
     first = next((norms for norms in given if norms is not None), None)
     if first is None:
         return {}
-    stacked = np.stack([np.zeros_like(first) if norms is None else norms for norms in given])
+    zeros = np.zeros_like(first)
+    stacked = np.stack([zeros if n is None else norms_of_kernel(n, target) for n in given])
     stacked = stacked.reshape(*target.stack, *first.shape)
     return {"dora_scale": jnp.asarray(stacked, target.factor_dtype)}

@@ -21,7 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from loha_jax.targets.module_names import is_kernel_leaf, torch_parameter
+from loha_jax.lowrank.hadamard import float32_or_wider
+from loha_jax.lowrank.row_transform import RowTransform
+from loha_jax.targets.module_names import Names, is_kernel_leaf, module_name, torch_parameter
+from loha_jax.targets.row_transforms import require_used, row_transform
 from loha_jax.tree.leaves import base_of, leaves_by_path
 from loha_jax.tree.quantised import wrapped
 
@@ -41,11 +44,30 @@ Slots = dict[tuple[np.dtype, int, int], list[tuple[int, Stack, tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf to be found: its dotted path, the parts of that, and its values."""
+    """A leaf to be found: its dotted path, the parts of that, its values and their transform."""
 
     path: str
     parts: tuple[str, ...]
     array: Array
+    rows: RowTransform | None
+
+    def part(self, stack: Stack, index: tuple[int, ...]) -> np.ndarray:
+        """Return the values at an index of the stack, times the scale that torch's have."""
+        part = _slice(self.array, stack, index)
+        if self.rows is None or self.rows.scale == 1:
+            return part
+        scale = RowTransform(scale=self.rows.scale)
+        return scale.to_torch(part.reshape(-1), dtype=float32_or_wider(part.dtype)).reshape(
+            part.shape
+        )
+
+    def bits(self, tensor: np.ndarray) -> np.ndarray | None:
+        """Return a tensor's bits in the leaf's order of rows; None for other numbers of rows."""
+        if self.rows is None:
+            return tensor
+        if not tensor.ndim or self.rows.problem(tensor.shape[0]):
+            return None
+        return self.rows.unscaled.from_torch(tensor)
 
 
 class _Hits:
@@ -76,9 +98,14 @@ Hits = dict[tuple[int, Stack, Shape], _Hits]
 """By leaf number, stack axes and the tensors' shape."""
 
 
-def match_contents(params: PyTree, base: str | Path) -> SettledNames:
-    """Find each leaf among the tensors of a checkpoint; see `NameMap.infer`."""
-    leaves = _leaves(params)
+def match_contents(params: PyTree, base: str | Path, names: Names) -> SettledNames:
+    """Find each leaf among the tensors of a checkpoint; see `NameMap.infer`.
+
+    Args:
+        params, base: as for `NameMap.infer`.
+        names: gives the transforms of rows.
+    """
+    leaves = _leaves(params, names)
     checkpoint = Checkpoint(base)
     if checkpoint.quantisation.scales or checkpoint.quantisation.packed:
         raise ValueError(
@@ -97,11 +124,11 @@ def match_contents(params: PyTree, base: str | Path) -> SettledNames:
         for common in sorted(commons, key=str):
             bits = value_bits(tensor, common)
             for n, stack, index in slots.get((common, size, fingerprint(bits)), ()):
-                leaf = leaves[n].array
-                if coarser(leaf.dtype, tensor.dtype) != common:
+                leaf, own_bits = leaves[n].array, leaves[n].bits(bits)
+                if coarser(leaf.dtype, tensor.dtype) != common or own_bits is None:
                     continue
-                part = _slice(leaf, stack, index)
-                if groups := _verify(part, common, bits, leaf.shape, stack, shape):
+                part = leaves[n].part(stack, index)
+                if groups := _verify(part, common, own_bits, leaf.shape, stack, shape):
                     sizes = [leaf.shape[axis] for axis in stack]
                     own = hits.setdefault((n, stack, shape), _Hits(math.prod(sizes)))
                     own.found[int(np.ravel_multi_index(index, sizes)) if stack else 0][key] = groups
@@ -109,14 +136,17 @@ def match_contents(params: PyTree, base: str | Path) -> SettledNames:
     return _resolve(leaves, hits, checkpoint)
 
 
-def _leaves(params: PyTree) -> list[_Leaf]:
+def _leaves(params: PyTree, names: Names) -> list[_Leaf]:
     """Return the leaves of a tree that have values to compare.
 
     Raises:
         TypeError: the tree holds shapes.
+        ValueError: a transform of `names` has no module in the tree.
     """
     leaves: list[_Leaf] = []
-    for parts, leaf in leaves_by_path(params):
+    found = leaves_by_path(params)
+    require_used(names, {module_name(parts) for parts, _ in found})
+    for parts, leaf in found:
         leaf = wrapped(base_of(leaf))
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
@@ -125,7 +155,8 @@ def _leaves(params: PyTree) -> list[_Leaf]:
             )
         is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if is_array and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            leaves.append(_Leaf(leaf_path(parts), parts, leaf))
+            rows = row_transform(module_name(parts), names)
+            leaves.append(_Leaf(leaf_path(parts), parts, leaf, rows))
     return leaves
 
 
@@ -142,7 +173,7 @@ def _slots(leaves: Sequence[_Leaf], checkpoint: Checkpoint) -> Slots:
         commons = {common for common in found if common is not None}
         for stack in _stacks(shape, sizes):
             for index in np.ndindex(*(shape[axis] for axis in stack)):
-                part = _slice(leaf.array, stack, index)
+                part = leaf.part(stack, index)
                 for common in commons:
                     bits = value_bits(part, common)
                     slots[common, bits.size, fingerprint(bits)].append((n, stack, index))
@@ -312,4 +343,5 @@ def _why(leaf: _Leaf, stacked: Sequence[_Hits]) -> str:
     if best is not None and (lost := [str(n) for n, index in enumerate(best.found) if not index]):
         return f"of its stack no tensor holds index {', '.join(lost)}"
     size = math.prod(leaf.array.shape)
-    return f"no tensor of the checkpoint has its {size} values in any order of its axes"
+    moved = "" if leaf.rows is None else f", with {leaf.rows}"
+    return f"no tensor of the checkpoint has its {size} values in any order of its axes{moved}"

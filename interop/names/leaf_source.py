@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Source:
             no layout says it.
         also: names of further tensors with the same values (a tied weight that the file stores
             twice).
+        rows: how each tensor's first axis differs from the leaf's, or None.
 
     Example:
         >>> q = Source.of_layout(("q.weight",), Layout("ioo"))  # [in, heads, head]
@@ -37,6 +41,7 @@ class Source:
     axes: tuple[tuple[int, ...], ...] = ()
     layout: Layout | None = None
     also: tuple[str, ...] = ()
+    rows: RowTransform | None = None
 
     @classmethod
     def of_layout(cls, keys: tuple[str, ...], layout: Layout) -> Source:
@@ -64,11 +69,29 @@ class Source:
 
     def tensor(self, leaf: np.ndarray, index: int = 0) -> np.ndarray:
         """Return torch tensor number `index` of a leaf."""
-        return self.part(leaf, index).reshape(self.torch_shape(leaf.shape))
+        tensor = self.part(leaf, index).reshape(self.torch_shape(leaf.shape))
+        if self.rows is None:
+            return tensor
+        with self._errors(index):
+            # The file may have a wider dtype than the leaf.
+            wide = tensor.dtype if self.rows.scale == 1 else float32_or_wider(tensor.dtype)
+            return self.rows.to_torch(tensor, dtype=wide)
+
+    @contextlib.contextmanager
+    def _errors(self, index: int) -> Generator[None]:
+        """Put the tensor's name into a ValueError from the block."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.keys[index]}: {error}") from error
 
     def put(self, tensor: np.ndarray, leaf: np.ndarray, index: int = 0) -> None:
         """Write torch tensor number `index` into a leaf."""
         part = self.part(leaf, index)
+        if self.rows is not None:
+            tensor = tensor.reshape(self.torch_shape(leaf.shape))
+            with self._errors(index):
+                tensor = self.rows.from_torch(tensor, dtype=leaf.dtype)
         part[...] = tensor.reshape(part.shape)
 
 

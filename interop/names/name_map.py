@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import Layouts
-from loha_jax.targets.module_names import Names, all_names
+from loha_jax.targets.module_names import Names, all_names, module_name
+from loha_jax.targets.row_transforms import Rows, checked_rows, row_transform
 
 from .content_match import match_contents
 from .leaf_source import Source
@@ -54,8 +56,11 @@ class NameMap:
         preprocess: the function that stacks tensors after the mapping (tunix' `preprocess_fn`).
         layouts: `{regex: layout}` by default dotted name; they come before those that the mapping
             gives.
+        rows: `{regex: RowTransform}` by default dotted name: modules whose rows torch has in
+            another order or scaled. A pattern that matches no module of a tree is an error there.
 
     Raises:
+        TypeError: a value of `rows` is no `RowTransform`.
         ValueError: a transform is of no known form; a mapping without `base`; `preprocess` or
             `base` without a mapping.
 
@@ -74,10 +79,13 @@ class NameMap:
         base: str | Path | Mapping[str, Sequence[int]] | None = None,
         preprocess: Preprocess | None = None,
         layouts: Layouts | None = None,
+        rows: Rows | None = None,
     ):
         self._names: Names | None = None
-        self._settled: SettledNames | None = None
+        self._leaves = SettledNames()
+        self.is_settled = False  # by a checkpoint's contents or a mapping
         self._given = dict(layouts or {})
+        self.rows = checked_rows(rows)
         self._after: tuple[Names, ...] = ()
         self._is_gpt2 = False
         if is_torch_mapping(names):
@@ -86,7 +94,7 @@ class NameMap:
                     "The patterns of a mapping {torch_regex: (jax_path, transform)} are run on "
                     "torch's names: give the checkpoint, or {name: shape}, as `base=`"
                 )
-            self._settled = map_sources(names, base, preprocess)
+            self._leaves, self.is_settled = map_sources(names, base, preprocess), True
             return
         self._names = cast("Names | None", names)
         if base is not None or preprocess is not None:
@@ -95,13 +103,9 @@ class NameMap:
             )
 
     @property
-    def _leaves(self) -> SettledNames:
-        return self._settled or SettledNames()
-
-    @property
     def sources(self) -> dict[str, Source]:
         """`Source` by leaf path ("layers.0.attn.q_proj.w"), where a checkpoint settled it."""
-        return self._leaves.sources
+        return {path: self.source(path) for path in self._leaves.sources}
 
     @property
     def unmatched(self) -> dict[str, str]:
@@ -164,7 +168,7 @@ class NameMap:
         return cls(lambda name: ".".join(map(_diffusers_part, name.split("."))))
 
     @classmethod
-    def infer(cls, params: PyTree, base: str | Path) -> NameMap:
+    def infer(cls, params: PyTree, base: str | Path, *, rows: Rows | None = None) -> NameMap:
         """Find names and layouts by contents: each leaf among the tensors of a torch checkpoint.
 
         It finds permuted and reshaped kernels (`[D, N, H]`, convolutions), stacks along any one or
@@ -176,12 +180,13 @@ class NameMap:
         Biases and scales without contents of their own follow the module whose other parameter was
         found.
 
-        One torch tensor is in memory at a time: sums of hashed values find candidates, then
-        contents are compared.
+        One tensor is in memory at a time: sums of hashed values find candidates to compare.
 
         Args:
             params: the tree with the checkpoint's values, adapted or not.
             base: a safetensors file, or a folder with one or with shards and an index.
+            rows: as for `NameMap`; contents are compared with them applied. Scales that are no
+                power of two round: a leaf that no tensor equals then is unmatched.
 
         Raises:
             TypeError: `params` has shapes instead of values.
@@ -202,8 +207,8 @@ class NameMap:
             leaf    shape    torch                layout
             attn.q  [6,2,4]  model.q_proj.weight  ioo
         """
-        result = cls()
-        result._settled = match_contents(params, base)
+        result = cls(rows=rows)
+        result._leaves, result.is_settled = match_contents(params, base, result), True
         return result
 
     def then(self, names: Names) -> NameMap:
@@ -217,8 +222,8 @@ class NameMap:
             'model.layers.0.q'
         """
         result = copy.copy(self)
-        if result._settled is not None:
-            result._settled = result._settled.renamed(names)
+        if result.is_settled:
+            result._leaves = result._leaves.renamed(names)
         else:
             result._after = (*self._after, names)
         return result
@@ -241,7 +246,7 @@ class NameMap:
             'other'
         """
         result = copy.copy(self)
-        result._settled = self._leaves.settle(choices)
+        result._leaves, result.is_settled = self._leaves.settle(choices), True
         return result
 
     def __call__(self, name: str) -> str | Sequence[str]:
@@ -250,8 +255,8 @@ class NameMap:
         Raises:
             UnknownNameError: nothing settles it; the message lists what it could be.
         """
-        if self._settled is not None:
-            return self._settled.module_names(name)
+        if self.is_settled:
+            return self._leaves.module_names(name)
         given = [name]
         for names in (self._names, *self._after):
             given = [new for one in given for new in all_names(one, names)]
@@ -263,24 +268,21 @@ class NameMap:
         Raises:
             ValueError: the map does not know it; the message says why.
         """
-        return self._leaves.source(path)
-
-    @property
-    def is_settled(self) -> bool:
-        """True where a checkpoint settled the names, by its contents or a mapping."""
-        return self._settled is not None
+        rows = row_transform(module_name(path.split(".")), self)
+        return dataclasses.replace(self._leaves.source(path), rows=rows)
 
     def is_conv1d(self, name: str) -> bool:
         """Return whether torch stores the weight of a module (by default name) as [in, out]."""
         return self._is_gpt2 and looks_like_conv1d(name)
 
     def table(self) -> str:
-        """Return the map as text: leaf, shape, torch name and layout; then what is not settled."""
-        return self._leaves.table()
+        """Return the map as text, by leaf; then what is not settled, and transforms of rows."""
+        own = (f"rows: {pattern}: {transform}" for pattern, transform in self.rows.items())
+        return "\n".join((self._leaves.table(), *own))
 
     def __repr__(self) -> str:
-        if self._settled is not None:
-            return f"NameMap({self._settled})"
+        if self.is_settled:
+            return f"NameMap({self._leaves})"
         if isinstance(self._names, Mapping):
             return f"NameMap({len(self._names)} patterns)"
         return f"NameMap({getattr(self._names, '__qualname__', repr(self._names))})"

@@ -12,6 +12,7 @@ from loha_jax.tree.merge import LOSS_LIMIT
 from ..disk.base_checkpoint import Checkpoint, is_floating
 from ..disk.quantised import Quantisation, dequantised, is_float8, quantised
 from ..updates.rounding import Loss, overall
+from .leaf_source import Source
 
 
 def quantised_problem(
@@ -30,6 +31,21 @@ def quantised_problem(
             "give dtype= or a wider leaf"
         )
     return quantisation.problems.get(key) if is_floating(target) else None
+
+
+def rows_problem(quantisation: Quantisation, source: Source, taken: Collection[str]) -> str | None:
+    """Return why a leaf with a transform of rows cannot hold stored float8 values, or None.
+
+    Their scales are in another leaf, whose blocks the transform does not know.
+    """
+    scales = quantisation.scales
+    held = [key for key in source.keys if key in scales and scales[key].key in taken]
+    if source.rows is None or not held:
+        return None
+    return (
+        f"{held[0]} is float8 as stored, with its scale {scales[held[0]].key} in another leaf, and "
+        f"`names=` gives it {source.rows}. Load it with dtype= into a tree without the scale"
+    )
 
 
 def requantised(

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
+from loha_jax.targets.row_transforms import row_transform
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
@@ -53,7 +54,7 @@ def _find_sources(
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue  # a PRNG key: no weight
         try:
-            sources[position] = finder.source(position)
+            sources[position] = finder.checked_source(position)
         except ValueError as error:
             problems.append(f"{'.'.join(tree.paths[position])} {list(leaf.shape)}: {error}")
     return tree, sources, problems
@@ -75,6 +76,29 @@ class _Finder:
 
     def _shape(self, key: str) -> tuple[int, ...] | None:
         return (self.shapes or {}).get(key)
+
+    def checked_source(self, position: int) -> Source:
+        """Return the source of a leaf with the transform that its rows have.
+
+        Raises:
+            ValueError: it has no source, or the transform does not fit; the message says why.
+        """
+        source, rows = self.source(position), self.tree.rows(position)
+        if open_name := next((key for key in source.keys if "{" in key), None):
+            raise ValueError(
+                f"its name {open_name} has a place for the index of a stack, and only a torch "
+                "checkpoint says which axis that is; give `base=`"
+            )
+        if rows is None:
+            return source
+        if row_transform(self.tree.names[position], self.names) is None:
+            raise ValueError(
+                f"its adapter was made with {rows}, which `names=` does not have. Give the name "
+                "map that `inject` or the loader took"
+            )
+        if problem := rows.problem((*source.torch_shape(self.tree.leaves[position].shape), 1)[0]):
+            raise ValueError(problem)
+        return dataclasses.replace(source, rows=rows)
 
     def source(self, position: int) -> Source:
         """Return the source of a leaf.
@@ -145,33 +169,43 @@ class _Finder:
         """Return the source of a bias, scale or statistic, stacked like its kernel or its names."""
         parts, shape = self.tree.paths[position], tuple(self.tree.leaves[position].shape)
         first = None
-        for count in (stacks := self._stacks(position)):
+        for stack in (stacks := self._stacks(position)):
             try:
-                modules = self.tree.module_names(position, shape[:count])
+                modules = self.tree.module_names(position, tuple(shape[axis] for axis in stack))
             except ValueError:
-                if count == stacks[-1] and first is None:
+                if stack == stacks[-1] and first is None:
                     raise
                 continue
             keys = tuple(f"{module}.{torch_parameter(parts)}" for module in modules)
-            groups = _axes(shape[count:], self._shape(keys[0]))
-            axes = tuple(tuple(count + axis for axis in group) for group in groups)
-            source = Source(keys, tuple(range(count)), axes)
+            rest = [axis for axis in range(len(shape)) if axis not in stack]
+            groups = _axes([shape[axis] for axis in rest], self._shape(keys[0]))
+            axes = tuple(tuple(rest[axis] for axis in group) for group in groups)
+            source = Source(keys, stack, axes)
             if self.shapes is None or all(key in self.shapes for key in keys):
                 return source
             first = first or source
         assert first is not None
         return first
 
-    def _stacks(self, position: int) -> Sequence[int]:
-        """Return how many leading axes of a vector may be those of a stack, most likely first."""
+    def _stacks(self, position: int) -> list[tuple[int, ...]]:
+        """Return which axes of a vector may be those of a stack, most likely first.
+
+        They lead, or are the one that MaxText scans over.
+        """
         tree, shape = self.tree, tuple(self.tree.leaves[position].shape)
-        module = tree.paths[position][:-1]
+        module, leading = tree.paths[position][:-1], tuple(range(len(shape)))
         for other in tree.kernels - {position}:
             path = tree.paths[other]
             if path[:-1] == module and path[-1] in KERNEL_LEAVES:
-                stack = tree.layout(other).sizes("s", tree.leaves[other].shape)
-                return [len(stack)] if shape[: len(stack)] == stack else [0]
-        return [0] if self.shapes is None else range(max(len(shape), 1))
+                layout = tree.layout(other)
+                stack = layout.sizes("s", tree.leaves[other].shape)
+                # A scan stacks all parameters on one axis; else the stack leads.
+                places = (layout.axes("s"), leading[: len(stack)])
+                fits = [p for p in places if tuple(shape[a] for a in p if a in leading) == stack]
+                return [fits[0] if fits else ()]
+        if self.shapes is None:
+            return [()]
+        return [leading[:n] for n in range(max(len(shape), 1))] + [(a,) for a in leading[1:]]
 
 
 def _axes(shape: Sequence[int], torch_shape: Sequence[int] | None) -> tuple[tuple[int, ...], ...]:

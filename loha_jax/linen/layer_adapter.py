@@ -20,7 +20,7 @@ def loha_weight(
 ) -> LoHaWeight:
     """Return the kernel with its factors as a leaf of a tree."""
     adapters = {adapter_name: target.factors(tensors, config)}
-    return LoHaWeight(kernel, adapters, target.layout, target.names, (adapter_name,))
+    return LoHaWeight(kernel, adapters, target.layout, target.names, (adapter_name,), target.rows)
 
 
 def product(

@@ -179,7 +179,7 @@ def _leaf(
     """Return an adapted kernel, and where its stack axes are; those of a scan are among them."""
     target, config = provider.targets[path]
     adapters = {ADAPTER: target.factors(factors, config)}
-    leaf = LoHaWeight(kernel, adapters, target.layout, target.names, (ADAPTER,))
+    leaf = LoHaWeight(kernel, adapters, target.layout, target.names, (ADAPTER,), target.rows)
     leaf, places = with_stack_in_front(leaf)
     names = stack_names(module_name(path), leaf.layout.sizes("s", kernel.shape), provider.names)
     leaf = dataclasses.replace(leaf, names=names)

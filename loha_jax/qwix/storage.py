@@ -148,5 +148,6 @@ def _leaf(
     if not placed:
         array = kernel.array.qvalue if is_quantised(kernel) else kernel
         factors = follow_kernel(factors, array, target.layout)
-    names = ("",) * len(target.names)
-    return LoHaWeight(wrapped(kernel), {ADAPTER: factors}, target.layout, names, (ADAPTER,))
+    names, active = ("",) * len(target.names), (ADAPTER,)
+    adapters = {ADAPTER: factors}
+    return LoHaWeight(wrapped(kernel), adapters, target.layout, names, active, target.rows)

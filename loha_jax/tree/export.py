@@ -1,7 +1,8 @@
 """Serialisation of adapted leaves for `jax.export`.
 
 An exported function describes its arguments, including the static parts of each adapted leaf:
-layouts, names, ranks, configs. They are written as JSON, so that reading a file runs no code.
+layouts, names, transforms of rows, ranks, configs. They are written as JSON, so that reading a file
+runs no code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax.export
 import jax.numpy as jnp
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.lycoris_config import LycorisConfig
 from loha_jax.tree.factors import Factors
@@ -32,6 +34,10 @@ _WAYS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda parts: Origin(parts[0], alphas=parts[1]),
     ),
     Counters: (list, Counters),
+    RowTransform: (
+        lambda rows: [rows.permutation, rows.scale],
+        lambda parts: RowTransform(*parts),
+    ),
     LoHaConfig: (LoHaConfig.__getstate__, lambda fields: LoHaConfig(**fields)),
     LycorisConfig: (LycorisConfig.__getstate__, lambda fields: LycorisConfig(**fields)),
 }

@@ -64,7 +64,8 @@ def inject(
         adapter_name: PEFT's name of the adapter; may not contain a dot.
         names: torch module names if they differ from the tree's: an `interop.NameMap`, a function
             of the default name (the path joined with dots, without "params" and "kernel"), or
-            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`.
+            `{regex: template}`; see `loha_jax.targets.module_names.stack_names`. Leaves keep the
+            transforms of rows that a map has for them.
         layouts: `{regex: layout}`, fullmatched against the default dotted name, for kernels of
             three or more axes that neither their layer nor a bias or a name settles
             (docs/guide/layouts.md). `infer_layouts` reads them off the model.
@@ -154,13 +155,13 @@ def apply_plan(
         arrays = {**make_factors(target, kernels[n]), **extras}
         factors = target.factors(arrays, plan.config, samples.get(n))
         known = leaves[n].adapters if isinstance(leaves[n], LoHaWeight) else {}
-        leaf = LoHaWeight(kernels[n], known, target.layout, target.names, active=())
+        leaf = LoHaWeight(kernels[n], known, target.layout, target.names, (), target.rows)
         factors = follow_kernel(factors, kernels[n], target.layout)
         leaves[n] = leaf.with_adapter(adapter_name, factors)
     for n, saved in plan.saved.items():
         leaf, original = leaves[n], base_of(leaves[n])
         if not isinstance(leaf, SavedWeight):
-            leaf = SavedWeight(original, {}, saved.layout, saved.name, active=())
+            leaf = SavedWeight(original, {}, saved.layout, saved.name, (), rows=saved.rows)
         copy = place_like(make_copy(saved, original), original)
         leaves[n] = leaf.with_copy(adapter_name, copy)
     for n, leaf in enumerate(leaves):  # the new adapter is the active one everywhere

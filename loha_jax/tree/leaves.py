@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.runtime.promotion import standard_promotion
 from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.array_like import ArrayLike
@@ -47,6 +48,7 @@ class LoHaWeight(ArrayLike, FlatNode):
         layout: the kind of each axis of the kernel.
         names: torch module names, one per stack index.
         active: the adapters that count, in order.
+        rows: how torch's rows of each module differ from the kernel's; only files need it.
 
     Example:
         >>> import loha_jax
@@ -64,9 +66,10 @@ class LoHaWeight(ArrayLike, FlatNode):
     layout: Layout
     names: tuple[str, ...]
     active: tuple[str, ...]
+    rows: RowTransform | None = None
 
     def __post_init__(self) -> None:
-        aux = interned(self.layout, self.names, self.active)
+        aux = interned(self.layout, self.names, self.active, self.rows)
         keep(self, _children=(self.kernel, self.adapters), _aux=aux)
 
     def __repr__(self) -> str:
@@ -174,6 +177,7 @@ class SavedWeight(ArrayLike):
         counters: `(adapter, torch name, value)` of integer buffers in the adapter's file that the
             tree has no leaf for (a BatchNorm's `num_batches_tracked`). They are written back
             unchanged and are no part of the tree's structure.
+        rows: how torch's rows differ from the parameter's; only files need it.
     """
 
     original: Any
@@ -182,6 +186,7 @@ class SavedWeight(ArrayLike):
     name: str = dataclasses.field(metadata={"static": True})
     active: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     counters: Counters = dataclasses.field(default=Counters(), metadata={"static": True})
+    rows: RowTransform | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if not isinstance(self.counters, Counters):

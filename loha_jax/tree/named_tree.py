@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.default_layouts import (
     default_layout,
@@ -27,10 +28,12 @@ from loha_jax.targets.module_names import (
     is_kernel_leaf,
     module_name,
     stack_names,
+    torch_parameter,
 )
+from loha_jax.targets.row_transforms import require_used, row_transform
 from loha_jax.targets.target_advice import require_named_leaves
 from loha_jax.tree.equinox_layers import equinox_layers
-from loha_jax.tree.leaves import LoHaWeight, is_adapted, leaves_by_path
+from loha_jax.tree.leaves import BUFFERS, LoHaWeight, is_adapted, leaves_by_path
 from loha_jax.tree.quantised import wrapped
 
 
@@ -70,6 +73,7 @@ class NamedTree:
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
         self.modules = {above for name in self.names.values() for above in name_beginnings(name)}
         self.given_names = names
+        require_used(names, {*self.names.values()})
         self._torch_shapes = torch_shapes or {}
         self._known: ModelLayouts = equinox_layers(params, layouts)
         self.given_layouts = _as_layouts(self._known)
@@ -175,6 +179,31 @@ class NamedTree:
     def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
         """Return the torch module names of a leaf with these stack axes; see `stack_names`."""
         return stack_names(self.names[position], stack, self.given_names)
+
+    def rows(self, position: int) -> RowTransform | None:
+        """Return how torch's rows of a leaf differ from its own; None where they do not.
+
+        An adapted leaf has the transform that its adapter was made with.
+
+        Raises:
+            ValueError: `names` gives an adapted leaf another one, or gives one to a buffer.
+        """
+        leaf, name = self.leaves[position], self.names[position]
+        given = row_transform(name, self.given_names)
+        if is_adapted(leaf):
+            if given is not None and given != leaf.rows:
+                made = "without one" if leaf.rows is None else f"with {leaf.rows}"
+                raise ValueError(
+                    f"`names` gives {name} {given}, and its adapter was made {made}. Give "
+                    "`inject`, loaders and savers the same name map"
+                )
+            return leaf.rows
+        if given is not None and torch_parameter(self.paths[position]) in BUFFERS:
+            raise ValueError(
+                f"`names` gives {name} {given}, and it has {'.'.join(self.paths[position])}, a "
+                "buffer, which no transform is defined for"
+            )
+        return given
 
     def _may_match(self, position: int, config: LoHaConfig) -> bool:
         return any(

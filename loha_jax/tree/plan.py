@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.initial_values import factor_shapes
 from loha_jax.lowrank.layout import Layout
+from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.runtime.caller import warn_caller
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.matching import (
@@ -52,6 +53,7 @@ class Target:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     cp: bool
+    rows: RowTransform | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -98,6 +100,7 @@ class Saved:
     name: str
     layout: Layout | None
     shape: tuple[int, ...]
+    rows: RowTransform | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,8 @@ def _target(tree: NamedTree, candidate: _Candidate, config: LoHaConfig) -> Targe
     leaf, layout = tree.leaves[candidate.position], tree.layout(candidate.position)
     targeted = [match is Match.TARGETED for match in candidate.matches]
     path = tree.paths[candidate.position]
-    return make_target(config, path, candidate.names, layout, leaf, targeted)
+    rows = tree.rows(candidate.position)
+    return make_target(config, path, candidate.names, layout, leaf, targeted, rows)
 
 
 def make_target(
@@ -220,6 +224,7 @@ def make_target(
     layout: Layout,
     kernel: ArrayOrShape,
     targeted: Sequence[bool] | None = None,
+    rows: RowTransform | None = None,
 ) -> Target:
     """Return what an adapter of one kernel is.
 
@@ -230,6 +235,10 @@ def make_target(
         layout: of the kernel.
         kernel: has its shape and dtype.
         targeted: which modules get an adapter, all by default; the rank of the others is 0.
+        rows: of the modules in torch.
+
+    Raises:
+        ValueError: the transform of rows does not fit the kernel.
     """
     shape = tuple(kernel.shape)
     ranks = tuple(
@@ -242,7 +251,10 @@ def make_target(
     )
     # The kernel of a 1x1 convolution has no use for cores.
     cp = any(n != 1 for n in layout.sizes("k", shape)) and bool(config.use_effective_conv2d)
-    return Target(path, tuple(names), layout, shape, kernel.dtype, ranks, alphas, cp)
+    target = Target(path, tuple(names), layout, shape, kernel.dtype, ranks, alphas, cp, rows)
+    if rows and (problem := rows.problem(target.module_shape[0])):
+        raise ValueError(f"{'.'.join(path)} of shape {shape}, {names[0]} in torch: {problem}")
+    return target
 
 
 def _plan_saved(
@@ -268,7 +280,7 @@ def _plan_saved(
         if own := _entries_above(module, entries):
             used.update(own)
             name = f"{module}.{torch_parameter(tree.paths[position])}"
-            saved[position] = Saved(tree.paths[position], name, layout, shape)
+            saved[position] = Saved(tree.paths[position], name, layout, shape, tree.rows(position))
     _require_distinct([(s.name, s.path) for s in saved.values()])
     # A sequence classifier's head is called "classifier" or "score"; PEFT's files name both.
     optional = dataclasses.replace(config, modules_to_save=None).all_modules_to_save

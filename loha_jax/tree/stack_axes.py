@@ -222,7 +222,7 @@ def _arranged(leaf: LoHaWeight, reading: _Reading) -> LoHaWeight:
 
     names = _per_module(leaf.names, leaf, reading)
     adapters = {name: arranged(factors) for name, factors in leaf.adapters.items()}
-    return LoHaWeight(leaf.kernel, adapters, reading.layout, names, leaf.active)
+    return dataclasses.replace(leaf, adapters=adapters, layout=reading.layout, names=names)
 
 
 def _unclear(leaf: LoHaWeight, words: Sequence[str]) -> ValueError:

@@ -11,6 +11,7 @@ from qwix_models import BASES, Attention, LinenModel, Stack, arrays, randomise, 
 from random_arrays import normal_array
 
 from loha_jax import LoHaConfig, interop
+from loha_jax.interop import RowTransform
 from loha_jax.qwix import LoHaProvider, linen_tree
 
 NAMES = {
@@ -116,3 +117,50 @@ def test_a_stack_that_is_targeted_in_part_is_refused():
         adapted(Experts(), config=config, names=names)
     config = LoHaConfig(r=2, target_modules=["first", "second"])
     assert modules(adapted(Experts(), config=config, names=names)) == {"first", "second"}
+
+
+ROWS = {"query": RowTransform.rotary(8, scale=4.0)}
+
+
+def assert_files_have_torchs_rows(tree, plain):
+    """One file has the rows of the other, permuted and scaled by 4."""
+    got, own = map(interop.to_peft_state_dict, (tree, plain))
+    prefix = "base_model.model.encoder.attention.query.hada_"
+    for key, array in own.items():
+        want = array
+        if key.startswith(f"{prefix}w") and key.endswith("_a"):
+            heads = array.reshape(2, 8, -1)
+            want = np.concatenate([heads[:, ::2], heads[:, 1::2]], 1).reshape(array.shape)
+            want = want * 4 if "w1_a" in key else want
+        np.testing.assert_array_equal(got[key], want, err_msg=key)
+
+
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_files_have_torchs_rows(base, tmp_path):
+    names = interop.NameMap(NAMES, rows=ROWS)
+    rule = {"module_path": ".*", "rank": 2, "alpha": 4.0, **BASES[base]}
+    model = adapted(Attention(nnx.Rngs(0)), names=names, **rule)
+    assert_files_have_torchs_rows(model, adapted(Attention(nnx.Rngs(0)), names=NAMES, **rule))
+    interop.save_peft(tmp_path, model)
+    expected = model(tokens())
+    interop.load_peft(tmp_path, model, names=names, adapter_name="read")
+    np.testing.assert_array_equal(model(tokens()), expected)
+
+
+def test_files_of_a_linen_model_have_torchs_rows():
+    trees = []
+    for names in (interop.NameMap(NAMES, rows=ROWS), NAMES):
+        provider = LoHaProvider(module_path="query|out", rank=2, alpha=4.0, names=names)
+        model = qwix.apply_lora_to_model(LinenModel(), provider)
+        params = model.init(jax.random.key(0), tokens())["params"]
+        trees.append(linen_tree(provider, params))
+    assert_files_have_torchs_rows(*trees)
+
+
+def test_a_transform_for_no_module_is_an_error():
+    names = interop.NameMap(NAMES, rows={"quary": RowTransform([1, 0])})
+    with pytest.raises(ValueError, match="'quary', which match no module"):
+        adapted(Attention(nnx.Rngs(0)), names=names, module_path="query", rank=2, alpha=4.0)
+    names = interop.NameMap(NAMES, rows={"query": RowTransform([1, 0, 2])})
+    with pytest.raises(ValueError, match="blocks of 3 rows, and it has 16"):
+        adapted(Attention(nnx.Rngs(0)), names=names, module_path="query", rank=2, alpha=4.0)

@@ -3,7 +3,7 @@
 It reads commands from standard input, one JSON list a line, and prints `done` after each:
 
 ["checkpoint", FOLDER]              write transformers' Qwen3 with random weights
-["logits", FOLDER, TOKENS, OUT]     compute its logits; TOKENS and OUT are .npy
+["logits", FOLDER, TOKENS, OUT]     compute the logits of a model; TOKENS and OUT are .npy
 ["logits", FOLDER, TOKENS, OUT, DIR]  with the adapter in DIR, opened by PEFT
 ["update", DIR, MODULE, OUT]        compute ΔW of a module of an adapter by PEFT
 """
@@ -39,7 +39,7 @@ def checkpoint(folder):
 
 
 def logits(folder, tokens, out, adapter=None):
-    model = transformers.Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():

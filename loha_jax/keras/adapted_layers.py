@@ -30,8 +30,8 @@ _SETTINGS = "loha_settings"
 _KEPT = "_loha_kept"
 
 _NO_KERAS_FILE = (
-    "A .keras file, a config and a copy hold layers of Keras, and would lose the adapters of {name}."
-    " Save the adapter with loha_jax.interop.save_peft(folder, model), or all weights with "
+    "A .keras file, a config and a copy hold Keras' own layers, and would lose the adapters of "
+    "{name}. Save the adapter with loha_jax.interop.save_peft(folder, model), or all weights with "
     "model.save_weights(path), which a model with the same adapters loads again; or save the "
     "merged model: loha_jax.merge(model).save(path)."
 )
@@ -68,7 +68,7 @@ class Adapted:
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` of a layer with equal adapters has saved."""
-        held = {name: store[name] for name in store.keys()}
+        held = {name: store[name] for name in list(store.keys())}
         own, settings = siblings_in(self), held.pop(_SETTINGS, None)
         given = {name: tuple(held.pop(name).shape) for name in list(held) if not name.isdigit()}
         wanted = {name: tuple(variable.shape) for name, variable in own.items()}
@@ -128,8 +128,8 @@ def dress(model: Layer) -> None:
 
 def _quantise(layer: Layer, *args: object, **kwargs: object) -> NoReturn:
     raise ValueError(
-        f"The layer {_path(layer)} has an adapter, which was made on its float kernel. Quantise the "
-        "model before inject, or merge the adapter first (loha_jax.merge)."
+        f"The layer {_path(layer)} has an adapter. Quantise the model before inject, or merge the "
+        "adapter first (loha_jax.merge)."
     )
 
 

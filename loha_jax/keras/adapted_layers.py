@@ -133,11 +133,11 @@ def _quantise(layer: Layer, *args: object, **kwargs: object) -> NoReturn:
     )
 
 
-def _get_config(layer: Layer) -> NoReturn:
+def _get_config(layer: Layer, *args: object, **kwargs: object) -> NoReturn:
     raise ValueError(_NO_KERAS_FILE.format(name=_path(layer)))
 
 
-_GUARDED = {"quantize": _quantise, "get_config": _get_config}
+_GUARDED = {"quantize": _quantise, "get_config": _get_config, "save": _get_config}
 """What adapted layers, and the layers around them, refuse."""
 
 
@@ -150,8 +150,9 @@ def _guard(layer: Layer) -> None:
     kept = vars(layer).get(_KEPT)
     if adapted is not None and kept is None:
         vars(layer)[_KEPT] = {n: vars(layer)[n] for n in _GUARDED if n in vars(layer)}
-        vars(layer).update({n: functools.partial(fn, adapted) for n, fn in _GUARDED.items()})
+        guards = {n: functools.partial(fn, adapted) for n, fn in _GUARDED.items()}
+        vars(layer).update({n: fn for n, fn in guards.items() if hasattr(layer, n)})
     elif adapted is None and kept is not None:
         for name in _GUARDED:
-            del vars(layer)[name]
+            vars(layer).pop(name, None)
         vars(layer).update(vars(layer).pop(_KEPT))

@@ -10,7 +10,6 @@ evaluates. A quantised layer computes x·W as Keras does it; then come x·ΔW, b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from loha_jax.keras.siblings import SEED, AdaptedVariable, adapted_in
 from loha_jax.transform.adapt import run
 from loha_jax.transform.options import OBSERVER, Options
 from loha_jax.tree.dropout import dropout
+from loha_jax.tree.forgotten_dropout import is_differentiated
 from loha_jax.tree.leaves import LoHaWeight
 
 Call = Callable[..., Any]
@@ -51,7 +51,7 @@ def call_layer(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: dict[str
     options = Options(training=training is not False, observer=OBSERVER.get())
     if kernels:
         (kernel,) = kernels  # a layer of a known kind has one
-        leaf = _leaf_for_call(kernel, bool(training))
+        leaf = _leaf_for_call(kernel, training)
         call = _through_adapt(layer, kernel.base, leaf, call, options)
     with Substitution(
         [(adapted.base, own_value(adapted.current())) for adapted in copies]
@@ -69,11 +69,25 @@ def takes_training(layer: Layer) -> bool:
     return "training" in own_signature(layer).parameters
 
 
-def _leaf_for_call(adapted: AdaptedVariable, training: bool) -> LoHaWeight:
-    """Return the adapted kernel, with dropout's masks in training."""
+def _leaf_for_call(adapted: AdaptedVariable, training: bool | None) -> LoHaWeight:
+    """Return the adapted kernel, with dropout's masks in training.
+
+    Raises:
+        ValueError: the adapter drops out, the layer is trained, and Keras does not say so.
+    """
     leaf = adapted.leaf()
     assert isinstance(leaf, LoHaWeight)
-    if not training or not adapted.drops:
+    if not adapted.drops:
+        return leaf
+    if training is None and any(
+        is_differentiated(factors.hada_w1_a) for factors in leaf.active_adapters
+    ):
+        raise ValueError(
+            f"The adapter of {leaf.label} drops out in training, and the layer is not told whether "
+            "this is training. Let the `call` of the model, and of the layers around it, take "
+            "`training` and pass it on: self.layer(x, training=training)."
+        )
+    if not training:
         return leaf
     seed = vars(adapted.layer)[SEED].next()
     return dropout(leaf, jax.random.wrap_key_data(seed, impl="threefry2x32"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import keras
-from keras import layers, ops
+import jax.numpy as jnp
+from keras import layers
 
 from loha_jax.keras._keras_internals import Layer, Variable
 from loha_jax.lowrank.layout import einsum_layout
@@ -34,7 +34,7 @@ NORMALISATIONS = (
     layers.RMSNormalization,
 )
 
-_COMMON_NAMES = {
+_COMMON_NAMES: dict[str, str] = {
     "gamma": "scale",
     "beta": "bias",
     "moving_mean": "mean",
@@ -52,8 +52,8 @@ def common_name(layer: Layer, variable: Variable) -> str:
     if isinstance(layer, layers.Embedding) and variable.name == "embeddings":
         return "embedding"
     if isinstance(layer, NORMALISATIONS):
-        return _COMMON_NAMES.get(variable.name, variable.name)
-    return variable.name
+        return _COMMON_NAMES.get(variable.name, str(variable.name))
+    return str(variable.name)
 
 
 def kernel_of(layer: Layer) -> Variable | None:
@@ -102,32 +102,32 @@ def why_not(layer: Layer, variable: Variable, leaf: LoHaWeight) -> str | None:
 def update_of(layer: Layer, inputs: jax.Array, leaf: LoHaWeight, options: Options) -> jax.Array:
     """Return what the adapters add to the product of a layer, in the layer's compute dtype."""
     delta = _PRODUCTS[base_class(layer)](layer, inputs, leaf, options)
-    return ops.cast(delta, layer.compute_dtype)
+    return delta.astype(layer.compute_dtype)
 
 
 def _dense(layer: Layer, inputs: jax.Array, leaf: LoHaWeight, options: Options) -> jax.Array:
-    return update_alone(ops.matmul, inputs, leaf, options)
+    return update_alone(jnp.matmul, inputs, leaf, options)
 
 
 def _einsum(layer: Layer, inputs: jax.Array, leaf: LoHaWeight, options: Options) -> jax.Array:
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return ops.einsum(layer.equation, x, kernel)
+        return jnp.einsum(layer.equation, x, kernel)
 
     return update_alone(product, inputs, leaf, options)
 
 
 def _embedding(layer: Layer, inputs: jax.Array, leaf: LoHaWeight, options: Options) -> jax.Array:
-    rows = ops.cast(inputs, "int32")
+    rows = inputs.astype("int32")
 
     def product(_: jax.Array, table: jax.Array) -> jax.Array:
-        return ops.take(table, rows, axis=0)
+        return jnp.take(table, rows, axis=0)
 
-    return update_alone(product, ops.zeros((), layer.compute_dtype), leaf, options)
+    return update_alone(product, jnp.zeros((), layer.compute_dtype), leaf, options)
 
 
 _Update = Callable[[Layer, jax.Array, LoHaWeight, Options], jax.Array]
 _PRODUCTS: dict[type, _Update] = {
-    keras.layers.Dense: _dense,
-    keras.layers.EinsumDense: _einsum,
-    keras.layers.Embedding: _embedding,
+    layers.Dense: _dense,
+    layers.EinsumDense: _einsum,
+    layers.Embedding: _embedding,
 }

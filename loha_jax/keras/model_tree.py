@@ -210,10 +210,13 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
         name = module_name(path_parts((jax.tree_util.DictKey(path),)))
         is_kernel = weight.variable is kernel_of(weight.layer)
         word = kernel_layout(weight.layer) if is_kernel else None
+        ndim = len(weight.variable.shape)
         if word is not None:
             found[name] = Layout(word)
+        elif ndim > 2 and not is_kernel:  # `write_back` says why it cannot be adapted
+            found[name] = Layout("i" * (ndim - 1) + "o")
         linear = isinstance(weight.layer, (keras.layers.Dense, keras.layers.EinsumDense))
-        if len(weight.variable.shape) > 1 and not (is_kernel and linear):
+        if ndim > 1 and not (is_kernel and linear):
             others.add(name)
     return ModelLayouts(given or {}, found, lookups=others)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import keras
 from keras import layers
 
-from loha_jax.keras._keras_internals import Layer, own_value
+from loha_jax.keras._keras_internals import Layer, Variable, own_value
 from loha_jax.keras.layer_kinds import kernel_of
 from loha_jax.tree.quantised_types import register_quantised, rounded
 
@@ -59,7 +59,8 @@ def quantised_kernel(layer: Layer) -> KerasQuantised:
         columns, shape = layer._int4_unpacked_column_size, tuple(layer.original_kernel_shape)
     else:
         columns, shape = layer._orig_output_dim, (stored.shape[0], layer._orig_output_dim)
-    values = keras.quantizers.unpack_int4(stored, columns, axis=-1).astype(jnp.int4)
+    unpacked = keras.quantizers.unpack_int4(stored, columns, axis=-1)
+    values = jnp.asarray(unpacked, jnp.int4)
     if getattr(layer, "_int4_block_size", None) in (None, -1):
         return KerasQuantised(values, jnp.expand_dims(scale, 1 if is_table else 0), shape=shape)
     zero = own_value(layer.embeddings_zero if is_table else layer.kernel_zero)
@@ -67,7 +68,7 @@ def quantised_kernel(layer: Layer) -> KerasQuantised:
     return KerasQuantised(values, scale, zero, blocks, int(is_table), shape)
 
 
-def _with_axes(layer: Layer, scale: jax.Array) -> jax.Array:
+def _with_axes(layer: Layer, scale: jax.Array) -> Any:
     """Return the scale of an int8 kernel with the kernel's axes."""
     if isinstance(layer, layers.Embedding):
         return scale[:, None]
@@ -78,7 +79,8 @@ def _with_axes(layer: Layer, scale: jax.Array) -> jax.Array:
 
 def set_kernel(layer: Layer, kernel: KerasQuantised) -> None:
     """Put another kernel into an int8 layer."""
-    kernel_of(layer).assign(kernel.values)
+    variable: Variable = kernel_of(layer)
+    variable.assign(kernel.values)
     if isinstance(layer, layers.Embedding):
         layer.embeddings_scale.assign(kernel.scale[:, 0])
     elif isinstance(layer, layers.EinsumDense):

@@ -49,8 +49,8 @@ class Net(keras.Model):
         self.block = Block(name="block")
         self.head = layers.Dense(2, name="head")
 
-    def call(self, x):
-        x = self.norm(self.conv(x))
+    def call(self, x, training=None):
+        x = self.norm(self.conv(x), training=training)
         return self.head(self.block(x.mean((1, 2))))
 
 
@@ -133,7 +133,8 @@ def output(model, x):
 def update(layer):
     """Return ΔW of a layer's adapter "default" from its variables: `[out, in · positions]`."""
     f = [
-        np.asarray(getattr(layer, f"kernel_lora_hada_{n}").value).astype(np.float64)
-        for n in ("w1_a", "w1_b", "w2_a", "w2_b")
+        np.asarray(v.value).astype(np.float64)
+        for v in layer.trainable_variables
+        if v.name.split("_lora_")[-1] in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     ]
     return 6 * (f[0] @ f[1]) * (f[2] @ f[3])  # alpha/r = 12/2

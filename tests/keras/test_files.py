@@ -4,7 +4,18 @@ import keras
 import numpy as np
 import pytest
 import torch
-from keras_models import KEY, TARGETS, adapted, images, loha_tree, net, output, quantise, twin, values
+from keras_models import (
+    KEY,
+    TARGETS,
+    adapted,
+    images,
+    loha_tree,
+    net,
+    output,
+    quantise,
+    twin,
+    values,
+)
 from peft import PeftModel
 
 import loha_jax
@@ -70,7 +81,9 @@ def test_a_file_of_peft_adapts_the_model(tmp_path):
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 def test_weights_are_saved_and_loaded(tmp_path, mode):
     def model(**settings):
-        return adapted(base_model(mode), target_modules=["conv", "up"], modules_to_save=["norm"], **settings)
+        return adapted(
+            base_model(mode), target_modules=["conv", "up"], modules_to_save=["norm"], **settings
+        )
 
     first, second = model(), model()
     for variable in first.variables:
@@ -125,7 +138,7 @@ def test_merged_and_unloaded_models_are_keras_own(tmp_path):
         assert [v.path for v in of_model] == [v.path for v in of_base]
     unloaded = loha_jax.unload(adapted())
     np.testing.assert_array_equal(output(unloaded, X), output(base, X))
-    assert not [name for name in vars(unloaded.conv) if "lo" "ha" in name or "lora_" in name[7:]]
+    assert not [name for name in vars(unloaded.conv) if "loha" in name or "lora_" in name[7:]]
 
 
 def test_int8_is_merged_and_quantised_again():

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from keras_models import adapted, output, quantise, update
+from keras_models import adapted, loha_tree, output, quantise, update
 
 import loha_jax
 
@@ -27,7 +27,13 @@ def linear(delta, shape):
 
 KINDS = {
     "dense": (layers.Dense, (6, "gelu"), {}, TOKENS, linear),
-    "heads": (layers.EinsumDense, ("abc,cde->abde", (None, 2, 3), "tanh", "de"), {}, TOKENS, linear),
+    "heads": (
+        layers.EinsumDense,
+        ("abc,cde->abde", (None, 2, 3), "tanh", "de"),
+        {},
+        TOKENS,
+        linear,
+    ),
     "sum": (layers.EinsumDense, ("abc,bcd->ad", 3, "tanh", "d"), {}, TOKENS, linear),
     "ellipsis": (layers.EinsumDense, ("...x,xy->...y", 3), {}, TOKENS, linear),
     "conv1d": (layers.Conv1D, (6, 3), {"padding": "causal"}, TOKENS, spatial),
@@ -45,7 +51,8 @@ def model_of(kind, dtype="float32"):
     model = keras.Sequential([cls(*arguments, **more, dtype=dtype, name="it")])
     model(x)
     if getattr(model.layers[0], "bias", None) is not None:
-        model.layers[0].bias.assign(0.1 * np.arange(1, 1 + model.layers[0].bias.shape[-1]))
+        bias = model.layers[0].bias
+        bias.assign(bias.value + 0.1 * np.arange(1, 1 + bias.shape[-1]))
     return model, model.layers[0]
 
 
@@ -57,21 +64,18 @@ def test_a_layer_computes_with_the_updated_kernel(kind, dtype):
     before = output(model, x)
     adapted(model, target_modules=["it"])
     result = output(model, x)
-    trained, others = ([v.value for v in vs] for vs in (model.trainable_variables, NOT(model)))
-    stateless = jax.jit(lambda *state: model.stateless_call(*state, x)[0])(trained, others)
+    state = [[v.value for v in model.trainable_variables]]
+    state.append([v.value for v in model.non_trainable_variables])
+    stateless = jax.jit(lambda *state: model.stateless_call(*state, x)[0])(*state)
     plain, own = model_of(kind, dtype)
     kernel = own.weights[0]
     kernel.assign(np.asarray(kernel.value) + fold(update(layer), kernel.shape))
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(result, output(plain, x), atol=tolerance)
     np.testing.assert_allclose(np.asarray(stateless, np.float64), result, atol=tolerance)
-    assert np.abs(result - before).max() > 0.1
+    assert np.abs(result - before).max() > 0.05
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     assert model(x).dtype == ("float32" if dtype == "float32" else "bfloat16")
-
-
-def NOT(model):
-    return model.non_trainable_variables
 
 
 QUANTISED = [
@@ -90,8 +94,9 @@ def test_a_quantised_layer_adds_the_update_before_bias_and_activation(kind, mode
     """The base product is Keras' own; the tree's kernel is the one that it computes with."""
     x, fold = KINDS[kind][3:]
     model, layer = model_of(kind)
-    if mode == "int8" and kind == "dense":
-        layer.quantize(mode)  # activations too
+    activations = mode == "int8" and kind == "dense"
+    if activations:
+        layer.quantize(mode)
     else:
         quantise(model, mode, [layer], **settings)
     activation, layer.activation = getattr(layer, "activation", None), None
@@ -105,22 +110,25 @@ def test_a_quantised_layer_adds_the_update_before_bias_and_activation(kind, mode
     expected = product + (delta[x] if kind == "embedding" else np.einsum(einsum[kind], x, delta))
     expected = expected if activation is None else np.asarray(activation(expected))
     np.testing.assert_allclose(output(model, x), expected, atol=2e-6)
-    assert np.abs(delta).max() > 0.1
+    assert np.abs(delta).max() > 0.05
     now = {v.path: np.asarray(v.value) for v in model.variables}
     assert all(np.array_equal(now[path], value) for path, value in held.items())
-    (kernel,) = loha_jax.dequantise(loha_jax.unload(tree_of(model))).values() if False else [None]
-    assert kernel is None
+    tree = loha_jax.dequantise(loha_jax.unload(loha_tree(model)))
+    kernel = np.asarray(tree["it/embedding" if kind == "embedding" else "it/kernel"])
+    bias = 0 if kind == "embedding" else np.asarray(layer.bias.value)
+    read = kernel[x] if kind == "embedding" else np.einsum(einsum[kind], x, kernel) + bias
+    np.testing.assert_allclose(product, read, atol=0.05 if activations else 2e-6)
 
 
 def test_several_adapters_are_summed_and_switched_off():
-    x, fold = KINDS["dense"][3:]
+    x = KINDS["dense"][3]
     model, layer = model_of("dense")
     before = output(model, x)
     adapted(model, target_modules=["it"])
     one = output(model, x)
     config = loha_jax.LoHaConfig(r=3, target_modules=["it"], init_weights=False)
     loha_jax.inject(model, config, key=jax.random.key(5), adapter_name="b")
-    assert [v.name for v in model.trainable_variables][0] == "kernel_lora_b_hada_w1_a"
+    assert next(v.name for v in model.trainable_variables) == "kernel_lora_b_hada_w1_a"
     assert len(model.trainable_variables) == 4
     loha_jax.set_adapter(model, ["default", "b"])
     factors = [np.asarray(v.value).astype(np.float64) for v in model.trainable_variables[4:]]

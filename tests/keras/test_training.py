@@ -110,7 +110,9 @@ def test_dropout_is_for_training_alone(kind):
     adapted(model, target_modules=["it"], module_dropout=0.5)
     whole = output(model, x)
     results = [np.asarray(model(x, training=True)) for _ in range(12)]
-    kinds = [np.allclose(r, base, atol=1e-6) + 2 * np.allclose(r, whole, atol=1e-6) for r in results]
+    kinds = [
+        np.allclose(r, base, atol=1e-6) + 2 * np.allclose(r, whole, atol=1e-6) for r in results
+    ]
     assert set(kinds) == {1, 2}
     compiled(model, keras.optimizers.SGD(0.0))
     losses = [model.train_on_batch(x, base) for _ in range(12)]

@@ -53,10 +53,15 @@ _FROZEN_BY_US = "_loha_was_trainable"
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A variable of the model's own, with the layer that holds it."""
+    """A variable of the model's own, with the layers that hold it; the first one counts."""
 
-    layer: Layer
+    holders: list[Layer]
     variable: Variable
+
+    @property
+    def layer(self) -> Layer:
+        """The first layer that holds it."""
+        return self.holders[0]
 
     @property
     def adapted(self) -> AdaptedVariable | None:
@@ -73,13 +78,14 @@ def _weights(model: Layer) -> dict[str, _Weight]:
     """Return the model's own variables by path, without those of quantised kernels' scales."""
     _require_built(model)
     found: dict[str, _Weight] = {}
-    seen: set[int] = set()
+    by_id: dict[int, _Weight] = {}
     for layer in layers_of(model):
         siblings = {id(variable) for variable in siblings_in(layer).values()}
         for variable in variables_of(layer):
-            if id(variable) in seen or id(variable) in siblings or _is_scale(layer, variable):
+            if id(variable) in by_id:
+                by_id[id(variable)].holders.append(layer)
+            if id(variable) in by_id or id(variable) in siblings or _is_scale(layer, variable):
                 continue
-            seen.add(id(variable))
             path = _path(model, layer, variable)
             if path in found:
                 raise ValueError(
@@ -87,7 +93,7 @@ def _weights(model: Layer) -> dict[str, _Weight]:
                     f"{layer}. Give their layers names that tell them apart, name=..., when the "
                     "model is made."
                 )
-            found[path] = _Weight(layer, variable)
+            found[path] = by_id[id(variable)] = _Weight([layer], variable)
     return found
 
 
@@ -132,13 +138,18 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
     """Write a changed `tree_of(model)` into the model, and return the model.
 
     Raises:
-        ValueError: the tree holds other variables than the model, a layer cannot be adapted, or a
-            quantised kernel has become a floating one; nothing is changed then.
+        ValueError: the tree holds other variables than the model, or traced values, a layer cannot
+            be adapted, or a quantised kernel has become a floating one; nothing is changed then.
     """
     weights = _weights(model)
     if weights.keys() != tree.keys():
         different = sorted(weights.keys() ^ tree.keys())
         raise ValueError(f"The tree holds other variables than the model: {different}")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            "A Keras model cannot hold traced values: call the function outside of jax.jit, with "
+            "numbers and arrays."
+        )
     for path, leaf in tree.items():
         _check(path, weights[path], leaf)
     trained = [id(variable) for variable in model.trainable_variables]
@@ -163,6 +174,11 @@ def _check(path: str, weight: _Weight, leaf: object) -> None:
         raise ValueError(
             f"The weight {path} cannot be adapted: {reason}. Narrow `target_modules` or use "
             "`exclude_modules`."
+        )
+    if is_adapted(leaf) and len(weight.holders) > 1:
+        raise ValueError(
+            f"The variable {path} belongs to several layers, {weight.holders}, and an adapter to "
+            "one. Use one layer in both places, or leave it out."
         )
     if weight.is_quantised and isinstance(leaf, SavedWeight):
         raise ValueError(

@@ -169,8 +169,12 @@ def put(layer: Layer, name: str, leaf: LoHaWeight | SavedWeight) -> None:
     """Put the variables of a leaf beside the layer's variable of a name.
 
     A variable that was there and has the shape and dtype stays, so that an optimizer finds it.
+    A copy of a variable that the layer has made as one that is not trained is not trained either.
     """
+    base = base_variable(layer, name)
     template, wanted = taken_apart(leaf, name)
+    if isinstance(leaf, SavedWeight) and all(base is not v for v in layer._trainable_variables):
+        wanted = {own: dataclasses.replace(new, trainable=False) for own, new in wanted.items()}
     old = dict(adapted_in(layer)[name].variables) if name in adapted_in(layer) else {}
     variables: dict[str, Variable] = {}
     for own, new in wanted.items():
@@ -186,6 +190,9 @@ def put(layer: Layer, name: str, leaf: LoHaWeight | SavedWeight) -> None:
         if variables[own] is None or own in old:
             variables[own] = add_variable(layer, own, new.value, trainable=new.trainable)
             vars(layer)[own] = variables[own]
+            if isinstance(leaf, SavedWeight):
+                variables[own].regularizer = base.regularizer
+                variables[own].constraint = base.constraint
     adapted = AdaptedVariable(layer, name, template, variables)
     vars(layer)[ADAPTED] = {**adapted_in(layer), name: adapted}
 

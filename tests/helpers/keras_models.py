@@ -1,9 +1,6 @@
 """Keras models, their twins in torch, and ΔW by the formula."""
 
-import os
 import unittest.mock
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 import keras
@@ -45,7 +42,7 @@ class Net(keras.Model):
     def __init__(self):
         super().__init__(name="net")
         self.conv = layers.Conv2D(6, 3, padding="same", activation="relu", name="conv")
-        self.norm = layers.BatchNormalization(epsilon=1e-5, name="norm")
+        self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name="norm")
         self.block = Block(name="block")
         self.head = layers.Dense(2, name="head")
 

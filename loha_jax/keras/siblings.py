@@ -41,7 +41,7 @@ ADAPTED = "_loha_adapted"
 SEED = "_loha_seed"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # variables compare elementwise
 class AdaptedVariable:
     """An adapted variable of a layer.
 

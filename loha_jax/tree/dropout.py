@@ -56,7 +56,8 @@ def dropout(params: T, key: jax.Array) -> T:
     refuse_model(
         params,
         "A model drops out by itself in training: an NNX model after "
-        "loha_jax.nnx.set_dropout(model, rngs), a Keras model where it is called with training=True.",
+        "loha_jax.nnx.set_dropout(model, rngs), a Keras model when it is called with "
+        "training=True.",
     )
     refuse_loose_factors(params)
     check_key(key)

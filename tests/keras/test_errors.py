@@ -41,9 +41,9 @@ def float8():
 
 REFUSED = {
     "not built": (lambda: keras.Sequential([layers.Dense(3, name="it")]), "is not built yet"),
-    "LSTM": (
-        lambda: one(layers.LSTM(3, name="it")),
-        r"it/lstm_cell/kernel cannot be adapted: a LSTMCell is none of the layers.*Dense",
+    "recurrent": (
+        lambda: one(layers.SimpleRNN(3, name="it")),
+        r"it/simple_rnn_cell/kernel cannot be adapted: a SimpleRNNCell is none of the.*Dense",
     ),
     "depthwise": (lambda: one(layers.DepthwiseConv1D(2, name="it")), "a DepthwiseConv1D is none"),
     "transposed": (lambda: one(layers.Conv1DTranspose(3, 2, name="it")), "a Conv1DTranspose is no"),
@@ -62,7 +62,7 @@ def test_refused_models(case):
     build, message = REFUSED[case]
     model = build()
     held = [(v.path, v.trainable) for v in model.variables]
-    config = loha_jax.LoHaConfig(r=2, target_modules=r"it(\.lstm_cell)?")
+    config = loha_jax.LoHaConfig(r=2, target_modules=r"it(\.simple_rnn_cell)?")
     with pytest.raises(ValueError, match=message):
         inject(model, config, key=KEY)
     assert [(v.path, v.trainable) for v in model.variables] == held

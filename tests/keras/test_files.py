@@ -78,7 +78,7 @@ def test_a_file_of_peft_adapts_the_model(tmp_path):
     np.testing.assert_allclose(output(base, X), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("mode", [None, "int8"])
 def test_weights_are_saved_and_loaded(tmp_path, mode):
     def model(**settings):
         return adapted(

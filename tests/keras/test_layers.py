@@ -4,7 +4,7 @@ import jax
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import layers
 from keras_models import adapted, loha_tree, output, quantise, update
 
 import loha_jax
@@ -56,8 +56,10 @@ def model_of(kind, dtype="float32"):
     return model, model.layers[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+HALF = [(kind, "mixed_bfloat16") for kind in ("heads", "conv2d", "embedding")]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), *HALF])
 def test_a_layer_computes_with_the_updated_kernel(kind, dtype):
     x, fold = KINDS[kind][3:]
     model, layer = model_of(kind, dtype)
@@ -164,14 +166,13 @@ def test_shared_layers_and_layers_in_layers():
 def test_all_linear_takes_dense_and_einsum_dense():
     model = keras.Sequential(
         [
+            keras.Input((5,), dtype="int32"),
             layers.Embedding(7, 4, name="table"),
             layers.Conv1D(4, 2, name="conv"),
-            layers.LSTM(4, return_sequences=True, name="lstm"),
+            layers.SimpleRNN(4, return_sequences=True, name="rnn"),
             layers.EinsumDense("abc,cd->abd", (None, 4), name="einsum"),
             layers.Dense(2, name="dense"),
         ]
     )
-    model(IDS)
     adapted(model, target_modules="all-linear")
     assert {v.path.split("/")[-2] for v in model.trainable_variables} == {"einsum", "dense"}
-    assert ops.shape(model(IDS)) == (2, 4, 2)

@@ -26,7 +26,8 @@ from loha_jax.keras.calls import call_layer, takes_training
 from loha_jax.keras.layer_kinds import base_class
 from loha_jax.keras.siblings import SEED, adapted_in, siblings_in
 
-_SETTINGS = "loha_settings"
+_STORED = "loha:"
+_SETTINGS = "loha:settings"
 _KEPT = "_loha_kept"
 
 _NO_KERAS_FILE = (
@@ -63,14 +64,20 @@ class Adapted:
         with without(self, siblings_in(self)):
             super().save_own_variables(store)
         for name, variable in siblings_in(self).items():
-            store[name] = own_value(variable)
+            store[_STORED + name] = own_value(variable)
         store[_SETTINGS] = _settings(self)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` of a layer with equal adapters has saved."""
         held = {name: store[name] for name in list(store.keys())}
-        own, settings = siblings_in(self), held.pop(_SETTINGS, None)
-        given = {name: tuple(held.pop(name).shape) for name in list(held) if not name.isdigit()}
+        settings = held.pop(_SETTINGS, None)
+        adapters = {
+            name.removeprefix(_STORED): held.pop(name)
+            for name in list(held)
+            if name.startswith(_STORED)
+        }
+        own = siblings_in(self)
+        given = {name: tuple(value.shape) for name, value in adapters.items()}
         wanted = {name: tuple(variable.shape) for name, variable in own.items()}
         if given != wanted or not np.array_equal(np.asarray(settings), _settings(self)):
             raise ValueError(
@@ -82,7 +89,7 @@ class Adapted:
         with without(self, siblings_in(self)):
             super().load_own_variables(held)
         for name, variable in own.items():
-            variable.assign(store[name])
+            variable.assign(adapters[name])
 
 
 def _path(layer: Layer) -> str:

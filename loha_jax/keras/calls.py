@@ -97,7 +97,7 @@ def _through_adapt(
     layer: Layer, kernel: Variable, leaf: LoHaWeight, call: Call, options: Options
 ) -> Call:
     if layer.quantization_mode is not None:
-        return lambda inputs, **kwargs: _with_update(layer, leaf, options, call, inputs, kwargs)
+        return lambda inputs, **kwargs: _with_update(layer, leaf, options, inputs, kwargs)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         changed: dict[int, Variable] = {}
@@ -127,7 +127,6 @@ def _with_update(
     layer: Layer,
     leaf: LoHaWeight,
     options: Options,
-    call: Call,
     inputs: jax.Array,
     kwargs: dict[str, Any],
 ) -> Any:

@@ -153,7 +153,7 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
         )
     for path, leaf in tree.items():
         _check(path, weights[path], leaf)
-    trained = [id(variable) for variable in model.trainable_variables]
+    trained = model.trainable_variables
     for path, leaf in tree.items():
         weight = weights[path]
         _set_base(weight, unwrapped(base_of(leaf)))
@@ -164,7 +164,7 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
     _freeze(model, any(map(is_adapted, tree.values())))
     dress(model)
     forget_functions(model)
-    if trained != [id(variable) for variable in model.trainable_variables]:
+    if list(map(id, trained)) != list(map(id, model.trainable_variables)):
         end_compilation(model)
     return model
 

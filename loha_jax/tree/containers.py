@@ -94,8 +94,8 @@ def container_of(tree: object) -> Container | None:
     Whoever has a model has imported its framework.
     """
     for (module, name), provider in PROVIDERS.items():
-        framework = sys.modules.get(module)
-        if framework is not None and isinstance(tree, getattr(framework, name)):
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(tree, kind):
             return cast(Container, importlib.import_module(provider))
     return None
 

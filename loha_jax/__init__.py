@@ -46,6 +46,7 @@ _register_with_flax()
 _SUBMODULES = (
     "checkpoint",
     "interop",
+    "keras",
     "linen",
     "nnx",
     "qwix",

@@ -15,6 +15,7 @@ from jax._src.interpreters import mlir
 from jax._src.lru_cache import LRUCache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it once, when it is imported
 # pytest's workers share the cores. Threads of PyTorch beside them wait for one another: parity with
 # PEFT took a third longer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

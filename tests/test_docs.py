@@ -24,7 +24,7 @@ MODULES = sorted(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-FACES = ("nnx", "linen", "qwix", "train", "checkpoint")
+FACES = ("nnx", "linen", "qwix", "keras", "train", "checkpoint")
 FOLDERS = [Path(path) for package in (loha_jax, interop) for path in package.__path__]
 
 

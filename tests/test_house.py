@@ -27,6 +27,7 @@ ROOMS = {  # each imports only from itself and from those before it
         "nnx",
         "linen",
         "qwix",
+        "keras",
         "checkpoint",
         "train",
     ),

@@ -79,8 +79,9 @@ def require_named_leaves(params: PyTree) -> None:
         )
     if "keras" in _packages(params):
         raise TypeError(
-            f"This takes a tree of arrays, got a Keras model ({kind}). Pass {{v.path: v.value for "
-            "v in model.trainable_variables}, and compute with `model.stateless_call`"
+            "This takes a tree of arrays or a keras.Model (loha_jax.keras), got another "
+            f"Keras model or layer ({kind}). Put it into a keras.Model, or pass "
+            "{v.path: v.value for v in layer.trainable_variables} and compute with `stateless_call`"
         )
     if params is not None:
         hint = ""

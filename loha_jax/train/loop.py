@@ -172,7 +172,9 @@ def _check(
     """Raise ValueError for wrong arguments."""
     check_key(key)
     refuse_model(
-        params, "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam)."
+        params,
+        "An NNX model is trained by nnx.Optimizer(model, tx, wrt=loha_jax.nnx.LoHaParam), a Keras "
+        "model by its own fit.",
     )
     if steps is not None and steps < 0:
         raise ValueError(f"steps is a number of steps or None, got {steps}")

@@ -29,7 +29,10 @@ from loha_jax.tree.boxes import (
 from loha_jax.tree.leaves import LoHaWeight, flatten_whole, is_adapted
 from loha_jax.tree.unbox import unbox
 
-PROVIDERS = {("flax.nnx", "Module"): "loha_jax.nnx.model_tree"}
+PROVIDERS = {
+    ("keras", "Model"): "loha_jax.keras.model_tree",
+    ("flax.nnx", "Module"): "loha_jax.nnx.model_tree",
+}
 """The `Container` of the models that are instances of a class, given by its module and its name."""
 
 _FIRST, *_OTHERS = FACTOR_NAMES[:4]
@@ -91,8 +94,8 @@ def container_of(tree: object) -> Container | None:
     Whoever has a model has imported its framework.
     """
     for (module, name), provider in PROVIDERS.items():
-        framework = sys.modules.get(module)
-        if framework is not None and isinstance(tree, getattr(framework, name)):
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(tree, kind):
             return cast(Container, importlib.import_module(provider))
     return None
 

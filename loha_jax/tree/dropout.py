@@ -55,7 +55,9 @@ def dropout(params: T, key: jax.Array) -> T:
     note_dropout()
     refuse_model(
         params,
-        "A model drops out by itself in training mode: loha_jax.nnx.set_dropout(model, rngs).",
+        "A model drops out by itself in training: an NNX model after "
+        "loha_jax.nnx.set_dropout(model, rngs), a Keras model when it is called with "
+        "training=True.",
     )
     refuse_loose_factors(params)
     check_key(key)

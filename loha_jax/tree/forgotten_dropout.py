@@ -26,7 +26,7 @@ def warn_of_forgotten_dropout(adapters: Iterable[Factors]) -> None:
         return
     for factors in adapters:
         rank_dropout, module_dropout, _ = factors.config.computing
-        if (rank_dropout or module_dropout) and _is_differentiated(factors.hada_w1_a):
+        if (rank_dropout or module_dropout) and is_differentiated(factors.hada_w1_a):
             _done.add("warned")
             warn_caller(
                 f"The adapter's config has rank_dropout={rank_dropout} and "
@@ -37,5 +37,6 @@ def warn_of_forgotten_dropout(adapters: Iterable[Factors]) -> None:
             return
 
 
-def _is_differentiated(x: object) -> bool:
+def is_differentiated(x: object) -> bool:
+    """Return whether an array is one that gradients are taken of, as far as JAX shows it here."""
     return isinstance(x, Tracer) and type(x).__name__ in ("JVPTracer", "LinearizeTracer")

@@ -98,7 +98,11 @@ def trainable_mask(params: PyTree) -> PyTree:
         (5, 4)
     """
 
-    refuse_model(params, "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...).")
+    refuse_model(
+        params,
+        "Flax's own filters do it: nnx.split(model, loha_jax.nnx.LoHaParam, ...). A Keras model "
+        "has them as model.trainable_variables.",
+    )
     refuse_loose_factors(params)
 
     def mask(leaf: object) -> object:

@@ -10,6 +10,6 @@ tree to tree (`loha_jax.merge`, `unload`, `set_adapter`, …) and `interop.save_
 take such a model too: they change it in place, and return it.
 """
 
-from loha_jax.keras.inject import inject
+from loha_jax.keras.injection import inject
 
 __all__ = ["inject"]

@@ -12,7 +12,7 @@ Code that reads a kernel outside of a call gets the base weight. The functions f
 model too. Those that change a tree change a model in place, and return it.
 """
 
-from loha_jax.nnx.inject import inject, set_dropout
+from loha_jax.nnx.injection import inject, set_dropout
 from loha_jax.nnx.layers import LoHaConv, LoHaEinsum, LoHaEmbed, LoHaLinear, LoHaLinearGeneral
 from loha_jax.nnx.siblings import InactiveLoHaParam, LoHaParam
 

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from loha_jax.nnx.adapted_classes import adapted_class, base_class
-from loha_jax.nnx.inject import set_dropout
+from loha_jax.nnx.injection import set_dropout
 from loha_jax.nnx.model_tree import layer_layout
 from loha_jax.nnx.siblings import Siblings
 from loha_jax.targets.config import LoHaConfig

@@ -89,6 +89,7 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
     Raises:
         FileError: Orbax cannot read the folder.
     """
+    path = path.absolute()  # Orbax takes no other
     steps = [] if _is_one(path) else _steps_of(path)
     folder = path / str(steps[-1]) if steps else path
     step = int(folder.name) if folder.name.isdigit() else None
@@ -159,6 +160,10 @@ def _read_tree(item: Path, described: Mapping[str, Any] | None, found: TrainingC
             found.remarks.append(f"{leaf}: {error}")
     if adapters and not described:
         found.remarks.append("the folder does not say alpha: alpha/r counts as 1 here")
+    if described is None and (item.parent / description_file.ITEM).exists():
+        found.remarks.append(
+            f"the names of these arrays stand in the folder above: inspect {item.parent}"
+        )
 
 
 def _place(parts: list[str]) -> _Place | None:

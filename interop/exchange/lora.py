@@ -197,6 +197,13 @@ def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str
             others.update(leaf.names)
             stack = leaf.layout.sizes("s", leaf.kernel.shape)
             renamed |= leaf.names != stack_names(tree.names[position], stack, None)
+            if names is not None and leaf.names != (given := tree.module_names(position, stack)):
+                raise ValueError(
+                    f"names= calls the module {leaf.names[0]} of this adapter {given[0]}. An "
+                    "adapter keeps the names that it was made with: give names= to inject. "
+                    "`loha-jax convert SRC DST --to lora --names 'REGEX=TEMPLATE'` renames the "
+                    "modules of a saved one."
+                )
         elif isinstance(leaf, SavedWeight):
             others.add(leaf.name.rpartition(".")[0])
         else:

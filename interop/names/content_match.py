@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.module_names import Names, is_kernel_leaf, module_name, torch_parameter
-from loha_jax.targets.row_transforms import require_used, row_transform
+from loha_jax.targets.row_transforms import row_transform
+from loha_jax.targets.used_names import check_used
 from loha_jax.tree.leaves import base_of, leaves_by_path
 from loha_jax.tree.quantised import wrapped
 
@@ -145,7 +146,7 @@ def _leaves(params: PyTree, names: Names) -> list[_Leaf]:
     """
     leaves: list[_Leaf] = []
     found = leaves_by_path(params)
-    require_used(names, {module_name(parts) for parts, _ in found})
+    check_used(names, {module_name(parts) for parts, _ in found})
     for parts, leaf in found:
         leaf = wrapped(base_of(leaf))
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -20,7 +20,8 @@ from loha_jax.linen.described import Described, describe
 from loha_jax.linen.layer_adapter import loha_weight, product
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.targets.module_names import Names, module_name, stack_names
-from loha_jax.targets.row_transforms import require_used, row_transform
+from loha_jax.targets.row_transforms import row_transform
+from loha_jax.targets.used_names import check_used
 from loha_jax.tree.factors import EXTRA_NAMES
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.plan import Target, make_target
@@ -118,7 +119,7 @@ def to_adapted(
     """
     described = describe(init, args, kwargs)
     flat, rebuild = _flat_params(meta.unbox(params))
-    require_used(names, {module_name(path) for path in flat})
+    check_used(names, {module_name(path) for path in flat})
     layers, problems = _layers(described), []
     for path, d in layers.items():
         wanted = _own_leaves(described, path, d)

@@ -279,6 +279,11 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
         message += f" Note: You specified 'layers_to_transform': {layers}."
         if config.layers_pattern is not None:
             message += f" You also specified 'layers_pattern': {config.layers_pattern}."
+        else:
+            message += (
+                " Without 'layers_pattern' an index is found where two parts of a name stand before"
+                " it ('model.layers.3.q'); for 'layers.3.q', give layers_pattern='layers'."
+            )
     return message + (spelling_advice(targets, names) or near_misses(targets, names))
 
 

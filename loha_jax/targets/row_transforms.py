@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from loha_jax.lowrank.row_transform import RowTransform
-from loha_jax.targets.matching import near_misses
 from loha_jax.targets.module_names import Names
 
 Rows = Mapping[str, RowTransform]
@@ -42,24 +41,3 @@ def row_transform(name: str, names: Names | None) -> RowTransform | None:
     if not isinstance(names, NamesWithRows):
         return None
     return next((own for p, own in names.rows.items() if re.fullmatch(p, name)), None)
-
-
-def require_used(names: Names | None, modules: Collection[str]) -> None:
-    """Check that each transform of `names` has a module.
-
-    Args:
-        names: as for `inject`.
-        modules: default names of the modules of the tree.
-
-    Raises:
-        ValueError: a pattern matches none of them.
-    """
-    if not isinstance(names, NamesWithRows):
-        return
-    unused = [p for p in names.rows if not any(re.fullmatch(p, name) for name in modules)]
-    if unused:
-        raise ValueError(
-            f"The name map has transforms of rows for {', '.join(map(repr, unused))}, which match "
-            f"no module of the tree. `rows` takes patterns of default names, dotted paths without "
-            f"the parameter's own name.{near_misses(unused, sorted(modules))}"
-        )

@@ -81,7 +81,7 @@ def warn_of_changed_base(params: PyTree, adapters: Sequence[str] | None = None) 
             f"The base weights have changed since the adapter was made: {shown}. Either they were "
             "trained too, and the adapter is only a part of the result, or it belongs to another "
             "base. Train `loha_jax.partition(params)[0]`, not the whole tree, and combine it with "
-            "the frozen half that you have kept."
+            "the frozen half that you have kept; of an NNX model, `wrt=nnx.LoRAParam`."
         )
 
 

@@ -30,8 +30,9 @@ from loha_jax.targets.module_names import (
     stack_names,
     torch_parameter,
 )
-from loha_jax.targets.row_transforms import require_used, row_transform
+from loha_jax.targets.row_transforms import row_transform
 from loha_jax.targets.target_advice import require_named_leaves
+from loha_jax.targets.used_names import check_used
 from loha_jax.tree.equinox_layers import equinox_layers
 from loha_jax.tree.leaves import BUFFERS, LoHaWeight, is_adapted, leaves_by_path
 from loha_jax.tree.quantised import wrapped
@@ -73,7 +74,7 @@ class NamedTree:
         self.shape_at = {self.paths[n]: tuple(self.leaves[n].shape) for n in self.names}
         self.modules = {above for name in self.names.values() for above in name_beginnings(name)}
         self.given_names = names
-        require_used(names, {*self.names.values()})
+        check_used(names, {*self.names.values()})
         self._torch_shapes = torch_shapes or {}
         self._known: ModelLayouts = equinox_layers(params, layouts)
         self.given_layouts = _as_layouts(self._known)

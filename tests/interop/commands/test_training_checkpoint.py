@@ -44,7 +44,7 @@ def norms(found):
     return {module["name"]: module["norm"] for module in found["modules"]}
 
 
-def test_a_run_of_ours_with_its_alphas_and_stacks(tmp_path):
+def test_a_run_of_ours_with_its_alphas_and_stacks(tmp_path, monkeypatch):
     """Names, ranks and alphas come from the description, of the last step."""
     params = adapted()
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
@@ -60,9 +60,12 @@ def test_a_run_of_ours_with_its_alphas_and_stacks(tmp_path):
     assert [m["r"] for m in found["modules"]] == [2, 1, 2, 2]
     assert {m["alpha"] for m in found["modules"]} == {6}
     assert run_json("inspect", tmp_path / "run" / "3")["norm"] == pytest.approx(9 * found["norm"])
-    out, _ = run("inspect", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)  # Orbax refuses relative paths
+    out, _ = run("inspect", "run")
     assert "checkpoint of a training run (Orbax)" in out
     assert "3, 10" in out
+    inner = run_json("inspect", "run/10/state")
+    assert any("folder above" in remark for remark in inner["remarks"])
 
 
 def test_a_tree_that_the_user_saved(tmp_path):

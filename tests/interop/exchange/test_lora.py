@@ -275,3 +275,21 @@ def test_values_too_large_for_the_dtype(tmp_path):
     ):
         interop.save_lora(tmp_path / "folder", params, dtype="float16")
     assert not (tmp_path / "folder").exists()
+
+
+def test_an_adapter_keeps_the_names_that_it_was_made_with(tmp_path):
+    """`names=` of `save_lora` cannot rename: it would be silently left out of the file."""
+    base = {"attn": {"query": {"kernel": np.ones((4, 4), np.float32)}}}
+    names = {r"attn\.query": "self_attn.q_proj"}
+    config = LoHaConfig(r=1, target_modules=["query"], init_weights=False)
+    params = loha_jax.inject(base, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"attn\.query of this adapter self_attn\.q_proj"):
+        interop.save_lora(tmp_path / "lora", params, names=names)
+    assert not (tmp_path / "lora").exists()
+    config = dataclasses.replace(config, target_modules=["q_proj"])
+    params = loha_jax.inject(base, config, key=jax.random.key(0), names=names)
+    interop.save_lora(tmp_path / "lora", params, names=names)
+    keys = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {key.removeprefix(PREFIX) for key in keys} == {
+        f"self_attn.q_proj.lora_{part}.weight" for part in "AB"
+    }

@@ -66,7 +66,7 @@ class _Leaf:
         """Return a tensor's bits in the leaf's order of rows; None for other numbers of rows."""
         if self.rows is None:
             return tensor
-        if not tensor.ndim or self.rows.problem(tensor.shape[0]):
+        if not tensor.ndim or self.rows.problem(tensor.shape[:1]):
             return None
         return self.rows.unscaled.from_torch(tensor)
 

@@ -96,7 +96,8 @@ class _Finder:
                 f"its adapter was made with {rows}, which `names=` does not have. Give the name "
                 "map that `inject` or the loader took"
             )
-        if problem := rows.problem((*source.torch_shape(self.tree.leaves[position].shape), 1)[0]):
+        shape, groups = self.tree.leaves[position].shape, source.axes or ((),)
+        if problem := rows.problem([shape[axis] for axis in groups[0]]):
             raise ValueError(problem)
         return dataclasses.replace(source, rows=rows)
 

@@ -95,13 +95,20 @@ class RowTransform:
         """The transform of the rows' norms, whose scale is positive."""
         return RowTransform(self.permutation, abs(self.scale))
 
-    def problem(self, rows: int) -> str | None:
-        """Return why this does not fit a parameter of so many rows, or None."""
-        size = len(self.permutation or (0,))
-        if rows % size == 0:
+    def problem(self, sizes: Sequence[int]) -> str | None:
+        """Return why this does not fit a parameter with these output axes, or None.
+
+        Args:
+            sizes: in flattening order. A permutation may not end within an axis, such as that of a
+                head, unless it is the only one.
+        """
+        size, rows = len(self.permutation or ()), math.prod(sizes)
+        whole = [math.prod(sizes[n:]) for n in range(len(sizes))]
+        if not size or size in whole or (len(sizes) < 2 and rows % size == 0):
             return None
+        shown = f"{rows} = {' x '.join(map(str, sizes))}" if len(sizes) > 1 else f"{rows}"
         return (
-            f"its transform permutes blocks of {size} rows, and it has {rows}. Give the "
+            f"its transform permutes blocks of {size} rows, and it has {shown}. Give the "
             "permutation of all rows, or of one head"
         )
 
@@ -151,7 +158,7 @@ class RowTransform:
         """Return the permutation of all rows, or None."""
         if (order := self.permutation) is None:
             return None
-        if problem := self.problem(rows):
+        if problem := self.problem((rows,)):
             raise ValueError(problem)
         return np.arange(rows).reshape(-1, len(order))[:, list(order)].reshape(-1)
 

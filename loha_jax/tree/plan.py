@@ -252,7 +252,7 @@ def make_target(
     # The kernel of a 1x1 convolution has no use for cores.
     cp = any(n != 1 for n in layout.sizes("k", shape)) and bool(config.use_effective_conv2d)
     target = Target(path, tuple(names), layout, shape, kernel.dtype, ranks, alphas, cp, rows)
-    if rows and (problem := rows.problem(target.module_shape[0])):
+    if rows and (problem := rows.problem(layout.sizes("o", shape))):
         raise ValueError(f"{'.'.join(path)} of shape {shape}, {names[0]} in torch: {problem}")
     return target
 

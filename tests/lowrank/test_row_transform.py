@@ -91,4 +91,10 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="too large for float16"):
         rows.to_torch(np.full(3, 6e4, np.float16))
     assert np.isinf(rows.to_torch(np.full(3, np.inf, np.float16))).all()
+    assert (
+        rows.problem((2, 3)) is rows.problem((6,)) is RowTransform(scale=2).problem((5, 1)) is None
+    )
+    assert RowTransform(range(6)).problem((2, 3)) is None
+    assert "blocks of 3 rows, and it has 12 = 2 x 6" in rows.problem((2, 6))
+    assert "and it has 6 = 3 x 2" in rows.problem((3, 2))
     np.testing.assert_array_equal(rows.unscaled.to_torch(np.arange(3, dtype=np.int8)), [1, 0, 2])

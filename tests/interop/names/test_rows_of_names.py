@@ -97,6 +97,17 @@ def test_an_adapter_keeps_its_transform(place, files):
     assert len(more["query"]["kernel"].adapters) == 2
 
 
+def test_a_transform_ends_where_heads_do(tmp_path):
+    """The axes of a kernel say how large a head is."""
+    names = NameMap(layouts={"q": "ioo"}, rows={"q": RowTransform.rotary(4)})
+    tree = {"q": {"kernel": jnp.ones((6, 2, 8)), "bias": jnp.ones((2, 8))}}
+    config = LoHaConfig(r=2, target_modules=["q"])
+    with pytest.raises(ValueError, match=r"q\.kernel.*blocks of 4 rows, and it has 16 = 2 x 8"):
+        loha_jax.inject(tree, config, key=KEY, names=names)
+    with pytest.raises(ValueError, match=r"q\.bias .*blocks of 4 rows, and it has 16 = 2 x 8"):
+        interop.save_merged(tmp_path / "never", tree, names=names)
+
+
 def test_what_is_no_transform():
     with pytest.raises(TypeError, match=r"rows\['q'\] is a RowTransform, got \[1, 0\]"):
         NameMap(rows={"q": [1, 0]})

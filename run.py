@@ -71,6 +71,7 @@ TRAINERS = (
 CORE_ON_NEWEST = [
     *("-m", "not slow", "--cases", "2", "tests"),
     *("--ignore=tests/parity", "--ignore=tests/models", "--ignore-glob=tests/interop/test_*"),
+    "--ignore=tests/keras",
     *("--ignore=tests/interop/commands", "--ignore=tests/interop/disk"),
     "--ignore=tests/interop/exchange",
     *("--ignore=tests/interop/formats", "--ignore=tests/interop/merge"),

@@ -124,7 +124,9 @@ def convert(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an adapter in another format; the factors stay the same, bit for bit.
+    """Write an adapter in another format.
+
+    From LoHa to LoHa the factors stay the same, bit for bit. To and from LoRA the update does.
 
     An error names everything that the target cannot hold, and nothing is written. PEFT's LoHa has
     no Conv3d and no weight decomposition, LyCORIS no modules_to_save.

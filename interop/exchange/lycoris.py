@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.runtime.processes import in_first_process, on_host
-from loha_jax.tree.before_saving import check_before_saving
+from loha_jax.tree.before_saving import check_before_saving, warn_of_scales
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import SavedWeight
 
@@ -85,7 +85,9 @@ def save_lycoris(
         kept = {**file.metadata, **kept}
     content = file_bytes(state, {**kept, **metadata}, convolutions)
     for tree in (params, *(others or {}).values()):
-        check_before_saving(tree, None if adapter_name is None else [adapter_name])
+        chosen = None if adapter_name is None else [adapter_name]
+        check_before_saving(tree, chosen)
+        warn_of_scales(tree, chosen)
     in_first_process(lambda: write_atomically(Path(path), content), f"{path} was not written")
 
 

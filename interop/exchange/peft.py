@@ -22,7 +22,7 @@ from loha_jax.targets.matching import exact_patterns, match_pattern
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names
 from loha_jax.tree.adapters import adapter_names, check_new_adapter
-from loha_jax.tree.before_saving import check_before_saving
+from loha_jax.tree.before_saving import check_before_saving, warn_of_scales
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight
 
@@ -71,8 +71,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
     Warns:
         UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is
-            untrained (its update is exactly zero); or a kernel has changed since the adapter was
-            made, so that the file is not what was trained.
+            untrained (its update is exactly zero), or scaled by `loha_jax.scale`; or a kernel has
+            changed since the adapter was made, so that the file is not what was trained.
 
     Example:
         >>> import tempfile, loha_jax
@@ -105,6 +105,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
         name: folder_contents(to_peft_state_dict(params, name), configs[name]) for name in chosen
     }
     check_before_saving(params, chosen)
+    warn_of_scales(params, chosen)
 
     def write() -> None:
         for name in sorted(chosen, key=lambda name: name != "default"):  # which makes the folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,10 +18,13 @@ from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
 from .leaf_source import Source, convolution_source
-from .name_map import NameMap
+from .name_map import NameMap, looks_like_conv1d
 from .settled_names import leaf_path
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_GROWS = re.compile(r"(.*\.)?(c_attn|c_fc)\.weight")
+"""GPT-2's weights that have more outputs than inputs."""
 
 
 def find_sources_in(
@@ -162,9 +166,28 @@ class _Finder:
             return source
         modules = modules or tree.module_names(position, layout.sizes("s", shape))
         source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
-        if isinstance(self.names, NameMap) and self.names.is_conv1d(tree.names[position]):
+        if self._is_conv1d(position, source):
             return dataclasses.replace(source, axes=source.axes[::-1])  # [out, in] -> [in, out]
         return source
+
+    def _is_conv1d(self, position: int, source: Source) -> bool:
+        """Return whether torch keeps a kernel as [in, out]: GPT-2's `Conv1D`, by its name.
+
+        A checkpoint's shapes decide where they can. A square one goes by the others in it.
+        """
+        tree, name = self.tree, self.tree.names[position]
+        if isinstance(self.names, NameMap) and self.names.is_conv1d(name):
+            return True
+        if tree.layout(position).word != "oi" or is_torch_oriented(tree.paths[position][-1]):
+            return False
+        (key,) = source.keys
+        if not looks_like_conv1d(key.removesuffix(".weight")):
+            return False
+        out, inputs = tree.leaves[position].shape
+        if out != inputs:
+            return self._shape(key) in (None, (inputs, out))
+        wide = [self._shape(k) for k in self.shapes or () if _GROWS.fullmatch(k)]
+        return all(shape[0] < shape[1] for shape in wide if shape is not None)
 
     def _vector(self, position: int) -> Source:
         """Return the source of a bias, scale or statistic, stacked like its kernel or its names."""

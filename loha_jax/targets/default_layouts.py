@@ -114,8 +114,8 @@ def default_layout(
 ) -> Layout:
     """Return the layout of a kernel that nothing else settles.
 
-    - Two axes: `oi` for leaves called `weight` (torch, Equinox) and for embeddings, `io` for
-      others.
+    - Two axes: `oi` for leaves called `weight` (torch, Equinox), for embeddings, and where the
+      module's bias is as long as the first axis (GPT-2 in Flax); `io` for others.
     - Flax' attention: by the shapes of its four kernels.
     - More axes: the one possibility that fits the shape of the module's bias.
     - A convolution: by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), if
@@ -144,7 +144,8 @@ def default_layout(
     shape, path = tuple(shape), tuple(path)
     torch = is_torch_oriented(path[-1])
     if len(shape) == 2:
-        return Layout("oi" if torch or _TABLE_LEAF.fullmatch(path[-1]) else "io")
+        table = _TABLE_LEAF.fullmatch(path[-1]) is not None
+        return Layout("oi" if torch or table or is_output_first(shape, path, shape_at) else "io")
     if attention := _attention_layout(shape, path, shape_at):
         return attention
     if is_transposed_convolution(path):
@@ -169,6 +170,32 @@ def default_layout(
     if len(found) == 1:
         return Layout(found[0])
     raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
+
+
+def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
+    """Return whether biases show that a kernel of two axes is `[out, in]`, as GPT-2's in Flax.
+
+    A square kernel is taken as the others beside its module are (`attn.c_proj` as `attn.c_attn`).
+
+    Example:
+        >>> shapes = {("attn", "c_attn", "kernel"): (12, 4), ("attn", "c_attn", "bias"): (12,)}
+        >>> is_output_first((4, 4), ("attn", "c_proj", "kernel"), shapes)
+        True
+    """
+    path = tuple(path)
+    if shape[0] != shape[1]:
+        return _bias(path, shape_at) == (shape[0],)
+    beside = [
+        (other, found)
+        for other, found in shape_at.items()
+        if (other[:-2], other[-1]) == (path[:-2], path[-1]) and len(found) == 2
+    ]
+    shown = [
+        _bias(other, shape_at) == (found[0],)
+        for other, found in beside
+        if found[0] != found[1] and _bias(other, shape_at) in ((found[0],), (found[1],))
+    ]
+    return bool(shown) and all(shown)
 
 
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:

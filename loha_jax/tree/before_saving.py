@@ -49,6 +49,26 @@ def check_before_saving(params: PyTree, adapters: Sequence[str] | None = None) -
             )
 
 
+@takes_model(changes=False)
+def warn_of_scales(params: PyTree, adapters: Sequence[str] | None = None) -> None:
+    """Warn of numbers set by `loha_jax.scale`, in files that have no place for them.
+
+    By default all adapters count.
+    """
+    scaled = {
+        (name, factors.multiplier)
+        for leaf in leaves_of(LoHaWeight, params)
+        for name, factors in leaf.adapters.items()
+        if factors.multiplier != 1 and (adapters is None or name in adapters)
+    }
+    for name, multiplier in sorted(scaled):
+        warn_caller(
+            f"The adapter {name!r} is scaled by {multiplier:g} (loha_jax.scale), and the file has "
+            "no place for that number: it holds the adapter as it was before. An adapter that "
+            f"contains it: loha_jax.add_weighted_adapter(params, [{name!r}], [1.0], 'scaled')."
+        )
+
+
 def warn_of_changed_base(params: PyTree, adapters: Sequence[str] | None = None) -> None:
     """Warn, by name, of frozen leaves that have changed since some adapters were made.
 

@@ -15,6 +15,7 @@ from loha_jax.targets.default_layouts import (
     default_layout,
     is_named_convolution,
     is_named_lookup,
+    is_output_first,
     is_torch_oriented,
     is_transposed_convolution,
 )
@@ -125,9 +126,17 @@ class NamedTree:
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
         if (pattern := _pattern_of(name, self._map_layouts)) is not None:
-            return _fitting(
-                self._map_layouts[pattern], f"names.layouts[{pattern!r}]", name, leaf.shape
-            )
+            mapped = self._map_layouts[pattern]
+            if mapped.word == "io" and is_output_first(
+                leaf.shape, self.paths[position], self.shape_at
+            ):
+                raise ValueError(
+                    f"`names` has the layout 'io' for {name} of shape {tuple(leaf.shape)}, and its "
+                    "bias, or that of a module beside it, says [out, in], as in Flax' GPT-2. Give "
+                    f"layouts={{r'{re.escape(name)}': 'oi'}}; for GPT-2 itself, "
+                    "names=NameMap.transformers('gpt2')."
+                )
+            return _fitting(mapped, f"names.layouts[{pattern!r}]", name, leaf.shape)
         if name in self._known.own:
             return self._known.own[name]
         return default_layout(

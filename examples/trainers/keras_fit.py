@@ -1,6 +1,8 @@
 """Keras' own `fit` on an adapted model; the base does not change, and the file fits PEFT.
 
-KERAS_BACKEND=jax python examples/trainers/keras_fit.py [--steps N] [--out DIR]
+    KERAS_BACKEND=jax python examples/trainers/keras_fit.py [--steps N] [--out DIR]
+
+It takes half a minute. It needs `pip install -e ".[keras]"`.
 """
 
 import argparse

@@ -89,3 +89,30 @@ def test_peft_opens_no_adapter_of_it(twins, adapted, tmp_path):
     )  # it is a file for JAX alone
     for ours, loaded in zip(*map(jax.tree.leaves, (adapted, again)), strict=True):
         np.testing.assert_array_equal(ours, loaded)
+
+
+@pytest.mark.parametrize("targets", [["attn.c_proj"], ["c_attn", "c_fc", "mlp.c_proj"]])
+def test_without_the_map_the_biases_show_the_layout(twins, targets, tmp_path):
+    """A square projection goes by the others; PEFT and the merged checkpoint agree."""
+    config = LoHaConfig(r=2, target_modules=targets)
+    params = loha_jax.inject(twins.params, config, key=jax.random.key(0))
+    params = random_factors(params, np.random.default_rng(0))
+    want = np.asarray(loha_jax.adapt(twins.fn)(params, twins.inputs))
+    require_moved(want, np.asarray(twins.fn(twins.params, twins.inputs)), "the update")
+    interop.save_lora(tmp_path / "lora", params)
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(twins.module), tmp_path / "lora").eval()
+    twins.module.save_pretrained(tmp_path / "base")
+    interop.save_merged(tmp_path / "merged", params, base=tmp_path / "base")
+    merged = type(twins.module).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        for module in (opened, merged):
+            require_close(want, twins.output(module, twins.tensors).numpy(), OUTPUT, "torch")
+
+
+def test_a_map_by_contents_is_refused_where_the_biases_say_otherwise(twins, tmp_path):
+    """Contents do not show that torch's Conv1D is [in, out]."""
+    twins.module.save_pretrained(tmp_path)
+    names = interop.NameMap.infer(twins.params, tmp_path)
+    config = LoHaConfig(r=2, target_modules=["c_attn"])
+    with pytest.raises(ValueError, match=r"layout 'io'.*c_attn.*GPT-2.*transformers\('gpt2'\)"):
+        loha_jax.inject(twins.params, config, key=jax.random.key(0), names=names)

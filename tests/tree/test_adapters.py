@@ -119,7 +119,9 @@ def test_weights_may_be_traced():
 
 
 def test_files_hold_alpha_and_not_the_weight(tmp_path):
-    interop.save_peft(tmp_path, loha_jax.scale(tree(), {"a": 0.5}), adapters=["a"])
+    """PEFT's file has no place for the number of `scale`, as in PEFT; saving says so."""
+    with pytest.warns(UserWarning, match=r"'a' is scaled by 0\.5.*add_weighted_adapter"):
+        interop.save_peft(tmp_path, loha_jax.scale(tree(), {"a": 0.5}), adapters=["a"])
     loaded = interop.load_peft(tmp_path / "a", base(), layouts=LAYOUTS)
     assert loaded["q"]["kernel"].adapters["default"].scaling == 1.5
 

@@ -172,7 +172,7 @@ def test_a_warning_is_a_note_on_standard_error(tmp_path):
 def test_errors_name_options_and_not_arguments(said, shown, monkeypatch):
     from loha_jax.interop.commands import inspection
 
-    def refuse(_):
+    def refuse(_, **__):
         raise ValueError(said)
 
     monkeypatch.setattr(inspection, "inspect_path", refuse)
@@ -210,7 +210,7 @@ def test_an_interrupted_merge_says_how_to_go_on(tmp_path, monkeypatch):
 def test_a_fault_is_said_without_a_traceback(tmp_path, monkeypatch):
     from loha_jax.interop.commands import inspection
 
-    monkeypatch.setattr(inspection, "inspect_path", lambda _: {}["lost"])
+    monkeypatch.setattr(inspection, "inspect_path", lambda _, **__: {}["lost"])
     _, err = run("inspect", BASE, code=2)
     assert "KeyError" in err
     assert "LOHA_JAX_TRACEBACK=1" in err

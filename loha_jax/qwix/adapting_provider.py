@@ -31,7 +31,7 @@ from loha_jax.targets.field_checks import refuse_unknown_kernel
 from loha_jax.targets.matching import near_misses
 from loha_jax.targets.module_names import Names, module_name, stack_names
 from loha_jax.targets.row_transforms import row_transform
-from loha_jax.targets.used_names import check_used
+from loha_jax.targets.used_names import check_rows_used
 from loha_jax.transform.options import Options
 from loha_jax.transform.update_alone import update_alone
 from loha_jax.tree.leaves import LoHaWeight
@@ -246,7 +246,7 @@ class AdaptingProvider(qwix.PtqProvider):
         if first:
             self._checked = True
             self._check()
-            check_used(self.names, {module_name(path) for path in self._seen})
+            check_rows_used(self.names, {module_name(path) for path in self._seen})
             if self.config is not None and isinstance(self._model, nnx.Module):
                 for _, leaf in provided_among(self._model):
                     check_stack(self.config, leaf)

@@ -29,6 +29,18 @@ def check_used(names: Names | None, modules: Collection[str]) -> None:
             "are matched with whole default names, dotted paths without the parameter's own name."
             f"{near_misses(unused, sorted(modules))}"
         )
+    check_rows_used(names, modules)
+
+
+def check_rows_used(names: Names | None, modules: Collection[str]) -> None:
+    """Check that each transform of rows matches a module.
+
+    Args:
+        names, modules: as for `check_used`.
+
+    Raises:
+        ValueError: one matches none of them.
+    """
     if isinstance(names, NamesWithRows) and (unused := _unused(names.rows, modules)):
         raise ValueError(
             f"The name map has transforms of rows for {', '.join(map(repr, unused))}, which match "

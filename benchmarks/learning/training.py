@@ -41,7 +41,7 @@ def make_step(loss: Loss, method: Method) -> Callable[..., Any]:
     @jax.jit
     def step(
         state: State, start: Tree, frozen: Tree, batch: Batch, rate: float, head_rate: float
-    ) -> tuple[State, jax.Array]:
+    ) -> tuple[Any, jax.Array]:
         trained, moments = state
 
         def of_trained(trained: Tree) -> jax.Array:

@@ -36,8 +36,8 @@ _BESIDE = re.compile(rf"(?P<kernel>.+)_lora_(?:(?P<adapter>.+)_)?(?P<part>{_PART
 _IN_LEAF = re.compile(rf"params(?P<leaf>.*)\.adapters\['(?P<adapter>.*)'\]\.(?P<part>{_PART})")
 """The name of a factor in the description that `loha_jax.checkpoint` writes."""
 
-_OPTIMIZER = re.compile("mu|nu|trace|opt_state|optimizer(_state)?")
-"""Parts of the paths of an optimizer's arrays, which are named as what they belong to."""
+_OPTIMIZER = re.compile("mu|nu|trace|v|v_row|v_col|opt_?state|optimizer(_state)?|ema(_params)?")
+"""Parts of the paths of an optimizer's arrays and of averages, named as what they belong to."""
 
 
 class SavedArray(NamedTuple):
@@ -90,10 +90,9 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
         FileError: Orbax cannot read the folder.
     """
     path = path.absolute()  # Orbax takes no other
-    steps = [] if _is_one(path) else _steps_of(path)
-    folder = path / str(steps[-1]) if steps else path
-    step = int(folder.name) if folder.name.isdigit() else None
-    found = TrainingCheckpoint(step, steps, [], [], [], [])
+    steps = {} if _is_one(path) else _steps_of(path)
+    folder = steps[max(steps)] if steps else path
+    found = TrainingCheckpoint(_step_of(folder), sorted(steps), [], [], [], [])
     try:
         described = _description(folder)
         trees = [folder] if (folder / _TREE).exists() else sorted(folder.glob(f"*/{_TREE}"))
@@ -101,6 +100,8 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
             item = tree if tree == folder else tree.parent
             found.items.append(item.name)
             _read_tree(item, described, found)
+        if not trees:
+            raise ValueError("it holds no tree of arrays")
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise FileError(f"{folder} was written by Orbax and cannot be read: {error}") from error
     return found
@@ -110,8 +111,15 @@ def _is_one(path: Path) -> bool:
     return any((path / name).exists() for name in (*_FINISHED, _TREE))
 
 
-def _steps_of(path: Path) -> list[int]:
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and _is_one(p))
+def _steps_of(path: Path) -> dict[int, Path]:
+    """Return the folders of the finished checkpoints of a run: `5`, `00000005`, `ckpt_5`."""
+    folders = {step: p for p in path.iterdir() if (step := _step_of(p)) is not None}
+    return {step: p for step, p in folders.items() if _is_one(p)}
+
+
+def _step_of(folder: Path) -> int | None:
+    number = re.fullmatch(r"(?:.*_)?(\d+)", folder.name)
+    return int(number[1]) if number else None
 
 
 def _description(folder: Path) -> Mapping[str, Any] | None:
@@ -120,6 +128,8 @@ def _description(folder: Path) -> Mapping[str, Any] | None:
 
     if not (folder / description_file.ITEM / description_file.NAME).exists():
         return None
+    if not folder.name.isdigit():
+        raise ValueError("a checkpoint of loha_jax.checkpoint is in a folder called as its step")
     return description_file.read(epath.Path(folder), int(folder.name))
 
 
@@ -137,7 +147,10 @@ def _read_tree(item: Path, described: Mapping[str, Any] | None, found: TrainingC
     for path, leaf in leaves:
         parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
         name = names.get(parts[0], ".".join(parts))
-        places.append(_place_in_ours(name) if described else _place(parts))
+        if described:
+            places.append(_place_in_ours(name))
+        else:
+            places.append(None if _OPTIMIZER.fullmatch(item.name) else _place(parts))
         if places[-1] is None and getattr(leaf, "shape", None) is not None:
             found.others.append(SavedArray(name, tuple(leaf.shape), np.dtype(leaf.dtype)))
     wanted = [x if place else ocp.PLACEHOLDER for (_, x), place in zip(leaves, places, strict=True)]
@@ -168,7 +181,7 @@ def _read_tree(item: Path, described: Mapping[str, Any] | None, found: TrainingC
 
 def _place(parts: list[str]) -> _Place | None:
     """Return where the array with this path belongs; None if it is no factor."""
-    if any(_OPTIMIZER.fullmatch(part) for part in parts):
+    if any(_OPTIMIZER.fullmatch(part) for part in parts[:-1]):
         return None
     for n, part in enumerate(parts):
         if part == "adapters" and n + 2 < len(parts) and parts[n + 2] in FACTOR_NAMES:

@@ -20,6 +20,7 @@ from ..disk.atomic import write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
 from .from_tree import adapted_kernels, adapted_names, chosen_adapter, from_tree, saved_leaves
+from .row_transforms import rows_of_copy
 
 
 def save_lycoris(
@@ -167,6 +168,7 @@ def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
             copy, original = on_host(leaf.copies[adapter_name]), on_host(leaf.original)
             part = "diff_b" if module in adapted else NORM_PARTS[name]  # an adapted layer's bias
             change = copy.astype(wide) - original.astype(wide)
-            rows = leaf.rows
-            result[f"{module}.{part}"] = change if rows is None else rows.to_torch(change)
+            result[f"{module}.{part}"] = (
+                change if leaf.rows is None else rows_of_copy(leaf).to_torch(change)
+            )
     return result

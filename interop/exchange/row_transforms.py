@@ -14,6 +14,7 @@ import numpy as np
 
 from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.lowrank.weight_decomposition import is_on_out
+from loha_jax.tree.leaves import SavedWeight
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterModule
@@ -63,3 +64,17 @@ def _moved_norms(norms: np.ndarray, target: Target, move: _Move) -> np.ndarray:
     if not is_on_out(norms.shape, target.module_shape, 0):
         positive = RowTransform(scale=positive.scale)
     return move(positive, norms, 0)
+
+
+def rows_of_copy(leaf: SavedWeight) -> RowTransform:
+    """Return the transform of a copy that a module in `modules_to_save` has.
+
+    Raises:
+        ValueError: the parameter has several axes and no layout, so its rows are not known.
+    """
+    if leaf.rows is None or (leaf.layout is None and leaf.original.ndim > 1):
+        raise ValueError(
+            f"{leaf.name} of shape {list(leaf.original.shape)} has {leaf.rows}, and which of its "
+            "axes are torch's rows is not known: leave its module out of modules_to_save"
+        )
+    return leaf.rows

@@ -16,6 +16,7 @@ from loha_jax.tree.plan import Plan, Saved
 
 from .base_layers import base_layers
 from .from_tree import adapted_names, saved_leaves
+from .row_transforms import rows_of_copy
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ def saved_tensors(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
             )
         copy = leaf.copies[adapter_name]
         value = on_host(leaf.layout.unfold(copy) if leaf.layout else copy)
-        value = value if leaf.rows is None else leaf.rows.to_torch(value)
+        value = value if leaf.rows is None else rows_of_copy(leaf).to_torch(value)
         is_integer = np.issubdtype(value.dtype, np.integer)
         state[leaf.name] = value.astype(np.int64) if is_integer else value
         own = [(name, count) for owner, name, count in leaf.counters if owner == adapter_name]

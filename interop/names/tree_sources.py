@@ -100,10 +100,20 @@ class _Finder:
                 f"its adapter was made with {rows}, which `names=` does not have. Give the name "
                 "map that `inject` or the loader took"
             )
+        if self._is_kernel_of_torch_columns(position, source):
+            raise ValueError(
+                f"torch keeps it as [in, out] (GPT-2's Conv1D), and {rows} is for rows of [out, in]"
+            )
         shape, groups = self.tree.leaves[position].shape, source.axes or ((),)
         if problem := rows.problem([shape[axis] for axis in groups[0]]):
             raise ValueError(problem)
         return dataclasses.replace(source, rows=rows)
+
+    def _is_kernel_of_torch_columns(self, position: int, source: Source) -> bool:
+        """Return whether the source has the kernel's input features in front."""
+        if position not in self.tree.kernels or len(source.axes) != 2 or source.stack:
+            return False
+        return source.axes == Source.of_layout(source.keys, self.tree.layout(position)).axes[::-1]
 
     def source(self, position: int) -> Source:
         """Return the source of a leaf.
@@ -186,8 +196,10 @@ class _Finder:
         out, inputs = tree.leaves[position].shape
         if out != inputs:
             return self._shape(key) in (None, (inputs, out))
-        wide = [self._shape(k) for k in self.shapes or () if _GROWS.fullmatch(k)]
-        return all(shape[0] < shape[1] for shape in wide if shape is not None)
+        if self.shapes is None:
+            return True
+        wide = [shape for key, shape in self.shapes.items() if _GROWS.fullmatch(key)]
+        return bool(wide) and all(shape[0] < shape[1] for shape in wide)
 
     def _vector(self, position: int) -> Source:
         """Return the source of a bias, scale or statistic, stacked like its kernel or its names."""

@@ -52,7 +52,7 @@ def singular_values(update: LowRankUpdate) -> Float[np.ndarray, " k"]:
         array([6., 0., 0.])
     """
     ka, kb = _exact_factors(update)
-    ra, rb = np.linalg.qr(ka, mode="r"), np.linalg.qr(kb.T, mode="r")
+    (_, ra), (_, rb) = np.linalg.qr(ka), np.linalg.qr(kb.T)
     return np.linalg.svd(ra @ rb.T, compute_uv=False)
 
 

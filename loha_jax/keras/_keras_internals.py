@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -138,18 +139,31 @@ def _set_signature(layer: Layer, signature: inspect.Signature) -> None:
     vars(layer)["_call_has_context_arg"] = {**layer._call_has_context_arg, "training": takes}
 
 
-def forget_functions(model: Layer) -> None:
-    """Delete what a model has compiled for `fit`, `evaluate` and `predict`."""
-    for layer in layers_of(model):
-        if isinstance(layer, keras.Model):
-            layer.train_function = layer.test_function = layer.predict_function = None
+def models_with(layers: list[Layer]) -> list[Layer]:
+    """Return all models that are alive and contain one of the layers.
+
+    A model knows its layers, but no layer knows the models around it.
+    """
+    wanted = {id(layer) for layer in layers}
+    found = []
+    for thing in gc.get_objects():
+        if issubclass(type(thing), keras.Model):
+            with contextlib.suppress(AttributeError):  # one that is being made
+                if any(id(layer) in wanted for layer in layers_of(thing)):
+                    found.append(thing)
+    return found
 
 
-def end_compilation(model: Layer) -> None:
+def forget_functions(models: list[Layer]) -> None:
+    """Delete what models have compiled for `fit`, `evaluate` and `predict`."""
+    for model in models:
+        model.train_function = model.test_function = model.predict_function = None
+
+
+def end_compilation(models: list[Layer]) -> None:
     """Let `fit` and `evaluate` ask for `compile`: the optimizer is for other variables."""
-    for layer in layers_of(model):
-        if isinstance(layer, keras.Model):
-            layer.compiled = False
+    for model in models:
+        model.compiled = False
 
 
 class Substitution(keras.StatelessScope):

@@ -50,8 +50,8 @@ def inject(
         The model.
 
     Raises:
-        ValueError: as `loha_jax.inject`, or the model is not built, two layers have one path, or a
-            targeted layer cannot be adapted. Nothing is changed then.
+        ValueError: as `loha_jax.inject`, or the model is not built or frozen as a whole, two layers
+            have one path, or a targeted layer cannot be adapted. Nothing is changed then.
         TypeError: `model` is no `keras.Model`.
 
     As in PEFT, the moving statistics of BatchNormalization still change in training. Setting
@@ -71,6 +71,11 @@ def inject(
         raise TypeError(
             f"loha_jax.keras.inject takes a keras.Model, got {type(model).__name__}. For a tree of "
             "parameters there is loha_jax.inject."
+        )
+    if not model.trainable:
+        raise ValueError(
+            f"The model {model.name} has trainable=False, so its adapter would not be trained. Set "
+            "model.trainable = True first: inject freezes the base by itself."
         )
     model_tree.tree_of(model)  # the model is one that can be read, before anything else is said
     return inject_tree(

@@ -27,6 +27,7 @@ from loha_jax.keras._keras_internals import (
     end_compilation,
     forget_functions,
     layers_of,
+    models_with,
     own_value,
     variables_of,
 )
@@ -163,9 +164,10 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
             take_off(weight.layer, weight.variable.name)
     _freeze(model, any(map(is_adapted, tree.values())))
     dress(model)
-    forget_functions(model)
+    around = models_with(layers_of(model))  # they call the adapted layers too
+    forget_functions(around)
     if list(map(id, trained)) != list(map(id, model.trainable_variables)):
-        end_compilation(model)
+        end_compilation(around)
     return model
 
 

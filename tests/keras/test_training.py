@@ -134,3 +134,28 @@ def test_frozen_layers_are_trained_too():
     paths = [v.path for v in model.trainable_variables]
     assert "net/block/up/kernel" not in paths
     assert "net/head/kernel" in paths
+
+
+def test_a_change_through_an_inner_model_reaches_the_models_around_it():
+    """They have compiled functions and optimizers of their own."""
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="up")])
+    outer = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2)])
+    x, y = np.ones((2, 4), "float32"), np.ones((2, 2), "float32")
+    compiled(outer).fit(x, y, verbose=0)
+    config = loha_jax.LoHaConfig(r=2, target_modules=["up"], init_weights=False)
+    plain = outer.predict(x, verbose=0)
+    inject(inner, config, key=KEY)
+    with pytest.raises(ValueError, match="must call `compile"):
+        outer.fit(x, y, verbose=0)
+    with_adapter = outer.predict(x, verbose=0)
+    assert np.abs(with_adapter - plain).max() > 1e-4
+    loha_jax.scale(inner, {"default": 0.0})
+    np.testing.assert_allclose(outer.predict(x, verbose=0), plain, atol=1e-6)
+
+
+def test_a_frozen_model_is_refused():
+    """`fit` would train nothing, without a word."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="up")])
+    model.trainable = False
+    with pytest.raises(ValueError, match=r"trainable=False.*model\.trainable = True first"):
+        inject(model, loha_jax.LoHaConfig(r=2, target_modules=["up"]), key=KEY)

@@ -158,3 +158,26 @@ def test_a_folder_that_orbax_cannot_read_is_an_error_that_names_it(tmp_path, bro
         shutil.rmtree(tmp_path / "1" / "state" / "ocdbt.process_0", ignore_errors=True)
     error = run_json("inspect", tmp_path, code=2)["error"]
     assert str(tmp_path / "1") in error
+
+
+def test_a_run_with_padded_steps_averages_and_an_optimizer(tmp_path):
+    """Only the parameters are adapters; arrays of Adafactor and averages have their names."""
+    params = adapted()["q"]
+    items = {"params": params, "ema": params, "opt_state": [{"v": params, "v_row": params}]}
+    options = ocp.CheckpointManagerOptions(step_format_fixed_length=8, step_prefix="ckpt")
+    with ocp.CheckpointManager(tmp_path / "run", options=options) as manager:
+        for step in (5, 100):
+            saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            manager.save(step, args=ocp.args.Composite(**saved))
+    found = run_json("inspect", tmp_path / "run")
+    assert (found["step"], found["steps"], found["items"]) == (100, [5, 100], sorted(items))
+    wanted = norm_of(params["kernel"].adapters["default"])
+    assert norms(found) == pytest.approx({"kernel": wanted}, rel=1e-5)
+
+
+def test_a_renamed_checkpoint_of_ours_is_an_error_that_says_why(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, adapted())
+    (tmp_path / "1").rename(tmp_path / "best")
+    error = run_json("inspect", tmp_path / "best", code=2)["error"]
+    assert "called as its step" in error

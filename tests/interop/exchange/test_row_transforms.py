@@ -293,3 +293,31 @@ def test_trees_are_exported_with_their_transform():
     exported = jax.export.export(jax.jit(lambda tree: tree))(tree)
     back = jax.export.deserialize(exported.serialize()).call(tree)
     assert back["q"]["kernel"].rows == RowTransform(ORDER, 4)
+
+
+def test_what_has_no_known_rows_is_refused(tmp_path):
+    """GPT-2's Conv1D is [in, out] in torch; a bias of heads has no layout."""
+    names = NameMap(rows={r".*c_attn": RowTransform([1, 0])})
+    attention = {"kernel": RNG.normal(size=(12, 4)), "bias": RNG.normal(size=12)}
+    tree = {"h": {"0": {"attn": {"c_attn": {k: np.float32(v) for k, v in attention.items()}}}}}
+    save_file(
+        {
+            "h.0.attn.c_attn.weight": np.zeros((4, 12), np.float32),
+            "h.0.attn.c_attn.bias": np.zeros(12, np.float32),
+        },
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"\[in, out\] \(GPT-2's Conv1D\)"):
+        interop.load_base(tmp_path / "model.safetensors", tree, names=names)
+    heads = {"q": {"kernel": jnp.ones((6, 4, 2)), "bias": jnp.ones((4, 2))}}
+    heads["v"] = heads["q"]
+    config = LoHaConfig(r=2, target_modules=["v"], modules_to_save=["q"], init_weights=False)
+    params = loha_jax.inject(
+        heads,
+        config,
+        key=jax.random.key(0),
+        names=NameMap(rows={"q": RowTransform([1, 0])}),
+        layouts={"q": "ioo", "v": "ioo"},
+    )
+    with pytest.raises(ValueError, match=r"q\.bias.*which of its axes are torch's rows"):
+        interop.save_peft(tmp_path / "adapter", params)

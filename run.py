@@ -332,19 +332,22 @@ class Installer:
 
 
 def step(what: str, command: list[str]) -> None:
-    """Says what comes, and runs it with its output shown.
+    """Says what comes, and runs it. Its output is shown if it fails.
 
     Raises:
         Failed: the command cannot be run or fails.
     """
     say(what)
     try:
-        status = subprocess.run(command).returncode
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         raise Failed(f"{what}: failed, because {error}") from None
-    if status:
+    if done.returncode:
+        print(done.stdout, end="", flush=True)
         raise Failed(
-            f"{what}: failed with status {status}; see above. The command was\n  "
+            f"{what}: failed with status {done.returncode}; see above. The command was\n  "
             f"{' '.join(command)}"
         )
 

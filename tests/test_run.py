@@ -56,6 +56,16 @@ def test_this_python_if_new_enough(alone, monkeypatch):
     assert run.find_newer_python() == this
 
 
+def test_a_step_is_quiet_unless_it_fails(capfd):
+    """pip prints hundreds of lines; they are wanted only where it fails."""
+    program = "import sys; print('one'); print('two', file=sys.stderr); sys.exit({})"
+    run.step("Working", [sys.executable, "-c", program.format(0)])
+    assert capfd.readouterr().out == "==> Working\n"
+    with pytest.raises(run.Failed, match="status 3; see above"):
+        run.step("Working", [sys.executable, "-c", program.format(3)])
+    assert set(capfd.readouterr().out.splitlines()) == {"==> Working", "one", "two"}
+
+
 def test_the_newest_jax_has_an_environment_of_its_own(monkeypatch):
     """Not the active one. Without arguments all three runs are made, whichever fails."""
     installed, ran = [], []

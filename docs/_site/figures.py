@@ -74,6 +74,35 @@ def idea() -> Figure:
     return figure
 
 
+def targets() -> Figure:
+    """Draw which kernels of a Llama get an adapter, by `target_modules`."""
+    rows = (
+        (("embed_tokens", 12),),
+        (("q_proj", 3), ("k_proj", 3), ("v_proj", 3), ("o_proj", 3)),
+        (("gate_proj", 4), ("up_proj", 4), ("down_proj", 4)),
+        (("lm_head", 12),),
+    )
+    linear = {name for row in rows[1:3] for name, _ in row}
+    panels = {'["q_proj", "v_proj"]': {"q_proj", "v_proj"}, '"all-linear"': linear}
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        axes.set(xlim=(0, 12), ylim=(len(rows), 0))
+        axes.set_title(f"target_modules={title}", fontsize=9)
+        axes.axis("off")
+        for y, row in enumerate(rows):
+            x = 0.0
+            for name, width in row:
+                color = BLUE if name in chosen else GREY
+                axes.add_patch(
+                    Rectangle((x, y + 0.1), width - 0.1, 0.75, facecolor=color, edgecolor="white")
+                )
+                text = "white" if name in chosen else BLACK
+                middle = (x + width / 2, y + 0.5)
+                axes.text(*middle, name, color=text, ha="center", va="center", fontsize=8)
+                x += width
+    return figure
+
+
 def cost() -> Figure:
     """Draw the time of one Linear layer over its frozen layer, by r, width and tokens."""
     head, *rows = tables(ROOT / "docs/notes/speed.md")[1]
@@ -145,6 +174,7 @@ def learning() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "idea": idea,
+    "targets": targets,
     "cost": cost,
     "memory": memory,
     "learning": learning,

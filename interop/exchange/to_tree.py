@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
@@ -149,8 +150,32 @@ def _check_fit(
             mismatch.add_shape(file.keys[name], given[name], shape)
     mismatch.check(
         "the adapter and the model do not fit; nothing was loaded",
-        f"{resizing_hint(allowed, given)}{NAMES_AND_LAYOUTS}.",
+        f"{resizing_hint(allowed, given)}{prefix_hint(file.modules, plan)}{NAMES_AND_LAYOUTS}.",
     )
+
+
+def prefix_hint(modules: Collection[str], plan: Plan) -> str:
+    """Return what to do if all names of a file differ from the tree's by one prefix; else ""."""
+    wanted = {name for target in plan.targets.values() for name in target.names}
+    if not wanted or not modules or wanted & set(modules):
+        return ""
+    one, other = next(iter(modules)), next(iter(wanted))
+    for name in wanted:
+        prefix = name.removesuffix(one)
+        if prefix.endswith(".") and all(prefix + module in wanted for module in modules):
+            pattern = re.escape(prefix) + "(.*)"
+            return (
+                f"All names in the tree begin with {prefix!r}, those in the file do not: pass "
+                f"names={{r'{pattern}': r'\\1'}}. "
+            )
+    for name in modules:
+        prefix = name.removesuffix(other)
+        if prefix.endswith(".") and all(prefix + module in modules for module in wanted):
+            return (
+                f"All names in the file begin with {prefix!r}, those in the tree do not: pass "
+                f"names={{r'(.*)': r'{prefix}\\1'}}. "
+            )
+    return ""
 
 
 def _factor_shapes(plan: Plan, modules: Mapping[str, AdapterModule]) -> dict[str, tuple[int, ...]]:

@@ -93,6 +93,8 @@ def is_adapter(path: Path) -> bool:
             return True
         if any(path.glob("*.index.json")):
             return False
+        if not any(path.glob("*.safetensors")) and any(map(has_peft_config, path.iterdir())):
+            return True  # PEFT's own error says which sub-folders hold adapters
         with contextlib.suppress(FileNotFoundError, FileError):
             return is_adapter(find_adapter_file(path))
         return False  # the checkpoint's own error says what there is

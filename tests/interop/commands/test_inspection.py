@@ -124,3 +124,10 @@ def test_names_that_a_terminal_would_obey_are_shown_harmless(tmp_path):
     _, err = run("merge", BASE, folder, tmp_path / "out", code=2)
     assert "\x1b" not in err
     assert run_json("inspect", folder)["modules"][0]["name"] == name
+
+
+def test_a_folder_around_adapters_is_an_error_that_names_them(tmp_path):
+    """As `save_peft` writes adapters that are not called "default"."""
+    peft_folder(tmp_path / "mix", factors())
+    error = run_json("inspect", tmp_path, code=2)["error"]
+    assert str(tmp_path / "mix") in error

@@ -152,8 +152,15 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
             "A Keras model cannot hold traced values: call the function outside of jax.jit, with "
             "numbers and arrays."
         )
+    cells = _cells_for_cudnn(model)
     for path, leaf in tree.items():
         _check(path, weights[path], leaf)
+        if isinstance(leaf, SavedWeight) and id(weights[path].layer) in cells:
+            raise ValueError(
+                f"modules_to_save names the cell of {path}. On a GPU Keras reads its variables "
+                "without calling it, and would miss the copies: make the layer with "
+                "use_cudnn=False, or leave it out."
+            )
     trained = model.trainable_variables
     for path, leaf in tree.items():
         weight = weights[path]
@@ -169,6 +176,13 @@ def write_back(model: Layer, tree: dict[str, PyTree]) -> Layer:
     if list(map(id, trained)) != list(map(id, model.trainable_variables)):
         end_compilation(around)
     return model
+
+
+def _cells_for_cudnn(model: Layer) -> set[int]:
+    """Return the ids of the cells whose layer may hand their variables to cuDNN."""
+    recurrent = (keras.layers.LSTM, keras.layers.GRU)
+    found = [layer for layer in layers_of(model) if isinstance(layer, recurrent)]
+    return {id(layer.cell) for layer in found if getattr(layer, "use_cudnn", False)}
 
 
 def _check(path: str, weight: _Weight, leaf: object) -> None:

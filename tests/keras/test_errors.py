@@ -157,3 +157,21 @@ def test_dropout_without_training_is_refused():
         ValueError, match=r"adapter of block\.up drops out.*self.layer\(x, training"
     ):
         model.fit(images(), np.zeros((6, 2)), verbose=0)
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_whole_cells_that_cudnn_may_read_are_refused(kind):
+    """Not shown by a CPU: only a GPU hands a cell's variables to cuDNN without calling it."""
+    config = loha_jax.LoHaConfig(
+        r=2, target_modules=["up"], modules_to_save=[f"{kind.__name__.lower()}_cell"]
+    )
+
+    def net(**options):
+        return keras.Sequential(
+            [keras.Input((5, 4)), kind(3, name="rnn", **options), layers.Dense(3, name="up")]
+        )
+
+    with pytest.raises(ValueError, match="use_cudnn=False, or leave it out"):
+        inject(net(), config, key=KEY)
+    model = inject(net(use_cudnn=False), config, key=KEY)
+    assert sum("_cell/" in variable.path for variable in model.trainable_variables) == 3

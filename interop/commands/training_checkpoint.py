@@ -36,8 +36,11 @@ _BESIDE = re.compile(rf"(?P<kernel>.+)_lora_(?:(?P<adapter>.+)_)?(?P<part>{_PART
 _IN_LEAF = re.compile(rf"params(?P<leaf>.*)\.adapters\['(?P<adapter>.*)'\]\.(?P<part>{_PART})")
 """The name of a factor in the description that `loha_jax.checkpoint` writes."""
 
-_OPTIMIZER = re.compile("mu|nu|trace|v|v_row|v_col|opt_?state|optimizer(_state)?|ema(_params)?")
-"""Parts of the paths of an optimizer's arrays and of averages, named as what they belong to."""
+_OPTIMIZER = re.compile("opt_?state|optimizer(_state)?|ema(_params)?")
+"""Parts of the paths of an optimizer's arrays and of averages, named as what they belong to.
+
+Not `mu` or `v`, as optax calls its moments: modules are called so too.
+"""
 
 
 class SavedArray(NamedTuple):

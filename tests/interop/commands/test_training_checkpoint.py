@@ -162,7 +162,7 @@ def test_a_folder_that_orbax_cannot_read_is_an_error_that_names_it(tmp_path, bro
 
 def test_a_run_with_padded_steps_averages_and_an_optimizer(tmp_path):
     """Only the parameters are adapters; arrays of Adafactor and averages have their names."""
-    params = adapted()["q"]
+    params = {"v": adapted()["q"]}  # a module that is called as a moment of Adafactor
     items = {"params": params, "ema": params, "opt_state": [{"v": params, "v_row": params}]}
     options = ocp.CheckpointManagerOptions(step_format_fixed_length=8, step_prefix="ckpt")
     with ocp.CheckpointManager(tmp_path / "run", options=options) as manager:
@@ -171,8 +171,8 @@ def test_a_run_with_padded_steps_averages_and_an_optimizer(tmp_path):
             manager.save(step, args=ocp.args.Composite(**saved))
     found = run_json("inspect", tmp_path / "run")
     assert (found["step"], found["steps"], found["items"]) == (100, [5, 100], sorted(items))
-    wanted = norm_of(params["kernel"].adapters["default"])
-    assert norms(found) == pytest.approx({"kernel": wanted}, rel=1e-5)
+    wanted = norm_of(params["v"]["kernel"].adapters["default"])
+    assert norms(found) == pytest.approx({"v.kernel": wanted}, rel=1e-5)
 
 
 def test_a_renamed_checkpoint_of_ours_is_an_error_that_says_why(tmp_path):

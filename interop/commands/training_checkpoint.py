@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from loha_jax.checkpoint import description_file
+from loha_jax.checkpoint.orbax_arrays import patient_handlers
 from loha_jax.lowrank.initial_values import FACTOR_NAMES
 from loha_jax.runtime.untrusted import FileError
 
@@ -142,7 +143,8 @@ def _read_tree(item: Path, described: Mapping[str, Any] | None, found: TrainingC
     from etils import epath
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is normal here
-    handler, folder = ocp.PyTreeCheckpointHandler(), epath.Path(item)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=patient_handlers())
+    folder = epath.Path(item)
     leaves, structure = jax.tree_util.tree_flatten_with_path(handler.metadata(folder).tree)
     saved = described["leaves"].items() if described else ()
     names = {leaf["item"]: name for name, leaf in saved if "item" in leaf}

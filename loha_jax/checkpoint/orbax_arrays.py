@@ -58,7 +58,7 @@ def read_arrays(
                 dtype=jnp.dtype(described["dtype"]),
             )
     # Not by the manager: if one process fails in it, the others wait for that one forever.
-    read = ocp.PyTreeCheckpointHandler(type_handler_registry=_patient_handlers()).restore(
+    read = ocp.PyTreeCheckpointHandler(type_handler_registry=patient_handlers()).restore(
         folder,
         args=ocp.args.PyTreeRestore(
             item=dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
@@ -105,7 +105,7 @@ def _sharding_to_read(given: object, described: Mapping[str, Any]) -> Any:
 
 
 @functools.cache
-def _patient_handlers() -> Any:
+def patient_handlers() -> Any:
     """Return Orbax' readers of arrays; after an error in one array they wait for the others.
 
     Orbax closes its event loop at the first error, and each read that ends later would log that.

@@ -22,7 +22,7 @@ from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_files import read_module
 from ..formats.lycoris_keys import are_adapters, embeddings_note
 from ..formats.peft_files import torch_name
-from ..formats.peft_names import SAFETENSORS_NAME
+from ..formats.peft_names import PREFIX, SAFETENSORS_NAME
 from ..formats.ranks import rank_of
 from ..formats.read_adapter import module_of, read_everything
 from ..formats.wrong_loader import has_peft_config
@@ -104,13 +104,18 @@ def is_adapter(path: Path) -> bool:
 
 
 def _broken_modules(path: Path) -> list[str] | None:
-    """Return what is wrong with each module of a LoHa; None if the file itself is corrupted."""
+    """Return what is wrong with each module of a LoHa.
+
+    None says that modules are not what is wrong: the file is corrupted, or lacks its settings.
+    """
     file = pending_or_own(path, SAFETENSORS_NAME) if path.is_dir() else path
     if not file.is_file():
         file = next(iter(sorted(path.glob("*.safetensors"))), path)
     try:
         tensors = read_safetensors(file)
     except (OSError, ValueError):
+        return None
+    if any(key.startswith(PREFIX) for key in tensors) and not has_peft_config(path):
         return None
     parts_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():

@@ -77,8 +77,8 @@ def group_keys(state: Mapping[str, np.ndarray]) -> Groups:
     """
     if any(key.startswith(PREFIX) for key in state):
         raise FileError(
-            "these are PEFT's keys, whose settings are in an adapter_config.json; give the folder "
-            "that holds both (in Python to `load_peft` or, of a LoRA, `load_lora`)"
+            "these are PEFT's keys, which a folder holds together with the settings (in Python: "
+            "`load_peft` or, of a LoRA, `load_lora`)"
         )
     groups = Groups({}, {}, {})
     foreign_of: dict[str, dict[str, np.ndarray]] = {}

@@ -37,6 +37,8 @@ _PEFT_KINDS = {
     "LOHA": Kind("a PEFT folder of a LoHa", "load_peft"),
     "LORA": Kind("a PEFT folder of a LoRA", "load_lora"),
 }
+_BARE_FILE = "a file of PEFT's without its settings"
+_BARE_FOLDER = Kind("a PEFT folder without its settings", "", f"put its {CONFIG_NAME} into it")
 _CHECKPOINT = Kind("the checkpoint of a model and not an adapter", "load_base")
 
 
@@ -103,7 +105,8 @@ def _folder_kind(folder: Path) -> Kind | None:
         return _PEFT_KINDS.get(str(kind)) or Kind(f"an adapter of PEFT's {kind!r}", "")
     if any(folder.glob("*.safetensors.index.json")):
         return _CHECKPOINT
-    return _file_kind(find_adapter_file(folder))
+    kind = _file_kind(find_adapter_file(folder))
+    return _BARE_FOLDER if kind and kind.name == _BARE_FILE else kind
 
 
 def _file_kind(file: Path) -> Kind | None:
@@ -121,5 +124,6 @@ def _file_kind(file: Path) -> Kind | None:
 
 
 def _peft_file(file: Path) -> Kind:
-    advice = f"give the folder that it lies in, '{file.parent}', with its {CONFIG_NAME}"
-    return Kind("a file of PEFT's without its settings", "", advice)
+    if has_peft_config(file.parent):
+        return Kind(_BARE_FILE, "", f"give its folder, '{file.parent}'")
+    return Kind(_BARE_FILE, "", f"put its {CONFIG_NAME} beside it, and give the folder")

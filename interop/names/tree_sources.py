@@ -156,8 +156,9 @@ class _Finder:
                 return self._kernel(position)
             if shapes is None:
                 raise ValueError(
-                    "only a torch checkpoint says whether it is a parameter or a weight; give "
-                    "`base=`"
+                    f"only a torch checkpoint says whether that is {name} or {name}.weight there: "
+                    "give `base=`. A model that has none is not one of transformers': merge it "
+                    "(`loha_jax.merge`), and save it with Orbax or as you save your models"
                 )
             return Source((name,), (), _axes(leaf.shape, shapes.get(name)))
         return self._vector(position)

@@ -205,25 +205,28 @@ def _types(structure: Any) -> list[str]:
 
 
 def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
-    """Return the differences between two descriptions, a line for each leaf and field.
+    """Return the differences between two descriptions, one line for all leaves that have it.
 
     Args:
         given, held: the descriptions of the given state and of the checkpoint:
             `{"adapters": …, "leaves": …, "base": …, "optimizer": …}`. A base leaf without a digest
             has no values to compare. An optimizer state that is not given is not compared.
     """
-    lines = []
+    found: list[tuple[str, str]] = []
     for name, ours, theirs in _pairs(given["adapters"], held["adapters"]):
-        lines += _fields(name, _structure(ours), _structure(theirs))
+        found += [(name, what) for what in _fields("", _structure(ours), _structure(theirs))]
     # Earlier versions saved alpha/r, `scale`'s numbers and norms of unadapted modules as arrays.
     described = [
         x for leaf in held["adapters"].values() for x in leaf.values() if isinstance(x, dict)
     ]
     padded = any(0 in adapter.get("ranks", ()) for adapter in described)
     if padded and any(name.endswith(".multiplier") for name in held["leaves"]):
-        lines.append(
-            "an earlier version wrote it, with norms of modules that are not adapted; load the "
-            "adapter's files"
+        found.append(
+            (
+                "",
+                "an earlier version wrote it, with norms of modules that are not adapted; load the "
+                "adapter's files",
+            )
         )
     arrays = ".scaling", ".multiplier"
     wanted = {
@@ -234,20 +237,49 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     if given["optimizer"] is None:
         wanted = {n: x for n, x in wanted.items() if not n.startswith("opt_state")}
     elif given["optimizer"] != held["optimizer"]:
-        lines.append(
-            f"opt_state: given {given['optimizer']}, the checkpoint has {held['optimizer']}"
-        )
+        what = f": given {given['optimizer']}, the checkpoint has {held['optimizer']}"
+        found.append(("opt_state", what))
+    adapted = sorted({*given["adapters"], *held["adapters"]}, key=len, reverse=True)
     for name, ours, theirs in _pairs(given["leaves"], wanted):
         if ours is None or theirs is None or _as_shape(ours) != _as_shape(theirs):
-            lines.append(f"{name}: given {_shown(ours)}, the checkpoint has {_shown(theirs)}")
-    for name, ours, theirs in _pairs(given["base"], held["base"]):
+            place = _place(name, adapted)
+            what = f": given {_shown(ours)}, the checkpoint has {_shown(theirs)}"
+            found.append((place, name.removeprefix(place) + what))
+    return [*_one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]
+
+
+def _base_differences(
+    given: Mapping[str, Any], held: Mapping[str, Any], adapted: Sequence[str]
+) -> list[str]:
+    """Return the differences between two fingerprints of a base."""
+    found: list[tuple[str, str]] = []
+    for name, ours, theirs in _pairs(given, held):
         if ours and theirs and not ("digest" in ours and "digest" in theirs):
             ours, theirs = ({k: v for k, v in x.items() if k != "digest"} for x in (ours, theirs))
         if not _same(ours, theirs):
-            what = "other values" if _shown(ours) == _shown(theirs) else _shown(ours)
-            lines.append(
-                f"{name} (base): given {what}, the checkpoint was made on {_shown(theirs)}"
-            )
+            same = _shown(ours) == _shown(theirs)
+            said = f"given {'other values' if same else _shown(ours)}"
+            place = _place(name, adapted)
+            what = f"{name.removeprefix(place)} (base): {said}, the checkpoint was made on "
+            found.append((place, what + _shown(theirs)))
+    return _one_line_each(found)
+
+
+def _place(name: str, adapted: Sequence[str]) -> str:
+    """Return the adapted leaf that a name is in, or the name; the longest leaves come first."""
+    return next((leaf for leaf in adapted if name.startswith(leaf)), name)
+
+
+def _one_line_each(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one line for each difference, with the first places that have it and their number."""
+    places: dict[str, list[str]] = {}
+    for place, what in found:
+        places.setdefault(what, []).append(place)
+    lines = []
+    for what, (first, *others) in places.items():
+        more = "" if len(others) <= 2 else ", …"
+        listed = f" (so in {len(others)} more: {', '.join(others[:2])}{more})" if others else ""
+        lines.append(f"{first}{what}{listed}")
     return lines
 
 

@@ -26,7 +26,7 @@ from loha_jax.targets.config import LoHaConfig
 from loha_jax.tree.flat_node import FlatNode, keep, register
 from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.provenance import Origin, interned
-from loha_jax.tree.short_repr import number_range, short_array
+from loha_jax.tree.short_repr import number_range, rank_range, short_array
 
 EXTRA_NAMES = ("scalar", "dora_scale")
 """Names of the trained arrays that LyCORIS adds to the factors."""
@@ -103,7 +103,7 @@ class Factors(FlatNode):
     @property
     def description(self) -> str:
         """Rank, alpha and what the adapter has besides the two pairs of factors, on one line."""
-        text = f"r={number_range(self.ranks)} alpha={number_range(self.alphas)}"
+        text = f"r={rank_range(self.ranks)} alpha={number_range(self.alphas)}"
         scaled = "" if self.multiplier == 1 else f" scaled by {self.multiplier:g}"
         return text + scaled + "".join(f" + {kind}" for kind in self.extra_kinds)
 

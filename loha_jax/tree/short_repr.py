@@ -43,6 +43,19 @@ def number_range(numbers: Sequence[float]) -> str:
     return "-".join(str(n) if isinstance(n, int) else f"{n:g}" for n in ends)
 
 
+def rank_range(ranks: Sequence[int]) -> str:
+    """Return the ranks of a stack's modules; modules that are not adapted have rank 0.
+
+    Example:
+        >>> rank_range((4, 4)), rank_range((0, 2, 4, 0))
+        ('4', '2-4 in 2 of 4')
+    """
+    adapted = [r for r in ranks if r]
+    if not adapted or len(adapted) == len(ranks):
+        return number_range(ranks)
+    return f"{number_range(adapted)} in {len(adapted)} of {len(ranks)}"
+
+
 def adapter_list(adapters: Iterable[tuple[str, str]], active: Sequence[str]) -> str:
     """Return `name: description` of each adapter, with "(inactive)" where it does not count."""
     return ", ".join(

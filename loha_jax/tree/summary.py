@@ -15,7 +15,7 @@ from loha_jax.tree.factors import EXTRA_NAMES, Factors
 from loha_jax.tree.leaves import AdaptedLeaf, LoHaWeight, flatten_whole, is_adapted
 from loha_jax.tree.merge import unload
 from loha_jax.tree.quantised import QuantisedArray, wrapped
-from loha_jax.tree.short_repr import number_range
+from loha_jax.tree.short_repr import rank_range
 from loha_jax.tree.text_table import text_table
 
 STATISTICS = "statistics"
@@ -100,7 +100,7 @@ def _rows(leaf: AdaptedLeaf) -> Iterator[AdapterRow]:
         if isinstance(leaf, LoHaWeight):
             kind = ", ".join(("loha", *adapter.extra_kinds)) + _scheme(leaf.original)
             parameters = _parameters(leaf, adapter)
-            shape, r = leaf.shape, number_range(adapter.ranks)
+            shape, r = leaf.shape, rank_range(adapter.ranks)
         else:
             kind = STATISTICS if leaf.is_buffer else "saved"
             shape, r, parameters = adapter.shape, "-", adapter.size

@@ -131,6 +131,23 @@ def test_all_differences_are_named(tmp_path, kind):
     assert checkpoint.restore(tmp_path, dense()).step == 1
 
 
+def test_a_difference_of_many_leaves_is_one_line(tmp_path):
+    """A deep model of another rank is named in as many lines as a shallow one, with the number."""
+
+    def deep(r):
+        layers = [{n: {"kernel": jnp.ones((4, 4))} for n in "qv"} for _ in range(6)]
+        config = LoHaConfig(r=r, target_modules=["q", "v"])
+        return loha_jax.inject({"layers": layers}, config, key=KEY)
+
+    with Checkpoints(tmp_path) as run:
+        run.save(1, deep(2))
+    with pytest.raises(ValueError, match="belongs to something else") as raised:
+        checkpoint.restore(tmp_path, deep(3))
+    lines = [line for line in str(raised.value).splitlines() if line.startswith("  - ")]
+    assert len(lines) == 6  # the ranks, the config's r, and four factors
+    assert all("(so in 11 more: params['layers'][0]['v']" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "line"),
     [

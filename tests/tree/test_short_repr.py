@@ -82,3 +82,13 @@ def test_halves_of_a_partition_masks_and_boxes():
     assert (
         repr(boxed["q"]["kernel"]) == "LoHaWeight(Partitioned(f32[4,8]) io, default: r=2 alpha=8)"
     )
+
+
+def test_a_stack_of_which_some_modules_are_adapted():
+    config = LoHaConfig(
+        r=2, target_modules=["q"], layers_to_transform=[1, 2], layers_pattern="layers"
+    )
+    base = {"layers": {"attn": {"q": {"kernel": jnp.ones((4, 8, 8))}}}}
+    params = loha_jax.inject(base, config, key=jax.random.key(0), layouts={".*q": "sio"})
+    assert loha_jax.summary(params).rows[0].r == "2 in 2 of 4"
+    assert "r=2 in 2 of 4 alpha=8" in repr(params["layers"]["attn"]["q"]["kernel"])

@@ -84,6 +84,20 @@ def test_inspect_says_what_is_broken(tensors, match, tmp_path):
     assert "Broken" in out
 
 
+@pytest.mark.parametrize("has_config", [True, False])
+def test_inspect_of_pefts_weights_alone_asks_for_the_folder(has_config, tmp_path):
+    """The file is not broken; it is half of an adapter."""
+    folder = peft_folder(tmp_path / "a", factors())
+    if not has_config:
+        (folder / "adapter_config.json").unlink()
+    _, err = run("inspect", folder / "adapter_model.safetensors", code=2)
+    advice = f"give its folder, '{folder}'" if has_config else "put its adapter_config.json beside"
+    assert err.count("adapter_config.json") == (0 if has_config else 1)
+    assert advice in err
+    if not has_config:
+        assert "put its adapter_config.json into it" in run("inspect", folder, code=2)[1]
+
+
 def test_inspect_remarks_on_updates_that_are_zero(tmp_path):
     folder = peft_folder(tmp_path / "a", factors(hada_w2_b=np.zeros((3, 3), np.float32)))
     found = run_json("inspect", folder)

@@ -37,8 +37,8 @@ NamesOption = Annotated[
         "--names",
         metavar="REGEX=TEMPLATE",
         help="Other names for modules, where the base model's have changed since: for those whose "
-        "whole name in the adapter's file matches, such as 'enc(.*)=encoder\\1'; may be given several "
-        "times.",
+        "whole name in the adapter's file matches, such as 'enc(.*)=encoder\\1'; may be given "
+        "several times.",
     ),
 ]
 FormOption = Annotated[

@@ -42,9 +42,10 @@ def as_lora(
 
     Returns:
         Nested dicts, whose keys are the tree's as strings ("0" for the first item of a list). For a
-        kernel `w` they hold `w_lora_a` `[*stack, *in, k]` and `w_lora_b` `[*stack, k, *out]`, with
-        the kernel's own axes of each kind, in float32 or wider. Their product over k is ΔW, from
-        inputs to outputs; k is r² where no smaller rank was asked for.
+        kernel `w` they hold `w_lora_a` `[*in, k]` and `w_lora_b` `[k, *out]`, with the kernel's own
+        axes of each kind, in float32 or wider. Axes of a stack are where the kernel has them: of
+        MaxText's `[in, layers, out]` they are `[in, layers, k]` and `[k, layers, out]`. The product
+        over k is ΔW, from inputs to outputs; k is r² where no smaller rank was asked for.
 
     Raises:
         ValueError: no such adapter, or several and none is named; rank is no positive integer; or
@@ -116,8 +117,19 @@ def _best(pair: _Pair, rank: int) -> _Pair:
 
 
 def _folded(pair: _Pair, layout: Layout, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Return both matrices with the kernel's own in and out axes."""
+    """Return both matrices with the kernel's own in and out axes, and its stack where it is."""
     stack, k = layout.sizes("s", shape), pair.left.shape[-1]
     a = jnp.swapaxes(pair.right, -1, -2).reshape(*stack, *layout.sizes("i", shape), k)
     b = jnp.swapaxes(pair.left, -1, -2).reshape(*stack, k, *layout.sizes("o", shape))
-    return a, b
+    return _stacked_as(layout, a), _stacked_as(layout, b)
+
+
+def _stacked_as(layout: Layout, array: jax.Array) -> jax.Array:
+    """Return an array whose leading axes are a kernel's stack, with these at the kernel's places.
+
+    A place behind the array's last axis, of a stack at the end of a larger kernel, is the last one.
+    """
+    stack = layout.axes("s")
+    first_last = array.ndim - len(stack)
+    places = [min(axis, first_last + sorted(stack).index(axis)) for axis in stack]
+    return jnp.moveaxis(array, range(len(stack)), places)

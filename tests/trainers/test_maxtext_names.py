@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
+from maxtext.checkpoint_conversion import to_huggingface
 from maxtext.checkpoint_conversion.utils import param_mapping, utils
 from maxtext.utils import lora_utils, model_creation_utils
 from safetensors.numpy import load_file, save_file
@@ -110,6 +111,29 @@ def converted(model, config, folder):
     (folder / "config.json").write_text(json.dumps(LLAMA))
 
 
+def taken_by_the_exporter(model):
+    """Whether MaxText's `to_huggingface` adds each module's LoRA of `as_lora` as the update it is.
+
+    It has no product for kernels with an axis of heads.
+    """
+    found = jax.tree_util.tree_leaves_with_path(interop.as_lora(model))
+    lora = {"-".join(key.key for key in path): array for path, array in found}
+    merged, bare = (f(nnx.clone(model)) for f in (loha_jax.merge, loha_jax.unload))
+    states = (nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (merged, bare))
+    for (path, value), (_, before) in zip(*states, strict=True):
+        key = "-".join(map(str, path))
+        if f"{key}_lora_a" in lora:
+            want = np.asarray(value.get_value() - before.get_value())
+            try:
+                delta = to_huggingface._get_lora_delta(f"params-{key}", lora, 1.0)
+            except (TypeError, ValueError):
+                yield path[-2], False
+            else:
+                assert abs(want).max() > 1e-3
+                np.testing.assert_allclose(delta, want, rtol=0, atol=1e-7)
+                yield path[-2], True
+
+
 @pytest.mark.parametrize("scanned", [True, False])
 def test_a_trained_llama_opens_under_the_names_of_hugging_face(scanned, tmp_path):
     (trainer, mesh), names = trained(tmp_path / "run", scanned=scanned)
@@ -128,6 +152,10 @@ def test_a_trained_llama_opens_under_the_names_of_hugging_face(scanned, tmp_path
         f"\nscanned={scanned}: the adapter moves logits by {moved:.2f}, PEFT - MaxText {error:.1e}"
     )
     assert moved > 0.1
+    assert dict(taken_by_the_exporter(model)) == {
+        **dict.fromkeys(("query", "key", "value", "out"), False),
+        **dict.fromkeys(("wi_0", "wo"), True),
+    }
 
     again = nnx.clone(base)
     interop.load_peft(tmp_path / "adapter", again, names=names)

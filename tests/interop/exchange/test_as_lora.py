@@ -20,7 +20,10 @@ KERNELS = {
     "iio": ((2, 3, 6), "abk,ko->abo"),
     "i1 i0 o": ((2, 3, 6), "bak,ko->abo"),
     "sio": ((4, 6, 5), "sik,sko->sio"),
-    "isoo": ((6, 4, 2, 3), "sik,skab->isab"),
+    "isoo": ((6, 4, 2, 3), "isk,ksab->isab"),
+    "iios": ((2, 3, 6, 4), "abks,kos->abos"),
+    "sios": ((4, 6, 5, 3), "sikt,skot->siot"),
+    "i o s1 s0": ((6, 5, 4, 3), "ikts,kots->iots"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jax.tree_util import GetAttrKey
@@ -118,8 +118,8 @@ def _axes_of_value(parameter: Any) -> list[Any]:
 
 
 def _names(axes: Any) -> tuple[str, ...]:
-    """Return the names of one axis or several of haliax, each an `Axis` or a name."""
-    several = axes if isinstance(axes, tuple | list) else (axes,)
+    """Return the names of one axis or several of haliax: `Axis`, a name, or sizes by name."""
+    several = axes if isinstance(axes, tuple | list | Mapping) else (axes,)
     return tuple(axis if isinstance(axis, str) else axis.name for axis in several)
 
 

@@ -81,7 +81,7 @@ def _weight(
     tree: PyTree,
     path: tuple[Any, ...],
     array: Any,
-    letters: dict[str, Collection[Any]],
+    letters: Mapping[str, Collection[Any]],
     role: Role,
     scale: float = 1.0,
 ) -> LayerWeight:

@@ -13,8 +13,8 @@ from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.default_layouts import (
     default_layout,
-    is_named_convolution,
     is_input_first,
+    is_named_convolution,
     is_named_lookup,
     is_output_first,
     is_torch_oriented,
@@ -243,8 +243,8 @@ class NamedTree:
         scale = self._known.scales.get(name)
         if scale is not None and given is None and position in self.kernels:
             raise ValueError(
-                f"The layer of {'.'.join(self.paths[position])} multiplies it by {scale} (muP), and "
-                "files hold the product. Give `inject`, loaders and savers names="
+                f"The layer of {'.'.join(self.paths[position])} multiplies it by {scale} (muP), "
+                "and files hold the product. Give `inject`, loaders and savers names="
                 f"NameMap(names, rows={{r'{re.escape(name)}': RowTransform(scale={scale})}})"
             )
         if given is not None and torch_parameter(self.paths[position]) in BUFFERS:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
-from jaxtyping import PyTree
 
 from loha_jax.targets.module_names import module_name, path_parts
 
@@ -30,7 +29,7 @@ class OwnPath(NamedTuple):
     stacks: tuple[int, ...] = ()
 
 
-def own_path(tree: PyTree, path: Sequence[Any]) -> OwnPath:
+def own_path(tree: object, path: Sequence[Any]) -> OwnPath:
     """Return a key path of a tree as strings, with the names that its framework has for it.
 
     - haliax: `_state_dict_key_map` renames fields and leaves some out, such as the one in which

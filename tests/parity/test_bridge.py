@@ -66,7 +66,9 @@ def test_to_nnx(tmp_path):
 
     @nnx.jit
     def step(model, optimizer):
-        loss_fn = lambda model: jnp.mean((model(X) - 1.0) ** 2)
+        def loss_fn(model):
+            return jnp.mean((model(X) - 1.0) ** 2)
+
         loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
         optimizer.update(model, grads)
         return loss
@@ -102,7 +104,9 @@ def test_to_linen(tmp_path):
 
     @jax.jit
     def step(trainable, state):
-        loss_fn = lambda t: jnp.mean((apply(loha_jax.combine(t, frozen), X) - 1.0) ** 2)
+        def loss_fn(t):
+            return jnp.mean((apply(loha_jax.combine(t, frozen), X) - 1.0) ** 2)
+
         loss, grads = jax.value_and_grad(loss_fn)(trainable)
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss

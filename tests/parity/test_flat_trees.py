@@ -78,7 +78,9 @@ def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
 
     @jax.jit
     def step(trainable, state):
-        loss_fn = lambda t: jnp.mean((apply(loha_jax.combine(t, frozen), x) - 1.0) ** 2)
+        def loss_fn(t):
+            return jnp.mean((apply(loha_jax.combine(t, frozen), x) - 1.0) ** 2)
+
         grads = jax.grad(loss_fn)(trainable)
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state

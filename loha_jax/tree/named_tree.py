@@ -142,12 +142,7 @@ class NamedTree:
         if name in self._known.own:
             return self._known.own[name]
         if name in self._known.unclear:
-            raise ValueError(
-                f"The kernel {'.'.join(self.paths[position])} of shape {tuple(leaf.shape)} has the "
-                f"axes {', '.join(self._known.unclear[name])}, and no known layer says which of "
-                f"them are inputs and outputs. Settle it with layouts={{r'{re.escape(name)}': "
-                "'...'}, one letter for each axis: s (stack), i (in), o (out), k (spatial)."
-            )
+            raise _unclear(self.paths[position], leaf.shape, self._known.unclear[name], name)
         self._by_default.add(position)
         return default_layout(
             leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name)
@@ -242,11 +237,7 @@ class NamedTree:
             return leaf.rows
         scale = self._known.scales.get(name)
         if scale is not None and given is None and position in self.kernels:
-            raise ValueError(
-                f"The layer of {'.'.join(self.paths[position])} multiplies it by {scale} (muP), "
-                "and files hold the product. Give `inject`, loaders and savers names="
-                f"NameMap(names, rows={{r'{re.escape(name)}': RowTransform(scale={scale})}})"
-            )
+            raise _scaled(self.paths[position], scale, name)
         if given is not None and torch_parameter(self.paths[position]) in BUFFERS:
             raise ValueError(
                 f"`names` gives {name} {given}, and it has {'.'.join(self.paths[position])}, a "
@@ -302,6 +293,25 @@ class NamedTree:
             return self.module_names(position, layout.sizes("s", self.leaves[position].shape))
         except UnknownNameError:
             return (self.names[position],)
+
+
+def _unclear(
+    path: Sequence[str], shape: Sequence[int], axes: Sequence[str], name: str
+) -> ValueError:
+    return ValueError(
+        f"The kernel {'.'.join(path)} of shape {tuple(shape)} has the axes {', '.join(axes)}, and "
+        "no known layer says which of them are inputs and outputs. Settle it with "
+        f"layouts={{r'{re.escape(name)}': '...'}}, one letter for each axis: s (stack), i (in), o "
+        "(out), k (spatial)."
+    )
+
+
+def _scaled(path: Sequence[str], scale: float, name: str) -> ValueError:
+    return ValueError(
+        f"The layer of {'.'.join(path)} multiplies it by {scale} (muP), and files hold the "
+        "product. Give `inject`, loaders and savers names="
+        f"NameMap(names, rows={{r'{re.escape(name)}': RowTransform(scale={scale})}})"
+    )
 
 
 def _is_array(leaf: object) -> bool:

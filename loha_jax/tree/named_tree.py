@@ -159,11 +159,7 @@ class NamedTree:
             or not is_input_first(shape, path, self.shape_at)
         ):
             return None
-        return (
-            f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or "
-            "that of a module beside it, says [in, out], as of GPT-2. Settle it with "
-            f"layouts={{r'{re.escape(self.names[position])}': 'io'}} or 'oi'"
-        )
+        return _input_first(path, shape, self.names[position])
 
     def _torch_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape that the file shows of a kernel that is one module."""
@@ -303,6 +299,14 @@ def _unclear(
         "no known layer says which of them are inputs and outputs. Settle it with "
         f"layouts={{r'{re.escape(name)}': '...'}}, one letter for each axis: s (stack), i (in), o "
         "(out), k (spatial)."
+    )
+
+
+def _input_first(path: Sequence[str], shape: Sequence[int], name: str) -> str:
+    return (
+        f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or that "
+        "of a module beside it, says [in, out], as of GPT-2. Settle it with "
+        f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi'"
     )
 
 

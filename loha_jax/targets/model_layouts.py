@@ -15,7 +15,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
 
     Args:
         given: the layouts of the user; of a `ModelLayouts`, what it knows of the model stays.
-        own, lookups, heads, transposed, vectors: see the attributes.
+        own, lookups, heads, transposed, vectors, unclear, stacks, scales: see the attributes.
 
     Attributes:
         own: layouts that the layers have, by default dotted name. They come after the layouts that
@@ -25,6 +25,10 @@ class ModelLayouts(dict[str, "str | Layout"]):
         heads: output heads, which "all-linear" leaves out too.
         transposed: transposed convolutions.
         vectors: modules whose weight is a scale, even if it has several axes.
+        unclear: the names of the axes of kernels whose layer is not known. A default by shape would
+            be a guess.
+        stacks: how many parts of a module's name stand in front of each index of its stack.
+        scales: numbers by which layers multiply their weight before they use it.
 
     Example:
         >>> ModelLayouts({"q": "ioo"}, lookups=["embed"]).lookups
@@ -40,6 +44,9 @@ class ModelLayouts(dict[str, "str | Layout"]):
         lookups: Collection[str] = (),
         heads: Collection[str] = (),
         vectors: Collection[str] = (),
+        unclear: Mapping[str, tuple[str, ...]] | None = None,
+        stacks: Mapping[str, tuple[int, ...]] | None = None,
+        scales: Mapping[str, float] | None = None,
     ):
         super().__init__(given or {})
         self.own = {**(own or {}), **(given.own if isinstance(given, ModelLayouts) else {})}
@@ -52,3 +59,6 @@ class ModelLayouts(dict[str, "str | Layout"]):
         self.heads = with_known("heads", heads)
         self.transposed = with_known("transposed", transposed)
         self.vectors = with_known("vectors", vectors)
+        self.unclear = dict(unclear or {})
+        self.stacks = dict(stacks or {})
+        self.scales = dict(scales or {})

@@ -138,7 +138,12 @@ def torch_parameter(parts: Sequence[str]) -> str:
     return others.get(last, last)
 
 
-def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[str, ...]:
+def stack_names(
+    name: str,
+    stack: Sequence[int],
+    names: Names | None,
+    places: Sequence[int] | None = None,
+) -> tuple[str, ...]:
     """Return the torch module names of a leaf, one per stack index in row-major order.
 
     Without `names`, a stack index is inserted after the first part of the name that is called like
@@ -150,6 +155,8 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
         names: a function of the default name or `{regex: template}` (fullmatch, `\\1` for groups).
             A stacked leaf takes a list with one name per index, or one name with `{}` (or `{0}`,
             `{1}`) in the places of the stack indices.
+        places: how many parts of the name stand in front of each index, where the model says it.
+            The index of a stack that it does not say comes before the last part.
 
     Raises:
         ValueError: the number of names is not the number of stack indices, or they are not
@@ -161,9 +168,11 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
     """
     given = _given_name(name, names)
     count = int(np.prod(stack, dtype=int))
+    if given is None and places is not None:
+        return tuple(_with_indices(name, index, places) for index in np.ndindex(*stack))
     if given is None:
         *above, last = name.split(".")
-        at = next((n for n, part in enumerate(above, 1) if _CONTAINER.fullmatch(part)), 1)
+        at = stack_place(name)
         indices = (map(str, index) for index in np.ndindex(*stack))
         return tuple(".".join([*above[:at], *i, *above[at:], last]) for i in indices)
     if isinstance(given, str):
@@ -177,6 +186,25 @@ def stack_names(name: str, stack: Sequence[int], names: Names | None) -> tuple[s
             "with {} where the index goes"
         )
     return result
+
+
+def stack_place(name: str) -> int:
+    """Return how many parts of a module's name stand in front of the index of a stack.
+
+    Example:
+        >>> stack_place("model.layers.q"), stack_place("mlp.q")
+        (2, 1)
+    """
+    above = name.split(".")[:-1]
+    return next((n for n, part in enumerate(above, 1) if _CONTAINER.fullmatch(part)), 1)
+
+
+def _with_indices(name: str, index: Sequence[int], places: Sequence[int]) -> str:
+    parts = name.split(".")
+    missing = [len(parts) - 1] * (len(index) - len(places))
+    for place, n in reversed([*zip([*places, *missing], index, strict=False)]):
+        parts.insert(place, str(n))
+    return ".".join(parts)
 
 
 def all_names(name: str, names: Names | None) -> tuple[str, ...]:

@@ -57,11 +57,12 @@ def require_named_leaves(params: PyTree) -> None:
     Raises:
         TypeError: the message says what to pass instead.
     """
-    if any("penzai" in _packages(node) for node in (params, *jax.tree.leaves(params))):
+    leaves = jax.tree.leaves(params, is_leaf=_is_slot)
+    if any("penzai" in _packages(leaf) for leaf in leaves):
+        kind = "an unbound penzai model" if any(map(_is_slot, leaves)) else "penzai parameters"
         raise TypeError(
-            f"This takes a tree of arrays, got a penzai model ({type(params).__name__}). Unbind "
-            "its parameters with `pz.unbind_params`, give a dictionary of their arrays by label, "
-            "and bind the result with `pz.bind_variables`"
+            f"This takes a tree of arrays, got {kind} (in a {type(params).__name__}). Pass "
+            "pz.freeze_params(model), which is the model as a tree with its arrays"
         )
     if not jax.tree_util.all_leaves([params]):
         if any("torch" in _packages(leaf) for leaf in jax.tree.leaves(params)):
@@ -108,6 +109,11 @@ def require_config(config: object) -> None:
         how = "LoHaConfig.from_dict(config.to_dict())"
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     raise TypeError(f"config should be a loha_jax.LoHaConfig, got a {kind}: pass loha_jax.{how}")
+
+
+def _is_slot(node: object) -> bool:
+    """Return whether a node stands for a parameter that penzai has taken out of its model."""
+    return type(node).__name__.endswith("Slot") and "penzai" in _packages(node)
 
 
 def _packages(node: object) -> set[str]:

@@ -14,13 +14,14 @@ from jax.extend.core import JaxprEqn
 
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import ModelLayouts
-from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
+from loha_jax.targets.module_names import is_kernel_leaf, module_name
 from loha_jax.transform.adapt import trace_and_evaluate
 from loha_jax.transform.arguments import flat_arguments, flatten_with_path, has_shape
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.options import Observer, Options
 from loha_jax.tree.containers import container_of
 from loha_jax.tree.merge import unload
+from loha_jax.tree.own_paths import own_path
 from loha_jax.tree.quantised import types_of_quantised
 
 
@@ -60,7 +61,7 @@ def infer_layouts(
     leaves = arguments.leaves
     candidates: dict[int, str] = {}
     for position, (path, leaf) in enumerate(flatten_with_path(base)[0]):
-        parts = path_parts(path)
+        parts = own_path(base, path).parts
         if has_shape(leaf) and len(leaf.shape) >= 2 and is_kernel_leaf(parts):
             candidates[position] = module_name(parts)
     roles = _Roles({name: len(leaves[n].shape) for n, name in candidates.items()})

@@ -27,7 +27,7 @@ Follower = Callable[[JaxprEqn, KernelView], KernelView | None]
 
 SAME_ARRAY = (
     *("sharding_constraint", "reshard", "pvary"),
-    *("copy", "copy_p", "optimization_barrier"),
+    *("copy", "copy_p", "optimization_barrier", "name"),
 )
 """Primitives whose result is their operand, to a reader of its values and its shape."""
 

@@ -1,4 +1,4 @@
-"""The layouts that the Equinox layers in a tree of parameters give their weights."""
+"""What the Equinox layers in a tree of parameters say of their weights."""
 
 from __future__ import annotations
 
@@ -6,58 +6,48 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
+from jax.tree_util import GetAttrKey
 from jaxtyping import PyTree
 
 from loha_jax.lowrank.layout import Layout
-from loha_jax.targets.model_layouts import Layouts, ModelLayouts
-from loha_jax.targets.module_names import module_name, path_parts
+from loha_jax.tree.layer_weights import LayerWeight, Role, nodes_of, weight_of
 
 
-def equinox_layers(tree: PyTree, given: Layouts | None = None) -> ModelLayouts:
-    """Return the given layouts, completed with what the Equinox layers of a tree say.
+def equinox_weights(tree: PyTree) -> Iterator[LayerWeight]:
+    """Yield what the Equinox layers of a tree say of their weights.
 
     Linear layers, recurrent cells, convolutions and embeddings have layouts, with stack axes in
     front (`filter_vmap`). Equinox keeps transposed convolutions as [out, in, *spatial], torch as
     [in, out, *spatial]. Equinox is not imported: whoever has such a tree has imported it.
 
     Example:
-        >>> import equinox as eqx
-        >>> equinox_layers({"q": eqx.nn.Linear(3, 5, key=jax.random.key(0))}).own["q"].word
+        >>> import equinox as eqx, jax
+        >>> next(equinox_weights({"q": eqx.nn.Linear(3, 5, key=jax.random.key(0))})).layout.word
         'oi'
     """
     equinox = sys.modules.get("equinox")
     if equinox is None:
-        return ModelLayouts(given)
+        return
     nn = equinox.nn
-    layouts: dict[str, Layout] = {}
-    lookups: set[str] = set()
-    transposed: set[str] = set()
     kinds = (nn.Linear, nn.Conv, nn.ConvTranspose, nn.Embedding, nn.GRUCell, nn.LSTMCell)
-    for path, layer in _layers(tree, kinds):
+    for path, layer in nodes_of(tree, kinds):
         for field, word, core in _weights(layer, nn):
             shape = getattr(getattr(layer, field), "shape", None)
-            name = module_name((*path, field))
             missing = len(shape) - len(core) if shape is not None else -1
             if shape is None or missing < 0 or (missing and tuple(shape[missing:]) != core):
                 continue
-            layouts[name] = Layout("s" * missing + word)
-            if isinstance(layer, nn.Embedding):
-                lookups.add(name)
-            elif isinstance(layer, nn.ConvTranspose):
-                transposed.add(name)
+            layout = Layout("s" * missing + word)
+            where = (*path, GetAttrKey(field))
+            yield weight_of(tree, where, layout=layout, role=_role(layer, nn))
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm)
-    vectors = {module_name((*path, "weight")) for path, _ in _layers(tree, norms)}
-    return ModelLayouts(given, layouts, transposed, lookups=lookups, vectors=vectors)
+    for path, _ in nodes_of(tree, norms):
+        yield weight_of(tree, (*path, GetAttrKey("weight")), role="vector")
 
 
-def _layers(tree: PyTree, types: tuple[type, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the nodes of these types in a tree, with their paths."""
-    for path, node in jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, types)
-    )[0]:
-        if isinstance(node, types):
-            yield path_parts(path), node
+def _role(layer: Any, nn: Any) -> Role:
+    if isinstance(layer, nn.Embedding):
+        return "lookup"
+    return "transposed" if isinstance(layer, nn.ConvTranspose) else "kernel"
 
 
 def _weights(layer: Any, nn: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:

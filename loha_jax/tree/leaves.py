@@ -18,11 +18,11 @@ from loha_jax.lowrank.hadamard import float32_or_wider
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.runtime.promotion import standard_promotion
-from loha_jax.targets.module_names import path_parts
 from loha_jax.tree.array_like import ArrayLike
 from loha_jax.tree.factors import Factors
 from loha_jax.tree.flat_node import FlatNode, keep, register
 from loha_jax.tree.forgotten_dropout import warn_of_forgotten_dropout
+from loha_jax.tree.own_paths import own_path
 from loha_jax.tree.provenance import Counters, interned
 from loha_jax.tree.quantised import QuantisedArray, as_array, is_quantised
 from loha_jax.tree.short_repr import adapter_list, short_array
@@ -298,9 +298,9 @@ def flatten_whole(tree: PyTree) -> tuple[list[Any], Any]:
 def leaves_by_path(
     tree: PyTree, is_leaf: Callable[[object], bool] = is_whole
 ) -> list[tuple[tuple[str, ...], Any]]:
-    """Return the leaves of a tree, each with its path as strings."""
+    """Return the leaves of a tree, each with its path as strings (`own_path`)."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(path_parts(path), leaf) for path, leaf in flat]
+    return [(own_path(tree, path).parts, leaf) for path, leaf in flat]
 
 
 def leaves_of(kind: type[A], tree: PyTree) -> list[A]:

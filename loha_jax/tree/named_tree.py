@@ -13,6 +13,7 @@ from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.config import LoHaConfig
 from loha_jax.targets.default_layouts import (
     default_layout,
+    is_input_first,
     is_named_convolution,
     is_named_lookup,
     is_output_first,
@@ -34,8 +35,8 @@ from loha_jax.targets.module_names import (
 from loha_jax.targets.row_transforms import row_transform
 from loha_jax.targets.target_advice import require_named_leaves
 from loha_jax.targets.used_names import check_used
-from loha_jax.tree.equinox_layers import equinox_layers
 from loha_jax.tree.leaves import BUFFERS, LoHaWeight, is_adapted, leaves_by_path
+from loha_jax.tree.model_layers import layers_layouts
 from loha_jax.tree.quantised import wrapped
 
 
@@ -77,7 +78,7 @@ class NamedTree:
         self.given_names = names
         check_used(names, {*self.names.values()})
         self._torch_shapes = torch_shapes or {}
-        self._known: ModelLayouts = equinox_layers(params, layouts)
+        self._known: ModelLayouts = layers_layouts(params, layouts)
         self.given_layouts = _as_layouts(self._known)
         mapped = names.layouts or {} if isinstance(names, NamesWithLayouts) else {}
         self._map_layouts = _as_layouts(
@@ -90,6 +91,7 @@ class NamedTree:
         self.kernels = {n for n in unlike if not self._has_bias_of_its_shape(n)}
         self.weights = sorted([*matrices, *self._scales({self.names[n] for n in matrices})])
         self._layouts: dict[int, Layout] = {}
+        self._by_default: set[int] = set()
 
     def _has_bias_of_its_shape(self, position: int) -> bool:
         """Return whether a leaf is the scale, or a stack of scales, of a normalisation."""
@@ -139,9 +141,25 @@ class NamedTree:
             return _fitting(mapped, f"names.layouts[{pattern!r}]", name, leaf.shape)
         if name in self._known.own:
             return self._known.own[name]
+        if name in self._known.unclear:
+            raise _unclear(self.paths[position], leaf.shape, self._known.unclear[name], name)
+        self._by_default.add(position)
         return default_layout(
             leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name)
         )
+
+    def contradiction(self, position: int) -> str | None:
+        """Describe a kernel whose name says another layout than its bias; None for others."""
+        path, shape = self.paths[position], self.shape_at[self.paths[position]]
+        word = self.layout(position).word
+        if (
+            word != "oi"
+            or position not in self._by_default
+            or not is_torch_oriented(path[-1])
+            or not is_input_first(shape, path, self.shape_at)
+        ):
+            return None
+        return _input_first(path, shape, self.names[position])
 
     def _torch_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape that the file shows of a kernel that is one module."""
@@ -188,7 +206,12 @@ class NamedTree:
 
     def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
         """Return the torch module names of a leaf with these stack axes; see `stack_names`."""
-        return stack_names(self.names[position], stack, self.given_names)
+        name = self.names[position]
+        return stack_names(name, stack, self.given_names, self._known.stacks.get(name))
+
+    def known_stacks(self, position: int) -> int:
+        """Return in how many stacks the module of a leaf is, as far as the model says it."""
+        return len(self._known.stacks.get(self.names[position], ()))
 
     def rows(self, position: int) -> RowTransform | None:
         """Return how torch's rows of a leaf differ from its own; None where they do not.
@@ -208,6 +231,9 @@ class NamedTree:
                     "`inject`, loaders and savers the same name map"
                 )
             return leaf.rows
+        scale = self._known.scales.get(name)
+        if scale is not None and given is None and position in self.kernels:
+            raise _scaled(self.paths[position], scale, name)
         if given is not None and torch_parameter(self.paths[position]) in BUFFERS:
             raise ValueError(
                 f"`names` gives {name} {given}, and it has {'.'.join(self.paths[position])}, a "
@@ -263,6 +289,33 @@ class NamedTree:
             return self.module_names(position, layout.sizes("s", self.leaves[position].shape))
         except UnknownNameError:
             return (self.names[position],)
+
+
+def _unclear(
+    path: Sequence[str], shape: Sequence[int], axes: Sequence[str], name: str
+) -> ValueError:
+    return ValueError(
+        f"The kernel {'.'.join(path)} of shape {tuple(shape)} has the axes {', '.join(axes)}, and "
+        "no known layer says which of them are inputs and outputs. Settle it with "
+        f"layouts={{r'{re.escape(name)}': '...'}}, one letter for each axis: s (stack), i (in), o "
+        "(out), k (spatial)."
+    )
+
+
+def _input_first(path: Sequence[str], shape: Sequence[int], name: str) -> str:
+    return (
+        f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or that "
+        "of a module beside it, says [in, out], as of GPT-2. Settle it with "
+        f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi'"
+    )
+
+
+def _scaled(path: Sequence[str], scale: float, name: str) -> ValueError:
+    return ValueError(
+        f"The layer of {'.'.join(path)} multiplies it by {scale} (muP), and files hold the "
+        "product. Give `inject`, loaders and savers names="
+        f"NameMap(names, rows={{r'{re.escape(name)}': RowTransform(scale={scale})}})"
+    )
 
 
 def _is_array(leaf: object) -> bool:

@@ -200,6 +200,8 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
             is_quantised |= leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
         elif scaled := scaled_kernel(tree.paths[position], leaf.dtype, tree.shape_at):
             raise ValueError(f"{scaled}. {QUANTISED_ADVICE}")
+        elif contradiction := tree.contradiction(position):
+            raise ValueError(contradiction)
     if misfits:
         raise ValueError(
             "The targets match modules whose weight cannot be adapted (a LoHa kernel has two or "

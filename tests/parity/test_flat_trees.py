@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
+import pytest
 import torch
 from safetensors.flax import load_file, save_file
 
@@ -45,3 +47,71 @@ def test_torchs_names_square_weights_and_the_real_peft(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load_file(tmp_path / "out/model.safetensors"), merged
     )
+
+
+class MLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)])
+
+    def forward(self, x):
+        return self.layers[1](torch.relu(self.layers[0](x)))
+
+
+def forward(params, x):
+    h = jax.nn.relu(x @ params["layers.0.weight"].T + params["layers.0.bias"])
+    return h @ params["layers.1.weight"].T + params["layers.1.bias"]
+
+
+def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
+    torch.manual_seed(0)
+    module = MLP().eval()
+    params = {name: jnp.asarray(t.numpy().copy()) for name, t in module.state_dict().items()}
+    before = jax.tree.map(np.array, params)
+    x = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    config = LoHaConfig(r=2, alpha=8, target_modules=["layers.0", "layers.1"])
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
+    apply = loha_jax.adapt(forward)
+    trainable, frozen = loha_jax.partition(adapted)
+    tx = optax.adam(1e-2)
+    state = tx.init(trainable)
+
+    @jax.jit
+    def step(trainable, state):
+        def loss_fn(t):
+            return jnp.mean((apply(loha_jax.combine(t, frozen), x) - 1.0) ** 2)
+
+        grads = jax.grad(loss_fn)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    for _ in range(5):
+        trainable, state = step(trainable, state)
+    adapted = loha_jax.combine(trainable, frozen)
+    jax.tree.map(np.testing.assert_array_equal, loha_jax.unload(adapted), before)
+    uses = str(loha_jax.explain(forward, adapted, x))
+    assert "factored" in uses
+    assert "dense" not in uses
+    np.testing.assert_allclose(forward(loha_jax.merge(adapted), x), apply(adapted, x), atol=1e-5)
+    interop.save_peft(tmp_path / "adapter", adapted)
+    base = module(torch.tensor(x)).detach().numpy()
+    opened = peft.PeftModel.from_pretrained(module, tmp_path / "adapter")
+    theirs = opened(torch.tensor(x)).detach().numpy()
+    assert np.abs(theirs - base).max() > 0.01
+    np.testing.assert_allclose(apply(adapted, x), theirs, atol=1e-5)
+    again = interop.load_peft(tmp_path / "adapter", params)
+    np.testing.assert_allclose(apply(again, x), theirs, atol=1e-5)
+
+
+def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout():
+    """GPT-2's Conv1D in torch, and a dictionary of one's own with torch's names."""
+    shapes = {"h.0.c_attn": (4, 12), "h.0.c_proj": (4, 4)}
+    params = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
+    params |= {f"{name}.bias": jnp.ones(shape[1]) for name, shape in shapes.items()}
+    for name in ("c_attn", "c_proj"):  # the square one lies beside the other
+        config = LoHaConfig(r=2, target_modules=[name])
+        with pytest.raises(ValueError, match=rf"{name}\.weight.*bias.*\[in, out\].*layouts="):
+            loha_jax.inject(params, config, key=jax.random.key(0))
+        layouts = {r"h\.0\..*": "io"}
+        adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
+        assert adapted[f"h.0.{name}.weight"].layout.word == "io"

@@ -65,7 +65,7 @@ def test_a_keras_and_a_penzai_model(monkeypatch):
     with pytest.raises(TypeError, match=r"Keras model.*v\.path: v\.value.*stateless_call"):
         inject(type("Mine", (keras_model,), {})(), ["dense"])
     parameter = type("Parameter", (), {"__module__": "penzai.core.variables"})
-    with pytest.raises(TypeError, match=r"penzai model.*pz\.unbind_params"):
+    with pytest.raises(TypeError, match=r"penzai parameters.*pz\.freeze_params"):
         inject([parameter()], ["dense"])
 
 

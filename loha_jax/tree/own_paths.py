@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from loha_jax.targets.module_names import module_name, path_parts
@@ -92,13 +93,14 @@ def _renamed(node: Any, key: Any) -> list[Any]:
 
 
 def _child(node: Any, key: Any) -> Any:
-    """Return the child of a node at a key; None where the key does not say which it is."""
-    try:
-        if isinstance(key, DictKey | SequenceKey):
-            return node[key.key if isinstance(key, DictKey) else key.idx]
-        if isinstance(key, FlattenedIndexKey):
-            return node.array if is_named_array(node) else None
-        return getattr(node, key.name)  # GetAttrKey, and penzai's own key for a stack
-    except (AttributeError, KeyError, IndexError, TypeError):
-        return None
-    return None
+    """Return the child of a node at a key; None where the key does not say which it is.
+
+    JAX takes other nodes than containers apart. Their attributes are not read, which may be
+    properties that warn.
+    """
+    if isinstance(key, DictKey | SequenceKey) and isinstance(node, dict | list | tuple):
+        return node[key.key if isinstance(key, DictKey) else key.idx]
+    if isinstance(key, FlattenedIndexKey):
+        return node.array if is_named_array(node) else None
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return next((child for path, child in children if path == (key,)), None)

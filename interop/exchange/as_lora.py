@@ -121,7 +121,18 @@ def _folded(pair: _Pair, layout: Layout, shape: tuple[int, ...]) -> tuple[jax.Ar
     stack, k = layout.sizes("s", shape), pair.left.shape[-1]
     a = jnp.swapaxes(pair.right, -1, -2).reshape(*stack, *layout.sizes("i", shape), k)
     b = jnp.swapaxes(pair.left, -1, -2).reshape(*stack, k, *layout.sizes("o", shape))
+    a = _in_kernel_order(layout.axes("i"), len(stack), a)
+    b = _in_kernel_order(layout.axes("o"), len(stack) + 1, b)
     return _stacked_as(layout, a), _stacked_as(layout, b)
+
+
+def _in_kernel_order(axes: tuple[int, ...], first: int, array: jax.Array) -> jax.Array:
+    """Return an array with the axes from `first` on, which are in flattening order, as in a kernel.
+
+    `axes` are their places in the kernel; a layout with indices gives them in another order.
+    """
+    places = [first + sorted(axes).index(axis) for axis in axes]
+    return jnp.moveaxis(array, range(first, first + len(axes)), places)
 
 
 def _stacked_as(layout: Layout, array: jax.Array) -> jax.Array:

@@ -240,9 +240,12 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
         what = f": given {given['optimizer']}, the checkpoint has {held['optimizer']}"
         found.append(("opt_state", what))
     adapted = sorted({*given["adapters"], *held["adapters"]}, key=len, reverse=True)
+    other_ranks = {place for place, what in found if ", ranks: " in what}
     for name, ours, theirs in _pairs(given["leaves"], wanted):
         if ours is None or theirs is None or _as_shape(ours) != _as_shape(theirs):
             place = _place(name, adapted)
+            if place in other_ranks or (name.startswith("opt_state") and other_ranks):
+                continue  # shapes of factors and of their moments follow from the ranks
             what = f": given {_shown(ours)}, the checkpoint has {_shown(theirs)}"
             found.append((place, name.removeprefix(place) + what))
     return [*_one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]

@@ -288,12 +288,23 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
 
 
 def near_misses(targets: str | Iterable[str] | None, names: Sequence[str]) -> str:
-    """Return a sentence with the module names nearest to `targets`; "" if there are no names."""
+    """Return a sentence with the module names nearest to `targets`; "" if there are no names.
+
+    Where none is near, it has the ends of all names.
+    """
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
     lasts = sorted({name.rsplit(".", 1)[-1] for name in names})
     near: list[str] = []
     for target in wanted:
         near += difflib.get_close_matches(target.rsplit(".", 1)[-1], lasts, n=3, cutoff=0.5)
         near += difflib.get_close_matches(target, names, n=2, cutoff=0.7)
-    near = list(dict.fromkeys(near)) or lasts[:10]
+    if isinstance(targets, str) and targets in lasts:
+        return (
+            f" A string is a regular expression for whole names: give the list [{targets!r}] for "
+            "the modules whose names end so."
+        )
+    if not near and lasts:
+        more = ", …" if len(lasts) > 20 else ""
+        return f" Modules end in: {', '.join(map(repr, lasts[:20]))}{more}."
+    near = list(dict.fromkeys(near))
     return f" The nearest module names are: {', '.join(map(repr, near))}." if near else ""

@@ -87,11 +87,10 @@ def _weight(
 ) -> LayerWeight:
     """Return what a layer says of a named array, by the names of axes for each letter."""
     axes = _axes(array)
-    of = {name: letter for letter, names in letters.items() for name in names}
-    word = "".join(of.get(axis, "s") for axis in axes)
+    kinds = {name: letter for letter, names in letters.items() for name in names}
     names = tuple(map(str, axes))
-    is_kernel = {"i", "o"} <= set(word)  # else it is a scale, as of penzai's norms
-    layout, role = (Layout(word), role) if is_kernel else (None, "vector")
+    is_kernel = {"i", "o"} <= {kinds.get(axis) for axis in axes}  # else a scale, as in norms
+    layout, role = (_layout(axes, letters), role) if is_kernel else (None, "vector")
     weight = weight_of(tree, path, layout=layout, role=role, axes=names, scale=scale)
     # penzai says over which axis a stack goes, and not which part of a label it repeats.
     stacks = [key for key in path if getattr(key, "stack_axis", None) in axes]
@@ -99,6 +98,20 @@ def _weight(
         places = (stack_place(module_name(weight.path)),) * len(stacks)
         weight = dataclasses.replace(weight, stacks=places)
     return weight
+
+
+def _layout(axes: Collection[Any], letters: Mapping[str, Collection[Any]]) -> Layout:
+    """Return the layout of a kernel whose axes flatten in the order in which its layer names them.
+
+    The array's own order is that of its memory, which a `rearrange` changes.
+    """
+    tokens = dict.fromkeys(axes, "s")
+    for letter, declared in letters.items():
+        present = [axis for axis in declared if axis in tokens]
+        in_order = present == [axis for axis in axes if axis in present]
+        for n, axis in enumerate(present):
+            tokens[axis] = letter if in_order else f"{letter}{n}"
+    return Layout(" ".join(tokens.values()))
 
 
 def _axes(array: Any) -> list[Any]:

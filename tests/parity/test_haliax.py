@@ -176,6 +176,28 @@ def test_axes_give_the_layouts():
         loha_jax.inject(tree, LoHaConfig(r=2, target_modules=["norm"]), key=KEY)
 
 
+@pytest.mark.parametrize("order", [None, "ia ib oa ob", "ib oa ia ob", "ob oa ib ia"])
+def test_several_axes_flatten_as_the_layer_declares_them(order):
+    """haliax' own state dict has the truth, whatever the order of the array is."""
+    axes = [hax.Axis(name, size) for name, size in (("oa", 2), ("ob", 3), ("ia", 3), ("ib", 4))]
+    layer = hnn.Linear.init(axes[2:], axes[:2], key=KEY)
+    if order is not None:
+        weight = layer.weight.rearrange(tuple(order.split()))
+        layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    params = loha_jax.inject({"q": layer}, config, key=KEY)
+    merged, base = (
+        hax.state_dict.to_torch_compatible_state_dict(m)["q.weight"]
+        for m in (loha_jax.merge(params), {"q": layer})
+    )
+    got = interop.to_peft_state_dict(params)
+    f = {key.rsplit(".", 1)[-1]: np.float64(value) for key, value in got.items()}
+    update = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]) * (8 / 2)
+    want = np.asarray(merged, np.float64) - np.asarray(base, np.float64)
+    assert abs(want).max() > 0.1
+    np.testing.assert_allclose(update, want, rtol=0, atol=1e-5)
+
+
 class Mix(eqx.Module):
     weight: hax.NamedArray
 

@@ -1,5 +1,7 @@
 """penzai models, frozen: names from labels, layouts from axes, files that PEFT opens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,25 @@ def test_training_and_the_real_peft(tmp_path):
     assert np.abs(theirs - base).max() > 0.01
     again = interop.load_peft(tmp_path / "adapter", model)
     np.testing.assert_allclose(outputs(again), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [("g", "h", "f", "e"), ("h", "e", "g", "f")])
+def test_several_axes_flatten_as_the_layer_declares_them(order):
+    layer = pz.nn.Linear.from_config("q", KEY, {"f": 2, "e": 3}, {"g": 4, "h": 2})
+    frozen = pz.freeze_params(layer)
+    weights = dataclasses.replace(frozen.weights, value=frozen.weights.value.order_as(*order))
+    frozen = dataclasses.replace(frozen, weights=weights)
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    params = loha_jax.inject(frozen, config, key=KEY)
+    merged, base = (
+        np.float64(m.weights.value.unwrap("g", "h", "f", "e")).reshape(8, 6)
+        for m in (loha_jax.merge(params), frozen)
+    )
+    got = interop.to_peft_state_dict(params)
+    f = {key.rsplit(".", 1)[-1]: np.float64(value) for key, value in got.items()}
+    update = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]) * (8 / 2)
+    assert abs(merged - base).max() > 0.1
+    np.testing.assert_allclose(update, merged - base, rtol=0, atol=1e-5)
 
 
 def test_labels_and_axes_give_names_and_layouts():

@@ -15,10 +15,11 @@ from loha_jax.nnx.adapted_classes import base_class, set_class
 from loha_jax.nnx.attributes import (
     changed_attributes,
     detach_attributes,
+    in_static,
     new_data_attributes,
     set_attribute,
 )
-from loha_jax.nnx.graph import Path, is_node
+from loha_jax.nnx.graph import Path, is_node, is_variable
 from loha_jax.nnx.siblings import called_among, called_in
 
 
@@ -172,6 +173,8 @@ class Clones:
             old = self._before.get(
                 path, known[path] if path in known and path not in adapted else None
             )
+            if not is_variable(variable) and in_static(self.nodes, path):
+                continue
             if not frozen and not _same(_value(variable), _value(old)):
                 changed[path] = variable
         return changed

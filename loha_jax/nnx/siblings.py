@@ -162,7 +162,7 @@ class AdaptedVariable:
 
     def set_mode(self, mode: DropoutMode) -> None:
         """Put another random stream beside the variable."""
-        setattr(self.owner, self.attribute("rngs"), mode)
+        setattr(self.owner, self.attribute("rngs"), nnx.data(mode))
 
     def leaf(self) -> LoHaWeight | SavedWeight:
         """Return the variable as a leaf of a tree, whose factors have their stack axes in front.

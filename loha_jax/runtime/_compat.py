@@ -1,4 +1,4 @@
-"""The differences between JAX versions, each with the version in a comment."""
+"""The differences between versions of JAX and Flax, each with the version in a comment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import jax
 import jax.core
 import jax.extend.core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
+
+try:
+    from jax.extend.core import DebugInfo  # since 0.10
+except ImportError:
+    from jax._src.core import DebugInfo
 
 Literal = jex.Literal
 
@@ -31,7 +36,19 @@ def bind_equation(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _debug_info(inputs: Sequence[object], outputs: Sequence[object]) -> Any:
-    return jex.DebugInfo("loha_jax", "loha_jax", ("",) * len(inputs), ("",) * len(outputs))
+    return DebugInfo("loha_jax", "loha_jax", ("",) * len(inputs), ("",) * len(outputs))
+
+
+AXIS_NAMES = ("out_sharding", "sharding_names")
+"""Where a variable's metadata names its axes: in Flax 0.12.8, and in 0.12.3."""
+
+
+def attributes(node: object) -> dict[Any, Any]:
+    """Return the attributes of an NNX node without those of Flax' own bookkeeping.
+
+    The elements of an `nnx.List` are among them: by "0", "1", …; by integers before Flax 0.12.8.
+    """
+    return {name: x for name, x in vars(node).items() if not str(name).startswith("_pytree__")}
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, list[Any]]:

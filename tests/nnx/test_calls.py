@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_models import FOLDS, IDS, WIDTH, Block, Model, adapted, close
+from nnx_models import FOLDS, IDS, WIDTH, Block, Model, adapted, close, split
 from nnx_reference import ALPHA, R, dense, factors, with_sums
 from random_arrays import normal_array
 
@@ -112,7 +112,7 @@ def test_layers_stacked_by_vmap_and_scanned(scanned, remat):
 
     class Stacked(nnx.Module):
         def __init__(self, rngs):
-            self.layers = nnx.vmap(Block)(rngs.split(3))
+            self.layers = nnx.vmap(Block)(split(rngs, 3))
 
         def __call__(self, x):
             return forward(x, self.layers)

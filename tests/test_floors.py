@@ -11,7 +11,7 @@ import pytest
 packaging = pytest.importorskip("packaging.requirements", reason="pip's own, not everywhere")
 
 ROOT = Path(__file__).parents[1]
-# What pip chose for them, and flax==0.12.3 is EasyDeL's own pin.
+# What pip chose for EasyDeL, whose own pin is flax==0.12.3; what tests/trainers use for the others.
 TRAINERS = {
     "easydel 0.3.0": {
         "jax": "0.9.2",

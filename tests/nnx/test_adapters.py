@@ -138,7 +138,7 @@ class Normed(nnx.Module):
 
 @pytest.mark.skipif(
     not hasattr(nnx.Rngs, "split"),
-    reason="Flax 0.12.3 refuses the new statistics in nnx.grad: TraceContextError",
+    reason="a TraceContextError with Flax 0.12.3, whose cause is not known",
 )
 def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
     with jax.enable_x64(False):

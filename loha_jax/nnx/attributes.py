@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from loha_jax.nnx.graph import Path, follow, is_owner
-from loha_jax.runtime._compat import attributes
+from loha_jax.nnx.graph import Path
+from loha_jax.runtime import _compat
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def is_plain(value: object) -> bool:
 
 def detach_attributes(clone: nnx.Pytree) -> None:
     """Copy a clone's containers, and delete the properties that it caches of its weights."""
-    for name, value in attributes(clone).items():
+    for name, value in _compat.attributes(clone).items():
         if clone._pytree__nodes.get(name, False):
             continue
         of_class = getattr(type(clone), str(name), None)
@@ -83,7 +83,7 @@ def changed_attributes(
                 "modules in `__init__`, or before `inject`."
             )
         original = cast(nnx.Pytree, originals[path])
-        for name, value in attributes(clone).items():
+        for name, value in _compat.attributes(clone).items():
             if clone._pytree__nodes.get(name, False) or not is_plain(value):
                 continue
             old = vars(original).get(name, originals)
@@ -91,18 +91,6 @@ def changed_attributes(
                 type(old) is type(value) in (list, dict, set) and repr(old) == repr(value)
             ):
                 yield original, name, value
-
-
-def in_static(nodes: object, path: Path) -> bool:
-    """Return whether a path leads through a static attribute.
-
-    Before Flax 0.12.8, arrays in static attributes are part of a model's state.
-    """
-    for n, key in enumerate(path):
-        node = follow(nodes, path[:n])
-        if is_owner(node) and not node._pytree__nodes.get(cast(str, key), False):
-            return True
-    return False
 
 
 def new_data_attributes(
@@ -124,7 +112,5 @@ def set_attribute(node: nnx.Pytree, name: str | int, value: object) -> None:
     elif type(old) is type(value) in (dict, set):
         old.clear()
         old.update(value)
-    elif isinstance(name, int):  # an element of a list, before Flax 0.12.8
-        cast(Any, node)[name] = value
     else:
-        setattr(node, name, value)
+        _compat.set_attribute(node, name, value)

@@ -15,12 +15,12 @@ from loha_jax.nnx.adapted_classes import base_class, set_class
 from loha_jax.nnx.attributes import (
     changed_attributes,
     detach_attributes,
-    in_static,
     new_data_attributes,
     set_attribute,
 )
-from loha_jax.nnx.graph import Path, is_node, is_variable
+from loha_jax.nnx.graph import Path, is_node, is_variable, steps
 from loha_jax.nnx.siblings import called_among, called_in
+from loha_jax.runtime._compat import in_static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Clones:
             old = self._before.get(
                 path, known[path] if path in known and path not in adapted else None
             )
-            if not is_variable(variable) and in_static(self.nodes, path):
+            if not is_variable(variable) and in_static(steps(self.nodes, path)):
                 continue
             if not frozen and not _same(_value(variable), _value(old)):
                 changed[path] = variable

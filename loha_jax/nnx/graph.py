@@ -72,6 +72,13 @@ def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, PyTree[nnx.Variabl
     return inside((), owner)
 
 
+def steps(node: object, path: Path) -> Iterator[tuple[object, Key]]:
+    """Yield the nodes on a path from a node, each with the key that leads on."""
+    for key in path:
+        yield node, key
+        node = dict(slots(node))[key]
+
+
 def follow(node: object, path: Path) -> object:
     """Return what is found on a path from a node."""
     for key in path:

@@ -136,10 +136,6 @@ class Normed(nnx.Module):
         return self.head(self.norm(self.a(x)))
 
 
-@pytest.mark.skipif(
-    not hasattr(nnx.Rngs, "split"),
-    reason="a TraceContextError with Flax 0.12.3, whose cause is not known",
-)
 def test_modules_to_save_are_trained_whole_and_their_originals_are_not():
     with jax.enable_x64(False):
         settings = {"target_modules": ["a"], "modules_to_save": ["head", "norm"]}

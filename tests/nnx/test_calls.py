@@ -91,6 +91,14 @@ def test_a_model_goes_through_nnxs_functions(name, reference):
     close(model(IDS), reference)
 
 
+def test_a_call_leaves_the_model_the_same_pytree():
+    """In Flax 0.12.3, what is deleted from a copy of a node is no leaf of the node itself."""
+    model = adapted()
+    before = [path for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    model(IDS)
+    assert [path for path, _ in jax.tree_util.tree_leaves_with_path(model)] == before
+
+
 def test_the_model_is_printed_and_tabulated(capsys):
     model = adapted()
     nnx.display(model)

@@ -1,4 +1,4 @@
-"""What loha-jax asks for beside trainers, and what it imports."""
+"""What loha-jax asks for beside a trainer, and what it imports."""
 
 import json
 import subprocess
@@ -11,40 +11,33 @@ import pytest
 packaging = pytest.importorskip("packaging.requirements", reason="pip's own, not everywhere")
 
 ROOT = Path(__file__).parents[1]
-# What pip chose for EasyDeL, whose own pin is flax==0.12.3; what tests/trainers use for the others.
-TRAINERS = {
-    "easydel 0.3.0": {
-        "jax": "0.9.2",
-        "flax": "0.12.3",
-        "optax": "0.2.8",
-        "orbax-checkpoint": "0.12.8",
-        "jaxtyping": "0.3.11",
-        "safetensors": "0.8.0",
-        "regex": "2026.11.19",
-        "typer": "0.29.2",
-        "rich": "15.0.0",
-    },
-    "tunix 0.1.7, maxtext 0.2.5": {"jax": "0.12.0.1", "flax": "0.12.12"},
+# What pip chose for EasyDeL 0.3.0, whose own pin is flax==0.12.3.
+EASYDEL = {
+    "jax": "0.9.2",
+    "flax": "0.12.3",
+    "optax": "0.2.8",
+    "orbax-checkpoint": "0.12.8",
+    "jaxtyping": "0.3.11",
+    "safetensors": "0.8.0",
+    "regex": "2026.11.19",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
 }
 
 
-def requirements():
+def test_what_easydel_brings_is_enough():
+    """loha-jax asks for nothing else and for nothing newer."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [packaging.Requirement(line) for line in project["dependencies"]]
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_the_versions_of_trainers_are_allowed(trainer):
-    """pip changes no installed package that meets the requirements."""
-    for requirement in requirements():
-        version = TRAINERS[trainer].get(requirement.name)
-        assert version is None or requirement.specifier.contains(version), requirement
+    needed = [packaging.Requirement(line) for line in project["dependencies"]]
+    assert {requirement.name for requirement in needed} == set(EASYDEL)
+    for requirement in needed:
+        assert requirement.specifier.contains(EASYDEL[requirement.name]), requirement
 
 
 @pytest.mark.slow
-def test_pip_changes_nothing_of_the_oldest_pair():
-    """pip's dry run, with the versions that EasyDeL has. It needs a package index."""
-    pins = [f"{name}=={version}" for name, version in TRAINERS["easydel 0.3.0"].items()]
+def test_pip_keeps_the_versions_that_easydel_brings():
+    """pip's dry run with these versions. It needs a package index."""
+    pins = [f"{name}=={version}" for name, version in EASYDEL.items()]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     result = subprocess.run(
         [*pip, "--report", "-", str(ROOT), *pins], capture_output=True, text=True, check=False
@@ -54,7 +47,7 @@ def test_pip_changes_nothing_of_the_oldest_pair():
     assert result.returncode == 0, result.stderr
     chosen = {x["metadata"]["name"]: x for x in json.loads(result.stdout)["install"]}
     assert "loha-jax" in chosen
-    for name, version in TRAINERS["easydel 0.3.0"].items():
+    for name, version in EASYDEL.items():
         assert chosen[name]["metadata"]["version"] == version
 
 

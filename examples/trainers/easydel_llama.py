@@ -25,7 +25,8 @@ parser.add_argument("--out", type=Path, default=Path("out/easydel_llama"))
 args = parser.parse_args()
 
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
-config = easydel.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+config = easydel.LlamaConfig(**sizes, **heads, attn_dtype=jnp.float32)  # else bfloat16
 types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "precision": None}
 model = easydel.LlamaForCausalLM(config=config, **types, rngs=nnx.Rngs(0))  # (*) from_pretrained
 

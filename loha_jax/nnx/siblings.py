@@ -163,7 +163,7 @@ class AdaptedVariable:
 
     def set_mode(self, mode: DropoutMode) -> None:
         """Put another random stream beside the variable."""
-        setattr(self.owner, self.attribute("rngs"), nnx.data(mode))
+        setattr(self.owner, self.attribute("rngs"), mode)
 
     def leaf(self) -> LoHaWeight | SavedWeight:
         """Return the variable as a leaf of a tree, whose factors have their stack axes in front.

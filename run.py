@@ -83,7 +83,7 @@ CORE_ON_OLDEST = [
     *("tests/lowrank/test_hadamard.py", "tests/tree/test_inject.py"),
     *("tests/transform/test_control_flow_rules.py", "tests/nnx/test_adapters.py"),
     *("tests/nnx/test_attributes.py", "tests/nnx/test_calls.py", "tests/nnx/test_siblings.py"),
-    *("tests/linen/test_layers.py", "tests/linen/test_partitioning_and_dropout.py"),
+    "tests/linen/test_layers.py",
     "tests/checkpoint/test_checkpoints.py::test_everything_comes_back_bit_for_bit",
 ]
 

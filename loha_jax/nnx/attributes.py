@@ -106,7 +106,8 @@ def new_data_attributes(
 
 def set_attribute(node: nnx.Pytree, name: str | int, value: object) -> None:
     """Set an attribute. A list, dict or set, which others may hold too, is changed in place."""
-    old: Any = vars(node).get(name)
+    held: dict[Any, Any] = vars(node)
+    old: Any = held.get(name)
     if type(old) is type(value) is list:
         old[:] = value
     elif type(old) is type(value) in (dict, set):

@@ -35,7 +35,7 @@ class Changes:
     """
 
     variables: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
-    attributes: list[tuple[nnx.Pytree, str, object]] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[nnx.Pytree, str | int, object]] = dataclasses.field(default_factory=list)
     added: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
     removed: set[Path] = dataclasses.field(default_factory=set)
 

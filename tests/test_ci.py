@@ -18,6 +18,23 @@ def test_the_newest_jax_leaves_out_only_what_exists():
         assert list(ROOT.glob(path)), path
 
 
+def test_the_oldest_jax_runs_what_exists_on_the_floors():
+    """The pins of the oldest environment are the floors that the library asks for."""
+    import run
+
+    named = [argument for argument in run.CORE_ON_OLDEST if argument.startswith("tests/")]
+    assert len(named) > 5
+    assert all((ROOT / path.partition("::")[0]).is_file() for path in named)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = {
+        r.partition("==")[0]: r.partition("==")[2]
+        for r in project["optional-dependencies"]["oldest"]
+    }
+    floors = dict(r.split(">=") for r in project["dependencies"])
+    for name in ("jax", "flax", "optax", "orbax-checkpoint"):
+        assert pins[name] == floors[name]
+
+
 class Item:
     def __init__(self, nodeid):
         self.nodeid = nodeid
@@ -48,7 +65,11 @@ def test_ci_calls_commands_that_exist():
 
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     called = re.findall(r"python3? run\.py ([\w-]+)", text)
-    assert {"test", "test-long", "test-newest", "example"} <= set(called) <= run.COMMANDS.keys()
+    assert (
+        {"test", "test-long", "test-newest", "test-oldest", "example"}
+        <= set(called)
+        <= run.COMMANDS.keys()
+    )
 
 
 def test_the_workflow_calls_what_exists():

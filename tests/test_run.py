@@ -66,6 +66,20 @@ def test_a_step_is_quiet_unless_it_fails(capfd):
     assert set(capfd.readouterr().out.splitlines()) == {"==> Working", "one", "two"}
 
 
+def test_the_oldest_jax_has_an_environment_of_its_own(monkeypatch):
+    """Made by this Python. Arguments choose the tests instead."""
+    installed, ran = [], []
+    monkeypatch.setattr(run, "environment_in", lambda folder, find: folder / find.__name__)
+    monkeypatch.setattr(run.Installer, "__init__", lambda self, python, distributions: None)
+    monkeypatch.setattr(run.Installer, "install", lambda self, what: installed.append(what[1][-1]))
+    monkeypatch.setattr(run, "run", lambda python, command, folder: ran.append((python, command)))
+    run.main(["test-oldest"])
+    run.main(["test-oldest", "tests/tree"])
+    assert {python for python, _ in ran} == {run.REPOSITORY / ".venv-oldest" / "this_python"}
+    assert [command[-1] for _, command in ran] == [run.CORE_ON_OLDEST[-1], "tests/tree"]
+    assert installed == [f"{run.REPOSITORY}[oldest]"] * 2
+
+
 def test_the_newest_jax_has_an_environment_of_its_own(monkeypatch):
     """Not the active one. Without arguments all three runs are made, whichever fails."""
     installed, ran = [], []

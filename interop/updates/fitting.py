@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import math
 import sys
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -23,6 +22,9 @@ from loha_jax.runtime.scalars import is_integer, plain_scalar
 
 from ..disk.base_checkpoint import accumulator
 from ..formats.adapter_file import AdapterModule
+
+if TYPE_CHECKING:
+    import optax
 
 _STEPS_AT_ONCE = 20
 _SMALLEST_GAIN = 1e-4
@@ -276,6 +278,8 @@ def _descend(target: Float[Array, "out columns"], start: Pairs, steps: int) -> t
 
 
 def _optimizer() -> optax.GradientTransformationExtraArgs:
+    import optax  # takes a while
+
     return optax.lbfgs(memory_size=_MEMORY)
 
 
@@ -284,6 +288,8 @@ def _some_steps(
     target: Float[Array, "out columns"], pairs: Pairs, state: optax.OptState, count: int
 ) -> tuple[Pairs, optax.OptState]:
     """Take `count` steps of L-BFGS."""
+    import optax
+
     optimizer = _optimizer()
 
     def loss(pairs: Pairs) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from loha_jax.nnx.graph import Path
+from loha_jax.runtime import _compat
 
 T = TypeVar("T")
 
@@ -47,12 +48,11 @@ def is_plain(value: object) -> bool:
 
 def detach_attributes(clone: nnx.Pytree) -> None:
     """Copy a clone's containers, and delete the properties that it caches of its weights."""
-    for name, value in list(vars(clone).items()):
-        if name.startswith("_pytree__") or clone._pytree__nodes.get(name, False):
+    for name, value in _compat.attributes(clone).items():
+        if clone._pytree__nodes.get(name, False):
             continue
-        if isinstance(getattr(type(clone), name, None), functools.cached_property) and not is_plain(
-            value
-        ):
+        of_class = getattr(type(clone), str(name), None)
+        if isinstance(of_class, functools.cached_property) and not is_plain(value):
             del vars(clone)[name]
         elif (copy := _copied(value)) is not value:
             vars(clone)[name] = copy
@@ -72,7 +72,7 @@ def _copied(value: T) -> T:
 
 def changed_attributes(
     clones: Mapping[Path, object], originals: Mapping[Path, object]
-) -> Iterator[tuple[nnx.Pytree, str, object]]:
+) -> Iterator[tuple[nnx.Pytree, str | int, object]]:
     """Yield the attributes set to plain data in the clones: original node, name and value."""
     for path, clone in clones.items():
         if not isinstance(clone, nnx.Pytree):
@@ -83,12 +83,8 @@ def changed_attributes(
                 "modules in `__init__`, or before `inject`."
             )
         original = cast(nnx.Pytree, originals[path])
-        for name, value in vars(clone).items():
-            if (
-                name.startswith("_pytree__")
-                or clone._pytree__nodes.get(name, False)
-                or not is_plain(value)
-            ):
+        for name, value in _compat.attributes(clone).items():
+            if clone._pytree__nodes.get(name, False) or not is_plain(value):
                 continue
             old = vars(original).get(name, originals)
             if old is not value and not (
@@ -108,13 +104,14 @@ def new_data_attributes(
                     yield (*path, name), value
 
 
-def set_attribute(node: nnx.Pytree, name: str, value: object) -> None:
+def set_attribute(node: nnx.Pytree, name: str | int, value: object) -> None:
     """Set an attribute. A list, dict or set, which others may hold too, is changed in place."""
-    old: Any = vars(node).get(name)
+    held: dict[Any, Any] = vars(node)
+    old: Any = held.get(name)
     if type(old) is type(value) is list:
         old[:] = value
     elif type(old) is type(value) in (dict, set):
         old.clear()
         old.update(value)
     else:
-        setattr(node, name, value)
+        _compat.set_attribute(node, name, value)

@@ -18,8 +18,9 @@ from loha_jax.nnx.attributes import (
     new_data_attributes,
     set_attribute,
 )
-from loha_jax.nnx.graph import Path, is_node
+from loha_jax.nnx.graph import Path, is_node, is_variable, steps
 from loha_jax.nnx.siblings import called_among, called_in
+from loha_jax.runtime._compat import in_static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Changes:
     """
 
     variables: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
-    attributes: list[tuple[nnx.Pytree, str, object]] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[nnx.Pytree, str | int, object]] = dataclasses.field(default_factory=list)
     added: dict[Path, PyTree] = dataclasses.field(default_factory=dict)
     removed: set[Path] = dataclasses.field(default_factory=set)
 
@@ -172,6 +173,8 @@ class Clones:
             old = self._before.get(
                 path, known[path] if path in known and path not in adapted else None
             )
+            if not is_variable(variable) and in_static(steps(self.nodes, path)):
+                continue
             if not frozen and not _same(_value(variable), _value(old)):
                 changed[path] = variable
         return changed

@@ -11,6 +11,7 @@ from flax.typing import Key
 from flax.typing import PathParts as Path
 from jaxtyping import PyTree
 
+from loha_jax.runtime._compat import attributes
 from loha_jax.tree.quantised_types import quantised_type
 
 
@@ -38,7 +39,7 @@ def slots(node: object) -> list[tuple[Key, object]]:
     if isinstance(node, nnx.List):
         return list(enumerate(node))
     if isinstance(node, nnx.Pytree):
-        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+        return list(attributes(node).items())
     if isinstance(node, nnx.Variable):
         return []
     inside, _ = jax.tree.flatten_with_path(node, is_leaf=lambda x: x is not node)
@@ -69,6 +70,13 @@ def held_variables(owner: nnx.Pytree) -> Iterator[tuple[Path, PyTree[nnx.Variabl
                 yield from inside((*path, key), value)
 
     return inside((), owner)
+
+
+def steps(node: object, path: Path) -> Iterator[tuple[object, Key]]:
+    """Yield the nodes on a path from a node, each with the key that leads on."""
+    for key in path:
+        yield node, key
+        node = dict(slots(node))[key]
 
 
 def follow(node: object, path: Path) -> object:

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from loha_jax.nnx.graph import Path, follow, is_owner, is_variable
 from loha_jax.nnx.variables import axis_names, scanned_axis, values_of, variable_beside
+from loha_jax.runtime._compat import delete_attribute
 from loha_jax.tree.dropout import dropout
 from loha_jax.tree.factors import UNTRAINED_NAMES, Factors
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
@@ -227,7 +228,7 @@ class AdaptedVariable:
         names = map(self.attribute, ("rngs", *self.settings.flat[0]))
         for name in (prefix(self.settings.path), *names):
             if name in vars(self.owner):
-                delattr(self.owner, name)
+                delete_attribute(self.owner, name)
 
 
 def adapted_in(module: object) -> list[AdaptedVariable]:

@@ -7,10 +7,8 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from loha_jax.nnx.graph import is_variable
+from loha_jax.runtime._compat import AXIS_NAMES
 from loha_jax.tree.placement import MeshAxis
-
-_AXIS_NAMES = ("out_sharding", "sharding", "sharding_names")
-"""Metadata with one entry per axis, under Flax' name and its older names."""
 
 
 def variables_of(base: PyTree[nnx.Variable]) -> list[nnx.Variable]:
@@ -41,7 +39,8 @@ def scanned_axis(base: PyTree[nnx.Variable]) -> int | None:
 
 def axis_names(base: PyTree[nnx.Variable]) -> tuple[MeshAxis, ...] | None:
     """Return what each axis of a base is split over, or its logical name, as the metadata says."""
-    return variables_of(base)[0].get_metadata().get("out_sharding")
+    metadata = variables_of(base)[0].get_metadata()
+    return next((metadata[name] for name in AXIS_NAMES if name in metadata), None)
 
 
 def variable_beside(
@@ -49,10 +48,12 @@ def variable_beside(
 ) -> nnx.Variable:
     """Return a new variable with the metadata of the base that it is beside, but its own axes."""
     variable = kind(array)
-    own = (*_AXIS_NAMES, *nnx.Variable.required_metadata)
-    for key, value in variables_of(base)[0].get_metadata().items():
+    own = (*AXIS_NAMES, "sharding", *nnx.Variable.required_metadata)
+    metadata = variables_of(base)[0].get_metadata()
+    for key, value in metadata.items():
         if key not in own and not key.startswith("on_"):  # hooks
             variable.set_metadata(key, value)
     if axes is not None:
-        variable.set_metadata("out_sharding", axes)
+        named = next((name for name in AXIS_NAMES if name in metadata), AXIS_NAMES[0])
+        variable.set_metadata(named, axes)
     return variable

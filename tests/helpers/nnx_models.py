@@ -14,6 +14,11 @@ WIDTH = 4
 IDS = np.arange(10).reshape(2, 5)
 
 
+def split(rngs, n):
+    """Return `rngs.split(n)`, which Flax 0.12.3 has under its older name."""
+    return rngs.split(n) if hasattr(nnx.Rngs, "split") else rngs.fork(split=n)
+
+
 class Block(nnx.Module):
     def __init__(self, rngs, width=WIDTH):
         self.norm = nnx.LayerNorm(width, rngs=rngs, **F64)

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from nnx_models import split
 from nnx_reference import conv, dense, ndh, numpy_delta, table
 from random_arrays import normal_array
 from safetensors.numpy import load_file
@@ -174,7 +175,7 @@ class Layer(nnx.Module):
 
 class Stacked(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.vmap(Layer)(rngs.split(3))
+        self.layers = nnx.vmap(Layer)(split(rngs, 3))
 
     def __call__(self, x):
         return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
@@ -308,7 +309,7 @@ def test_author_layers(name, x64):
     assert type(merged) is plain_cls
     np.testing.assert_allclose(merged(x), plain(x), rtol=0, atol=1e-10)
     stacked = nnx.vmap(lambda rngs: cls(*args, rngs=rngs, **options, **ours, **dtypes))(
-        nnx.Rngs(0).split(3)
+        split(nnx.Rngs(0), 3)
     )
     run = nnx.vmap(lambda layer: layer(x))
     out = run(stacked)

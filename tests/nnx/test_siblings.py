@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from nnx_models import Model, adapted, close, config
+from nnx_models import Model, adapted, close, config, split
 from nnx_reference import dense, factors, with_sums
 from random_arrays import normal_array
 
@@ -18,6 +18,7 @@ from loha_jax import LoHaConfig, interop
 from loha_jax.nnx import InactiveLoHaParam, LoHaParam, inject
 from loha_jax.nnx.model_tree import tree_of
 from loha_jax.nnx.siblings import Settings, Siblings
+from loha_jax.nnx.variables import axis_names
 
 BASE = nnx.Not(nnx.LoRAParam)
 
@@ -39,7 +40,7 @@ def assert_same_base(model, plain, rest=BASE):
 
 class Stacked(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))(rngs.split(3))
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))(split(rngs, 3))
 
 
 class Tied(nnx.Module):
@@ -136,20 +137,19 @@ def test_the_axis_that_a_stack_adds_is_in_the_metadata():
     class Layers(nnx.Module):
         def __init__(self, rngs):
             make = lambda rngs: nnx.Linear(4, 6, kernel_init=kernel_init, rngs=rngs)  # noqa: E731
-            self.layers = nnx.vmap(make, transform_metadata=metadata)(rngs.split(3))
+            self.layers = nnx.vmap(make, transform_metadata=metadata)(split(rngs, 3))
 
     with nnx.use_eager_sharding(False):
         model = adapted(Layers, target_modules=["layers"])
     axes = {
-        name: variable.get_metadata()["out_sharding"]
-        for name, variable in factors(model, "layers/kernel").items()
+        name: axis_names(variable) for name, variable in factors(model, "layers/kernel").items()
     }
     assert axes["hada_w1_a"] == axes["hada_w2_a"] == ("layers", "model", None)
     assert axes["hada_w1_b"] == axes["hada_w2_b"] == ("layers", None, None)
     run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None), transform_metadata=metadata)
     assert run(model.layers, jnp.ones(4)).shape == (3, 6)
     factor = model.layers.kernel_lora_hada_w1_a
-    assert factor.get_metadata()["out_sharding"] == ("layers", "model", None)
+    assert axis_names(factor) == ("layers", "model", None)
 
 
 def test_axis_names_of_the_kernel_are_not_those_of_a_factor():

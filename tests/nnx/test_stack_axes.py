@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import qwix
 from flax import nnx
-from nnx_models import close
+from nnx_models import close, split
 from nnx_reference import F64
 from random_arrays import normal_array
 
@@ -53,7 +53,7 @@ def scan(axis, x, layers):
 class Stacked(nnx.Module):
     def __init__(self, axis, rngs, layer=Layer, options=None):
         axes = nnx.StateAxes({nnx.Param: axis, ...: 0})
-        self.layers = nnx.vmap(layer, out_axes=axes, **(options or {}))(rngs.split(LAYERS))
+        self.layers = nnx.vmap(layer, out_axes=axes, **(options or {}))(split(rngs, LAYERS))
         self.axis = axis
 
     def __call__(self, x):
@@ -216,10 +216,10 @@ def test_author_layers():
 
 def test_two_stacks():
     """Experts on axis 0, and layers on axis 1 of the stack of experts."""
-    experts = lambda rngs: nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r, **F64))(rngs.split(2))  # noqa: E731
+    experts = lambda rngs: nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r, **F64))(split(rngs, 2))  # noqa: E731
     axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
     make = nnx.vmap(experts, out_axes=axes)
-    model = nnx.Dict(layers=make(nnx.Rngs(0).split(LAYERS)))
+    model = nnx.Dict(layers=make(split(nnx.Rngs(0), LAYERS)))
     config = LoHaConfig(r=2, alpha=4, target_modules=["layers"], init_weights=False)
     inject(model, config, rngs=nnx.Rngs(1))
     assert model.layers.kernel_lora.template.layout.word == "ssio"

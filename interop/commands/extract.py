@@ -37,7 +37,7 @@ class Format(enum.StrEnum):
 FORMATS = tuple(Format)
 
 _EMBEDDING = re.compile(
-    r"(.*\.)?(\w*embeddings?|embed_(?!out$)\w+|tok_embeddings|wte|wpe|shared|relative_attention_bias)"
+    r"(.*\.)?(\w*embeddings?|emb|embeds?|embed_(?!out$)\w+|tok_embeddings|wte|wpe|shared|relative_attention_bias)"
 )
 """Modules that look up rows of a matrix, for which no format has a LoHa."""
 

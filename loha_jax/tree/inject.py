@@ -109,7 +109,7 @@ def inject(
         warn_caller(
             f"r = {config.r} allows updates of rank {config.r**2}, far above what the kernel of "
             f"{wasted[0]} can have; {len(wasted)} module(s) are so small. A smaller r "
-            "(`rank_pattern`) does the same with fewer parameters.",
+            "(`rank_pattern`) has full rank already: an r of the root of the smaller side.",
         )
     make_factors = functools.partial(initial_factors, key=key, config=config)
     return apply_plan(params, plan, adapter_name, make_factors, _copy, _initial_extras)

@@ -9,6 +9,7 @@ import peft
 import torch
 from flax import nnx
 from flax.nnx import bridge
+from framework_training import check_base_and_products, trained
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -98,29 +99,8 @@ def test_to_linen(tmp_path):
     before = jax.tree.map(np.array, variables)
     adapted = loha_jax.inject(variables, CONFIG, key=KEY)
     apply = loha_jax.adapt(module.apply)
-    trainable, frozen = loha_jax.partition(adapted)
-    tx = optax.adam(1e-2)
-    state = tx.init(trainable)
-
-    @jax.jit
-    def step(trainable, state):
-        def loss_fn(t):
-            return jnp.mean((apply(loha_jax.combine(t, frozen), X) - 1.0) ** 2)
-
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss
-
-    losses = []
-    for _ in range(5):
-        trainable, state, loss = step(trainable, state)
-        losses.append(loss)
-    assert losses[-1] < losses[0]
-    adapted = loha_jax.combine(trainable, frozen)
-    jax.tree.map(np.testing.assert_array_equal, loha_jax.unload(adapted), before)
-    uses = str(loha_jax.explain(module.apply, adapted, X))
-    assert "factored" in uses
-    assert "dense" not in uses
+    adapted = trained(adapted, lambda t: jnp.mean((apply(t, X) - 1.0) ** 2))
+    check_base_and_products(module.apply, adapted, before, X)
     interop.save_peft(tmp_path / "adapter", adapted)
     theirs, plain = peft_outputs(tmp_path / "adapter", before["params"])
     np.testing.assert_allclose(module.apply(variables, X), plain, atol=1e-5)

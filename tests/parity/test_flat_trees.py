@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
+from framework_training import check_base_and_products, trained
 from safetensors.flax import load_file, save_file
 
 import loha_jax
@@ -72,26 +72,8 @@ def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
     config = LoHaConfig(r=2, alpha=8, target_modules=["layers.0", "layers.1"])
     adapted = loha_jax.inject(params, config, key=jax.random.key(0))
     apply = loha_jax.adapt(forward)
-    trainable, frozen = loha_jax.partition(adapted)
-    tx = optax.adam(1e-2)
-    state = tx.init(trainable)
-
-    @jax.jit
-    def step(trainable, state):
-        def loss_fn(t):
-            return jnp.mean((apply(loha_jax.combine(t, frozen), x) - 1.0) ** 2)
-
-        grads = jax.grad(loss_fn)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state
-
-    for _ in range(5):
-        trainable, state = step(trainable, state)
-    adapted = loha_jax.combine(trainable, frozen)
-    jax.tree.map(np.testing.assert_array_equal, loha_jax.unload(adapted), before)
-    uses = str(loha_jax.explain(forward, adapted, x))
-    assert "factored" in uses
-    assert "dense" not in uses
+    adapted = trained(adapted, lambda t: jnp.mean((apply(t, x) - 1.0) ** 2))
+    check_base_and_products(forward, adapted, before, x)
     np.testing.assert_allclose(forward(loha_jax.merge(adapted), x), apply(adapted, x), atol=1e-5)
     interop.save_peft(tmp_path / "adapter", adapted)
     base = module(torch.tensor(x)).detach().numpy()

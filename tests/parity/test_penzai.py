@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
+from framework_training import check_base_and_products, trained
 from leaves import loha_leaves
 
 import loha_jax
@@ -108,30 +108,12 @@ def test_training_and_the_real_peft(tmp_path):
     before = arrays_of(model)
     config = LoHaConfig(r=2, alpha=8, target_modules=r".*(Linear|down|head)", init_weights=False)
     adapted = loha_jax.inject(model, config, key=KEY)
-    trainable, frozen = loha_jax.partition(adapted)
-    tx = optax.adam(1e-2)
-    state = tx.init(trainable)
-
-    @jax.jit
-    def step(trainable, state):
-        def loss_fn(trainable):
-            y = apply(loha_jax.combine(trainable, frozen), IDS)
-            return jnp.mean((y.unwrap("pos", "h", "hd") - 1) ** 2)
-
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss
-
-    losses = []
-    for _ in range(5):
-        trainable, state, loss = step(trainable, state)
-        losses.append(loss)
-    assert losses[-1] < losses[0]
-    adapted = loha_jax.combine(trainable, frozen)
-    jax.tree.map(np.testing.assert_array_equal, arrays_of(loha_jax.unload(adapted)), before)
-    uses = loha_jax.explain(lambda model, ids: model(ids), adapted, IDS)
-    assert "factored" in str(uses)
-    assert "dense" not in str(uses)
+    adapted = trained(
+        adapted, lambda m: jnp.mean((apply(m, IDS).unwrap("pos", "h", "hd") - 1) ** 2)
+    )
+    check_base_and_products(
+        lambda model, ids: model(ids), adapted, before, IDS, arrays_of=arrays_of
+    )
     np.testing.assert_allclose(outputs(loha_jax.merge(adapted)), outputs(adapted), atol=1e-5)
 
     twin = twin_of(bound)

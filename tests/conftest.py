@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import gc
 import itertools
 import os
 import shutil
@@ -28,6 +29,10 @@ CHEAP_TO_COMPILE = [
 if jax.__version_info__ < (0, 11):  # later ones do not know it, and end the process
     CHEAP_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *CHEAP_TO_COMPILE])
+
+# Traces are many small objects, few of them garbage: by Python's thresholds, looking for it takes
+# 7 % of the time of tests of NNX models.
+gc.set_threshold(100_000, 20, 20)
 
 settings.register_profile(
     "default", deadline=None, max_examples=50, derandomize=True, print_blob=True

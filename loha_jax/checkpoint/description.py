@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -67,10 +68,11 @@ def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None =
     """Take a training state apart; arrays may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        TypeError: a leaf to save is neither an array nor a number.
+        TypeError: a leaf to save is neither an array nor a number, or `opt_state` is an optimizer.
         ValueError: `params` has no adapter, or is one half of `partition`.
     """
     refuse_loose_factors(params)
+    _refuse_optimizer(opt_state)
     adapters: dict[str, Any] = {}
 
     def mark(path: tuple[Any, ...], leaf: object) -> object:
@@ -105,6 +107,21 @@ def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None =
             )
     flat = (structure, is_saved, [leaf for _, leaf in paths], optimizer)
     return State(saved, base, adapters, None if optimizer is None else _types(optimizer), flat)
+
+
+def _refuse_optimizer(opt_state: PyTree) -> None:
+    """Raise TypeError for an optimizer in the place of its state."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has such an optimizer has imported it
+
+    def is_nnx(node: object) -> bool:
+        return nnx is not None and isinstance(node, nnx.Optimizer)
+
+    if any(map(is_nnx, jax.tree.leaves(opt_state, is_leaf=is_nnx))):
+        raise TypeError("opt_state is an nnx.Optimizer; pass its state: nnx.state(optimizer)")
+    if callable(getattr(opt_state, "init", None)) and callable(getattr(opt_state, "update", None)):
+        raise TypeError(
+            "opt_state is an optimizer; pass its state, which optimizer.init(trainable) makes"
+        )
 
 
 def is_array(leaf: object) -> bool:

@@ -27,7 +27,7 @@ from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
-from ..disk.atomic import folder_to_write, write_atomically
+from ..disk.atomic import file_to_write, folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
@@ -257,6 +257,7 @@ def save_lora(
             `modules_to_save`, a weight decomposition or a convolution in groups; or `dtype` holds
             no floating-point numbers, or a value is too large for it.
         NotADirectoryError: `path` is a file, and `form` is "peft".
+        IsADirectoryError: `path` is a folder, and `form` is another.
 
     Example:
         >>> import tempfile, loha_jax
@@ -268,8 +269,7 @@ def save_lora(
         1
     """
     check_form(form, prefix)
-    if form == "peft":
-        path = folder_to_write(path, "save_lora")
+    path = (folder_to_write if form == "peft" else file_to_write)(path, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"
@@ -288,7 +288,7 @@ def save_lora(
         lora = dataclasses.replace(lora, server_option=option)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
-    write = _writer(Path(path), lora, form, prefix)
+    write = _writer(path, lora, form, prefix)
     check_before_saving(params, None if adapter_name is None else [adapter_name])
     in_first_process(write, f"{path} was not written")
     return lora

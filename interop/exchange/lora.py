@@ -360,9 +360,9 @@ def load_lora(
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        ValueError: the file and the tree do not fit (one error lists all unexpected, missing and
-            misshapen keys), or the adapter is more than factors: trained biases or embeddings,
-            variants of LoRA, an initialisation that changes the base weights.
+        ValueError: the file and the tree do not fit (one error names unexpected, missing and
+            misshapen keys, with their numbers), or the adapter is more than factors: trained biases
+            or embeddings, variants of LoRA, an initialisation that changes the base weights.
 
     Example:
         >>> import tempfile, loha_jax

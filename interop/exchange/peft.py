@@ -252,7 +252,7 @@ def load_peft(
     Raises:
         FileNotFoundError: the config or the weights are not there.
         interop.FileError: a file is corrupted or holds NaN, or it and the tree do not fit; one
-            error lists all unexpected, missing and misshapen keys.
+            error names unexpected, missing and misshapen keys, with their numbers.
 
     Example:
         >>> import tempfile, loha_jax

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from loha_jax.tree.containers import refuse_loose_factors
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.grouped_lines import one_line_each
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 KEY = "key"
@@ -265,7 +266,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
                 continue  # shapes of factors and of their moments follow from the ranks
             what = f": given {_shown(ours)}, the checkpoint has {_shown(theirs)}"
             found.append((place, name.removeprefix(place) + what))
-    return [*_one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]
+    return [*one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]
 
 
 def _base_differences(
@@ -282,25 +283,12 @@ def _base_differences(
             place = _place(name, adapted)
             what = f"{name.removeprefix(place)} (base): {said}, the checkpoint was made on "
             found.append((place, what + _shown(theirs)))
-    return _one_line_each(found)
+    return one_line_each(found)
 
 
 def _place(name: str, adapted: Sequence[str]) -> str:
     """Return the adapted leaf that a name is in, or the name; the longest leaves come first."""
     return next((leaf for leaf in adapted if name.startswith(leaf)), name)
-
-
-def _one_line_each(found: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one line for each difference, with the first places that have it and their number."""
-    places: dict[str, list[str]] = {}
-    for place, what in found:
-        places.setdefault(what, []).append(place)
-    lines = []
-    for what, (first, *others) in places.items():
-        more = "" if len(others) <= 2 else ", …"
-        listed = f" (so in {len(others)} more: {', '.join(others[:2])}{more})" if others else ""
-        lines.append(f"{first}{what}{listed}")
-    return lines
 
 
 def _structure(described: object) -> Any:

@@ -156,7 +156,7 @@ def to_lora(
     targets = _targets(params, adapter_name, names)
     tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
     config = kernels[-1][1].adapters[adapter_name].config
-    conv1d = any(is_gpt2_conv1d(leaf) for _, leaf in kernels)
+    conv1d = any(is_gpt2_conv1d(path, leaf) for path, leaf in kernels)
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
 

@@ -119,8 +119,8 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
 
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
-    leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
-    if found := dict.fromkeys(leaf.names[0] for leaf in leaves if is_gpt2_conv1d(leaf)):
+    kernels = [kernel for name in adapters for kernel in adapted_kernels(params, name)]
+    if found := dict.fromkeys(leaf.names[0] for p, leaf in kernels if is_gpt2_conv1d(p, leaf)):
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "

@@ -17,8 +17,9 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
+from .conv1d import looks_like_conv1d
 from .leaf_source import Source, convolution_source
-from .name_map import NameMap, looks_like_conv1d
+from .name_map import NameMap
 from .settled_names import leaf_path
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -85,7 +85,7 @@ def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
     np.testing.assert_allclose(apply(again, x), theirs, atol=1e-5)
 
 
-def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout():
+def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout(tmp_path):
     """GPT-2's Conv1D in torch, and a dictionary of one's own with torch's names."""
     shapes = {"h.0.c_attn": (4, 12), "h.0.c_proj": (4, 4)}
     params = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
@@ -97,3 +97,10 @@ def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout():
         layouts = {r"h\.0\..*": "io"}
         adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
         assert adapted[f"h.0.{name}.weight"].layout.word == "io"
+        with pytest.warns(
+            UserWarning, match=rf"h\.0\.{name} look like GPT-2's.*not open"
+        ) as caught:
+            interop.save_peft(tmp_path / name, adapted)
+        assert len(caught) == 2  # and that it is untrained
+        with pytest.warns(UserWarning, match="untrained"):
+            assert interop.save_lora(tmp_path / "lora", adapted).config["fan_in_fan_out"] is True

@@ -175,7 +175,8 @@ def default_layout(
 def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
     """Return whether biases show that a kernel of two axes is `[out, in]`, as GPT-2's in Flax.
 
-    A square kernel is taken as the others beside its module are (`attn.c_proj` as `attn.c_attn`).
+    A square kernel is taken as the others beside its module are (`attn.c_proj` as `attn.c_attn`),
+    or else, if it has a bias, as the nearest ones in the tree.
 
     Example:
         >>> shapes = {("attn", "c_attn", "kernel"): (12, 4), ("attn", "c_attn", "bias"): (12,)}
@@ -199,21 +200,23 @@ def is_input_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
 def _bias_axis(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> int | None:
     """Return which axis of a kernel of two axes is as long as its bias; None where it is not known.
 
-    For a square kernel it is the axis of all others beside its module.
+    For a square kernel it is the axis of all others beside its module, or of the nearest.
     """
-    path = tuple(path)
+    path, bias = tuple(path), _bias(tuple(path), shape_at)
     if shape[0] != shape[1]:
-        bias = _bias(path, shape_at)
         return next((axis for axis in (0, 1) if bias == (shape[axis],)), None)
-    beside = [
+    others = [
         (other, found)
         for other, found in shape_at.items()
-        if (other[:-2], other[-1]) == (path[:-2], path[-1]) and len(found) == 2
+        if other[-1] == path[-1] and len(found) == 2 and found[0] != found[1]
     ]
-    shown = {
-        _bias_axis(found, other, shape_at) for other, found in beside if found[0] != found[1]
-    } - {None}
-    return shown.pop() if len(shown) == 1 else None
+    beside = [(other, found) for other, found in others if other[:-2] == path[:-2]]
+    above = range(len(path) - 2, -1, -1) if bias is not None else ()
+    for near in (beside, *([o for o in others if o[0][:n] == path[:n]] for n in above)):
+        shown = {_bias_axis(found, other, shape_at) for other, found in near} - {None}
+        if shown:
+            return shown.pop() if len(shown) == 1 else None
+    return None
 
 
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:

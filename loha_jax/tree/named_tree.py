@@ -134,7 +134,7 @@ class NamedTree:
             ):
                 raise ValueError(
                     f"`names` has the layout 'io' for {name} of shape {tuple(leaf.shape)}, and its "
-                    "bias, or that of a module beside it, says [out, in], as in Flax' GPT-2. Give "
+                    "bias, or that of a module near it, says [out, in], as in Flax' GPT-2. Give "
                     f"layouts={{r'{re.escape(name)}': 'oi'}}; for GPT-2 itself, "
                     "names=NameMap.transformers('gpt2')."
                 )
@@ -305,7 +305,7 @@ def _unclear(
 def _input_first(path: Sequence[str], shape: Sequence[int], name: str) -> str:
     return (
         f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or that "
-        "of a module beside it, says [in, out], as of GPT-2. Settle it with "
+        "of a module near it, says [in, out], as of GPT-2. Settle it with "
         f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi'"
     )
 

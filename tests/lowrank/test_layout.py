@@ -135,6 +135,18 @@ def attention(query, out, bias=None):
             ("down", "0", "weight"),
             "oikk",
         ),
+        (  # a square kernel with a bias goes by the nearest that show it
+            {
+                ("a", "in", "q", "kernel"): (9, 3),
+                ("a", "in", "q", "bias"): (9,),
+                ("a", "out", "o", "kernel"): (3, 3),
+                ("a", "out", "o", "bias"): (3,),
+                ("head", "kernel"): (3, 5),
+                ("head", "bias"): (5,),
+            },
+            ("a", "out", "o", "kernel"),
+            "oi",
+        ),
         # biases
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (4, 8)}, ("x", "kernel"), "sio"),
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (8, 6)}, ("x", "kernel"), "iso"),

@@ -85,12 +85,13 @@ def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
     np.testing.assert_allclose(apply(again, x), theirs, atol=1e-5)
 
 
-def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout(tmp_path):
+@pytest.mark.parametrize("names", [("c_attn", "c_proj"), ("attn.c_attn", "out.c_proj")])
+def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout(names, tmp_path):
     """GPT-2's Conv1D in torch, and a dictionary of one's own with torch's names."""
-    shapes = {"h.0.c_attn": (4, 12), "h.0.c_proj": (4, 4)}
+    shapes = dict(zip((f"h.0.{name}" for name in names), [(4, 12), (4, 4)], strict=True))
     params = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
     params |= {f"{name}.bias": jnp.ones(shape[1]) for name, shape in shapes.items()}
-    for name in ("c_attn", "c_proj"):  # the square one lies beside the other
+    for name in names:  # the square one lies near the other
         config = LoHaConfig(r=2, target_modules=[name])
         with pytest.raises(ValueError, match=rf"{name}\.weight.*bias.*\[in, out\].*layouts="):
             loha_jax.inject(params, config, key=jax.random.key(0))

@@ -15,6 +15,7 @@ _Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 _TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
 _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
 _CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
+_UPSAMPLING = re.compile(r"(?i)up_?(scale_?|sample_?)?conv|conv_?up")
 _TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
     r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|"
@@ -156,9 +157,10 @@ def default_layout(
     bias = _bias(path, shape_at)
     if bias is not None:
         found = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
-        if len(found) == 1:
+        unsure = torch and shape[0] == shape[1] and _UPSAMPLING.search(_module(path))
+        if len(found) == 1 and not unsure:
             return Layout(found[0])
-        if convolution in found and _CONVOLUTION.fullmatch(_module(path)):
+        if convolution in found and not unsure and _CONVOLUTION.fullmatch(_module(path)):
             return Layout(convolution)
     elif candidates and _is_convolution(shape, path, shape_at, torch):
         return Layout(convolution)
@@ -169,7 +171,9 @@ def default_layout(
     ]
     if len(found) == 1:
         return Layout(found[0])
-    raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
+    named = [f"{word!r} ({what})" for word, _, what in candidates]
+    named += [f"'io{spatial}' (a transposed convolution)"] if torch and candidates else []
+    raise _ambiguous(shape, path, ", ".join(named))
 
 
 def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
@@ -261,15 +265,18 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
 def _is_convolution(
     shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
 ) -> bool:
-    """Return whether names and neighbours prove a kernel without a bias to be one convolution's."""
+    """Return whether names and neighbours prove a kernel without a bias to be one convolution's.
+
+    Torch's transposed convolutions are called `upconv` too.
+    """
     parent = path[:-2]
     vectors = {
         p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1], len(s)) == ("weight", 1)
     }
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
-    if not _CONVOLUTION.fullmatch(_module(path)):
-        return torch and len(shape) > 3 and shape[:1] in beside  # a normalisation of its channels
+    if not _CONVOLUTION.fullmatch(_module(path)) or (torch and _UPSAMPLING.search(_module(path))):
+        return torch and len(shape) > 3 and _has_norm_behind(shape, path, vectors)
     if unstacked:
         return True
     below_scan = any(
@@ -281,6 +288,19 @@ def _is_convolution(
         return not stacked
     # torch numbers its layers; patches are embedded once
     return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
+
+
+def _has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], vectors: _Shapes) -> bool:
+    """Return whether the next module of a Sequential normalises as many channels as the first axis.
+
+    These are outputs then, as a convolution's. A transposed one has its inputs there, and a norm in
+    front of it, or beside it without a number, may be of these. Of a square one nothing shows it.
+    """
+    *parents, index = path[:-1]
+    if not index.isdigit() or shape[0] == shape[1]:
+        return False
+    behind = (*parents, str(int(index) + 1))
+    return any(p[:-1] == behind and s == shape[:1] for p, s in vectors.items())
 
 
 def _transposed_layout(

@@ -203,6 +203,17 @@ def test_default_layouts(shapes, path, word):
             {("deconv", "kernel"): (3, 3, 4, 4), ("deconv", "bias"): (4,)},
             ("deconv", "kernel"),
         ),
+        # torch's transposed convolutions, [in, out, ...], and norms of their inputs
+        (
+            {("up", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,), ("out", "weight"): (6,)},
+            ("up", "weight"),
+        ),
+        ({("up", "1", "weight"): (8, 6, 2, 2), ("up", "0", "weight"): (8,)}, ("up", "1", "weight")),
+        ({("up", "0", "weight"): (8, 6, 2, 2), ("up", "1", "weight"): (6,)}, ("up", "0", "weight")),
+        ({("up", "0", "weight"): (6, 6, 2, 2), ("up", "1", "weight"): (6,)}, ("up", "0", "weight")),
+        ({("upconv", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,)}, ("upconv", "weight")),
+        ({("upconv", "weight"): (6, 6, 2, 2), ("upconv", "bias"): (6,)}, ("upconv", "weight")),
+        ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight")),
         (
             {("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)},
             ("up_transposed_conv_transpose", "weight"),

@@ -46,6 +46,7 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
+from .transposed import refuses_transposed
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ class LoraAdapter:
         return "\n".join([*text_table(rows, right=(1, 2)), *start])
 
 
+@refuses_transposed(kernels=True)
 @takes_model(changes=False)
 def to_lora(
     params: PyTree,
@@ -117,7 +119,8 @@ def to_lora(
 
     Raises:
         ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA
-            cannot hold: norms per input feature, a scaled weight decomposition, an embedding table.
+            cannot hold: norms per input feature, a scaled weight decomposition, an embedding table,
+            a transposed convolution.
 
     PEFT's LoRA knows neither a convolution's dilation nor its padding mode: one with either does
     not work there.
@@ -213,6 +216,7 @@ def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str
     return exact_targets(adapted, others)
 
 
+@refuses_transposed(kernels=True)
 @takes_model(changes=False)
 def save_lora(
     path: str | Path,

@@ -21,6 +21,7 @@ from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
 from .from_tree import adapted_kernels, adapted_names, chosen_adapter, from_tree, saved_leaves
 from .row_transforms import rows_of_copy
+from .transposed import warn_of_transposed
 
 
 def save_lycoris(
@@ -59,6 +60,9 @@ def save_lycoris(
         ValueError: see `to_lycoris_state_dict`; or `metadata` holds something other than strings.
         IsADirectoryError: `path` is a folder.
 
+    Warns:
+        UserWarning: transposed convolutions are adapted, which LyCORIS has no LoHa for.
+
     Example:
         >>> import tempfile, loha_jax, jax.numpy as jnp
         >>> config = loha_jax.LoHaConfig(r=2, target_modules=["conv"])
@@ -75,6 +79,8 @@ def save_lycoris(
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
+        names = None if adapter_name is None else [adapter_name]
+        warn_of_transposed(tree, names, "LyCORIS", "load_lycoris")
         file = _file(tree, adapter_name)
         component = lycoris_state(file.modules.values(), file.others, component_prefix)
         if both := sorted(state.keys() & component.tensors.keys()):

@@ -107,6 +107,17 @@ def is_transposed_convolution(path: Sequence[str]) -> bool:
     return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
 
 
+def is_torchs_transposed(path: Sequence[str], layout: Layout) -> bool:
+    """Return whether a kernel is torch's of a transposed convolution, by its name and its axes.
+
+    Example:
+        >>> is_torchs_transposed(("up", "weight"), Layout("iokk"))
+        True
+    """
+    first = layout.axes("i") < layout.axes("o")
+    return is_torch_oriented(path[-1]) and bool(layout.axes("k")) and first
+
+
 def default_layout(
     shape: Sequence[int],
     path: Sequence[str],

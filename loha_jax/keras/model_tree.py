@@ -254,10 +254,11 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
         ndim = len(weight.variable.shape)
         if word is not None:
             found[name] = Layout(word)
+        elif ndim > 2 and isinstance(weight.layer, TRANSPOSED):
+            found[name] = Layout("k" * (ndim - 2) + "oi")
+            transposed.add(name)
         elif ndim > 2 and not is_kernel:  # `write_back` says why it cannot be adapted
             found[name] = Layout("i" * (ndim - 1) + "o")
-        if ndim > 2 and isinstance(weight.layer, TRANSPOSED):
-            transposed.add(name)
         linear = isinstance(weight.layer, (keras.layers.Dense, keras.layers.EinsumDense))
         if ndim > 1 and not (is_kernel and linear):
             others.add(name)

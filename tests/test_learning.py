@@ -10,6 +10,7 @@ from random_arrays import normal_array
 
 import loha_jax
 from benchmarks.learning import plan, records
+from benchmarks.learning.__main__ import main
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.report import Estimate, task_report
 from benchmarks.learning.task import Facts, Run
@@ -173,3 +174,12 @@ def test_ranks_are_planned_for_each_method_once():
 def test_every_task_is_of_known_methods():
     assert {method for group in plan.GROUPS for method in group} == set(METHODS)
     assert all(facts.r in facts.ranks for facts in TASKS.values())
+
+
+@pytest.mark.parametrize("option", ["--r", "--seeds"])
+@pytest.mark.parametrize("given", ["0", "-1", "two"])
+def test_no_number_of_options_counts_as_none_given(option, given, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["learning", "text", option, given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"argument {option}: should be a positive integer" in capsys.readouterr().err

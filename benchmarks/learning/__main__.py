@@ -75,14 +75,23 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=[*TASKS, "ranks", "report"], metavar="TASK")
     parser.add_argument("--task", choices=list(TASKS), default="text", help="of `ranks`")
-    parser.add_argument("--r", type=int, help="rank; by default the task's own")
+    parser.add_argument("--r", type=_positive, help="rank; by default the task's own")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
     )
-    parser.add_argument("--seeds", type=int, help="of the test; by default the task's own number")
+    parser.add_argument(
+        "--seeds", type=_positive, help="of the test; by default the task's own number"
+    )
     parser.add_argument("--out", type=Path, help="by default results/TASK.jsonl")
     parser.add_argument("--quick", action="store_true", help="a slice, to see that it works")
     return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    """Return a positive integer; argparse names the option of another value."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"should be a positive integer, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

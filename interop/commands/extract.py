@@ -19,7 +19,7 @@ from ..disk.atomic import check_place
 from ..disk.base_checkpoint import Checkpoint, accumulator, is_floating, read_config
 from ..formats.adapter_file import AdapterFile
 from ..formats.module_lookup import ModuleLookup
-from ..names.name_map import looks_like_conv1d
+from ..names.conv1d import conv1d_test
 from ..updates.fitting import FittedLoHa, checked_settings, fit_loha
 from .conversion_source import ConversionSource
 from .lycoris_file import lycoris_file
@@ -208,7 +208,7 @@ class _Differences:
         self.notes: list[str] = []
         self._conv1d: list[str] = []
         config = read_config(base.folder)
-        self._has_conv1d = config.get("model_type") in ("gpt2", "openai-gpt")
+        self._is_conv1d = conv1d_test(base)
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]
         self._has_tied_head = any(part.get("tie_word_embeddings") for part in parts)
         scales = {
@@ -259,7 +259,7 @@ class _Differences:
             difference = tuned.astype(dtype) - base.astype(dtype)
         if difference.ndim == 3:
             self._conv1d.append(owner(key))
-        if self._has_conv1d and looks_like_conv1d(owner(key)):
+        if self._is_conv1d(owner(key)):
             return difference.T  # GPT-2's projections are stored as [in, out]
         return difference
 
@@ -304,10 +304,6 @@ class _Differences:
         if self._conv1d:
             self.notes.append(
                 f"weights of three axes count as those of a Conv1d: {', '.join(self._conv1d)}"
-            )
-        if self._has_conv1d and any(looks_like_conv1d(module.name) for module in found):
-            self.notes.append(
-                "PEFT has no LoHa for GPT-2's Conv1D: merge the adapter, or convert it to lora"
             )
 
 

@@ -45,8 +45,10 @@ def lycoris_file(source: ConversionSource, to: str, prefix: str | None) -> Conve
 
 
 def _in_shape(source: ConversionSource, own: str, module: AdapterModule) -> tuple[int, ...] | None:
-    """Return `(in, *spatial)` of a convolution, as the base model's checkpoint says."""
+    """Return `(in, *spatial)` of a convolution, as the base's checkpoint or the source says."""
     core, shape = module.tensors.get("hada_t1"), source.shapes.get(module.name)
+    if shape is None and module.in_shape is not None:
+        return module.in_shape
     if shape is None and core is not None and core.ndim == 4 and core.shape[3] == 1:
         raise ValueError(
             f"The core of {own} is that of a Conv1d or of a Conv2d of width 1; the base model's "

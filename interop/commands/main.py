@@ -113,7 +113,8 @@ def convert(
         Path | None,
         typer.Option(
             help="The base model's checkpoint: its names say what underscores stand for, its "
-            "shapes which modules are convolutions. Needed from LyCORIS or kohya to PEFT."
+            "shapes which modules are convolutions. Needed from LyCORIS or kohya to PEFT, and from "
+            "PEFT for the cores of a Conv1d."
         ),
     ] = None,
     form: FormOption = "peft",

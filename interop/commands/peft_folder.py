@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from loha_jax.targets.config import PEFT_VERSION, LoHaConfig
 
-from ..disk.base_checkpoint import Checkpoint, read_config
+from ..disk.base_checkpoint import Checkpoint
 from ..formats.adapter_file import AdapterModule
 from ..formats.lora_config import check_decomposed, exact_targets, like_loha, lora_config
 from ..formats.lora_files import single_file
@@ -21,6 +21,7 @@ from ..formats.lycoris_keys import PARAMETER_OF
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.ranks import ranks_and_alphas
+from ..names.conv1d import NO_LOHA_NOTE, conv1d_test
 from ..updates.lora_conversion import lora_of, of_one_rank
 from .conversion_source import ConversionSource, Converted, cast_module
 
@@ -36,6 +37,8 @@ def loha_folder(source: ConversionSource) -> Converted:
     modules = _dotted(source, source.lohas())
     _check_for_peft(source, modules)
     saved = _saved(source)
+    if _has_conv1d(source, modules):
+        source.notes.append(NO_LOHA_NOTE)
     return Converted(
         [*modules.values()], _files(modules, saved, _config(source, modules, saved).to_dict())
     )
@@ -66,7 +69,7 @@ def lora_folder(
         shape = source.shapes.get(name)
         lora, errors[name] = lora_of(module, rank, energy, shape=shape)
         modules[name] = lora if dtype is None else cast_module(lora, dtype)
-    saved, base = _saved(source), source.checkpoint
+    saved = _saved(source)
     check_decomposed(modules)
     if convolutions := [name for name in modules if len(source.shapes.get(name, ())) > 2]:
         source.notes.append(
@@ -83,10 +86,16 @@ def lora_folder(
         modules = of_one_rank(modules) if form == "diffusers" else modules
         content = single_file(form, prefix, peft_state(modules.values(), saved))
         return Converted([*modules.values()], content, errors)
-    is_gpt2 = base is not None and read_config(base.folder).get("model_type") == "gpt2"
-    config = _config(source, modules, saved)
-    fields = lora_config(config, modules, _targets(source, modules), fan_in_fan_out=is_gpt2)
+    config, conv1d = _config(source, modules, saved), _has_conv1d(source, modules)
+    fields = lora_config(config, modules, _targets(source, modules), fan_in_fan_out=conv1d)
     return Converted([*modules.values()], _files(modules, saved, fields), errors)
+
+
+def _has_conv1d(source: ConversionSource, modules: Modules) -> bool:
+    """Return whether a module is GPT-2's `Conv1D`, as the base or a LoRA's settings say."""
+    if source.checkpoint is not None:
+        return any(map(conv1d_test(source.checkpoint), modules))
+    return bool(source.adapter.config.get("fan_in_fan_out"))
 
 
 def _own_prefix(source: ConversionSource) -> str | None:

@@ -257,6 +257,20 @@ def folder_to_write(path: str | Path, writer: str) -> Path:
     return folder
 
 
+def file_to_write(path: str | Path, writer: str) -> Path:
+    """Return the path of a file that a function, called `writer`, is to write.
+
+    Raises:
+        IsADirectoryError: a folder is there.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"{file} is a folder; {writer} writes a file, such as {file / 'adapter.safetensors'}"
+        )
+    return file
+
+
 def is_replaceable(folder: Path) -> bool:
     """Return whether another folder can take a folder's place unnoticed."""
     real = Path(os.path.realpath(folder))

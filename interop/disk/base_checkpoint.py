@@ -32,6 +32,8 @@ _CONVERT = (
     "(`AutoModel….from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)`)"
 )
 
+_WANTED = ". Give a safetensors file, or a folder with one, or with shards and their index"
+
 
 class Checkpoint:
     """The tensors of one or several safetensors files, by name; values are read on request.
@@ -210,7 +212,7 @@ def _find_files(path: Path) -> tuple[list[Path], Path | None, dict[str, str] | N
             f"{', '.join(f.name for f in found)}. Give the path of one of them."
         )
     other = sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name))
-    hint = f"; it has {', '.join(other)}. {_CONVERT}" if other else ""
+    hint = f"; it has {', '.join(other)}. {_CONVERT}" if other else _WANTED
     raise FileNotFoundError(f"Can't find a safetensors file at '{path}'{hint}")
 
 

@@ -26,6 +26,8 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 PENDING = ".loha_jax_pending"
 """A folder inside, with new files that a killed process did not move to their places."""
 
+_WANTED = ". Give an adapter's file, or a folder with one, or PEFT's with adapter_config.json"
+
 
 def write_together(folder: Path, files: Mapping[str, bytes], once: Mapping[str, bytes]) -> None:
     """Write files that are read together, so that no reader finds old and new ones mixed.
@@ -106,7 +108,7 @@ def find_adapter_file(folder: Path) -> Path:
         {f"'{file.parent}'" for file in folder.glob("*/*.safetensors") if file.is_file()}
     )
     pickles = sorted(f"'{file}'" for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES)
-    hint = f"; give one of its folders: {', '.join(inside)}" if inside else ""
+    hint = f"; give one of its folders: {', '.join(inside)}" if inside else _WANTED
     hint = f"; give the file that is the adapter: {', '.join(pickles)}" if pickles else hint
     raise FileNotFoundError(f"There is no adapter in '{folder}'{hint}")
 

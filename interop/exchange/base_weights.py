@@ -141,11 +141,12 @@ def _check_leaf(
             mismatch.misshapen.append(f"{where}: {problem}")
         elif not source.fits(shape, checkpoint.shapes[key]):
             need = list(source.torch_shape(shape))
-            mismatch.misshapen.append(
-                f"{key} is {list(checkpoint.shapes[key])}, {where} {list(shape)} needs {need}"
-            )
+            found = list(checkpoint.shapes[key])
+            what = f" is {found} in the file, a leaf {list(shape)} needs {need}"
+            mismatch.shapes.append((f"{key} (for {where})", what))
         elif _kind_of(checkpoint.dtypes[key]) != _kind_of(leaf.dtype):
-            mismatch.misshapen.append(f"{key} is {checkpoint.dtypes[key]}, {where} is {leaf.dtype}")
+            what = f" is {checkpoint.dtypes[key]}, the leaf {leaf.dtype}"
+            mismatch.shapes.append((f"{key} (for {where})", what))
 
 
 def _unused(checkpoint: Checkpoint, used: Collection[str]) -> list[str]:
@@ -170,7 +171,7 @@ def _hint(mismatch: Mismatch) -> str:
             "`tied=` whose values a tied weight has"
         )
     # Entries that are missing or misshapen may explain unexpected ones.
-    if mismatch.unexpected and not mismatch.missing and not mismatch.misshapen:
+    if mismatch.unexpected and not (mismatch.missing or mismatch.misshapen or mismatch.shapes):
         hints.append("`strict=False` leaves tensors unread")
     return "; ".join(hints)
 

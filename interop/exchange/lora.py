@@ -27,7 +27,7 @@ from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Target
 from loha_jax.tree.text_table import text_table
 
-from ..disk.atomic import folder_to_write, write_atomically
+from ..disk.atomic import file_to_write, folder_to_write, write_atomically
 from ..disk.paired_files import write_together
 from ..formats.adapter_file import AdapterModule, errors_about
 from ..formats.lora_config import check_decomposed, exact_targets, loha_config, lora_config
@@ -46,6 +46,7 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
+from .transposed import refuses_transposed
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ class LoraAdapter:
         return "\n".join([*text_table(rows, right=(1, 2)), *start])
 
 
+@refuses_transposed(kernels=True)
 @takes_model(changes=False)
 def to_lora(
     params: PyTree,
@@ -117,7 +119,8 @@ def to_lora(
 
     Raises:
         ValueError: no such adapter; rank or energy are out of range; or something that PEFT's LoRA
-            cannot hold: norms per input feature, a scaled weight decomposition, an embedding table.
+            cannot hold: norms per input feature, a scaled weight decomposition, an embedding table,
+            a transposed convolution.
 
     PEFT's LoRA knows neither a convolution's dilation nor its padding mode: one with either does
     not work there.
@@ -156,7 +159,7 @@ def to_lora(
     targets = _targets(params, adapter_name, names)
     tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
     config = kernels[-1][1].adapters[adapter_name].config
-    conv1d = any(is_gpt2_conv1d(leaf) for _, leaf in kernels)
+    conv1d = any(is_gpt2_conv1d(path, leaf) for path, leaf in kernels)
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
 
@@ -213,6 +216,7 @@ def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str
     return exact_targets(adapted, others)
 
 
+@refuses_transposed(kernels=True)
 @takes_model(changes=False)
 def save_lora(
     path: str | Path,
@@ -257,6 +261,7 @@ def save_lora(
             `modules_to_save`, a weight decomposition or a convolution in groups; or `dtype` holds
             no floating-point numbers, or a value is too large for it.
         NotADirectoryError: `path` is a file, and `form` is "peft".
+        IsADirectoryError: `path` is a folder, and `form` is another.
 
     Example:
         >>> import tempfile, loha_jax
@@ -268,8 +273,7 @@ def save_lora(
         1
     """
     check_form(form, prefix)
-    if form == "peft":
-        path = folder_to_write(path, "save_lora")
+    path = (folder_to_write if form == "peft" else file_to_write)(path, "save_lora")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"`dtype` should be one of floating-point numbers but the value passed is {dtype!r}"
@@ -288,7 +292,7 @@ def save_lora(
         lora = dataclasses.replace(lora, server_option=option)
     if dtype is not None:
         lora = _in_dtype(lora, jnp.dtype(dtype))
-    write = _writer(Path(path), lora, form, prefix)
+    write = _writer(path, lora, form, prefix)
     check_before_saving(params, None if adapter_name is None else [adapter_name])
     in_first_process(write, f"{path} was not written")
     return lora
@@ -360,9 +364,9 @@ def load_lora(
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        ValueError: the file and the tree do not fit (one error lists all unexpected, missing and
-            misshapen keys), or the adapter is more than factors: trained biases or embeddings,
-            variants of LoRA, an initialisation that changes the base weights.
+        ValueError: the file and the tree do not fit (one error names unexpected, missing and
+            misshapen keys, with their numbers), or the adapter is more than factors: trained biases
+            or embeddings, variants of LoRA, an initialisation that changes the base weights.
 
     Example:
         >>> import tempfile, loha_jax

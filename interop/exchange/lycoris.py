@@ -16,11 +16,12 @@ from loha_jax.tree.before_saving import check_before_saving, warn_of_scales
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import SavedWeight
 
-from ..disk.atomic import write_atomically
+from ..disk.atomic import file_to_write, write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
 from .from_tree import adapted_kernels, adapted_names, chosen_adapter, from_tree, saved_leaves
 from .row_transforms import rows_of_copy
+from .transposed import warn_of_transposed
 
 
 def save_lycoris(
@@ -57,6 +58,10 @@ def save_lycoris(
 
     Raises:
         ValueError: see `to_lycoris_state_dict`; or `metadata` holds something other than strings.
+        IsADirectoryError: `path` is a folder.
+
+    Warns:
+        UserWarning: transposed convolutions are adapted, which LyCORIS has no LoHa for.
 
     Example:
         >>> import tempfile, loha_jax, jax.numpy as jnp
@@ -66,7 +71,7 @@ def save_lycoris(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lycoris(f"{folder}/adapter.safetensors", params)
     """
-    metadata = dict(metadata or {})
+    path, metadata = file_to_write(path, "save_lycoris"), dict(metadata or {})
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"A file's metadata are strings; metadata[{key!r}] is {value!r}")
@@ -74,6 +79,8 @@ def save_lycoris(
     convolutions: list[str] = []
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
+        names = None if adapter_name is None else [adapter_name]
+        warn_of_transposed(tree, names, "LyCORIS", "load_lycoris")
         file = _file(tree, adapter_name)
         component = lycoris_state(file.modules.values(), file.others, component_prefix)
         if both := sorted(state.keys() & component.tensors.keys()):
@@ -89,7 +96,7 @@ def save_lycoris(
         chosen = None if adapter_name is None else [adapter_name]
         check_before_saving(tree, chosen)
         warn_of_scales(tree, chosen)
-    in_first_process(lambda: write_atomically(Path(path), content), f"{path} was not written")
+    in_first_process(lambda: write_atomically(path, content), f"{path} was not written")
 
 
 def to_lycoris_state_dict(

@@ -29,6 +29,7 @@ from ..updates.low_rank_update import LowRankUpdate
 from ..updates.shapes import module_shapes
 from .mismatch import Mismatch
 from .saved_modules import saved_shapes
+from .transposed import is_transposed
 
 Differences = dict[str, dict[str, np.ndarray]]
 """By module and part (`w_norm`, `diff`, …) what is added to parameters."""
@@ -188,6 +189,11 @@ def _saved(
             refused.append(
                 f"{module}.diff: {path} has an adapter, and a tree holds either this or a changed "
                 "copy"
+            )
+            continue
+        if is_kernel and is_transposed(tree, position):
+            refused.append(
+                f"{module}.diff: {path} is a transposed convolution's: convert it by hand"
             )
             continue
         layout = tree.layout(position) if is_kernel else None

@@ -181,10 +181,8 @@ class _MergedTensors:
             return None
         if not source.fits(shape, base.shapes[name]):
             need = list(source.torch_shape(shape))
-            mismatch.misshapen.append(
-                f"{name} is {list(base.shapes[name])} in the base, {where} {list(shape)} gives "
-                f"{need}"
-            )
+            what = f" is {list(base.shapes[name])} in the base, a leaf {list(shape)} gives {need}"
+            mismatch.shapes.append((f"{name} (for {where})", what))
         if is_floating(leaf.dtype) and name in base.quantisation.problems:
             mismatch.misshapen.append(base.quantisation.problems[name])
         return name

@@ -40,6 +40,7 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
+from .transposed import refuses_transposed, warn_of_transposed
 
 T = TypeVar("T")
 N = TypeVar("N", bound=float)
@@ -48,7 +49,7 @@ N = TypeVar("N", bound=float)
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")
 
 
-@takes_model(changes=False)
+@refuses_transposed(kernels=False)
 def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | None = None) -> None:
     """Write the adapters of a tree as PEFT's `save_pretrained` does.
 
@@ -66,13 +67,15 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 
     Raises:
         ValueError: the tree has no such adapter, or holds something PEFT's format cannot: a Conv3d,
-            a weight decomposition, convolutions with and without cores.
+            a weight decomposition, convolutions with and without cores, a transposed convolution in
+            `modules_to_save`.
         NotADirectoryError: `folder` is a file.
 
     Warns:
-        UserWarning: GPT-2's projections are adapted, which PEFT has no LoHa for; an adapter is
-            untrained (its update is exactly zero), or scaled by `loha_jax.scale`; or a kernel has
-            changed since the adapter was made, so that the file is not what was trained.
+        UserWarning: GPT-2's projections or transposed convolutions are adapted, which PEFT has no
+            LoHa for; an adapter is untrained (its update is exactly zero), or scaled by
+            `loha_jax.scale`; or a kernel has changed since the adapter was made, so that the file
+            is not what was trained.
 
     Example:
         >>> import tempfile, loha_jax
@@ -98,6 +101,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
             "first."
         )
     _warn_of_gpt2(params, chosen)
+    warn_of_transposed(params, chosen, "PEFT", "load_peft")
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name).to_dict() for name in chosen}
     card = model_card(configs[chosen[0]]).encode()
@@ -118,9 +122,10 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
     in_first_process(write, f"{folder} was not written")
 
 
+@takes_model(changes=False)
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
-    leaves = [leaf for name in adapters for _, leaf in adapted_kernels(params, name)]
-    if found := dict.fromkeys(leaf.names[0] for leaf in leaves if is_gpt2_conv1d(leaf)):
+    kernels = [kernel for name in adapters for kernel in adapted_kernels(params, name)]
+    if found := dict.fromkeys(leaf.names[0] for p, leaf in kernels if is_gpt2_conv1d(p, leaf)):
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "
@@ -128,6 +133,7 @@ def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
         )
 
 
+@refuses_transposed(kernels=False)
 @takes_model(changes=False)
 def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """Return PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` ….
@@ -143,7 +149,7 @@ def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[
 
     Raises:
         ValueError: no such adapter; or a Conv3d or a weight decomposition, which PEFT has no LoHa
-            for.
+            for; or a transposed convolution in `modules_to_save`.
     """
     adapter_name = chosen_adapter(params, adapter_name)
     for _, leaf in adapted_kernels(params, adapter_name):
@@ -252,7 +258,7 @@ def load_peft(
     Raises:
         FileNotFoundError: the config or the weights are not there.
         interop.FileError: a file is corrupted or holds NaN, or it and the tree do not fit; one
-            error lists all unexpected, missing and misshapen keys.
+            error names unexpected, missing and misshapen keys, with their numbers.
 
     Example:
         >>> import tempfile, loha_jax

@@ -32,8 +32,8 @@ class AdapterModule:
         prefix: what the file writes before the name: LyCORIS' and kohya's `lycoris_`, `lora_unet_`,
             `lora_te1_`, `diffusion_model.`, …, one per component (a UNet, a text encoder); "" in
             PEFT's folders.
-        in_shape: `(in, *spatial)` of a convolution's flat factors, where the file shows it, or
-            None.
+        in_shape: `(in, *spatial)` of a convolution, where the file shows it, or None. PEFT's does
+            not: flat factors are matrices, and the core of a Conv1d is that of a Conv2d.
     """
 
     name: str

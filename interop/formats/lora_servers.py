@@ -65,7 +65,7 @@ def server_option(
         if key.endswith(".lora_A.weight")
     }
     if problem := next(_problems(server, config, factors), None):
-        raise ValueError(f"{server.title} does not take {problem}; merge the adapter instead")
+        raise ValueError(f"{server.title} does not take {problem}. Merge the adapter instead")
     rank = next((most for most in server.ranks if most >= config["r"]), config["r"])
     return f"--max-lora-rank {rank}"
 
@@ -86,7 +86,9 @@ def _problems(
         if not re.fullmatch(server.modules, name):
             yield (
                 f"{name}: it reads only model.layers.<n>.self_attn.{{q,k,v,o}}_proj and "
-                "model.layers.<n>.mlp.{gate,up,down}_proj"
+                "model.layers.<n>.mlp.{gate,up,down}_proj. Where it is one of these under another "
+                "name, give inject names={regex: template}, or rename it in a saved adapter "
+                "(`loha-jax convert SRC DST --to lora --names 'REGEX=TEMPLATE'`)"
             )
     if isinstance(config["target_modules"], str):
         yield (

@@ -116,6 +116,9 @@ def _loha_tensors(
             result[part] = tensor.reshape(tensor.shape[0], -1)
     if len(set(in_shapes.values())) > 1:
         raise misfit(name, {part: tensors[part] for part in in_shapes})
+    core, w_b = tensors.get("hada_t1"), result.get("hada_w1_b")
+    if core is not None and w_b is not None and core.ndim > 2 and w_b.ndim == 2:
+        return result, (w_b.shape[1], *core.shape[2:])  # here a Conv1d's core has one such axis
     return result, next(iter(in_shapes.values()), None)
 
 

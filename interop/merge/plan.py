@@ -19,7 +19,7 @@ from ..formats.adapter_file import AdapterFile, AdapterModule
 from ..formats.lycoris_keys import PARAMETER_OF, embeddings_note
 from ..formats.module_lookup import ModuleLookup
 from ..formats.read_adapter import read_adapter, split_parameter
-from ..names.name_map import looks_like_conv1d
+from ..names.conv1d import conv1d_test, looks_like_conv1d
 from ..names.renames import rename_hint, renamed
 from ..names.resized_vocabulary import is_resized, resizing_note, resizing_problems
 from ..updates.low_rank_update import LowRankUpdate
@@ -170,7 +170,9 @@ class _Planner:
                 continue
             shape = self._shape(key)
             turned = len(shape) == 2 and update.fits(shape[::-1])
-            transposed = turned and (not update.fits(shape) or is_conv1d(module.name))
+            transposed = turned and (
+                not update.fits(shape) or is_conv1d(key.removesuffix(".weight"))
+            )
             if transposed:
                 self._plan.notes.append(
                     f"{adapter.path}: some weights of the base are stored as [in, out] (GPT-2)"
@@ -207,7 +209,7 @@ class _Planner:
         told = adapter.config.get("fan_in_fan_out") or gpt2
         if shown == {False} or (told and True not in shown):
             return looks_like_conv1d
-        return lambda name: False
+        return (lambda name: False) if shown else conv1d_test(self._base)
 
     def _replace(self, path: Path, lookup: ModuleLookup, key: str, value: np.ndarray) -> None:
         """Put the values of a saved module, or of an adapted module's base layer, into the plan."""

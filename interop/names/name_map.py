@@ -17,11 +17,10 @@ from loha_jax.targets.module_names import Names, all_names, module_name
 from loha_jax.targets.row_transforms import Rows, checked_rows, row_transform
 
 from .content_match import match_contents
+from .conv1d import GPT2_CONV1D, looks_like_conv1d
 from .leaf_source import Source
 from .settled_names import Choice, SettledNames
 from .torch_mapping import Preprocess, TorchMapping, is_torch_mapping, map_sources
-
-_GPT2_CONV1D = r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)"
 
 _TRANSFORMERS_NAMES = {
     r"(.*)\.weight_g": r"\1.parametrizations.weight.original0",
@@ -150,7 +149,7 @@ class NameMap:
         """
         result = cls(_TRANSFORMERS_NAMES, layouts=_TRANSFORMERS_LAYOUTS)
         if model_type == "gpt2":
-            result._given[_GPT2_CONV1D] = "oi"
+            result._given[GPT2_CONV1D] = "oi"
             result._is_gpt2 = True
         return result
 
@@ -286,14 +285,6 @@ class NameMap:
         if isinstance(self._names, Mapping):
             return f"NameMap({len(self._names)} patterns)"
         return f"NameMap({getattr(self._names, '__qualname__', repr(self._names))})"
-
-
-def looks_like_conv1d(name: str) -> bool:
-    """Return whether a module is called like GPT-2's projections.
-
-    In torch these are transformers' own `Conv1D`, with weights [in, out].
-    """
-    return re.fullmatch(_GPT2_CONV1D, name) is not None
 
 
 def _diffusers_part(name: str) -> str:

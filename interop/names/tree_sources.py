@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import jax
 from jaxtyping import PyTree
 
-from loha_jax.targets.default_layouts import is_torch_oriented
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.default_layouts import is_torch_oriented, is_torchs_transposed
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
 from loha_jax.targets.row_transforms import row_transform
@@ -17,8 +18,9 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
+from .conv1d import looks_like_conv1d
 from .leaf_source import Source, convolution_source
-from .name_map import NameMap, looks_like_conv1d
+from .name_map import NameMap
 from .settled_names import leaf_path
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -128,15 +130,15 @@ class _Finder:
         if isinstance(self.names, NameMap) and self.names.is_settled:
             source = self.names.source(leaf_path(parts))
             return Source.of_layout(source.keys, tree.layout(position)) if given else source
-        if isinstance(leaf, SavedWeight):
-            if leaf.layout is not None:
-                return Source.of_layout((leaf.name,), leaf.layout)
-            return Source((leaf.name,), (), _axes(leaf.shape, self._shape(leaf.name)))
         if is_kernel and tree.is_transposed_convolution(position):
             raise ValueError(
                 "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with "
                 "the taps reversed, which no layout says: convert it by hand"
             )
+        if isinstance(leaf, SavedWeight):
+            if leaf.layout is not None:
+                return self._of_layout(position, (leaf.name,), leaf.layout)
+            return Source((leaf.name,), (), _axes(leaf.shape, self._shape(leaf.name)))
         if isinstance(leaf, LoHaWeight):
             return self._kernel(position, leaf.names)
         if is_kernel and parts[-1] in KERNEL_LEAVES:
@@ -176,9 +178,17 @@ class _Finder:
                 raise
             return source
         modules = modules or tree.module_names(position, layout.sizes("s", shape))
-        source = Source.of_layout(tuple(f"{module}.weight" for module in modules), layout)
+        source = self._of_layout(position, [f"{module}.weight" for module in modules], layout)
         if self._is_conv1d(position, source):
             return dataclasses.replace(source, axes=source.axes[::-1])  # [out, in] -> [in, out]
+        return source
+
+    def _of_layout(self, position: int, keys: Sequence[str], layout: Layout) -> Source:
+        """Return the source of a kernel; torch's of a transposed convolution stays as it is."""
+        source = Source.of_layout(tuple(keys), layout)
+        if is_torchs_transposed(self.tree.paths[position], layout):
+            out, inputs, *spatial = source.axes
+            return dataclasses.replace(source, axes=(inputs, out, *spatial))
         return source
 
     def _is_conv1d(self, position: int, source: Source) -> bool:

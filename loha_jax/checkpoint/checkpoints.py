@@ -151,7 +151,7 @@ class Checkpoints:
             ValueError: the step, or a later one, has a checkpoint already; the tree has no adapter;
                 `data` is not JSON; a metric is not a number; or processes hold different values of
                 what should be the same.
-            TypeError: a leaf is neither an array nor a number.
+            TypeError: a leaf is neither an array nor a number, or `opt_state` is an optimizer.
 
         Warns:
             UserWarning: a kernel has changed since its adapter was made: the checkpoint does not
@@ -206,6 +206,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint belongs to another base, config or optimizer; the message
                 lists all differences.
+            TypeError: `opt_state` is an optimizer.
             FileError: the checkpoint of `step` is corrupted; or, without `step`, all are.
             FileNotFoundError: there is no checkpoint of `step`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -19,6 +20,7 @@ from jaxtyping import PyTree
 
 from loha_jax.tree.containers import refuse_loose_factors
 from loha_jax.tree.factors import Factors
+from loha_jax.tree.grouped_lines import one_line_each
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 
 KEY = "key"
@@ -67,10 +69,11 @@ def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None =
     """Take a training state apart; arrays may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        TypeError: a leaf to save is neither an array nor a number.
+        TypeError: a leaf to save is neither an array nor a number, or `opt_state` is an optimizer.
         ValueError: `params` has no adapter, or is one half of `partition`.
     """
     refuse_loose_factors(params)
+    _refuse_optimizer(opt_state)
     adapters: dict[str, Any] = {}
 
     def mark(path: tuple[Any, ...], leaf: object) -> object:
@@ -105,6 +108,21 @@ def take_apart(params: PyTree, opt_state: PyTree = None, key: jax.Array | None =
             )
     flat = (structure, is_saved, [leaf for _, leaf in paths], optimizer)
     return State(saved, base, adapters, None if optimizer is None else _types(optimizer), flat)
+
+
+def _refuse_optimizer(opt_state: PyTree) -> None:
+    """Raise TypeError for an optimizer in the place of its state."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has such an optimizer has imported it
+
+    def is_nnx(node: object) -> bool:
+        return nnx is not None and isinstance(node, nnx.Optimizer)
+
+    if any(map(is_nnx, jax.tree.leaves(opt_state, is_leaf=is_nnx))):
+        raise TypeError("opt_state is an nnx.Optimizer; pass its state: nnx.state(optimizer)")
+    if callable(getattr(opt_state, "init", None)) and callable(getattr(opt_state, "update", None)):
+        raise TypeError(
+            "opt_state is an optimizer; pass its state, which optimizer.init(trainable) makes"
+        )
 
 
 def is_array(leaf: object) -> bool:
@@ -248,7 +266,7 @@ def differences(given: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
                 continue  # shapes of factors and of their moments follow from the ranks
             what = f": given {_shown(ours)}, the checkpoint has {_shown(theirs)}"
             found.append((place, name.removeprefix(place) + what))
-    return [*_one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]
+    return [*one_line_each(found), *_base_differences(given["base"], held["base"], adapted)]
 
 
 def _base_differences(
@@ -265,25 +283,12 @@ def _base_differences(
             place = _place(name, adapted)
             what = f"{name.removeprefix(place)} (base): {said}, the checkpoint was made on "
             found.append((place, what + _shown(theirs)))
-    return _one_line_each(found)
+    return one_line_each(found)
 
 
 def _place(name: str, adapted: Sequence[str]) -> str:
     """Return the adapted leaf that a name is in, or the name; the longest leaves come first."""
     return next((leaf for leaf in adapted if name.startswith(leaf)), name)
-
-
-def _one_line_each(found: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one line for each difference, with the first places that have it and their number."""
-    places: dict[str, list[str]] = {}
-    for place, what in found:
-        places.setdefault(what, []).append(place)
-    lines = []
-    for what, (first, *others) in places.items():
-        more = "" if len(others) <= 2 else ", …"
-        listed = f" (so in {len(others)} more: {', '.join(others[:2])}{more})" if others else ""
-        lines.append(f"{first}{what}{listed}")
-    return lines
 
 
 def _structure(described: object) -> Any:

@@ -27,6 +27,8 @@ KINDS = (
     layers.Embedding,
 )
 
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+
 NORMALISATIONS = (
     layers.BatchNormalization,
     layers.GroupNormalization,

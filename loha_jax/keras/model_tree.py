@@ -32,7 +32,14 @@ from loha_jax.keras._keras_internals import (
     variables_of,
 )
 from loha_jax.keras.adapted_layers import dress
-from loha_jax.keras.layer_kinds import KINDS, common_name, kernel_layout, kernel_of, why_not
+from loha_jax.keras.layer_kinds import (
+    KINDS,
+    TRANSPOSED,
+    common_name,
+    kernel_layout,
+    kernel_of,
+    why_not,
+)
 from loha_jax.keras.quantised import MODES, set_kernel
 from loha_jax.keras.siblings import (
     AdaptedVariable,
@@ -239,6 +246,7 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
     """
     found: dict[str, Layout] = {}
     others: set[str] = set()
+    transposed: set[str] = set()
     for path, weight in _weights(model).items():
         name = module_name(path_parts((jax.tree_util.DictKey(path),)))
         is_kernel = weight.variable is kernel_of(weight.layer)
@@ -246,12 +254,15 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
         ndim = len(weight.variable.shape)
         if word is not None:
             found[name] = Layout(word)
+        elif ndim > 2 and isinstance(weight.layer, TRANSPOSED):
+            found[name] = Layout("k" * (ndim - 2) + "oi")
+            transposed.add(name)
         elif ndim > 2 and not is_kernel:  # `write_back` says why it cannot be adapted
             found[name] = Layout("i" * (ndim - 1) + "o")
         linear = isinstance(weight.layer, (keras.layers.Dense, keras.layers.EinsumDense))
         if ndim > 1 and not (is_kernel and linear):
             others.add(name)
-    return ModelLayouts(given or {}, found, lookups=others)
+    return ModelLayouts(given or {}, found, transposed, lookups=others)
 
 
 def is_node(x: object) -> bool:

@@ -115,6 +115,28 @@ class Layout:
             *self.sizes("k", shape),
         )
 
+    def contradicts(self, other: Layout, shape: Sequence[int]) -> bool:
+        """Return whether a kernel of this `shape` cannot be of both layouts.
+
+        One has an input axis where the other has an output axis, or they flatten the same axes in
+        another order. One module of several (a stack), and a convolution as the matrix that its
+        patches are multiplied with, are two ways to see one kernel.
+
+        Example:
+            >>> [Layout("ioo").contradicts(Layout(w), (4, 2, 3)) for w in ("iio", "i o1 o0", "iso")]
+            [True, True, False]
+        """
+
+        def axes(layout: Layout, kind: str) -> list[int]:
+            return [axis for axis in layout.axes(kind) if shape[axis] > 1]
+
+        def inputs(layout: Layout) -> set[int]:
+            return {*axes(layout, "i"), *axes(layout, "k")}
+
+        crossed = inputs(self) & {*axes(other, "o")} | inputs(other) & {*axes(self, "o")}
+        pairs = ((axes(self, kind), axes(other, kind)) for kind in "iok")
+        return bool(crossed) or any(a != b and sorted(a) == sorted(b) for a, b in pairs)
+
     def fold(self, delta: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Fold a torch-shaped array `[*stack, out, in, *spatial]` into a kernel of this `shape`."""
         permuted = delta.reshape([shape[axis] for axis in self.order])  # axes in torch's order

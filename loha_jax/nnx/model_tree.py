@@ -222,14 +222,16 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     found: dict[str, Layout] = {}
     transposed: set[str] = set()
     for path, weight in _weights(model).items():
-        for owner, way in () if weight.adapted else weight.holders:
-            shape = wrapped(values_of(weight.base)).shape
-            word = layer_layout(owner, str(way[0]), shape, scanned_axis(weight.base))
-            if word and len(way) == 1:
-                name = module_name(tuple(map(str, path)))
+        name = module_name(tuple(map(str, path)))
+        for owner, way in weight.holders:
+            key, shape = str(way[0]), wrapped(values_of(weight.base)).shape
+            if len(way) > 1:
+                continue
+            if isinstance(owner, nnx.ConvTranspose) and key == "kernel":
+                transposed.add(name)
+            word = layer_layout(owner, key, shape, scanned_axis(weight.base))
+            if word and not weight.adapted:
                 found[name] = Layout(word)
-                if isinstance(owner, nnx.ConvTranspose):
-                    transposed.add(name)
     return ModelLayouts(given or {}, found, transposed)
 
 

@@ -15,6 +15,7 @@ _Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 _TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
 _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
 _CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
+_UPSAMPLING = re.compile(r"(?i)up_?(scale_?|sample_?)?conv|conv_?up")
 _TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
     r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|"
@@ -106,6 +107,17 @@ def is_transposed_convolution(path: Sequence[str]) -> bool:
     return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
 
 
+def is_torchs_transposed(path: Sequence[str], layout: Layout) -> bool:
+    """Return whether a kernel is torch's of a transposed convolution, by its name and its axes.
+
+    Example:
+        >>> is_torchs_transposed(("up", "weight"), Layout("iokk"))
+        True
+    """
+    first = layout.axes("i") < layout.axes("o")
+    return is_torch_oriented(path[-1]) and bool(layout.axes("k")) and first
+
+
 def default_layout(
     shape: Sequence[int],
     path: Sequence[str],
@@ -156,9 +168,10 @@ def default_layout(
     bias = _bias(path, shape_at)
     if bias is not None:
         found = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
-        if len(found) == 1:
+        unsure = torch and shape[0] == shape[1] and _UPSAMPLING.search(_module(path))
+        if len(found) == 1 and not unsure:
             return Layout(found[0])
-        if convolution in found and _CONVOLUTION.fullmatch(_module(path)):
+        if convolution in found and not unsure and _CONVOLUTION.fullmatch(_module(path)):
             return Layout(convolution)
     elif candidates and _is_convolution(shape, path, shape_at, torch):
         return Layout(convolution)
@@ -169,13 +182,16 @@ def default_layout(
     ]
     if len(found) == 1:
         return Layout(found[0])
-    raise _ambiguous(shape, path, ", ".join(f"{word!r} ({what})" for word, _, what in candidates))
+    named = [f"{word!r} ({what})" for word, _, what in candidates]
+    named += [f"'io{spatial}' (a transposed convolution)"] if torch and candidates else []
+    raise _ambiguous(shape, path, ", ".join(named))
 
 
 def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
     """Return whether biases show that a kernel of two axes is `[out, in]`, as GPT-2's in Flax.
 
-    A square kernel is taken as the others beside its module are (`attn.c_proj` as `attn.c_attn`).
+    A square kernel is taken as the others beside its module are (`attn.c_proj` as `attn.c_attn`),
+    or else, if it has a bias, as the nearest ones in the tree.
 
     Example:
         >>> shapes = {("attn", "c_attn", "kernel"): (12, 4), ("attn", "c_attn", "bias"): (12,)}
@@ -199,21 +215,23 @@ def is_input_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
 def _bias_axis(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> int | None:
     """Return which axis of a kernel of two axes is as long as its bias; None where it is not known.
 
-    For a square kernel it is the axis of all others beside its module.
+    For a square kernel it is the axis of all others beside its module, or of the nearest.
     """
-    path = tuple(path)
+    path, bias = tuple(path), _bias(tuple(path), shape_at)
     if shape[0] != shape[1]:
-        bias = _bias(path, shape_at)
         return next((axis for axis in (0, 1) if bias == (shape[axis],)), None)
-    beside = [
+    others = [
         (other, found)
         for other, found in shape_at.items()
-        if (other[:-2], other[-1]) == (path[:-2], path[-1]) and len(found) == 2
+        if other[-1] == path[-1] and len(found) == 2 and found[0] != found[1]
     ]
-    shown = {
-        _bias_axis(found, other, shape_at) for other, found in beside if found[0] != found[1]
-    } - {None}
-    return shown.pop() if len(shown) == 1 else None
+    beside = [(other, found) for other, found in others if other[:-2] == path[:-2]]
+    above = range(len(path) - 2, -1, -1) if bias is not None else ()
+    for near in (beside, *([o for o in others if o[0][:n] == path[:n]] for n in above)):
+        shown = {_bias_axis(found, other, shape_at) for other, found in near} - {None}
+        if shown:
+            return shown.pop() if len(shown) == 1 else None
+    return None
 
 
 def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -> ValueError:
@@ -258,15 +276,18 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
 def _is_convolution(
     shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
 ) -> bool:
-    """Return whether names and neighbours prove a kernel without a bias to be one convolution's."""
+    """Return whether names and neighbours prove a kernel without a bias to be one convolution's.
+
+    Torch's transposed convolutions are called `upconv` too.
+    """
     parent = path[:-2]
     vectors = {
         p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1], len(s)) == ("weight", 1)
     }
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
-    if not _CONVOLUTION.fullmatch(_module(path)):
-        return torch and len(shape) > 3 and shape[:1] in beside  # a normalisation of its channels
+    if not _CONVOLUTION.fullmatch(_module(path)) or (torch and _UPSAMPLING.search(_module(path))):
+        return torch and len(shape) > 3 and _has_norm_behind(shape, path, vectors)
     if unstacked:
         return True
     below_scan = any(
@@ -278,6 +299,19 @@ def _is_convolution(
         return not stacked
     # torch numbers its layers; patches are embedded once
     return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
+
+
+def _has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], vectors: _Shapes) -> bool:
+    """Return whether the next module of a Sequential normalises as many channels as the first axis.
+
+    These are outputs then, as a convolution's. A transposed one has its inputs there, and a norm in
+    front of it, or beside it without a number, may be of these. Of a square one nothing shows it.
+    """
+    *parents, index = path[:-1]
+    if not index.isdigit() or shape[0] == shape[1]:
+        return False
+    behind = (*parents, str(int(index) + 1))
+    return any(p[:-1] == behind and s == shape[:1] for p, s in vectors.items())
 
 
 def _transposed_layout(

@@ -42,6 +42,7 @@ _OTHER_LEAVES = {
     *("running_mean", "running_var", "num_batches_tracked"),  # torch
 }
 _WRAPPERS = ("value", "raw_value")  # they hold the array of an nnx.Variable or nn.Partitioned
+_HELD = ("data", *_WRAPPERS)  # the same as keys: "q.weight.data", a State as a dictionary
 _BOXED = ("weight", "bias")
 _BOXES = (FlattenedIndexKey(0), GetAttrKey("array"))  # haliax' NamedArray
 _COLLECTIONS = ("params", "batch_stats")
@@ -68,7 +69,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
 
     The keys of flat dictionaries ("layers.0.q_proj.weight", "decoder/q/kernel", tuples) give
     several parts, like those of the nested tree. An attribute or index that only boxes the array
-    gives none.
+    gives none, nor does the end of "q.weight.data".
 
     Example:
         >>> import jax
@@ -87,6 +88,8 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
     while len(parts) > 1 and parts[-1] in _WRAPPERS and getattr(path[-1], "name", None) is not None:
         parts.pop()
     if len(parts) > 1 and parts[-2] in _BOXED and path[-1] in _BOXES:
+        parts.pop()
+    if len(parts) > 1 and parts[-2] in (*KERNEL_LEAVES, "bias") and parts[-1] in _HELD:
         parts.pop()
     return tuple(parts)
 

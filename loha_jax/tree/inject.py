@@ -87,6 +87,7 @@ def inject(
     Warns:
         UserWarning: an entry of `target_modules`, `exclude_modules` or `modules_to_save` matches
             nothing.
+        UserWarning: a layout that is given contradicts what the kernel's layer knows.
         UserWarning: r² is more than 16 times the rank that a kernel's update can have.
         RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no adapted module.
 

@@ -57,6 +57,7 @@ class NamedTree:
         weights: positions of the leaves that stand for their module.
         kernels: those of them that can be adapted.
         given_names, given_layouts: the arguments.
+        known: what the layers of the tree know.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class NamedTree:
         self.given_names = names
         check_used(names, {*self.names.values()})
         self._torch_shapes = torch_shapes or {}
-        self._known: ModelLayouts = layers_layouts(params, layouts)
-        self.given_layouts = _as_layouts(self._known)
+        self.known: ModelLayouts = layers_layouts(params, layouts)
+        self.given_layouts = _as_layouts(self.known)
         mapped = names.layouts or {} if isinstance(names, NamesWithLayouts) else {}
         self._map_layouts = _as_layouts(
             {name: layout for name, layout in mapped.items() if layout is not None}
         )
-        vectors = self._known.vectors | {name for name, layout in mapped.items() if layout is None}
+        vectors = self.known.vectors | {name for name, layout in mapped.items() if layout is None}
         possible = [n for n in self.names if is_kernel_leaf(self.paths[n])]
         matrices = [n for n in possible if self.leaves[n].ndim >= 2]
         unlike = [n for n in matrices if self.names[n] not in vectors]
@@ -124,7 +125,11 @@ class NamedTree:
     def _find_layout(self, position: int) -> Layout:
         leaf, name = self.leaves[position], self.names[position]
         if (pattern := self.layout_pattern(position)) is not None:
-            return _fitting(self.given_layouts[pattern], f"layouts[{pattern!r}]", name, leaf.shape)
+            word = self.given_layouts[pattern]
+            given = _fitting(word, f"layouts[{pattern!r}]", name, leaf.shape)
+            if is_adapted(leaf) and leaf.layout not in (None, given):
+                raise _made_otherwise(name, given, leaf.layout)
+            return given
         if is_adapted(leaf) and leaf.layout is not None:
             return leaf.layout
         if (pattern := _pattern_of(name, self._map_layouts)) is not None:
@@ -132,17 +137,12 @@ class NamedTree:
             if mapped.word == "io" and is_output_first(
                 leaf.shape, self.paths[position], self.shape_at
             ):
-                raise ValueError(
-                    f"`names` has the layout 'io' for {name} of shape {tuple(leaf.shape)}, and its "
-                    "bias, or that of a module beside it, says [out, in], as in Flax' GPT-2. Give "
-                    f"layouts={{r'{re.escape(name)}': 'oi'}}; for GPT-2 itself, "
-                    "names=NameMap.transformers('gpt2')."
-                )
+                raise _output_first(leaf.shape, name)
             return _fitting(mapped, f"names.layouts[{pattern!r}]", name, leaf.shape)
-        if name in self._known.own:
-            return self._known.own[name]
-        if name in self._known.unclear:
-            raise _unclear(self.paths[position], leaf.shape, self._known.unclear[name], name)
+        if name in self.known.own:
+            return self.known.own[name]
+        if name in self.known.unclear:
+            raise _unclear(self.paths[position], leaf.shape, self.known.unclear[name], name)
         self._by_default.add(position)
         return default_layout(
             leaf.shape, self.paths[position], self.shape_at, self._torch_shape(name)
@@ -175,7 +175,7 @@ class NamedTree:
         """Return whether a kernel is a transposed convolution's with other axes in torch."""
         path = self.paths[position]
         named = is_transposed_convolution(path) and not is_torch_oriented(path[-1])
-        return named or self.names[position] in self._known.transposed
+        return named or self.names[position] in self.known.transposed
 
     def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
         """Return the torch module names of a weight.
@@ -207,11 +207,11 @@ class NamedTree:
     def module_names(self, position: int, stack: Sequence[int]) -> tuple[str, ...]:
         """Return the torch module names of a leaf with these stack axes; see `stack_names`."""
         name = self.names[position]
-        return stack_names(name, stack, self.given_names, self._known.stacks.get(name))
+        return stack_names(name, stack, self.given_names, self.known.stacks.get(name))
 
     def known_stacks(self, position: int) -> int:
         """Return in how many stacks the module of a leaf is, as far as the model says it."""
-        return len(self._known.stacks.get(self.names[position], ()))
+        return len(self.known.stacks.get(self.names[position], ()))
 
     def rows(self, position: int) -> RowTransform | None:
         """Return how torch's rows of a leaf differ from its own; None where they do not.
@@ -231,7 +231,7 @@ class NamedTree:
                     "`inject`, loaders and savers the same name map"
                 )
             return leaf.rows
-        scale = self._known.scales.get(name)
+        scale = self.known.scales.get(name)
         if scale is not None and given is None and position in self.kernels:
             raise _scaled(self.paths[position], scale, name)
         if given is not None and torch_parameter(self.paths[position]) in BUFFERS:
@@ -271,9 +271,9 @@ class NamedTree:
         is no lookup table (`infer_layouts`, Equinox, torch's names).
         """
         name, path = self.names[position], self.paths[position]
-        if name in self._known.lookups | self._known.heads:
+        if name in self.known.lookups | self.known.heads:
             return ()
-        known = self.layout_pattern(position) is not None or name in self._known.own
+        known = self.layout_pattern(position) is not None or name in self.known.own
         if not known and (path[-1] not in ("kernel", "w", "weight") or is_named_lookup(path)):
             return ()
         if not known and self.leaves[position].ndim > 2 and is_named_convolution(path):
@@ -305,8 +305,24 @@ def _unclear(
 def _input_first(path: Sequence[str], shape: Sequence[int], name: str) -> str:
     return (
         f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or that "
-        "of a module beside it, says [in, out], as of GPT-2. Settle it with "
+        "of a module near it, says [in, out], as of GPT-2. Settle it with "
         f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi'"
+    )
+
+
+def _output_first(shape: Sequence[int], name: str) -> ValueError:
+    return ValueError(
+        f"`names` has the layout 'io' for {name} of shape {tuple(shape)}, and its bias, or that "
+        "of a module near it, says [out, in], as in Flax' GPT-2. Give "
+        f"layouts={{r'{re.escape(name)}': 'oi'}}; for GPT-2 itself, "
+        "names=NameMap.transformers('gpt2')."
+    )
+
+
+def _made_otherwise(name: str, given: Layout, own: Layout) -> ValueError:
+    return ValueError(
+        f"`layouts` gives {name} the layout {given.word!r}, and it has an adapter that was made "
+        f"with {own.word!r}. A kernel has one layout: leave it out, or `unload` the tree first"
     )
 
 

@@ -35,6 +35,7 @@ from loha_jax.targets.target_advice import (
     spelling_advice,
 )
 from loha_jax.tree.factors import Factors, module_index
+from loha_jax.tree.grouped_lines import one_line_each
 from loha_jax.tree.kernel_samples import KernelSample
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.placement import ArrayOrShape
@@ -170,6 +171,7 @@ def plan_injection(
         advice = near_misses(unused, sorted(tree.names.values()))
         warn_caller(f"layouts={unused} match no kernel.{advice}")
     saved = _plan_saved(tree, resolved, targets)
+    _warn_of_overruled(tree, [*targets, *saved])
     matched = [name for c in targeted for name in c.named(Match.TARGETED)]
     warn_unmatched(config, resolved, modules, matched, excluded)
     return Plan(resolved, targets, saved)
@@ -208,6 +210,22 @@ def _refuse_misfits(tree: NamedTree, targeted: Sequence[_Candidate]) -> None:
             f"more axes, is not empty, and has a floating dtype): {', '.join(misfits)}. Narrow "
             "`target_modules` or use `exclude_modules`."
             + (f" {QUANTISED_ADVICE}" if is_quantised else "")
+        )
+
+
+def _warn_of_overruled(tree: NamedTree, positions: Sequence[int]) -> None:
+    """Warn of kernels whose given layout contradicts what their layer knows."""
+    found: list[tuple[str, str]] = []
+    for n in tree.kernels.intersection(positions):
+        layout, shape = tree.layout(n), tuple(tree.leaves[n].shape)
+        own = tree.known.own.get(tree.names[n], layout)
+        if layout.contradicts(own, shape):
+            how = f"is {own.word!r} to its layer, and was given as {layout.word!r}"
+            found.append((".".join(tree.paths[n]), f" of shape {shape} {how}"))
+    if lines := one_line_each(sorted(found)):
+        warn_caller(
+            f"{'; '.join(lines)}. What `layouts=` or `names=` gives counts: updates and files are "
+            "those of another weight than the layer's. Leave it out where the layer is right."
         )
 
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from checkpoint_trees import KEY, base, dense, inject, saved, start
+from flax import nnx
 
 import loha_jax
 from loha_jax import LoHaConfig, LycorisConfig, checkpoint
@@ -175,6 +176,29 @@ def test_another_optimizer_is_an_error(tmp_path, optimizer, line):
     assert line in str(raised.value)
 
 
+def nnx_run():
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    config = LoHaConfig(r=2, target_modules="all-linear")
+    model = loha_jax.nnx.inject(model, config, rngs=nnx.Rngs(1))
+    return model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.LoRAParam)
+
+
+def test_an_optimizer_in_the_place_of_its_state_is_a_short_error(tmp_path):
+    model, optimizer = nnx_run()
+    checkpoint.save(tmp_path / "run", model, nnx.state(optimizer))
+    for given, advice in [
+        (optimizer, r"nnx\.state\(optimizer\)"),
+        ({"adapter": optimizer}, r"nnx\.state\(optimizer\)"),
+        (optax.adam(0.1), r"optimizer\.init\(trainable\)"),
+    ]:
+        for call in (checkpoint.save, checkpoint.restore):
+            with pytest.raises(TypeError, match=advice) as raised:
+                call(tmp_path / "run", model, given, step=1)
+            assert len(str(raised.value)) < 100
+    restored = checkpoint.restore(tmp_path / "run", model, nnx.state(optimizer))
+    nnx.update(optimizer, restored.opt_state)
+
+
 def test_optimizer_state_left_out(
     tmp_path,
 ):
@@ -190,8 +214,6 @@ def test_optimizer_state_left_out(
 def test_what_cannot_be_saved(tmp_path):
     params, _ = start()
     trainable, frozen = loha_jax.partition(params)
-    from flax import nnx
-
     for given, error, message in [
         ((base(),), ValueError, "holds no adapter"),
         ((trainable,), ValueError, "one half of `partition`"),

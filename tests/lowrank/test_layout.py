@@ -135,6 +135,18 @@ def attention(query, out, bias=None):
             ("down", "0", "weight"),
             "oikk",
         ),
+        (  # a square kernel with a bias goes by the nearest that show it
+            {
+                ("a", "in", "q", "kernel"): (9, 3),
+                ("a", "in", "q", "bias"): (9,),
+                ("a", "out", "o", "kernel"): (3, 3),
+                ("a", "out", "o", "bias"): (3,),
+                ("head", "kernel"): (3, 5),
+                ("head", "bias"): (5,),
+            },
+            ("a", "out", "o", "kernel"),
+            "oi",
+        ),
         # biases
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (4, 8)}, ("x", "kernel"), "sio"),
         ({("x", "kernel"): (4, 6, 8), ("x", "bias"): (8, 6)}, ("x", "kernel"), "iso"),
@@ -191,6 +203,17 @@ def test_default_layouts(shapes, path, word):
             {("deconv", "kernel"): (3, 3, 4, 4), ("deconv", "bias"): (4,)},
             ("deconv", "kernel"),
         ),
+        # torch's transposed convolutions, [in, out, ...], and norms of their inputs
+        (
+            {("up", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,), ("out", "weight"): (6,)},
+            ("up", "weight"),
+        ),
+        ({("up", "1", "weight"): (8, 6, 2, 2), ("up", "0", "weight"): (8,)}, ("up", "1", "weight")),
+        ({("up", "0", "weight"): (8, 6, 2, 2), ("up", "1", "weight"): (6,)}, ("up", "0", "weight")),
+        ({("up", "0", "weight"): (6, 6, 2, 2), ("up", "1", "weight"): (6,)}, ("up", "0", "weight")),
+        ({("upconv", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,)}, ("upconv", "weight")),
+        ({("upconv", "weight"): (6, 6, 2, 2), ("upconv", "bias"): (6,)}, ("upconv", "weight")),
+        ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight")),
         (
             {("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)},
             ("up_transposed_conv_transpose", "weight"),

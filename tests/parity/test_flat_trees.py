@@ -85,15 +85,54 @@ def test_a_state_dict_is_trained_and_its_file_opens_in_peft(tmp_path):
     np.testing.assert_allclose(apply(again, x), theirs, atol=1e-5)
 
 
-def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout():
+@pytest.mark.parametrize("names", [("c_attn", "c_proj"), ("attn.c_attn", "out.c_proj")])
+def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout(names, tmp_path):
     """GPT-2's Conv1D in torch, and a dictionary of one's own with torch's names."""
-    shapes = {"h.0.c_attn": (4, 12), "h.0.c_proj": (4, 4)}
+    shapes = dict(zip((f"h.0.{name}" for name in names), [(4, 12), (4, 4)], strict=True))
     params = {f"{name}.weight": jnp.ones(shape) for name, shape in shapes.items()}
     params |= {f"{name}.bias": jnp.ones(shape[1]) for name, shape in shapes.items()}
-    for name in ("c_attn", "c_proj"):  # the square one lies beside the other
+    for name in names:  # the square one lies near the other
         config = LoHaConfig(r=2, target_modules=[name])
         with pytest.raises(ValueError, match=rf"{name}\.weight.*bias.*\[in, out\].*layouts="):
             loha_jax.inject(params, config, key=jax.random.key(0))
         layouts = {r"h\.0\..*": "io"}
         adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
         assert adapted[f"h.0.{name}.weight"].layout.word == "io"
+        with pytest.warns(
+            UserWarning, match=rf"h\.0\.{name} look like GPT-2's.*not open"
+        ) as caught:
+            interop.save_peft(tmp_path / name, adapted)
+        assert len(caught) == 2  # and that it is untrained
+        with pytest.warns(UserWarning, match="untrained"):
+            assert interop.save_lora(tmp_path / "lora", adapted).config["fan_in_fan_out"] is True
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 6)])
+def test_a_transposed_convolution_behind_a_norm_is_asked_for_its_layout(inputs, outputs):
+    """Its weight is [in, out, ...], and the norm is of its inputs."""
+    torch.manual_seed(0)
+    up = torch.nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
+    module = torch.nn.ModuleDict({"norm": torch.nn.GroupNorm(2, inputs), "up": up})
+    params = {name: jnp.asarray(t.detach().numpy()) for name, t in module.state_dict().items()}
+    config = LoHaConfig(r=2, target_modules=["up"], init_weights=False)
+    with pytest.raises(ValueError, match=r"'iokk' \(a transposed convolution\).*layouts="):
+        loha_jax.inject(params, config, key=jax.random.key(0))
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts={"up": "iokk"})
+    factors = adapted["up.weight"].adapters["default"]
+    assert factors.hada_w1_a.shape == (outputs, 2)
+    pairs = [(factors.hada_w1_a, factors.hada_w1_b), (factors.hada_w2_a, factors.hada_w2_b)]
+    first, second = (np.asarray(a) @ np.asarray(b) for a, b in pairs)
+    delta = (first * second * 4).reshape(outputs, inputs, 2, 2)  # alpha/r = 8/2
+    x = np.random.default_rng(0).normal(size=(1, inputs, 3, 3)).astype(np.float32)
+    weight = up.weight.detach() + torch.tensor(delta.swapaxes(0, 1))
+    theirs = torch.nn.functional.conv_transpose2d(torch.tensor(x), weight, stride=2)
+
+    def forward(params, x):
+        taps = jnp.flip(params["up.weight"], (2, 3))
+        return jax.lax.conv_general_dilated(
+            *(x, taps, (1, 1), [(1, 1), (1, 1)]),
+            lhs_dilation=(2, 2),
+            dimension_numbers=("NCHW", "IOHW", "NCHW"),
+        )
+
+    np.testing.assert_allclose(loha_jax.adapt(forward)(adapted, x), theirs, atol=1e-4)

@@ -45,6 +45,12 @@ def test_boxes_and_variables_do_not_show_in_paths():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     assert paths(state) == {"kernel", "bias"}
     assert paths({"value": jnp.ones(2)}) == {"value"}
+    assert paths({"q.weight.data": 1, "q.bias.data": 1, "k": {"kernel": {"value": 1}}}) == {
+        "q.weight",
+        "q.bias",
+        "k.kernel",
+    }
+    assert paths({"attn": {"value": {"kernel": 1}}, "data": 1}) == {"attn.value.kernel", "data"}
 
 
 @pytest.mark.parametrize(

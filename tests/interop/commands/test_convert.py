@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import lycoris_samples
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,7 @@ from lora_folders import dense
 from peft_samples import NAMES, Sample
 from safetensors.numpy import load_file, save_file
 
+import loha_jax
 from loha_jax import LoHaConfig
 from loha_jax.interop.commands.convert import FORMATS, convert_adapter
 from loha_jax.interop.commands.differences import compare_paths
@@ -77,6 +80,17 @@ def test_lycoris_there_and_back(form, by_way_of, tmp_path):
     assert bits(tmp_path / "back.safetensors") == bits(path)
 
 
+@pytest.mark.parametrize("form", lycoris_samples.FORMS)
+def test_names_that_need_not_change_need_no_base(form, tmp_path):
+    """Of a Conv1d, too: its core has three axes in LyCORIS' and kohya's files."""
+    path, _ = lycoris_samples.native(form)
+    convert_adapter(path, tmp_path / "kohya.safetensors", "kohya")
+    convert_adapter(tmp_path / "kohya.safetensors", tmp_path / "again.safetensors", "kohya")
+    convert_adapter(tmp_path / "again.safetensors", tmp_path / "back.safetensors", "lycoris")
+    assert bits(tmp_path / "kohya.safetensors") == bits(tmp_path / "again.safetensors")
+    assert bits(tmp_path / "back.safetensors") == bits(path)
+
+
 @pytest.mark.parametrize("form", ["plain", "tucker", "scalar"])
 def test_lycoris_becomes_what_another_converter_made_of_it(form, tmp_path):
     path, _ = lycoris_samples.native(form)
@@ -123,6 +137,24 @@ def test_kohya_keeps_its_components_and_takes_one_to_peft(tmp_path):
         assert old.keys() == new.keys()
         for key, value in old.items():  # alpha is written in float32
             assert value.tobytes() == new[key].astype(value.dtype).tobytes()
+
+
+@pytest.mark.parametrize("base", [None, "base.safetensors"])
+def test_a_loha_of_gpt2s_projections_is_no_folder_for_peft(base, tmp_path):
+    """A LoRA's settings say it, or the biases of the base do."""
+    tree = {"c_attn": {"kernel": jnp.ones((24, 8)), "bias": jnp.ones(24)}}  # as in Flax
+    config = LoHaConfig(r=2, target_modules=["c_attn"], init_weights=False)
+    params = loha_jax.inject(tree, config, key=jax.random.key(0))
+    loha_jax.interop.save_lora(tmp_path / "lora", params)
+    if base is not None:
+        base = tmp_path / base
+        save_file({"c_attn.weight": np.ones((8, 24)), "c_attn.bias": np.ones(24)}, base)
+    done = convert_adapter(tmp_path / "lora", tmp_path / "loha", "peft", base=base)
+    assert any("PEFT has no LoHa for GPT-2's Conv1D" in note for note in done.notes)
+    convert_adapter(tmp_path / "lora", tmp_path / "again", "lora", base=base)
+    for folder in ("lora", "again"):
+        settings = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert settings["fan_in_fan_out"] is True
 
 
 @pytest.mark.parametrize(("rank", "energy"), [(None, None), (2, None), (None, 0.9)])
@@ -214,12 +246,6 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path):
             "peft",
             {"base": BASE, "only": WITHOUT_C3D},
             r"weight decomposition \(DoRA\) in .*fc1",
-        ),
-        (
-            "native_tucker",
-            "kohya",
-            {},
-            r"core of lycoris_c1d is that of a Conv1d or of a Conv2d.*`base=`",
         ),
         (
             "native_plain",

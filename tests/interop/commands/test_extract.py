@@ -125,15 +125,27 @@ def test_a_merged_adapter_is_found_again(tmp_path):
     assert done.error < 1e-3
 
 
-@pytest.mark.parametrize("shape", [(18, 8), (8, 8)])
-def test_projections_of_gpt2_are_stored_as_in_out(shape, tmp_path):
-    config = {"model_type": "gpt2"}
-    key = "h.0.attn.c_attn.weight"
-    tuned_path, base_path = checkpoints(tmp_path, {key: shape}, config=config)
-    done = extract_adapter(tuned_path, base_path, tmp_path / "adapter", r=2)
+C_ATTN, C_PROJ = "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "shapes", "config"),
+    [
+        (C_ATTN, {C_ATTN: (18, 8)}, {"model_type": "gpt2"}),
+        (C_ATTN, {C_ATTN: (8, 8)}, {"model_type": "gpt2"}),
+        # a bias shows it where no config says it, and that of c_attn for a square weight
+        (C_ATTN, {C_ATTN: (8, 24), "h.0.attn.c_attn.bias": (24,)}, None),
+        (C_PROJ, {C_PROJ: (8, 8), C_ATTN: (8, 24), "h.0.attn.c_attn.bias": (24,)}, None),
+    ],
+)
+def test_projections_of_gpt2_are_stored_as_in_out(key, shapes, config, tmp_path):
+    tuned_path, base_path = checkpoints(tmp_path, shapes, config=config)
+    module = key.removesuffix(".weight")
+    done = extract_adapter(tuned_path, base_path, tmp_path / "adapter", r=2, only=module)
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    w1_b = factors["base_model.model.h.0.attn.c_attn.hada_w1_b"]
-    assert w1_b.shape == (2, shape[0])
+    w1_b = factors[f"base_model.model.{module}.hada_w1_b"]
+    assert w1_b.shape == (2, shapes[key][0])
+    assert [note for note in done.notes if "PEFT has no LoHa" in note] == [*done.notes]
     assert "convert it to lora" in done.notes[0]
     merge_checkpoint(base_path, [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
     tuned, base, merged = (
@@ -141,6 +153,16 @@ def test_projections_of_gpt2_are_stored_as_in_out(shape, tmp_path):
     )
     lost = missing(merged[key], tuned, base, key)
     assert lost == pytest.approx(done.modules[0].error, rel=1e-4)
+
+
+def test_linear_layers_called_like_gpt2s_are_linear(tmp_path):
+    """Of GPT-BigCode (StarCoder), whose biases are as long as the first axis."""
+    shapes = {C_ATTN: (24, 8), "h.0.attn.c_attn.bias": (24,), C_PROJ: (8, 8)}
+    tuned, base = checkpoints(tmp_path, shapes, config={"model_type": "gpt_bigcode"})
+    done = extract_adapter(tuned, base, tmp_path / "adapter", r=2)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert factors["base_model.model.h.0.attn.c_attn.hada_w1_a"].shape == (24, 2)
+    assert done.notes == ()
 
 
 def test_bfloat16_checkpoints_and_factors(tmp_path):

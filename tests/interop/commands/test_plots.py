@@ -5,11 +5,12 @@ import sys
 import numpy as np
 import pytest
 from command_line import factors, peft_folder, run, run_json
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from random_arrays import normal_array
 
 from loha_jax.interop.commands.inspection import inspect_path
-from loha_jax.interop.commands.plots import lines
+from loha_jax.interop.commands.plots import lines, plot_modules
 
 NAMES = [f"layers.{n}.{kind}" for n in range(3) for kind in ("q", "v")]
 
@@ -50,6 +51,24 @@ def test_a_line_for_each_kind_of_module(adapter):
     assert [layer for layer, _ in found["layers.*.v"]] == [0, 1, 2]
     by_name = {m["name"]: m["effective_rank"] for m in modules}
     assert found["layers.*.v"][2][1] == by_name["layers.2.v"]
+
+
+def test_a_module_of_no_layer_is_a_line_across_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+
+    def recorded(axes, x, y, *args, **kwargs):
+        drawn.append((kwargs["label"], tuple(x), tuple(y)))
+        return plot(axes, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
+    names = ("layers.0.q", "layers.1.q", "head")
+    modules = [{"name": name, "norm": n, "effective_rank": n} for n, name in enumerate(names)]
+    plot_modules(modules, tmp_path / "a.png")
+    assert lines(modules, "norm")["head"] == [(None, 2)]
+    assert drawn == 2 * [("layers.*.q", (0, 1), (0, 1)), ("head", (0, 1), (2, 2))]
+    modules = [module for module in modules if module["name"] == "head"]
+    plot_modules(modules, tmp_path / "b.png")  # there is no layer at all
 
 
 def test_the_picture_is_written_beside_the_table(adapter, tmp_path):

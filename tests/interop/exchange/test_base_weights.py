@@ -27,8 +27,8 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
         str(folder),
         "tensors that are not in the file (2)",
         "c.weight (for c.kernel [4, 2])",
-        "a.weight is [4, 3], a.kernel [4, 4] needs [4, 4]",
-        "a.bias is float32, a.bias is int32",
+        "a.weight (for a.kernel) is [4, 3] in the file, a leaf [4, 4] needs [4, 4]",
+        "a.bias (for a.bias) is float32, the leaf int32",
         "tensors that no leaf takes (1): b.weight",
         "`tied=`",
     ):

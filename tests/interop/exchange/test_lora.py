@@ -251,6 +251,8 @@ def test_what_a_tree_holds_that_no_lora_can_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="save_lora writes a folder"):
         interop.save_lora(tmp_path / "file", inject("q"))
+    with pytest.raises(IsADirectoryError, match=r"save_lora writes a file, .*safetensors"):
+        interop.save_lora(tmp_path, inject("q"), form="kohya")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -133,6 +133,22 @@ def test_what_a_server_would_get_wrong_is_refused(server, names, options, messag
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_module_that_sglang_knows_by_another_name_is_renamed(tmp_path):
+    base = {"blocks": {"0": {"query": {"kernel": jnp.ones((4, 4))}}}}
+    config = LoHaConfig(r=2, target_modules=["query", "q_proj"], init_weights=False)
+    names = {r"blocks\.(\d+)\.query": r"model.layers.\1.self_attn.q_proj"}
+    with pytest.warns(UserWarning, match="match no module"):
+        params = loha_jax.inject(base, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"names=\{regex: template\}.*--names 'REGEX=TEMPLATE'"):
+        interop.save_lora(tmp_path / "lora", params, server="sglang")
+    with pytest.warns(UserWarning, match="match no module"):
+        params = loha_jax.inject(base, config, key=jax.random.key(0), names=names)
+    interop.save_lora(tmp_path / "lora", params, server="sglang", names=names)
+    assert by_sglang(tmp_path / "lora", "--max-lora-rank 4").keys() == {
+        "model.layers.0.self_attn.q_proj"
+    }
+
+
 def test_sglang_does_not_take_a_regular_expression_apart(tmp_path):
     name = "layers.0.self_attn.q_proj"
     params, _ = tree((name, f"mtp.{name}"), target_modules=rf"{name}")

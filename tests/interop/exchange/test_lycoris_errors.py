@@ -175,6 +175,11 @@ def test_paths(tmp_path):
         interop.load_lycoris(DATA / "peft_plain", base_params())
 
 
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"save_lycoris writes a file, .*safetensors"):
+        interop.save_lycoris(tmp_path, loaded("plain"))
+
+
 def test_the_convolutions_of_the_sample_have_no_layout_of_their_own():
     assert {
         name: leaf.layout.word for leaf in loha_leaves(loaded("plain")) for name in leaf.names

@@ -114,6 +114,22 @@ def test_named_adapters_have_folders_of_their_own(tmp_path):
         interop.to_peft_state_dict(params)
 
 
+def test_what_does_not_fit_in_many_modules_is_said_once(tmp_path):
+    """A wrong layout of 30 kernels, and 120 keys of another model, with their numbers."""
+    base = {"layers": [{"q": {"kernel": jnp.ones((4, 6))}} for _ in range(30)]}
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    interop.save_peft(tmp_path, loha_jax.inject(base, config, key=jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"misshapen \(120\): ") as error:
+        interop.load_peft(tmp_path, base, layouts={".*": "oi"})
+    message = str(error.value)
+    for shapes in ("[6, 2] in the file, [4, 2]", "[2, 4] in the file, [2, 6]"):
+        assert message.count(shapes) == 1
+    assert message.count("(so in 59 more: ") == 2
+    with pytest.raises(ValueError, match=r"unexpected keys \(120\).*missing keys \(120\)") as error:
+        interop.load_peft(tmp_path, base, names=lambda name: f"model.{name.rpartition('.')[0]}.x.q")
+    assert len(str(error.value)) < 4000
+
+
 def test_everything_that_does_not_fit_is_listed_in_one_error(tmp_path):
     base, _ = two_kernels(tmp_path)
     path = tmp_path / "adapter_model.safetensors"

@@ -1,0 +1,117 @@
+"""Transposed convolutions in the way of files: no format for torch has an adapter of one.
+
+Torch keeps their weights as `[in, out, *spatial]`, with the taps reversed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar, cast
+
+from jaxtyping import PyTree
+
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.targets.default_layouts import is_torchs_transposed, is_transposed_convolution
+from loha_jax.targets.model_layouts import Layouts
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.named_tree import NamedTree
+from loha_jax.tree.plan import Saved
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_TORCHS = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
+
+
+def is_transposed(tree: NamedTree, position: int) -> bool:
+    """Return whether a kernel is a transposed convolution's: by its layer, its name or its axes."""
+    path = tree.paths[position]
+    if is_transposed_convolution(path) or tree.is_transposed_convolution(position):
+        return True
+    return is_torchs_transposed(path, tree.layout(position))
+
+
+@takes_model(changes=False)
+def _adapted(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight | SavedWeight]:
+    """Return the adapted leaves that are the kernels of transposed convolutions."""
+    tree = NamedTree(params, None, layouts)
+    adapted = [n for n in sorted(tree.kernels) if is_adapted(tree.leaves[n])]
+    return [tree.leaves[n] for n in adapted if is_transposed(tree, n)]
+
+
+def warn_of_transposed(
+    params: PyTree, adapters: Collection[str] | None, format_name: str, loader: str
+) -> None:
+    """Warn of adapted transposed convolutions, which a format has no LoHa for.
+
+    Args:
+        params: an adapted tree, or a model.
+        adapters: the names of those that are written; None for all.
+        format_name: in the message.
+        loader: the function that reads the file nevertheless.
+    """
+    kernels = [leaf for leaf in _adapted(params) if isinstance(leaf, LoHaWeight)]
+    if found := [
+        leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
+    ]:
+        warn_caller(
+            f"{', '.join(found)} are transposed convolutions, which {format_name} has no LoHa for: "
+            f"only `{loader}` opens this adapter. For PyTorch leave them out (`exclude_modules`), "
+            f"or merge the adapter and convert the weight by hand: {_TORCHS}."
+        )
+
+
+def refuse_transposed_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> None:
+    """Raise ValueError for a file's copies of transposed convolutions, by their positions."""
+    if found := [
+        own.name for n, own in saved.items() if n in tree.kernels and is_transposed(tree, n)
+    ]:
+        raise ValueError(
+            f"{', '.join(found)} are of transposed convolutions (modules_to_save), and {_TORCHS}: "
+            "convert them by hand"
+        )
+
+
+def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:
+    """Decorate a writer of an adapter, so that it refuses what torch would read wrongly.
+
+    That is a copy of a transposed convolution's weight (`modules_to_save`), and where `kernels` is
+    true an adapter of one. The decorator stands outside of `takes_model`: the model's layers say
+    which these are.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: object, **kwargs: object) -> object:
+            given = signature.bind(*args, **kwargs).arguments
+            names = given.get("adapters")
+            if given.get("adapter_name") is not None:
+                names = [given["adapter_name"]]
+            _refuse(given["params"], names, kernels)
+            return function(*args, **kwargs)
+
+        return cast(F, wrapper)
+
+    return decorate
+
+
+def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> None:
+    for leaf in _adapted(params):
+        held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters
+        if names is not None and not {*names} & held.keys():
+            continue
+        if isinstance(leaf, SavedWeight):
+            raise ValueError(
+                f"{leaf.label} is the weight of a transposed convolution (modules_to_save), and "
+                f"{_TORCHS}. Leave it out, or keep the adapter in a checkpoint "
+                "(`loha_jax.checkpoint`)."
+            )
+        if kernels:
+            raise ValueError(
+                f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {_TORCHS}. "
+                "Leave it out (`exclude_modules`), or merge the adapter."
+            )

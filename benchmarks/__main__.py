@@ -7,7 +7,7 @@ A CASE is one of a subject's, like llama or linear-768-8-256; an unknown one lis
 
 Each record is written to FILE as soon as it is there. `python -m benchmarks.report FILE` prints the
 tables again. Without torch, peft or lycoris-lora, what needs them is left out. On a GPU, JAX and
-PyTorch both use it.
+PyTorch both use it. `python -m benchmarks accelerators` asks the compilers of TPUs instead.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import catalogue, lifecycle, lora_conversion, report, results, runner
+from benchmarks import accelerators, catalogue, lifecycle, lora_conversion, report, results, runner
 from benchmarks.case import NotInstalled, Settings
 from benchmarks.measure import Neighbours, machine
 from benchmarks.workers import Record, Workers
@@ -103,4 +103,6 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["accelerators"]:
+        sys.exit(accelerators.main(sys.argv[2:]))
     sys.exit(main())

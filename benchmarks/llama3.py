@@ -15,6 +15,7 @@ Each fsdp index has one sequence: as many sequences a step as the axis is long.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,7 +119,18 @@ def tokens(model: Llama3, sequences: int, length: int, mesh: Any = None) -> jax.
     return array(mesh, (sequences, length, model.hidden), BASE_DTYPE, *RESIDUAL)
 
 
-def layer(model: Llama3, mesh: Any, params: Any, x: jax.Array) -> jax.Array:
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of q, k and v: [sequence, position, head, width]."""
+
+
+@jax.checkpoint
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+def layer(
+    model: Llama3, mesh: Any, params: Any, x: jax.Array, attend: Attention = _attend
+) -> jax.Array:
     """One layer. Like flash attention, its gradient keeps q, k and v and no scores."""
     split = functools.partial(_split, mesh)
     sequences, length, _ = x.shape
@@ -128,9 +140,6 @@ def layer(model: Llama3, mesh: Any, params: Any, x: jax.Array) -> jax.Array:
 
     h = split(_rms_norm(x, params["input_layernorm"]["scale"]), *RESIDUAL)
     q, k, v = (heads(h @ params[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
-    attend = jax.checkpoint(
-        functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
-    )
     mixed = split(attend(_rotate(q), _rotate(k), v).reshape(sequences, length, -1), *WIDE)
     x = split(x + mixed @ params["o_proj"]["kernel"], *RESIDUAL)
     h = split(_rms_norm(x, params["post_attention_layernorm"]["scale"]), *RESIDUAL)

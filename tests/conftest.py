@@ -102,12 +102,13 @@ def put_whole(self, key, value):
     part.replace(path)
 
 
-# Their conftest.py files say why each of them needs a process of its own.
-ONLY_WHEN_ASKED = ("devices", "trainers")
+# The first needs the `tpu` extra and JAX_PLATFORMS=cpu; the others' conftest.py files say why they
+# need processes of their own.
+ONLY_WHEN_ASKED = ("accelerators", "devices", "trainers")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Collect tests/devices and tests/trainers only if they are asked for by their paths."""
+    """Collect these folders only if they are asked for by their paths."""
     if (
         collection_path.parent != Path(__file__).parent
         or collection_path.name not in ONLY_WHEN_ASKED

@@ -30,6 +30,7 @@ def _unknown_zeros(x: jax.Array) -> jax.Array:
     return jnp.minimum(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 1, 0)
 
 
+@jax.custom_jvp
 def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     """Return `x`, a sum for example, as one array that its readers do not recompute.
 
@@ -38,21 +39,19 @@ def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     On several devices, where an element of `source` would be sent around, each device divides by
     its own numbers.
     """
-    if jax.device_count() > 1:
-        return _divided_by_ones(x)
-    return x / (1 + _unknown_zero(source)).astype(x.dtype)
+    zeros = _unknown_zeros(x) if jax.device_count() > 1 else _unknown_zero(source)
+    return x / (1 + zeros).astype(x.dtype)
 
 
-@jax.custom_jvp
-def _divided_by_ones(x: jax.Array) -> jax.Array:
-    """Divide `x` by ones that XLA does not know, one per element: `[*x.shape]`."""
-    return x / (1 + _unknown_zeros(x)).astype(x.dtype)
+@computed_once.defjvp
+def _(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, object]
+) -> tuple[jax.Array, jax.Array]:
+    """Leave the tangent as it is.
 
-
-@_divided_by_ones.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Leaves the tangent as it is: to divide it too, the backward pass would recompute `x`."""
-    return _divided_by_ones(*primals), tangents[0]
+    To divide it too would be another pass over the cotangent, and `x` would be recomputed for it.
+    """
+    return computed_once(*primals), tangents[0]
 
 
 def wait_for(pending: jax.Array, values: T) -> T:

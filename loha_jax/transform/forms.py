@@ -117,7 +117,7 @@ def _factored(
     """Return x·W + (x·KB)·KA."""
     base = scaled_base(operation, x, view, forward_mode)
     delta = _low_rank(operation, x, view.without_gain(), kept, forward_mode)
-    total = with_update(base, split_as(delta, base))
+    total = with_update(base, lax.optimization_barrier(split_as(delta, base)))
     return computed_once(total, view.factors[0].w1_a).astype(base.dtype)
 
 
@@ -151,7 +151,7 @@ def _low_rank(
             dx, dfactors = _isolated(operation, pull_back, (factors, kept_arrays, h, g), 2, g)
         else:
             dx, dfactors = pull_back(factors, kept_arrays, h, g)
-        return dx.astype(dtype), None, dfactors
+        return lax.optimization_barrier(dx.astype(dtype)), None, dfactors
 
     def update(x: jax.Array, kept_arrays: Arrays, factors: AllFactors) -> jax.Array:
         return forward(x, kept_arrays, factors)[0]

@@ -1,0 +1,226 @@
+"""What the compilers of TPUs say of adapted layers, beside the frozen ones and LoRA.
+
+    python -m benchmarks accelerators [--quick] [--json FILE]
+
+Each program is a layer's forward and backward pass: its result, and the gradients of the factors
+and of its input for a given gradient of its result, which waits for the result. Kernels and inputs
+are bfloat16, factors float32. LoRA has the parameters of the LoHa: rank 2r. "dense" is PEFT's way
+in JAX. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+import loha_jax
+from benchmarks import llama3, results
+from benchmarks.accelerator_compilers import TOPOLOGIES, compile_for, figures, tpu
+from benchmarks.case import NotInstalled
+from benchmarks.measure import machine
+from benchmarks.report import megabytes, ratio, table
+from benchmarks.runner import say
+from benchmarks.workers import Record
+
+TOKENS = 4096
+WIDTHS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336))
+RANK = 8
+FROZEN, LORA = "frozen", "LoRA 2r"
+STRATEGIES = ("auto", "factored", "fused", "dense")
+METHODS = (FROZEN, LORA, *STRATEGIES)
+
+Layer = Callable[[Any, jax.Array], jax.Array]
+
+
+class Case(NamedTuple):
+    """A layer to compile.
+
+    Attributes:
+        name: in the tables.
+        layer: a function of parameters and input.
+        params: shapes, a dictionary of modules with a "kernel" each for those that are adapted.
+        x, result: shapes of the input and of the result.
+        training: whether gradients are computed.
+    """
+
+    name: str
+    layer: Layer
+    params: Any
+    x: jax.ShapeDtypeStruct
+    result: jax.ShapeDtypeStruct
+    training: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """A kernel [in, out] with a LoRA: a [in, k], b [k, out]."""
+
+    kernel: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel + (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Return the layers; a small one where it has to be quick."""
+    for into, out in ((256, 256),) if quick else WIDTHS:
+        yield linear(into, out, TOKENS, training=True)
+    if quick:
+        return
+    for tokens in (1, 8):
+        yield linear(4096, 4096, tokens, training=False)
+    yield llama_layer()
+
+
+def linear(into: int, out: int, tokens: int, *, training: bool) -> Case:
+    """Return one Linear layer."""
+    return Case(
+        f"Linear {into}x{out}, {tokens} tokens",
+        lambda params, x: x @ params["linear"]["kernel"],
+        {"linear": {"kernel": _half(into, out)}},
+        _half(tokens, into),
+        _half(tokens, out),
+        training,
+    )
+
+
+def llama_layer() -> Case:
+    """Return a layer of Llama-3-8B with flash attention, recomputed in its backward pass."""
+    model = llama3.MODELS["8B"]
+    layer = functools.partial(llama3.layer, model, None, attend=_flash)
+    x = llama3.tokens(model, 1, TOKENS)
+    params = llama3.layer_params(model)
+    return Case(f"Llama-3-8B layer, {TOKENS} tokens", jax.checkpoint(layer), params, x, x)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return attention of [sequence, position, head, width]; queries share keys and values."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(y, repeats, 2) for y in (k, v))
+    q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
+    return jnp.swapaxes(flash_attention(q, k, v, causal=True, sm_scale=q.shape[-1] ** -0.5), 1, 2)
+
+
+def program(case: Case, method: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the function to compile, and its arguments as shapes."""
+    trained, frozen, apply = _method(case, method)
+    if not case.training:
+        return apply, (trained, frozen, case.x)
+
+    def step(trained: Any, frozen: Any, x: jax.Array, gradient: jax.Array) -> Any:
+        def layer(trained: Any, x: jax.Array) -> jax.Array:
+            return apply(trained, frozen, x)
+
+        y, pull_back = jax.vjp(layer, trained, x)
+        y, gradient = lax.optimization_barrier((y, gradient))  # as in a model of several layers
+        return y, pull_back(gradient)
+
+    return step, (trained, frozen, case.x, case.result)
+
+
+def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]]:
+    """Return the trained and the frozen parameters, and the layer as a function of both and x."""
+    if method == FROZEN:
+        return (), case.params, lambda _, frozen, x: case.layer(frozen, x)
+    kernels = {name: module["kernel"] for name, module in case.params.items() if "kernel" in module}
+    if method == LORA:
+        pairs = {
+            name: (_single(kernel.shape[0], 2 * RANK), _single(2 * RANK, kernel.shape[1]))
+            for name, kernel in kernels.items()
+        }
+
+        def with_lora(trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
+            adapted = {
+                name: {"kernel": LoraKernel(frozen[name]["kernel"], *pair)}
+                for name, pair in trained.items()
+            }
+            return case.layer(frozen | adapted, x)
+
+        return pairs, case.params, with_lora
+    config = loha_jax.LoHaConfig(r=RANK, alpha=RANK, target_modules=list(kernels))
+    tree = loha_jax.inject(case.params, config, key=jax.random.key(0))
+    adapted = loha_jax.adapt(
+        case.layer,
+        strategy=method,
+        compute_dtype="input",  # what "auto" takes where the program would run
+        training=case.training,
+    )
+    trained, frozen = loha_jax.partition(tree)
+    return trained, frozen, lambda t, f, x: adapted(loha_jax.combine(t, f), x)
+
+
+def _half(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def _single(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def records(quick: bool) -> Iterator[Record]:
+    """Return the figures of every case and method, for every kind of TPU."""
+    for kind in list(TOPOLOGIES)[: 1 if quick else None]:
+        device = tpu(kind)
+        for case in cases(quick):
+            for method in METHODS:
+                function, arguments = program(case, method)
+                found = figures(compile_for(device, function, *arguments))
+                yield {"device": kind, "case": case.name, "method": method, **found}
+
+
+def report(found: list[Record]) -> str:
+    """Return one table for each kind of TPU."""
+    parts: list[str] = []
+    for kind in dict.fromkeys(record["device"] for record in found):
+        rows = [record for record in found if record["device"] == kind]
+        frozen = {record["case"]: record for record in rows if record["method"] == FROZEN}
+        parts += [f"## {kind}", table([_row(record, frozen[record["case"]]) for record in rows])]
+    return "\n\n".join(parts)
+
+
+def _row(record: Record, frozen: Record) -> dict[str, Any]:
+    return {
+        "case": record["case"],
+        "method": record["method"],
+        "million cycles": f"{record['cycles'] / 1e6:.3f}",
+        "over frozen": ratio(record["cycles"] / frozen["cycles"]),
+        "GB moved": f"{record['bytes'] / 1e9:.3f}",
+        "over frozen ": ratio(record["bytes"] / frozen["bytes"]),
+        "temporary MB": megabytes(record["temporary_bytes"]),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Compile, write and print everything."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks accelerators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="one small layer for one kind of TPU")
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/accelerators.json"), help="results (%(default)s)"
+    )
+    args = parser.parse_args(arguments)
+    found: list[Record] = []
+    try:
+        for record in records(args.quick):
+            found.append(record)
+            results.write(args.json, machine(), {"rank": RANK}, found)
+            say(f"{record['device']}, {record['case']}, {record['method']}")
+    except NotInstalled as missing:
+        print(f"Not installed: {missing}", file=sys.stderr)
+        return 1
+    print(report(found))
+    return 0

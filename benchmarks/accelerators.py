@@ -1,6 +1,6 @@
 """What the compilers of TPUs say of adapted layers, beside the frozen ones and LoRA.
 
-    python -m benchmarks accelerators [--quick] [--json FILE]
+    python -m benchmarks accelerators [--quick] [--only CASE] [--json FILE]
 
 Each program is a layer's forward and backward pass: its result, and the gradients of the factors
 and of its input for a given gradient of its result, which waits for the result. Kernels and inputs
@@ -168,11 +168,11 @@ def _single(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def records(quick: bool) -> Iterator[Record]:
-    """Return the figures of every case and method, for every kind of TPU."""
+def records(quick: bool, only: str) -> Iterator[Record]:
+    """Return the figures of every method for the cases with `only` in their names."""
     for kind in list(TOPOLOGIES)[: 1 if quick else None]:
         device = tpu(kind)
-        for case in cases(quick):
+        for case in (case for case in cases(quick) if only in case.name):
             for method in METHODS:
                 function, arguments = program(case, method)
                 found = figures(compile_for(device, function, *arguments))
@@ -209,13 +209,14 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="one small layer for one kind of TPU")
+    parser.add_argument("--only", default="", metavar="CASE", help="cases with this in their names")
     parser.add_argument(
         "--json", type=Path, default=Path("out/accelerators.json"), help="results (%(default)s)"
     )
     args = parser.parse_args(arguments)
     found: list[Record] = []
     try:
-        for record in records(args.quick):
+        for record in records(args.quick, args.only):
             found.append(record)
             results.write(args.json, machine(), {"rank": RANK}, found)
             say(f"{record['device']}, {record['case']}, {record['method']}")

@@ -7,7 +7,7 @@
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
                                             (14 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
-                                            MaxText) on the newest JAX (10 minutes)
+                                            MaxText) on the newest JAX (8 minutes)
     python3 run.py test-oldest [...]        run a few core tests on the oldest JAX and Flax
 
 Times are of two cores, after installation. Arguments of `test` choose the tests: with any, the slow
@@ -59,10 +59,10 @@ TRAINERS = (
     "the trainers and what the tests need of their dependencies",
     ["--no-deps", *PACKAGES.read_text(encoding="utf-8").split()],
 )
-# Left out is what no version of JAX changes: files, and this repository itself. Two cases of each
-# test are enough to see it run there.
+# Left out is what no version of JAX changes: files, and this repository itself. One case of each
+# test is enough to see it run there.
 CORE_ON_NEWEST = [
-    *("-m", "not slow", "--cases", "2", "tests"),
+    *("-m", "not slow", "--cases", "1", "tests"),
     *("--ignore=tests/parity", "--ignore=tests/models", "--ignore-glob=tests/interop/test_*"),
     "--ignore=tests/keras",
     *("--ignore=tests/interop/commands", "--ignore=tests/interop/disk"),

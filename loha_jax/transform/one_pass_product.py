@@ -15,6 +15,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from loha_jax.runtime.sizes import is_known
 from loha_jax.transform import pallas_product
@@ -156,7 +157,9 @@ def _of_platform() -> str:
     """Return why no kernel runs here, or nothing."""
     if jax.default_backend() != "tpu" and not INTERPRET:
         return "it is written for TPUs"
-    return "several devices" if jax.device_count() > 1 else ""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    in_shard_map = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
+    return "" if jax.device_count() == 1 or in_shard_map else "several devices, and no shard_map"
 
 
 def _flat(x: jax.Array, kernel: PallasProduct) -> jax.Array:

@@ -211,9 +211,9 @@ class PallasProduct:
             grid=grid,
             in_specs=[specs[name] for name in ("x", "w", "kb", "ka")],
             out_specs=[specs["y"], specs["h"]],
-            out_shape=[
-                jax.ShapeDtypeStruct((self.stack, self.rows, n), self.dtype)
-                for n in (self.out, self.rank)
+            out_shape=[  # plain products have these types, inside a shard_map too
+                jax.eval_shape(functools.partial(_rows_dot, axis=axis), x, k)
+                for k, axis in ((w, 1 + self.transposed), (kb, 2))
             ],
             scratch_shapes=[pltpu.VMEM(blocks[name].shape, jnp.float32) for name in ("y", "h")],
             compiler_params=pltpu.CompilerParams(
@@ -241,6 +241,10 @@ def _tile_sizes(size: int) -> set[int]:
         return size if size <= limit else max(even, default=limit)
 
     return {largest(limit) for limit in _LARGEST_TILES}
+
+
+def _rows_dot(x: jax.Array, k: jax.Array, axis: int) -> jax.Array:
+    return lax.dot_general(x, k, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=x.dtype)
 
 
 def _block_spec(pallas: Any, block: Block, grid: tuple[int, ...]) -> pl.BlockSpec:

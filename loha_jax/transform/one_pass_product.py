@@ -1,6 +1,6 @@
 """`OnePassProduct`: a product with an adapted kernel, W included, by `PallasProduct`.
 
-`of` answers whether a product can be computed so; where it cannot, it is factored.
+`of_product` answers whether one can be computed so; where it cannot, it is factored.
 """
 
 # JAX's own functions are only partly typed.
@@ -34,6 +34,7 @@ from loha_jax.transform.view_factors import ViewFactors
 INTERPRET = False
 """Set by tests: kernels run by JAX's interpreter, on any platform."""
 
+_TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _Precision = lax.Precision | tuple[lax.Precision, lax.Precision] | None
 _PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
@@ -65,9 +66,10 @@ class OnePassProduct(Product):
             return "the kernel has other axes than a stack, in and out"
         if tuple(batch) != leading or tuple(x_batch) != leading or x_contracted != (x.ndim - 1,):
             return "its axes are in another order than stack, rows, features"
-        own = (view.dims[contracted[0]], view.dims[free[0]])
-        if own != (self.main, self.rest) or not (self.main and self.rest):
-            return "the in or out axes are in another order than the factors', or of size 1"
+        stack = tuple(n for axis in batch for n in view.dims[axis])
+        own = (stack, view.dims[contracted[0]], view.dims[free[0]])
+        if own != (self.batch, self.main, self.rest) or not (self.main and self.rest):
+            return "the kernel's axes are not the factors': broadcast, permuted, or of size 1"
         return ""
 
     def _of_arrays(self, x: jax.Array, view: KernelView) -> str:
@@ -102,7 +104,8 @@ class OnePassProduct(Product):
             rank=-(-sum(f.r**2 for f in view.factors) // LANES) * LANES,
             transposed=not self._stored_as_into_out(view),
             dtype=x.dtype,
-            precision=self._precision(),
+            # Products of bfloat16 are exact, and TPUs' compiler refuses a higher precision of them.
+            highest=x.dtype == jnp.float32 and self._precision() == lax.Precision.HIGHEST,
             interpret=INTERPRET,
         )
 
@@ -157,6 +160,8 @@ def _of_platform() -> str:
     """Return why no kernel runs here, or nothing."""
     if jax.default_backend() != "tpu" and not INTERPRET:
         return "it is written for TPUs"
+    if jax.devices()[0].device_kind.startswith(_TOO_SMALL):
+        return "a TPU before v5 has too little memory on the chip"
     kinds = jax.sharding.get_abstract_mesh().axis_types
     in_shard_map = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
     return "" if jax.device_count() == 1 or in_shard_map else "several devices, and no shard_map"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from loha_jax.transform import typed_jax
@@ -32,7 +33,7 @@ LANES = 128
 """Elements of a register's row: tiles of features and R are multiples of it."""
 
 VMEM_LIMIT = 32 << 20
-"""Bytes of on-chip memory that the compiler may use: half of what the smallest chip has (v5p)."""
+"""Bytes of on-chip memory that the compiler may use: half of a v5p's. v5e and v6e have more."""
 
 _VMEM_FOR_TILES = 24 << 20
 """Bytes that the tiles may take. The rest is for what the compiler spills."""
@@ -86,7 +87,7 @@ class PallasProduct:
         rank: R of all adapters together, a multiple of `LANES`.
         transposed: W is `[stack, out, into]`, else `[stack, into, out]`.
         dtype: of all arrays. Sums are in float32.
-        precision: of the products.
+        highest: whether the products have the highest precision, or the default one.
         interpret: run by JAX's interpreter, on any platform.
     """
 
@@ -97,7 +98,7 @@ class PallasProduct:
     rank: int
     transposed: bool
     dtype: jnp.dtype
-    precision: lax.PrecisionLike
+    highest: bool
     interpret: bool
 
     def reversed(self) -> PallasProduct:
@@ -155,10 +156,15 @@ class PallasProduct:
         }
 
     def vmem_bytes(self, tiles: Tiles) -> int:
-        """Return the bytes that the tiles take: two of each operand, and the sums in float32."""
+        """Return the bytes that the tiles take: two of each operand, and the sums in float32.
+
+        Where x, W and KB are masked, or split for the highest precision, they are copied.
+        """
         blocks = self.blocks(tiles)
         sums = sum(blocks[name]._replace(size=4).bytes for name in ("y", "h"))
-        return 2 * sum(block.bytes for block in blocks.values()) + sums
+        copies = (self.into % tiles.into > 0) + 2 * self.highest
+        copied = copies * sum(blocks[name].bytes for name in ("x", "w", "kb"))
+        return 2 * sum(block.bytes for block in blocks.values()) + sums + copied
 
     def moved_bytes(self, tiles: Tiles) -> int:
         """Return the bytes that go between the chip and its memory.
@@ -253,8 +259,8 @@ def _block_spec(pallas: Any, block: Block, grid: tuple[int, ...]) -> pl.BlockSpe
     def tile(*step: Any) -> tuple[Any, ...]:
         own = list(step)
         if block.first:  # afterwards, the one that is there stays
-            own[3] = jnp.where(step[2] == 0, step[3], grid[3] - 1)
-        return (step[0], *(0 if axis is None else own[axis] for axis in block.axes))
+            own[3] = jnp.where(step[2] == 0, step[3], np.int32(grid[3] - 1))
+        return (step[0], *(np.int32(0) if axis is None else own[axis] for axis in block.axes))
 
     return cast("pl.BlockSpec", pallas.BlockSpec((None, *block.shape), tile))
 
@@ -290,7 +296,7 @@ def _kernel(
             a,
             b,
             (((1,), (axis,)), ((), ())),
-            precision=product.precision,
+            precision=lax.Precision.HIGHEST if product.highest else lax.Precision.DEFAULT,
             preferred_element_type=jnp.float32,
         )
 

@@ -1,11 +1,11 @@
 """Compiles a training step of one adapted Linear for TPUs, on a machine that has none.
 
-    python tpu_programs.py v5e:2x2 4096,4096,4096,8,io,pallas 4096,4096,14336,16,oi,factored
+    python tpu_programs.py v5e:2x2 4096,4096,4096,8,io,bfloat16,pallas
 
-A case is rows, features in and out, rank, layout and strategy. The compiler is libtpu's own: it
-checks layouts and the use of the chip's memory. Printed is JSON, a line for each case: the FLOPs
-and bytes of the program, of each kernel the bytes of VMEM that it uses and those that it says it
-moves, and what makes arrays of the weight's shape.
+A case is rows, features in and out, rank, layout, dtype and strategy. The compiler is libtpu's
+own: it checks layouts and the use of the chip's memory. Printed is JSON, a line for each case: the
+FLOPs and bytes of the program, of each kernel the bytes of VMEM that it uses and those that it says
+it moves, and what makes arrays of the weight's shape.
 """
 
 import json
@@ -19,6 +19,7 @@ os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu looks for a server of the machine's data
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # in several processes at once
 }
 
 import jax
@@ -29,12 +30,15 @@ from jax.sharding import SingleDeviceSharding
 import loha_jax
 
 
-def compiled(topology, rows, into, out, rank, layout, strategy):
-    """The result and the gradients of the input and the factors, in bfloat16."""
+def compiled(topology, rows, into, out, rank, layout, dtype, strategy):
+    """The result and the gradients of the input and the factors.
+
+    Products have the highest precision, which takes the most memory.
+    """
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     config = loha_jax.LoHaConfig(r=rank, target_modules=["m"])
-    weight = jax.ShapeDtypeStruct((into, out) if layout == "io" else (out, into), jnp.bfloat16)
-    x, g = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (into, out))
+    weight = jax.ShapeDtypeStruct((into, out) if layout == "io" else (out, into), dtype)
+    x, g = (jax.ShapeDtypeStruct((rows, n), dtype) for n in (into, out))
 
     def injected(weight):
         return loha_jax.inject({"m": weight}, config, key=jax.random.key(0), layouts={"m": layout})
@@ -56,14 +60,15 @@ def compiled(topology, rows, into, out, rank, layout, strategy):
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         (*loha_jax.partition(jax.eval_shape(injected, weight)), x, g),
     )
-    with mock.patch("jax.default_backend", return_value="tpu"):
+    backend = mock.patch("jax.default_backend", return_value="tpu")
+    with backend, jax.default_matmul_precision("highest"):
         return jax.jit(step).lower(*arguments).compile()
 
 
 def described(program, into, out):
     text, cost = program.as_text(), program.cost_analysis()
     kernels = [line for line in text.splitlines() if '"tpu_custom_call"' in line]
-    made = rf"= bf16\[(?:1,)?(?:{into},{out}|{out},{into})\]\S* (\w[\w-]*)\("
+    made = rf"= \w+\[(?:1,)?(?:{into},{out}|{out},{into})\]\S* (\w[\w-]*)\("
     return {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
@@ -80,7 +85,7 @@ def described(program, into, out):
 
 if __name__ == "__main__":
     for case in sys.argv[2:]:
-        *numbers, layout, strategy = case.split(",")
+        *numbers, layout, dtype, strategy = case.split(",")
         rows, into, out, rank = map(int, numbers)
-        program = compiled(sys.argv[1], rows, into, out, rank, layout, strategy)
+        program = compiled(sys.argv[1], rows, into, out, rank, layout, dtype, strategy)
         print(json.dumps(described(program, into, out)), flush=True)

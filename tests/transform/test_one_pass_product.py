@@ -3,6 +3,8 @@
 Kernels are run by JAX's interpreter. For the rules it is a TPU.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,18 @@ def slid(p, x):
             reason="other axes than a stack, in and out",
         ),
         refused(
+            "batch and length",
+            fn=lambda p, x: jax.vmap(jnp.dot)(x, jnp.broadcast_to(p["m"], (2, 33, 17))),
+            reason="not the factors'",
+        ),
+        refused(
+            "linear",
+            fn=lambda p, x: (
+                x[:, :32] @ p["m"][:32].reshape(4, 8, 17).swapaxes(0, 1).reshape(32, 17)
+            ),
+            reason="not the factors'",
+        ),
+        refused(
             "stack",
             fn=lambda p, x: jnp.einsum("ni,bio->bno", x[0], p["m"]),
             reason="other axes than a stack, in and out",
@@ -174,6 +188,16 @@ def test_it_is_for_one_tpu(monkeypatch):
         (use,) = loha_jax.explain(fn, params, x, strategy="pallas").uses
         assert use.strategy == "factored"
         assert reason in use.note
+
+
+def test_it_is_for_tpus_from_v5_on(monkeypatch):
+    fn, params, x = case("linear")
+    found = {}
+    for kind in ("TPU v3", "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"):
+        device = types.SimpleNamespace(device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        found[kind] = strategies(fn, params, x)[0]
+    assert list(found.values()) == ["factored", "factored", "pallas", "pallas", "pallas"]
 
 
 def test_a_rank_too_large_for_the_chip_is_factored():

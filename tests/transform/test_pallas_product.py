@@ -8,7 +8,6 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.experimental import pallas as pl
 from random_arrays import normal
 
@@ -28,9 +27,8 @@ SHAPES = [
 
 def product(stack, rows, into, out, rank, *, transposed=False, dtype="float32", interpret=True):
     rank = -(-rank // LANES) * LANES
-    precision = lax.Precision.HIGHEST if dtype == "float32" else None
-    sizes = (stack, rows, into, out, rank)
-    return PallasProduct(*sizes, transposed, jnp.dtype(dtype), precision, interpret)
+    sizes, highest = (stack, rows, into, out, rank), dtype == "float32"
+    return PallasProduct(*sizes, transposed, jnp.dtype(dtype), highest, interpret)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

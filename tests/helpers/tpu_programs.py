@@ -5,7 +5,7 @@
 A case is rows, features in and out, rank, layout, dtype and strategy. The compiler is libtpu's
 own: it checks layouts and the use of the chip's memory. Printed is JSON, a line for each case: the
 FLOPs and bytes of the program, of each kernel the bytes of VMEM that it uses and those that it says
-it moves, and what makes arrays of the weight's shape.
+it moves, and what makes arrays of the weight's shape. "sio" is a scan over three layers.
 """
 
 import json
@@ -37,13 +37,16 @@ def compiled(topology, rows, into, out, rank, layout, dtype, strategy):
     """
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     config = loha_jax.LoHaConfig(r=rank, target_modules=["m"])
-    weight = jax.ShapeDtypeStruct((into, out) if layout == "io" else (out, into), dtype)
+    shapes = {"io": (into, out), "oi": (out, into), "sio": (3, into, out)}
+    weight = jax.ShapeDtypeStruct(shapes[layout], dtype)
     x, g = (jax.ShapeDtypeStruct((rows, n), dtype) for n in (into, out))
 
     def injected(weight):
         return loha_jax.inject({"m": weight}, config, key=jax.random.key(0), layouts={"m": layout})
 
     def model(p, x):
+        if layout == "sio":
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["m"])[0]
         return x @ (p["m"] if layout == "io" else jnp.transpose(p["m"]))
 
     apply = loha_jax.adapt(model, strategy=strategy)

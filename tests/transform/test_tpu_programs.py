@@ -15,7 +15,7 @@ PROGRAMS = Path(__file__).parents[1] / "helpers" / "tpu_programs.py"
 # rows, features in and out, rank, layout of the kernel, dtype
 LINEAR = [
     (4096, 4096, 4096, 8, "io", "bfloat16"),
-    (4096, 4096, 4096, 16, "oi", "bfloat16"),
+    (4096, 4096, 4096, 16, "sio", "bfloat16"),
     (4096, 4096, 14336, 16, "io", "bfloat16"),
     (4096, 14336, 4096, 8, "oi", "bfloat16"),
 ]

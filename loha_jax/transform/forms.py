@@ -39,6 +39,7 @@ _BLOCK_ELEMENTS = 1 << 20
 R = TypeVar("R")
 AllFactors = tuple[ViewFactors, ...]
 Arrays = tuple[jax.Array, ...]
+Residuals = tuple[AllFactors, Arrays, Kernel | None, Intermediates]
 
 
 class Computation(NamedTuple):
@@ -139,37 +140,28 @@ def _low_rank(
     # The backward pass holds no array of `kept`: a scan's would be leaked tracers.
     shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
+    def whole(factors: AllFactors, kernel: Kernel | None) -> KernelView:
+        known = shapes.kernel if kernel is None else kernel
+        return dataclasses.replace(shapes, factors=factors, kernel=known)
+
     @standard_promotion()
     def forward(
         x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel | None
-    ) -> tuple[jax.Array, tuple[Arrays, AllFactors, Kernel | None, Intermediates]]:
+    ) -> tuple[jax.Array, Residuals]:
         update, h = operation.update(x, whole(factors, kernel))
-        return update, (kept_arrays, factors, kernel, h)
-
-    def whole(factors: AllFactors, kernel: Kernel | None) -> KernelView:
-        return dataclasses.replace(
-            shapes, factors=factors, kernel=shapes.kernel if kernel is None else kernel
-        )
+        return update, (factors, kept_arrays, kernel, h)
 
     def pull_back(
-        factors: AllFactors,
-        kept_arrays: Arrays,
-        h: Intermediates,
-        g: jax.Array,
-        kernel: Kernel | None,
+        factors: AllFactors, kept: Arrays, kernel: Kernel | None, h: Intermediates, g: jax.Array
     ) -> tuple[jax.Array, AllFactors]:
-        return operation.pull_back(restore(kept_arrays), whole(factors, kernel), h, g)
+        return operation.pull_back(restore(kept), whole(factors, kernel), h, g)
 
     @standard_promotion()
-    def backward(
-        residuals: tuple[Arrays, AllFactors, Kernel | None, Intermediates], g: jax.Array
-    ) -> tuple[jax.Array, None, AllFactors, None]:
-        kept_arrays, factors, kernel, h = residuals
-        arguments = (factors, kept_arrays, h, g, kernel)
+    def backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array, None, AllFactors, None]:
         if recomputed:
-            dx, dfactors = _isolated(operation, pull_back, arguments, 2, g)
+            dx, dfactors = _isolated(operation, pull_back, (*residuals, g), 2, g)
         else:
-            dx, dfactors = pull_back(*arguments)
+            dx, dfactors = pull_back(*residuals, g)
         return dx.astype(dtype), None, dfactors, None
 
     def update(

@@ -59,11 +59,12 @@ tree = {"dense": {"kernel": jnp.ones((4, 3))}}
 tree = loha_jax.inject(tree, config, key=jax.random.key(0))
 loha_jax.adapt(lambda p, x: x @ p["dense"]["kernel"])(tree, jnp.ones((2, 4)))
 interop.save_peft(sys.argv[1], tree)
-print(sorted({name.split(".")[0] for name in sys.modules} & {"flax", "optax", "orbax"}))
+lazy = {"flax", "optax", "orbax", "jax.experimental.pallas"}
+print(sorted(lazy & {*sys.modules, *(name.split(".")[0] for name in sys.modules)}))
 """
 
 
-def test_a_plain_tree_imports_no_flax_optax_or_orbax(tmp_path):
+def test_a_plain_tree_imports_no_flax_optax_orbax_or_pallas(tmp_path):
     """They are imported where they are used."""
     command = [sys.executable, "-W", "ignore", "-c", PLAIN_TREE, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ class LoHaLayer(nn.Module):
         rank_dropout, module_dropout: as in `LoHaConfig`, in each call that is not deterministic.
             Every call draws a new mask, one for the whole batch.
         init_weights: as in `LoHaConfig`: True, False, "lycoris" or "calibrated".
-        strategy: as for `loha_jax.adapt`: "auto", "factored", "fused" or "dense".
+        strategy: as for `loha_jax.adapt`: "auto", "factored", "fused", "dense" or "pallas".
         forward_mode: plain products that `jax.jvp` can differentiate.
         deterministic: whether dropout is off; here or as an argument of the call, as for
             `nn.Dropout`. Required with a dropout.

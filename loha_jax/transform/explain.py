@@ -33,12 +33,12 @@ class Use:
         primitive: the JAX primitive that reads the kernel.
         shape: of the kernel there.
         rows: rows of the other operand (tokens), times the trip count of the scans around it.
-        strategy: "factored", "fused", "dense" or "rows" (an embedding lookup that computes only the
-            rows it reads).
+        strategy: "factored", "fused", "dense", "pallas" or "rows" (an embedding lookup that
+            computes only the rows it reads).
         flops: FLOPs of the frozen base's product (in training: forward and input gradient).
         extra_flops: FLOPs that the adapter adds, by the cost model that "auto" chooses with.
         extra_bytes: bytes of the largest array that the strategy adds.
-        note: why a weight is dense.
+        note: why a weight is dense, or a product not "pallas" as it should be.
     """
 
     module: str
@@ -110,15 +110,17 @@ class _Recorder(Observer):
         self.uses: list[Use] = []
 
     def computed(
-        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int
+        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int, note: str = ""
     ) -> None:
+        factored = strategy in ("factored", "pallas")
         costs = operation.costs(view, self.training)
         self.uses.append(
             Use(
                 *(view.name, operation.primitive, view.shape, operation.rows * times, strategy),
                 flops=costs.base * times,
-                extra_flops=(costs.factored if strategy == "factored" else costs.fused) * times,
+                extra_flops=(costs.factored if factored else costs.fused) * times,
                 extra_bytes=operation.temporary_bytes(view, strategy),
+                note=note,
             )
         )
 

@@ -39,13 +39,14 @@ _BLOCK_ELEMENTS = 1 << 20
 R = TypeVar("R")
 AllFactors = tuple[ViewFactors, ...]
 Arrays = tuple[jax.Array, ...]
+Residuals = tuple[AllFactors, Arrays, Kernel | None, Intermediates]
 
 
 class Computation(NamedTuple):
     """How an operation is computed.
 
     Attributes:
-        strategy: "factored", "fused" or "dense".
+        strategy: "factored", "fused", "dense", or "pallas" with a `OnePassProduct`.
         forward_mode: plain operations that `jax.jvp` can differentiate, instead of a `custom_vjp`.
         update_alone: x·ΔW, without x·W. Of the kernel only the shape and the dtype are used.
     """
@@ -81,6 +82,8 @@ def _traced(
         return _update_alone(operation, how, x, view, kept)
     if how.strategy == "factored":
         return _factored(operation, x, view, kept, how.forward_mode)
+    if how.strategy == "pallas":
+        return _low_rank(operation, x, view, kept, how.forward_mode, kernel=view.kernel)
     if how.strategy == "fused":
         return _fused(operation, x, view, kept)
     return _dense(operation, x, view, how.forward_mode)
@@ -122,41 +125,51 @@ def _factored(
 
 
 def _low_rank(
-    operation: Operation, x: jax.Array, view: KernelView, kept: KeptInput, forward_mode: bool
+    operation: Operation,
+    x: jax.Array,
+    view: KernelView,
+    kept: KeptInput,
+    forward_mode: bool,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
-    """Return (x·KB)·KA in the dtype that it is computed in."""
+    """Return (x·KB)·KA in the dtype that it is computed in.
+
+    With a kernel, W, it is x·W + (x·KB)·KA, by an operation whose update has both.
+    """
     dtype = x.dtype
     # The backward pass holds no array of `kept`: a scan's would be leaked tracers.
     shapes, restore, recomputed = view.shapes, kept.restore, kept.recomputed
 
+    def whole(factors: AllFactors, kernel: Kernel | None) -> KernelView:
+        known = shapes.kernel if kernel is None else kernel
+        return dataclasses.replace(shapes, factors=factors, kernel=known)
+
     @standard_promotion()
     def forward(
-        x: jax.Array, kept_arrays: Arrays, factors: AllFactors
-    ) -> tuple[jax.Array, tuple[Arrays, AllFactors, Intermediates]]:
-        update, h = operation.update(x, dataclasses.replace(shapes, factors=factors))
-        return update, (kept_arrays, factors, h)
+        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel | None
+    ) -> tuple[jax.Array, Residuals]:
+        update, h = operation.update(x, whole(factors, kernel))
+        return update, (factors, kept_arrays, kernel, h)
 
     def pull_back(
-        factors: AllFactors, kept_arrays: Arrays, h: Intermediates, g: jax.Array
+        factors: AllFactors, kept: Arrays, kernel: Kernel | None, h: Intermediates, g: jax.Array
     ) -> tuple[jax.Array, AllFactors]:
-        whole = dataclasses.replace(shapes, factors=factors)
-        return operation.pull_back(restore(kept_arrays), whole, h, g)
+        return operation.pull_back(restore(kept), whole(factors, kernel), h, g)
 
     @standard_promotion()
-    def backward(
-        residuals: tuple[Arrays, AllFactors, Intermediates], g: jax.Array
-    ) -> tuple[jax.Array, None, AllFactors]:
-        kept_arrays, factors, h = residuals
+    def backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array, None, AllFactors, None]:
         if recomputed:
-            dx, dfactors = _isolated(operation, pull_back, (factors, kept_arrays, h, g), 2, g)
+            dx, dfactors = _isolated(operation, pull_back, (*residuals, g), 2, g)
         else:
-            dx, dfactors = pull_back(factors, kept_arrays, h, g)
-        return lax.optimization_barrier(dx.astype(dtype)), None, dfactors
+            dx, dfactors = pull_back(*residuals, g)
+        return lax.optimization_barrier(dx.astype(dtype)), None, dfactors, None
 
-    def update(x: jax.Array, kept_arrays: Arrays, factors: AllFactors) -> jax.Array:
-        return forward(x, kept_arrays, factors)[0]
+    def update(
+        x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel | None
+    ) -> jax.Array:
+        return forward(x, kept_arrays, factors, kernel)[0]
 
-    arguments = (x, kept.arrays, view.factors)
+    arguments = (x, kept.arrays, view.factors, kernel)
     if forward_mode:
         return update(*arguments)
     return with_vjp(update, forward, backward)(*arguments)

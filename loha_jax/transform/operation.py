@@ -65,7 +65,7 @@ class CostModel(abc.ABC):
 
     def temporary_bytes(self, view: KernelView, strategy: Strategy) -> int:
         """Return the size of the largest array that the strategy adds to the frozen operation."""
-        factored = strategy == "factored"
+        factored = strategy in ("factored", "pallas")
         return 4 * (self.factored_elements(view) if factored else math.prod(view.shape))
 
     def costs(self, view: KernelView, training: bool) -> Costs:

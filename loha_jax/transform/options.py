@@ -26,9 +26,12 @@ class Observer:
         """A scan slices the leading axis: this atom, or None for an axis of size 1."""
 
     def computed(
-        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int
+        self, view: KernelView, operation: CostModel, strategy: Strategy, times: int, note: str = ""
     ) -> None:
-        """A product or convolution is computed `times` times (scans around it) by this strategy."""
+        """A product or convolution is computed `times` times (scans around it) by this strategy.
+
+        The note says why it is not the one that was asked for.
+        """
 
     def rows(self, view: KernelView, count: int, times: int) -> None:
         """Single positions of an axis are read (an embedding lookup)."""

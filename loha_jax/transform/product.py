@@ -160,9 +160,8 @@ class Product(Operation):
     def update(self, x: jax.Array, view: KernelView) -> tuple[jax.Array, Intermediates]:
         """See `Operation.update`: (x KB) KA of all adapters together, and x KB."""
         view = view.flat()
-        steps, grouped = self._steps(x, view), self._group_x(x, view)
-        delta, h = factored_product.run(steps, grouped, view.factors)
-        return self._ungroup(delta, x, view), (h,)
+        result, h = self._run(self._steps(x, view), self._group_x(x, view), view)
+        return self._ungroup(result, x, view), (h,)
 
     def pull_back(
         self, x: jax.Array, view: KernelView, h: Intermediates, g: jax.Array
@@ -184,8 +183,20 @@ class Product(Operation):
         grouped, from_grouped = vjp(group, x.astype(steps.dtype))
         delta, _ = jax.eval_shape(lambda: factored_product.run(steps, grouped, factors))
         (g,) = cast(tuple[jax.Array], jax.linear_transpose(ungroup, delta)(g.astype(delta.dtype)))
-        dx, dfactors = factored_product.pull_back(steps, grouped, factors, h[0], g)
+        dx, dfactors = self._run_back(steps, grouped, view, h[0], g)
         return *from_grouped(dx), *from_flat(dfactors)
+
+    def _run(
+        self, steps: FactoredProduct, x: jax.Array, view: KernelView
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the result `[b, f, n, rest]` for a grouped x, and h."""
+        return factored_product.run(steps, x, view.factors)
+
+    def _run_back(
+        self, steps: FactoredProduct, x: jax.Array, view: KernelView, h: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, tuple[ViewFactors, ...]]:
+        """Return the cotangents of a grouped x and of the factors."""
+        return factored_product.pull_back(steps, x, view.factors, h, g)
 
     def _steps(self, x: jax.Array, view: KernelView) -> FactoredProduct:
         """Return the two products for arrays of these shapes, a letter for each group of axes."""

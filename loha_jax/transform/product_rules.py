@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from loha_jax.transform.forms import Computation, compute
 from loha_jax.transform.interpreter import Context, Outputs, register
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import dense_kernel, update_rows
+from loha_jax.transform.one_pass_product import OnePassProduct
 from loha_jax.transform.operation import CostModel, NoRule, Operation
 from loha_jax.transform.options import Options
 from loha_jax.transform.packed_kernel import Kernel, PackedKernel, frozen_product, plain
@@ -30,6 +32,8 @@ from loha_jax.transform.product import Product
 from loha_jax.transform.ragged_product import RaggedProduct
 from loha_jax.transform.strategy import Strategy, strategy_of
 from loha_jax.transform.typed_jax import Operand, array_type, checkpoint
+
+C = TypeVar("C", bound=CostModel)
 
 
 @register("dot_general", reads=True)
@@ -96,23 +100,29 @@ def _computed(
     options, kept = context.options, context.keep(x_var)
     view, x, arrays = vary_alike((view, x, kept.arrays))
     kept = dataclasses.replace(kept, arrays=arrays)
-    strategy = _chosen(operation, view, options)
+    operation, strategy = _chosen(operation, x, view, options)
     if is_empty(x.shape):  # no rows, or nothing is summed: the update is as empty, or zero
         return [operation.apply(x, plain(view.kernel))]
     how = Computation(strategy, options.forward_mode, options.update_alone)
     return [compute(operation, how, x, view, kept)]
 
 
-def _chosen(operation: CostModel, view: KernelView, options: Options) -> Strategy:
-    """Return the strategy for the view's module, and tell the observer of it."""
-    strategy = strategy_of(options.strategy, view.name)
+def _chosen(
+    operation: C, x: jax.Array, view: KernelView, options: Options
+) -> tuple[C | OnePassProduct, Strategy]:
+    """Return the strategy for the view's module and its operation, and tell the observer of it."""
+    strategy, note, chosen = strategy_of(options.strategy, view.name), "", operation
     if strategy == "auto":
         strategy = operation.choose(view, options.training, update_alone=options.update_alone)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
+    if strategy == "pallas":
+        chosen = OnePassProduct.of_product(operation, x, view, options)
+        if isinstance(chosen, NoRule):
+            strategy, note, chosen = "factored", f"not pallas: {chosen.reason}", operation
     if options.observer is not None:
-        options.observer.computed(view, operation, strategy, options.times)
-    return strategy
+        options.observer.computed(view, operation, strategy, options.times, note)
+    return chosen, strategy
 
 
 @register("ragged_dot_general", reads=True)
@@ -134,7 +144,7 @@ def _ragged_dot_general(eqn: JaxprEqn, values: list[Value], context: Context) ->
         return product
     options = context.options
     view, x, sizes = vary_alike((view, x, sizes))
-    strategy = _chosen(product, view, options)
+    _, strategy = _chosen(product, x, view, options)
     if strategy != "factored":
 
         def whole(x: jax.Array, view: KernelView, sizes: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, get_args
 
-Strategy = Literal["auto", "factored", "fused", "dense"]
+Strategy = Literal["auto", "factored", "fused", "dense", "pallas"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 

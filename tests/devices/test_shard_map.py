@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from random_arrays import normal_array
 
 import loha_jax
+from loha_jax.transform import one_pass_product
 from tests.devices.meshes import collectives
 
 WIDTH, HIDDEN, BATCH = 8, 16, 8
@@ -110,6 +111,41 @@ def test_model_with_a_shard_map(kind, check_vma, strategy):
     ):  # one sum per product of the model, and sums and gathers of factors alone
         sizes = [size for _, size in collectives(step)]
         assert max(sizes) <= max(BATCH // 2 * WIDTH, 2 * HIDDEN, WIDTH * WIDTH)
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("around", [False, True], ids=["in the model", "around it"])
+def test_kernels_in_a_shard_map(around, check_vma, monkeypatch):
+    """Those that suit one are kernels of each device's shards; outside, they are factored.
+
+    JAX's interpreter cannot be checked for the axes that arrays vary over: that is only traced.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(one_pass_product, "INTERPRET", not check_vma)
+    mesh, params, x = setting(AxisType.Auto)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params) if around else SPECS
+    run, adapt = on_devices, functools.partial(loha_jax.adapt, strategy="pallas")
+    run = adapt(run) if around else run
+    where = {"mesh": mesh, "in_specs": (specs, P("data")), "out_specs": P("data")}
+    run = jax.shard_map(run, check_vma=check_vma, **where)
+    run = run if around else adapt(run)
+    halves = loha_jax.partition(params)
+
+    def loss(trainable, frozen, x):
+        return jnp.mean(run(loha_jax.combine(trainable, frozen), x) ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    with jax.set_mesh(mesh):
+        assert str(step.trace(*halves, x).jaxpr).count("name=adapted_product") == 6
+        outside = loha_jax.explain(plain, params, x, strategy="pallas").uses
+        assert {use.strategy for use in outside} == {"factored"}
+        if not check_vma:
+            ours = step(*halves, x)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
+                ours,
+                expected(),
+            )
 
 
 def test_shard_map_around_the_adapted_model():

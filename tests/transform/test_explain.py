@@ -26,7 +26,7 @@ def test_strategies_by_module_name_and_unknown_ones():
     assert {use.module: use.strategy for use in uses} == {"a": "fused", "b": "factored"}
     check(partial(fn), params, normal(5, 4))
     with pytest.raises(
-        ValueError, match="strategy is one of auto, factored, fused, dense, got 'quick'"
+        ValueError, match="strategy is one of auto, factored, fused, dense, pallas, got 'quick'"
     ):
         loha_jax.adapt(fn, strategy="quick")
 

@@ -272,6 +272,10 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
         if excluded
         else f"Target modules {shown} not found in the base model. Please check the target "
         "modules and try again."
+        if targets
+        else "'all-linear' finds no kernel here. It takes leaves called kernel, w or weight, "
+        "without output heads, and those that `layouts=` knows: pass "
+        "layouts=loha_jax.infer_layouts(fn, params, *args), or name the modules."
     )
     if config.layers_to_transform is not None:
         layers = config.layers_to_transform
@@ -288,11 +292,34 @@ def no_match_message(config: LoHaConfig, names: Sequence[str], excluded: Sequenc
 
 
 def near_misses(targets: str | Iterable[str] | None, names: Sequence[str]) -> str:
-    """Return a sentence with the module names nearest to `targets`; "" if there are no names.
+    """Return sentences with the module names nearest to `targets`; "" if there are no names.
 
-    Where none is near, it has the ends of all names.
+    Of an entry that names a module of modules, these are the modules in it. Where no name is near,
+    it is the ends of all names.
     """
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
+    inside = {target: held for target in wanted if (held := _modules_in(target, names))}
+    said = "".join(
+        f" {target!r} has no kernel of its own; the modules in it are {', '.join(held)}."
+        for target, held in inside.items()
+    )
+    wanted = [target for target in wanted if target not in inside]
+    return said + (_nearest(targets, wanted, names) if wanted or not said else "")
+
+
+def _modules_in(target: str, names: Iterable[str]) -> list[str]:
+    """Return the names, quoted and at most ten, of the modules in one whose name ends so."""
+    found = sorted(
+        name
+        for name in names
+        if any(target in name_endings(above) for above in name_beginnings(name)[:-1])
+    )
+    return [*map(repr, found[:10]), *(["…"] if len(found) > 10 else [])]
+
+
+def _nearest(
+    targets: str | Iterable[str] | None, wanted: Sequence[str], names: Sequence[str]
+) -> str:
     lasts = sorted({name.rsplit(".", 1)[-1] for name in names})
     near: list[str] = []
     for target in wanted:

@@ -70,6 +70,7 @@ def require_named_leaves(params: PyTree) -> None:
                 "This takes a tree of JAX arrays, got torch tensors: pass {name: "
                 "jnp.asarray(t.detach().numpy()) for name, t in state_dict.items()}"
             )
+        _refuse_functions(params)
         return
     kind = type(params).__name__
     if hasattr(params, "shape") and hasattr(params, "dtype"):
@@ -92,6 +93,16 @@ def require_named_leaves(params: PyTree) -> None:
             kind = f"torch module ({kind})"
             hint = ": pass its arrays, {name: jnp.asarray(x) for name, x in state_dict}"
         raise TypeError(f"This takes a tree of arrays or an NNX model, got a {kind}{hint}")
+
+
+def _refuse_functions(params: PyTree) -> None:
+    """Raise TypeError for a tree of functions alone, such as a model that Haiku transformed."""
+    leaves = jax.tree.leaves(params)
+    if leaves and all(callable(leaf) and not hasattr(leaf, "shape") for leaf in leaves):
+        raise TypeError(
+            f"This takes a tree of arrays, got functions (in a {type(params).__name__}): pass the "
+            "parameters that its `init` returns"
+        )
 
 
 def require_config(config: object) -> None:

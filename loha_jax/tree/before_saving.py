@@ -9,12 +9,19 @@ import numpy as np
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
+from loha_jax.targets.module_names import module_name
 from loha_jax.tree.adapters import adapter_names
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.factors import Factors
-from loha_jax.tree.frozen_leaves import frozen_leaves
+from loha_jax.tree.frozen_leaves import STATISTICS, frozen_leaves
 from loha_jax.tree.kernel_samples import KernelSample, sample_kernels
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_of
+from loha_jax.tree.leaves import (
+    LoHaWeight,
+    SavedWeight,
+    is_adapted,
+    leaves_by_path,
+    leaves_of,
+)
 
 
 def check_whole(params: PyTree) -> None:
@@ -30,13 +37,15 @@ def check_before_saving(params: PyTree, adapters: Sequence[str] | None = None) -
     By default all adapters are checked.
 
     Raises:
-        ValueError: it is one half of `partition`.
+        ValueError: it is one half of `partition`, or statistics of a module in `modules_to_save`
+            have lost their copies.
 
     Warns:
         UserWarning: a frozen leaf has changed since an adapter was made, or an adapter is
             untrained.
     """
     check_whole(params)
+    _check_statistics(params, adapters)
     warn_of_changed_base(params, adapters)
     for name in adapter_names(params) if adapters is None else adapters:
         weights = leaves_of(LoHaWeight, params)
@@ -47,6 +56,30 @@ def check_before_saving(params: PyTree, adapters: Sequence[str] | None = None) -
                 "Train it first; after training, save the tree that `loha_jax.combine(trainable, "
                 "frozen)` makes of the new `trainable`."
             )
+
+
+def _check_statistics(params: PyTree, adapters: Sequence[str] | None) -> None:
+    """Raise ValueError for plain statistics beside the saved weights of their module."""
+    found = leaves_by_path(params)
+    adapter_of = {
+        module_name(path): name
+        for path, leaf in found
+        if isinstance(leaf, SavedWeight)
+        for name in leaf.copies
+        if adapters is None or name in adapters
+    }
+    lost = [
+        path
+        for path, leaf in found
+        if not is_adapted(leaf) and path[-1] in STATISTICS and module_name(path) in adapter_of
+    ]
+    if lost:
+        name = adapter_of[module_name(lost[0])]
+        raise ValueError(
+            f"{', '.join(map('.'.join, lost))}: plain arrays, where the adapter {name!r} saves the "
+            "whole module (modules_to_save), so its file would lack them. Put the statistics that "
+            f"a call returns into the leaves of the tree: leaf.with_copy({name!r}, array)."
+        )
 
 
 @takes_model(changes=False)

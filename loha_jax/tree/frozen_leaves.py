@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from loha_jax.tree.leaves import is_adapted, leaves_by_path
 
-_STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracked", "count"}
+STATISTICS = {"mean", "var", "running_mean", "running_var", "num_batches_tracked", "count"}
 
 
 def frozen_leaves(params: PyTree) -> dict[tuple[str, ...], Any]:
@@ -26,6 +26,6 @@ def frozen_leaves(params: PyTree) -> dict[tuple[str, ...], Any]:
         for path, leaf in found
         if not is_adapted(leaf)
         and jax.numpy.issubdtype(getattr(leaf, "dtype", np.int32), np.floating)
-        and path[-1] not in _STATISTICS
+        and path[-1] not in STATISTICS
         and (path[0] == "params" or not only_params)
     }

@@ -70,6 +70,12 @@ def combine(trainable: T, frozen: T) -> T:
     """
 
     def pick(path, b, a):
+        if is_adapted(a):
+            raise ValueError(
+                f"The frozen half holds an array at {jax.tree_util.keystr(path)}, and the "
+                f"trainable one a {type(a).__name__}. Put what a call returns into the leaf of the "
+                "frozen half: leaf.with_copy(adapter_name, array)."
+            )
         if a is not None and b is not None:
             raise ValueError(
                 f"Both halves hold {jax.tree_util.keystr(path)}: combine(trainable, frozen) takes "

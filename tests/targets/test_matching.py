@@ -10,6 +10,7 @@ from loha_jax.targets.matching import (
     find_minimal_target_modules,
     match_pattern_key,
     match_target,
+    near_misses,
     no_match_message,
     resolve_target_modules,
 )
@@ -110,3 +111,15 @@ def test_no_match_is_explained_in_pefts_words_with_near_misses():
     assert no_match_message(LoHaConfig(target_modules=["q"]), names, names[:1]).startswith(
         "No modules were targeted"
     )
+    everything = LoHaConfig(target_modules=frozenset())  # "all-linear", resolved
+    assert no_match_message(everything, names, []).startswith("'all-linear' finds no kernel here")
+
+
+def test_of_a_module_of_modules_those_in_it_are_named():
+    names = ["embed", "embed.embeddings", "mlp.up", *(f"mlp.layers.{n}.q" for n in range(11))]
+    held = near_misses(["embed", "upp"], names)
+    assert held == (
+        " 'embed' has no kernel of its own; the modules in it are 'embed.embeddings'."
+        " The nearest module names are: 'up'."
+    )
+    assert near_misses(["layers"], names).endswith("'mlp.layers.8.q', ….")

@@ -53,6 +53,7 @@ class Model:
         (jnp.ones((3, 3)), r"one array of shape \(3, 3\).*Give it one"),
         (Model(), "got a Model: pass its `params`"),
         (len, "got a builtin"),
+        ((len, len), r"got functions \(in a tuple\): pass .* `init` returns"),
     ],
 )
 def test_what_is_no_tree(tree, message):

@@ -71,6 +71,25 @@ def test_leaves_beside_an_adapter_that_were_trained_are_named(tmp_path):
     interop.save_peft(tmp_path, {**params, "cache": {"index": jnp.ones(3)}})
 
 
+def test_new_statistics_of_a_saved_module_go_into_its_leaves(tmp_path):
+    """Linen's `mutable=["batch_stats"]` returns plain arrays."""
+    params = {"params": {**BASE, "bn": {"scale": jnp.ones(4)}}, "batch_stats": {"bn": {}}}
+    params["batch_stats"]["bn"]["mean"] = jnp.zeros(4)
+    base, params = params, adapted(base=params, modules_to_save=["bn"])
+    returned = {"bn": {"mean": jnp.ones(4)}}
+    with pytest.raises(ValueError, match=r"batch_stats\.bn\.mean: .*with_copy\('default', array"):
+        interop.save_peft(tmp_path / "a", {**params, "batch_stats": returned})
+    assert not (tmp_path / "a").exists()
+    trainable, frozen = loha_jax.partition(params)
+    with pytest.raises(ValueError, match=r"'mean'\], and the .* SavedWeight\. .*with_copy"):
+        loha_jax.combine(trainable, {**frozen, "batch_stats": returned})
+    leaf = frozen["batch_stats"]["bn"]["mean"].with_copy("default", returned["bn"]["mean"])
+    frozen["batch_stats"]["bn"]["mean"] = leaf
+    interop.save_peft(tmp_path / "b", loha_jax.combine(trainable, frozen))
+    again = interop.load_peft(tmp_path / "b", base)
+    np.testing.assert_array_equal(again["batch_stats"]["bn"]["mean"], jnp.ones(4))
+
+
 def test_the_right_way_to_train_saves_without_a_warning(tmp_path):
     trainable, frozen = loha_jax.partition(adapted())
     trained = jax.tree.map(lambda x: x * 0.9, trainable)

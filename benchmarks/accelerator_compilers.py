@@ -53,9 +53,14 @@ def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> j
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, float]:
     """Return the compiler's figures of a program: cycles, bytes moved, FLOPs, temporary bytes."""
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    cost, memory, text = (
+        compiled.cost_analysis(),
+        compiled.memory_analysis(),
+        compiled.as_text(),
+    )
+    assert cost and memory and text, "the compilers of TPUs give all three"
     return {
-        "cycles": cycles(compiled.as_text()),
+        "cycles": cycles(text),
         "bytes": cost["bytes accessed"],
         "flops": cost["flops"],
         "temporary_bytes": memory.temp_size_in_bytes,

@@ -13,16 +13,24 @@ from typing import Any, TypeVar, cast
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
-from loha_jax.targets.default_layouts import is_torchs_transposed, is_transposed_convolution
+from loha_jax.targets.default_layouts import (
+    is_torch_oriented,
+    is_torchs_transposed,
+    is_transposed_convolution,
+)
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Saved
 
+from ..names.conv1d import looks_like_conv1d
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _TORCHS = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
+
+_CONV1D = "GPT-2's Conv1D (modules_to_save), which torch keeps as [in, out]"
 
 
 def is_transposed(tree: NamedTree, position: int) -> bool:
@@ -31,6 +39,20 @@ def is_transposed(tree: NamedTree, position: int) -> bool:
     if is_transposed_convolution(path) or tree.is_transposed_convolution(position):
         return True
     return is_torchs_transposed(path, tree.layout(position))
+
+
+def _is_conv1d(tree: NamedTree, position: int) -> bool:
+    """Return whether a kernel is GPT-2's `Conv1D`, which torch keeps as `[in, out]`."""
+    path = tree.paths[position]
+    turned = "io" if is_torch_oriented(path[-1]) else "oi"
+    return looks_like_conv1d(tree.names[position]) and tree.layout(position).word == turned
+
+
+@takes_model(changes=False)
+def _conv1d_copies(params: PyTree, layouts: Layouts | None = None) -> list[SavedWeight]:
+    tree = NamedTree(params, None, layouts)
+    saved = [n for n in sorted(tree.kernels) if isinstance(tree.leaves[n], SavedWeight)]
+    return [tree.leaves[n] for n in saved if _is_conv1d(tree, n)]
 
 
 @takes_model(changes=False)
@@ -72,6 +94,8 @@ def refuse_transposed_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> Non
             f"{', '.join(found)} are of transposed convolutions (modules_to_save), and {_TORCHS}: "
             "convert them by hand"
         )
+    if found := [own.name for n, own in saved.items() if n in tree.kernels and _is_conv1d(tree, n)]:
+        raise ValueError(f"{', '.join(found)} are of {_CONV1D}: convert them by hand")
 
 
 def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:
@@ -100,6 +124,12 @@ def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:
 
 
 def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> None:
+    for leaf in _conv1d_copies(params):
+        if names is None or {*names} & leaf.copies.keys():
+            raise ValueError(
+                f"{leaf.label} is the weight of {_CONV1D}. Leave it out, or keep the adapter in a "
+                "checkpoint (`loha_jax.checkpoint`)."
+            )
     for leaf in _adapted(params):
         held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters
         if names is not None and not {*names} & held.keys():

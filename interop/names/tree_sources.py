@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import jax
 from jaxtyping import PyTree
 
-from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.default_layouts import is_torch_oriented, is_torchs_transposed
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
@@ -137,7 +136,7 @@ class _Finder:
             )
         if isinstance(leaf, SavedWeight):
             if leaf.layout is not None:
-                return self._of_layout(position, (leaf.name,), leaf.layout)
+                return self._of_layout(position, (leaf.name,))
             return Source((leaf.name,), (), _axes(leaf.shape, self._shape(leaf.name)))
         if isinstance(leaf, LoHaWeight):
             return self._kernel(position, leaf.names)
@@ -178,14 +177,14 @@ class _Finder:
                 raise
             return source
         modules = modules or tree.module_names(position, layout.sizes("s", shape))
-        source = self._of_layout(position, [f"{module}.weight" for module in modules], layout)
+        return self._of_layout(position, [f"{module}.weight" for module in modules])
+
+    def _of_layout(self, position: int, keys: Sequence[str]) -> Source:
+        """Return the source of a kernel; torch's of a transposed convolution stays as it is."""
+        layout = self.tree.layout(position)
+        source = Source.of_layout(tuple(keys), layout)
         if self._is_conv1d(position, source):
             return dataclasses.replace(source, axes=source.axes[::-1])  # [out, in] -> [in, out]
-        return source
-
-    def _of_layout(self, position: int, keys: Sequence[str], layout: Layout) -> Source:
-        """Return the source of a kernel; torch's of a transposed convolution stays as it is."""
-        source = Source.of_layout(tuple(keys), layout)
         if is_torchs_transposed(self.tree.paths[position], layout):
             out, inputs, *spatial = source.axes
             return dataclasses.replace(source, axes=(inputs, out, *spatial))
@@ -194,17 +193,21 @@ class _Finder:
     def _is_conv1d(self, position: int, source: Source) -> bool:
         """Return whether torch keeps a kernel as [in, out]: GPT-2's `Conv1D`, by its name.
 
+        In Flax it is `oi`, while a Dense is `io`; under torch's names `io`, while a Linear is `oi`.
         A checkpoint's shapes decide where they can. A square one goes by the others in it.
         """
         tree, name = self.tree, self.tree.names[position]
         if isinstance(self.names, NameMap) and self.names.is_conv1d(name):
             return True
-        if tree.layout(position).word != "oi" or is_torch_oriented(tree.paths[position][-1]):
+        torch = is_torch_oriented(tree.paths[position][-1])
+        if tree.layout(position).word != ("io" if torch else "oi"):
             return False
+        if torch and self.shapes is None and tree.names[position] in tree.known.own:
+            return False  # a layer's own order of axes
         (key,) = source.keys
         if not looks_like_conv1d(key.removesuffix(".weight")):
             return False
-        out, inputs = tree.leaves[position].shape
+        out, inputs = (tree.leaves[position].shape[axis] for axis in ((1, 0) if torch else (0, 1)))
         if out != inputs:
             return self._shape(key) in (None, (inputs, out))
         if self.shapes is None:

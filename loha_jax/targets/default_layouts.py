@@ -15,7 +15,9 @@ _Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 _TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
 _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
 _CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
-_UPSAMPLING = re.compile(r"(?i)up_?(scale_?|sample_?)?conv|conv_?up")
+_UPSAMPLING = re.compile(
+    r"(?i)up_?(scale_?|sample_?)?conv|conv_?up|^(ups?|upscale|upsampl(e|er|ing)|resize)\d*$"
+)
 _TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
     r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|"
@@ -287,7 +289,7 @@ def _is_convolution(
     beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
     unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
     if not _CONVOLUTION.fullmatch(_module(path)) or (torch and _UPSAMPLING.search(_module(path))):
-        return torch and len(shape) > 3 and _has_norm_behind(shape, path, vectors)
+        return torch and len(shape) > 3 and _has_norm_behind(shape, path, shape_at)
     if unstacked:
         return True
     below_scan = any(
@@ -301,17 +303,37 @@ def _is_convolution(
     return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
 
 
-def _has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], vectors: _Shapes) -> bool:
+def _has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
     """Return whether the next module of a Sequential normalises as many channels as the first axis.
 
     These are outputs then, as a convolution's. A transposed one has its inputs there, and a norm in
-    front of it, or beside it without a number, may be of these. Of a square one nothing shows it.
+    front of it, or beside it without a number, may be of these. Of a square one nothing shows it
+    but kernels of the same name but for numbers, or a size of 1x1.
     """
+    if not _is_before_a_norm(shape, path, shape_at):
+        return False
+    if shape[0] != shape[1] or set(shape[2:]) == {1}:
+        return True
+    name = _without_numbers(path)
+    return any(
+        len(other) == len(shape)
+        and other[0] != other[1]
+        and _without_numbers(at) == name
+        and _is_before_a_norm(other, at, shape_at)
+        for at, other in shape_at.items()
+    )
+
+
+def _is_before_a_norm(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
     *parents, index = path[:-1]
-    if not index.isdigit() or shape[0] == shape[1]:
+    if not index.isdigit():
         return False
     behind = (*parents, str(int(index) + 1))
-    return any(p[:-1] == behind and s == shape[:1] for p, s in vectors.items())
+    return any(shape_at.get((*behind, leaf)) == shape[:1] for leaf in ("weight", *_VECTORS))
+
+
+def _without_numbers(path: tuple[str, ...]) -> list[str]:
+    return ["" if part.isdigit() else part for part in path]
 
 
 def _transposed_layout(

@@ -135,6 +135,21 @@ def attention(query, out, bias=None):
             ("down", "0", "weight"),
             "oikk",
         ),
+        (  # a square one of 1x1, as in RegNet and ShuffleNet
+            {("f", "a", "0", "weight"): (6, 6, 1, 1), ("f", "a", "1", "weight"): (6,)},
+            ("f", "a", "0", "weight"),
+            "oikk",
+        ),
+        (  # a square one like others of its name, as in EfficientNetV2
+            {
+                ("block", "0", "0", "weight"): (6, 6, 3, 3),
+                ("block", "0", "1", "weight"): (6,),
+                ("block", "1", "0", "weight"): (8, 6, 3, 3),
+                ("block", "1", "1", "weight"): (8,),
+            },
+            ("block", "0", "0", "weight"),
+            "oikk",
+        ),
         (  # a square kernel with a bias goes by the nearest that show it
             {
                 ("a", "in", "q", "kernel"): (9, 3),
@@ -214,6 +229,7 @@ def test_default_layouts(shapes, path, word):
         ({("upconv", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,)}, ("upconv", "weight")),
         ({("upconv", "weight"): (6, 6, 2, 2), ("upconv", "bias"): (6,)}, ("upconv", "weight")),
         ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight")),
+        ({("resize", "weight"): (6, 6, 4, 4), ("resize", "bias"): (6,)}, ("resize", "weight")),
         (
             {("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)},
             ("up_transposed_conv_transpose", "weight"),

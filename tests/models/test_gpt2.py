@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from leaves import loha_leaves
+from safetensors.numpy import load_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -116,3 +117,33 @@ def test_a_map_by_contents_is_refused_where_the_biases_say_otherwise(twins, tmp_
     config = LoHaConfig(r=2, target_modules=["c_attn"])
     with pytest.raises(ValueError, match=r"layout 'io'.*c_attn.*GPT-2.*transformers\('gpt2'\)"):
         loha_jax.inject(twins.params, config, key=jax.random.key(0), names=names)
+
+
+def test_its_own_torch_dictionary_keeps_its_weights_as_they_are(twins, tmp_path):
+    """Square ones too: under torch's names, `io` is Conv1D's [in, out]."""
+    twins.module.save_pretrained(tmp_path / "base")
+    arrays = load_file(tmp_path / "base" / "model.safetensors")
+    params = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+    name = next(name for name in params if name.endswith("attn.c_proj.weight"))
+    config = LoHaConfig(
+        r=2, alpha=2, target_modules=r".*attn\.c_proj", init_weights=False, modules_to_save=["wpe"]
+    )
+    layouts = {r".*c_(attn|proj|fc)": "io"}
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
+    factors = jax.tree.map(np.asarray, adapted[name].adapters["default"])
+    delta = (factors.hada_w1_a @ factors.hada_w1_b) * (factors.hada_w2_a @ factors.hada_w2_b)
+    interop.save_merged(tmp_path / "merged", adapted, base=tmp_path / "base")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    np.testing.assert_allclose(merged[name], arrays[name] + delta.T, atol=1e-6)
+    empty = jax.tree.map(jax.numpy.zeros_like, params)
+    loaded = interop.load_base(tmp_path / "base", empty, layouts=layouts)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(loaded[key], array)
+
+
+def test_a_copy_of_a_projection_is_in_no_file(twins, tmp_path):
+    """PEFT would read it as [in, out]."""
+    config = LoHaConfig(r=2, target_modules=["c_fc"], modules_to_save=["attn.c_proj"])
+    params = loha_jax.inject(twins.params, config, key=jax.random.key(0), names=twins.names)
+    with pytest.raises(ValueError, match=r"c_proj.* is the weight of GPT-2's Conv1D"):
+        interop.save_lora(tmp_path, params)

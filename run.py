@@ -3,7 +3,7 @@
     python3 run.py example [--quick ...]    fine-tune a real model, open the result in PyTorch PEFT
                                             (4 minutes; --quick: 1)
     python3 run.py processes [...]          train in several processes, kill one, resume with others
-    python3 run.py test [pytest arguments]  run the daily tests (10 minutes)
+    python3 run.py test [pytest arguments]  run the daily tests (10 to 13 minutes)
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
                                             (14 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,

@@ -5,7 +5,7 @@
     python3 run.py processes [...]          train in several processes, kill one, resume with others
     python3 run.py test [pytest arguments]  run the daily tests (10 to 13 minutes)
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
-                                            (14 minutes)
+                                            (14 to 17 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
                                             MaxText) on the newest JAX (8 minutes)
     python3 run.py test-oldest [...]        run a few core tests on the oldest JAX and Flax

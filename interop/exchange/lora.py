@@ -36,11 +36,11 @@ from ..formats.lora_servers import LoraServer, find_server, server_option
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.peft_names import PREFIX
+from ..names.conv1d import is_conv1d
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of, of_one_rank
 from .from_tree import (
     adapted_modules,
     chosen_adapter,
-    is_gpt2_conv1d,
     module_factors,
     required_kernels,
 )
@@ -159,7 +159,7 @@ def to_lora(
     targets = _targets(params, adapter_name, names)
     tensors = peft_state(found.values(), saved_tensors(params, adapter_name))
     config = kernels[-1][1].adapters[adapter_name].config
-    conv1d = any(is_gpt2_conv1d(path, leaf) for path, leaf in kernels)
+    conv1d = any(is_conv1d(leaf.names[0], path, leaf.layout) for path, leaf in kernels)
     return LoraAdapter(tensors, lora_config(config, found, targets, fan_in_fan_out=conv1d), errors)
 
 

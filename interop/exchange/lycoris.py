@@ -168,7 +168,8 @@ def _differences(params: PyTree, adapter_name: str) -> dict[str, np.ndarray]:
         ):
             raise ValueError(
                 f"{module} is in modules_to_save, and LyCORIS' files have no place for it (only "
-                "for normalisation layers with weight and bias). Use `save_peft`."
+                "for normalisation layers with weight and bias). Use `save_peft`, or keep it in a "
+                "checkpoint (`loha_jax.checkpoint`)."
             )
         for name, leaf in leaves.items():
             wide = float32_or_wider(leaf.original.dtype)

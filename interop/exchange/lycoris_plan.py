@@ -25,6 +25,7 @@ from ..formats.adapter_file import AdapterModule
 from ..formats.lycoris_files import NORM_PARTS
 from ..formats.lycoris_keys import PARAMETER_OF
 from ..formats.ranks import plain_number, ranks_and_alphas
+from ..names.conv1d import is_conv1d
 from ..updates.low_rank_update import LowRankUpdate
 from ..updates.shapes import module_shapes
 from .mismatch import Mismatch
@@ -197,6 +198,9 @@ def _saved(
             )
             continue
         layout = tree.layout(position) if is_kernel else None
+        if layout and is_conv1d(module, tree.paths[position], layout):
+            refused.append(f"{module}.diff: {path} is of GPT-2's Conv1D: transpose it by hand")
+            continue
         if len(names) > 1 or (layout and layout.axes("s")):
             refused.append(
                 f"{path} of shape {list(shape)} holds a stack of layers; only single ones are "

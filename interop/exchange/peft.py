@@ -31,11 +31,11 @@ from ..disk.paired_files import write_together
 from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
+from ..names.conv1d import is_conv1d
 from .from_tree import (
     adapted_kernels,
     chosen_adapter,
     from_tree,
-    is_gpt2_conv1d,
     required_kernels,
 )
 from .saved_modules import saved_tensors
@@ -125,7 +125,9 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
 @takes_model(changes=False)
 def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
     kernels = [kernel for name in adapters for kernel in adapted_kernels(params, name)]
-    if found := dict.fromkeys(leaf.names[0] for p, leaf in kernels if is_gpt2_conv1d(p, leaf)):
+    if found := dict.fromkeys(
+        leaf.names[0] for p, leaf in kernels if is_conv1d(leaf.names[0], p, leaf.layout)
+    ):
         warn_caller(
             f"{', '.join(found)} look like GPT-2's projections, transformers' Conv1D in PyTorch. "
             "PEFT has no LoHa for it and will not open this folder; `load_peft` will. For PyTorch, "

@@ -27,7 +27,7 @@ from .base_layers import base_layer_shapes, with_base_layers
 from .mismatch import Mismatch
 from .row_transforms import norms_of_kernel, with_kernel_rows
 from .saved_modules import batch_counters, saved_shapes, with_counters, with_names_that_end_alike
-from .transposed import refuse_transposed_copies
+from .transposed import refuse_turned_copies
 from .wrapper_names import unwrapped
 
 T = TypeVar("T")
@@ -106,8 +106,8 @@ def peft_to_tree(
         model_type=model_type,
         torch_shapes=module_shapes(file.modules),
     )
-    if any(own.layout and own.layout.axes("k") for own in plan.saved.values()):
-        refuse_transposed_copies(NamedTree(base_params, names, layouts), plan.saved)
+    if any(own.layout for own in plan.saved.values()):
+        refuse_turned_copies(NamedTree(base_params, names, layouts), plan.saved)
     base_layers = base_layer_shapes(plan, base_params)
     counters = batch_counters(plan, file.others)
     _check_fit(file, plan, base_layers, counters)

@@ -1,31 +1,27 @@
-"""Transposed convolutions in the way of files: no format for torch has an adapter of one.
+"""Weights that torch keeps with the inputs in front: transposed convolutions, GPT-2's `Conv1D`.
 
-Torch keeps their weights as `[in, out, *spatial]`, with the taps reversed. Copies of GPT-2's
-`Conv1D`, `[in, out]`, are refused by the writers too.
+No format for torch has an adapter of a transposed convolution, whose weight is
+`[in, out, *spatial]` there, with the taps reversed. Copies of both are in no file.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
-from loha_jax.targets.default_layouts import (
-    is_torch_oriented,
-    is_torchs_transposed,
-    is_transposed_convolution,
-)
+from loha_jax.targets.default_layouts import is_torchs_transposed, is_transposed_convolution
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_by_path
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Saved
 
-from ..names.conv1d import looks_like_conv1d
+from ..names.conv1d import is_conv1d
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,26 +37,25 @@ def is_transposed(tree: NamedTree, position: int) -> bool:
     return is_torchs_transposed(path, tree.layout(position))
 
 
-def _is_conv1d(tree: NamedTree, position: int) -> bool:
-    """Return whether a kernel is GPT-2's `Conv1D`, which torch keeps as `[in, out]`."""
-    path = tree.paths[position]
-    turned = "io" if is_torch_oriented(path[-1]) else "oi"
-    return looks_like_conv1d(tree.names[position]) and tree.layout(position).word == turned
-
-
 @takes_model(changes=False)
-def _conv1d_copies(params: PyTree, layouts: Layouts | None = None) -> list[SavedWeight]:
-    tree = NamedTree(params, None, layouts)
-    saved = [n for n in sorted(tree.kernels) if isinstance(tree.leaves[n], SavedWeight)]
-    return [tree.leaves[n] for n in saved if _is_conv1d(tree, n)]
-
-
-@takes_model(changes=False)
-def _adapted(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight | SavedWeight]:
+def _transposed(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight | SavedWeight]:
     """Return the adapted leaves that are the kernels of transposed convolutions."""
     tree = NamedTree(params, None, layouts)
     adapted = [n for n in sorted(tree.kernels) if is_adapted(tree.leaves[n])]
     return [tree.leaves[n] for n in adapted if is_transposed(tree, n)]
+
+
+@takes_model(changes=False)
+def _conv1d_copies(params: PyTree) -> list[SavedWeight]:
+    """Return the leaves with copies of the weights of GPT-2's `Conv1D`."""
+    saved = [(p, leaf) for p, leaf in leaves_by_path(params) if isinstance(leaf, SavedWeight)]
+    return [leaf for path, leaf in saved if is_conv1d_copy(leaf, path)]
+
+
+def is_conv1d_copy(copy: Saved | SavedWeight, path: Sequence[str]) -> bool:
+    """Return whether a copy (`modules_to_save`) is of the weight of GPT-2's `Conv1D`."""
+    module = copy.name.rpartition(".")[0]
+    return copy.layout is not None and is_conv1d(module, path, copy.layout)
 
 
 def warn_of_transposed(
@@ -74,7 +69,7 @@ def warn_of_transposed(
         format_name: in the message.
         loader: the function that reads the file nevertheless.
     """
-    kernels = [leaf for leaf in _adapted(params) if isinstance(leaf, LoHaWeight)]
+    kernels = [leaf for leaf in _transposed(params) if isinstance(leaf, LoHaWeight)]
     if found := [
         leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
     ]:
@@ -85,15 +80,21 @@ def warn_of_transposed(
         )
 
 
-def refuse_transposed_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> None:
-    """Raise ValueError for a file's copies of transposed convolutions, by their positions."""
-    if found := [
-        own.name for n, own in saved.items() if n in tree.kernels and is_transposed(tree, n)
-    ]:
+def refuse_turned_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> None:
+    """Raise ValueError for a file's copies of weights that torch keeps with the inputs in front.
+
+    Args:
+        tree: that the file is loaded onto.
+        saved: what becomes of the file's copies, by position.
+    """
+    kernels = {n: own for n, own in saved.items() if n in tree.kernels}
+    if found := [own.name for n, own in kernels.items() if is_transposed(tree, n)]:
         raise ValueError(
             f"{', '.join(found)} are of transposed convolutions (modules_to_save), and {_TORCHS}: "
             "convert them by hand"
         )
+    if found := [own.name for own in kernels.values() if is_conv1d_copy(own, own.path)]:
+        raise ValueError(f"{', '.join(found)} are weights of {_CONV1D}: transpose them by hand")
 
 
 def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:
@@ -128,7 +129,7 @@ def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> Non
                 f"{leaf.label} is the weight of {_CONV1D}. Leave it out, or keep the adapter in a "
                 "checkpoint (`loha_jax.checkpoint`)."
             )
-    for leaf in _adapted(params):
+    for leaf in _transposed(params):
         held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters
         if names is not None and not {*names} & held.keys():
             continue

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from loha_jax.targets.default_layouts import is_input_first
+from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.default_layouts import is_input_first, is_torch_oriented
 
 from ..disk.base_checkpoint import Checkpoint, read_config
 
@@ -20,6 +21,20 @@ NO_LOHA_NOTE = (
 def looks_like_conv1d(name: str) -> bool:
     """Return whether a module is called like GPT-2's projections."""
     return re.fullmatch(GPT2_CONV1D, name) is not None
+
+
+def is_conv1d(name: str, path: Sequence[str], layout: Layout) -> bool:
+    """Return whether a kernel is called like GPT-2's projections and has their order of axes.
+
+    In Flax that is `oi`, while a Dense is `io`; under torch's names `io`, while a Linear is `oi`.
+
+    Args:
+        name: of the module in torch.
+        path: of the kernel.
+        layout: of the kernel.
+    """
+    turned = "io" if is_torch_oriented(path[-1]) else "oi"
+    return layout.word == turned and looks_like_conv1d(name)
 
 
 def conv1d_test(checkpoint: Checkpoint) -> Callable[[str], bool]:

@@ -17,7 +17,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
-from .conv1d import looks_like_conv1d
+from .conv1d import is_conv1d
 from .leaf_source import Source, convolution_source
 from .name_map import NameMap
 from .settled_names import leaf_path
@@ -193,20 +193,16 @@ class _Finder:
     def _is_conv1d(self, position: int, source: Source) -> bool:
         """Return whether torch keeps a kernel as [in, out]: GPT-2's `Conv1D`, by its name.
 
-        In Flax it is `oi`, while a Dense is `io`; under torch's names `io`, while a Linear is `oi`.
         A checkpoint's shapes decide where they can. A square one goes by the others in it.
         """
-        tree, name = self.tree, self.tree.names[position]
+        tree, name, path = self.tree, self.tree.names[position], self.tree.paths[position]
         if isinstance(self.names, NameMap) and self.names.is_conv1d(name):
             return True
-        torch = is_torch_oriented(tree.paths[position][-1])
-        if tree.layout(position).word != ("io" if torch else "oi"):
+        key, torch = source.keys[0], is_torch_oriented(path[-1])
+        if not is_conv1d(key.removesuffix(".weight"), path, tree.layout(position)):
             return False
-        if torch and self.shapes is None and tree.names[position] in tree.known.own:
+        if torch and self.shapes is None and name in tree.known.own:
             return False  # a layer's own order of axes
-        (key,) = source.keys
-        if not looks_like_conv1d(key.removesuffix(".weight")):
-            return False
         out, inputs = (tree.leaves[position].shape[axis] for axis in ((1, 0) if torch else (0, 1)))
         if out != inputs:
             return self._shape(key) in (None, (inputs, out))

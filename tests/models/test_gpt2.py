@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from leaves import loha_leaves
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loha_jax
 from loha_jax import LoHaConfig, interop
@@ -147,3 +147,35 @@ def test_a_copy_of_a_projection_is_in_no_file(twins, tmp_path):
     params = loha_jax.inject(twins.params, config, key=jax.random.key(0), names=twins.names)
     with pytest.raises(ValueError, match=r"c_proj.* is the weight of GPT-2's Conv1D"):
         interop.save_lora(tmp_path, params)
+
+
+@pytest.mark.parametrize("own_dictionary", [False, True])
+def test_a_copy_of_a_projection_in_a_file_is_not_loaded(twins, tmp_path, own_dictionary):
+    """PEFT wrote it as [in, out]; it is square, so that its shape fits."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["c_fc"], modules_to_save=["attn.c_proj"], fan_in_fan_out=True
+    )
+    peft.get_peft_model(copy.deepcopy(twins.module), config).save_pretrained(tmp_path)
+    given = {"base_params": twins.params, "names": twins.names}
+    if own_dictionary:
+        state = twins.module.state_dict()
+        params = {name: jax.numpy.asarray(array.numpy()) for name, array in state.items()}
+        given = {"base_params": params, "layouts": {r".*c_(attn|proj|fc)": "io"}}
+    with pytest.raises(ValueError, match=r"attn\.c_proj\.weight.* weights of GPT-2's Conv1D"):
+        interop.load_lora(tmp_path, **given)
+
+
+def test_a_difference_of_a_projection_in_a_file_of_lycoris_is_not_loaded(twins, tmp_path):
+    params = loha_jax.inject(
+        twins.params,
+        LoHaConfig(r=2, target_modules=["c_fc"]),
+        key=jax.random.key(0),
+        names=twins.names,
+    )
+    file = interop.to_lycoris_state_dict(params, prefix="")
+    file["transformer.h.0.attn.c_proj.diff"] = np.ones_like(
+        twins.module.transformer.h[0].attn.c_proj.weight.detach()
+    )
+    save_file(file, tmp_path / "diff.safetensors")
+    with pytest.raises(ValueError, match=r"c_proj\.diff: .* of GPT-2's Conv1D"):
+        interop.load_lycoris(tmp_path / "diff.safetensors", twins.params, names=twins.names)

@@ -107,6 +107,20 @@ def test_a_weight_whose_bias_says_in_out_is_asked_for_its_layout(names, tmp_path
             assert interop.save_lora(tmp_path / "lora", adapted).config["fan_in_fan_out"] is True
 
 
+def test_linear_layers_called_like_gpt2s_open_in_peft(tmp_path):
+    """As nanoGPT's, whose weights are [out, in]."""
+    torch.manual_seed(0)
+    names = {"c_attn": (8, 24), "c_proj": (24, 8), "q_attn": (8, 8)}
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(*shape) for name, shape in names.items()})
+    params = {name: jnp.asarray(t.detach().numpy()) for name, t in module.state_dict().items()}
+    config = LoHaConfig(r=2, target_modules=list(names), init_weights=False)
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
+    interop.save_peft(tmp_path, adapted)  # without a warning
+    merged = peft.PeftModel.from_pretrained(module, tmp_path).merge_and_unload().state_dict()
+    for name, array in loha_jax.merge(adapted).items():
+        np.testing.assert_allclose(merged[name], array, atol=1e-6)
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 6)])
 def test_a_transposed_convolution_behind_a_norm_is_asked_for_its_layout(inputs, outputs):
     """Its weight is [in, out, ...], and the norm is of its inputs."""

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -42,13 +43,18 @@ def tpu(kind: str) -> Any:
 
 
 def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """Compile a function of trees of `jax.ShapeDtypeStruct` for a device."""
+    """Compile a function of trees of `jax.ShapeDtypeStruct` for a device.
+
+    It is traced as where such devices are JAX's default ones.
+    """
     place = SingleDeviceSharding(device)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return jax.jit(function).lower(*jax.tree.map(placed, arguments)).compile()
+    with mock.patch("jax.default_backend", return_value=device.platform):
+        lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
+    return lowered.compile()
 
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, float]:

@@ -80,10 +80,10 @@ def _traced(
 ) -> jax.Array:
     if how.update_alone:
         return _update_alone(operation, how, x, view, kept)
+    if operation.includes_base:
+        return _low_rank(operation, x, view, kept, how.forward_mode, kernel=view.kernel)
     if how.strategy == "factored":
         return _factored(operation, x, view, kept, how.forward_mode)
-    if how.strategy == "pallas":
-        return _low_rank(operation, x, view, kept, how.forward_mode, kernel=view.kernel)
     if how.strategy == "fused":
         return _fused(operation, x, view, kept)
     return _dense(operation, x, view, how.forward_mode)
@@ -162,7 +162,8 @@ def _low_rank(
             dx, dfactors = _isolated(operation, pull_back, (*residuals, g), 2, g)
         else:
             dx, dfactors = pull_back(*residuals, g)
-        return lax.optimization_barrier(dx.astype(dtype)), None, dfactors, None
+        dx = dx.astype(dtype)
+        return dx if operation.includes_base else lax.optimization_barrier(dx), None, dfactors, None
 
     def update(
         x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel | None

@@ -120,9 +120,11 @@ class Operation(CostModel):
 
     Attributes:
         branches: whether XLA:CPU computes it as fast inside a branch as outside.
+        includes_base: whether its `update` has the plain operation with W too.
     """
 
     branches: ClassVar[bool] = True
+    includes_base: ClassVar[bool] = False
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

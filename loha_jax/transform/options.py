@@ -58,6 +58,7 @@ class Options:
         update_alone: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
+        in_loop: whether a scan or a while is around the current equation.
     """
 
     strategy: Strategies = "auto"
@@ -67,9 +68,9 @@ class Options:
     update_alone: bool = False
     observer: Observer | None = None
     times: int = 1
+    in_loop: bool = False
 
     def repeated(self, times: int) -> Options:
-        """Return the options inside a loop."""
-        return (
-            self if self.observer is None else dataclasses.replace(self, times=self.times * times)
-        )
+        """Return the options inside a scan."""
+        times = self.times if self.observer is None else self.times * times
+        return dataclasses.replace(self, times=times, in_loop=True)

@@ -22,6 +22,7 @@ from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
 from loha_jax.transform.forms import Computation, compute
 from loha_jax.transform.interpreter import Context, Outputs, register
+from loha_jax.transform.joined_product import JoinedProduct
 from loha_jax.transform.kernel_view import KernelView, Value
 from loha_jax.transform.materialised import dense_kernel, update_rows
 from loha_jax.transform.one_pass_product import OnePassProduct
@@ -32,6 +33,7 @@ from loha_jax.transform.product import Product
 from loha_jax.transform.ragged_product import RaggedProduct
 from loha_jax.transform.strategy import Strategy, strategy_of
 from loha_jax.transform.typed_jax import Operand, array_type, checkpoint
+from loha_jax.transform.whole_product import WholeProduct
 
 C = TypeVar("C", bound=CostModel)
 
@@ -109,20 +111,23 @@ def _computed(
 
 def _chosen(
     operation: C, x: jax.Array, view: KernelView, options: Options
-) -> tuple[C | OnePassProduct, Strategy]:
+) -> tuple[C | WholeProduct, Strategy]:
     """Return the strategy for the view's module and its operation, and tell the observer of it."""
-    strategy, note, chosen = strategy_of(options.strategy, view.name), "", operation
+    strategy, note = strategy_of(options.strategy, view.name), ""
+    whole: WholeProduct | NoRule = NoRule("")
     if strategy == "auto":
         strategy = operation.choose(view, options.training, update_alone=options.update_alone)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if strategy == "pallas":
-        chosen = OnePassProduct.of_product(operation, x, view, options)
-        if isinstance(chosen, NoRule):
-            strategy, note, chosen = "factored", f"not pallas: {chosen.reason}", operation
+        whole = OnePassProduct.of_product(operation, x, view, options)
+        if isinstance(whole, NoRule):
+            strategy, note = "factored", f"not pallas: {whole.reason}"
+    if strategy == "factored":
+        whole = JoinedProduct.of_product(operation, x, view, options)
     if options.observer is not None:
         options.observer.computed(view, operation, strategy, options.times, note)
-    return chosen, strategy
+    return operation if isinstance(whole, NoRule) else whole, strategy
 
 
 @register("ragged_dot_general", reads=True)

@@ -1,7 +1,6 @@
 """Kernels of `strategy="pallas"`, as the compiler of TPUs makes them."""
 
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +50,8 @@ def compiled(kind, rows, into, out, rank, layout, dtype):
 
     weight = {"m": jax.ShapeDtypeStruct(shape, dtype)}
     tree = loha_jax.inject(weight, config, key=jax.random.key(0), layouts={"m": layout})
-    on_tpu = mock.patch("jax.default_backend", return_value="tpu")
-    device = tpu(kind)
-    with on_tpu, jax.default_matmul_precision("highest"):
-        return compile_for(device, step, *loha_jax.partition(tree), x, g)
+    with jax.default_matmul_precision("highest"):
+        return compile_for(tpu(kind), step, *loha_jax.partition(tree), x, g)
 
 
 @pytest.mark.parametrize(("kind", "rows", "into", "out", "rank", "layout", "dtype"), CASES)

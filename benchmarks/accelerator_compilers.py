@@ -2,7 +2,8 @@
 
 The TPU compiler's schedule has an estimate of each instruction's cycles. It is a model, not a
 clock: use it for ratios between programs that were compiled alike. It counts no cycles for Pallas
-kernels, nor for copies that run beside the rest.
+kernels, nor for copies that run beside the rest. The GPU compiler says how much memory a program
+takes, and no more. It tunes nothing without a GPU.
 """
 
 import os
@@ -19,6 +20,22 @@ from benchmarks.case import NotInstalled
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """Machines of each kind of TPU, by libtpu's names."""
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA asks a GPU for, as NVIDIA's data sheet and CUDA's tables for this one have it."""
 
 _WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu looks for a metadata server
@@ -42,6 +59,21 @@ def tpu(kind: str) -> Any:
         raise NotInstalled(f"libtpu ({error})") from error
 
 
+def gpu() -> Any:
+    """Return an H100 to compile for.
+
+    Raises:
+        NotInstalled: JAX's plugin for CUDA is missing.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            "", platform="cuda", target_config=H100, topology="1x1x1"
+        )
+    except RuntimeError as error:
+        raise NotInstalled(f"jax[cuda13] ({error})") from error
+    return topology.devices[0]
+
+
 def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
     """Compile a function of trees of `jax.ShapeDtypeStruct` for a device.
 
@@ -58,20 +90,17 @@ def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> j
 
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Return the compiler's figures of a program: cycles, bytes moved, FLOPs, temporary bytes."""
-    cost, memory, text = (
-        compiled.cost_analysis(),
-        compiled.memory_analysis(),
-        compiled.as_text(),
-    )
-    if not (cost and memory and text):
-        raise ValueError("this compiler gives no figures: the compilers of TPUs give all")
-    return {
-        "cycles": cycles(text),
-        "bytes": cost["bytes accessed"],
-        "flops": cost["flops"],
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
+    """Return the compiler's figures of a program: cycles, bytes moved, FLOPs, temporary bytes.
+
+    The compiler of GPUs gives the last alone.
+    """
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if not (memory and text):
+        raise ValueError("this compiler gives no figures: those of TPUs and GPUs do")
+    found = {"temporary_bytes": memory.temp_size_in_bytes}
+    if cost:
+        found |= {"cycles": cycles(text), "bytes": cost["bytes accessed"], "flops": cost["flops"]}
+    return found
 
 
 def cycles(text: str) -> int:

@@ -1,18 +1,19 @@
-"""What the compilers of TPUs say of adapted layers, beside the frozen ones and LoRA.
+"""What the compilers of TPUs and GPUs say of adapted layers, beside the frozen ones and LoRA.
 
-    python -m benchmarks accelerators [--quick] [--only CASE] [--json FILE]
+    python -m benchmarks accelerators [--quick] [--only CASE] [--methods ...] [--devices ...]
 
 Each program is a layer's forward and backward pass: its result, and the gradients of the factors
 and of its input for a given gradient of its result, which waits for the result. Kernels and inputs
 are bfloat16, factors float32. LoRA has the parameters of the LoHa: rank 2r. "dense" is PEFT's way
-in JAX. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none.
+in JAX. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an H100
+it is jax[cuda13] 0.12 or newer.
 """
 
 import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
 import loha_jax
 from benchmarks import llama3, results
-from benchmarks.accelerator_compilers import TOPOLOGIES, compile_for, figures, tpu
+from benchmarks.accelerator_compilers import TOPOLOGIES, compile_for, figures, gpu, tpu
 from benchmarks.case import NotInstalled
 from benchmarks.measure import machine
 from benchmarks.report import megabytes, ratio, table
@@ -36,6 +37,8 @@ RANK = 8
 FROZEN, LORA = "frozen", "LoRA 2r"
 STRATEGIES = ("auto", "factored", "fused", "dense")
 METHODS = (FROZEN, LORA, *STRATEGIES)
+GPU = "H100"
+DEVICES = (*TOPOLOGIES, GPU)
 
 Layer = Callable[[Any, jax.Array], jax.Array]
 
@@ -49,6 +52,7 @@ class Case(NamedTuple):
         params: shapes, a dictionary of modules with a "kernel" each for those that are adapted.
         x, result: shapes of the input and of the result.
         training: whether gradients are computed.
+        only_tpus: whether it has a kernel for TPUs.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Case(NamedTuple):
     x: jax.ShapeDtypeStruct
     result: jax.ShapeDtypeStruct
     training: bool = True
+    only_tpus: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +106,8 @@ def llama_layer() -> Case:
     layer = functools.partial(llama3.layer, model, None, attend=_flash)
     x = llama3.tokens(model, 1, TOKENS)
     params = llama3.layer_params(model)
-    return Case(f"Llama-3-8B layer, {TOKENS} tokens", jax.checkpoint(layer), params, x, x)
+    name = f"Llama-3-8B layer, {TOKENS} tokens"
+    return Case(name, jax.checkpoint(layer), params, x, x, only_tpus=True)
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -163,19 +169,23 @@ def _single(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def records(quick: bool, only: str) -> Iterator[Record]:
-    """Return the figures of every method for the cases with `only` in their names."""
-    for kind in list(TOPOLOGIES)[: 1 if quick else None]:
-        device = tpu(kind)
-        for case in (case for case in cases(quick) if only in case.name):
-            for method in METHODS:
+def records(
+    devices: Sequence[str], methods: Sequence[str], quick: bool, only: str
+) -> Iterator[Record]:
+    """Return the figures of methods for the cases with `only` in their names."""
+    for kind in devices:
+        device = gpu() if kind == GPU else tpu(kind)
+        for case in cases(quick):
+            if only not in case.name or (kind == GPU and case.only_tpus):
+                continue
+            for method in methods:
                 function, arguments = program(case, method)
                 found = figures(compile_for(device, function, *arguments))
                 yield {"device": kind, "case": case.name, "method": method, **found}
 
 
 def report(found: list[Record]) -> str:
-    """Return one table for each kind of TPU."""
+    """Return one table for each device."""
     parts: list[str] = []
     for kind in dict.fromkeys(record["device"] for record in found):
         rows = [record for record in found if record["device"] == kind]
@@ -185,15 +195,15 @@ def report(found: list[Record]) -> str:
 
 
 def _row(record: Record, frozen: Record) -> dict[str, Any]:
-    return {
-        "case": record["case"],
-        "method": record["method"],
-        "million cycles": f"{record['cycles'] / 1e6:.3f}",
-        "over frozen": ratio(record["cycles"] / frozen["cycles"]),
-        "GB moved": f"{record['bytes'] / 1e9:.3f}",
-        "over frozen ": ratio(record["bytes"] / frozen["bytes"]),
-        "temporary MB": megabytes(record["temporary_bytes"]),
-    }
+    row = {"case": record["case"], "method": record["method"]}
+    if "cycles" in record:
+        row |= {
+            "million cycles": f"{record['cycles'] / 1e6:.3f}",
+            "over frozen": ratio(record["cycles"] / frozen["cycles"]),
+            "GB moved": f"{record['bytes'] / 1e9:.3f}",
+            "over frozen ": ratio(record["bytes"] / frozen["bytes"]),
+        }
+    return {**row, "temporary MB": megabytes(record["temporary_bytes"])}
 
 
 def main(arguments: list[str]) -> int:
@@ -206,12 +216,29 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one small layer for one kind of TPU")
     parser.add_argument("--only", default="", metavar="CASE", help="cases with this in their names")
     parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS[1:],
+        default=METHODS[1:],
+        metavar="METHOD",
+        help="beside the frozen layer: %(choices)s (all)",
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        choices=DEVICES,
+        default=list(TOPOLOGIES),
+        metavar="DEVICE",
+        help="some of %(choices)s (the TPUs)",
+    )
+    parser.add_argument(
         "--json", type=Path, default=Path("out/accelerators.json"), help="results (%(default)s)"
     )
     args = parser.parse_args(arguments)
     found: list[Record] = []
+    devices = args.devices[: 1 if args.quick else None]
     try:
-        for record in records(args.quick, args.only):
+        for record in records(devices, [FROZEN, *args.methods], args.quick, args.only):
             found.append(record)
             results.write(args.json, machine(), {"rank": RANK}, found)
             say(f"{record['device']}, {record['case']}, {record['method']}")

@@ -162,8 +162,7 @@ def _low_rank(
             dx, dfactors = _isolated(operation, pull_back, (*residuals, g), 2, g)
         else:
             dx, dfactors = pull_back(*residuals, g)
-        dx = dx.astype(dtype)
-        return dx if operation.includes_base else lax.optimization_barrier(dx), None, dfactors, None
+        return lax.optimization_barrier(dx.astype(dtype)), None, dfactors, None
 
     def update(
         x: jax.Array, kept_arrays: Arrays, factors: AllFactors, kernel: Kernel | None

@@ -8,12 +8,19 @@ from benchmarks import accelerators
 from benchmarks.accelerator_compilers import compile_for, entry, figures, tpu
 
 MIB = 2**20
+BARS = {"v5e": 1.20, "v6e": 1.50}
+"""The project's, in cycles over those of the frozen layer."""
 
 
-@pytest.fixture(scope="module", params=["v5e", "v6e"])
-def compiled(request):
+@pytest.fixture(scope="module", params=BARS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(kind):
     """The layer of 4,096 features for 4,096 tokens: forward and backward, in bfloat16."""
-    device = tpu(request.param)
+    device = tpu(kind)
     case = accelerators.linear(4096, 4096, 4096, training=True)
 
     def program(method):
@@ -23,10 +30,11 @@ def compiled(request):
     return {m: program(m) for m in (accelerators.FROZEN, accelerators.LORA, "auto")}
 
 
-def test_it_costs_no_more_than_lora(compiled):
+def test_it_costs_less_than_lora(kind, compiled):
     found = {method: figures(program) for method, program in compiled.items()}
     frozen, lora, loha = (found[m] for m in (accelerators.FROZEN, accelerators.LORA, "auto"))
-    assert frozen["cycles"] < loha["cycles"] <= lora["cycles"]
+    assert frozen["cycles"] < loha["cycles"] < lora["cycles"]
+    assert loha["cycles"] <= BARS[kind] * frozen["cycles"]
     assert loha["temporary_bytes"] <= frozen["temporary_bytes"] + 4 * MIB
 
 

@@ -130,7 +130,8 @@ def _has_functions(node: object) -> bool:
 
     Methods of its class do not count: a state may have some.
     """
-    fields = node._asdict() if hasattr(node, "_asdict") else getattr(node, "__dict__", {})
+    names = getattr(node, "_fields", ()) if isinstance(node, tuple) else ()
+    fields = {name: getattr(node, name) for name in names} or getattr(node, "__dict__", {})
     return all(callable(fields.get(name)) for name in ("init", "update"))
 
 

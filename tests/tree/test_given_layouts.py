@@ -53,7 +53,9 @@ def inject(model, word, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_contradicts_the_layer_counts_with_a_warning(name):
     make, own, word = MODELS[name]
-    path = rf"q\.(kernel|weight|embedding) of shape \(.*\) is '{own}' to its layer.*given as '{word}'"
+    path = (
+        rf"q\.(kernel|weight|embedding) of shape \(.*\) is '{own}' to its layer.*given as '{word}'"
+    )
     with pytest.warns(UserWarning, match=path) as caught:
         adapted = inject(make(), word)
     assert [w.filename for w in caught] == [__file__]

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 import jax
 from jaxtyping import PyTree
 
-from loha_jax.targets.default_layouts import is_torch_oriented, is_torchs_transposed
+from loha_jax.targets.convolution_names import is_torch_oriented
+from loha_jax.targets.default_layouts import UnknownConvolutionError, is_torchs_transposed
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import KERNEL_LEAVES, Names, is_kernel_leaf, torch_parameter
 from loha_jax.targets.row_transforms import row_transform
+from loha_jax.targets.transposed_doubt import may_be_transposed
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
@@ -169,10 +171,14 @@ class _Finder:
         tree, shape = self.tree, tuple(self.tree.leaves[position].shape)
         try:
             layout = tree.layout(position)
-        except ValueError:
+        except ValueError as error:
             key = f"{tree.module_names(position, ())[0]}.weight"
             torch = is_torch_oriented(tree.paths[position][-1])
-            source = convolution_source(key, shape, self._shape(key) or (), torch)
+            undecided = isinstance(error, UnknownConvolutionError)
+            if not torch and may_be_transposed(shape, tree.paths[position], tree.shape_at):
+                raise  # the checkpoint's shape does not say the order either
+            stored = self._shape(key) or (shape if undecided else ())
+            source = convolution_source(key, shape, stored, torch)
             if source is None:
                 raise
             return source
@@ -243,7 +249,10 @@ class _Finder:
         for other in tree.kernels - {position}:
             path = tree.paths[other]
             if path[:-1] == module and path[-1] in KERNEL_LEAVES:
-                layout = tree.layout(other)
+                try:
+                    layout = tree.layout(other)
+                except UnknownConvolutionError:
+                    return [()]  # transposed or not, no scan has stacked it
                 stack = layout.sizes("s", tree.leaves[other].shape)
                 # A scan stacks all parameters on one axis; else the stack leads.
                 places = (layout.axes("s"), leading[: len(stack)])

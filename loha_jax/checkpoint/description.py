@@ -119,10 +119,26 @@ def _refuse_optimizer(opt_state: PyTree) -> None:
 
     if any(map(is_nnx, jax.tree.leaves(opt_state, is_leaf=is_nnx))):
         raise TypeError("opt_state is an nnx.Optimizer; pass its state: nnx.state(optimizer)")
-    if callable(getattr(opt_state, "init", None)) and callable(getattr(opt_state, "update", None)):
+    if any(map(_is_optimizer, jax.tree.leaves(opt_state, is_leaf=_has_functions))):
         raise TypeError(
             "opt_state is an optimizer; pass its state, which optimizer.init(trainable) makes"
         )
+
+
+def _has_functions(node: object) -> bool:
+    """Return whether a node holds the functions init and update, as optimizers of Optax do.
+
+    Methods of its class do not count: a state may have some.
+    """
+    names = getattr(node, "_fields", ()) if isinstance(node, tuple) else ()
+    fields = {name: getattr(node, name) for name in names} or getattr(node, "__dict__", {})
+    return all(callable(fields.get(name)) for name in ("init", "update"))
+
+
+def _is_optimizer(leaf: object) -> bool:
+    """Return whether a leaf, or a node with functions, is an optimizer."""
+    methods = (getattr(leaf, name, None) for name in ("init", "update"))
+    return not is_array(leaf) and all(map(callable, methods))
 
 
 def is_array(leaf: object) -> bool:

@@ -221,6 +221,7 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
     """Return the given layouts, and those of the model's own layers, by module name."""
     found: dict[str, Layout] = {}
     transposed: set[str] = set()
+    lookups: set[str] = set()
     for path, weight in _weights(model).items():
         name = module_name(tuple(map(str, path)))
         for owner, way in weight.holders:
@@ -229,10 +230,12 @@ def layouts_of(model: nnx.Module, given: Layouts | None) -> ModelLayouts:
                 continue
             if isinstance(owner, nnx.ConvTranspose) and key == "kernel":
                 transposed.add(name)
+            if isinstance(owner, nnx.Embed) and key == "embedding":
+                lookups.add(name)
             word = layer_layout(owner, key, shape, scanned_axis(weight.base))
             if word and not weight.adapted:
                 found[name] = Layout(word)
-    return ModelLayouts(given or {}, found, transposed)
+    return ModelLayouts(given or {}, found, transposed, lookups=lookups)
 
 
 def layer_layout(
@@ -275,8 +278,8 @@ def _own_layout(layer: object, key: str, shape: tuple[int, ...]) -> tuple[str, t
     if isinstance(layer, nnx.ConvTranspose) and key == "kernel":
         core = tuple(layer.kernel_shape)
         return "k" * (len(core) - 2) + ("oi" if layer.transpose_kernel else "io"), core
-    if isinstance(layer, nnx.Embed) and key == "embedding" and len(shape) > 2:
-        return "oi", (layer.num_embeddings, layer.features)  # 2-D: the default for this name
+    if isinstance(layer, nnx.Embed) and key == "embedding":
+        return "oi", (layer.num_embeddings, layer.features)
     inputs, outputs = (getattr(layer, f"{of}_features_shape", None) for of in ("in", "out"))
     if key == "kernel" and isinstance(inputs, tuple) and isinstance(outputs, tuple):
         return _general(inputs, outputs)  # MaxText's DenseGeneral

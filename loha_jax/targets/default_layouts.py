@@ -8,23 +8,29 @@ import re
 from collections.abc import Mapping, Sequence
 
 from loha_jax.lowrank.layout import Layout
+from loha_jax.targets.convolution_names import (
+    NAMED_CONVOLUTION,
+    NAMED_TRANSPOSED,
+    NAMED_UPSAMPLING,
+    is_torch_oriented,
+    own_name,
+)
 from loha_jax.targets.module_names import module_name
+from loha_jax.targets.transposed_doubt import (
+    bias_shape,
+    has_norm_behind,
+    is_vector,
+    may_be_transposed,
+)
 
 _Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 
-_TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")
 _TABLE_LEAF = re.compile(r"(.*_)?embeddings?")
-_CONVOLUTION = re.compile(r"(?i)(?!.*(transpose|local|deconv)).*(conv(?!e|i|oy)|patch_embed).*")
-_UPSAMPLING = re.compile(
-    r"(?i)up_?(scale_?|sample_?)?conv|conv_?up|^(ups?|upscale|upsampl(e|er|ing)|resize)\d*$"
-)
-_TRANSPOSED = re.compile(r"(?i).*(conv.*transpose|deconv).*")
 _LOOKUP = re.compile(
     r"(?i)(.*_)?(embeds?|embeddings?|emb)|embed_(tokens|positions|in)|wte|wpe|shared|"
     r"relative_attention_bias"
 )
 _STACK = re.compile(r"layers|blocks|h|resblocks|.*([Ss]can|[Vv]map).*")
-_VECTORS = {"bias", "b", "scale", "offset", "mean", "var", "running_mean", "running_var"}
 
 # Possible kernels of three or more axes: (layout, axes of the module's bias, description).
 _JAX = {
@@ -72,21 +78,15 @@ _TORCH = {
 }
 
 
-def is_torch_oriented(leaf: str) -> bool:
-    """Return whether a leaf is named as in torch, Equinox and haliax.
-
-    These keep weights as [out, in, *spatial].
-
-    Example:
-        >>> [is_torch_oriented(leaf) for leaf in ("weight", "weight_ih", "kernel", "w")]
-        [True, True, False, False]
-    """
-    return _TORCH_LEAF.fullmatch(leaf) is not None
+class UnknownConvolutionError(ValueError):
+    """The layout of a kernel is ambiguous that is a convolution's, transposed or not."""
 
 
 def is_named_convolution(path: Sequence[str]) -> bool:
     """Return whether the module of a leaf is named like a convolution, transposed or not."""
-    return is_transposed_convolution(path) or _CONVOLUTION.fullmatch(_module(path)) is not None
+    return (
+        is_transposed_convolution(path) or NAMED_CONVOLUTION.fullmatch(own_name(path)) is not None
+    )
 
 
 def is_named_lookup(path: Sequence[str]) -> bool:
@@ -98,7 +98,7 @@ def is_named_lookup(path: Sequence[str]) -> bool:
         >>> is_named_lookup(("model", "embed_tokens", "weight")), is_named_lookup(("wte", "kernel"))
         (True, False)
     """
-    return path[-1] == "weight" and _LOOKUP.fullmatch(_module(path)) is not None
+    return path[-1] == "weight" and _LOOKUP.fullmatch(own_name(path)) is not None
 
 
 def is_transposed_convolution(path: Sequence[str]) -> bool:
@@ -106,7 +106,7 @@ def is_transposed_convolution(path: Sequence[str]) -> bool:
 
     Such names are `ConvTranspose_0` and `conv2_d_transpose`.
     """
-    return len(path) > 1 and _TRANSPOSED.fullmatch(_module(path)) is not None
+    return len(path) > 1 and NAMED_TRANSPOSED.fullmatch(own_name(path)) is not None
 
 
 def is_torchs_transposed(path: Sequence[str], layout: Layout) -> bool:
@@ -133,7 +133,8 @@ def default_layout(
     - Flax' attention: by the shapes of its four kernels.
     - More axes: the one possibility that fits the shape of the module's bias.
     - A convolution: by the name of its module (`Conv_0`, Flax' own, `conv1`, `downsample_conv`), if
-      a bias or scale of one axis in the same module or next to it shows that it is not stacked.
+      a bias or scale of one axis in the same module or next to it shows that it is not stacked; of
+      torch's also by taps of 1x1, by odd ones of a square kernel, or by the norm behind it.
     - The one possibility that fits the shape which a file has for the module of that name.
 
     Args:
@@ -144,6 +145,8 @@ def default_layout(
             prod(spatial)]`.
 
     Raises:
+        UnknownConvolutionError: it is a convolution's, and may be a transposed one's; see
+            `may_be_transposed`.
         ValueError: several layouts are possible. The message names them and how to choose one.
 
     Example:
@@ -158,6 +161,8 @@ def default_layout(
     shape, path = tuple(shape), tuple(path)
     torch = is_torch_oriented(path[-1])
     if len(shape) == 2:
+        if _may_be_gpt2s(shape, path, shape_at):
+            raise _ambiguous(shape, path, "'io', 'oi' (one of them is of GPT-2's Conv1D)")
         table = _TABLE_LEAF.fullmatch(path[-1]) is not None
         return Layout("oi" if torch or table or is_output_first(shape, path, shape_at) else "io")
     if attention := _attention_layout(shape, path, shape_at):
@@ -167,26 +172,33 @@ def default_layout(
     candidates = (_TORCH if torch else _JAX).get(len(shape), ())
     spatial = "k" * (len(shape) - 2)
     convolution = f"oi{spatial}" if torch else f"{spatial}io"
-    bias = _bias(path, shape_at)
+    bias = bias_shape(path, shape_at)
+    shown: list[str] = []
     if bias is not None:
-        found = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
-        unsure = torch and shape[0] == shape[1] and _UPSAMPLING.search(_module(path))
-        if len(found) == 1 and not unsure:
-            return Layout(found[0])
-        if convolution in found and not unsure and _CONVOLUTION.fullmatch(_module(path)):
+        shown = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
+        sure = convolution not in shown or not may_be_transposed(shape, path, shape_at)
+        if sure and len(shown) == 1:
+            return Layout(shown[0])
+        if sure and convolution in shown and NAMED_CONVOLUTION.fullmatch(own_name(path)):
             return Layout(convolution)
-    elif candidates and _is_convolution(shape, path, shape_at, torch):
-        return Layout(convolution)
+    else:
+        sure = bool(candidates) and not may_be_transposed(shape, path, shape_at)
+        if sure and _is_convolution(shape, path, shape_at, torch):
+            return Layout(convolution)
     found = [
         word
         for word, _, _ in candidates
         if torch_shape and _fits_torch(Layout(word), shape, torch_shape)
     ]
-    if len(found) == 1:
-        return Layout(found[0])
-    named = [f"{word!r} ({what})" for word, _, what in candidates]
-    named += [f"'io{spatial}' (a transposed convolution)"] if torch and candidates else []
-    raise _ambiguous(shape, path, ", ".join(named))
+    as_stored = torch and torch_shape is not None and tuple(torch_shape) == shape
+    if len(found) == 1 and (sure or found[0] != convolution or as_stored):
+        return Layout(found[0])  # torch's whole weight is read alike, transposed or not
+    named = [f"{w!r} ({what})" for w, _, what in candidates if not shown or w in shown]
+    if candidates and (torch or not sure):
+        other = f"'io{spatial}' (" if torch else f"'{spatial}oi' (with transpose_kernel, "
+        named.append(f"{other}a transposed convolution)")
+    error = _ambiguous(shape, path, ", ".join(named))
+    raise UnknownConvolutionError(str(error)) if shown == [convolution] else error
 
 
 def is_output_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> bool:
@@ -214,12 +226,21 @@ def is_input_first(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes)
     return _bias_axis(shape, path, shape_at) == 1
 
 
+def _may_be_gpt2s(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
+    """Return whether a square kernel is called like GPT-2's, with nothing to show its order.
+
+    GPT-2's layers have biases, and their order is turned: `io` in torch, `oi` in Flax.
+    """
+    named = own_name(path) in ("c_proj", "q_attn") and bias_shape(path, shape_at) is not None
+    return named and shape[0] == shape[1] and _bias_axis(shape, path, shape_at) is None
+
+
 def _bias_axis(shape: Sequence[int], path: Sequence[str], shape_at: _Shapes) -> int | None:
     """Return which axis of a kernel of two axes is as long as its bias; None where it is not known.
 
     For a square kernel it is the axis of all others beside its module, or of the nearest.
     """
-    path, bias = tuple(path), _bias(tuple(path), shape_at)
+    path, bias = tuple(path), bias_shape(tuple(path), shape_at)
     if shape[0] != shape[1]:
         return next((axis for axis in (0, 1) if bias == (shape[axis],)), None)
     others = [
@@ -243,15 +264,6 @@ def _ambiguous(shape: tuple[int, ...], path: tuple[str, ...], candidates: str) -
         f"with layouts={{r'{re.escape(module_name(path))}': '...'}}, or let the model say it with "
         "layouts=loha_jax.infer_layouts(fn, params, *args)."
     )
-
-
-def _module(path: Sequence[str]) -> str:
-    """Return the last part of a leaf's module name that is no index."""
-    return next((part for part in reversed(path[:-1]) if not part.isdigit()), "")
-
-
-def _bias(path: tuple[str, ...], shape_at: _Shapes) -> tuple[int, ...] | None:
-    return shape_at.get((*path[:-1], "bias"), shape_at.get((*path[:-1], "b")))
 
 
 def _fits(word: str, letters: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
@@ -278,62 +290,38 @@ def _fits_torch(layout: Layout, shape: tuple[int, ...], torch_shape: Sequence[in
 def _is_convolution(
     shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes, torch: bool
 ) -> bool:
-    """Return whether names and neighbours prove a kernel without a bias to be one convolution's.
-
-    Torch's transposed convolutions are called `upconv` too.
-    """
-    parent = path[:-2]
-    vectors = {
-        p: s for p, s in shape_at.items() if p[-1] in _VECTORS or (p[-1], len(s)) == ("weight", 1)
-    }
-    beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
-    unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all that is below it
-    if not _CONVOLUTION.fullmatch(_module(path)) or (torch and _UPSAMPLING.search(_module(path))):
-        return torch and len(shape) > 3 and _has_norm_behind(shape, path, shape_at)
-    if unstacked:
+    """Return whether names and neighbours prove a kernel without a bias to be one convolution's."""
+    if torch and len(shape) > 3 and set(shape[2:]) == {1}:
         return True
+    parent = path[:-2]
+    vectors = {p: s for p, s in shape_at.items() if is_vector(p, s)}
+    beside = [s for p, s in vectors.items() if p[: len(parent)] == parent]
+    unstacked = any(len(s) == 1 for s in beside)  # a scan would have stacked all below it
     below_scan = any(
         _STACK.fullmatch(part) and not following.isdigit()
         for part, following in itertools.pairwise(path[:-1])
     )
     stacked = below_scan or (bool(vectors) and all(len(s) > 1 for s in vectors.values()))
+    own = own_name(path)
+    if not NAMED_CONVOLUTION.fullmatch(own) or NAMED_UPSAMPLING.search(own):
+        if not torch or len(shape) < 4:
+            return False
+        is_square = not stacked and _is_odd_square(shape)
+        return is_square or has_norm_behind(shape, path, shape_at)
+    if unstacked:
+        return True
     if len(shape) == 3:  # stacked, it is a Dense that is called a convolution: one of 1x1
         return not stacked
     # torch numbers its layers; patches are embedded once
-    return len(shape) == 4 and not stacked and (torch or "patch_embed" in _module(path).lower())
+    return len(shape) == 4 and not stacked and (torch or "patch_embed" in own.lower())
 
 
-def _has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
-    """Return whether the next module of a Sequential normalises as many channels as the first axis.
+def _is_odd_square(shape: tuple[int, ...]) -> bool:
+    """Return whether torch's `[out, in, *taps]` has as many outputs as inputs, and odd taps.
 
-    These are outputs then, as a convolution's. A transposed one has its inputs there, and a norm in
-    front of it, or beside it without a number, may be of these. Of a square one nothing shows it
-    but kernels of the same name but for numbers, or a size of 1x1.
+    It would be a stack of linear layers of fewer features than there are layers.
     """
-    if not _is_before_a_norm(shape, path, shape_at):
-        return False
-    if shape[0] != shape[1] or set(shape[2:]) == {1}:
-        return True
-    name = _without_numbers(path)
-    return any(
-        len(other) == len(shape)
-        and other[0] != other[1]
-        and _without_numbers(at) == name
-        and _is_before_a_norm(other, at, shape_at)
-        for at, other in shape_at.items()
-    )
-
-
-def _is_before_a_norm(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
-    *parents, index = path[:-1]
-    if not index.isdigit():
-        return False
-    behind = (*parents, str(int(index) + 1))
-    return any(shape_at.get((*behind, leaf)) == shape[:1] for leaf in ("weight", *_VECTORS))
-
-
-def _without_numbers(path: tuple[str, ...]) -> list[str]:
-    return ["" if part.isdigit() else part for part in path]
+    return shape[0] == shape[1] and all(size % 2 and size < shape[0] for size in shape[2:])
 
 
 def _transposed_layout(
@@ -346,7 +334,7 @@ def _transposed_layout(
     """
     spatial = "k" * (len(shape) - 2)
     words = (f"oi{spatial}", f"io{spatial}") if torch else (f"{spatial}io", f"{spatial}oi")
-    bias = _bias(path, shape_at)
+    bias = bias_shape(path, shape_at)
     found = [word for word in words if bias is not None and _fits(word, "o", shape, bias)]
     if len(found) == 1:
         return Layout(found[0])

@@ -11,13 +11,14 @@ from jaxtyping import PyTree
 from loha_jax.lowrank.layout import Layout
 from loha_jax.lowrank.row_transform import RowTransform
 from loha_jax.targets.config import LoHaConfig
+from loha_jax.targets.convolution_names import is_torch_oriented
 from loha_jax.targets.default_layouts import (
+    UnknownConvolutionError,
     default_layout,
     is_input_first,
     is_named_convolution,
     is_named_lookup,
     is_output_first,
-    is_torch_oriented,
     is_transposed_convolution,
 )
 from loha_jax.targets.matching import Match, match_target, name_beginnings
@@ -280,9 +281,9 @@ class NamedTree:
             return ()
         try:
             layout = self.layout(position)
-        except ValueError:
+        except ValueError as error:
             # Named by all-linear: hence an error that says how to settle the layout.
-            return (self.names[position],)
+            return () if isinstance(error, UnknownConvolutionError) else (self.names[position],)
         if layout.axes("k"):
             return ()
         try:

@@ -1,5 +1,9 @@
+from typing import NamedTuple
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from checkpoint_trees import KEY, base, dense, inject, saved, start
@@ -190,6 +194,8 @@ def test_an_optimizer_in_the_place_of_its_state_is_a_short_error(tmp_path):
         (optimizer, r"nnx\.state\(optimizer\)"),
         ({"adapter": optimizer}, r"nnx\.state\(optimizer\)"),
         (optax.adam(0.1), r"optimizer\.init\(trainable\)"),
+        ([optax.adam(0.1)], r"optimizer\.init\(trainable\)"),
+        (Solver(), r"optimizer\.init\(trainable\)"),
     ]:
         for call in (checkpoint.save, checkpoint.restore):
             with pytest.raises(TypeError, match=advice) as raised:
@@ -197,6 +203,43 @@ def test_an_optimizer_in_the_place_of_its_state_is_a_short_error(tmp_path):
             assert len(str(raised.value)) < 100
     restored = checkpoint.restore(tmp_path / "run", model, nnx.state(optimizer))
     nnx.update(optimizer, restored.opt_state)
+
+
+class Solver:
+    """An optimizer that is no pytree."""
+
+    def init(self, params):
+        raise NotImplementedError
+
+    def update(self, grads, state):
+        raise NotImplementedError
+
+
+class Momentum(eqx.Module):
+    """The state of an optimizer, with methods of an optimizer's names."""
+
+    mean: jax.Array
+
+    def init(self, params):
+        raise NotImplementedError
+
+    def update(self, grads):
+        raise NotImplementedError
+
+
+class Counted(NamedTuple):
+    """The same as a tuple whose fields have these names."""
+
+    init: jax.Array
+    update: jax.Array
+
+
+@pytest.mark.parametrize("state", [Momentum(jnp.arange(3.0)), Counted(jnp.ones(2), jnp.ones(3))])
+def test_a_state_with_the_methods_of_an_optimizer_is_kept(tmp_path, state):
+    checkpoint.save(tmp_path, inject(base()), state, step=1)
+    restored = checkpoint.restore(tmp_path, inject(base()), state).opt_state
+    assert type(restored) is type(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_optimizer_state_left_out(

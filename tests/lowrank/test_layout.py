@@ -150,6 +150,30 @@ def attention(query, out, bias=None):
             ("block", "0", "0", "weight"),
             "oikk",
         ),
+        # torch's square, depthwise and 1x1 convolutions, as real models name them
+        ({("decode_head", "linear_fuse", "weight"): (8, 16, 1, 1)}, None, "oikk"),  # SegFormer
+        ({("layers", "4", "weight"): (8, 8, 3, 3)}, None, "oikk"),  # AutoencoderTiny
+        ({("2", "weight"): (8, 8, 3, 3), ("0", "weight"): (8,)}, None, "oikk"),  # pre-activation
+        ({("0", "weight"): (8, 8, 3, 3), ("1", "weight"): (8,)}, None, "oikk"),  # DeepLab
+        ({("0", "weight"): (8, 1, 5, 5), ("1", "weight"): (8,)}, None, "oikk"),  # MobileNet
+        ({("2", "weight"): (8, 4, 4, 4), ("3", "weight"): (8,)}, None, "oikk"),  # DCGAN's critic
+        ({("conv", "weight"): (8, 8, 2), ("norm", "bias"): (8,)}, None, "oik"),  # Wav2Vec2
+        ({("conv1d", "weight"): (8, 1, 4), ("conv1d", "bias"): (8,)}, None, "oik"),  # Mamba
+        ({("sr", "weight"): (8, 8, 4, 4), ("sr", "bias"): (8,)}, None, "oikk"),  # SegFormer
+        (
+            {("patch_embed2", "proj", w): s for w, s in (("weight", (8, 8, 2, 2)), ("bias", (8,)))},
+            None,
+            "oikk",
+        ),
+        (
+            {("up", "0", "weight"): (32, 8, 3, 3), ("up", "0", "bias"): (32,)},
+            None,
+            "oikk",
+        ),  # Swin2SR
+        ({("ups", "conv", "weight"): (8, 8, 3, 3), ("ups", "conv", "bias"): (8,)}, None, "oikk"),
+        ({("up", "weight"): (8, 8, 1, 1), ("up", "bias"): (8,)}, None, "oikk"),
+        ({("Conv_0", "kernel"): (2, 2, 8, 8), ("Conv_0", "bias"): (8,)}, None, "kkio"),
+        ({("d", "conv2_d_1", "w"): (2, 2, 8, 8), ("d", "conv2_d_1", "b"): (8,)}, None, "kkio"),
         (  # a square kernel with a bias goes by the nearest that show it
             {
                 ("a", "in", "q", "kernel"): (9, 3),
@@ -180,6 +204,7 @@ def attention(query, out, bias=None):
     ],
 )
 def test_default_layouts(shapes, path, word):
+    path = path or next(iter(shapes))
     shapes = shapes or {path: (3, 4)}
     assert default_layout(shapes[path], path, shapes) == Layout(word)
 
@@ -230,6 +255,30 @@ def test_default_layouts(shapes, path, word):
         ({("upconv", "weight"): (6, 6, 2, 2), ("upconv", "bias"): (6,)}, ("upconv", "weight")),
         ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight")),
         ({("resize", "weight"): (6, 6, 4, 4), ("resize", "bias"): (6,)}, ("resize", "weight")),
+        # as many inputs as outputs: nothing but names, even taps or others like it show the order
+        ({("decoder", "0", "weight"): (8, 8, 2, 2), ("decoder", "0", "bias"): (8,)}, None),
+        ({("m", "0", "weight"): (8, 8, 4), ("m", "0", "bias"): (8,)}, None),
+        ({("m", "0", "weight"): (8, 8, 4, 4), ("m", "1", "weight"): (8,)}, None),
+        ({("m", "0", "weight"): (8, 1, 4, 4), ("m", "1", "weight"): (8,)}, None),  # depthwise
+        ({("up", "0", "weight"): (8, 1, 3, 3), ("up", "1", "weight"): (8,)}, None),
+        ({("up", "0", "weight"): (8, 4, 4, 4), ("up", "1", "weight"): (8,)}, None),  # two groups
+        (
+            {("conv5_mask", "weight"): (8, 8, 2, 2), ("conv5_mask", "bias"): (8,)},
+            None,
+        ),  # Mask R-CNN
+        ({("ups", "conv", "weight"): (8, 8, 4, 4), ("ups", "conv", "bias"): (8,)}, None),
+        (
+            {
+                ("final", "0", "weight"): (8, 8, 3, 3),
+                ("final", "0", "bias"): (8,),
+                ("decoder", "0", "weight"): (16, 8, 3, 3),
+                ("decoder", "0", "bias"): (8,),
+            },
+            None,
+        ),
+        ({("up", "kernel"): (2, 2, 8, 8), ("up", "bias"): (8,)}, None),  # transpose_kernel
+        ({("upconv", "kernel"): (3, 3, 4, 8), ("norm", "scale"): (8,)}, None),
+        ({("grow", "kernel"): (2, 2, 8, 8), ("grow", "bias"): (8,)}, None),
         (
             {("up_transposed_conv_transpose", "weight"): (3, 4, 3, 3)},
             ("up_transposed_conv_transpose", "weight"),
@@ -238,6 +287,7 @@ def test_default_layouts(shapes, path, word):
 )
 def test_ambiguous_kernels_are_errors(shapes, path):
     """Ambiguous kernels are errors that say how to settle them."""
+    path = path or next(iter(shapes))
     with pytest.raises(ValueError, match=r"could be several things.*layouts=.*infer_layouts"):
         default_layout(shapes[path], path, shapes)
 

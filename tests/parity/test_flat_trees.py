@@ -150,3 +150,99 @@ def test_a_transposed_convolution_behind_a_norm_is_asked_for_its_layout(inputs, 
         )
 
     np.testing.assert_allclose(loha_jax.adapt(forward)(adapted, x), theirs, atol=1e-4)
+
+
+T = torch.nn
+
+
+def up(*sizes, kind: type[T.Module] = T.ConvTranspose2d, bias=False, **options):
+    return kind(*sizes, stride=2, bias=bias, **options)
+
+
+# `m` holds transposed convolutions whose biases or norms fit convolutions too.
+TRANSPOSED = {
+    "with a bias": lambda: {"m": T.Sequential(up(8, 8, 2, bias=True), T.ReLU())},
+    "of one axis": lambda: {"m": T.Sequential(up(8, 8, 4, kind=T.ConvTranspose1d, bias=True))},
+    "before a norm": lambda: {"m": T.ModuleList([up(8, 8, 4), T.BatchNorm2d(8)])},
+    "depthwise": lambda: {"m": T.Sequential(up(8, 8, 4, groups=8), T.BatchNorm2d(8))},
+    "in groups": lambda: {
+        "m": T.ModuleDict({"up": T.Sequential(up(8, 8, 4, groups=2, bias=True))})
+    },
+    "odd, beside another": lambda: {
+        "m": T.Sequential(up(8, 8, 3, bias=True)),
+        "decoder": T.Sequential(up(16, 8, 3, bias=True), T.ReLU()),
+    },
+    "Mask R-CNN": lambda: {"m": T.ModuleDict({"conv5_mask": up(8, 8, 2, bias=True)})},
+}
+
+
+def state(module):
+    return {name: jnp.asarray(t.numpy()) for name, t in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_convolution_of_as_many_inputs_as_outputs_is_asked_for(name):
+    params = state(T.ModuleDict(TRANSPOSED[name]()))
+    key = next(key for key in params if key.startswith("m.") and params[key].ndim > 2)
+    module = key.removesuffix(".weight")
+    config = LoHaConfig(r=2, target_modules=[module], init_weights=False)
+    with pytest.raises(ValueError, match=rf"{module}.*'oik+' .*'iok+' \(a transposed.*layouts="):
+        loha_jax.inject(params, config, key=jax.random.key(0))
+    layouts = {module: "io" + "k" * (params[key].ndim - 2)}
+    loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
+
+
+def test_all_linear_does_not_ask_which_convolution_it_is():
+    params = state(T.ModuleDict({**TRANSPOSED["with a bias"](), "q": T.Linear(4, 4)}))
+    config = LoHaConfig(r=2, target_modules="all-linear")
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
+    assert [row.module for row in loha_jax.summary(adapted).rows] == ["q"]
+
+
+def test_a_file_does_not_settle_a_transposed_convolution_and_a_checkpoint_needs_no_answer(tmp_path):
+    """PEFT has no LoHa for it, and the file of `save_peft` looks as a convolution's."""
+    params = state(T.ModuleDict(TRANSPOSED["with a bias"]()))
+    config = LoHaConfig(r=2, target_modules=["m.0"], init_weights=False)
+    layouts = {r"m\.0": "iokk"}
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0), layouts=layouts)
+    with pytest.warns(UserWarning, match="transposed convolutions"):
+        interop.save_peft(tmp_path / "adapter", adapted)
+    with pytest.raises(ValueError, match=r"m\.0\.weight.*'iokk'.*layouts="):
+        interop.load_peft(tmp_path / "adapter", params)
+    loaded = interop.load_peft(tmp_path / "adapter", params, layouts=layouts)
+    jax.tree.map(np.testing.assert_array_equal, loha_jax.merge(loaded), loha_jax.merge(adapted))
+    save_file(params, tmp_path / "base.safetensors")
+    empty = jax.tree.map(jnp.zeros_like, params)
+    base = interop.load_base(tmp_path / "base.safetensors", empty)
+    jax.tree.map(np.testing.assert_array_equal, base, params)
+
+
+def test_a_merged_dictionary_needs_no_answer_for_what_stays_as_it_is(tmp_path):
+    params = state(T.ModuleDict({**TRANSPOSED["with a bias"](), "q": T.Linear(4, 4)}))
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
+    interop.save_merged(tmp_path, adapted)
+    merged = load_file(tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, merged, loha_jax.merge(adapted))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_square_kernel_of_flax_that_enlarges_is_asked_for_by_load_base(bias, tmp_path):
+    """A checkpoint's shape fits `kkio` and, with `transpose_kernel`, `kkoi`."""
+    params = {"up": {"kernel": jnp.ones((2, 2, 8, 8))} | ({"bias": jnp.ones(8)} if bias else {})}
+    layer = up(8, 8, 2, bias=bias)
+    file = {f"up.{name}": jnp.asarray(t.numpy()) for name, t in layer.state_dict().items()}
+    save_file(file, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=r"up\.kernel.*'kkio'.*'kkoi'"):
+        interop.load_base(tmp_path / "base.safetensors", params)
+
+
+@pytest.mark.parametrize("leaf", ["weight", "kernel"])
+def test_a_lone_square_projection_called_like_gpt2s_is_asked_for(leaf):
+    """GPT-2's are turned, in torch as in Flax; nothing here shows whether this is one."""
+    params = {"attn": {"c_proj": {leaf: jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+    config = LoHaConfig(r=2, target_modules=["c_proj"])
+    with pytest.raises(ValueError, match=rf"c_proj\.{leaf}.*'io', 'oi' .*GPT-2.*layouts="):
+        loha_jax.inject(params, config, key=jax.random.key(0))
+    without = {"attn": {"c_proj": {leaf: params["attn"]["c_proj"][leaf]}}}
+    loha_jax.inject(without, config, key=jax.random.key(0))

@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from flax import linen as nn
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -141,3 +142,19 @@ def test_torchs_own_weights_stay_as_they_are(tmp_path):
     merged = load_file(tmp_path / "merged/model.safetensors")
     np.testing.assert_array_equal(merged["up.weight"], loha_jax.merge(params)["up.weight"])
     assert not np.array_equal(merged["up.weight"], tree["up.weight"])
+
+
+@pytest.mark.parametrize("taps", [(2, 2), (3, 3)])
+def test_linens_square_ones_that_are_called_up_are_asked_for(taps):
+    """With `transpose_kernel` they are [..., out, in], without it [..., in, out]."""
+    x = jnp.ones((1, 4, 4, 4))
+    for transpose, word in ((True, "kkoi"), (False, "kkio")):
+        layer = nn.ConvTranspose(4, taps, transpose_kernel=transpose)
+        params = {"up": layer.init(KEY, x)["params"]}
+        with pytest.raises(ValueError, match=r"up\.kernel.*'kkio' .*'kkoi' .*layouts="):
+            loha_jax.inject(params, CONFIG, key=KEY)
+        layouts = loha_jax.infer_layouts(
+            lambda p, x, layer=layer: layer.apply({"params": p["up"]}, x), params, x
+        )
+        assert layouts == {"up": word}
+        loha_jax.inject(params, CONFIG, key=KEY, layouts=layouts)

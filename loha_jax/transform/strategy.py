@@ -22,6 +22,11 @@ _WORTH_MATERIALISING = {True: 0.06, False: 0.015}
 training it materialises ΔW twice and multiplies with KB twice: a Transformer's step takes as long
 with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
+_WORTH_IT_ON_TPUS = {"TPU v5": 0.2, "TPU": 0.5}
+"""The same for training on TPUs, by the beginning of their names: products are quicker there beside
+memory, v6e's most. By their compilers' estimates the choice is at most 10 % above the better one
+(benchmarks/README.md)."""
+
 
 class Costs(NamedTuple):
     """The cost of an adapted operation.
@@ -61,10 +66,19 @@ def strategy_of(strategies: Strategies, name: str) -> Strategy:
     return "auto"
 
 
-def cheapest(costs: Costs, training: bool) -> Strategy:
+def cheapest(costs: Costs, training: bool, device_kind: str) -> Strategy:
     """Return "factored", unless "fused" costs clearly less.
 
     An element of ΔW counts for more than its FLOPs, because materialising is bound by memory.
+
+    Args:
+        costs: what each costs.
+        training: whether they include the backward pass.
+        device_kind: JAX' name of the device that computes.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
-    return "fused" if saved > _WORTH_MATERIALISING[training] * costs.base else "factored"
+    worth = _WORTH_MATERIALISING[training]
+    if training:
+        on_tpus = (n for kind, n in _WORTH_IT_ON_TPUS.items() if device_kind.startswith(kind))
+        worth = next(on_tpus, worth)
+    return "fused" if saved > worth * costs.base else "factored"

@@ -4,6 +4,7 @@ Nothing is run.
 """
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -211,3 +212,46 @@ def test_auto_is_the_cheaper():
 
     costs = {strategy: flops(strategy) for strategy in ("auto", "factored", "fused")}
     assert costs["auto"] == costs["fused"] < costs["factored"]
+
+
+# Million cycles of a Linear layer's step, factored and fused, by the compilers of TPUs: device,
+# width, tokens, r (benchmarks/README.md).
+CYCLES = {
+    ("TPU v5 lite", 4096, 4096, 8): (2.519, 3.271),
+    ("TPU v5 lite", 4096, 4096, 16): (2.776, 3.474),
+    ("TPU v5 lite", 4096, 4096, 32): (4.044, 4.426),
+    ("TPU v5 lite", 4096, 4096, 64): (11.423, 5.098),
+    ("TPU v5 lite", 1024, 4096, 16): (0.329, 0.278),
+    ("TPU v5 lite", 1024, 4096, 64): (2.026, 0.261),
+    ("TPU v5 lite", 4096, 512, 16): (0.430, 0.584),
+    ("TPU v5 lite", 4096, 512, 32): (0.760, 0.839),
+    ("TPU v5 lite", 2048, 2048, 16): (0.472, 0.478),
+    ("TPU v5 lite", 2048, 2048, 32): (0.824, 0.526),
+    ("TPU v5 lite", 4096, 16384, 32): (15.730, 16.431),
+    ("TPU v5 lite", 1024, 512, 16): (0.0756, 0.0723),
+    ("TPU v5", 4096, 4096, 32): (2.527, 2.360),
+    ("TPU v5", 1024, 4096, 16): (0.214, 0.183),
+    ("TPU v5", 1024, 512, 16): (0.0688, 0.0716),
+    ("TPU v5", 2048, 2048, 16): (0.266, 0.312),
+    ("TPU v6 lite", 4096, 4096, 16): (0.949, 1.494),
+    ("TPU v6 lite", 4096, 4096, 32): (1.381, 1.875),
+    ("TPU v6 lite", 4096, 512, 32): (0.301, 0.367),
+    ("TPU v6 lite", 1024, 4096, 16): (0.134, 0.137),
+    ("TPU v6 lite", 1024, 512, 16): (0.0423, 0.0501),
+    ("TPU v6 lite", 2048, 2048, 16): (0.178, 0.212),
+}
+
+
+@pytest.mark.filterwarnings("ignore:r = .* allows updates of rank")
+@pytest.mark.parametrize(("kind", "width", "tokens", "r"), CYCLES)
+def test_auto_is_near_the_cheaper_on_tpus(kind, width, tokens, r, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    config = loha_jax.LoHaConfig(r=r, target_modules=["q"])
+    params = {"q": jax.ShapeDtypeStruct((width, width), jnp.bfloat16)}
+    params = loha_jax.inject(params, config, key=jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
+    (use,) = loha_jax.explain(lambda p, x: x @ p["q"], params, x).uses
+    factored, fused = CYCLES[kind, width, tokens, r]
+    chosen = {"factored": factored, "fused": fused}[use.strategy]
+    assert chosen <= 1.1 * min(factored, fused)

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
+from loha_jax.targets.default_layouts import is_named_lookup
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
@@ -178,7 +179,8 @@ def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
 
 
 def _check_embedding(path: tuple[str, ...], name: str) -> None:
-    if path[-1] == "embedding" and name.rpartition(".")[2] not in _OUTPUT_HEADS:
+    is_table = path[-1] == "embedding" or is_named_lookup(path)
+    if is_table and name.rpartition(".")[2] not in _OUTPUT_HEADS:
         raise ValueError(
             f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. "
             "Merge the adapter, or exclude it; an output head that is tied to it is known by its "

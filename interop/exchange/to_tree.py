@@ -107,7 +107,9 @@ def peft_to_tree(
         torch_shapes=module_shapes(file.modules),
     )
     if any(own.layout for own in plan.saved.values()):
-        refuse_turned_copies(NamedTree(base_params, names, layouts), plan.saved)
+        turned = file.config.get("fan_in_fan_out") is True
+        tree = NamedTree(base_params, names, layouts)
+        refuse_turned_copies(tree, plan.saved, fan_in_fan_out=turned)
     base_layers = base_layer_shapes(plan, base_params)
     counters = batch_counters(plan, file.others)
     _check_fit(file, plan, base_layers, counters)

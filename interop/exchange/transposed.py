@@ -21,7 +21,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_by_
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Saved
 
-from ..names.conv1d import is_conv1d
+from ..names.conv1d import is_conv1d, looks_like_conv1d
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,20 +80,28 @@ def warn_of_transposed(
         )
 
 
-def refuse_turned_copies(tree: NamedTree, saved: Mapping[int, Saved]) -> None:
+def refuse_turned_copies(
+    tree: NamedTree, saved: Mapping[int, Saved], *, fan_in_fan_out: bool
+) -> None:
     """Raise ValueError for a file's copies of weights that torch keeps with the inputs in front.
 
     Args:
         tree: that the file is loaded onto.
         saved: what becomes of the file's copies, by position.
+        fan_in_fan_out: whether the file says that its layers are of that kind (GPT-2's).
     """
     kernels = {n: own for n, own in saved.items() if n in tree.kernels}
     if found := [own.name for n, own in kernels.items() if is_transposed(tree, n)]:
         raise ValueError(
-            f"{', '.join(found)} are of transposed convolutions (modules_to_save), and {_TORCHS}: "
-            "convert them by hand"
+            f"{', '.join(found)} are of transposed convolutions, or of Keras' depthwise ones "
+            f"(modules_to_save), and {_TORCHS}: convert them by hand"
         )
-    if found := [own.name for own in kernels.values() if is_conv1d_copy(own, own.path)]:
+    if found := [
+        own.name
+        for own in kernels.values()
+        if is_conv1d_copy(own, own.path)
+        or (fan_in_fan_out and looks_like_conv1d(own.name.rpartition(".")[0]))
+    ]:
         raise ValueError(f"{', '.join(found)} are weights of {_CONV1D}: transpose them by hand")
 
 
@@ -126,7 +134,8 @@ def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> Non
     for leaf in _conv1d_copies(params):
         if names is None or {*names} & leaf.copies.keys():
             raise ValueError(
-                f"{leaf.label} is the weight of {_CONV1D}. Leave it out, or keep the adapter in a "
+                f"{leaf.label} is the weight of {_CONV1D}; copies in files are [out, in]. Leave it "
+                "out, or keep the adapter in a "
                 "checkpoint (`loha_jax.checkpoint`)."
             )
     for leaf in _transposed(params):
@@ -135,9 +144,9 @@ def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> Non
             continue
         if isinstance(leaf, SavedWeight):
             raise ValueError(
-                f"{leaf.label} is the weight of a transposed convolution (modules_to_save), and "
-                f"{_TORCHS}. Leave it out, or keep the adapter in a checkpoint "
-                "(`loha_jax.checkpoint`)."
+                f"{leaf.label} is the weight of a transposed convolution, or of Keras' depthwise "
+                f"one (modules_to_save), and {_TORCHS}. Leave it out, or keep the adapter in a "
+                "checkpoint (`loha_jax.checkpoint`)."
             )
         if kernels:
             raise ValueError(

@@ -19,7 +19,7 @@ from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
 from ..disk.base_checkpoint import Checkpoint
-from .conv1d import is_conv1d
+from .conv1d import is_conv1d, looks_like_conv1d
 from .leaf_source import Source, convolution_source
 from .name_map import NameMap
 from .settled_names import leaf_path
@@ -133,8 +133,9 @@ class _Finder:
             return Source.of_layout(source.keys, tree.layout(position)) if given else source
         if is_kernel and tree.is_transposed_convolution(position):
             raise ValueError(
-                "it is a transposed convolution's. Torch keeps these as [in, out, *spatial] with "
-                "the taps reversed, which no layout says: convert it by hand"
+                "it is a transposed convolution's, or Keras' depthwise one. Torch keeps these as "
+                "[in, out, *spatial] with the taps reversed, or [out, 1, *spatial], which no "
+                "layout says: convert it by hand"
             )
         if isinstance(leaf, SavedWeight):
             if leaf.layout is not None:
@@ -205,15 +206,16 @@ class _Finder:
         if isinstance(self.names, NameMap) and self.names.is_conv1d(name):
             return True
         key, torch = source.keys[0], is_torch_oriented(path[-1])
-        if not is_conv1d(key.removesuffix(".weight"), path, tree.layout(position)):
-            return False
-        if torch and self.shapes is None and name in tree.known.own:
-            return False  # a layer's own order of axes
-        out, inputs = (tree.leaves[position].shape[axis] for axis in ((1, 0) if torch else (0, 1)))
-        if out != inputs:
-            return self._shape(key) in (None, (inputs, out))
+        module, layout = key.removesuffix(".weight"), tree.layout(position)
         if self.shapes is None:
-            return True
+            own = torch and name in tree.known.own  # a layer's own order of axes
+            return not own and is_conv1d(module, path, layout)
+        if layout.word not in ("io", "oi") or not looks_like_conv1d(module):
+            return False
+        shape = tree.leaves[position].shape
+        (inputs,), (out,) = layout.sizes("i", shape), layout.sizes("o", shape)
+        if out != inputs:
+            return self._shape(key) == (inputs, out)
         wide = [shape for key, shape in self.shapes.items() if _GROWS.fullmatch(key)]
         return bool(wide) and all(shape[0] < shape[1] for shape in wide)
 
@@ -228,7 +230,7 @@ class _Finder:
                 if stack == stacks[-1] and first is None:
                     raise
                 continue
-            keys = tuple(f"{module}.{torch_parameter(parts)}" for module in modules)
+            keys = tuple(f"{module}.{self._parameter(modules[0], parts)}" for module in modules)
             rest = [axis for axis in range(len(shape)) if axis not in stack]
             groups = _axes([shape[axis] for axis in rest], self._shape(keys[0]))
             axes = tuple(tuple(rest[axis] for axis in group) for group in groups)
@@ -238,6 +240,13 @@ class _Finder:
             first = first or source
         assert first is not None
         return first
+
+    def _parameter(self, module: str, parts: Sequence[str]) -> str:
+        """Return torch's name of a vector; its own (`scale`) where the checkpoint has it."""
+        name = torch_parameter(parts)
+        shapes = self.shapes or {}
+        own = f"{module}.{name}" not in shapes and f"{module}.{parts[-1]}" in shapes
+        return parts[-1] if own else name
 
     def _stacks(self, position: int) -> list[tuple[int, ...]]:
         """Return which axes of a vector may be those of a stack, most likely first.

@@ -29,6 +29,9 @@ KINDS = (
 
 TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
+DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+"""Their kernels are `[*taps, in, multiplier]`, and `[in * multiplier, 1, *taps]` in torch."""
+
 NORMALISATIONS = (
     layers.BatchNormalization,
     layers.GroupNormalization,

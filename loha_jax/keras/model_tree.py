@@ -33,6 +33,7 @@ from loha_jax.keras._keras_internals import (
 )
 from loha_jax.keras.adapted_layers import dress
 from loha_jax.keras.layer_kinds import (
+    DEPTHWISE,
     KINDS,
     TRANSPOSED,
     common_name,
@@ -246,7 +247,7 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
     """
     found: dict[str, Layout] = {}
     others: set[str] = set()
-    transposed: set[str] = set()
+    turned: set[str] = set()
     for path, weight in _weights(model).items():
         name = module_name(path_parts((jax.tree_util.DictKey(path),)))
         is_kernel = weight.variable is kernel_of(weight.layer)
@@ -256,13 +257,15 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
             found[name] = Layout(word)
         elif ndim > 2 and isinstance(weight.layer, TRANSPOSED):
             found[name] = Layout("k" * (ndim - 2) + "oi")
-            transposed.add(name)
+            turned.add(name)
         elif ndim > 2 and not is_kernel:  # `write_back` says why it cannot be adapted
             found[name] = Layout("i" * (ndim - 1) + "o")
+            if isinstance(weight.layer, DEPTHWISE):
+                turned.add(name)
         linear = isinstance(weight.layer, (keras.layers.Dense, keras.layers.EinsumDense))
         if ndim > 1 and not (is_kernel and linear):
             others.add(name)
-    return ModelLayouts(given or {}, found, transposed, lookups=others)
+    return ModelLayouts(given or {}, found, turned, lookups=others)
 
 
 def is_node(x: object) -> bool:

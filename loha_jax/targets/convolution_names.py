@@ -15,7 +15,7 @@ NAMED_UPSAMPLING = re.compile(
     r"(^|_)t(rans)?_?conv|conv_?(t|tr|trans|up|upsample)(_?\d+)?$"
 )
 NAMED_SMALLER = re.compile(r"(?i)(^|_)sr(_|\d|$)|down|reduc|patch|pool|stem|merg|squeeze")
-PLAIN_CONVOLUTION = re.compile(r"(?i)conv(\d?_?d)?(_?\d+)*")
+PLAIN_CONVOLUTION = re.compile(r"(?i)(dw|short_|causal_|[qkv]_)?conv_?(\d?_?d)?(_?\d+)*")
 IN_A_DECODER = re.compile(r"(?i)(^|_)up|decod|generat|deconv|transpose")
 
 _TORCH_LEAF = re.compile(r"weight|weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|q|k|v)_proj_weight")

@@ -176,6 +176,8 @@ def default_layout(
     shown: list[str] = []
     if bias is not None:
         shown = [word for word, letters, _ in candidates if _fits(word, letters, shape, bias)]
+        if torch and candidates and not shown and _fits(f"io{spatial}", "o", shape, bias):
+            return Layout(f"io{spatial}")  # torch's transposed convolution
         sure = convolution not in shown or not may_be_transposed(shape, path, shape_at)
         if sure and len(shown) == 1:
             return Layout(shown[0])
@@ -317,11 +319,11 @@ def _is_convolution(
 
 
 def _is_odd_square(shape: tuple[int, ...]) -> bool:
-    """Return whether torch's `[out, in, *taps]` has as many outputs as inputs, and odd taps.
+    """Return whether torch's `[out, in, *taps]` is square or depthwise, with odd taps.
 
     It would be a stack of linear layers of fewer features than there are layers.
     """
-    return shape[0] == shape[1] and all(size % 2 and size < shape[0] for size in shape[2:])
+    return shape[1] in (1, shape[0]) and all(size % 2 and size < shape[0] for size in shape[2:])
 
 
 def _transposed_layout(

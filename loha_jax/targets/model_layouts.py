@@ -23,7 +23,8 @@ class ModelLayouts(dict[str, "str | Layout"]):
             in torch.
         lookups: modules whose rows are looked up. They are no linear layers to "all-linear".
         heads: output heads, which "all-linear" leaves out too.
-        transposed: transposed convolutions.
+        transposed: transposed convolutions, and others whose axes torch has in an order that no
+            layout says (Keras' depthwise ones).
         vectors: modules whose weight is a scale, even if it has several axes.
         unclear: the names of the axes of kernels whose layer is not known. A default by shape would
             be a guess.

@@ -38,8 +38,10 @@ def may_be_transposed(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _
     - its taps are odd, and its dictionary has a kernel of such taps, called alike, that its bias or
       norm shows to be transposed.
 
-    A kernel of 1x1 is a convolution's. Those of JAX (`kernel`, `w`) are in doubt alike: Flax' own
-    transposed ones have the same layout, and another with `transpose_kernel`.
+    It could too where it has even taps and no bias, and vectors near it are as long as its second
+    axis, not its first. A kernel of 1x1 is a convolution's. Those of JAX (`kernel`, `w`) are in
+    doubt alike: Flax' own transposed ones have the same layout, and another with
+    `transpose_kernel`.
 
     Example:
         >>> biases = {("0", "bias"): (8,), ("up", "bias"): (8,)}
@@ -66,7 +68,7 @@ def may_be_transposed(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _
     if named:
         return as_many or not odd or not shown
     if not as_many:
-        return False
+        return not (odd or shown) and _norms_inputs(shape, path, shape_at)
     if odd:
         return _has_transposed_alike(shape, path, shape_at)
     return not _is_plain(path)
@@ -78,6 +80,15 @@ def _is_plain(path: tuple[str, ...]) -> bool:
         return not (is_torch_oriented(path[-1]) and any(map(IN_A_DECODER.search, path[:-1])))
     nearest = [part for part in path[:-1] if not part.isdigit()][-2:]
     return any(map(NAMED_SMALLER.search, nearest))
+
+
+def _norms_inputs(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:
+    """Return whether vectors near a kernel are as long as its second axis, and none as its first.
+
+    A norm behind a transposed convolution has the length of its second axis, the outputs.
+    """
+    near = {s for at, s in shape_at.items() if at[: len(path) - 2] == path[:-2] and len(s) == 1}
+    return (shape[1],) in near and (shape[0],) not in near
 
 
 def has_norm_behind(shape: tuple[int, ...], path: tuple[str, ...], shape_at: _Shapes) -> bool:

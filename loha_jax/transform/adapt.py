@@ -128,7 +128,9 @@ def adapt(
         if adapter_index is None:
             return run(fn, args, kwargs, options)
         by_row = dataclasses.replace(
-            options, strategy="factored" if strategy == "auto" else options.strategy
+            options,
+            strategy="factored" if strategy == "auto" else options.strategy,
+            base_apart=True,
         )
         index = check_index(adapter_index)
         args, kwargs = mark_rows(fn, args, kwargs, in_axes, index.shape[0])

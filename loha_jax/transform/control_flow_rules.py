@@ -192,7 +192,7 @@ def _take_leading(view: KernelView) -> tuple[int | None, KernelView] | None:
 
 @register("while")
 def _while(eqn: JaxprEqn, values: list[Value], context: Context) -> Outputs:
-    p, options = eqn.params, dataclasses.replace(context.options, in_loop=True)
+    p, options = eqn.params, dataclasses.replace(context.options, base_apart=True)
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_jaxpr, cond_consts = open_jaxpr(p["cond_jaxpr"])
     body_jaxpr, body_consts = open_jaxpr(p["body_jaxpr"])

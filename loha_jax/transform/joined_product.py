@@ -28,19 +28,20 @@ from loha_jax.transform.whole_product import WholeProduct
 
 @dataclasses.dataclass(frozen=True)
 class JoinedProduct(WholeProduct):
-    """A `WholeProduct` for one TPU, outside of loops.
+    """A `WholeProduct` for one TPU, outside of loops and of batches of adapters.
 
-    In a loop W is a slice of a stack, which would be copied, and on several devices W's contracted
-    axis may be sharded, and would be gathered.
+    In a loop W is a slice of a stack, which would be copied; where each row has an adapter of its
+    own, W would be copied for each. On several devices W's contracted axis may be sharded, and
+    would be gathered.
     """
 
     dtypes: ClassVar[tuple[DTypeLike, ...]] = (jnp.bfloat16,)
 
     def _of_platform(self, options: Options) -> str:
-        return "a loop slices W" if options.in_loop else super()._of_platform(options)
+        return "W is not joined" if options.base_apart else super()._of_platform(options)
 
     def _of_form(self, x: jax.Array, view: KernelView) -> str:
-        return "W is a stack" if self.batch else ""
+        return "W is a stack, or a slice of one" if self.batch or view.sliced else ""
 
     def _run(
         self, steps: FactoredProduct, x: jax.Array, view: KernelView

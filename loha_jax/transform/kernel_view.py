@@ -68,6 +68,7 @@ class KernelView:
         dims: for each axis of `kernel`, the atoms (of size > 1) it is made of, outermost first.
         name: the module's name, for reports; empty where none is made, so that equal layers share
             traces.
+        sliced: whether a loop or vmap of the caller has taken stack axes off.
     """
 
     kernel: jax.Array | PackedKernel
@@ -75,6 +76,7 @@ class KernelView:
     atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
     dims: Dims = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(default="", metadata={"static": True})
+    sliced: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, leaf: LoHaWeight, name: str = "") -> KernelView:
@@ -87,7 +89,7 @@ class KernelView:
         dims = tuple((order.index(axis),) if shape[axis] > 1 else () for axis in range(layout.ndim))
         kernel = frozen_kernel(leaf.kernel)
         factors = tuple(ViewFactors.of(f, kernel, layout) for f in leaf.active_adapters)
-        return cls(kernel, factors, atoms, dims, name)
+        return cls(kernel, factors, atoms, dims, name, layout != leaf.layout)
 
     @classmethod
     def unknown(cls, kernel: jax.Array | PackedKernel, name: str) -> KernelView:

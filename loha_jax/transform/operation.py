@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 
@@ -110,7 +110,7 @@ class CostModel(abc.ABC):
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        return cheapest(costs, training, jax.devices()[0].device_kind)
+        return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind)
 
 
 class Operation(CostModel):

@@ -58,7 +58,8 @@ class Options:
         update_alone: the result is what the adapters add: the values of the kernel are not read.
         observer: told of every use, or None. An observed evaluation shares no traces.
         times: trip count of the scans around the current equation, for the observer.
-        in_loop: whether a scan or a while is around the current equation.
+        base_apart: whether W is a slice in a loop, or serves rows that have adapters of their own:
+            then it is not joined with factors, which would copy it.
     """
 
     strategy: Strategies = "auto"
@@ -68,9 +69,9 @@ class Options:
     update_alone: bool = False
     observer: Observer | None = None
     times: int = 1
-    in_loop: bool = False
+    base_apart: bool = False
 
     def repeated(self, times: int) -> Options:
         """Return the options inside a scan."""
         times = self.times if self.observer is None else self.times * times
-        return dataclasses.replace(self, times=times, in_loop=True)
+        return dataclasses.replace(self, times=times, base_apart=True)

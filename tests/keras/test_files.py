@@ -159,3 +159,17 @@ def test_int8_is_merged_and_quantised_again():
     assert np.array_equal(untouched, np.asarray(model.block.down._kernel.value))
     assert set(losses) == {"block.up", "head"}
     assert max(losses.values()) < 0.1
+
+
+@pytest.mark.parametrize("kind", [keras.layers.DepthwiseConv2D, keras.layers.DepthwiseConv1D])
+def test_depthwise_kernels_are_in_no_file_of_torch(kind, tmp_path):
+    """torch has the input's channels in front, and no layout says so."""
+    ndim = 2 if kind is keras.layers.DepthwiseConv2D else 1
+    dense = keras.layers.Dense(2, name="head")
+    model = keras.Sequential([keras.Input((*[5] * ndim, 3)), kind(3, name="dw"), dense])
+    config = loha_jax.LoHaConfig(r=2, target_modules=["head"], modules_to_save=["dw"])
+    inject(model, config, key=KEY)
+    with pytest.raises(ValueError, match=r"dw.*Keras' depthwise"):
+        interop.save_merged(tmp_path, model)
+    with pytest.raises(ValueError, match=r"dw.*Keras' depthwise"):
+        interop.save_peft(tmp_path, model)

@@ -201,6 +201,14 @@ def attention(query, out, bias=None):
             ("deconv", "w"),
             "kkoi",
         ),
+        ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight"), "iokk"),
+        ({("m", "1", "weight"): (8, 6, 4), ("m", "1", "bias"): (6,)}, ("m", "1", "weight"), "iok"),
+        ({("conv2", "weight"): (8, 6, 4, 4), ("bn2", "weight"): (8,)}, ("conv2", "weight"), "oikk"),
+        (
+            {("conv_1d", "weight"): (8, 1, 4), ("conv_1d", "bias"): (8,)},
+            ("conv_1d", "weight"),
+            "oik",
+        ),
     ],
 )
 def test_default_layouts(shapes, path, word):
@@ -253,7 +261,12 @@ def test_default_layouts(shapes, path, word):
         ({("up", "0", "weight"): (6, 6, 2, 2), ("up", "1", "weight"): (6,)}, ("up", "0", "weight")),
         ({("upconv", "weight"): (8, 6, 2, 2), ("norm", "weight"): (8,)}, ("upconv", "weight")),
         ({("upconv", "weight"): (6, 6, 2, 2), ("upconv", "bias"): (6,)}, ("upconv", "weight")),
-        ({("up", "weight"): (8, 6, 2, 2), ("up", "bias"): (6,)}, ("up", "weight")),
+        # even taps, no bias, and norms of the second axis' length
+        (
+            {("d", "conv", "weight"): (8, 6, 2, 2), ("d", "norm", "weight"): (6,)},
+            ("d", "conv", "weight"),
+        ),
+        ({("conv2", "weight"): (8, 6, 4, 4), ("bn2", "weight"): (6,)}, ("conv2", "weight")),
         ({("resize", "weight"): (6, 6, 4, 4), ("resize", "bias"): (6,)}, ("resize", "weight")),
         # as many inputs as outputs: nothing but names, even taps or others like it show the order
         ({("decoder", "0", "weight"): (8, 8, 2, 2), ("decoder", "0", "bias"): (8,)}, None),

@@ -149,20 +149,35 @@ def test_a_copy_of_a_projection_is_in_no_file(twins, tmp_path):
         interop.save_lora(tmp_path, params)
 
 
-@pytest.mark.parametrize("own_dictionary", [False, True])
-def test_a_copy_of_a_projection_in_a_file_is_not_loaded(twins, tmp_path, own_dictionary):
+@pytest.mark.parametrize("onto", ["flax", "its own dictionary", "linear layers"])
+def test_a_copy_of_a_projection_in_a_file_is_not_loaded(twins, tmp_path, onto):
     """PEFT wrote it as [in, out]; it is square, so that its shape fits."""
     config = peft.LoraConfig(
         r=2, target_modules=["c_fc"], modules_to_save=["attn.c_proj"], fan_in_fan_out=True
     )
     peft.get_peft_model(copy.deepcopy(twins.module), config).save_pretrained(tmp_path)
     given = {"base_params": twins.params, "names": twins.names}
-    if own_dictionary:
+    if onto != "flax":
         state = twins.module.state_dict()
         params = {name: jax.numpy.asarray(array.numpy()) for name, array in state.items()}
         given = {"base_params": params, "layouts": {r".*c_(attn|proj|fc)": "io"}}
+    if onto == "linear layers":  # as nanoGPT's
+        turned = {name: x.T if ".c_" in name and x.ndim > 1 else x for name, x in params.items()}
+        given = {"base_params": turned}
     with pytest.raises(ValueError, match=r"attn\.c_proj\.weight.* weights of GPT-2's Conv1D"):
         interop.load_lora(tmp_path, **given)
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "weight"])
+def test_a_lone_projection_of_a_dense_layer_is_read_from_its_checkpoint(twins, tmp_path, leaf):
+    """The checkpoint shows by its other weights that the square one is [in, out]."""
+    twins.module.save_pretrained(tmp_path / "base")
+    theirs = twins.module.transformer.h[0].attn.c_proj.weight.detach().numpy()
+    layer = {leaf: jax.numpy.zeros(theirs.shape)}
+    params = {"transformer": {"h": {"0": {"attn": {"c_proj": layer}}}}}
+    loaded = interop.load_base(tmp_path / "base", params, strict=False)
+    got = loaded["transformer"]["h"]["0"]["attn"]["c_proj"][leaf]
+    np.testing.assert_array_equal(got, theirs if leaf == "kernel" else theirs.T)
 
 
 def test_a_difference_of_a_projection_in_a_file_of_lycoris_is_not_loaded(twins, tmp_path):

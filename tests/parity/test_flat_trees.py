@@ -246,3 +246,30 @@ def test_a_lone_square_projection_called_like_gpt2s_is_asked_for(leaf):
         loha_jax.inject(params, config, key=jax.random.key(0))
     without = {"attn": {"c_proj": {leaf: params["attn"]["c_proj"][leaf]}}}
     loha_jax.inject(without, config, key=jax.random.key(0))
+
+
+def test_parameters_of_torch_called_scale_and_mean_keep_their_names(tmp_path):
+    """As Mimi's layer scales. Flax' `scale` is torch's `weight`."""
+    module = T.ModuleDict({"q": T.Linear(4, 4), "gate": T.Module()})
+    module["gate"].scale = T.Parameter(torch.randn(4))
+    module["gate"].register_buffer("mean", torch.randn(4))
+    params = state(module)
+    save_file(params, tmp_path / "base.safetensors")
+    empty = jax.tree.map(jnp.zeros_like, params)
+    loaded = interop.load_base(tmp_path / "base.safetensors", empty)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    config = LoHaConfig(r=2, target_modules=["q"], init_weights=False)
+    adapted = loha_jax.inject(loaded, config, key=jax.random.key(0))
+    interop.save_merged(tmp_path / "merged", adapted, base=tmp_path / "base.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == params.keys()
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "wte"])
+def test_no_lora_is_written_of_a_lookup_table(name, tmp_path):
+    """PEFT reads other tensors for one, and opens the file without it."""
+    params = {f"{name}.weight": jnp.ones((9, 4)), "q.weight": jnp.ones((4, 4))}
+    config = LoHaConfig(r=2, target_modules=[name, "q"], init_weights=False)
+    adapted = loha_jax.inject(params, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"{name} is an embedding table"):
+        interop.save_lora(tmp_path, adapted)

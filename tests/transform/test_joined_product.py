@@ -89,6 +89,37 @@ def scanned(p, x):
     return lax.scan(lambda x, _: (jnp.tanh(x @ p["m"] @ p["m"].T), None), x, None, length=2)[0]
 
 
+def of_layers(p, x):
+    """The caller's own scan over layers, with `adapt` in it."""
+    layer = loha_jax.adapt(lambda p, x: x @ p["m"])
+    return lax.scan(lambda x, p: (jnp.tanh(layer(p, x)), None), x, p)[0]
+
+
+def test_a_slice_of_the_callers_loop_is_computed_apart():
+    params = adapted({"m": normal_array(0, (3, IN, IN), "bfloat16")}, {"m": "sio"}, ["m"], R)
+    x = normal_array(1, X, "bfloat16")
+    assert f"{IN + R**2}] = concatenate" not in str(jax.make_jaxpr(of_layers)(params, x))
+
+
+def test_rows_with_adapters_of_their_own_share_one_weight():
+    fn, params, x = case("linear")
+    apply = loha_jax.adapt(fn, adapter_index=[0, -1])
+    shapes = {eqn.aval.shape for eqn in all_results(jax.make_jaxpr(apply)(params, x).jaxpr)}
+    assert not {shape for shape in shapes if shape[-2:] in ((IN, OUT), (IN + R**2, OUT))} - {
+        (IN, OUT)
+    }
+
+
+def all_results(jaxpr):
+    """The variables that a jaxpr and those in it compute."""
+    for eqn in jaxpr.eqns:
+        yield from eqn.outvars
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from all_results(inner)
+
+
 def looped(p, x):
     return lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ p["m"] @ p["m"].T), x)
 

@@ -66,8 +66,7 @@ class KernelView:
         factors: the active adapters.
         atoms: all atoms; those of one kind are in the order in which PEFT's tensors flatten them.
         dims: for each axis of `kernel`, the atoms (of size > 1) it is made of, outermost first.
-        name: the module's name, for reports; empty where none is made, so that equal layers share
-            traces.
+        name: of the module, for reports; empty where none is made: equal layers share traces.
         sliced: whether a loop or vmap of the caller has taken stack axes off.
     """
 

@@ -135,8 +135,7 @@ def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> Non
         if names is None or {*names} & leaf.copies.keys():
             raise ValueError(
                 f"{leaf.label} is the weight of {_CONV1D}; copies in files are [out, in]. Leave it "
-                "out, or keep the adapter in a "
-                "checkpoint (`loha_jax.checkpoint`)."
+                "out, or keep the adapter in a checkpoint (`loha_jax.checkpoint`)."
             )
     for leaf in _transposed(params):
         held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters

@@ -212,6 +212,8 @@ class _Finder:
             return not own and is_conv1d(module, path, layout)
         if layout.word not in ("io", "oi") or not looks_like_conv1d(module):
             return False
+        if tree.contradiction(position):
+            return False  # the tree is GPT-2's own dictionary: its arrays stay as they are
         shape = tree.leaves[position].shape
         (inputs,), (out,) = layout.sizes("i", shape), layout.sizes("o", shape)
         if out != inputs:

@@ -307,7 +307,8 @@ def _input_first(path: Sequence[str], shape: Sequence[int], name: str) -> str:
     return (
         f"{'.'.join(path)} of shape {shape} is called as torch's [out, in], and its bias, or that "
         "of a module near it, says [in, out], as of GPT-2. Settle it with "
-        f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi'"
+        f"layouts={{r'{re.escape(name)}': 'io'}} or 'oi' (a pattern may stand for the names of "
+        "several), or let the model say it with layouts=loha_jax.infer_layouts(fn, params, *args)"
     )
 
 

@@ -137,8 +137,10 @@ def test_its_own_torch_dictionary_keeps_its_weights_as_they_are(twins, tmp_path)
     np.testing.assert_allclose(merged[name], arrays[name] + delta.T, atol=1e-6)
     empty = jax.tree.map(jax.numpy.zeros_like, params)
     loaded = interop.load_base(tmp_path / "base", empty, layouts=layouts)
+    without_layouts = interop.load_base(tmp_path / "base", empty)
     for key, array in arrays.items():
         np.testing.assert_array_equal(loaded[key], array)
+        np.testing.assert_array_equal(without_layouts[key], array)
 
 
 def test_a_copy_of_a_projection_is_in_no_file(twins, tmp_path):

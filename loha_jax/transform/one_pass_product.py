@@ -1,4 +1,4 @@
-"""`OnePassProduct`: a product with an adapted kernel, W included, by `PallasProduct`."""
+"""`OnePassProduct`: a product with an adapted kernel, W included, by `TpuProduct`."""
 
 # JAX's own functions are only partly typed.
 # pyright: reportUnknownMemberType=false
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from loha_jax.transform import pallas_product
+from loha_jax.transform import tpu_product
 from loha_jax.transform.contraction import contract
 from loha_jax.transform.factored_product import FactoredProduct
 from loha_jax.transform.kernel_view import KernelView
 from loha_jax.transform.options import Options
-from loha_jax.transform.pallas_product import LANES, PallasProduct
+from loha_jax.transform.tpu_product import LANES, TpuProduct
 from loha_jax.transform.typed_jax import vjp
 from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.transform.whole_product import WholeProduct
@@ -50,10 +50,10 @@ class OnePassProduct(WholeProduct):
             return "R or the features are too many for the chip's memory"
         return ""
 
-    def _kernel(self, x: jax.Array, view: KernelView) -> PallasProduct:
+    def _kernel(self, x: jax.Array, view: KernelView) -> TpuProduct:
         """Return the kernel for arrays of these shapes."""
         into, out, stack = self.sizes(view)
-        return PallasProduct(
+        return TpuProduct(
             stack=stack,
             rows=math.prod(x.shape) // (stack * into),
             into=into,
@@ -78,7 +78,7 @@ class OnePassProduct(WholeProduct):
     ) -> tuple[jax.Array, jax.Array]:
         kernel = self._kernel(x, view)
         narrow = (_operand(k, kernel) for k in steps.khatri_rao(view.factors))
-        y, h = pallas_product.run(kernel, _flat(x, kernel), self._weight(view), *narrow)
+        y, h = tpu_product.run(kernel, _flat(x, kernel), self._weight(view), *narrow)
         return y.reshape(*x.shape[:-1], kernel.out), h
 
     def _run_back(
@@ -88,7 +88,7 @@ class OnePassProduct(WholeProduct):
         (kb, ka), to_factors = vjp(steps.khatri_rao, view.factors)
         flat, g, w = _flat(x, kernel), _flat(g, kernel.reversed()), self._weight(view)
         narrow = (_operand(k, kernel) for k in (ka, kb))
-        dx, dh = pallas_product.run(kernel.reversed(), g, w, *narrow)
+        dx, dh = tpu_product.run(kernel.reversed(), g, w, *narrow)
         # XLA passes once over x and once over g.
         r = kb.shape[-2]
         dkb = contract(dh[..., :r], "bnR", flat, "bni", "bRi", steps.precision)
@@ -97,12 +97,12 @@ class OnePassProduct(WholeProduct):
         return dx.reshape(x.shape), *to_factors((dkb, dka))
 
 
-def _flat(x: jax.Array, kernel: PallasProduct) -> jax.Array:
+def _flat(x: jax.Array, kernel: TpuProduct) -> jax.Array:
     """Return `[stack, rows, features]`."""
     return x.reshape(kernel.stack, kernel.rows, x.shape[-1])
 
 
-def _operand(k: jax.Array, kernel: PallasProduct) -> jax.Array:
+def _operand(k: jax.Array, kernel: TpuProduct) -> jax.Array:
     """Return KB or KA as `[stack, rank, features]` in the kernel's dtype, with zeros from R on."""
     k = k.reshape(kernel.stack, *k.shape[-2:]).astype(kernel.dtype)
     return jnp.pad(k, ((0, 0), (0, kernel.rank - k.shape[1]), (0, 0)))

@@ -8,7 +8,7 @@ import pytest
 
 import loha_jax
 from benchmarks.accelerator_compilers import compile_for, tpu
-from loha_jax.transform.pallas_product import LANES, VMEM_LIMIT, PallasProduct
+from loha_jax.transform.tpu_product import LANES, VMEM_LIMIT, TpuProduct
 
 # rows, features in and out, rank, layout of the kernel, dtype
 LINEAR = [
@@ -59,7 +59,7 @@ def test_they_compile_and_fit_in_the_memory_of_a_tpu(kind, rows, into, out, rank
     """A step has two, that move and use what they say, and no copy of the weight."""
     text = compiled(kind, rows, into, out, rank, layout, dtype).as_text()
     kernels = [line for line in text.splitlines() if '"tpu_custom_call"' in line]
-    kernel = PallasProduct(
+    kernel = TpuProduct(
         stack=1,
         rows=rows,
         into=into,

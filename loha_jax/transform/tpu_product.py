@@ -1,4 +1,4 @@
-"""`PallasProduct`: an adapted product as one kernel for TPUs, y = x·W + (x·KB)·KA.
+"""`TpuProduct`: an adapted product as one kernel for TPUs, y = x·W + (x·KB)·KA.
 
 It passes once over x, W and y where a plain product does, and h = x·KB never leaves the chip before
 it is used. The grid goes over the stack, tiles of rows, tiles of free features and, innermost,
@@ -78,7 +78,7 @@ class Block(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasProduct:
+class TpuProduct:
     """The kernel for arrays of some shapes; hashable, so that equal layers share traces.
 
     Attributes:
@@ -101,7 +101,7 @@ class PallasProduct:
     highest: bool
     interpret: bool
 
-    def reversed(self) -> PallasProduct:
+    def reversed(self) -> TpuProduct:
         """Return the kernel of the input's gradient: of g, with KA for KB and KB for KA."""
         return dataclasses.replace(
             self, into=self.out, out=self.into, transposed=not self.transposed
@@ -237,7 +237,7 @@ class PallasProduct:
         return y, h
 
 
-run = typed_jax.jit(PallasProduct.run, static=(0,))
+run = typed_jax.jit(TpuProduct.run, static=(0,))
 
 
 def _tile_sizes(size: int) -> set[int]:
@@ -267,7 +267,7 @@ def _block_spec(pallas: Any, block: Block, grid: tuple[int, ...]) -> pl.BlockSpe
 
 
 def _kernel(
-    product: PallasProduct, tiles: Tiles, x: Any, w: Any, kb: Any, ka: Any, y: Any, h: Any,
+    product: TpuProduct, tiles: Tiles, x: Any, w: Any, kb: Any, ka: Any, y: Any, h: Any,
     y_sum: Any, h_sum: Any,
 ) -> None:  # fmt: skip
     """Compute one step on tiles in the chip's memory.

@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import pallas as pl
 from random_arrays import normal
 
-from loha_jax.transform import pallas_product
-from loha_jax.transform.pallas_product import LANES, PallasProduct, Tiles
+from loha_jax.transform import tpu_product
+from loha_jax.transform.tpu_product import LANES, TpuProduct, Tiles
 
 # stack, rows, into, out, R, and the largest tile
 SHAPES = [
@@ -28,7 +28,7 @@ SHAPES = [
 def product(stack, rows, into, out, rank, *, transposed=False, dtype="float32", interpret=True):
     rank = -(-rank // LANES) * LANES
     sizes, highest = (stack, rows, into, out, rank), dtype == "float32"
-    return PallasProduct(*sizes, transposed, jnp.dtype(dtype), highest, interpret)
+    return TpuProduct(*sizes, transposed, jnp.dtype(dtype), highest, interpret)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -37,7 +37,7 @@ def product(stack, rows, into, out, rank, *, transposed=False, dtype="float32", 
 def test_equals_the_products_in_float64(
     stack, rows, into, out, rank, largest, dtype, bound, transposed, monkeypatch
 ):
-    monkeypatch.setattr(pallas_product, "_LARGEST_TILES", (largest,))
+    monkeypatch.setattr(tpu_product, "_LARGEST_TILES", (largest,))
     kernel = product(stack, rows, into, out, rank, transposed=transposed, dtype=dtype)
     shapes = [(rows, into), (into, out), (kernel.rank, into), (kernel.rank, out)]
     scales = (1, 1, 1, kernel.rank**-0.5)
@@ -61,7 +61,7 @@ def test_tiles_of_large_shapes_are_whole_registers(into, dtype):
     kernel = product(1, 4096, into, 14336, 256, dtype=dtype)
     for one in (kernel, kernel.reversed()):
         assert not any(n % LANES for n in one.tiles)
-        assert one.vmem_bytes(one.tiles) < pallas_product.VMEM_LIMIT
+        assert one.vmem_bytes(one.tiles) < tpu_product.VMEM_LIMIT
 
 
 def test_a_kernel_fits_up_to_some_rank():

@@ -17,6 +17,9 @@ except ImportError:
 
 Literal = jex.Literal
 
+HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 12)
+"""Whether kernels of Pallas for GPUs are written as in 0.12, and have an interpreter."""
+
 
 def bind_equation(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation of a jaxpr on `values`, with its name stack and context.

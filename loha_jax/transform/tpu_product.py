@@ -17,14 +17,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
-from loha_jax.transform import typed_jax
+from loha_jax.transform.one_pass_kernel import OnePassKernel, rows_dot
 
 if TYPE_CHECKING:
     from jax.experimental import pallas as pl
@@ -78,34 +79,12 @@ class Block(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuProduct:
-    """The kernel for arrays of some shapes; hashable, so that equal layers share traces.
+class TpuProduct(OnePassKernel):
+    """The kernel; its R is filled up with zeros."""
 
-    Attributes:
-        stack: number of products.
-        rows, into, out: rows of x, contracted and free features.
-        rank: R of all adapters together, a multiple of `LANES`.
-        transposed: W is `[stack, out, into]`, else `[stack, into, out]`.
-        dtype: of all arrays. Sums are in float32.
-        highest: whether the products have the highest precision, or the default one.
-        interpret: run by JAX's interpreter, on any platform.
-    """
-
-    stack: int
-    rows: int
-    into: int
-    out: int
-    rank: int
-    transposed: bool
-    dtype: jnp.dtype
-    highest: bool
-    interpret: bool
-
-    def reversed(self) -> TpuProduct:
-        """Return the kernel of the input's gradient: of g, with KA for KB and KB for KA."""
-        return dataclasses.replace(
-            self, into=self.out, out=self.into, transposed=not self.transposed
-        )
+    rank_unit: ClassVar[int] = LANES
+    dtypes: ClassVar[tuple[DTypeLike, ...]] = (jnp.bfloat16, jnp.float32)
+    unfit: ClassVar[str] = "R or the features are too many for the chip's memory"
 
     def fits(self) -> bool:
         """Return whether tiles of this and of the backward kernel fit in a chip's memory."""
@@ -197,14 +176,7 @@ class TpuProduct:
     def run(
         self, x: jax.Array, w: jax.Array, kb: jax.Array, ka: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Return y `[stack, rows, out]` and h = x·KB `[stack, rows, rank]`.
-
-        Args:
-            x: `[stack, rows, into]`.
-            w: `[stack, into, out]`, or `[stack, out, into]` where transposed.
-            kb: `[stack, rank, into]`.
-            ka: `[stack, rank, out]`.
-        """
+        """Return y and h, as `OnePassKernel.run` says."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
@@ -218,7 +190,7 @@ class TpuProduct:
             in_specs=[specs[name] for name in ("x", "w", "kb", "ka")],
             out_specs=[specs["y"], specs["h"]],
             out_shape=[  # plain products have these types, inside a shard_map too
-                jax.eval_shape(functools.partial(_rows_dot, axis=axis), x, k)
+                jax.eval_shape(functools.partial(rows_dot, axis=axis), x, k)
                 for k, axis in ((w, 1 + self.transposed), (kb, 2))
             ],
             scratch_shapes=[pltpu.VMEM(blocks[name].shape, jnp.float32) for name in ("y", "h")],
@@ -237,9 +209,6 @@ class TpuProduct:
         return y, h
 
 
-run = typed_jax.jit(TpuProduct.run, static=(0,))
-
-
 def _tile_sizes(size: int) -> set[int]:
     """Return sizes of tiles of an axis: all of it, or whole registers, without a rest if it can."""
 
@@ -248,10 +217,6 @@ def _tile_sizes(size: int) -> set[int]:
         return size if size <= limit else max(even, default=limit)
 
     return {largest(limit) for limit in _LARGEST_TILES}
-
-
-def _rows_dot(x: jax.Array, k: jax.Array, axis: int) -> jax.Array:
-    return lax.dot_general(x, k, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=x.dtype)
 
 
 def _block_spec(pallas: Any, block: Block, grid: tuple[int, ...]) -> pl.BlockSpec:

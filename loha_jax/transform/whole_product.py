@@ -34,10 +34,12 @@ class WholeProduct(Product, abc.ABC):
     """A `Product` whose `update` is x·W + x·ΔW, and whose `pull_back` has both for x.
 
     Attributes:
+        platforms: JAX' names of those that it is written for.
         dtypes: of the arrays that it takes; all of a product have the same.
     """
 
     includes_base: ClassVar[bool] = True
+    platforms: ClassVar[tuple[str, ...]] = ("tpu",)
     dtypes: ClassVar[tuple[DTypeLike, ...]]
 
     @classmethod
@@ -60,8 +62,8 @@ class WholeProduct(Product, abc.ABC):
 
     def _of_platform(self, options: Options) -> str:
         """Return why the form does not run here, or nothing."""
-        if jax.default_backend() != "tpu":
-            return "it is written for TPUs"
+        if jax.default_backend() not in self.platforms:
+            return f"it is written for {' and '.join(p.upper() + 's' for p in self.platforms)}"
         kinds = jax.sharding.get_abstract_mesh().axis_types
         in_shard_map = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
         alone = jax.device_count() == 1 or in_shard_map

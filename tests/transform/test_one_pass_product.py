@@ -15,6 +15,7 @@ from quantised_kernels import quantised
 from random_arrays import normal_array
 
 import loha_jax
+from loha_jax.runtime._compat import HAS_MOSAIC_GPU
 from loha_jax.transform import one_pass_product
 
 
@@ -179,10 +180,15 @@ def test_other_products_are_factored_and_explain_says_why(name, changed, options
     np.testing.assert_array_equal(got, want)
 
 
-def test_it_is_for_one_tpu(monkeypatch):
+def test_it_is_for_one_tpu_or_hopper(monkeypatch):
     fn, params, x = case("linear")
     monkeypatch.setattr(one_pass_product, "INTERPRET", False)
-    for backend, devices, reason in (("cpu", 1, "TPU"), ("gpu", 1, "TPU"), ("tpu", 2, "devices")):
+    of_gpus = "compute capability 9.0" if HAS_MOSAIC_GPU else "JAX 0.12"
+    for backend, devices, reason in (
+        ("cpu", 1, "TPUs and GPUs"),
+        ("gpu", 1, of_gpus),
+        ("tpu", 2, "devices"),
+    ):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
         (use,) = loha_jax.explain(fn, params, x, strategy="pallas").uses

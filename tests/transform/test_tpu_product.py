@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from random_arrays import normal
 
 from loha_jax.transform import tpu_product
-from loha_jax.transform.tpu_product import LANES, TpuProduct, Tiles
+from loha_jax.transform.tpu_product import LANES, Tiles, TpuProduct
 
 # stack, rows, into, out, R, and the largest tile
 SHAPES = [

@@ -19,6 +19,7 @@ JAX_FROZEN = "JAX frozen"
 AUTO = "loha-jax auto"
 FACTORED = "loha-jax factored"
 FUSED = "loha-jax fused"
+PALLAS = "loha-jax pallas"
 DENSE = "loha-jax dense"
 MERGED = "loha-jax merged"
 TORCH_FROZEN = "PyTorch frozen"
@@ -26,7 +27,7 @@ PEFT_LOHA = "PEFT LoHa"
 PEFT_LORA = "PEFT LoRA"
 LYCORIS_REBUILD = "LyCORIS rebuild"
 LYCORIS_BYPASS = "LyCORIS bypass"
-JAX_METHODS = (JAX_FROZEN, AUTO, FACTORED, FUSED, DENSE, MERGED)
+JAX_METHODS = (JAX_FROZEN, AUTO, FACTORED, FUSED, PALLAS, DENSE, MERGED)
 TORCH_METHODS = (TORCH_FROZEN, PEFT_LOHA, PEFT_LORA, LYCORIS_REBUILD, LYCORIS_BYPASS)
 CHOICES = (FACTORED, FUSED, DENSE)
 """What "auto" is compared with."""

@@ -24,11 +24,12 @@ from benchmarks.case import (
     FUSED,
     JAX_FROZEN,
     MERGED,
+    PALLAS,
     TRAINING,
     Adapter,
 )
 
-ADAPTED = {AUTO: "auto", FACTORED: "factored", FUSED: "fused"}
+ADAPTED = {AUTO: "auto", FACTORED: "factored", FUSED: "fused", PALLAS: "pallas"}
 """The strategies of `adapt`. `DENSE` is the plain model on the adapted tree: leaves are W + ΔW."""
 
 Apply = Callable[[Any, jax.Array, dict[str, jax.Array]], jax.Array]
@@ -94,6 +95,7 @@ def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:
     applies = {
         name: loha_jax.adapt(model.apply, strategy=strategy, training=kind == TRAINING)
         for name, strategy in ADAPTED.items()
+        if name != PALLAS or jax.default_backend() != "cpu"  # there it is factored
     } | {DENSE: model.apply}
     inputs = (model.x, model.batch)
     if kind == FORWARD:

@@ -27,7 +27,7 @@ PYTHON
 failed=0
 JAX_DEFAULT_MATMUL_PRECISION=highest python3 -m pytest -q -m "not slow" \
     ${quick:+--cases 1} tests/lowrank/test_hadamard.py tests/transform/test_compute_dtype.py \
-    tests/transform/test_product_rules.py > "$folder/tests.txt" 2>&1 || failed=1
+    tests/transform/test_product_rules.py tests/transform/test_hopper_product.py > "$folder/tests.txt" 2>&1 || failed=1
 tail -n 20 "$folder/tests.txt"
 
 for case in linear-4096-8-256 linear-4096-8-2048 linear-4096-16-2048 llama; do

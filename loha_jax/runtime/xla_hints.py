@@ -34,11 +34,14 @@ def _unknown_zeros(x: jax.Array) -> jax.Array:
 def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     """Return `x`, a sum for example, as one array that its readers do not recompute.
 
-    XLA does not repeat a division by an unknown number, 1, in each reader.
+    XLA does not repeat a division by an unknown number, 1, in each reader. On GPUs, where the kernel
+    of a product adds to it but does not divide, a barrier does.
 
     On several devices, where an element of `source` would be sent around, each device divides by
     its own numbers.
     """
+    if jax.default_backend() == "gpu":
+        return lax.optimization_barrier(x)
     zeros = _unknown_zeros(x) if jax.device_count() > 1 else _unknown_zero(source)
     return x / (1 + zeros).astype(x.dtype)
 

@@ -78,9 +78,9 @@ def adapt(
         strategy: "auto" chooses for each product, by FLOPs, between "factored" (x·W + (x·KB)·KA,
             without an array of the kernel's shape) and "fused" (x·(W + ΔW), with ΔW materialised in
             the forward pass and again in the backward pass); "dense" keeps ΔW. "pallas" is
-            "factored" as one kernel for TPUs, never timed; products that it does not suit are
-            factored, and `explain` says why. Or `{regex: strategy}` by torch module name
-            (fullmatch), "auto" for the rest.
+            "factored" as one kernel for TPUs and Hopper GPUs, never timed; products that it does
+            not suit are factored, and `explain` says why. Or `{regex: strategy}` by torch module
+            name (fullmatch), "auto" for the rest.
         training: whether "auto" counts the backward pass. False for inference.
         forward_mode: use plain products, which `jax.jvp` can differentiate, at some cost in speed.
             Without it adapted products are `jax.custom_vjp`.

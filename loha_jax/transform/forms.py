@@ -121,7 +121,7 @@ def _factored(
     base = scaled_base(operation, x, view, forward_mode)
     delta = _low_rank(operation, x, view.without_gain(), kept, forward_mode)
     total = with_update(base, lax.optimization_barrier(split_as(delta, base)))
-    return computed_once(total, view.factors[0].w1_a).astype(base.dtype)
+    return computed_once(total.astype(base.dtype), view.factors[0].w1_a)
 
 
 def _low_rank(

@@ -1,6 +1,7 @@
-"""The kernel for NVIDIA's Hopper, run by JAX's interpreter. `tests/accelerators` compiles it.
+"""The kernel for NVIDIA's Hopper, run by JAX's interpreter; on a GPU, by the GPU.
 
-Shapes are looped over: on the newest JAX, which alone has the interpreter, each test has one case.
+`tests/accelerators` compiles it. Shapes are looped over: on the newest
+JAX, which alone has the interpreter, each test has one case.
 """
 
 import jax
@@ -21,9 +22,15 @@ needs_its_interpreter = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="JAX befor
 SHAPES = [(1, 128, 128, 128, 64), (2, 256, 128, 256, 128), (1, 128, 384, 384, 64)]
 
 
+def interpreted():
+    return jax.default_backend() != "gpu"
+
+
 def product(stack, rows, into, out, rank, *, transposed=False, dtype="bfloat16"):
     sizes = (stack, rows, into, out, rank)
-    return HopperProduct(*sizes, transposed, jnp.dtype(dtype), highest=False, interpret=True)
+    return HopperProduct(
+        *sizes, transposed, jnp.dtype(dtype), highest=False, interpret=interpreted()
+    )
 
 
 @needs_its_interpreter
@@ -59,7 +66,7 @@ def case(features=(128, 256), rows=128, dtype=jnp.bfloat16, r=3):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(one_pass_product, "INTERPRET", True)
+    monkeypatch.setattr(one_pass_product, "INTERPRET", interpreted())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 

@@ -1,5 +1,6 @@
 """The layers that `python -m benchmarks accelerators` compiles, as shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -7,13 +8,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import llama3
+from benchmarks.accelerator_compilers import MESHES, tpus
 
 TOKENS = 4096
 WIDTHS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336))
 
 Layer = Callable[[Any, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """A kernel [..., in, out] with a LoRA: a [..., in, k], b [k, out].
+
+    That of a convolution is another one to k channels and one of size 1 from there, as in PEFT.
+    """
+
+    kernel: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel + (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
 
 
 class Case(NamedTuple):
@@ -26,6 +45,7 @@ class Case(NamedTuple):
         x, result: shapes of the input and of the result.
         training: whether gradients are computed.
         only_tpus: whether it has a kernel for TPUs.
+        mesh: what its shapes are split over.
     """
 
     name: str
@@ -35,17 +55,21 @@ class Case(NamedTuple):
     result: jax.ShapeDtypeStruct
     training: bool = True
     only_tpus: bool = False
+    mesh: Mesh | None = None
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """Return the layers; a small one where it has to be quick."""
+def cases(kind: str, quick: bool) -> Iterator[Case]:
+    """Return the layers for a kind of device; a small one where it has to be quick."""
     for into, out in ((256, 256),) if quick else WIDTHS:
         yield linear(into, out, TOKENS, training=True)
     if quick:
         return
     for tokens in (1, 8):
         yield linear(4096, 4096, tokens, training=False)
-    yield llama_layer()
+    model = llama3.MODELS["8B"]
+    yield llama_layer(model, TOKENS)
+    if kind in MESHES:
+        yield llama_layer(model, TOKENS, llama3.make_mesh(4, 4, tpus(MESHES[kind])))
 
 
 def linear(into: int, out: int, tokens: int, *, training: bool) -> Case:
@@ -60,14 +84,37 @@ def linear(into: int, out: int, tokens: int, *, training: bool) -> Case:
     )
 
 
-def llama_layer() -> Case:
-    """Return a layer of Llama-3-8B with flash attention, recomputed in its backward pass."""
-    model = llama3.MODELS["8B"]
-    layer = functools.partial(llama3.layer, model, None, attend=_flash)
-    x = llama3.tokens(model, 1, TOKENS)
-    params = llama3.layer_params(model)
-    name = f"Llama-3-8B layer, {TOKENS} tokens"
-    return Case(name, jax.checkpoint(layer), params, x, x, only_tpus=True)
+def llama_layer(model: llama3.Llama3, length: int, mesh: Mesh | None = None) -> Case:
+    """Return a layer of Llama-3 with flash attention, recomputed in its backward pass.
+
+    On a mesh there is one sequence for each index of the axis "fsdp".
+    """
+    heads = PartitionSpec("fsdp", None, "tensor", None)
+    attend = mesh and jax.shard_map(
+        _flash, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False
+    )
+    layer = functools.partial(llama3.layer, model, mesh, attend=attend or _flash)
+    x = llama3.tokens(model, mesh.shape["fsdp"] if mesh else 1, length, mesh)
+    params = llama3.layer_params(model, mesh)
+    name = f"Llama-3-{model.name} layer, {length} tokens"
+    if mesh:
+        name += f", mesh of {mesh.shape['fsdp']}x{mesh.shape['tensor']}"
+    return Case(name, jax.checkpoint(layer), params, x, x, only_tpus=True, mesh=mesh)
+
+
+def lora_factors(
+    kernel: jax.ShapeDtypeStruct, rank: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Return the shapes of a LoRA's a and b, each axis split as the kernel's, the rank whole."""
+    *inner, out = kernel.shape
+    a, b = (*inner, rank), (rank, out)
+    if not isinstance(kernel.sharding, NamedSharding):
+        return jax.ShapeDtypeStruct(a, jnp.float32), jax.ShapeDtypeStruct(b, jnp.float32)
+    mesh, (*inner_split, out_split) = kernel.sharding.mesh, kernel.sharding.spec
+    return (
+        llama3.array(mesh, a, jnp.float32, *inner_split, None),
+        llama3.array(mesh, b, jnp.float32, None, out_split),
+    )
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -5,24 +5,23 @@
 Each program is a layer's forward and backward pass: its result, and the gradients of the factors
 and of its input for a given gradient of its result, which waits for the result. Kernels and inputs
 are bfloat16, factors float32. LoRA has the parameters of the LoHa: rank 2r. "dense" is PEFT's way
-in JAX. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an H100
-it is jax[cuda13] 0.12 or newer.
+in JAX. On a mesh all figures are for one device; collectives are counted with the bytes of their
+results. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an
+H100 it is jax[cuda13] 0.12 or newer.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 import loha_jax
 from benchmarks import results
-from benchmarks.accelerator_cases import Case, cases
+from benchmarks.accelerator_cases import Case, LoraKernel, cases, lora_factors
 from benchmarks.accelerator_compilers import TOPOLOGIES, compile_for, figures, gpu, tpu
 from benchmarks.case import NotInstalled
 from benchmarks.measure import machine
@@ -38,24 +37,13 @@ GPU = "H100"
 DEVICES = (*TOPOLOGIES, GPU)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraKernel:
-    """A kernel [in, out] with a LoRA: a [in, k], b [k, out]."""
-
-    kernel: jax.Array
-    a: jax.Array
-    b: jax.Array
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel + (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
-
-
 def program(case: Case, method: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the function to compile, and its arguments as shapes."""
     trained, frozen, apply = _method(case, method)
     if not case.training:
         return apply, (trained, frozen, case.x)
+
+    shapes = trained
 
     def step(trained: Any, frozen: Any, x: jax.Array, gradient: jax.Array) -> Any:
         def layer(trained: Any, x: jax.Array) -> jax.Array:
@@ -63,7 +51,7 @@ def program(case: Case, method: str) -> tuple[Callable[..., Any], tuple[Any, ...
 
         y, pull_back = jax.vjp(layer, trained, x)
         y, gradient = lax.optimization_barrier((y, gradient))  # as in a model of several layers
-        return y, pull_back(gradient)
+        return y, jax.tree.map(_split_as, pull_back(gradient), (shapes, case.x))
 
     return step, (trained, frozen, case.x, case.result)
 
@@ -74,10 +62,7 @@ def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]
         return (), case.params, lambda _, frozen, x: case.layer(frozen, x)
     kernels = {name: module["kernel"] for name, module in case.params.items() if "kernel" in module}
     if method == LORA:
-        pairs = {
-            name: (_single(kernel.shape[0], 2 * RANK), _single(2 * RANK, kernel.shape[1]))
-            for name, kernel in kernels.items()
-        }
+        pairs = {name: lora_factors(kernel, 2 * RANK) for name, kernel in kernels.items()}
 
         def with_lora(trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
             adapted = {
@@ -94,8 +79,9 @@ def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]
     return trained, frozen, lambda t, f, x: adapted(loha_jax.combine(t, f), x)
 
 
-def _single(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _split_as(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array split as the argument whose gradient it is."""
+    return lax.with_sharding_constraint(array, like.sharding) if like.sharding else array
 
 
 def records(
@@ -104,12 +90,12 @@ def records(
     """Return the figures of methods for the cases with `only` in their names."""
     for kind in devices:
         device = gpu() if kind == GPU else tpu(kind)
-        for case in cases(quick):
+        for case in cases(kind, quick):
             if only not in case.name or (kind == GPU and case.only_tpus):
                 continue
             for method in methods:
                 function, arguments = program(case, method)
-                found = figures(compile_for(device, function, *arguments))
+                found = figures(compile_for(case.mesh or device, function, *arguments))
                 yield {"device": kind, "case": case.name, "method": method, **found}
 
 
@@ -119,11 +105,13 @@ def report(found: list[Record]) -> str:
     for kind in dict.fromkeys(record["device"] for record in found):
         rows = [record for record in found if record["device"] == kind]
         frozen = {record["case"]: record for record in rows if record["method"] == FROZEN}
-        parts += [f"## {kind}", table([_row(record, frozen[record["case"]]) for record in rows])]
+        meshes = any(record.get("collectives") for record in rows)
+        lines = [_row(record, frozen[record["case"]], meshes) for record in rows]
+        parts += [f"## {kind}", table(lines)]
     return "\n\n".join(parts)
 
 
-def _row(record: Record, frozen: Record) -> dict[str, Any]:
+def _row(record: Record, frozen: Record, meshes: bool) -> dict[str, Any]:
     row = {"case": record["case"], "method": record["method"]}
     if "cycles" in record:
         row |= {
@@ -132,7 +120,11 @@ def _row(record: Record, frozen: Record) -> dict[str, Any]:
             "GB moved": f"{record['bytes'] / 1e9:.3f}",
             "over frozen ": ratio(record["bytes"] / frozen["bytes"]),
         }
-    return {**row, "temporary MB": megabytes(record["temporary_bytes"])}
+    row["temporary MB"] = megabytes(record["temporary_bytes"])
+    if meshes:
+        row["collectives"] = record["collectives"]
+        row["MB collected"] = megabytes(record["collected_bytes"])
+    return row
 
 
 def main(arguments: list[str]) -> int:

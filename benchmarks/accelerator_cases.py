@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -66,6 +68,7 @@ def cases(kind: str, quick: bool) -> Iterator[Case]:
         return
     for tokens in (1, 8):
         yield linear(4096, 4096, tokens, training=False)
+    yield resnet_block()
     model = llama3.MODELS["8B"]
     yield llama_layer(model, TOKENS)
     if kind in MESHES:
@@ -100,6 +103,38 @@ def llama_layer(model: llama3.Llama3, length: int, mesh: Mesh | None = None) -> 
     if mesh:
         name += f", mesh of {mesh.shape['fsdp']}x{mesh.shape['tensor']}"
     return Case(name, jax.checkpoint(layer), params, x, x, only_tpus=True, mesh=mesh)
+
+
+def resnet_block() -> Case:
+    """Return a block of SDXL's U-Net: three convolutions, of 3x3 and of 1x1."""
+    into, out = 320, 640
+    params: dict[str, Any] = {
+        "conv1": {"kernel": _half(3, 3, into, out)},
+        "conv2": {"kernel": _half(3, 3, out, out)},
+        "shortcut": {"kernel": _half(1, 1, into, out)},
+        "norm1": {"scale": _half(into), "bias": _half(into)},
+        "norm2": {"scale": _half(out), "bias": _half(out)},
+    }
+
+    def activated(params: Any, x: jax.Array) -> jax.Array:
+        norm = nn.GroupNorm(num_groups=32, dtype=x.dtype)
+        return jax.nn.silu(cast(jax.Array, norm.apply({"params": params}, x)))
+
+    def layer(params: Any, x: jax.Array) -> jax.Array:
+        y = _convolve(activated(params["norm1"], x), params["conv1"]["kernel"])
+        y = _convolve(activated(params["norm2"], y), params["conv2"]["kernel"])
+        return y + _convolve(x, params["shortcut"]["kernel"])
+
+    name = f"ResNet block {into}->{out}, 4 images of 64x64"
+    return Case(name, layer, params, _half(4, 64, 64, into), _half(4, 64, 64, out))
+
+
+def _convolve(x: jax.Array, kernel: Any) -> jax.Array:
+    if isinstance(kernel, LoraKernel):
+        low = _convolve(x, kernel.a.astype(x.dtype))
+        return _convolve(x, kernel.kernel) + low @ kernel.b.astype(x.dtype)
+    axes = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
 
 
 def lora_factors(

@@ -73,7 +73,8 @@ def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]
 
         return pairs, case.params, with_lora
     config = loha_jax.LoHaConfig(r=RANK, alpha=RANK, target_modules=list(kernels))
-    tree = loha_jax.inject(case.params, config, key=jax.random.key(0))
+    layouts = {name: "kkio" for name, kernel in kernels.items() if len(kernel.shape) == 4}
+    tree = loha_jax.inject(case.params, config, key=jax.random.key(0), layouts=layouts)
     adapted = loha_jax.adapt(case.layer, strategy=method, training=case.training)
     trained, frozen = loha_jax.partition(tree)
     return trained, frozen, lambda t, f, x: adapted(loha_jax.combine(t, f), x)

@@ -38,7 +38,7 @@ def exchanged():
 
     def compiled(method):
         function, arguments = accelerators.program(case, method)
-        return collectives(compile_for(mesh, function, *arguments).as_text())
+        return collectives(compile_for(mesh, function, *arguments).as_text() or "")
 
     return {method: compiled(method) for method in METHODS}
 

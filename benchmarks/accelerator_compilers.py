@@ -2,24 +2,28 @@
 
 The TPU compiler's schedule has an estimate of each instruction's cycles. It is a model, not a
 clock: use it for ratios between programs that were compiled alike. It counts no cycles for Pallas
-kernels, nor for copies that run beside the rest. The GPU compiler says how much memory a program
-takes, and no more. It tunes nothing without a GPU.
+kernels, for collectives, nor for copies that run beside the rest. The GPU compiler says how much
+memory a program takes, and no more. It tunes nothing without a GPU.
 """
 
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from benchmarks.case import NotInstalled
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """Machines of each kind of TPU, by libtpu's names."""
+
+MESHES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
+"""Those of 16 devices."""
 
 H100 = """
 gpu_device_info {
@@ -37,6 +41,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """What XLA asks a GPU for, as NVIDIA's data sheet and CUDA's tables for this one have it."""
 
+_COLLECTIVE = re.compile(
+    r"(?P<name>\S+) = (?P<type>.*?) "
+    r"(?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
+    r"(?:.*?channel_id=(?P<channel>\d+))?"
+)
+
 _WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu looks for a metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -51,10 +61,19 @@ def tpu(kind: str) -> Any:
     Raises:
         NotInstalled: libtpu is missing.
     """
+    return tpus(TOPOLOGIES[kind])[0]
+
+
+def tpus(topology: str) -> Sequence[Any]:
+    """Return the devices of a machine of TPUs, by its name in libtpu, to compile for.
+
+    Raises:
+        NotInstalled: libtpu is missing.
+    """
     for name, value in _WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
     try:
-        return topologies.get_topology_desc(TOPOLOGIES[kind], platform="tpu").devices[0]
+        return topologies.get_topology_desc(topology, platform="tpu").devices
     except RuntimeError as error:
         raise NotInstalled(f"libtpu ({error})") from error
 
@@ -74,34 +93,42 @@ def gpu() -> Any:
     return topology.devices[0]
 
 
-def compile_for(device: Any, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """Compile a function of trees of `jax.ShapeDtypeStruct` for a device.
+def compile_for(place: Any, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """Compile a function of trees of `jax.ShapeDtypeStruct` for a device or for a mesh.
 
-    It is traced as where such devices are JAX's default ones.
+    It is traced as where such devices are JAX's default ones. On a mesh each argument is split as
+    its sharding says; one without is whole on every device.
     """
-    place = SingleDeviceSharding(device)
+    if isinstance(place, Mesh):
+        devices, whole = list(place.devices.flat), NamedSharding(place, PartitionSpec())
+    else:
+        devices, whole = [place], SingleDeviceSharding(place)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or whole)
 
     with (
-        mock.patch("jax.default_backend", return_value=device.platform),
-        mock.patch("jax.devices", return_value=[device]),
+        mock.patch("jax.default_backend", return_value=devices[0].platform),
+        mock.patch("jax.devices", return_value=devices),
+        mock.patch("jax.device_count", return_value=len(devices)),
     ):
         lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
     return lowered.compile()
 
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Return the compiler's figures of a program: cycles, bytes moved, FLOPs, temporary bytes.
+    """Return the compiler's figures of a program, per device.
 
-    The compiler of GPUs gives the last alone.
+    They are cycles, bytes moved, FLOPs, temporary bytes, collectives and the bytes of their
+    results. The compiler of GPUs gives temporary bytes alone.
     """
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     if not (memory and text):
         raise ValueError("this compiler gives no figures: those of TPUs and GPUs do")
     found = {"temporary_bytes": memory.temp_size_in_bytes}
     if cost:
+        moved = collectives(text)
+        found |= {"collectives": len(moved), "collected_bytes": sum(map(bytes_of, moved))}
         found |= {"cycles": cycles(text), "bytes": cost["bytes accessed"], "flops": cost["flops"]}
     return found
 
@@ -114,3 +141,24 @@ def cycles(text: str) -> int:
 def entry(text: str) -> str:
     """Return a program's entry computation: what is inside of its fusions is left out."""
     return text[text.index("\nENTRY") :].split("\n}")[0]
+
+
+def collectives(text: str) -> list[str]:
+    """Return the types of the results of a program's collectives, as `bf16[64,512]{...}`.
+
+    A TPU runs some in steps beside other work: each step has the whole collective in its text, with
+    the same channel. One in a loop is one here.
+    """
+    found = {
+        match["channel"] or match["name"]: match["type"] for match in _COLLECTIVE.finditer(text)
+    }
+    return list(found.values())
+
+
+def bytes_of(type_: str) -> int:
+    """Return the bytes of a type, an array's or a tuple's, as a compiled text has it."""
+    arrays = re.findall(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", type_)
+    return sum(
+        math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) // 8
+        for _, bits, shape in arrays
+    )

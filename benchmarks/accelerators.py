@@ -1,29 +1,28 @@
 """What the compilers of TPUs and GPUs say of adapted layers, beside the frozen ones and LoRA.
 
     python -m benchmarks accelerators [--quick] [--only CASE] [--methods ...] [--devices ...]
+    python -m benchmarks accelerators --show benchmarks/accelerators.json
 
 Each program is a layer's forward and backward pass: its result, and the gradients of the factors
 and of its input for a given gradient of its result, which waits for the result. Kernels and inputs
 are bfloat16, factors float32. LoRA has the parameters of the LoHa: rank 2r. "dense" is PEFT's way
-in JAX. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an H100
-it is jax[cuda13] 0.12 or newer.
+in JAX. On a mesh all figures are for one device; collectives are counted with the bytes of their
+results. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an
+H100 it is the `cuda_compiler` extra.
 """
 
 import argparse
-import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
 import loha_jax
-from benchmarks import llama3, results
+from benchmarks import results
+from benchmarks.accelerator_cases import Case, LoraKernel, cases, lora_factors
 from benchmarks.accelerator_compilers import TOPOLOGIES, compile_for, figures, gpu, tpu
 from benchmarks.case import NotInstalled
 from benchmarks.measure import machine
@@ -31,91 +30,12 @@ from benchmarks.report import megabytes, ratio, table
 from benchmarks.runner import say
 from benchmarks.workers import Record
 
-TOKENS = 4096
-WIDTHS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336))
 RANK = 8
 FROZEN, LORA = "frozen", "LoRA 2r"
 STRATEGIES = ("auto", "factored", "fused", "dense")
 METHODS = (FROZEN, LORA, *STRATEGIES)
 GPU = "H100"
 DEVICES = (*TOPOLOGIES, GPU)
-
-Layer = Callable[[Any, jax.Array], jax.Array]
-
-
-class Case(NamedTuple):
-    """A layer to compile.
-
-    Attributes:
-        name: in the tables.
-        layer: a function of parameters and input.
-        params: shapes, a dictionary of modules with a "kernel" each for those that are adapted.
-        x, result: shapes of the input and of the result.
-        training: whether gradients are computed.
-        only_tpus: whether it has a kernel for TPUs.
-    """
-
-    name: str
-    layer: Layer
-    params: Any
-    x: jax.ShapeDtypeStruct
-    result: jax.ShapeDtypeStruct
-    training: bool = True
-    only_tpus: bool = False
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraKernel:
-    """A kernel [in, out] with a LoRA: a [in, k], b [k, out]."""
-
-    kernel: jax.Array
-    a: jax.Array
-    b: jax.Array
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel + (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
-
-
-def cases(quick: bool) -> Iterator[Case]:
-    """Return the layers; a small one where it has to be quick."""
-    for into, out in ((256, 256),) if quick else WIDTHS:
-        yield linear(into, out, TOKENS, training=True)
-    if quick:
-        return
-    for tokens in (1, 8):
-        yield linear(4096, 4096, tokens, training=False)
-    yield llama_layer()
-
-
-def linear(into: int, out: int, tokens: int, *, training: bool) -> Case:
-    """Return one Linear layer."""
-    return Case(
-        f"Linear {into}x{out}, {tokens} tokens",
-        lambda params, x: x @ params["linear"]["kernel"],
-        {"linear": {"kernel": _half(into, out)}},
-        _half(tokens, into),
-        _half(tokens, out),
-        training,
-    )
-
-
-def llama_layer() -> Case:
-    """Return a layer of Llama-3-8B with flash attention, recomputed in its backward pass."""
-    model = llama3.MODELS["8B"]
-    layer = functools.partial(llama3.layer, model, None, attend=_flash)
-    x = llama3.tokens(model, 1, TOKENS)
-    params = llama3.layer_params(model)
-    name = f"Llama-3-8B layer, {TOKENS} tokens"
-    return Case(name, jax.checkpoint(layer), params, x, x, only_tpus=True)
-
-
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return attention of [sequence, position, head, width]; queries share keys and values."""
-    repeats = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(y, repeats, 2) for y in (k, v))
-    q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))
-    return jnp.swapaxes(flash_attention(q, k, v, causal=True, sm_scale=q.shape[-1] ** -0.5), 1, 2)
 
 
 def program(case: Case, method: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -124,13 +44,15 @@ def program(case: Case, method: str) -> tuple[Callable[..., Any], tuple[Any, ...
     if not case.training:
         return apply, (trained, frozen, case.x)
 
+    shapes = trained
+
     def step(trained: Any, frozen: Any, x: jax.Array, gradient: jax.Array) -> Any:
         def layer(trained: Any, x: jax.Array) -> jax.Array:
             return apply(trained, frozen, x)
 
         y, pull_back = jax.vjp(layer, trained, x)
         y, gradient = lax.optimization_barrier((y, gradient))  # as in a model of several layers
-        return y, pull_back(gradient)
+        return y, jax.tree.map(_split_as, pull_back(gradient), (shapes, case.x))
 
     return step, (trained, frozen, case.x, case.result)
 
@@ -141,10 +63,7 @@ def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]
         return (), case.params, lambda _, frozen, x: case.layer(frozen, x)
     kernels = {name: module["kernel"] for name, module in case.params.items() if "kernel" in module}
     if method == LORA:
-        pairs = {
-            name: (_single(kernel.shape[0], 2 * RANK), _single(2 * RANK, kernel.shape[1]))
-            for name, kernel in kernels.items()
-        }
+        pairs = {name: lora_factors(kernel, 2 * RANK) for name, kernel in kernels.items()}
 
         def with_lora(trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
             adapted = {
@@ -155,18 +74,16 @@ def _method(case: Case, method: str) -> tuple[Any, Any, Callable[..., jax.Array]
 
         return pairs, case.params, with_lora
     config = loha_jax.LoHaConfig(r=RANK, alpha=RANK, target_modules=list(kernels))
-    tree = loha_jax.inject(case.params, config, key=jax.random.key(0))
+    layouts = {name: "kkio" for name, kernel in kernels.items() if len(kernel.shape) == 4}
+    tree = loha_jax.inject(case.params, config, key=jax.random.key(0), layouts=layouts)
     adapted = loha_jax.adapt(case.layer, strategy=method, training=case.training)
     trained, frozen = loha_jax.partition(tree)
     return trained, frozen, lambda t, f, x: adapted(loha_jax.combine(t, f), x)
 
 
-def _half(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-
-def _single(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _split_as(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array split as the argument whose gradient it is."""
+    return lax.with_sharding_constraint(array, like.sharding) if like.sharding else array
 
 
 def records(
@@ -175,12 +92,12 @@ def records(
     """Return the figures of methods for the cases with `only` in their names."""
     for kind in devices:
         device = gpu() if kind == GPU else tpu(kind)
-        for case in cases(quick):
+        for case in cases(kind, quick):
             if only not in case.name or (kind == GPU and case.only_tpus):
                 continue
             for method in methods:
                 function, arguments = program(case, method)
-                found = figures(compile_for(device, function, *arguments))
+                found = figures(compile_for(case.mesh or device, function, *arguments))
                 yield {"device": kind, "case": case.name, "method": method, **found}
 
 
@@ -190,11 +107,13 @@ def report(found: list[Record]) -> str:
     for kind in dict.fromkeys(record["device"] for record in found):
         rows = [record for record in found if record["device"] == kind]
         frozen = {record["case"]: record for record in rows if record["method"] == FROZEN}
-        parts += [f"## {kind}", table([_row(record, frozen[record["case"]]) for record in rows])]
+        meshes = any(record.get("collectives") for record in rows)
+        lines = [_row(record, frozen[record["case"]], meshes) for record in rows]
+        parts += [f"## {kind}", table(lines)]
     return "\n\n".join(parts)
 
 
-def _row(record: Record, frozen: Record) -> dict[str, Any]:
+def _row(record: Record, frozen: Record, meshes: bool) -> dict[str, Any]:
     row = {"case": record["case"], "method": record["method"]}
     if "cycles" in record:
         row |= {
@@ -203,7 +122,11 @@ def _row(record: Record, frozen: Record) -> dict[str, Any]:
             "GB moved": f"{record['bytes'] / 1e9:.3f}",
             "over frozen ": ratio(record["bytes"] / frozen["bytes"]),
         }
-    return {**row, "temporary MB": megabytes(record["temporary_bytes"])}
+    row["temporary MB"] = megabytes(record["temporary_bytes"])
+    if meshes:
+        row["collectives"] = record.get("collectives", 0)
+        row["MB collected"] = megabytes(record.get("collected_bytes", 0))
+    return row
 
 
 def main(arguments: list[str]) -> int:
@@ -234,7 +157,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--json", type=Path, default=Path("out/accelerators.json"), help="results (%(default)s)"
     )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print such results, no more")
     args = parser.parse_args(arguments)
+    if args.show:
+        print(report(results.read(args.show)["records"]))
+        return 0
     found: list[Record] = []
     devices = args.devices[: 1 if args.quick else None]
     try:

@@ -15,7 +15,7 @@ Each fsdp index has one sequence: as many sequences a step as the axis is long.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,9 +75,9 @@ MODELS = {
 }
 
 
-def make_mesh(fsdp: int, tensor: int) -> Mesh:
-    """A mesh of the first devices."""
-    devices = jax.devices()[: fsdp * tensor]
+def make_mesh(fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first devices; of JAX's own without any."""
+    devices = (jax.devices() if devices is None else devices)[: fsdp * tensor]
     return jax.make_mesh(
         (fsdp, tensor), ("fsdp", "tensor"), (AxisType.Auto, AxisType.Auto), devices=devices
     )

@@ -34,8 +34,8 @@ def _unknown_zeros(x: jax.Array) -> jax.Array:
 def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     """Return `x`, a sum for example, as one array that its readers do not recompute.
 
-    XLA does not repeat a division by an unknown number, 1, in each reader. On GPUs, where the kernel
-    of a product adds to it but does not divide, a barrier does.
+    XLA does not repeat a division by an unknown number, 1, in each reader. On GPUs a barrier does
+    it: there the kernel of a product can add to it, but not divide.
 
     On several devices, where an element of `source` would be sent around, each device divides by
     its own numbers.

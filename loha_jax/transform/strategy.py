@@ -22,10 +22,28 @@ _WORTH_MATERIALISING = {True: 0.06, False: 0.015}
 training it materialises ΔW twice and multiplies with KB twice: a Transformer's step takes as long
 with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
-_WORTH_IT_ON_TPUS = {"TPU v5": 0.2, "TPU": 0.5}
-"""The same for training on TPUs, by the beginning of their names: products are quicker there beside
-memory, v6e's most. By their compilers' estimates the choice is at most 10 % above the better one
-(benchmarks/README.md)."""
+
+class _Tpu(NamedTuple):
+    """When fused is chosen in training on a kind of TPU.
+
+    Attributes:
+        worth: as `_WORTH_MATERIALISING`. Products are quicker there beside memory, v6e's most.
+        small: elements of a matrix up to which W + ΔW stays in the chip's memory: fused is chosen.
+        rows: as long as there are so many rows.
+    """
+
+    worth: float
+    small: int = 0
+    rows: int = 0
+
+
+_TPUS = {
+    "TPU v5 lite": _Tpu(0.2, small=3 << 20, rows=256),
+    "TPU v5": _Tpu(0.2, small=1 << 20, rows=512),
+    "TPU": _Tpu(0.5),
+}
+"""By the beginning of their names. By their compilers' estimates the choice is at most 10 % above
+the better one (benchmarks/README.md)."""
 
 
 class Costs(NamedTuple):
@@ -66,7 +84,7 @@ def strategy_of(strategies: Strategies, name: str) -> Strategy:
     return "auto"
 
 
-def cheapest(costs: Costs, training: bool, device_kind: str) -> Strategy:
+def cheapest(costs: Costs, training: bool, device_kind: str, rows: int) -> Strategy:
     """Return "factored", unless "fused" costs clearly less.
 
     An element of ΔW counts for more than its FLOPs, because materialising is bound by memory.
@@ -75,10 +93,11 @@ def cheapest(costs: Costs, training: bool, device_kind: str) -> Strategy:
         costs: what each costs.
         training: whether they include the backward pass.
         device_kind: JAX' name of the device that computes.
+        rows: of a matrix product; 0 for other operations.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
-    worth = _WORTH_MATERIALISING[training]
-    if training:
-        on_tpus = (n for kind, n in _WORTH_IT_ON_TPUS.items() if device_kind.startswith(kind))
-        worth = next(on_tpus, worth)
-    return "fused" if saved > worth * costs.base else "factored"
+    other = _Tpu(_WORTH_MATERIALISING[training])
+    of_kind = (tpu for kind, tpu in _TPUS.items() if training and device_kind.startswith(kind))
+    device = next(of_kind, other)
+    small = 0 < costs.elements <= 2 * device.small and rows >= device.rows  # ΔW is built twice
+    return "fused" if small or saved > device.worth * costs.base else "factored"

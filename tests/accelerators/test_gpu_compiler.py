@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import accelerators
+from benchmarks import accelerator_cases, accelerators
 from benchmarks.accelerator_compilers import compile_for, entry, figures, gpu
 from benchmarks.case import NotInstalled
 
@@ -20,7 +20,7 @@ def device():
 
 
 def compiled(device, method, into, out):
-    case = accelerators.linear(into, out, 4096, training=True)
+    case = accelerator_cases.linear(into, out, 4096, training=True)
     function, arguments = accelerators.program(case, method)
     return compile_for(device, function, *arguments)
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import accelerators
+from benchmarks import accelerator_cases, accelerators
 from benchmarks.accelerator_compilers import compile_for, entry, figures, tpu
 
 MIB = 2**20
@@ -21,7 +21,7 @@ def kind(request):
 def compiled(kind):
     """The layer of 4,096 features for 4,096 tokens: forward and backward, in bfloat16."""
     device = tpu(kind)
-    case = accelerators.linear(4096, 4096, 4096, training=True)
+    case = accelerator_cases.linear(4096, 4096, 4096, training=True)
 
     def program(method):
         function, arguments = accelerators.program(case, method)

@@ -110,7 +110,8 @@ class CostModel(abc.ABC):
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        rows = self.rows if self.primitive == "dot_general" else 0
+        whole = self.primitive == "dot_general" and not update_alone
+        rows = self.rows if whole else 0
         return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind, rows)
 
 

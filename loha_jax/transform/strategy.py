@@ -93,7 +93,7 @@ def cheapest(costs: Costs, training: bool, device_kind: str, rows: int) -> Strat
         costs: what each costs.
         training: whether they include the backward pass.
         device_kind: JAX' name of the device that computes.
-        rows: of a matrix product; 0 for other operations.
+        rows: of a matrix product, W included; 0 for other operations.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
     other = _Tpu(_WORTH_MATERIALISING[training])

@@ -5,12 +5,15 @@ Nothing is run.
 
 import re
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import loha_jax
+from loha_jax.transform.options import OBSERVER, Options
+from loha_jax.transform.update_alone import update_alone
 
 WIDTH, LAYERS, RANK = 2048, 4, 8
 
@@ -284,3 +287,39 @@ def test_auto_is_near_the_cheaper_on_tpus(kind, width, tokens, r, monkeypatch):
     factored, fused = CYCLES[kind, width, tokens, r]
     chosen = {"factored": factored, "fused": fused}[use.strategy]
     assert chosen <= 1.1 * min(factored, fused)
+
+
+def test_small_kernels_are_fused_on_tpus_with_their_base_alone(monkeypatch):
+    """An update alone, and a convolution, have no W + ΔW that took fewer cycles."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    device = types.SimpleNamespace(device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    def adapted(kernel, layout):
+        config = loha_jax.LoHaConfig(r=8, target_modules=["q"])
+        kernel = {"q": jax.ShapeDtypeStruct(kernel, jnp.bfloat16)}
+        return loha_jax.inject(kernel, config, key=jax.random.key(0), layouts={"q": layout})
+
+    def strategy(fn, kernel, x, layout="io"):
+        x = jax.ShapeDtypeStruct(x, jnp.bfloat16)
+        (use,) = loha_jax.explain(fn, adapted(kernel, layout), x).uses
+        return use.strategy
+
+    def strategy_alone(kernel, x):
+        observer = mock.Mock()
+        token = OBSERVER.set(observer)
+        jax.eval_shape(
+            lambda p, x: update_alone(jnp.dot, x, p["q"], Options()),
+            adapted(kernel, "io"),
+            jax.ShapeDtypeStruct(x, jnp.bfloat16),
+        )
+        OBSERVER.reset(token)
+        return observer.computed.call_args.args[2]
+
+    def convolution(p, x):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, p["q"], (1, 1), "SAME", dimension_numbers=axes)
+
+    assert strategy(lambda p, x: x @ p["q"], (1024, 1024), (4096, 1024)) == "fused"
+    assert strategy_alone((1024, 1024), (4096, 1024)) == "factored"
+    assert strategy(convolution, (3, 3, 320, 320), (4, 64, 64, 320), "kkio") == "factored"

@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
         choices=METHODS[1:],
         default=METHODS[1:],
         metavar="METHOD",
-        help="beside the frozen layer: %(choices)s (all)",
+        help="beside the frozen layer, which is always there: %(choices)s (all)",
     )
     parser.add_argument(
         "--devices",

@@ -95,7 +95,7 @@ def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:
     applies = {
         name: loha_jax.adapt(model.apply, strategy=strategy, training=kind == TRAINING)
         for name, strategy in ADAPTED.items()
-        if name != PALLAS or jax.default_backend() != "cpu"  # there it is factored
+        if name != PALLAS or _has_a_kernel(model, params)
     } | {DENSE: model.apply}
     inputs = (model.x, model.batch)
     if kind == FORWARD:
@@ -115,6 +115,12 @@ def methods(model: JaxModel, adapter: Adapter, kind: str) -> dict[str, Method]:
         for name, apply in applies.items()
     }
     return {JAX_FROZEN: base, **adapted}
+
+
+def _has_a_kernel(model: JaxModel, params: Any) -> bool:
+    """Whether "pallas" is anything but factored here."""
+    explained = loha_jax.explain(model.apply, params, model.x, model.batch, strategy="pallas")
+    return any(use.strategy == "pallas" for use in explained.uses)
 
 
 def _step(

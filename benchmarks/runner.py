@@ -14,6 +14,7 @@ from benchmarks.case import (
     JAX_FROZEN,
     JAX_METHODS,
     KINDS,
+    PALLAS,
     PEFT_LOHA,
     TORCH_FROZEN,
     Case,
@@ -75,7 +76,8 @@ def timings(seconds: list[float]) -> Record:
 
 def _peaks(measured: list[str], case: Case, settings: Settings) -> dict[str, Record]:
     """Peak memory of a training step with each method, in a process of its own."""
-    names = [name for name in peak_memory.METHODS if name in (*JAX_METHODS, *measured)]
+    jax_methods = set(JAX_METHODS) - {PALLAS}  # which runs on some accelerators alone
+    names = [name for name in peak_memory.METHODS if name in jax_methods.union(measured)]
     if settings.quick:
         names = [name for name in names if name in (JAX_FROZEN, AUTO, TORCH_FROZEN, PEFT_LOHA)]
     peaks = {}

@@ -41,8 +41,8 @@ def dtype_of_update(
 def with_update(base: jax.Array, update: jax.Array) -> jax.Array:
     """Return the sum: of one dtype in that dtype, of others in float32 or wider.
 
-    A sum of two bfloat16 in float32, rounded, is the same; but XLA's compiler for GPUs adds it to a
-    product in the product's own kernel where all is of one dtype alone.
+    A sum of two bfloat16 in float32, rounded, is the same. But XLA's compiler for GPUs adds to a
+    product in the product's own kernel only where all have one dtype.
     """
     if base.dtype == update.dtype:
         return base + update

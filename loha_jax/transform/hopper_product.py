@@ -38,8 +38,8 @@ _GROUPS = 2
 _COLUMNS = 64
 """Free features that a group writes at a time."""
 
-_TILE_ROWS = 8
-"""Tiles of rows beside each other that run before the next tiles of free features: they share W."""
+_BESIDE = 8
+"""Tiles of free features that run before the next tile of rows: they share x, the next ones W."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     group = lax.axis_index("group")
-    place = plgpu.planar_snake(lax.axis_index("tile"), product.tiles, 1, _TILE_ROWS)
+    place = plgpu.planar_snake(lax.axis_index("tile"), product.tiles, 1, _BESIDE)
     tile = _Tile(lax.axis_index("stack"), *place)
     stages = _Stages(x_tiles, w_tiles, loaded, used)
     width = product.tile_out // _GROUPS

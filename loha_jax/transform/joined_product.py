@@ -25,6 +25,9 @@ from loha_jax.transform.product import Product
 from loha_jax.transform.view_factors import ViewFactors
 from loha_jax.transform.whole_product import WholeProduct
 
+FEWEST_ROWS = 1024
+"""Of x, in training: fewer are not joined."""
+
 
 @dataclasses.dataclass(frozen=True)
 class JoinedProduct(WholeProduct):
@@ -32,13 +35,16 @@ class JoinedProduct(WholeProduct):
 
     In a loop W is a slice of a stack, which would be copied; where each row has an adapter of its
     own, W would be copied for each. On several devices W's contracted axis may be sharded, and
-    would be gathered.
+    would be gathered. With few rows, or without a backward pass, it takes more cycles than it
+    saves: W alone can be loaded beside other work (benchmarks/README.md).
     """
 
     dtypes: ClassVar[tuple[DTypeLike, ...]] = (jnp.bfloat16,)
 
     def _of_platform(self, options: Options) -> str:
-        return "W is not joined" if options.base_apart else super()._of_platform(options)
+        if options.base_apart or not options.training or self.rows < FEWEST_ROWS:
+            return "W is not joined"
+        return super()._of_platform(options)
 
     def _of_form(self, x: jax.Array, view: KernelView) -> str:
         return "W is a stack, or a slice of one" if self.batch or view.sliced else ""

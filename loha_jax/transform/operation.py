@@ -94,7 +94,9 @@ class CostModel(abc.ABC):
         """Return the FLOPs of ΔW: two products with r columns, their product, scaled and added."""
         return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
 
-    def choose(self, view: KernelView, training: bool, *, update_alone: bool = False) -> Strategy:
+    def choose(
+        self, view: KernelView, training: bool, *, update_alone: bool = False, small: bool = False
+    ) -> Strategy:
         """Return the strategy that "auto" stands for.
 
         In training on several devices fused is never chosen: they would have to gather W + ΔW
@@ -104,14 +106,14 @@ class CostModel(abc.ABC):
             view: the adapted operand.
             training: whether the backward pass counts.
             update_alone: the frozen operation is computed elsewhere, and only x·ΔW here.
+            small: whether the rule for small kernels may count: it was measured in bfloat16.
         """
         if training and jax.device_count() > 1:
             return "factored"
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        whole = self.primitive == "dot_general" and not update_alone
-        rows = self.rows if whole else 0
+        rows = self.rows if small and self.primitive == "dot_general" else 0
         return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind, rows)
 
 

@@ -116,7 +116,9 @@ def _chosen(
     strategy, note = strategy_of(options.strategy, view.name), ""
     whole: WholeProduct | NoRule = NoRule("")
     if strategy == "auto":
-        strategy = operation.choose(view, options.training, update_alone=options.update_alone)
+        alone = options.update_alone
+        small = x.dtype == jnp.bfloat16 and not (alone or options.forward_mode)
+        strategy = operation.choose(view, options.training, update_alone=alone, small=small)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if strategy == "pallas":

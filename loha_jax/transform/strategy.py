@@ -28,7 +28,8 @@ class _Tpu(NamedTuple):
 
     Attributes:
         worth: as `_WORTH_MATERIALISING`. Products are quicker there beside memory, v6e's most.
-        small: elements of a matrix up to which W + ΔW stays in the chip's memory: fused is chosen.
+        small: elements of a bfloat16 matrix up to which W + ΔW stays in the chip's memory: fused
+            is chosen.
         rows: as long as there are so many rows.
     """
 
@@ -93,7 +94,7 @@ def cheapest(costs: Costs, training: bool, device_kind: str, rows: int) -> Strat
         costs: what each costs.
         training: whether they include the backward pass.
         device_kind: JAX' name of the device that computes.
-        rows: of a matrix product, W included; 0 for other operations.
+        rows: of a matrix product for which small kernels count; 0 for other operations.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
     other = _Tpu(_WORTH_MATERIALISING[training])

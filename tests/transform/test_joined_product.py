@@ -12,6 +12,7 @@ from pullbacks import adapted, assert_equals_merged_in_float64
 from random_arrays import normal_array
 
 import loha_jax
+from loha_jax.transform import joined_product
 
 IN, OUT, R = 33, 17, 3
 X = (2, 5, IN)
@@ -20,6 +21,7 @@ X = (2, 5, IN)
 @pytest.fixture(autouse=True)
 def on_a_tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(joined_product, "FEWEST_ROWS", 1)
 
 
 def in_rows(p, x):
@@ -57,6 +59,16 @@ def test_values_and_gradients_are_those_of_the_merged_weight(name):
     fn, params, x = case(name)
     assert is_joined(fn, params, x)
     assert_equals_merged_in_float64(fn, params, x, "bfloat16", "factored")
+
+
+def test_few_rows_and_inference_are_not_joined(monkeypatch):
+    """By the compiler for v5e they take more cycles joined: benchmarks/README.md."""
+    fn, params, x = case("linear")
+    assert not is_joined(fn, params, x, training=False)
+    monkeypatch.setattr(joined_product, "FEWEST_ROWS", 1024)
+    assert not is_joined(fn, params, x)
+    many = jax.ShapeDtypeStruct((2, 512, IN), jnp.bfloat16)
+    assert is_joined(fn, params, many)
 
 
 @pytest.mark.usefixtures("x64")

@@ -89,7 +89,7 @@ def gpu() -> Any:
             "", platform="cuda", target_config=H100, topology="1x1x1"
         )
     except RuntimeError as error:
-        raise NotInstalled(f"the cuda_compiler extra ({error})") from error
+        raise NotInstalled(f"the gpucompiler extra ({error})") from error
     return topology.devices[0]
 
 

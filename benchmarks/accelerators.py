@@ -8,7 +8,7 @@ and of its input for a given gradient of its result, which waits for the result.
 are bfloat16, factors float32. LoRA has the parameters of the LoHa: rank 2r. "dense" is PEFT's way
 in JAX. On a mesh all figures are for one device; collectives are counted with the bytes of their
 results. No TPU is needed, the `tpu` extra is, and JAX_PLATFORMS=cpu where there is none; for an
-H100 it is the `cuda_compiler` extra.
+H100 it is the `gpucompiler` extra.
 """
 
 import argparse

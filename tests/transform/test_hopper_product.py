@@ -6,10 +6,10 @@ JAX, which alone has the interpreter, each test has one case.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from one_pass_kernels import assert_equals_the_products
 from pullbacks import adapted, assert_equals_merged_in_float64
-from random_arrays import normal, normal_array
+from random_arrays import normal_array
 
 import loha_jax
 from loha_jax.runtime._compat import HAS_MOSAIC_GPU
@@ -40,21 +40,8 @@ def test_equals_the_products_in_float64():
         (SHAPES[1], True, "bfloat16"),
         (SHAPES[0], True, "float16"),
     ):
-        stack, rows, into, out, rank = shape
         kernel = product(*shape, transposed=transposed, dtype=dtype)
-        shapes = [(rows, into), (into, out), (rank, into), (rank, out)]
-        x, w, kb, ka = (
-            jnp.asarray(scale * normal(n, stack, *shape), dtype)
-            for n, (shape, scale) in enumerate(zip(shapes, (1, 1, 1, rank**-0.5), strict=True))
-        )
-        y, h = kernel.run(x, jnp.swapaxes(w, 1, 2) if transposed else w, kb, ka)
-        x, w, kb, ka = (np.asarray(a, np.float64) for a in (x, w, kb, ka))
-        want_h = x @ np.swapaxes(kb, 1, 2)
-        assert y.dtype == h.dtype == dtype
-        for got, want in ((h, want_h), (y, x @ w + want_h @ ka)):
-            np.testing.assert_allclose(
-                np.asarray(got, float), want, rtol=0, atol=2**-7 * abs(want).max(), err_msg=shape
-            )
+        assert_equals_the_products(kernel, 2**-7)
 
 
 def case(features=(128, 256), rows=128, dtype=jnp.bfloat16, r=3):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from random_arrays import normal
+from one_pass_kernels import assert_equals_the_products
 
 from loha_jax.transform import tpu_product
 from loha_jax.transform.tpu_product import LANES, Tiles, TpuProduct
@@ -39,20 +39,7 @@ def test_equals_the_products_in_float64(
 ):
     monkeypatch.setattr(tpu_product, "_LARGEST_TILES", (largest,))
     kernel = product(stack, rows, into, out, rank, transposed=transposed, dtype=dtype)
-    shapes = [(rows, into), (into, out), (kernel.rank, into), (kernel.rank, out)]
-    scales = (1, 1, 1, kernel.rank**-0.5)
-    x, w, kb, ka = (
-        jnp.asarray(scale * normal(n, stack, *shape), dtype)
-        for n, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
-    )
-    y, h = kernel.run(x, jnp.swapaxes(w, 1, 2) if transposed else w, kb, ka)
-    x, w, kb, ka = (np.asarray(a, np.float64) for a in (x, w, kb, ka))
-    want_h = x @ np.swapaxes(kb, 1, 2)
-    assert y.dtype == h.dtype == dtype
-    for got, want in ((h, want_h), (y, x @ w + want_h @ ka)):
-        np.testing.assert_allclose(
-            np.asarray(got, float), want, rtol=0, atol=bound * abs(want).max()
-        )
+    assert_equals_the_products(kernel, bound)
 
 
 @pytest.mark.parametrize("into", [4096, 11008])

@@ -30,31 +30,43 @@ def _unknown_zeros(x: jax.Array) -> jax.Array:
     return jnp.minimum(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 1, 0)
 
 
-@jax.custom_jvp
 def computed_once(x: jax.Array, source: jax.Array) -> jax.Array:
     """Return `x`, a sum for example, as one array that its readers do not recompute.
 
     XLA does not repeat a division by an unknown number, 1, in each reader. On GPUs a barrier does
     it: there the kernel of a product can add to it, but not divide.
 
-    On several devices, where an element of `source` would be sent around, each device divides by
-    its own numbers.
+    On one CPU the cotangent is divided too. If it were not, all of its readers would recompute it
+    from the terms of a sum, which would be stored: a Llama's training step took 26 % more memory.
     """
-    if jax.default_backend() == "gpu":
+    backend, alone = jax.default_backend(), jax.device_count() == 1
+    if backend == "gpu":
         return lax.optimization_barrier(x)
-    zeros = _unknown_zeros(x) if jax.device_count() > 1 else _unknown_zero(source)
-    return x / (1 + zeros).astype(x.dtype)
+    if backend == "cpu" and alone:
+        return _divided(x, _unknown_zero(source))
+    return _with_plain_tangent(x, _unknown_zero(source) if alone else _unknown_zeros(x))
 
 
-@computed_once.defjvp
+def _divided(x: jax.Array, unknown_zeros: jax.Array) -> jax.Array:
+    return x / (1 + unknown_zeros).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _with_plain_tangent(x: jax.Array, unknown_zeros: jax.Array) -> jax.Array:
+    """Divide `x` alone.
+
+    To divide the tangent too would be another pass over the cotangent on a TPU. On several devices
+    each divides by its own numbers, and `x` would be recomputed for them: an element of another
+    array would be sent around.
+    """
+    return _divided(x, unknown_zeros)
+
+
+@_with_plain_tangent.defjvp
 def _(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, object]
 ) -> tuple[jax.Array, jax.Array]:
-    """Leave the tangent as it is.
-
-    To divide it too would be another pass over the cotangent, and `x` would be recomputed for it.
-    """
-    return computed_once(*primals), tangents[0]
+    return _with_plain_tangent(*primals), tangents[0]
 
 
 def wait_for(pending: jax.Array, values: T) -> T:

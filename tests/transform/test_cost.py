@@ -79,6 +79,54 @@ def test_the_factored_step_makes_no_array_of_a_kernels_shape():
     )  # the search finds them where they are
 
 
+def attention(params, x):
+    """Add attention of four heads and a gated product to x: `[sequences, tokens, features]`."""
+
+    def normalised(x):
+        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+    h = normalised(x)
+    q, k, v = ((h @ params[name]["kernel"]).reshape(*x.shape[:2], 4, -1) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+    x = x + jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ params["o"]["kernel"]
+    h = normalised(x)
+    gated = jax.nn.silu(h @ params["gate"]["kernel"]) * (h @ params["up"]["kernel"])
+    return x + gated @ params["down"]["kernel"]
+
+
+def test_a_transformer_stores_no_second_array_of_an_activation():
+    """Readers of a cotangent do not recompute it, which would store the terms of its sum."""
+    features, wide, tokens, layers = 256, 704, 256, 2
+    shapes = dict.fromkeys("qkvo", (features, features))
+    shapes |= {"gate": (features, wide), "up": (features, wide), "down": (wide, features)}
+    base = {
+        str(n): {
+            name: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for name, s in shapes.items()
+        }
+        for n in range(layers)
+    }
+    config = loha_jax.LoHaConfig(r=RANK, target_modules=list(shapes))
+    trainable, frozen = loha_jax.partition(loha_jax.inject(base, config, key=jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((2, tokens // 2, features), jnp.float32)
+
+    def loss(x, params):
+        for n in range(layers):
+            x = attention(params[str(n)], x)
+        return x.sum()
+
+    def adapted_loss(x, trainable, frozen):
+        return loha_jax.adapt(loss)(x, loha_jax.combine(trainable, frozen))
+
+    plain = jax.jit(jax.grad(loss)).lower(x, base).compile()
+    adapted = jax.jit(jax.grad(adapted_loss, (0, 1))).lower(x, trainable, frozen).compile()
+    extra = (
+        adapted.memory_analysis().temp_size_in_bytes - plain.memory_analysis().temp_size_in_bytes
+    )
+    # h of each product, KA and KB.
+    needed = 4 * layers * RANK**2 * sum(tokens + i + o for i, o in shapes.values())
+    assert extra <= needed
+
+
 def extra_kernels(strategy, layers):
     """Temporary memory over the frozen step's, in kernels, for a few tokens."""
     shapes = {

@@ -17,7 +17,6 @@ from jaxtyping import PyTree
 
 from loha_jax.lowrank.initial_values import init_factors
 from loha_jax.runtime.processes import in_first_process
-from loha_jax.targets.default_layouts import is_named_lookup
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.targets.module_names import Names, stack_names
 from loha_jax.tree.adapters import check_new_adapter
@@ -39,6 +38,7 @@ from ..formats.peft_files import folder_contents, peft_state
 from ..formats.peft_names import PREFIX
 from ..names.conv1d import is_conv1d
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of, of_one_rank
+from .embedding_tables import is_embedding_table
 from .from_tree import (
     adapted_modules,
     chosen_adapter,
@@ -50,9 +50,6 @@ from .to_tree import peft_to_tree
 from .transposed import refuses_transposed
 
 T = TypeVar("T")
-
-# Torch's names of a Linear whose weight is the embedding's.
-_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +176,7 @@ def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
 
 
 def _check_embedding(path: tuple[str, ...], name: str) -> None:
-    is_table = path[-1] == "embedding" or is_named_lookup(path)
-    if is_table and name.rpartition(".")[2] not in _OUTPUT_HEADS:
+    if is_embedding_table(path, name):
         raise ValueError(
             f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. "
             "Merge the adapter, or exclude it; an output head that is tied to it is known by its "

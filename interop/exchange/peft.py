@@ -32,6 +32,7 @@ from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from ..names.conv1d import is_conv1d
+from .embedding_tables import warn_of_tables
 from .from_tree import (
     adapted_kernels,
     chosen_adapter,
@@ -72,10 +73,10 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
         NotADirectoryError: `folder` is a file.
 
     Warns:
-        UserWarning: GPT-2's projections or transposed convolutions are adapted, which PEFT has no
-            LoHa for; an adapter is untrained (its update is exactly zero), or scaled by
-            `loha_jax.scale`; or a kernel has changed since the adapter was made, so that the file
-            is not what was trained.
+        UserWarning: GPT-2's projections, transposed convolutions or embedding tables are adapted,
+            which PEFT has no LoHa for; an adapter is untrained (its update is exactly zero), or
+            scaled by `loha_jax.scale`; or a kernel has changed since the adapter was made, so that
+            the file is not what was trained.
 
     Example:
         >>> import tempfile, loha_jax
@@ -102,6 +103,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
         )
     _warn_of_gpt2(params, chosen)
     warn_of_transposed(params, chosen, "PEFT", "load_peft")
+    warn_of_tables(params, chosen, "PEFT", "load_peft")
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name).to_dict() for name in chosen}
     card = model_card(configs[chosen[0]]).encode()

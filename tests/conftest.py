@@ -119,7 +119,13 @@ def pytest_ignore_collect(collection_path, config):
 
 
 # Each of them has tests of a minute. Begun last, they would leave the other workers idle.
-LONGEST = ("test_examples.py", "test_several_processes.py", "test_harness.py", "test_docs.py")
+LONGEST = (
+    "test_examples.py",
+    "test_several_processes.py",
+    "test_harness.py",
+    "test_torchax.py",
+    "test_docs.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):

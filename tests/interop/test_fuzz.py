@@ -92,7 +92,7 @@ def sources(folder):
     return found
 
 
-CHUNKS = 8
+CHUNKS = 16
 """The number of tests that the broken files are spread over. The first one runs every day."""
 
 
@@ -138,6 +138,7 @@ def test_broken_files_are_loaded_rightly_or_refused(chunk, tmp_path, request):
     assert grown < MEGABYTES
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong(tmp_path, request):
     """Exit code 2 with one message and nothing written; or a result. Never a traceback."""
     cases, seed = request.config.option.fuzz_cases // 5, request.config.option.fuzz_seed

@@ -14,6 +14,7 @@ import loha_jax
 from loha_jax import interop
 
 MODEL_TYPES = {"llama_default_targets": "llama", "llama_tied": "llama", "bert_seqcls": "bert"}
+SLOW = ("llama_patterns", "llama_default_targets", "bert_seqcls")
 
 
 def linear_net(params, x):
@@ -107,7 +108,10 @@ def loaded(name):
     return sample, params, tuple(inputs.values()), model(sample, base)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in TRAINED],
+)
 def test_outputs_gradients_and_trajectory(name):
     sample, params, inputs, fn = loaded(name)
     base = jax.jit(fn)(loha_jax.unload(params), *inputs)

@@ -288,7 +288,7 @@ def check(case: Case, second: dict[str, Any], strategy: str, folder: Any) -> Non
         close(kernel, plain[f"{name}.weight"], OUTPUT, name)
 
 
-CHUNKS = 4
+CHUNKS = 8
 """The number of tests that the cases run in, side by side if pytest has several workers.
 
 The first one runs every day.

@@ -37,7 +37,7 @@ class Transformer(nn.Module):
         return nn.Dense(5, name="head")(x)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_linen_transformer(scan):
     model = Transformer(scan)
     x = normal(2, 6, 8, seed=3)

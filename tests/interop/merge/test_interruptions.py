@@ -114,6 +114,7 @@ merge_checkpoint(sys.argv[1], [(sys.argv[2], 1.0)], sys.argv[3], progress=progre
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_continued(tmp_path):
     base, path = sharded_base(tmp_path)
     modules = {f"model.layers.{n}.q": loha(64, 48) for n in range(4)}

@@ -37,8 +37,8 @@ from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.peft_names import PREFIX
 from ..names.conv1d import is_conv1d
+from ..names.embedding_tables import is_embedding_table
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of, of_one_rank
-from .embedding_tables import is_embedding_table
 from .from_tree import (
     adapted_modules,
     chosen_adapter,

@@ -19,10 +19,9 @@ from loha_jax.tree.leaves import SavedWeight
 from ..disk.atomic import file_to_write, write_atomically
 from ..formats.adapter_file import AdapterFile
 from ..formats.lycoris_files import NATIVE_PREFIX, NORM_PARTS, file_bytes, in_dtype, lycoris_state
-from .embedding_tables import warn_of_tables
 from .from_tree import adapted_kernels, adapted_names, chosen_adapter, from_tree, saved_leaves
 from .row_transforms import rows_of_copy
-from .transposed import warn_of_transposed
+from .without_loha import warn_of_kernels_without_loha
 
 
 def save_lycoris(
@@ -82,8 +81,7 @@ def save_lycoris(
     kept: Mapping[str, str] = {}
     for component_prefix, tree in [(prefix, params), *(others or {}).items()]:
         names = None if adapter_name is None else [adapter_name]
-        warn_of_transposed(tree, names, "LyCORIS", "load_lycoris")
-        warn_of_tables(tree, names, "LyCORIS", "load_lycoris")
+        warn_of_kernels_without_loha(tree, names, "LyCORIS", "load_lycoris")
         file = _file(tree, adapter_name)
         component = lycoris_state(file.modules.values(), file.others, component_prefix)
         if both := sorted(state.keys() & component.tensors.keys()):

@@ -32,7 +32,6 @@ from ..formats.adapter_file import errors_about
 from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_file, peft_state, read_peft
 from ..names.conv1d import is_conv1d
-from .embedding_tables import warn_of_tables
 from .from_tree import (
     adapted_kernels,
     chosen_adapter,
@@ -41,7 +40,8 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
-from .transposed import refuses_transposed, warn_of_transposed
+from .transposed import refuses_transposed
+from .without_loha import warn_of_kernels_without_loha
 
 T = TypeVar("T")
 N = TypeVar("N", bound=float)
@@ -102,8 +102,7 @@ def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | N
             "first."
         )
     _warn_of_gpt2(params, chosen)
-    warn_of_transposed(params, chosen, "PEFT", "load_peft")
-    warn_of_tables(params, chosen, "PEFT", "load_peft")
+    warn_of_kernels_without_loha(params, chosen, "PEFT", "load_peft")
     # All content is made before the first file is touched.
     configs = {name: peft_config(params, name).to_dict() for name in chosen}
     card = model_card(configs[chosen[0]]).encode()

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 from jaxtyping import PyTree
 
-from loha_jax.runtime.caller import warn_caller
 from loha_jax.targets.default_layouts import is_torchs_transposed, is_transposed_convolution
 from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.containers import takes_model
@@ -25,7 +24,7 @@ from ..names.conv1d import is_conv1d, looks_like_conv1d
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TORCHS = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
+IN_TORCH = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
 _CONV1D = "GPT-2's Conv1D (modules_to_save), which torch keeps as [in, out]"
 
 
@@ -39,10 +38,15 @@ def is_transposed(tree: NamedTree, position: int) -> bool:
 
 @takes_model(changes=False)
 def _transposed(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight | SavedWeight]:
-    """Return the adapted leaves that are the kernels of transposed convolutions."""
+    """Return the adapted kernels of transposed convolutions, and the copies of theirs."""
     tree = NamedTree(params, None, layouts)
     adapted = [n for n in sorted(tree.kernels) if is_adapted(tree.leaves[n])]
     return [tree.leaves[n] for n in adapted if is_transposed(tree, n)]
+
+
+def transposed_kernels(params: PyTree) -> list[LoHaWeight]:
+    """Return the adapted kernels of the transposed convolutions of a tree, or of a model."""
+    return [leaf for leaf in _transposed(params) if isinstance(leaf, LoHaWeight)]
 
 
 @takes_model(changes=False)
@@ -56,28 +60,6 @@ def is_conv1d_copy(copy: Saved | SavedWeight, path: Sequence[str]) -> bool:
     """Return whether a copy (`modules_to_save`) is of the weight of GPT-2's `Conv1D`."""
     module = copy.name.rpartition(".")[0]
     return copy.layout is not None and is_conv1d(module, path, copy.layout)
-
-
-def warn_of_transposed(
-    params: PyTree, adapters: Collection[str] | None, format_name: str, loader: str
-) -> None:
-    """Warn of adapted transposed convolutions, which a format has no LoHa for.
-
-    Args:
-        params: an adapted tree, or a model.
-        adapters: the names of those that are written; None for all.
-        format_name: in the message.
-        loader: the function that reads the file nevertheless.
-    """
-    kernels = [leaf for leaf in _transposed(params) if isinstance(leaf, LoHaWeight)]
-    if found := [
-        leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
-    ]:
-        warn_caller(
-            f"{', '.join(found)} are transposed convolutions, which {format_name} has no LoHa for: "
-            f"only `{loader}` opens this adapter. For PyTorch leave them out (`exclude_modules`), "
-            f"or merge the adapter and convert the weight by hand: {_TORCHS}."
-        )
 
 
 def refuse_turned_copies(
@@ -94,7 +76,7 @@ def refuse_turned_copies(
     if found := [own.name for n, own in kernels.items() if is_transposed(tree, n)]:
         raise ValueError(
             f"{', '.join(found)} are of transposed convolutions, or of Keras' depthwise ones "
-            f"(modules_to_save), and {_TORCHS}: convert them by hand"
+            f"(modules_to_save), and {IN_TORCH}: convert them by hand"
         )
     if found := [
         own.name
@@ -144,11 +126,11 @@ def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> Non
         if isinstance(leaf, SavedWeight):
             raise ValueError(
                 f"{leaf.label} is the weight of a transposed convolution, or of Keras' depthwise "
-                f"one (modules_to_save), and {_TORCHS}. Leave it out, or keep the adapter in a "
+                f"one (modules_to_save), and {IN_TORCH}. Leave it out, or keep the adapter in a "
                 "checkpoint (`loha_jax.checkpoint`)."
             )
         if kernels:
             raise ValueError(
-                f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {_TORCHS}. "
-                "Leave it out (`exclude_modules`), or merge the adapter."
+                f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {IN_TORCH}."
+                " Leave it out (`exclude_modules`), or merge the adapter."
             )

@@ -1,0 +1,47 @@
+"""Adapted kernels of kinds that no format for torch has a LoHa of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jaxtyping import PyTree
+
+from loha_jax.runtime.caller import warn_caller
+from loha_jax.tree.containers import takes_model
+from loha_jax.tree.leaves import LoHaWeight, leaves_by_path
+
+from ..names.embedding_tables import is_embedding_table
+from .transposed import IN_TORCH, transposed_kernels
+
+
+def warn_of_kernels_without_loha(
+    params: PyTree, adapters: Collection[str] | None, format_name: str, loader: str
+) -> None:
+    """Warn of transposed convolutions and embedding tables that are adapted.
+
+    Args:
+        params: an adapted tree, or a model.
+        adapters: the names of those that are written; None for all.
+        format_name: in the message.
+        loader: the function that reads the file nevertheless.
+    """
+    by_hand = f"merge the adapter and convert the weight by hand: {IN_TORCH}"
+    head = "merge the adapter. An output head that is tied to one is known by its torch name"
+    for kind, kernels, advice in (
+        ("transposed convolutions", transposed_kernels(params), by_hand),
+        ("embedding tables", _tables(params), f"{head} (`names=`)"),
+    ):
+        if found := [
+            leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
+        ]:
+            warn_caller(
+                f"{', '.join(found)} are {kind}, which {format_name} has no LoHa for: only "
+                f"`{loader}` opens this adapter. For PyTorch leave them out (`exclude_modules`), "
+                f"or {advice}."
+            )
+
+
+@takes_model(changes=False)
+def _tables(params: PyTree) -> list[LoHaWeight]:
+    kernels = [(p, leaf) for p, leaf in leaves_by_path(params) if isinstance(leaf, LoHaWeight)]
+    return [leaf for path, leaf in kernels if is_embedding_table(path, leaf.names[0])]

@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: some tests, then Linear layers and a Llama, timed. It takes minutes.
 #
-#     bash benchmarks/on_device.sh [FOLDER] [--quick]
+#     bash benchmarks/on_device.sh [--quick] [FOLDER]
 #
 # FOLDER (out/device) gets the tests' last lines, the results as JSON and as tables, and the card's
-# name. JAX with its CUDA plugin and setuptools 77 have to be there; PyTorch and PEFT are measured
-# where they are. What is missing can lie in .whl/ as wheels: no network is needed. --quick, tiny
-# shapes, shows on any machine that the script works.
+# name. JAX with its CUDA plugin and setuptools 77 have to be there, and JAX 0.12 to test and time
+# strategy="pallas"; PyTorch and PEFT are measured where they are. What is missing can lie in .whl/
+# as wheels: no network is needed. loha-jax itself is installed from this folder into the active
+# environment. --quick, tiny shapes, shows on any machine that the script works.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=${1:-out/device}
-quick=${2:-}
+quick=
+folder=out/device
+for argument in "$@"; do
+    case $argument in
+        --quick) quick=yes ;;
+        -*) echo "on_device.sh: $argument is no option; there is --quick" >&2; exit 2 ;;
+        *) folder=$argument ;;
+    esac
+done
 mkdir -p "$folder"
 
 if compgen -G ".whl/*.whl" > /dev/null; then

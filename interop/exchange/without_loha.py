@@ -25,19 +25,19 @@ def warn_of_kernels_without_loha(
         format_name: in the message.
         loader: the function that reads the file nevertheless.
     """
-    by_hand = f"merge the adapter and convert the weight by hand: {IN_TORCH}"
-    head = "merge the adapter. An output head that is tied to one is known by its torch name"
+    merge = "merge the adapter (`loha_jax.merge`)"
+    by_hand = f"{merge} and convert the weight by hand: {IN_TORCH}"
+    head = f"{merge}. If an output head is tied to one, give its torch name with `names=`"
     for kind, kernels, advice in (
         ("transposed convolutions", transposed_kernels(params), by_hand),
-        ("embedding tables", _tables(params), f"{head} (`names=`)"),
+        ("embedding tables", _tables(params), head),
     ):
         if found := [
             leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
         ]:
             warn_caller(
-                f"{', '.join(found)} are {kind}, which {format_name} has no LoHa for: only "
-                f"`{loader}` opens this adapter. For PyTorch leave them out (`exclude_modules`), "
-                f"or {advice}."
+                f"{format_name} has no LoHa for {kind} ({', '.join(found)}): only `{loader}` opens "
+                f"this adapter. For PyTorch leave them out (`exclude_modules`), or {advice}."
             )
 
 

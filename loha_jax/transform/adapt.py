@@ -75,12 +75,12 @@ def adapt(
         fn: any function of pytrees. Arrays among its arguments are traced; everything else (bools,
             strings, None) stays as it is. Adapted weights that it closes over, instead of taking
             them as arguments, are not seen: a warning says so.
-        strategy: "auto" chooses for each product, by FLOPs, between "factored" (x·W + (x·KB)·KA,
-            without an array of the kernel's shape) and "fused" (x·(W + ΔW), with ΔW materialised in
-            the forward pass and again in the backward pass); "dense" keeps ΔW. "pallas" is
-            "factored" as one kernel for TPUs and Hopper GPUs, never timed; products that it does
-            not suit are factored, and `explain` says why. Or `{regex: strategy}` by torch module
-            name (fullmatch), "auto" for the rest.
+        strategy: "auto" chooses for each product, by FLOPs and by the device, between "factored"
+            (x·W + (x·KB)·KA, without an array of the kernel's shape) and "fused" (x·(W + ΔW), with
+            ΔW materialised in the forward pass and again in the backward pass); "dense" keeps ΔW.
+            "pallas" is "factored" as one Pallas program for TPUs and Hopper GPUs, never timed;
+            products that it does not suit are factored, and `explain` says why. Or `{regex:
+            strategy}` by torch module name (fullmatch), "auto" for the rest.
         training: whether "auto" counts the backward pass. False for inference.
         forward_mode: use plain products, which `jax.jvp` can differentiate, at some cost in speed.
             Without it adapted products are `jax.custom_vjp`.

@@ -149,7 +149,8 @@ def explain(
 ) -> Explanation:
     """Return the strategy, FLOPs and bytes of each use of an adapted kernel by `adapt(fn)`.
 
-    Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s.
+    Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. The answer is that of this process'
+    devices (`jax.devices()`): on a CPU it does not say what a TPU would do.
 
     Args:
         fn: the model's function, or the result of `adapt`, whose own settings then count.

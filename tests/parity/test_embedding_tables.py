@@ -46,9 +46,9 @@ def test_peft_refuses_them_and_lycoris_passes_them_by(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_adapter_is_written_with_a_warning(name, tmp_path):
     params = loha_jax.inject(MODELS[name](), CONFIG, key=KEY)
-    with pytest.warns(UserWarning, match=r"embed are embedding tables.*PEFT.*`load_peft`"):
+    with pytest.warns(UserWarning, match=r"PEFT.*embedding tables \(embed\).*`load_peft`"):
         interop.save_peft(tmp_path / "adapter", params)
-    with pytest.warns(UserWarning, match=r"embed are embedding tables.*LyCORIS.*`load_lycoris`"):
+    with pytest.warns(UserWarning, match=r"LyCORIS.*embedding tables \(embed\).*`load_lycoris`"):
         interop.save_lycoris(tmp_path / "a.safetensors", params)
 
 

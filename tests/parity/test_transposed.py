@@ -66,9 +66,9 @@ def test_peft_refuses_them():
 def test_the_adapter_is_written_with_a_warning_and_no_lora_is(name, tmp_path):
     make, layouts = MODELS[name]
     params = loha_jax.inject(make(), CONFIG, key=KEY, layouts=layouts)
-    with pytest.warns(UserWarning, match=r"up are transposed convolutions.*PEFT.*`load_peft`"):
+    with pytest.warns(UserWarning, match=r"PEFT has no LoHa for transposed.* \(up\).*`load_peft`"):
         interop.save_peft(tmp_path / "adapter", params)
-    with pytest.warns(UserWarning, match=r"up are transposed.*LyCORIS.*`load_lycoris`"):
+    with pytest.warns(UserWarning, match=r"LyCORIS.*transposed.* \(up\).*`load_lycoris`"):
         interop.save_lycoris(tmp_path / "a.safetensors", params)
     for write in (interop.to_lora, lambda p: interop.save_lora(tmp_path / "lora", p)):
         with pytest.raises(ValueError, match=r"up is a transposed convolution.*no LoRA"):
@@ -81,7 +81,7 @@ def test_the_adapter_is_written_with_a_warning_and_no_lora_is(name, tmp_path):
 def test_linens_are_known_by_their_names(tmp_path):
     config = LoHaConfig(r=2, target_modules=["ConvTranspose_0"], init_weights=False)
     params = loha_jax.inject(linen(), config, key=KEY, layouts={"up.*": "kkio"})
-    with pytest.warns(UserWarning, match=r"up\.ConvTranspose_0 are transposed"):
+    with pytest.warns(UserWarning, match=r"transposed convolutions \(up\.ConvTranspose_0\)"):
         interop.save_peft(tmp_path, params)
 
 

@@ -37,7 +37,6 @@ from ..formats.model_card import MODEL_CARD_NAME, model_card
 from ..formats.peft_files import folder_contents, peft_state
 from ..formats.peft_names import PREFIX
 from ..names.conv1d import is_conv1d
-from ..names.embedding_tables import is_embedding_table
 from ..updates.lora_conversion import cast_tensors, check_limits, loha_of, lora_of, of_one_rank
 from .from_tree import (
     adapted_modules,
@@ -47,7 +46,7 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
-from .transposed import refuses_transposed
+from .without_loha import refuses_misread
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ class LoraAdapter:
         return "\n".join([*text_table(rows, right=(1, 2)), *start])
 
 
-@refuses_transposed(kernels=True)
+@refuses_misread(kernels=True)
 @takes_model(changes=False)
 def to_lora(
     params: PyTree,
@@ -139,9 +138,8 @@ def to_lora(
     errors: dict[str, float] = {}
     used = set()
     kernels = required_kernels(params, adapter_name)
-    for path, leaf in kernels:
+    for _, leaf in kernels:
         for module in _modules(leaf, adapter_name):
-            _check_embedding(path, module.name)
             pattern = next((p for p in groups if re.fullmatch(p, module.name)), None)
             if pattern is not None and module.in_shape is None:
                 raise ValueError(
@@ -175,15 +173,6 @@ def _modules(leaf: LoHaWeight, adapter_name: str) -> list[AdapterModule]:
     return result
 
 
-def _check_embedding(path: tuple[str, ...], name: str) -> None:
-    if is_embedding_table(path, name):
-        raise ValueError(
-            f"{name} is an embedding table, for which PEFT's LoRA has tensors of another kind. "
-            "Merge the adapter, or exclude it; an output head that is tied to it is known by its "
-            "torch name (`names=`)."
-        )
-
-
 def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str] | str:
     """Return `target_modules`: the shortest endings if all torch names are known, or full names."""
     tree = NamedTree(params, names, None)
@@ -214,7 +203,7 @@ def _targets(params: PyTree, adapter_name: str, names: Names | None) -> list[str
     return exact_targets(adapted, others)
 
 
-@refuses_transposed(kernels=True)
+@refuses_misread(kernels=True)
 @takes_model(changes=False)
 def save_lora(
     path: str | Path,

@@ -40,8 +40,7 @@ from .from_tree import (
 )
 from .saved_modules import saved_tensors
 from .to_tree import peft_to_tree
-from .transposed import refuses_transposed
-from .without_loha import warn_of_kernels_without_loha
+from .without_loha import refuses_misread, warn_of_kernels_without_loha
 
 T = TypeVar("T")
 N = TypeVar("N", bound=float)
@@ -50,7 +49,7 @@ N = TypeVar("N", bound=float)
 _SAME_FOR_ALL = ("use_effective_conv2d", "rank_dropout", "module_dropout")
 
 
-@refuses_transposed(kernels=False)
+@refuses_misread(kernels=False)
 def save_peft(folder: str | Path, params: PyTree, *, adapters: Sequence[str] | None = None) -> None:
     """Write the adapters of a tree as PEFT's `save_pretrained` does.
 
@@ -136,7 +135,7 @@ def _warn_of_gpt2(params: PyTree, adapters: Sequence[str]) -> None:
         )
 
 
-@refuses_transposed(kernels=False)
+@refuses_misread(kernels=False)
 @takes_model(changes=False)
 def to_peft_state_dict(params: PyTree, adapter_name: str | None = None) -> dict[str, np.ndarray]:
     """Return PEFT's state dict of one adapter: `base_model.model.<module>.hada_w1_a` ….

@@ -6,10 +6,7 @@ No format for torch has an adapter of a transposed convolution, whose weight is
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import PyTree
 
@@ -22,10 +19,8 @@ from loha_jax.tree.plan import Saved
 
 from ..names.conv1d import is_conv1d, looks_like_conv1d
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 IN_TORCH = "torch keeps their weights as [in, out, *spatial] with the taps reversed"
-_CONV1D = "GPT-2's Conv1D (modules_to_save), which torch keeps as [in, out]"
+CONV1D = "GPT-2's Conv1D (modules_to_save), which torch keeps as [in, out]"
 
 
 def is_transposed(tree: NamedTree, position: int) -> bool:
@@ -37,20 +32,17 @@ def is_transposed(tree: NamedTree, position: int) -> bool:
 
 
 @takes_model(changes=False)
-def _transposed(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight | SavedWeight]:
+def transposed_leaves(
+    params: PyTree, layouts: Layouts | None = None
+) -> list[LoHaWeight | SavedWeight]:
     """Return the adapted kernels of transposed convolutions, and the copies of theirs."""
     tree = NamedTree(params, None, layouts)
     adapted = [n for n in sorted(tree.kernels) if is_adapted(tree.leaves[n])]
     return [tree.leaves[n] for n in adapted if is_transposed(tree, n)]
 
 
-def transposed_kernels(params: PyTree) -> list[LoHaWeight]:
-    """Return the adapted kernels of the transposed convolutions of a tree, or of a model."""
-    return [leaf for leaf in _transposed(params) if isinstance(leaf, LoHaWeight)]
-
-
 @takes_model(changes=False)
-def _conv1d_copies(params: PyTree) -> list[SavedWeight]:
+def conv1d_copies(params: PyTree) -> list[SavedWeight]:
     """Return the leaves with copies of the weights of GPT-2's `Conv1D`."""
     saved = [(p, leaf) for p, leaf in leaves_by_path(params) if isinstance(leaf, SavedWeight)]
     return [leaf for path, leaf in saved if is_conv1d_copy(leaf, path)]
@@ -84,53 +76,4 @@ def refuse_turned_copies(
         if is_conv1d_copy(own, own.path)
         or (fan_in_fan_out and looks_like_conv1d(own.name.rpartition(".")[0]))
     ]:
-        raise ValueError(f"{', '.join(found)} are weights of {_CONV1D}: transpose them by hand")
-
-
-def refuses_transposed(*, kernels: bool) -> Callable[[F], F]:
-    """Decorate a writer of an adapter, so that it refuses what torch would read wrongly.
-
-    That is a copy of a transposed convolution's weight (`modules_to_save`), and where `kernels` is
-    true an adapter of one. The decorator stands outside of `takes_model`: the model's layers say
-    which these are.
-    """
-
-    def decorate(function: F) -> F:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def wrapper(*args: object, **kwargs: object) -> object:
-            given = signature.bind(*args, **kwargs).arguments
-            names = given.get("adapters")
-            if given.get("adapter_name") is not None:
-                names = [given["adapter_name"]]
-            _refuse(given["params"], names, kernels)
-            return function(*args, **kwargs)
-
-        return cast(F, wrapper)
-
-    return decorate
-
-
-def _refuse(params: PyTree, names: Collection[str] | None, kernels: bool) -> None:
-    for leaf in _conv1d_copies(params):
-        if names is None or {*names} & leaf.copies.keys():
-            raise ValueError(
-                f"{leaf.label} is the weight of {_CONV1D}; copies in files are [out, in]. Leave it "
-                "out, or keep the adapter in a checkpoint (`loha_jax.checkpoint`)."
-            )
-    for leaf in _transposed(params):
-        held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters
-        if names is not None and not {*names} & held.keys():
-            continue
-        if isinstance(leaf, SavedWeight):
-            raise ValueError(
-                f"{leaf.label} is the weight of a transposed convolution, or of Keras' depthwise "
-                f"one (modules_to_save), and {IN_TORCH}. Leave it out, or keep the adapter in a "
-                "checkpoint (`loha_jax.checkpoint`)."
-            )
-        if kernels:
-            raise ValueError(
-                f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {IN_TORCH}."
-                " Leave it out (`exclude_modules`), or merge the adapter."
-            )
+        raise ValueError(f"{', '.join(found)} are weights of {CONV1D}: transpose them by hand")

@@ -1,17 +1,26 @@
-"""Adapted kernels of kinds that no format for torch has a LoHa of."""
+"""Adapted leaves that formats of torch have no place for, or that torch would read wrongly."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, cast
 
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
+from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import LoHaWeight, leaves_by_path
+from loha_jax.tree.leaves import LoHaWeight, SavedWeight
+from loha_jax.tree.named_tree import NamedTree
 
-from ..names.embedding_tables import is_embedding_table
-from .transposed import IN_TORCH, transposed_kernels
+from .transposed import CONV1D, IN_TORCH, conv1d_copies, transposed_leaves
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Torch's names of a Linear whose weight is the embedding's.
+_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder", "output", "output_layer", "head")
 
 
 def warn_of_kernels_without_loha(
@@ -25,23 +34,95 @@ def warn_of_kernels_without_loha(
         format_name: in the message.
         loader: the function that reads the file nevertheless.
     """
+    turned = [leaf for leaf in transposed_leaves(params) if isinstance(leaf, LoHaWeight)]
     merge = "merge the adapter (`loha_jax.merge`)"
     by_hand = f"{merge} and convert the weight by hand: {IN_TORCH}"
     head = f"{merge}. If an output head is tied to one, give its torch name with `names=`"
     for kind, kernels, advice in (
-        ("transposed convolutions", transposed_kernels(params), by_hand),
+        ("transposed convolutions", turned, by_hand),
         ("embedding tables", _tables(params), head),
     ):
-        if found := [
-            leaf.label for leaf in kernels if adapters is None or {*adapters} & leaf.adapters.keys()
-        ]:
+        if found := [leaf.label for leaf in kernels if _is_written(leaf, adapters)]:
             warn_caller(
                 f"{format_name} has no LoHa for {kind} ({', '.join(found)}): only `{loader}` opens "
                 f"this adapter. For PyTorch leave them out (`exclude_modules`), or {advice}."
             )
 
 
+def refuses_misread(*, kernels: bool) -> Callable[[F], F]:
+    """Decorate a writer of an adapter, so that it refuses what torch would read wrongly.
+
+    That is a copy (`modules_to_save`) of a weight that torch keeps in another order: of a
+    transposed convolution, or of GPT-2's `Conv1D`. Where `kernels` is true it is an adapter of a
+    transposed convolution or of an embedding table too. The decorator stands outside of
+    `takes_model`: the model's layers say which these are.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: object, **kwargs: object) -> object:
+            given = signature.bind(*args, **kwargs).arguments
+            names = given.get("adapters")
+            if given.get("adapter_name") is not None:
+                names = [given["adapter_name"]]
+            _refuse_copies(given["params"], names)
+            if kernels:
+                _refuse_kernels(given["params"], names)
+            return function(*args, **kwargs)
+
+        return cast(F, wrapper)
+
+    return decorate
+
+
+def _refuse_copies(params: PyTree, names: Collection[str] | None) -> None:
+    for leaf in conv1d_copies(params):
+        if _is_written(leaf, names):
+            raise ValueError(
+                f"{leaf.label} is the weight of {CONV1D}; copies in files are [out, in]. Leave it "
+                "out, or keep the adapter in a checkpoint (`loha_jax.checkpoint`)."
+            )
+    for leaf in transposed_leaves(params):
+        if isinstance(leaf, SavedWeight) and _is_written(leaf, names):
+            raise ValueError(
+                f"{leaf.label} is the weight of a transposed convolution, or of Keras' depthwise "
+                f"one (modules_to_save), and {IN_TORCH}. Leave it out, or keep the adapter in a "
+                "checkpoint (`loha_jax.checkpoint`)."
+            )
+
+
+def _refuse_kernels(params: PyTree, names: Collection[str] | None) -> None:
+    for leaf in transposed_leaves(params):
+        if isinstance(leaf, LoHaWeight) and _is_written(leaf, names):
+            raise ValueError(
+                f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {IN_TORCH}."
+                " Leave it out (`exclude_modules`), or merge the adapter."
+            )
+    for leaf in _tables(params):
+        if _is_written(leaf, names):
+            raise ValueError(
+                f"{leaf.label} is an embedding table, for which PEFT's LoRA has tensors of another "
+                "kind. Merge the adapter, or exclude it (`exclude_modules`). If an output head is "
+                "tied to it, give its torch name with `names=`: "
+                f"{', '.join(_OUTPUT_HEADS)} are known."
+            )
+
+
 @takes_model(changes=False)
-def _tables(params: PyTree) -> list[LoHaWeight]:
-    kernels = [(p, leaf) for p, leaf in leaves_by_path(params) if isinstance(leaf, LoHaWeight)]
-    return [leaf for path, leaf in kernels if is_embedding_table(path, leaf.names[0])]
+def _tables(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight]:
+    """Return the adapted embedding tables that torch does not know as output heads."""
+    tree = NamedTree(params, None, layouts)
+    kernels = [(n, tree.leaves[n]) for n in sorted(tree.kernels)]
+    tables = [leaf for n, leaf in kernels if isinstance(leaf, LoHaWeight) and tree.is_table(n)]
+    return [leaf for leaf in tables if not all(map(_is_head, leaf.names))]
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in _OUTPUT_HEADS
+
+
+def _is_written(leaf: LoHaWeight | SavedWeight, adapters: Collection[str] | None) -> bool:
+    held = leaf.copies if isinstance(leaf, SavedWeight) else leaf.adapters
+    return adapters is None or bool({*adapters} & held.keys())

@@ -246,6 +246,7 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
     To "all-linear", only the kernels of Dense and EinsumDense are linear.
     """
     found: dict[str, Layout] = {}
+    lookups: set[str] = set()
     others: set[str] = set()
     turned: set[str] = set()
     for path, weight in _weights(model).items():
@@ -263,9 +264,11 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
             if isinstance(weight.layer, DEPTHWISE):
                 turned.add(name)
         linear = isinstance(weight.layer, (keras.layers.Dense, keras.layers.EinsumDense))
-        if ndim > 1 and not (is_kernel and linear):
+        if isinstance(weight.layer, keras.layers.Embedding):
+            lookups.add(name)
+        elif ndim > 1 and not (is_kernel and linear):
             others.add(name)
-    return ModelLayouts(given or {}, found, turned, lookups=others)
+    return ModelLayouts(given or {}, found, turned, lookups=lookups, left_out=others)
 
 
 def is_node(x: object) -> bool:

@@ -89,6 +89,16 @@ def is_named_convolution(path: Sequence[str]) -> bool:
     )
 
 
+def is_table_leaf(path: Sequence[str]) -> bool:
+    """Return whether a leaf is called as the table of an embedding in JAX.
+
+    Example:
+        >>> is_table_leaf(("embed", "embedding")), is_table_leaf(("embedder", "input_embedding"))
+        (True, True)
+    """
+    return _TABLE_LEAF.fullmatch(path[-1]) is not None
+
+
 def is_named_lookup(path: Sequence[str]) -> bool:
     """Return whether the module of a `weight` is named like an embedding of torch.
 
@@ -163,7 +173,7 @@ def default_layout(
     if len(shape) == 2:
         if _may_be_gpt2s(shape, path, shape_at):
             raise _ambiguous(shape, path, "'io', 'oi' (one of them is of GPT-2's Conv1D)")
-        table = _TABLE_LEAF.fullmatch(path[-1]) is not None
+        table = is_table_leaf(path)
         return Layout("oi" if torch or table or is_output_first(shape, path, shape_at) else "io")
     if attention := _attention_layout(shape, path, shape_at):
         return attention

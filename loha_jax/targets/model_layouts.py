@@ -15,14 +15,14 @@ class ModelLayouts(dict[str, "str | Layout"]):
 
     Args:
         given: the layouts of the user; of a `ModelLayouts`, what it knows of the model stays.
-        own, lookups, heads, transposed, vectors, unclear, stacks, scales: see the attributes.
+        own, lookups, left_out, transposed, vectors, unclear, stacks, scales: see the attributes.
 
     Attributes:
         own: layouts that the layers have, by default dotted name. They come after the layouts that
             `names` has: what is one kernel to a layer (a fused projection) may be several modules
             in torch.
         lookups: modules whose rows are looked up. They are no linear layers to "all-linear".
-        heads: output heads, which "all-linear" leaves out too.
+        left_out: others that "all-linear" leaves out: output heads, layers that are not linear.
         transposed: transposed convolutions, and others whose axes torch has in an order that no
             layout says (Keras' depthwise ones).
         vectors: modules whose weight is a scale, even if it has several axes.
@@ -43,7 +43,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
         transposed: Collection[str] = (),
         *,
         lookups: Collection[str] = (),
-        heads: Collection[str] = (),
+        left_out: Collection[str] = (),
         vectors: Collection[str] = (),
         unclear: Mapping[str, tuple[str, ...]] | None = None,
         stacks: Mapping[str, tuple[int, ...]] | None = None,
@@ -57,7 +57,7 @@ class ModelLayouts(dict[str, "str | Layout"]):
             return frozenset(modules).union(known)
 
         self.lookups = with_known("lookups", lookups)
-        self.heads = with_known("heads", heads)
+        self.left_out = with_known("left_out", left_out)
         self.transposed = with_known("transposed", transposed)
         self.vectors = with_known("vectors", vectors)
         self.unclear = dict(unclear or {})

@@ -87,7 +87,7 @@ def infer_layouts(
     is_head = roles.last not in lookups and sizes.get(roles.last) in [
         sizes[name] for name in lookups
     ]
-    return ModelLayouts(found, lookups=lookups, heads={roles.last} if is_head else ())
+    return ModelLayouts(found, lookups=lookups, left_out={roles.last} if is_head else ())
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ import jax
 
 from loha_jax.transform.decomposed_base import BaseScaling
 from loha_jax.transform.kernel_view import KernelView
-from loha_jax.transform.strategy import Costs, GradientCosts, Strategy, cheapest
+from loha_jax.transform.strategy import Costs, GradientCosts, Measured, Strategy, cheapest
 from loha_jax.transform.view_factors import ViewFactors
 
 Params = tuple[tuple[str, Any], ...]
@@ -95,7 +95,12 @@ class CostModel(abc.ABC):
         return sum(4.0 * f.r + 4 for f in view.factors) * self.elements(view)
 
     def choose(
-        self, view: KernelView, training: bool, *, update_alone: bool = False, small: bool = False
+        self,
+        view: KernelView,
+        training: bool,
+        *,
+        update_alone: bool = False,
+        bfloat16: bool = False,
     ) -> Strategy:
         """Return the strategy that "auto" stands for.
 
@@ -106,15 +111,17 @@ class CostModel(abc.ABC):
             view: the adapted operand.
             training: whether the backward pass counts.
             update_alone: the frozen operation is computed elsewhere, and only x·ΔW here.
-            small: whether the rule for small kernels may count: it was measured in bfloat16.
+            bfloat16: whether all of a product is, so that the rules for small kernels count.
         """
         if training and jax.device_count() > 1:
             return "factored"
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        rows = self.rows if small and self.primitive == "dot_general" else 0
-        return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind, rows)
+        measured = None
+        if bfloat16 and self.primitive == "dot_general":
+            measured = Measured(len(view.factors) * self.elements(view), self.rows)
+        return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind, measured)
 
 
 class Operation(CostModel):

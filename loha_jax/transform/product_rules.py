@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn
 from loha_jax.runtime._compat import bind_equation
 from loha_jax.runtime.device_types import vary_alike
 from loha_jax.runtime.sizes import is_empty, nominal
-from loha_jax.transform.compute_dtype import with_update
+from loha_jax.transform.compute_dtype import dtype_of_update, with_update
 from loha_jax.transform.convolution import Convolution
 from loha_jax.transform.decomposed_base import base_scaling
 from loha_jax.transform.forms import Computation, compute
@@ -117,8 +117,9 @@ def _chosen(
     whole: WholeProduct | NoRule = NoRule("")
     if strategy == "auto":
         alone = options.update_alone
-        small = x.dtype == jnp.bfloat16 and not (alone or options.forward_mode)
-        strategy = operation.choose(view, options.training, update_alone=alone, small=small)
+        dtypes = {x.dtype, dtype_of_update(options.compute_dtype, x.dtype, view.kernel)}
+        bfloat16 = dtypes == {jnp.dtype(jnp.bfloat16)} and not (alone or options.forward_mode)
+        strategy = operation.choose(view, options.training, update_alone=alone, bfloat16=bfloat16)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same
     if strategy == "pallas":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, NamedTuple, get_args
 
@@ -23,28 +24,44 @@ training it materialises ΔW twice and multiplies with KB twice: a Transformer's
 with 3 to 6 % fewer FLOPs (benchmarks/README.md)."""
 
 
-class _Tpu(NamedTuple):
-    """When fused is chosen in training on a kind of TPU.
+class _Share(NamedTuple):
+    """What fused has to save in training on a kind of TPU, as a share of the frozen FLOPs.
 
     Attributes:
-        worth: as `_WORTH_MATERIALISING`. Products are quicker there beside memory, v6e's most.
-        small: elements of a bfloat16 matrix up to which W + ΔW stays in the chip's memory: fused
-            is chosen.
+        share: products are quicker there beside memory than on a CPU, v6e's most.
+        elements: of ΔW, all adapters together, up to which it counts: W + ΔW stays in the chip's
+            memory then. It was found for matrix products in bfloat16, and counts for no others.
         rows: as long as there are so many rows.
     """
 
-    worth: float
-    small: int = 0
+    share: float
+    elements: float = math.inf
     rows: int = 0
 
 
 _TPUS = {
-    "TPU v5 lite": _Tpu(0.2, small=3 << 20, rows=256),
-    "TPU v5": _Tpu(0.2, small=1 << 20, rows=512),
-    "TPU": _Tpu(0.5),
+    "TPU v5 lite": (
+        _Share(-math.inf, elements=1024**2, rows=64),
+        _Share(0.033, elements=1792**2),
+        _Share(0.2),
+    ),
+    "TPU v5": (_Share(-math.inf, elements=1024**2, rows=512), _Share(0.2)),
+    "TPU": (_Share(0.33),),
 }
-"""By the beginning of their names. By their compilers' estimates the choice is at most 10 % above
-the better one (benchmarks/README.md)."""
+"""By the beginning of their names; the first share that fits is the one. By their compilers'
+estimates the choice is at most 10 % above the better one at each point of benchmarks/README.md."""
+
+
+class Measured(NamedTuple):
+    """The sizes of a matrix product in bfloat16, for which small kernels count.
+
+    Attributes:
+        elements: of ΔW, all adapters together.
+        rows: of x.
+    """
+
+    elements: int
+    rows: int
 
 
 class Costs(NamedTuple):
@@ -85,7 +102,7 @@ def strategy_of(strategies: Strategies, name: str) -> Strategy:
     return "auto"
 
 
-def cheapest(costs: Costs, training: bool, device_kind: str, rows: int) -> Strategy:
+def cheapest(costs: Costs, training: bool, device_kind: str, measured: Measured | None) -> Strategy:
     """Return "factored", unless "fused" costs clearly less.
 
     An element of ΔW counts for more than its FLOPs, because materialising is bound by memory.
@@ -94,11 +111,14 @@ def cheapest(costs: Costs, training: bool, device_kind: str, rows: int) -> Strat
         costs: what each costs.
         training: whether they include the backward pass.
         device_kind: JAX' name of the device that computes.
-        rows: of a matrix product for which small kernels count; 0 for other operations.
+        measured: the product's sizes, if it is of the kind that small kernels count for.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
-    other = _Tpu(_WORTH_MATERIALISING[training])
-    of_kind = (tpu for kind, tpu in _TPUS.items() if training and device_kind.startswith(kind))
-    device = next(of_kind, other)
-    small = 0 < costs.elements <= 2 * device.small and rows >= device.rows  # ΔW is built twice
-    return "fused" if small or saved > device.worth * costs.base else "factored"
+    of_kind = (shares for kind, shares in _TPUS.items() if device_kind.startswith(kind))
+    shares = next(of_kind, ()) if training else ()
+    for share, elements, rows in shares:
+        if elements == math.inf or (
+            measured and measured.elements <= elements and measured.rows >= rows
+        ):
+            return "fused" if saved > share * costs.base else "factored"
+    return "fused" if saved > _WORTH_MATERIALISING[training] * costs.base else "factored"

@@ -280,6 +280,37 @@ CYCLES = {
     ("TPU v5 lite", 2048, 2048, 32): (0.824, 0.526),
     ("TPU v5 lite", 4096, 16384, 32): (15.730, 16.431),
     ("TPU v5 lite", 1024, 512, 16): (0.0756, 0.0723),
+    ("TPU v5 lite", 512, 64, 8): (0.0231, 0.0180),
+    ("TPU v5 lite", 512, 128, 8): (0.0252, 0.0196),
+    ("TPU v5 lite", 768, 64, 8): (0.0269, 0.0225),
+    ("TPU v5 lite", 1024, 64, 4): (0.0329, 0.0301),
+    ("TPU v5 lite", 1024, 128, 8): (0.0346, 0.0322),
+    ("TPU v5 lite", 1024, 255, 8): (0.0457, 0.0397),
+    ("TPU v5 lite", 1280, 256, 8): (0.0444, 0.0472),
+    ("TPU v5 lite", 1280, 256, 16): (0.0725, 0.0716),
+    ("TPU v5 lite", 1280, 512, 8): (0.0733, 0.0718),
+    ("TPU v5 lite", 1280, 1024, 8): (0.1161, 0.1094),
+    ("TPU v5 lite", 1280, 4096, 8): (0.3579, 0.3290),
+    ("TPU v5 lite", 1536, 256, 8): (0.0559, 0.0659),
+    ("TPU v5 lite", 1536, 256, 24): (0.1242, 0.1022),
+    ("TPU v5 lite", 1536, 512, 16): (0.1257, 0.1208),
+    ("TPU v5 lite", 1536, 512, 22): (0.1588, 0.1286),
+    ("TPU v5 lite", 1536, 1024, 8): (0.1426, 0.1583),
+    ("TPU v5 lite", 1536, 1024, 16): (0.1871, 0.1941),
+    ("TPU v5 lite", 1664, 4096, 8): (0.5368, 0.5062),
+    ("TPU v5 lite", 1664, 16384, 8): (2.017, 1.797),
+    ("TPU v5 lite", 1773, 256, 8): (0.0643, 0.0826),
+    ("TPU v5 lite", 1773, 256, 16): (0.0963, 0.1096),
+    ("TPU v5 lite", 1773, 512, 16): (0.1479, 0.1554),
+    ("TPU v5 lite", 1773, 1024, 8): (0.1757, 0.2058),
+    ("TPU v5 lite", 1773, 1024, 16): (0.2253, 0.2477),
+    ("TPU v5 lite", 1773, 4096, 8): (0.5941, 0.8560),
+    ("TPU v5 lite", 1773, 16384, 8): (3.381, 2.815),
+    ("TPU v5 lite", 2048, 512, 24): (0.2312, 0.2436),
+    ("TPU v5", 512, 128, 8): (0.0299, 0.0296),
+    ("TPU v5", 1024, 256, 16): (0.0568, 0.0631),
+    ("TPU v5", 1536, 512, 22): (0.1102, 0.1283),
+    ("TPU v6 lite", 1536, 512, 22): (0.0710, 0.0705),
     ("TPU v5", 4096, 4096, 32): (2.527, 2.360),
     ("TPU v5", 1024, 4096, 16): (0.214, 0.183),
     ("TPU v5", 1024, 512, 16): (0.0688, 0.0716),
@@ -380,6 +411,8 @@ def test_small_kernels_are_fused_on_tpus_with_their_base_alone(monkeypatch):
     shapes = (1024, 1024), (4096, 1024)
     assert strategy(product, *shapes) == "fused"
     assert strategy(product, *shapes, forward_mode=True) == "factored"
+    in_float32 = loha_jax.adapt(product, compute_dtype="float32")  # on v5p up to 1.137 x factored
+    assert strategy(in_float32, *shapes) == "factored"
     # By the compiler in float32: 1.282 x the frozen layer's cycles factored, 1.587 x fused.
     assert strategy(product, *shapes, dtype=jnp.float32) == "factored"
     assert strategy_alone((1024, 1024), (4096, 1024)) == "factored"

@@ -174,8 +174,8 @@ def explain(
         fn, options, by_row = vars(fn)["__loha_jax__"]
         if by_row:
             raise ValueError(
-                "With adapter_index every product is factored, each row with its own adapter. To "
-                "see the products, explain adapt(fn) without adapter_index, with one active "
+                'With adapter_index "auto" is factored, each row with its own adapter. To see the '
+                "products, explain adapt(fn) without adapter_index, with one active "
                 "adapter."
             )
     recorder, provided = _Recorder(options.training), provided_leaves((params, args, kwargs))

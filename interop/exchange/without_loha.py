@@ -10,7 +10,9 @@ from typing import Any, TypeVar, cast
 from jaxtyping import PyTree
 
 from loha_jax.runtime.caller import warn_caller
+from loha_jax.targets.default_layouts import is_named_lookup, is_table_leaf
 from loha_jax.targets.model_layouts import Layouts
+from loha_jax.targets.transposed_doubt import bias_shape
 from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
@@ -115,8 +117,17 @@ def _tables(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight]:
     """Return the adapted embedding tables that torch does not know as output heads."""
     tree = NamedTree(params, None, layouts)
     kernels = [(n, tree.leaves[n]) for n in sorted(tree.kernels)]
-    tables = [leaf for n, leaf in kernels if isinstance(leaf, LoHaWeight) and tree.is_table(n)]
+    tables = [leaf for n, leaf in kernels if isinstance(leaf, LoHaWeight) and _is_table(tree, n)]
     return [leaf for leaf in tables if not all(map(_is_head, leaf.names))]
+
+
+def _is_table(tree: NamedTree, position: int) -> bool:
+    """Return whether a kernel is an embedding table: by its layer, or by its name and shape."""
+    path, name = tree.paths[position], tree.names[position]
+    if name in tree.known.lookups or name in tree.known.own:
+        return name in tree.known.lookups
+    is_matrix = tree.leaves[position].ndim == 2 and bias_shape(path, tree.shape_at) is None
+    return is_table_leaf(path) or (is_matrix and is_named_lookup(path))
 
 
 def _is_head(name: str) -> bool:

@@ -19,7 +19,6 @@ from loha_jax.targets.default_layouts import (
     is_named_convolution,
     is_named_lookup,
     is_output_first,
-    is_table_leaf,
     is_transposed_convolution,
 )
 from loha_jax.targets.matching import Match, match_target, name_beginnings
@@ -36,7 +35,6 @@ from loha_jax.targets.module_names import (
 )
 from loha_jax.targets.row_transforms import row_transform
 from loha_jax.targets.target_advice import require_named_leaves
-from loha_jax.targets.transposed_doubt import bias_shape
 from loha_jax.targets.used_names import check_used
 from loha_jax.tree.leaves import BUFFERS, LoHaWeight, is_adapted, leaves_by_path
 from loha_jax.tree.model_layers import layers_layouts
@@ -179,14 +177,6 @@ class NamedTree:
         path = self.paths[position]
         named = is_transposed_convolution(path) and not is_torch_oriented(path[-1])
         return named or self.names[position] in self.known.transposed
-
-    def is_table(self, position: int) -> bool:
-        """Return whether a kernel is an embedding table: by its layer, or by its name and shape."""
-        path, name = self.paths[position], self.names[position]
-        if name in self.known.lookups or name in self.known.own:
-            return name in self.known.lookups
-        is_matrix = self.leaves[position].ndim == 2 and bias_shape(path, self.shape_at) is None
-        return is_table_leaf(path) or (is_matrix and is_named_lookup(path))
 
     def names_of(self, position: int, config: LoHaConfig) -> tuple[str, ...]:
         """Return the torch module names of a weight.

@@ -102,7 +102,7 @@ def test_all_linear_leaves_out_the_head_that_the_model_shows():
         return jnp.tanh(tree["table"]["w"][ids] @ tree["up"]["w"]) @ tree["out"]["w"]
 
     layouts = loha_jax.infer_layouts(fn, tree, jnp.arange(3))
-    assert (layouts.heads, layouts.lookups) == ({"out"}, {"table"})
+    assert (layouts.left_out, layouts.lookups) == ({"out"}, {"table"})
     adapted = inject(tree, "all-linear", layouts=layouts)
     assert [name for name in tree if isinstance(adapted[name]["w"], loha_jax.LoHaWeight)] == ["up"]
     assert isinstance(inject(tree, ["out"], layouts=layouts)["out"]["w"], loha_jax.LoHaWeight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
@@ -21,8 +22,8 @@ from .transposed import CONV1D, IN_TORCH, conv1d_copies, transposed_leaves
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Torch's names of a Linear whose weight is the embedding's.
-_OUTPUT_HEADS = ("lm_head", "embed_out", "decoder", "output", "output_layer", "head")
+_TABLE = re.compile(r"(?i).*emb.*|wte|wpe|shared|tokens?|table|relative_attention_bias")
+_HEAD = re.compile(r"embed_out|unembed(ding)?")
 
 
 def warn_of_kernels_without_loha(
@@ -107,8 +108,7 @@ def _refuse_kernels(params: PyTree, names: Collection[str] | None) -> None:
             raise ValueError(
                 f"{leaf.label} is an embedding table, for which PEFT's LoRA has tensors of another "
                 "kind. Merge the adapter, or exclude it (`exclude_modules`). If an output head is "
-                "tied to it, give its torch name with `names=`: "
-                f"{', '.join(_OUTPUT_HEADS)} are known."
+                "tied to it, give the head's torch name to `inject` with `names=`."
             )
 
 
@@ -117,21 +117,31 @@ def _tables(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight]:
     """Return the adapted embedding tables that torch does not know as output heads."""
     tree = NamedTree(params, None, layouts)
     kernels = [(n, tree.leaves[n]) for n in sorted(tree.kernels)]
-    tables = [leaf for n, leaf in kernels if isinstance(leaf, LoHaWeight) and _is_table(tree, n)]
-    return [leaf for leaf in tables if not all(map(_is_head, leaf.names))]
+    return [
+        leaf
+        for n, leaf in kernels
+        if isinstance(leaf, LoHaWeight) and _is_table(tree, n, leaf) and not _is_head(tree, n, leaf)
+    ]
 
 
-def _is_table(tree: NamedTree, position: int) -> bool:
-    """Return whether a kernel is an embedding table: by its layer, or by its name and shape."""
+def _is_table(tree: NamedTree, position: int, leaf: LoHaWeight) -> bool:
+    """Return whether a kernel is an embedding table: by its layer, or by its name and axes."""
     path, name = tree.paths[position], tree.names[position]
     if name in tree.known.lookups or name in tree.known.own:
         return name in tree.known.lookups
-    is_matrix = tree.leaves[position].ndim == 2 and bias_shape(path, tree.shape_at) is None
-    return is_table_leaf(path) or (is_matrix and is_named_lookup(path))
+    is_matrix = sorted(leaf.layout.word.replace("s", "")) == ["i", "o"]
+    is_alone = bias_shape(path, tree.shape_at) is None
+    return is_matrix and is_alone and (is_table_leaf(path) or is_named_lookup(path))
 
 
-def _is_head(name: str) -> bool:
-    return name.rpartition(".")[2] in _OUTPUT_HEADS
+def _is_head(tree: NamedTree, position: int, leaf: LoHaWeight) -> bool:
+    """Return whether torch knows a table as the output heads that are tied to it.
+
+    Then `names` gave it other names than its own, and no table's.
+    """
+    ends = [name.rpartition(".")[2] for name in leaf.names if name != tree.names[position]]
+    heads = [end for end in ends if _HEAD.fullmatch(end) or not _TABLE.fullmatch(end)]
+    return len(heads) == len(leaf.names)
 
 
 def _is_written(leaf: LoHaWeight | SavedWeight, adapters: Collection[str] | None) -> bool:

@@ -250,7 +250,10 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
     others: set[str] = set()
     turned: set[str] = set()
     for path, weight in _weights(model).items():
-        name = module_name(path_parts((jax.tree_util.DictKey(path),)))
+        parts = path_parts((jax.tree_util.DictKey(path),))
+        if parts[-1] == "bias":  # its module's name is the kernel's, and it may have several axes
+            continue
+        name = module_name(parts)
         is_kernel = weight.variable is kernel_of(weight.layer)
         word = kernel_layout(weight.layer) if is_kernel else None
         ndim = len(weight.variable.shape)

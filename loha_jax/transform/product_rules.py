@@ -117,8 +117,10 @@ def _chosen(
     whole: WholeProduct | NoRule = NoRule("")
     if strategy == "auto":
         alone = options.update_alone
-        dtypes = {x.dtype, dtype_of_update(options.compute_dtype, x.dtype, view.kernel)}
-        bfloat16 = dtypes == {jnp.dtype(jnp.bfloat16)} and not (alone or options.forward_mode)
+        update = dtype_of_update(options.compute_dtype, x.dtype, view.kernel)
+        same = {x.dtype, view.kernel.dtype, update} == {jnp.dtype(jnp.bfloat16)}
+        packed = isinstance(view.kernel, PackedKernel)
+        bfloat16 = same and not (packed or alone or options.forward_mode)
         strategy = operation.choose(view, options.training, update_alone=alone, bfloat16=bfloat16)
     if strategy == "fused" and options.forward_mode:
         strategy = "dense"  # without a custom_vjp the two are the same

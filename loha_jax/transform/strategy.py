@@ -39,12 +39,14 @@ class _Share(NamedTuple):
     rows: int = 0
 
 
+_V5E = (
+    _Share(-math.inf, elements=1024**2, rows=64),
+    _Share(0.033, elements=1792**2),
+    _Share(0.2),
+)
 _TPUS = {
-    "TPU v5 lite": (
-        _Share(-math.inf, elements=1024**2, rows=64),
-        _Share(0.033, elements=1792**2),
-        _Share(0.2),
-    ),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
     "TPU v5": (_Share(-math.inf, elements=1024**2, rows=512), _Share(0.2)),
     "TPU": (_Share(0.33),),
 }

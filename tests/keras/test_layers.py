@@ -171,8 +171,21 @@ def test_all_linear_takes_dense_and_einsum_dense():
             layers.Conv1D(4, 2, name="conv"),
             layers.SimpleRNN(4, return_sequences=True, name="rnn"),
             layers.EinsumDense("abc,cd->abd", (None, 4), name="einsum"),
+            layers.EinsumDense("abc,cdef->abdef", (None, 2, 3, 5), bias_axes="def", name="wide"),
+            layers.Reshape((4, 30)),
             layers.Dense(2, name="dense"),
         ]
     )
     adapted(model, target_modules="all-linear")
-    assert {v.path.split("/")[-2] for v in model.trainable_variables} == {"einsum", "dense"}
+    modules = {v.path.split("/")[-2] for v in model.trainable_variables}
+    assert modules == {"einsum", "wide", "dense"}
+
+
+def test_all_linear_takes_the_projections_of_attention_with_their_biases():
+    """Those of queries, keys and values have two axes: no kernels."""
+    tokens = keras.Input((4, 8))
+    attention = layers.MultiHeadAttention(2, 3, name="attention")
+    model = keras.Model(tokens, attention(tokens, tokens))
+    adapted(model, target_modules="all-linear")
+    modules = {v.path.split("/")[-2] for v in model.trainable_variables}
+    assert modules == {"query", "key", "value", "attention_output"}

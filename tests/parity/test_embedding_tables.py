@@ -48,6 +48,15 @@ TABLES = {
     "Keras": (keras_model, "tok", {}),
     "Equinox": (lambda: {"tok": eqx.nn.Embedding(6, 4, key=KEY)}, "tok", {}),
     "haliax": (lambda: {"tok": haliax_table()}, "tok", {}),
+    "called as a head": (lambda: {"head": {"embedding": jnp.ones((6, 4))}}, "head", {}),
+    "a stack of torch's names": (
+        lambda: of_names("embed_tokens", 2, 6, 4),
+        "e1.embed_tokens",
+        {
+            "names": {"embed_tokens": ["e0.embed_tokens", "e1.embed_tokens"]},
+            "layouts": {"embed_tokens": "soi"},
+        },
+    ),
     "a stack with a head": (
         lambda: {"tok": {"embedding": jnp.ones((2, 6, 4))}},
         "embed",
@@ -61,6 +70,11 @@ OTHERS = {
         "time_embed.0",
         {},
     ),
+    "a leaf with a bias": (
+        lambda: {"proj": {"embedding": jnp.ones((6, 4)), "bias": jnp.ones(4)}},
+        "proj",
+        {"layouts": {"proj": "io"}},
+    ),
     "torch's Conv2d": (lambda: of_names("patch_embedding", 8, 3, 2, 2), "patch_embedding", {}),
     "Equinox' Linear": (lambda: {"embed": eqx.nn.Linear(4, 6, key=KEY)}, "embed", {}),
     "Equinox' Conv2d": (lambda: {"embed": eqx.nn.Conv2d(4, 6, 3, key=KEY)}, "embed", {}),
@@ -70,7 +84,7 @@ OTHERS = {
             head,
             {"names": {"embed": head}},
         )
-        for head in ("lm_head", "output", "head")
+        for head in ("lm_head", "output", "proj_out", "vocab_projector", "embed_out")
     },
 }
 

@@ -167,6 +167,9 @@ def test_small_kernels_are_fused_on_tpus_with_their_base_alone(monkeypatch):
     assert strategy(product, *shapes, forward_mode=True) == "factored"
     in_float32 = loha_jax.adapt(product, compute_dtype="float32")  # on v5p up to 1.137 x factored
     assert strategy(in_float32, *shapes) == "factored"
+    device.device_kind = "TPU v5e"  # another name of the same
+    assert strategy(product, (1024, 1024), (64, 1024)) == "fused"
+    device.device_kind = "TPU v5 lite"
     # By the compiler in float32: 1.282 x the frozen layer's cycles factored, 1.587 x fused.
     assert strategy(product, *shapes, dtype=jnp.float32) == "factored"
     assert strategy_alone((1024, 1024), (4096, 1024)) == "factored"

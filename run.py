@@ -3,11 +3,11 @@
     python3 run.py example [--quick ...]    fine-tune a real model, open the result in PyTorch PEFT
                                             (4 minutes; --quick: 1)
     python3 run.py processes [...]          train in several processes, kill one, resume with others
-    python3 run.py test [pytest arguments]  run the daily tests (10 to 13 minutes)
+    python3 run.py test [pytest arguments]  run the daily tests (9 to 10 minutes)
     python3 run.py test-long [...]          run the rest: parity, models, kills, devices, long runs
-                                            (14 to 17 minutes)
+                                            (15 to 17 minutes)
     python3 run.py test-newest [...]        run the core tests and those of trainers (tunix,
-                                            MaxText) on the newest JAX (8 minutes)
+                                            MaxText) on the newest JAX (11 minutes)
     python3 run.py test-oldest [...]        run a few core tests on the oldest JAX and Flax
 
 Times are of two cores, after installation. Arguments of `test` choose the tests: with any, the slow

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import PyTree
 
 from loha_jax.targets.default_layouts import is_torchs_transposed, is_transposed_convolution
-from loha_jax.targets.model_layouts import Layouts
 from loha_jax.tree.containers import takes_model
-from loha_jax.tree.leaves import LoHaWeight, SavedWeight, is_adapted, leaves_by_path
+from loha_jax.tree.leaves import SavedWeight, leaves_by_path
 from loha_jax.tree.named_tree import NamedTree
 from loha_jax.tree.plan import Saved
 
@@ -29,16 +28,6 @@ def is_transposed(tree: NamedTree, position: int) -> bool:
     if is_transposed_convolution(path) or tree.is_transposed_convolution(position):
         return True
     return is_torchs_transposed(path, tree.layout(position))
-
-
-@takes_model(changes=False)
-def transposed_leaves(
-    params: PyTree, layouts: Layouts | None = None
-) -> list[LoHaWeight | SavedWeight]:
-    """Return the adapted kernels of transposed convolutions, and the copies of theirs."""
-    tree = NamedTree(params, None, layouts)
-    adapted = [n for n in sorted(tree.kernels) if is_adapted(tree.leaves[n])]
-    return [tree.leaves[n] for n in adapted if is_transposed(tree, n)]
 
 
 @takes_model(changes=False)

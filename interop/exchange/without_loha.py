@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from jaxtyping import PyTree
 
@@ -18,12 +18,26 @@ from loha_jax.tree.containers import takes_model
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight
 from loha_jax.tree.named_tree import NamedTree
 
-from .transposed import CONV1D, IN_TORCH, conv1d_copies, transposed_leaves
+from .transposed import CONV1D, IN_TORCH, conv1d_copies, is_transposed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _TABLE = re.compile(r"(?i).*emb.*|wte|wpe|shared|tokens?|table|relative_attention_bias")
 _HEAD = re.compile(r"embed_out|unembed(ding)?")
+
+
+class _Misread(NamedTuple):
+    """What torch has no LoHa for, or would read wrongly.
+
+    Attributes:
+        turned: adapted kernels of transposed convolutions.
+        copies: copies of such kernels.
+        tables: adapted embedding tables that torch does not know as output heads.
+    """
+
+    turned: list[LoHaWeight]
+    copies: list[SavedWeight]
+    tables: list[LoHaWeight]
 
 
 def warn_of_kernels_without_loha(
@@ -37,13 +51,13 @@ def warn_of_kernels_without_loha(
         format_name: in the message.
         loader: the function that reads the file nevertheless.
     """
-    turned = [leaf for leaf in transposed_leaves(params) if isinstance(leaf, LoHaWeight)]
+    misread = _misread(params)
     merge = "merge the adapter (`loha_jax.merge`)"
     by_hand = f"{merge} and convert the weight by hand: {IN_TORCH}"
     head = f"{merge}. If an output head is tied to one, give its torch name with `names=`"
     for kind, kernels, advice in (
-        ("transposed convolutions", turned, by_hand),
-        ("embedding tables", _tables(params), head),
+        ("transposed convolutions", misread.turned, by_hand),
+        ("embedding tables", misread.tables, head),
     ):
         if found := [leaf.label for leaf in kernels if _is_written(leaf, adapters)]:
             warn_caller(
@@ -70,9 +84,11 @@ def refuses_misread(*, kernels: bool) -> Callable[[F], F]:
             names = given.get("adapters")
             if given.get("adapter_name") is not None:
                 names = [given["adapter_name"]]
-            _refuse_copies(given["params"], names)
+            _refuse_conv1d(conv1d_copies(given["params"]), names)
+            misread = _misread(given["params"])
+            _refuse_copies(misread, names)
             if kernels:
-                _refuse_kernels(given["params"], names)
+                _refuse_kernels(misread, names)
             return function(*args, **kwargs)
 
         return cast(F, wrapper)
@@ -80,15 +96,18 @@ def refuses_misread(*, kernels: bool) -> Callable[[F], F]:
     return decorate
 
 
-def _refuse_copies(params: PyTree, names: Collection[str] | None) -> None:
-    for leaf in conv1d_copies(params):
+def _refuse_conv1d(copies: list[SavedWeight], names: Collection[str] | None) -> None:
+    for leaf in copies:
         if _is_written(leaf, names):
             raise ValueError(
                 f"{leaf.label} is the weight of {CONV1D}; copies in files are [out, in]. Leave it "
                 "out, or keep the adapter in a checkpoint (`loha_jax.checkpoint`)."
             )
-    for leaf in transposed_leaves(params):
-        if isinstance(leaf, SavedWeight) and _is_written(leaf, names):
+
+
+def _refuse_copies(misread: _Misread, names: Collection[str] | None) -> None:
+    for leaf in misread.copies:
+        if _is_written(leaf, names):
             raise ValueError(
                 f"{leaf.label} is the weight of a transposed convolution, or of Keras' depthwise "
                 f"one (modules_to_save), and {IN_TORCH}. Leave it out, or keep the adapter in a "
@@ -96,14 +115,14 @@ def _refuse_copies(params: PyTree, names: Collection[str] | None) -> None:
             )
 
 
-def _refuse_kernels(params: PyTree, names: Collection[str] | None) -> None:
-    for leaf in transposed_leaves(params):
-        if isinstance(leaf, LoHaWeight) and _is_written(leaf, names):
+def _refuse_kernels(misread: _Misread, names: Collection[str] | None) -> None:
+    for leaf in misread.turned:
+        if _is_written(leaf, names):
             raise ValueError(
                 f"{leaf.label} is a transposed convolution, which PEFT has no LoRA for: {IN_TORCH}."
                 " Leave it out (`exclude_modules`), or merge the adapter."
             )
-    for leaf in _tables(params):
+    for leaf in misread.tables:
         if _is_written(leaf, names):
             raise ValueError(
                 f"{leaf.label} is an embedding table, for which PEFT's LoRA has tensors of another "
@@ -113,15 +132,19 @@ def _refuse_kernels(params: PyTree, names: Collection[str] | None) -> None:
 
 
 @takes_model(changes=False)
-def _tables(params: PyTree, layouts: Layouts | None = None) -> list[LoHaWeight]:
-    """Return the adapted embedding tables that torch does not know as output heads."""
-    tree = NamedTree(params, None, layouts)
-    kernels = [(n, tree.leaves[n]) for n in sorted(tree.kernels)]
-    return [
-        leaf
-        for n, leaf in kernels
-        if isinstance(leaf, LoHaWeight) and _is_table(tree, n, leaf) and not _is_head(tree, n, leaf)
-    ]
+def _misread(params: PyTree, layouts: Layouts | None = None) -> _Misread:
+    tree, found = NamedTree(params, None, layouts), _Misread([], [], [])
+    for n in sorted(tree.kernels):
+        leaf = tree.leaves[n]
+        if isinstance(leaf, SavedWeight) and is_transposed(tree, n):
+            found.copies.append(leaf)
+        if not isinstance(leaf, LoHaWeight):
+            continue
+        if is_transposed(tree, n):
+            found.turned.append(leaf)
+        if _is_table(tree, n, leaf) and not _is_head(tree, n, leaf):
+            found.tables.append(leaf)
+    return found
 
 
 def _is_table(tree: NamedTree, position: int, leaf: LoHaWeight) -> bool:

@@ -53,7 +53,7 @@ from loha_jax.keras.siblings import (
 )
 from loha_jax.lowrank.layout import Layout
 from loha_jax.targets.model_layouts import Layouts, ModelLayouts
-from loha_jax.targets.module_names import module_name, path_parts
+from loha_jax.targets.module_names import is_kernel_leaf, module_name, path_parts
 from loha_jax.transform.options import OBSERVER
 from loha_jax.tree.leaves import LoHaWeight, SavedWeight, base_of, is_adapted
 from loha_jax.tree.quantised import is_quantised, unwrapped
@@ -251,7 +251,7 @@ def layouts_of(model: Layer, given: Layouts | None) -> ModelLayouts:
     turned: set[str] = set()
     for path, weight in _weights(model).items():
         parts = path_parts((jax.tree_util.DictKey(path),))
-        if parts[-1] == "bias":  # its module's name is the kernel's, and it may have several axes
+        if not is_kernel_leaf(parts):  # a bias of several axes has the name of its kernel's module
             continue
         name = module_name(parts)
         is_kernel = weight.variable is kernel_of(weight.layer)

@@ -118,7 +118,7 @@ class CostModel(abc.ABC):
         costs = self.costs(view, training)
         if update_alone:  # a product with ΔW comes on top of the frozen one
             costs = costs._replace(fused=costs.fused + costs.base)
-        measured = None
+        measured = Measured()
         if bfloat16 and self.primitive == "dot_general":
             measured = Measured(len(view.factors) * self.elements(view), self.rows)
         return cheapest(costs, training, cast(Any, jax.devices()[0]).device_kind, measured)

@@ -55,15 +55,15 @@ estimates the choice is at most 10 % above the better one at each point of bench
 
 
 class Measured(NamedTuple):
-    """The sizes of a matrix product in bfloat16, for which small kernels count.
+    """The sizes of a matrix product in bfloat16; by default of others, which count as large.
 
     Attributes:
         elements: of ΔW, all adapters together.
         rows: of x.
     """
 
-    elements: int
-    rows: int
+    elements: float = math.inf
+    rows: int = 0
 
 
 class Costs(NamedTuple):
@@ -104,7 +104,7 @@ def strategy_of(strategies: Strategies, name: str) -> Strategy:
     return "auto"
 
 
-def cheapest(costs: Costs, training: bool, device_kind: str, measured: Measured | None) -> Strategy:
+def cheapest(costs: Costs, training: bool, device_kind: str, measured: Measured) -> Strategy:
     """Return "factored", unless "fused" costs clearly less.
 
     An element of ΔW counts for more than its FLOPs, because materialising is bound by memory.
@@ -113,14 +113,14 @@ def cheapest(costs: Costs, training: bool, device_kind: str, measured: Measured 
         costs: what each costs.
         training: whether they include the backward pass.
         device_kind: JAX' name of the device that computes.
-        measured: the product's sizes, if it is of the kind that small kernels count for.
+        measured: the sizes that a share of the device goes by.
     """
     saved = costs.factored - costs.fused - _ELEMENT_FLOPS * costs.elements
     of_kind = (shares for kind, shares in _TPUS.items() if device_kind.startswith(kind))
     shares = next(of_kind, ()) if training else ()
-    for share, elements, rows in shares:
-        if elements == math.inf or (
-            measured and measured.elements <= elements and measured.rows >= rows
-        ):
-            return "fused" if saved > share * costs.base else "factored"
-    return "fused" if saved > _WORTH_MATERIALISING[training] * costs.base else "factored"
+    share = next(
+        share
+        for share, elements, rows in (*shares, _Share(_WORTH_MATERIALISING[training]))
+        if measured.elements <= elements and measured.rows >= rows
+    )
+    return "fused" if saved > share * costs.base else "factored"
